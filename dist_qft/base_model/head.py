@@ -1,0 +1,56 @@
+"""The frozen LM head: logits for generation, summed loss with its gradient for training.
+
+All reading of weights happens inside the table's own `forward`, because engines gather a module's weights
+around its call: for a tied head that is the embedding's, called a second time.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from dist_qft.loss import LogitMap, slice_rows, summed_cross_entropy
+from dist_qft.quant.frozen import FrozenEmbedding
+
+
+class OutputHead(nn.Module):
+    """Head over `own`, or over the input embedding when `own` is None (tied).
+
+    Args:
+        embedding: the input embedding; kept outside the module tree, it belongs to the decoder.
+        own: the head's own table, or None when tied.
+        loss_map: the model family's scale and cap on logits, applied in `loss` (generation leaves them to
+            the Hugging Face class).
+    """
+
+    def __init__(self, embedding: FrozenEmbedding, own: FrozenEmbedding | None, *, loss_map: LogitMap) -> None:
+        super().__init__()
+        self.table = own
+        self.tied = own is None
+        self.loss_map = loss_map
+        self.loss_megabytes = 64.0
+        self._weights = [own if own is not None else embedding]  # in a list: not registered a second time
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """Raw logits (..., vocabulary) of hidden states (..., dim)."""
+        return self._weights[0](hidden, use=_project)
+
+    def loss(self, hidden: Tensor, targets: Tensor, with_gradient: bool) -> tuple[Tensor, Tensor | None]:
+        """Summed cross entropy of (tokens, dim) against (tokens,), and its gradient; no autograd inside."""
+
+        def use(table: FrozenEmbedding, states: Tensor) -> tuple[Tensor, Tensor | None]:
+            return summed_cross_entropy(
+                states,
+                targets,
+                table,
+                logit_map=self.loss_map,
+                slice_size=slice_rows(states.shape[0], self.loss_megabytes),
+                with_gradient=with_gradient,
+            )
+
+        with torch.no_grad():
+            return self._weights[0](hidden, use=use)
+
+
+def _project(table: FrozenEmbedding, hidden: Tensor) -> Tensor:
+    step = 16384  # rows dequantized at a time: bounds the dense copy of a quantized head
+    starts = range(0, table.num_embeddings, step)
+    return torch.cat([hidden @ table.rows(s, min(s + step, table.num_embeddings)).T for s in starts], dim=-1)

@@ -1,0 +1,147 @@
+"""Streaming a base into an engine: read, quantize, keep the own rows, drop the rest, one tensor at a time.
+
+A rank reads and quantizes only the rows it keeps wherever the format allows it (blocks never cross the row
+range), so loading takes 1/N of the work on N ranks and the peak is the own shard plus one tensor.
+
+The fingerprint of a base is the SHA-256 of all names, shapes, formats and additive digests of the packed
+tensors; norms and biases count with their float32 value as read from the file. It depends neither on the
+world size, nor on the engine, nor on the compute dtype.
+"""
+
+import hashlib
+import json
+import math
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from dist_qft.base_model.skeleton import BaseModel
+from dist_qft.base_model.sources import TensorSource
+from dist_qft.digest import positional_digest
+from dist_qft.errors import UserError
+from dist_qft.quant.affine4 import Affine4, affine4_from_q4_1
+from dist_qft.quant.frozen import FrozenEmbedding, FrozenLinear
+from dist_qft.quant.q8_0 import Q8_0, q8_0_from_gguf
+from dist_qft.sharding.engine import Engine
+
+_GGUF_TWINS = {Affine4((1, 32)): ("Q4_1", affine4_from_q4_1), Q8_0(): ("Q8_0", q8_0_from_gguf)}
+
+
+class Fingerprint:
+    """Collects additive digests tensor by tensor; one all-reduce turns parts into the whole."""
+
+    def __init__(self) -> None:
+        self.labels: list[str] = []
+        self.parts: list[Tensor] = []
+
+    def add(self, label: str, part: Tensor, start: int) -> None:
+        self.labels.append(label)
+        self.parts.append(positional_digest(part, start).cpu())
+
+    def hexdigest(self, device: torch.device) -> str:
+        digests = torch.stack(self.parts).to(device)
+        dist.all_reduce(digests)
+        pairs = sorted(zip(self.labels, digests.tolist(), strict=True))
+        return hashlib.sha256(json.dumps(pairs).encode()).hexdigest()
+
+
+def check_names(base: BaseModel, source: TensorSource) -> dict[str, str]:
+    """Model tensor name -> source tensor name, for all the base needs.
+
+    Raises:
+        UserError: missing tensors, or a vocabulary or layer of another shape; before anything is read.
+    """
+    needed = {f"{path}.weight": (layer.out_features, layer.in_features) for path, layer in base.linears.items()}
+    needed |= {f"{path}.weight": (t.num_embeddings, t.embedding_dim) for path, t in base.tables().items()}
+    needed |= {name: tuple(parameter.shape) for name, parameter in dense_parameters(base)}
+    stored = source.names()
+    prefix = base.model.base_model_prefix + "."
+    found, missing = {}, []
+    for name in needed:
+        # Some published checkpoints were saved from the bare decoder, without the causal LM's prefix.
+        choices = [name, name.removeprefix(prefix), prefix + name]
+        match = next((choice for choice in choices if choice in stored), None)
+        if match is None:
+            missing.append(name)
+        else:
+            found[name] = match
+    if missing:
+        raise UserError(f"{source.where}: has no tensor '{missing[0]}' ({len(missing)} of {len(needed)} missing)")
+    for name, shape in needed.items():
+        if source.shape(found[name]) != shape:
+            raise UserError(
+                f"{source.where}: tensor '{found[name]}' is {list(source.shape(found[name]))}, "
+                f"the configuration says {list(shape)}"
+            )
+    return found
+
+
+def dense_parameters(base: BaseModel) -> list[tuple[str, nn.Parameter]]:
+    """(name, parameter) of norms, biases and everything else that is kept as is."""
+    found = []
+    for path, module in base.model.named_modules():
+        packed = module.packed() if isinstance(module, FrozenLinear | FrozenEmbedding) else {}
+        found += [(f"{path}.{n}", p) for n, p in module.named_parameters(recurse=False) if n not in packed]
+    return found
+
+
+@torch.no_grad()
+def load_base(base: BaseModel, source: TensorSource, engine: Engine, device: torch.device) -> None:
+    """Fill a skeleton that `engine` has sharded; sets `base.fingerprint`. Collective."""
+    names = check_names(base, source)
+    fingerprint = Fingerprint()
+    modules: dict[str, FrozenLinear | FrozenEmbedding] = {**base.linears, **base.tables()}
+    for path, module in modules.items():
+        _load_packed(names[f"{path}.weight"], path, module, source, engine, fingerprint)
+    for name, parameter in dense_parameters(base):
+        first, stop = engine.rows(parameter)
+        rows = source.read(names[name], (first, stop))
+        engine.store(parameter, first, rows.to(parameter.dtype))
+        fingerprint.add(f"{name} {list(parameter.shape)} dense", rows.float(), first * math.prod(parameter.shape[1:]))
+    base.fingerprint = fingerprint.hexdigest(device)
+
+
+def _load_packed(
+    name: str,
+    path: str,
+    module: FrozenLinear | FrozenEmbedding,
+    source: TensorSource,
+    engine: Engine,
+    fingerprint: Fingerprint,
+) -> None:
+    """Quantize the rows this rank keeps of one matrix and hand them to the engine."""
+    packed_format = module.format
+    parameters = module.packed()
+    height = source.shape(name)[0]
+    first, stop = _rows_needed(module, engine, height)
+    packed = None
+    if packed_format in _GGUF_TWINS:
+        kind, convert = _GGUF_TWINS[packed_format]
+        raw = source.read_packed(name, kind, (first, stop))
+        packed = None if raw is None else convert(raw)
+    if packed is None:
+        packed = packed_format.quantize(source.read(name, (first, stop)))
+    label = json.dumps(packed_format.describe(), sort_keys=True)
+    for key, parameter in parameters.items():
+        per_entry = packed_format.rows_per_entry(key)
+        offset = 0 if per_entry is None else first // per_entry
+        engine.store(parameter, offset, packed[key].to(parameter.dtype))
+        begin, end = engine.rows(parameter)
+        own = packed[key][begin - offset : end - offset]
+        width = math.prod(parameter.shape[1:])
+        fingerprint.add(f"{path}.{key} {list(parameter.shape)} {label}", own, begin * width)
+
+
+def _rows_needed(module: FrozenLinear | FrozenEmbedding, engine: Engine, height: int) -> tuple[int, int]:
+    """Weight rows from which all of this rank's packed entries can be computed."""
+    if not module.format.row_local:
+        return 0, height
+    first, stop = height, 0
+    for key, parameter in module.packed().items():
+        per_entry = module.format.rows_per_entry(key)
+        begin, end = engine.rows(parameter)
+        if end > begin:
+            first, stop = min(first, begin * per_entry), max(stop, end * per_entry)
+    align = module.format.row_alignment
+    return (first // align * align, min(height, -(-stop // align) * align)) if stop else (0, 0)

@@ -1,0 +1,230 @@
+"""From a model's configuration to a decoder of frozen layers on the meta device; no weight is read.
+
+The decoder stays Hugging Face's own class: only its `nn.Linear`s, its embedding and its LM head are replaced,
+so every family that is built of those works, and attention, norms and caches are the library's.
+"""
+
+import contextlib
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from accelerate import init_empty_weights
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers.utils import logging as transformers_logging
+
+from dist_qft.base_model.head import OutputHead
+from dist_qft.config.schema import ModelConfig, QuantizationConfig
+from dist_qft.errors import UserError
+from dist_qft.loss import LogitMap
+from dist_qft.quant.formats import Format, embedding_format, linear_format
+from dist_qft.quant.frozen import FrozenEmbedding, FrozenLinear
+from dist_qft.sharding.engine import Units
+
+# Logit post-processing that lives in the causal-LM class, outside the decoder and the head.
+_SCALE_KEYS = {"logit_scale": 1, "logits_scaling": -1}  # config key -> exponent
+_DROPOUT_KEYS = ("attention_dropout", "dropout", "activation_dropout", "hidden_dropout", "layerdrop", "resid_pdrop")
+
+
+@dataclass
+class BaseModel:
+    """A frozen decoder and where its parts are.
+
+    Attributes:
+        model: the Hugging Face causal LM; `generate()` works on it.
+        decoder: its body, from token ids to last hidden states.
+        layers: the decoder layers, in order.
+        linears: module path -> frozen linear, in model order (decoder layers only).
+        embedding, head: the vocabulary tables; a tied head has no table of its own.
+        dtype: compute dtype.
+        fingerprint: hex digest of the base's content, set by loading.
+    """
+
+    model: PreTrainedModel
+    config: PretrainedConfig
+    decoder: nn.Module
+    layers: list[nn.Module]
+    linears: dict[str, FrozenLinear]
+    embedding: FrozenEmbedding
+    head: OutputHead
+    dtype: torch.dtype
+    fingerprint: str = ""
+    loaded_bytes: int = 0
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def vocab_size(self) -> int:
+        return self.embedding.num_embeddings
+
+    @property
+    def tied(self) -> bool:
+        return self.head.tied
+
+    @property
+    def units(self) -> Units:
+        """What an engine gathers as one."""
+        tables = [self.embedding] if self.tied else [self.embedding, self.head.table]
+        return Units(tables=tables, layers=self.layers, root=self.decoder)
+
+    def tables(self) -> dict[str, FrozenEmbedding]:
+        """Vocabulary tables by their checkpoint name."""
+        names = {module: name for name, module in self.model.named_modules()}
+        tables = {names[self.embedding]: self.embedding}
+        if not self.tied:
+            tables[names[self.head]] = self.head.table
+        return tables
+
+    def depth_of(self, path: str) -> int | None:
+        """Index of the decoder layer that holds the module `path`."""
+        for part in path.split("."):
+            if part.isdigit():
+                return int(part)
+        return None
+
+    def hidden_states(self, input_ids: Tensor, position_ids: Tensor) -> Tensor:
+        """Last hidden states (batch, length, dim) of right-padded or packed token ids (batch, length).
+
+        No attention mask is needed: padding lies to the right of every real token, and packed samples are kept
+        apart by position ids that restart (Hugging Face builds the block-diagonal mask from them).
+        """
+        output = self.decoder(input_ids=input_ids, position_ids=position_ids, use_cache=False)
+        return output.last_hidden_state
+
+
+def read_model_config(model: ModelConfig) -> tuple[PretrainedConfig, bool]:
+    """The model's configuration and whether it comes from a GGUF file. Reads headers only.
+
+    Raises:
+        UserError: no such path, no config.json, or a model type transformers does not know.
+    """
+    path = Path(model.path)
+    try:
+        if path.suffix == ".gguf":
+            if not path.is_file():
+                raise UserError(f"model.path: no file '{path}'")
+            return _quietly(AutoConfig.from_pretrained, str(path.parent), gguf_file=path.name), True
+        if path.exists() and not (path / "config.json").is_file():
+            raise UserError(f"model.path: '{path}' has no config.json; need a Hugging Face folder or a .gguf file")
+        if not path.exists() and (model.path.count("/") != 1 or model.path.startswith((".", "/", "~"))):
+            raise UserError(f"model.path: no such file or folder '{model.path}', and it is not a Hub id (owner/name)")
+        return AutoConfig.from_pretrained(model.path, revision=model.revision), False
+    except (OSError, ValueError, KeyError) as error:
+        first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UserError(f"model.path: cannot read the configuration of '{model.path}': {first_line}") from error
+
+
+def build_skeleton(model: ModelConfig, quantization: QuantizationConfig, dtype: torch.dtype) -> BaseModel:
+    """The base on meta, with every linear, embedding and head replaced by its frozen form.
+
+    Args:
+        dtype: compute dtype of activations and of the dense parameters (norms, biases).
+
+    Raises:
+        UserError: unknown model type, a decoder we cannot take apart, or a shape a format cannot hold.
+    """
+    config, from_gguf = read_model_config(model)
+    for key in _DROPOUT_KEYS:  # a frozen base is a function, not a random variable
+        if isinstance(getattr(config, key, None), float):
+            setattr(config, key, 0.0)
+    causal = _build_on_meta(config, model, dtype)
+    decoder = causal.get_decoder()
+    layers = getattr(decoder, "layers", None)
+    if not isinstance(layers, nn.ModuleList) or causal.get_output_embeddings() is None:
+        raise UserError(f"model.path: model type '{config.model_type}' is not a decoder with 'layers' and an LM head")
+    linear = linear_format(quantization.linear, quantization.block, quantization.double_quant)
+    table = embedding_format(quantization.embedding)
+    linears = _freeze_linears(causal, layers, linear, quantization.exempt, dtype)
+    embedding, head = _freeze_tables(causal, table, dtype)
+    causal.requires_grad_(False)
+    causal.eval()
+    base = BaseModel(causal, config, decoder, list(layers), linears, embedding, head, dtype)
+    if from_gguf and quantization.linear == "nf4":
+        base.notes.append("the GGUF file's 4-bit weights are dequantized and quantized again to nf4")
+    return base
+
+
+def _build_on_meta(config: PretrainedConfig, model: ModelConfig, dtype: torch.dtype) -> PreTrainedModel:
+    try:
+        # Parameters on meta, buffers real: rotary frequencies are computed, not loaded.
+        with init_empty_weights(include_buffers=False):
+            return _quietly(AutoModelForCausalLM.from_config, config, attn_implementation=model.attention, dtype=dtype)
+    except (ValueError, ImportError) as error:
+        raise UserError(f"model.path: cannot build '{config.model_type}': {str(error).splitlines()[0]}") from error
+
+
+def _freeze_linears(
+    causal: PreTrainedModel, layers: nn.ModuleList, default: Format, exempt: list[str], dtype: torch.dtype
+) -> dict[str, FrozenLinear]:
+    paths = {module: name for name, module in causal.named_modules()}
+    prefix = paths[layers] + "."
+    dense = linear_format("dense", None, False)
+    unused = set(exempt)
+    frozen: dict[str, FrozenLinear] = {}
+    faults = []
+    for path, module in [(n, m) for n, m in causal.named_modules() if n.startswith(prefix)]:
+        if type(module) is not nn.Linear:
+            continue
+        matches = {pattern for pattern in exempt if path == pattern or path.rsplit(".", 1)[-1] == pattern}
+        unused -= matches
+        chosen = dense if matches else default
+        try:
+            chosen.check((module.out_features, module.in_features), path)
+        except UserError as error:
+            faults.append(str(error))
+            continue
+        frozen[path] = FrozenLinear(
+            module.in_features, module.out_features, chosen, bias=module.bias is not None, dtype=dtype
+        )
+        causal.set_submodule(path, frozen[path])
+    if unused:
+        raise UserError(f"quantization.exempt: no linear layer is called {', '.join(map(repr, sorted(unused)))}")
+    if faults:
+        more = f" (and {len(faults) - 1} more layers)" if len(faults) > 1 else ""
+        raise UserError(faults[0] + more)
+    if not frozen:
+        raise UserError(f"model type '{causal.config.model_type}' has no nn.Linear in its decoder layers")
+    return frozen
+
+
+def _freeze_tables(causal: PreTrainedModel, table: Format, dtype: torch.dtype) -> tuple[FrozenEmbedding, OutputHead]:
+    source = causal.get_input_embeddings()
+    scale = getattr(source, "embed_scale", None)
+    embedding = FrozenEmbedding(
+        source.num_embeddings,
+        source.embedding_dim,
+        table,
+        dtype=dtype,
+        padding_idx=source.padding_idx,
+        scale=None if scale is None else float(scale),
+    )
+    causal.set_input_embeddings(embedding)
+    lm_head = causal.get_output_embeddings()
+    config = causal.config.get_text_config()
+    own = None
+    if not config.tie_word_embeddings:
+        own = FrozenEmbedding(lm_head.out_features, lm_head.in_features, table, dtype=dtype)
+    if lm_head.bias is not None:
+        raise UserError(f"model type '{config.model_type}': an LM head with a bias is not supported")
+    # The causal LM applies its own scale and cap when generating; the loss, computed inside the head, must too.
+    head = OutputHead(embedding, own, loss_map=_logit_map(config))
+    causal.set_output_embeddings(head)
+    return embedding, head
+
+
+def _logit_map(config: PretrainedConfig) -> LogitMap:
+    scale = 1.0
+    for key, exponent in _SCALE_KEYS.items():
+        if getattr(config, key, None) is not None:
+            scale *= float(getattr(config, key)) ** exponent
+    cap = getattr(config, "final_logit_softcapping", None)
+    return LogitMap(scale, None if cap is None else float(cap))
+
+
+def _quietly(function, *args, **kwargs):
+    """Call without transformers' progress bars and advice, which mean nothing on a meta model."""
+    level = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()
+    with contextlib.ExitStack() as stack:
+        stack.callback(transformers_logging.set_verbosity, level)
+        return function(*args, **kwargs)

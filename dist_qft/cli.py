@@ -1,0 +1,167 @@
+"""The command line: one short function per verb, and the one place where an error becomes an exit code.
+
+Verbs import what they need when they run: `--help` and a refused config must not wait for torch.
+"""
+
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from dist_qft.errors import DistQFTError, UserError
+
+if TYPE_CHECKING:
+    from dist_qft.config.schema import RunConfig
+
+app = typer.Typer(
+    help="Distributed fine-tuning of 4-bit language models.",
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+# Overrides may be written as options (--train.learning_rate 1e-4), which typer cannot know.
+OVERRIDABLE = {"ignore_unknown_options": True}
+
+# The rank on its node, before there is a process group to ask: torchrun, Slurm, Open MPI, MPICH.
+LOCAL_RANK_VARIABLES = ("LOCAL_RANK", "SLURM_LOCALID", "OMPI_COMM_WORLD_LOCAL_RANK", "MPI_LOCALRANKID")
+
+Config = Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML file.", show_default=False)]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="key.sub=value", help="Settings that replace the file's.", show_default=False),
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document and nothing else.")]
+
+
+@app.command(context_settings=OVERRIDABLE)
+def train(
+    config: Config,
+    overrides: Overrides = None,
+    resume: Annotated[
+        str | None, typer.Option(metavar="auto|PATH", help="Continue from the newest good checkpoint, or this one.")
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and stop.")] = False,
+) -> None:
+    """Fine-tune as CONFIG says."""
+    settings = _load(config, overrides)
+    if dry_run:
+        from dist_qft.plan import make_plan, print_plan
+        from dist_qft.world import World
+
+        world = World.from_environment()
+        if world.rank == 0:
+            print_plan(make_plan(settings, world.world_size))
+        return
+    from dist_qft.train import run_training
+
+    run_training(settings, resume=resume)
+
+
+@app.command(context_settings=OVERRIDABLE)
+def validate(
+    config: Config,
+    overrides: Overrides = None,
+    as_json: AsJson = False,
+    world_size: Annotated[int, typer.Option(min=1, help="Ranks to plan for.")] = 1,
+) -> None:
+    """Check CONFIG and print what it will train, hold and move; loads no weights."""
+    settings = _load(config, overrides)
+    from dist_qft.plan import make_plan, print_plan
+
+    print_plan(make_plan(settings, world_size), as_json=as_json)
+
+
+@app.command(name="eval", context_settings=OVERRIDABLE)
+def evaluate(
+    config: Annotated[
+        Path, typer.Argument(metavar="CONFIG_OR_RUN", help="YAML file, or the folder of a run.", show_default=False)
+    ],
+    overrides: Overrides = None,
+    checkpoint: Annotated[str | None, typer.Option(metavar="PATH", help="Checkpoint of the adapter.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Held-out loss and perplexity, base and adapter side by side."""
+    from dist_qft.config.load import CONFIG_FILE
+
+    settings = _load(config / CONFIG_FILE if config.is_dir() else config, overrides)
+    from dist_qft.evaluate import run_evaluation
+
+    run_evaluation(settings, checkpoint, as_json)
+
+
+@app.command()
+def generate(
+    run: Annotated[
+        str, typer.Argument(metavar="RUN_OR_CHECKPOINT", help="Folder of a run or checkpoint.", show_default=False)
+    ],
+    prompt: Annotated[list[str], typer.Option(metavar="TEXT", help="May be given several times.", show_default=False)],
+    max_new_tokens: Annotated[int, typer.Option(min=1)] = 64,
+    base: Annotated[bool, typer.Option("--base", help="Also show the base model's answers.")] = False,
+) -> None:
+    """Answer prompts with a fine-tuned model."""
+    from dist_qft.generate import run_generation
+
+    run_generation(run, prompt, max_new_tokens, base)
+
+
+@app.command()
+def version() -> None:
+    """Print the version."""
+    from dist_qft import __version__
+
+    print(__version__)
+
+
+def main() -> None:
+    """Run the command line and exit: with a `DistQFTError`'s own code and one message, 130 on an interrupt."""
+    try:
+        app(prog_name="dist-qft")
+    except DistQFTError as error:
+        report(error)
+        sys.exit(error.exit_code)
+
+
+def report(error: DistQFTError) -> None:
+    """Print an expected failure once per node, or from each rank that `rank_prefix` marks as having its own."""
+    if error.rank_prefix is None and _local_rank() != "0":
+        return
+    where = f"{error.rank_prefix}: " if error.rank_prefix else ""
+    first, *rest = f"{where}{error}".splitlines()
+    # One write: lines of several ranks must not mix.
+    sys.stderr.write("\n       ".join([f"error: {first}", *rest]) + "\n")
+
+
+def _local_rank() -> str:
+    return next((os.environ[name] for name in LOCAL_RANK_VARIABLES if name in os.environ), "0")
+
+
+def _load(config: Path, words: list[str] | None) -> "RunConfig":
+    if str(config).startswith("-"):
+        raise UserError(f"unknown option '{config}' before CONFIG; overrides come after it")
+    from dist_qft.config.load import load_config
+
+    return load_config(config, list(_overrides(words or [])))
+
+
+def _overrides(words: list[str]) -> Iterator[str]:
+    """`key.sub=value` from that form, from `--key.sub=value` and from `--key.sub value`."""
+    from dist_qft.config.schema import RunConfig
+
+    rest = iter(words)
+    for word in rest:
+        if not word.startswith("-"):
+            yield word
+            continue
+        key, equals, value = word.removeprefix("--").partition("=")
+        if key.split(".")[0].replace("-", "_") not in RunConfig.model_fields:
+            raise UserError(f"unknown option '{word}'")
+        if not equals:
+            value = next(rest, None)
+            if value is None:
+                raise UserError(f"option '{word}' needs a value")
+        yield f"{key}={value}"

@@ -1,0 +1,78 @@
+"""Small agreements between ranks, and what a broken collective means."""
+
+import hashlib
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+import torch.distributed as dist
+
+from dist_qft.errors import DistQFTError, PeerLostError, UserError
+
+
+def require_agreement(facts: Mapping[str, str], device: torch.device) -> None:
+    """Stop every rank, before anything heavy, if the ranks were started with different inputs. Collective.
+
+    Args:
+        facts: name -> text that must be the same on all ranks (config, data digest, versions, ...).
+
+    Raises:
+        UserError: on all ranks, naming the fact and which ranks differ from rank 0.
+    """
+    names = sorted(facts)
+    # Not pickled objects: a fixed-size tensor of digests, whatever the peers may send.
+    own = torch.tensor([_short_digest(facts[name]) for name in names], device=device)
+    everyone = [torch.empty_like(own) for _ in range(dist.get_world_size())]
+    dist.all_gather(everyone, own)
+    for index, name in enumerate(names):
+        digests = [int(other[index]) for other in everyone]
+        odd = [rank for rank, digest in enumerate(digests) if digest != digests[0]]
+        if odd:
+            ranks = ", ".join(map(str, odd))
+            raise agreed(UserError(f"ranks were started with different {name}: rank {ranks} differs from rank 0"))
+
+
+def agreed(error: DistQFTError) -> DistQFTError:
+    """Mark an error that every rank raises at the same point: it is told once, not once per rank."""
+    error.everywhere = True
+    return error
+
+
+def maximum(value: float, device: torch.device) -> float:
+    """The largest `value` over all ranks. Collective."""
+    tensor = torch.tensor(value, dtype=torch.float64, device=device)
+    dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
+    return float(tensor)
+
+
+@contextmanager
+def told_by(rank: int, doing: Callable[[], str]) -> Iterator[None]:
+    """Inside, a failed collective becomes PeerLostError, and errors of this rank alone carry its number.
+
+    Args:
+        doing: what the run is at, for the message, such as "step 12".
+    """
+    try:
+        yield
+    except DistQFTError as error:
+        if not error.everywhere:
+            error.rank_prefix = f"rank {rank}"
+        raise
+    except RuntimeError as error:
+        if not _is_collective_failure(error):
+            raise
+        reason = str(error).strip().splitlines()[0]
+        lost = PeerLostError(f"{doing()}: another rank is gone or did not answer in time ({reason})")
+        lost.rank_prefix = f"rank {rank}"
+        raise lost from error
+
+
+def _is_collective_failure(error: RuntimeError) -> bool:
+    text = str(error)
+    return isinstance(error, dist.DistError) or any(
+        sign in text for sign in ("gloo", "Gloo", "NCCL", "Connection closed by peer", "Timed out waiting")
+    )
+
+
+def _short_digest(text: str) -> int:
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little", signed=True)

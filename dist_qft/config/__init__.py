@@ -1,0 +1,1 @@
+"""Configuration: the typed tree (`schema`) and how it is read and checked (`load`)."""

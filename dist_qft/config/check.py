@@ -1,0 +1,175 @@
+"""Rules between settings that need no model: what contradicts, what would be ignored, what will not merge.
+
+Types and ranges of single settings are in `schema`; what depends on layer sizes is in `methods.schedule` and
+`quant.formats`. A fault stops the run, a warning is shown in the plan and in the log.
+"""
+
+from collections.abc import Iterator
+
+from dist_qft.config.faults import Fault, value_fault
+from dist_qft.config.schema import MethodConfig, QuantizationConfig, RunConfig, ScheduleRule
+from dist_qft.errors import UserError
+from dist_qft.methods.schedule import effective, method_defaults
+
+_BLOCK_FORM = {"nf4": (1, "one length such as [64]"), "affine4": (2, "[b_out, b_in] such as [1, 32]")}
+_FACTORS = ("balance", "pool", "repeat")
+
+
+def cross_field_faults(config: RunConfig) -> list[Fault]:
+    """Every broken rule, in the order of the config's sections."""
+    return [
+        *_model_faults(config),
+        *_quantization_faults(config.quantization),
+        *_method_faults(config.method),
+        *_train_faults(config),
+        *_evaluation_faults(config),
+    ]
+
+
+def config_warnings(config: RunConfig) -> list[str]:
+    """What is allowed but probably not meant: settings without effect, and adapters that cannot merge exactly."""
+    train, sharding = config.train, config.sharding
+    warnings = list(_merge_warnings(config))
+    if train.max_steps is not None and "num_train_epochs" in train.model_fields_set:
+        warnings.append("train.num_train_epochs: no effect, train.max_steps is set")
+    if train.warmup_steps is not None and "warmup_ratio" in train.model_fields_set:
+        warnings.append("train.warmup_ratio: no effect, train.warmup_steps is set")
+    if sharding.engine != "fsdp" and "reshard_after_forward" in sharding.model_fields_set:
+        warnings.append(f"sharding.reshard_after_forward: no effect with engine {sharding.engine}")
+    return warnings
+
+
+def accumulation_steps(config: RunConfig, world_size: int) -> int:
+    """Micro-batches each rank runs per optimizer step: global batch / (micro-batch x ranks).
+
+    Raises:
+        UserError: that is not a whole number; names the nearest global batch sizes and the micro-batch sizes
+            that would do.
+    """
+    total, micro = config.train.global_batch_size, config.train.per_device_train_batch_size
+    per_round = micro * world_size
+    if total % per_round == 0:
+        return total // per_round
+    remedies = [f"train.global_batch_size {_nearest_multiples(total, per_round)}"]
+    if total % world_size == 0:
+        sizes = [size for size in range(1, total // world_size + 1) if total // world_size % size == 0]
+        remedies.append(f"train.per_device_train_batch_size {_choices(sizes)}")
+    raise UserError(
+        f"train.global_batch_size: {total} is not a multiple of {per_round}, train.per_device_train_batch_size "
+        f"{micro} x {world_size} {'rank' if world_size == 1 else 'ranks'}; legal: {', or '.join(remedies)}"
+    )
+
+
+def _model_faults(config: RunConfig) -> Iterator[Fault]:
+    if config.model.revision is not None and config.model.path.endswith(".gguf"):
+        yield value_fault(("model", "revision"), "a GGUF file has no revisions; remove it")
+
+
+def _quantization_faults(quantization: QuantizationConfig) -> Iterator[Fault]:
+    linear, block = quantization.linear, quantization.block
+    if block is not None:
+        length, form = _BLOCK_FORM.get(linear, (0, ""))
+        if not length:
+            yield value_fault(("quantization", "block"), f"{linear} has no blocks; remove it or choose nf4 or affine4")
+        elif len(block) != length:
+            yield value_fault(("quantization", "block"), f"got {block}, {linear} needs {form}")
+    if quantization.double_quant and linear != "nf4":
+        yield value_fault(("quantization", "double_quant"), f"{linear} has no absmax to quantize; only nf4 does")
+    if quantization.exempt and linear == "dense":
+        yield value_fault(("quantization", "exempt"), "all linear layers are dense already; remove it")
+
+
+def _method_faults(method: MethodConfig) -> Iterator[Fault]:
+    used = method_defaults(method.name)
+    yield from _unused_factors(method, used, ("method",), method.name)
+    if method.pool_mode == "sum" and not used:
+        yield value_fault(("method", "pool_mode"), f"{method.name} does not pool; remove it")
+    for index, rule in enumerate(method.schedule):
+        path = ("method", "schedule", index)
+        yield from _unused_factors(rule, used, path, method.name)
+        if rule.depth is not None and rule.depth[0] > rule.depth[1]:
+            yield value_fault((*path, "depth"), f"got {rule.depth}, need first <= last")
+        settings = sorted(rule.model_fields_set - {"layers", "depth"})
+        if not settings:
+            yield value_fault(path, f"the rule sets nothing; give {', '.join(['rank', 'alpha', *used])} or skip")
+        elif rule.skip and settings != ["skip"]:
+            without_effect = ", ".join(name for name in settings if name != "skip")
+            yield value_fault(path, f"skip leaves no use for {without_effect}; give one or the other")
+
+
+def _unused_factors(
+    section: MethodConfig | ScheduleRule, used: dict[str, int], path: tuple[str | int, ...], method: str
+) -> Iterator[Fault]:
+    for factor in _FACTORS:
+        if getattr(section, factor) is not None and factor not in used:
+            knobs = ", ".join(["rank", "alpha", *used])
+            yield value_fault((*path, factor), f"{method} does not use it; {method} has {knobs}")
+
+
+def _train_faults(config: RunConfig) -> Iterator[Fault]:
+    train = config.train
+    total, micro = train.global_batch_size, train.per_device_train_batch_size
+    if total % micro:
+        yield value_fault(
+            ("train", "global_batch_size"),
+            f"{total} is not a multiple of train.per_device_train_batch_size {micro}; "
+            f"nearest: {_nearest_multiples(total, micro)}",
+        )
+    if train.warmup_steps and train.max_steps and train.warmup_steps >= train.max_steps:
+        yield value_fault(
+            ("train", "warmup_steps"),
+            f"{train.warmup_steps} leaves no step at the full learning rate; need less than train.max_steps "
+            f"{train.max_steps}",
+        )
+    if train.optim.startswith("paged_") and config.sharding.device == "cpu":
+        yield value_fault(("train", "optim"), f"{train.optim} needs CUDA, sharding.device is cpu; use adamw")
+
+
+def _evaluation_faults(config: RunConfig) -> Iterator[Fault]:
+    data = config.data
+    if data is not None and data.eval is not None and data.eval_samples:
+        yield value_fault(("data", "eval_samples"), "no effect, data.eval is given; remove one of them")
+    has_eval = data is not None and (data.eval is not None or data.eval_samples > 0)
+    if config.evaluation.eval_steps is not None and not has_eval:
+        yield value_fault(("evaluation", "eval_steps"), "nothing to evaluate; set data.eval or data.eval_samples")
+
+
+def _merge_warnings(config: RunConfig) -> Iterator[str]:
+    """Adapters made for an exact merge whose base or tiles do not allow it (DESIGN section 5)."""
+    method, quantization = config.method, config.quantization
+    if method.name not in ("qalora", "qahira"):
+        return
+    if quantization.linear != "affine4":
+        yield (
+            f"method.name: {method.name} cannot be merged exactly into {quantization.linear}, which has no zeros to "
+            "take dW; quantization.linear affine4 can"
+        )
+        return
+    from dist_qft.quant.formats import linear_format  # imports torch, which reading a config must not
+
+    block_out, block_in = linear_format("affine4", quantization.block, False).block
+    settings = {"method": method} | {
+        f"method.schedule.{index}": method.model_copy(
+            update={factor: getattr(rule, factor) for factor in _FACTORS if getattr(rule, factor) is not None}
+        )
+        for index, rule in enumerate(method.schedule)
+        if rule.pool is not None or rule.repeat is not None
+    }
+    for key, effective_method in settings.items():
+        pool, repeat, _ = effective(effective_method)
+        for factor, value, size in (("repeat", repeat, block_out), ("pool", pool, block_in)):
+            if value % size:
+                yield (
+                    f"{key}.{factor}: {value} is not a multiple of {size}, blocks of [{block_out}, {block_in}] cross "
+                    f"tiles and the merge is not exact; nearest: {_nearest_multiples(value, size)}"
+                )
+
+
+def _nearest_multiples(value: int, of: int) -> str:
+    below = value // of * of
+    return f"{below} or {below + of}" if below else str(of)
+
+
+def _choices(values: list[int]) -> str:
+    *most, last = map(str, values)
+    return f"{', '.join(most)} or {last}" if most else last

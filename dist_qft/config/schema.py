@@ -1,0 +1,146 @@
+"""The config tree: every setting, its type, its default and its allowed range, in one place.
+
+A config file is YAML with these sections; `dist_qft.config.load` reads it, applies `key.sub=value`
+overrides and reports all faults at once. After loading nobody asks for a default again: what a section
+holds is what the run uses. Names follow Hugging Face's where they have one.
+"""
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+Positive = Annotated[int, Field(gt=0)]
+NonNegative = Annotated[int, Field(ge=0)]
+Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
+Text = Annotated[str, Field(min_length=1)]
+
+MethodName = Literal["qlora", "qbara", "qalora", "qahira"]
+LinearFormat = Literal["nf4", "affine4", "dense"]
+
+
+class Section(BaseModel):
+    """A part of the config: unknown keys, silent type conversions, NaN and infinities are errors."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, validate_default=True, allow_inf_nan=False)
+
+
+class ModelConfig(Section):
+    path: Text = Field(description="Hugging Face folder, Hub id, or .gguf file")
+    revision: str | None = Field(None, description="Hub revision")
+    attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
+
+
+class QuantizationConfig(Section):
+    linear: LinearFormat = Field("nf4", description="format of the decoder's linear layers")
+    block: Annotated[list[Positive], Field(min_length=1, max_length=2)] | None = Field(
+        None, description="weights sharing constants: [64] for nf4, [b_out, b_in] for affine4 (default [1, 32])"
+    )
+    double_quant: bool = Field(False, description="nf4 only: quantize the block constants to 8 bits as QLoRA does")
+    embedding: Literal["q8_0", "dense"] = Field("q8_0", description="format of embedding and LM head")
+    exempt: list[str] = Field([], description="linear layers kept dense: last name or full path")
+
+
+class ScheduleRule(Section):
+    """Overrides for some layers; later rules win. At least one setting besides the selection."""
+
+    layers: str | list[str] = Field("all", description="layer types (q_proj, ...), 'attention', 'mlp' or 'all'")
+    depth: Annotated[list[NonNegative], Field(min_length=2, max_length=2)] | None = Field(
+        None, description="first and last decoder layer, both included"
+    )
+    rank: Positive | None = None
+    alpha: Annotated[float, Field(gt=0)] | None = None
+    balance: Positive | None = None
+    pool: Positive | None = None
+    repeat: Positive | None = None
+    skip: bool = Field(False, description="attach nothing to these layers")
+
+
+class MethodConfig(Section):
+    name: MethodName = "qlora"
+    rank: Positive = 64
+    alpha: Annotated[float, Field(gt=0)] = 16.0
+    balance: Positive | None = Field(None, description="qbara's balancing factor lambda (default 2)")
+    pool: Positive | None = Field(None, description="inputs averaged: qalora (default 32), qahira (default 4)")
+    repeat: Positive | None = Field(None, description="copies of each output: qahira (default 8)")
+    pool_mode: Literal["mean", "sum"] = "mean"
+    dropout: Fraction = 0.0
+    targets: str | list[str] = Field("all-linear", description="'all-linear', or layer types as in a schedule")
+    schedule: list[ScheduleRule] = []
+
+
+class DatasetConfig(Section):
+    path: Text = Field(description="Hub id, local file or folder, or 'stdlib-docs'")
+    name: str | None = Field(None, description="Hub configuration name")
+    split: str = "train"
+    format: Literal["auto", "alpaca", "sharegpt", "messages", "prompt-completion", "text", "tokenized"] = "auto"
+    columns: dict[str, str] = Field({}, description="our field name -> the data's column name")
+    limit: Positive | None = Field(None, description="use only the first so many samples")
+
+
+class DataConfig(Section):
+    train: DatasetConfig
+    eval: DatasetConfig | None = None
+    eval_samples: NonNegative = Field(0, description="without eval: hold out so many training samples")
+    max_length: Annotated[int, Field(ge=8)] = 512
+    overlong: Literal["truncate", "drop", "error"] = "truncate"
+    packing: bool = False
+    loss_on: Literal["assistant", "all"] = "assistant"
+    cache_dir: str | None = Field(None, description="tokenized data; default <output_dir>/data_cache")
+
+
+class TrainConfig(Section):
+    max_steps: Positive | None = Field(None, description="optimizer steps; wins over num_train_epochs")
+    num_train_epochs: Annotated[float, Field(gt=0)] = 1.0
+    global_batch_size: Positive = Field(16, description="samples per optimizer step, over all ranks")
+    per_device_train_batch_size: Positive = Field(1, description="samples per micro-batch")
+    learning_rate: Annotated[float, Field(gt=0)] = 2e-4
+    lr_scheduler_type: Literal["constant", "linear", "cosine"] = "constant"
+    warmup_ratio: Fraction = 0.03
+    warmup_steps: NonNegative | None = Field(None, description="wins over warmup_ratio")
+    optim: Literal["adamw", "paged_adamw_32bit", "paged_adamw_8bit"] = "adamw"
+    adam_beta1: Fraction = 0.9
+    adam_beta2: Fraction = 0.999
+    adam_epsilon: Annotated[float, Field(gt=0)] = 1e-8
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    max_grad_norm: Annotated[float, Field(gt=0)] | None = 0.3
+    gradient_checkpointing: bool = False
+    precision: Literal["auto", "float32", "bfloat16"] = Field(
+        "auto", description="auto: bfloat16 on CUDA, else float32"
+    )
+    loss_chunk_megabytes: Annotated[float, Field(gt=0)] = Field(64.0, description="logits that exist at one time")
+    seed: NonNegative = 0
+    logging_steps: Positive = 1
+
+
+class ShardingConfig(Section):
+    engine: Literal["fsdp", "replicated"] = "fsdp"
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    reshard_after_forward: bool = Field(True, description="fsdp: free a layer after its forward pass")
+    bucket_megabytes: Annotated[float, Field(gt=0)] = Field(25.0, description="gradient all-reduce bucket")
+    digest_steps: NonNegative = Field(10, description="compare the replicas' digests every so many steps; 0 is never")
+    timeout_seconds: Positive = Field(600, description="a collective that takes longer ends the run")
+
+
+class CheckpointConfig(Section):
+    save_steps: Positive | None = Field(None, description="default: at the end only")
+    save_total_limit: Annotated[int, Field(ge=2)] = 2
+
+
+class EvaluationConfig(Section):
+    eval_steps: Positive | None = Field(None, description="default: before and after training only")
+    prompts: list[str] = Field([], description="answered before and after training, and at each evaluation")
+    max_new_tokens: Positive = 64
+
+
+class RunConfig(Section):
+    """The whole tree."""
+
+    output_dir: Text
+    model: ModelConfig
+    quantization: QuantizationConfig = QuantizationConfig()
+    method: MethodConfig = MethodConfig()
+    data: DataConfig | None = Field(None, description="needed by train and eval")
+    train: TrainConfig = TrainConfig()
+    sharding: ShardingConfig = ShardingConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()

@@ -1,0 +1,154 @@
+"""The order of samples, and the micro-batches that one rank takes of it.
+
+Everything is a pure function of (seed, epoch, global position): nothing is shuffled in place and nothing is stored, so
+a run resumes at any step, on any number of ranks, with the samples it would have had.
+
+Step s takes the global positions [s G, (s + 1) G), where G is the global batch size, cut into micro-batches of m rows.
+Micro-batch j of a step is the same on every world size; rank r of W takes the accumulation steps
+j in [r a, (r + 1) a), where a = G / (m W).
+"""
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+import torch
+
+from dist_qft.data.dataset import Row, TokenDataset
+from dist_qft.data.formats import IGNORE_INDEX
+from dist_qft.errors import UserError
+
+PAD_MULTIPLE = 8  # row lengths are rounded up to it: matrix kernels like it
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """b rows of L tokens, padded on the right; all int64.
+
+    Causal attention needs no mask besides the positions; the model is to be called with `use_cache=False` (`packing`).
+
+    input_ids: (b, L). targets: (b, L), already shifted: what position t has to predict, that is the token at t + 1, or
+    -100. position_ids: (b, L), restarting with each segment of a packed row. num_targets: targets that are not -100.
+    index: the micro-batch's place within its step (or within the evaluation) over all ranks.
+    """
+
+    input_ids: torch.Tensor
+    targets: torch.Tensor
+    position_ids: torch.Tensor
+    num_targets: int
+    index: int
+
+
+@lru_cache(maxsize=2)  # a step may span two epochs
+def order(seed: int, epoch: int, num_rows: int) -> np.ndarray:
+    """(num_rows,) int64: the permutation of rows in one epoch.
+
+    By sorting Philox's raw output, whose stream NumPy never changes (NEP 19), unlike that of `permutation`.
+    """
+    keys = np.random.Philox(key=np.array([seed, epoch], dtype=np.uint64)).random_raw(num_rows)
+    permutation = np.argsort(keys, kind="stable")
+    permutation.flags.writeable = False  # the cache hands out the same array again
+    return permutation
+
+
+class Batches:
+    """Training micro-batches of rank `rank` of `world_size`, for `total_samples` samples (rows) in all.
+
+    Position p is row order(seed, p // n)[p % n] of the n rows. The last step is filled up with empty rows without
+    targets, so that every rank runs the same number of forward passes.
+
+    UserError if the global batch does not divide into micro-batches of every rank.
+    """
+
+    def __init__(
+        self,
+        dataset: TokenDataset,
+        seed: int,
+        global_batch_size: int,
+        micro_batch_size: int,
+        rank: int,
+        world_size: int,
+        total_samples: int,
+    ) -> None:
+        per_round = micro_batch_size * world_size
+        if global_batch_size % per_round:
+            below = global_batch_size - global_batch_size % per_round
+            legal = f"{below} or {below + per_round}" if below else f"{per_round}"
+            raise UserError(
+                f"train.global_batch_size: {global_batch_size} is no multiple of "
+                f"train.per_device_train_batch_size ({micro_batch_size}) x ranks ({world_size}) = {per_round}; "
+                f"nearest allowed: {legal}"
+            )
+        self.dataset = dataset
+        self.seed = seed
+        self.global_batch_size = global_batch_size
+        self.micro_batch_size = micro_batch_size
+        self.accumulation = global_batch_size // per_round
+        self.rank = rank
+        self.total_samples = total_samples
+
+    def __len__(self) -> int:
+        """Optimizer steps."""
+        return -(-self.total_samples // self.global_batch_size)
+
+    def sample_ids(self, step: int) -> list[int]:
+        """The rows of `step` over all ranks, in global order; what the data hash chain covers."""
+        if not 0 <= step < len(self):
+            raise IndexError(f"step {step} of {len(self)}")
+        first = step * self.global_batch_size
+        return [self._row_id(p) for p in range(first, min(first + self.global_batch_size, self.total_samples))]
+
+    def micro_batches(self, step: int) -> list[MicroBatch]:
+        """This rank's micro-batches of `step`: `accumulation` of them, in order."""
+        row_ids = self.sample_ids(step)
+        size = self.micro_batch_size
+        indices = range(self.rank * self.accumulation, (self.rank + 1) * self.accumulation)
+        return [collate(self.dataset, row_ids[j * size : (j + 1) * size], size, j) for j in indices]
+
+    def _row_id(self, position: int) -> int:
+        num_rows = len(self.dataset)
+        return int(order(self.seed, position // num_rows, num_rows)[position % num_rows])
+
+
+def eval_batches(dataset: TokenDataset, micro_batch_size: int, rank: int, world_size: int) -> list[MicroBatch]:
+    """This rank's share of every row once; all ranks get equally many micro-batches, filled up with empty rows.
+
+    Rows are dealt by length: neighbours pad each other little, and the ranks finish together.
+    """
+    by_length = np.argsort(-dataset.lengths, kind="stable").tolist()
+    rounds = -(-len(by_length) // (micro_batch_size * world_size))
+    indices = range(rank, rounds * world_size, world_size)
+    return [
+        collate(dataset, by_length[j * micro_batch_size : (j + 1) * micro_batch_size], micro_batch_size, j)
+        for j in indices
+    ]
+
+
+def collate(dataset: TokenDataset, row_ids: list[int], num_rows: int, index: int) -> MicroBatch:
+    """The given rows, and as many empty ones (padding alone) as make `num_rows`, as one micro-batch."""
+    rows = [dataset.row(row_id) for row_id in row_ids]
+    longest = max((len(row.tokens) for row in rows), default=1)
+    length = dataset.packed_length or -(-longest // PAD_MULTIPLE) * PAD_MULTIPLE
+    input_ids = np.full((num_rows, length), dataset.pad_id, dtype=np.int64)
+    targets = np.full((num_rows, length), IGNORE_INDEX, dtype=np.int64)
+    position_ids = np.tile(np.arange(length, dtype=np.int64), (num_rows, 1))
+    for i, row in enumerate(rows):
+        size = len(row.tokens)
+        input_ids[i, :size] = row.tokens
+        # A segment's first token is never a target, which alone keeps the shift from crossing segments.
+        targets[i, : size - 1] = np.where(row.targets[1:], row.tokens[1:], IGNORE_INDEX)
+        if dataset.packed_length is not None:
+            position_ids[i] = _packed_positions(row, length)
+    return MicroBatch(
+        input_ids=torch.from_numpy(input_ids),
+        targets=torch.from_numpy(targets),
+        position_ids=torch.from_numpy(position_ids),
+        num_targets=int((targets != IGNORE_INDEX).sum()),
+        index=index,
+    )
+
+
+def _packed_positions(row: Row, length: int) -> np.ndarray:
+    """(length,) int64 that restarts at 0 with each segment; the padding is a segment of its own."""
+    borders = np.append(row.segment_starts, [len(row.tokens), length])
+    return np.arange(length) - np.repeat(borders[:-1], np.diff(borders))

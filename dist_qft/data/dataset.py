@@ -1,0 +1,148 @@
+"""Tokenized samples as flat arrays in one safetensors file; memory-mapped, so the ranks of a node share its pages.
+
+No Python object per sample: millions of samples cost what their tokens cost, 5 bytes each. How samples get here is
+`prepare`'s business, in which order they are used `batches`'.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from dist_qft.data.packing import pack
+from dist_qft.data.tokens import TokenSequence
+from dist_qft.errors import CorruptFileError
+
+FORMAT_VERSION = 1  # of the file and of the way to its tokens: raise it and every cache is rebuilt
+_DTYPES = {"tokens": np.int32, "targets": np.bool_, "row_offsets": np.int64, "segment_starts": np.int64}
+
+
+class Row(NamedTuple):
+    """tokens: (n,) int32. targets: (n,) bool. segment_starts: (segments,) int64, the first always 0."""
+
+    tokens: np.ndarray
+    targets: np.ndarray
+    segment_starts: np.ndarray
+
+
+@dataclass(frozen=True)
+class TokenDataset:
+    """Rows of one or (packed) several samples; a sample within a row is a *segment*.
+
+    tokens: (total,) int32. targets: (total,) bool, whether a token is predicted from those before it in its segment,
+    so False at each segment's start. row_offsets: (rows + 1,) int64, in tokens. segment_starts: (segments,) int64, in
+    tokens, ascending. packed_length: tokens of a row in a batch if packed, else None. pad_id: fills the rest of a row.
+    report: counts made while building (read, kept, dropped_*, truncated, tokens, target_tokens, rows, ...).
+    """
+
+    tokens: np.ndarray
+    targets: np.ndarray
+    row_offsets: np.ndarray
+    segment_starts: np.ndarray
+    pad_id: int
+    packed_length: int | None = None
+    report: dict[str, int] = field(default_factory=dict)
+
+    @classmethod
+    def from_sequences(
+        cls, sequences: Sequence[TokenSequence], pad_id: int, packed_length: int | None, report: dict[str, int]
+    ) -> "TokenDataset":
+        """One row a sequence, or packed into rows of `packed_length`; completes the report."""
+        lengths = np.array([len(sequence.input_ids) for sequence in sequences], dtype=np.int64)
+        rows = [[i] for i in range(len(sequences))] if packed_length is None else pack(lengths.tolist(), packed_length)
+        order = [i for row in rows for i in row]
+        starts = np.concatenate([[0], np.cumsum(lengths[order])])
+        segments_before = np.cumsum([0, *map(len, rows)])
+        targets = np.concatenate([sequences[i].targets for i in order])
+        targets[starts[:-1]] = False
+        counts = {"rows": len(rows), "tokens": int(starts[-1]), "target_tokens": int(targets.sum())}
+        return cls(
+            tokens=np.concatenate([sequences[i].input_ids for i in order]),
+            targets=targets,
+            row_offsets=starts[segments_before],
+            segment_starts=starts[:-1],
+            pad_id=pad_id,
+            packed_length=packed_length,
+            report=report | counts,
+        )
+
+    def __len__(self) -> int:
+        return len(self.row_offsets) - 1
+
+    def row(self, index: int) -> Row:
+        start, end = self.row_offsets[index : index + 2]
+        first, last = np.searchsorted(self.segment_starts, [start, end])
+        return Row(self.tokens[start:end], self.targets[start:end], self.segment_starts[first:last] - start)
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """(rows,) int64: tokens of each row, without padding."""
+        return np.diff(self.row_offsets)
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 (hex) of all that decides the batches; the report does not count."""
+        digest = hashlib.sha256(f"{FORMAT_VERSION} {self.pad_id} {self.packed_length}".encode())
+        for name in _DTYPES:
+            array = np.ascontiguousarray(getattr(self, name))
+            digest.update(f"{name} {array.dtype} {array.shape}".encode())
+            digest.update(array.view(np.uint8))
+        return digest.hexdigest()
+
+    def save(self, path: Path) -> None:
+        """Writes a temporary file beside `path`, syncs and renames it, so that `path` is whole or absent.
+
+        One writer at a time. OSError if there is no space or the folder is not writable.
+        """
+        metadata = {
+            "version": FORMAT_VERSION,
+            "digest": self.digest,
+            "pad_id": self.pad_id,
+            "packed_length": self.packed_length,
+            "report": self.report,
+        }
+        arrays = {name: np.ascontiguousarray(getattr(self, name)) for name in _DTYPES}
+        temporary = path.with_name(f".tmp-{path.name}")
+        try:
+            save_file(arrays, temporary, metadata={"token_dataset": json.dumps(metadata)})
+            with temporary.open("rb") as stream:
+                os.fsync(stream.fileno())
+            temporary.replace(path)
+        except SafetensorError as error:  # what the library makes of a full disk
+            raise OSError(str(error)) from None
+        finally:
+            temporary.unlink(missing_ok=True)
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+
+    @classmethod
+    def load(cls, path: Path) -> "TokenDataset":
+        """Reads what `save` wrote; CorruptFileError if that is not what the file holds."""
+        try:
+            # Through torch, because safetensors maps a file into memory for torch but copies it for numpy.
+            with safe_open(path, framework="pt") as file:
+                metadata: dict[str, Any] = json.loads((file.metadata() or {})["token_dataset"])
+                arrays = {name: file.get_tensor(name).numpy() for name in _DTYPES}
+            dataset = cls(
+                **arrays,
+                pad_id=metadata["pad_id"],
+                packed_length=metadata["packed_length"],
+                report=metadata["report"],
+            )
+            expected = metadata["digest"]
+        except (SafetensorError, KeyError, TypeError, ValueError) as error:
+            raise CorruptFileError(f"{path}: not a token data file: {error!r}") from None
+        if (found := dataset.digest) != expected:
+            raise CorruptFileError(f"{path}: SHA-256 of the content is {found}, the file says {expected}")
+        return dataset

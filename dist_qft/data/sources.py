@@ -1,0 +1,127 @@
+"""Where records come from: local files, the Hub, or the standard library's documentation.
+
+`open_source` only looks (it reads no record), so that a wrong path is refused before anything heavy starts.
+"""
+
+import hashlib
+import os
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+
+from dist_qft.config.schema import DatasetConfig
+from dist_qft.data import stdlib_docs
+from dist_qft.data.files import READERS, LocatedRecord, find_files, read_file
+from dist_qft.errors import UserError
+
+STDLIB_DOCS = "stdlib-docs"
+
+
+@dataclass(frozen=True)
+class Source:
+    """An opened data set.
+
+    digest: hex; equal for equal content. Local files count by content, so touching one changes nothing.
+    read: yields (record, where) and adds to the given counter what it skipped.
+    """
+
+    digest: str
+    read: Callable[[Counter[str]], Iterator[LocatedRecord]]
+
+
+def open_source(dataset: DatasetConfig, key: str) -> Source:
+    """The source that `dataset` names. `key` is its config section (`data.train`), for messages.
+
+    UserError: no such file, folder or Hub data set; a file that cannot be read, is empty, or has an unknown type;
+    a split or name that the source does not have.
+    """
+    if dataset.path == STDLIB_DOCS:
+        return _open_stdlib_docs(dataset, key)
+    path = Path(os.path.expanduser(dataset.path))  # which, unlike Path's own, leaves an unknown user alone
+    if os.path.exists(path) or path.suffix in READERS or dataset.path.startswith((".", "/", "~")):
+        return _open_files(dataset, path, key)
+    return _open_hub(dataset, key)
+
+
+def load_records(dataset: DatasetConfig, source: Source, key: str, counts: Counter[str]) -> Iterator[LocatedRecord]:
+    """The records of `source`, at most `dataset.limit` of them; UserError if there are none.
+
+    Adds `read` (records) and `blank_lines` (skipped) to `counts`.
+    """
+    for located in islice(source.read(counts), dataset.limit):
+        counts["read"] += 1
+        yield located
+    if not counts["read"]:
+        raise UserError(f"{key}.path: {dataset.path} holds no records ({counts['blank_lines']} blank lines)")
+
+
+def _open_files(dataset: DatasetConfig, path: Path, key: str) -> Source:
+    if dataset.split != "train" or dataset.name is not None:
+        setting = "split" if dataset.split != "train" else "name"
+        raise UserError(f"{key}.{setting}: {path} is local and has none; name the wanted file in {key}.path")
+    files = find_files(path, f"{key}.path")
+    digest = hashlib.sha256()
+    for file in files:
+        digest.update(f"{file.name}\0{_file_digest(file)}\0".encode())
+
+    def read(counts: Counter[str]) -> Iterator[LocatedRecord]:
+        for file in files:
+            yield from read_file(file, counts)
+
+    return Source(digest.hexdigest(), read)
+
+
+def _open_stdlib_docs(dataset: DatasetConfig, key: str) -> Source:
+    if dataset.split not in stdlib_docs.SPLITS or dataset.name is not None:
+        setting = "split" if dataset.name is None else "name"
+        given = getattr(dataset, setting)
+        raise UserError(
+            f"{key}.{setting}: {STDLIB_DOCS} has no {given!r}; allowed: split {' or '.join(stdlib_docs.SPLITS)}"
+        )
+
+    def read(counts: Counter[str]) -> Iterator[LocatedRecord]:
+        for sample in stdlib_docs.load(dataset.split):
+            yield sample, f"{STDLIB_DOCS}:{sample['name']}"
+
+    return Source(f"{STDLIB_DOCS} {stdlib_docs.VERSION} of Python {sys.version}", read)
+
+
+def _open_hub(dataset: DatasetConfig, key: str) -> Source:
+    import datasets  # imported here: it costs a second, and only Hub data needs it
+
+    refusals = (OSError, ValueError, datasets.exceptions.DatasetsError)
+
+    def refuse(error: Exception) -> UserError:
+        reason = str(error).partition("\n")[0]
+        return UserError(f"{key}.path: {dataset.path!r} is no local file, and the Hub does not give it: {reason}")
+
+    try:
+        builder = datasets.load_dataset_builder(dataset.path, dataset.name)
+    except refusals as error:
+        raise refuse(error) from None
+
+    def read(counts: Counter[str]) -> Iterator[LocatedRecord]:
+        try:
+            builder.download_and_prepare()
+        except refusals as error:
+            raise refuse(error) from None
+        splits = sorted(builder.info.splits)
+        if dataset.split not in splits:
+            allowed = ", ".join(splits)
+            raise UserError(f"{key}.split: {dataset.path} has no split {dataset.split!r}; allowed: {allowed}")
+        for number, record in enumerate(builder.as_dataset(split=dataset.split), start=1):
+            yield record, f"{dataset.path} ({dataset.split}): record {number}"
+
+    # The builder's hash covers the revision on the Hub and the builder's own settings.
+    return Source(f"hub {builder.hash}", read)
+
+
+def _file_digest(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as stream:
+        while chunk := stream.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()

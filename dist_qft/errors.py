@@ -1,0 +1,57 @@
+"""Every way a run can end badly, with the exit code the shell sees.
+
+The code tells a launcher what to do next: 2, 5 and 6 must not be retried, 4 may be, 75 must be. A
+message is one or two lines: the place (file and line, or config key), what was given, what is allowed.
+"""
+
+
+class DistQFTError(Exception):
+    """Base of all expected failures; anything else is a bug of ours and exits with 1.
+
+    Attributes:
+        exit_code: what the shell sees.
+        everywhere: every rank raises this error at the same point, so one of them tells it.
+        rank_prefix: set on an error that this rank alone met after the process group existed.
+    """
+
+    exit_code = 1
+    everywhere = False
+    rank_prefix: str | None = None
+
+
+class UserError(DistQFTError):
+    """The user's mistake: config, data, command line, or parts that do not belong together."""
+
+    exit_code = 2
+
+
+class SetupError(DistQFTError):
+    """The machine or the launcher: no space, no device, no rendezvous, an unwritable folder."""
+
+    exit_code = 3
+
+
+class PeerLostError(DistQFTError):
+    """Another rank died or a collective timed out; the run may be retried."""
+
+    exit_code = 4
+
+
+class CorruptFileError(DistQFTError):
+    """A file is torn, altered or hostile: its content is not what its manifest or format says."""
+
+    exit_code = 5
+
+
+class NumericError(DistQFTError):
+    """A non-finite gradient, or replicas of the trainables that differ."""
+
+    exit_code = 6
+    everywhere = True  # decided from reduced numbers, which are equal on all ranks
+
+
+class Preempted(DistQFTError):
+    """A signal asked the run to stop; its state is saved and it wants to be requeued."""
+
+    exit_code = 75
+    everywhere = True

@@ -1,0 +1,137 @@
+"""Cross entropy summed over target tokens, without ever forming the logits.
+
+The frozen head needs no gradient of its own, so the loss and its gradient with respect to the hidden states
+can both be computed in one sweep over slices of the vocabulary, as FlashAttention sweeps over keys (here keys
+and values are both the head's rows): running maximum, running sum of exponentials, running weighted sum of
+rows. Peak memory is one slice of dequantized rows and its logits. The head is therefore read once per
+micro-batch, in the forward pass only, and a sharded head need not be gathered again in backward.
+
+With p = softmax(z), z = W h and target t:   loss = logsumexp(z) - z_t,   dloss/dh = sum_v p_v W_v - W_t.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+IGNORED = -100  # target value of tokens that carry no loss, as everywhere in this field
+
+
+class Rows(Protocol):
+    """A vocabulary table that can hand out dequantized rows."""
+
+    num_embeddings: int
+
+    def rows(self, start: int, stop: int) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class LogitMap:
+    """What a model family does to its logits: z -> cap * tanh(scale * z / cap), or scale * z without a cap."""
+
+    scale: float = 1.0
+    cap: float | None = None
+
+    def __call__(self, logits: Tensor) -> Tensor:
+        if self.scale != 1.0:
+            logits = logits * self.scale
+        return logits if self.cap is None else self.cap * torch.tanh(logits / self.cap)
+
+    def slope(self, mapped: Tensor) -> Tensor | float:
+        """Derivative of the mapped logit by the raw one, from the mapped value."""
+        return self.scale if self.cap is None else self.scale * (1.0 - (mapped / self.cap) ** 2)
+
+
+def slice_rows(tokens: int, megabytes: float) -> int:
+    """Vocabulary rows per slice such that the float32 logits of `tokens` fit in `megabytes`; at least 256."""
+    return max(256, int(megabytes * 2**20 / 4 / max(tokens, 1)))
+
+
+@torch.no_grad()
+def summed_cross_entropy(
+    hidden: Tensor, targets: Tensor, head: Rows, *, logit_map: LogitMap, slice_size: int, with_gradient: bool
+) -> tuple[Tensor, Tensor | None]:
+    """Sum of -log softmax(map(W h))[target] over tokens, and its gradient by `hidden`.
+
+    Args:
+        hidden: (tokens, dim), compute dtype; every token has a target.
+        targets: (tokens,) int64 in [0, vocabulary).
+        head: the table W of (vocabulary, dim), read slice by slice.
+        slice_size: rows of W per slice.
+        with_gradient: False skips the second matrix product (evaluation).
+
+    Returns:
+        float32 scalar, and (tokens, dim) in hidden's dtype or None.
+    """
+    tokens, _ = hidden.shape
+    maximum = torch.full((tokens,), -torch.inf, device=hidden.device)
+    total = torch.zeros(tokens, device=hidden.device)
+    target_logit = torch.zeros(tokens, device=hidden.device)
+    mean_row = torch.zeros_like(hidden, dtype=torch.float32) if with_gradient else None
+    target_row = torch.zeros_like(mean_row) if with_gradient else None
+    for start in range(0, head.num_embeddings, slice_size):
+        stop = min(start + slice_size, head.num_embeddings)
+        rows = head.rows(start, stop)
+        logits = logit_map((hidden @ rows.T).float())
+        new_maximum = torch.maximum(maximum, logits.amax(dim=1))
+        shrink = torch.exp(maximum - new_maximum)
+        inside = ((targets >= start) & (targets < stop)).nonzero().squeeze(1)
+        local = targets[inside] - start
+        target_logit[inside] = logits[inside, local]
+        if with_gradient:
+            slope = logit_map.slope(logits)
+            target_slope = slope[inside, local, None] if isinstance(slope, Tensor) else slope
+            target_row[inside] = rows[local].float() * target_slope
+        weights = logits.sub_(new_maximum[:, None]).exp_()
+        total.mul_(shrink).add_(weights.sum(dim=1))
+        if with_gradient:
+            mean_row.mul_(shrink[:, None]).add_((weights.mul_(slope).to(rows.dtype) @ rows).float())
+        maximum = new_maximum
+    loss = (maximum + total.log() - target_logit).sum()
+    if not with_gradient:
+        return loss, None
+    return loss, mean_row.div_(total[:, None]).sub_(target_row).to(hidden.dtype)
+
+
+class _KnownGradient(torch.autograd.Function):
+    """Ties a loss that was computed outside autograd to its input through an already known gradient."""
+
+    @staticmethod
+    def forward(ctx, hidden: Tensor, loss: Tensor, positions: Tensor, gradient: Tensor) -> Tensor:
+        ctx.save_for_backward(positions, gradient)
+        ctx.shape = hidden.shape
+        return loss.clone()
+
+    @staticmethod
+    def backward(ctx, grad_output: Tensor):
+        positions, gradient = ctx.saved_tensors
+        full = gradient.new_zeros(ctx.shape)
+        full.view(-1, ctx.shape[-1])[positions] = gradient * grad_output.to(gradient.dtype)
+        return full, None, None, None
+
+
+HeadLoss = Callable[[Tensor, Tensor, bool], tuple[Tensor, Tensor | None]]
+
+
+def token_loss(hidden: Tensor, targets: Tensor, head_loss: HeadLoss) -> Tensor:
+    """Loss summed over the tokens that have a target, differentiable by `hidden`.
+
+    Args:
+        hidden: (batch, length, dim) last hidden states.
+        targets: (batch, length) int64, already shifted, IGNORED where there is no loss.
+        head_loss: called once as head_loss((tokens, dim), (tokens,), with_gradient), also for no tokens at
+            all: on a sharded base every rank must take part in gathering the head.
+
+    Returns:
+        float32 scalar; exactly 0 (with zero gradient) when no token has a target.
+    """
+    flat_targets = targets.reshape(-1)
+    positions = (flat_targets != IGNORED).nonzero().squeeze(1)
+    chosen = hidden.detach().reshape(-1, hidden.shape[-1])[positions]
+    needs_gradient = torch.is_grad_enabled() and hidden.requires_grad
+    loss, gradient = head_loss(chosen, flat_targets[positions], needs_gradient)
+    if not needs_gradient:
+        return loss
+    return _KnownGradient.apply(hidden, loss, positions, gradient)

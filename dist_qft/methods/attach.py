@@ -1,0 +1,135 @@
+"""All adapters of a model: a module tree of its own that hooks onto the base's linear layers from outside.
+
+The base's module tree never holds a trainable, so any engine may shard it whole, and the adapters stay ordinary
+parameters under every engine. Attach before anything renames the base's modules (checkpoint wrappers, compile).
+Not here: the flat fp32 buffer that the parameters become views of, and reading or writing files.
+"""
+
+import hashlib
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+from torch.utils.hooks import RemovableHandle
+
+from dist_qft.errors import UserError
+from dist_qft.methods.schedule import TileSettings
+from dist_qft.methods.tile_adapter import TileAdapter
+
+
+class AdapterSet(nn.Module):
+    """Adapters by the path of the linear layer they change, in model order.
+
+    Train and eval mode are this module's own: `model.eval()` does not reach the adapters' dropout.
+    """
+
+    def __init__(self, adapters: Mapping[str, TileAdapter]) -> None:
+        super().__init__()
+        if not adapters:
+            raise UserError("method: no layer has an adapter, there is nothing to train")
+        # A ModuleDict key may not hold a dot; a module path never holds a slash.
+        self._adapters = nn.ModuleDict({path.replace(".", "/"): adapter for path, adapter in adapters.items()})
+        self._handles: list[RemovableHandle] = []
+        self._enabled = True
+
+    @classmethod
+    def build(cls, plan: Mapping[str, TileSettings], seed: int) -> "AdapterSet":
+        """Fresh adapters on the CPU for `plan` (from `plan_adapters`).
+
+        Each adapter's values depend on (seed, path) alone: not on order, device, world size or the other adapters.
+        """
+        return cls({path: TileAdapter(settings, _generator(seed, path)) for path, settings in plan.items()})
+
+    @property
+    def by_path(self) -> dict[str, TileAdapter]:
+        """The adapters by layer path, in model order."""
+        return {key.replace("/", "."): adapter for key, adapter in self._adapters.items()}
+
+    def named_tensors(self) -> list[tuple[str, nn.Parameter]]:
+        """("model.layers.0.self_attn.q_proj.A", parameter) for every trainable.
+
+        The order is part of the checkpoint contract: the plan's order of layers, which is model order, and within
+        a layer A before B.
+        """
+        return [
+            (f"{path}.{name}", parameter)
+            for path, adapter in self.by_path.items()
+            for name, parameter in adapter.named_parameters()
+        ]
+
+    @torch.no_grad()
+    def load_tensors(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Copy values into the parameters, in place; names and shapes must be those of `named_tensors`.
+
+        Raises UserError that names every missing, unexpected or misshapen tensor; nothing is changed then.
+        """
+        own = dict(self.named_tensors())
+        faults = [f"missing {name}" for name in own if name not in tensors]
+        faults += [f"unexpected {name}" for name in tensors if name not in own]
+        for name, parameter in own.items():
+            given = tensors.get(name)
+            if given is not None and given.shape != parameter.shape:
+                faults.append(f"{name} has shape {list(given.shape)}, need {list(parameter.shape)}")
+            elif given is not None and not given.is_floating_point():
+                faults.append(f"{name} has dtype {given.dtype}, need a floating-point type")
+        if faults:
+            raise UserError(f"adapter tensors do not fit: {'; '.join(faults)}")
+        for name, parameter in own.items():
+            parameter.copy_(tensors[name])
+
+    def attach(self, model: nn.Module) -> list[RemovableHandle]:
+        """Hook every adapter onto the module of `model` at its path; returns the hooks' handles.
+
+        A hooked module is called with its input x (..., in_features) as the first positional argument and returns
+        (..., out_features); the hook returns that output with the adapter's added. Raises UserError for a path
+        that the model lacks or a module of other sizes, before any hook is placed.
+        """
+        if self._handles:
+            raise RuntimeError("AdapterSet.attach: already attached; call detach() first")
+        modules = dict(model.named_modules())
+        adapters = self.by_path
+        faults = [fault for path, adapter in adapters.items() if (fault := _misfit(path, adapter, modules.get(path)))]
+        if faults:
+            raise UserError(f"adapters do not fit this model: {'; '.join(faults)}")
+        self._handles = [modules[path].register_forward_hook(self._hook(adapter)) for path, adapter in adapters.items()]
+        return self._handles
+
+    def detach(self) -> None:
+        """Remove the hooks: the base computes as if it had never been touched."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+
+    @contextmanager
+    def disabled(self) -> Iterator[None]:
+        """Inside, the hooked model is the base model."""
+        before, self._enabled = self._enabled, False
+        try:
+            yield
+        finally:
+            self._enabled = before
+
+    def _hook(self, adapter: TileAdapter) -> Callable[..., torch.Tensor | None]:
+        def add_adapter(module: nn.Module, args: tuple[torch.Tensor], output: torch.Tensor) -> torch.Tensor | None:
+            return adapter.add_to(output, args[0]) if self._enabled else None
+
+        return add_adapter
+
+
+def _generator(seed: int, path: str) -> torch.Generator:
+    """A generator for one adapter: the seed and the path hashed together."""
+    digest = hashlib.sha256(f"{seed}:{path}".encode()).digest()
+    # 32 bits: torch's CPU generator keeps no more of its seed.
+    return torch.Generator().manual_seed(int.from_bytes(digest[:4], "little"))
+
+
+def _misfit(path: str, adapter: TileAdapter, module: nn.Module | None) -> str | None:
+    """Why an adapter cannot sit on a module, or None."""
+    if module is None:
+        return f"{path} does not exist"
+    sizes = [getattr(module, "in_features", None), getattr(module, "out_features", None)]
+    if None in sizes:
+        return f"{path} is a {type(module).__name__}, not a linear layer"
+    wanted = [adapter.settings.in_features, adapter.settings.out_features]
+    return None if sizes == wanted else f"{path} maps {sizes[0]} -> {sizes[1]}, the adapter {wanted[0]} -> {wanted[1]}"

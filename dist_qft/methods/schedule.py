@@ -1,0 +1,280 @@
+"""Which linear layer gets which adapter: from the config's `method` section to one `TileSettings` per layer.
+
+Pure arithmetic on names and sizes: no torch, no weights, so `validate` can run it on a model's config.json
+alone. The four methods are rows of one small table and one formula in `tile_adapter`, not classes.
+"""
+
+import difflib
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from pydantic import Field, ValidationError, model_validator
+
+from dist_qft.config.schema import Fraction, MethodConfig, MethodName, Positive, ScheduleRule, Section
+from dist_qft.errors import UserError
+
+# What shapes each method's tile, its default, and the sizes of a layer that it must divide.
+_FACTORS: dict[MethodName, dict[str, tuple[int, tuple[str, ...]]]] = {
+    "qlora": {},
+    "qbara": {"balance": (2, ("in_features", "out_features"))},
+    "qalora": {"pool": (32, ("in_features",))},
+    "qahira": {"pool": (4, ("in_features",)), "repeat": (8, ("out_features",))},
+}
+_KNOBS = ("rank", "alpha", "balance", "pool", "repeat")
+
+# A parent module's name decides the group (self_attn.dense and mlp.dense differ); the layer's own name
+# decides where the parent says nothing (OPT's fc1 and fc2 sit directly in the decoder layer).
+_GROUP_PARENTS = {"attention": ("attn", "attention"), "mlp": ("mlp", "ffn", "feed_forward")}
+_GROUP_LAYERS = {
+    "attention": ("q_proj", "k_proj", "v_proj", "o_proj", "out_proj", "qkv_proj", "query_key_value"),
+    "mlp": ("gate_proj", "up_proj", "down_proj", "gate_up_proj", "fc1", "fc2"),
+}
+_EVERYTHING = ("all", "all-linear")
+
+
+@dataclass(frozen=True)
+class LinearShape:
+    """A linear layer as the schedule sees it.
+
+    `path` is its dotted module path ("model.layers.3.self_attn.q_proj"), `depth` the index of its decoder
+    layer, or None for a layer outside the decoder stack.
+    """
+
+    path: str
+    in_features: int
+    out_features: int
+    depth: int | None
+
+
+class TileSettings(Section):
+    """Everything that defines one layer's adapter except its values.
+
+    dW = tile_scale * M (x) ones(repeat, pool), with M = A or M = B A. `rank` is the nominal rank r: it sets the
+    scale alpha / r, while `inner`, the number of rows of A when there is a B, may be a multiple of it (None: the
+    single matrix of QA-HiRA). Construction raises ValueError when pool or repeat does not divide the layer.
+    """
+
+    in_features: Positive
+    out_features: Positive
+    pool: Positive
+    repeat: Positive
+    rank: Positive
+    alpha: float = Field(gt=0)
+    inner: Positive | None
+    pool_mode: Literal["mean", "sum"] = "mean"
+    dropout: Fraction = 0.0
+
+    @model_validator(mode="after")
+    def _tiles_fill_the_layer(self) -> "TileSettings":
+        for factor, size in (("pool", "in_features"), ("repeat", "out_features")):
+            if getattr(self, size) % getattr(self, factor):
+                raise ValueError(f"{factor} {getattr(self, factor)} does not divide {size} {getattr(self, size)}")
+        return self
+
+    @property
+    def scale(self) -> float:
+        """alpha / r, the factor of LoRA."""
+        return self.alpha / self.rank
+
+    @property
+    def tile_scale(self) -> float:
+        """Factor from M to the value of a tile of dW: alpha / r, and 1 / pool when inputs are averaged."""
+        return self.scale / self.pool if self.pool_mode == "mean" else self.scale
+
+    @property
+    def parameters(self) -> int:
+        """Number of trainable values."""
+        return sum(rows * columns for rows, columns in self.shapes().values())
+
+    def shapes(self) -> dict[str, tuple[int, int]]:
+        """Shape (rows, columns) of each trainable matrix, "A" first."""
+        tiles_in, tiles_out = self.in_features // self.pool, self.out_features // self.repeat
+        if self.inner is None:
+            return {"A": (tiles_out, tiles_in)}
+        return {"A": (self.inner, tiles_in), "B": (tiles_out, self.inner)}
+
+    def to_dict(self) -> dict[str, object]:
+        """As plain JSON values, for `adapter_config.json`."""
+        return self.model_dump()
+
+    @classmethod
+    def from_dict(cls, fields: object, where: str = "adapter settings") -> "TileSettings":
+        """The inverse of `to_dict`; `where` names the source in the UserError that lists what is wrong."""
+        try:
+            return cls.model_validate(fields)
+        except ValidationError as error:
+            faults = [": ".join([*map(str, fault["loc"]), fault["msg"]]) for fault in error.errors()]
+            raise UserError(f"{where}: {'; '.join(faults)}") from None
+
+
+@dataclass
+class _Draft:
+    """A targeted layer while the rules are applied: each knob's value and the config key it came from."""
+
+    layer: LinearShape
+    values: dict[str, Any]
+    keys: dict[str, str]
+    skip: bool = False
+
+
+def layer_type(path: str) -> str:
+    """The last component of a module path: "q_proj"."""
+    return path.rpartition(".")[2]
+
+
+def layer_group(path: str) -> str | None:
+    """The group of a layer, "attention" or "mlp", or None when neither its parents nor its own name tell."""
+    *parents, name = path.split(".")
+    for parent in reversed(parents):
+        for group, marks in _GROUP_PARENTS.items():
+            if any(mark in parent for mark in marks):
+                return group
+    return next((group for group, names in _GROUP_LAYERS.items() if name in names), None)
+
+
+def method_defaults(name: MethodName) -> dict[str, int]:
+    """The tile factors that a method uses, with their defaults; a factor that is not a key is not used."""
+    return {knob: default for knob, (default, _) in _FACTORS[name].items()}
+
+
+def effective(method: MethodConfig) -> tuple[int, int, int]:
+    """(pool, repeat, balance) of a layer that no schedule rule touches."""
+    return _tile_factors({**method_defaults(method.name), **_given(method)})
+
+
+def plan_adapters(method: MethodConfig, layers: list[LinearShape]) -> dict[str, TileSettings]:
+    """Settings of every adapter by layer path, in the order of `layers` (model order).
+
+    `method.targets` selects layers, then the schedule's rules apply in order and later rules win, setting by
+    setting; `skip: true` drops a layer until a later rule says `skip: false`. For QA-HiRA the rank has no part
+    in any shape, it only sets the scale alpha / rank.
+
+    Raises UserError for: a selection or rule that matches nothing, a setting the method does not use, a depth
+    outside the model, and, all layers gathered into one error, factors that do not divide a layer's sizes.
+    """
+    if not layers:
+        raise UserError("method.targets: the model has no linear layer that could carry an adapter")
+    _refuse_unused(method.name, _given(method), "method")
+    values = {**method_defaults(method.name), **_given(method)}
+    keys = {knob: f"method.{knob}" for knob in values}
+    targets = _select(method.targets, layers, "method.targets")
+    drafts = [_Draft(layer, dict(values), dict(keys)) for layer in targets]
+    for index, rule in enumerate(method.schedule):
+        _apply(rule, f"method.schedule.{index}", method.name, drafts, layers)
+    drafts = [draft for draft in drafts if not draft.skip]
+    if not drafts:
+        raise UserError("method.schedule: every targeted layer is skipped, nothing is left to train")
+    faults = _indivisible(method.name, drafts)
+    if faults:
+        raise UserError("\n".join(faults))
+    return {draft.layer.path: _settings(method, draft) for draft in drafts}
+
+
+def _given(section: MethodConfig | ScheduleRule) -> dict[str, Any]:
+    """The knobs that a config section sets."""
+    return {knob: value for knob in _KNOBS if (value := getattr(section, knob)) is not None}
+
+
+def _refuse_unused(name: MethodName, knobs: Iterable[str], key: str) -> None:
+    used = ["rank", "alpha", *_FACTORS[name]]
+    for knob in knobs:
+        if knob not in used:
+            raise UserError(f"{key}.{knob}: {name} does not use it; {name} has {', '.join(used)}")
+
+
+def _matches(selector: str, layer: LinearShape) -> bool:
+    return selector in (*_EVERYTHING, layer_type(layer.path), layer_group(layer.path))
+
+
+def _select(selectors: str | list[str], layers: list[LinearShape], key: str) -> list[LinearShape]:
+    """The layers that any selector matches; each selector must match one, so that a typo cannot pass."""
+    selectors = [selectors] if isinstance(selectors, str) else selectors
+    types = list(dict.fromkeys(layer_type(layer.path) for layer in layers))
+    known = f"linear layers of this model: {', '.join(types)}"
+    if not selectors:
+        raise UserError(f"{key}: the list is empty; {known}")
+    for selector in selectors:
+        if not any(_matches(selector, layer) for layer in layers):
+            near = difflib.get_close_matches(selector, [*types, *_GROUP_PARENTS, *_EVERYTHING], n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            raise UserError(f"{key}: {selector!r} matches no layer; {known}{hint}")
+    return [layer for layer in layers if any(_matches(selector, layer) for selector in selectors)]
+
+
+def _apply(rule: ScheduleRule, key: str, name: MethodName, drafts: list[_Draft], layers: list[LinearShape]) -> None:
+    """Write one rule's settings into the drafts that it selects."""
+    knobs = _given(rule)
+    sets_skip = "skip" in rule.model_fields_set
+    _refuse_unused(name, knobs, key)
+    if not knobs and not sets_skip:
+        raise UserError(f"{key}: the rule sets nothing; give {', '.join(['rank', 'alpha', *_FACTORS[name]])} or skip")
+    if knobs and rule.skip:
+        raise UserError(f"{key}: skip leaves no use for {', '.join(knobs)}; give one or the other")
+    selected = set(_select(rule.layers, layers, f"{key}.layers")) & _in_depth(rule.depth, layers, f"{key}.depth")
+    matched = [draft for draft in drafts if draft.layer in selected]
+    if not matched:
+        raise UserError(f"{key}: matches none of the layers that method.targets selects")
+    for draft in matched:
+        draft.values.update(knobs)
+        draft.keys.update({knob: f"{key}.{knob}" for knob in knobs})
+        if sets_skip:
+            draft.skip = rule.skip
+
+
+def _in_depth(depth: list[int] | None, layers: list[LinearShape], key: str) -> set[LinearShape]:
+    """The layers of decoder layers first to last, both included; all layers for None."""
+    if depth is None:
+        return set(layers)
+    first, last = depth
+    deepest = max((layer.depth for layer in layers if layer.depth is not None), default=-1)
+    if not first <= last <= deepest:
+        raise UserError(f"{key}: got [{first}, {last}], need first <= last <= {deepest}, the last decoder layer")
+    return {layer for layer in layers if layer.depth is not None and first <= layer.depth <= last}
+
+
+def _indivisible(name: MethodName, drafts: list[_Draft]) -> list[str]:
+    """One line for each kind of layer (same type, sizes and setting) with a size that a factor does not divide."""
+    cases: dict[tuple[str, int, tuple[str, ...], tuple[int, ...], str], list[str]] = {}
+    for draft in drafts:
+        for knob, (_, dimensions) in _FACTORS[name].items():
+            factor = draft.values[knob]
+            sizes = tuple(getattr(draft.layer, dimension) for dimension in dimensions)
+            if math.gcd(*sizes) % factor:
+                case = (draft.keys[knob], factor, dimensions, sizes, layer_type(draft.layer.path))
+                cases.setdefault(case, []).append(draft.layer.path)
+    lines = []
+    for (key, factor, dimensions, sizes, kind), paths in cases.items():
+        named = " and ".join(f"{dimension} {size}" for dimension, size in zip(dimensions, sizes, strict=True))
+        nearest = " or ".join(map(str, _nearest_divisors(factor, math.gcd(*sizes))))
+        where = paths[0] if len(paths) == 1 else f"{paths[0]} and {len(paths) - 1} more {kind}"
+        lines.append(f"{key}: {factor} does not divide {named} of {where}; nearest that does: {nearest}")
+    return lines
+
+
+def _nearest_divisors(factor: int, size: int) -> list[int]:
+    """The largest divisor of `size` below `factor`, then the smallest above it if there is one."""
+    divisors = [divisor for divisor in range(1, size + 1) if size % divisor == 0]
+    return [max(d for d in divisors if d < factor), *[d for d in divisors if d > factor][:1]]
+
+
+def _tile_factors(values: dict[str, Any]) -> tuple[int, int, int]:
+    """(pool, repeat, balance): Q-BaRA's balance is both factors, what a method does not use is 1."""
+    balance = values.get("balance", 1)
+    return values.get("pool", balance), values.get("repeat", balance), balance
+
+
+def _settings(method: MethodConfig, draft: _Draft) -> TileSettings:
+    pool, repeat, balance = _tile_factors(draft.values)
+    return TileSettings(
+        in_features=draft.layer.in_features,
+        out_features=draft.layer.out_features,
+        pool=pool,
+        repeat=repeat,
+        rank=draft.values["rank"],
+        alpha=draft.values["alpha"],
+        inner=None if method.name == "qahira" else balance * draft.values["rank"],
+        pool_mode=method.pool_mode,
+        dropout=method.dropout,
+    )

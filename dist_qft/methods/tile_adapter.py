@@ -1,0 +1,108 @@
+"""The tile adapter: one trainable module for Q-BaRA, QA-HiRA, QLoRA and QA-LoRA, and the exact dW it stands for.
+
+    y = base(x) + s * repeat( [B] A dropout( pool(x) ) )     <=>     dW = t * M (x) ones(k, p),  M = A or B A
+
+`pool` averages (or sums) p neighbouring inputs, `repeat` copies each output k times, s = alpha / r, and t is s / p for
+the mean and s for the sum: dW is constant on tiles of k outputs by p inputs. Sources: Q-BaRA and QA-HiRA, arXiv
+2407.17029 with the authors' code (mean pool, repeat_interleave, nominal r in the scale); QA-LoRA, arXiv 2309.14717,
+Algorithm 1; LoRA, arXiv 2106.09685. Not here: which layer gets which settings (`schedule`), hooks (`attach`).
+
+The lower half of the file knows dW only by its formula, never through the forward pass, so merges and tests
+may use it as an independent reference.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from dist_qft.errors import UserError
+from dist_qft.methods.schedule import TileSettings
+
+
+class TileAdapter(nn.Module):
+    """Trainable update of one linear layer d_in -> d_out.
+
+    Parameters, fp32 masters whatever the compute dtype is:
+        A: (inner, d_in / p), or (d_out / k, d_in / p) when it is the single matrix.
+        B: (d_out / k, inner), or None.
+
+    Kept for backward per call: the pooled input (d_in / p per token), the inner activation, and copies of A and B
+    if they had to be cast; never x itself unless p = 1. Dropout follows this module's own `training` flag.
+    """
+
+    A: nn.Parameter
+    B: nn.Parameter | None
+
+    def __init__(self, settings: TileSettings, generator: torch.Generator | None = None) -> None:
+        super().__init__()
+        self.settings = settings
+        shapes = settings.shapes()
+        for name in ("A", "B"):
+            values = nn.Parameter(torch.empty(shapes[name], dtype=torch.float32)) if name in shapes else None
+            self.register_parameter(name, values)
+        self.reset_parameters(generator)
+
+    def reset_parameters(self, generator: torch.Generator | None = None) -> None:
+        """Start at dW = 0, as a pure function of the generator's state.
+
+        With a B: A Kaiming uniform, B zero, PEFT's default. A single matrix is zero: QA-HiRA's published code has
+        no working initialization, and zero is the only start at the base model. It still trains, because its
+        gradient does not pass through another zero matrix.
+        """
+        if self.B is None:
+            nn.init.zeros_(self.A)
+        else:
+            nn.init.kaiming_uniform_(self.A, a=math.sqrt(5), generator=generator)
+            nn.init.zeros_(self.B)
+
+    def delta(self, x: torch.Tensor) -> torch.Tensor:
+        """One value per tile of outputs: (..., d_in) -> (..., d_out / k), computed in x's dtype."""
+        settings = self.settings
+        if settings.pool > 1:
+            x = x.unflatten(-1, (-1, settings.pool)).sum(-1)  # the mean's 1 / p is in tile_scale
+        x = F.dropout(x, settings.dropout, self.training)
+        # Scaled here, on the narrowest activation.
+        update = F.linear(x, self.A.to(x.dtype)) * settings.tile_scale
+        return update if self.B is None else F.linear(update, self.B.to(x.dtype))
+
+    def add_to(self, y: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        """The adapted output (..., d_out) in y's dtype, from the base's output y and its input x (..., d_in)."""
+        delta = self.delta(x).to(y.dtype)
+        if self.settings.repeat == 1:
+            return y + delta
+        # Broadcasting over a view of y repeats delta without a (..., d_out) copy of it.
+        return (y.unflatten(-1, (-1, self.settings.repeat)) + delta.unsqueeze(-1)).flatten(-2)
+
+
+@torch.no_grad()
+def tile_values(adapter: TileAdapter, dtype: torch.dtype = torch.float64) -> torch.Tensor:
+    """The value of each tile of dW, (d_out / k, d_in / p), computed in `dtype`: what a merge adds to a block."""
+    matrix = adapter.A.to(dtype)
+    if adapter.B is not None:
+        matrix = adapter.B.to(dtype) @ matrix
+    return matrix * adapter.settings.tile_scale
+
+
+@torch.no_grad()
+def exact_dW(adapter: TileAdapter, dtype: torch.dtype = torch.float64) -> torch.Tensor:
+    """The whole update dW (d_out, d_in), computed in `dtype`, by its Kronecker form."""
+    settings = adapter.settings
+    values = tile_values(adapter, dtype)
+    return torch.kron(values, values.new_ones(settings.repeat, settings.pool))
+
+
+@torch.no_grad()
+def lora_factors(adapter: TileAdapter) -> tuple[torch.Tensor, torch.Tensor]:
+    """Plain LoRA matrices A' (inner, d_in) and B' (d_out, inner), fp32, with dW = alpha / r * B' A'.
+
+    Raises UserError for a single matrix: it is not a product of two narrow ones.
+    """
+    settings = adapter.settings
+    if adapter.B is None:
+        raise UserError("adapter: a single-matrix adapter (qahira) is no LoRA pair; merge it, or export its own format")
+    wide = adapter.A.repeat_interleave(settings.pool, dim=1)
+    if settings.pool_mode == "mean":
+        wide = wide / settings.pool
+    return wide, adapter.B.repeat_interleave(settings.repeat, dim=0)

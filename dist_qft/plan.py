@@ -1,0 +1,266 @@
+"""What a config would train, hold and move, worked out from shapes alone.
+
+No weight is read and no process group is needed: the base is built on the meta device from its configuration.
+The plan is plain data, printed as tables or as JSON. Counts are exact; what depends on the data set (steps per
+epoch) or on the allocator (peak memory) is not in it.
+"""
+
+import json
+import math
+from collections import Counter
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from dist_qft.assemble import compute_dtype, linear_shapes
+from dist_qft.base_model.skeleton import BaseModel, build_skeleton
+from dist_qft.config.check import accumulation_steps, config_warnings
+from dist_qft.config.schema import RunConfig, TrainConfig
+from dist_qft.methods.schedule import LinearShape, TileSettings, layer_type, plan_adapters
+from dist_qft.quant.contract import Format
+from dist_qft.quant.frozen import FrozenWeight
+from dist_qft.sharding.engine import parameter_owners
+
+# The packed tensor that has one entry for each block, whatever the format.
+_PER_BLOCK = ("absmax", "absmax_codes", "scale")
+
+
+def make_plan(config: RunConfig, world_size: int) -> dict[str, Any]:
+    """The plan of `config` on `world_size` ranks as JSON-able data; every `_bytes` value is in bytes.
+
+    * base_bytes_per_rank: what the fullest rank holds. With `fsdp` each packed tensor is cut on dim 0 into parts
+      of ceil(rows / N) rows; with `replicated` it is all of base_bytes.
+    * gather_bytes_per_micro_batch: what one rank receives, by the formula of `dist_qft.sharding.fsdp`:
+      (N-1)/N * (embedding + LM head + 2 * rest), the tied embedding counted for both its uses and the rest once
+      if layers are not resharded. 0 with `replicated`.
+    * gather_bytes_per_step: that times the accumulation steps.
+    * reduce_bytes_per_step: 4 * trainable parameters, the fp32 gradient buffer without its small header.
+    * checkpoint_bytes: adapter (fp32) and optimizer state.
+
+    Raises:
+        UserError: unknown model, a shape that a format or adapter cannot hold, a selection that matches no layer,
+            or a batch that does not divide over the ranks.
+    """
+    accumulation = accumulation_steps(config, world_size)
+    dtype = compute_dtype(config.train.precision, _device(config))
+    base = build_skeleton(config.model, config.quantization, dtype)
+    layers = linear_shapes(base)
+    adapters = plan_adapters(config.method, layers)
+    trainable = sum(settings.parameters for settings in adapters.values())
+    optimizer_bytes = _optimizer_bytes(config.train, trainable)
+    tensors = _base_tensors(base)
+    shards = 1 if config.sharding.engine == "replicated" else world_size
+    gathered = _gather_bytes(base, shards, reshard=config.sharding.reshard_after_forward)
+    return {
+        "model": {
+            "path": config.model.path,
+            "type": base.config.model_type,
+            "decoder_layers": len(base.layers),
+            "vocab_size": base.vocab_size,
+            "compute_dtype": str(base.dtype).removeprefix("torch."),
+        },
+        "method": config.method.name,
+        "engine": config.sharding.engine,
+        "world_size": world_size,
+        "trainable_parameters": trainable,
+        "trainable_parameters_by_layer_type": _by_layer_type(adapters),
+        "trainable_parameters_by_depth": _by_depth(adapters, layers),
+        "adapters": _adapter_rows(adapters),
+        "base_bytes": _padded_bytes(tensors, 1),
+        "base_bytes_per_rank": _padded_bytes(tensors, shards) // shards,
+        "base_formats": _format_rows(base),
+        "gather_bytes_per_micro_batch": gathered,
+        "gather_bytes_per_step": gathered * accumulation,
+        "reduce_bytes_per_step": 4 * trainable,
+        "optimizer_bytes": optimizer_bytes,
+        "checkpoint_bytes": 4 * trainable + optimizer_bytes,
+        "batch": {
+            "global_batch_size": config.train.global_batch_size,
+            "per_device_train_batch_size": config.train.per_device_train_batch_size,
+            "accumulation_steps": accumulation,
+            "max_length": config.data.max_length if config.data else None,
+        },
+        "optimization": _optimization(config.train),
+        "warnings": config_warnings(config) + base.notes,
+    }
+
+
+def print_plan(plan: dict[str, Any], *, as_json: bool = False) -> None:
+    """Write a plan to standard output: as tables, or as one JSON document and nothing else."""
+    if as_json:
+        print(json.dumps(plan, indent=2))
+        return
+    console = Console(highlight=False)
+    console.print(_summary_table(plan))
+    console.print(_rows_table("adapters", plan["adapters"]))
+    console.print(_rows_table("base", plan["base_formats"]))
+    for warning in plan["warnings"]:
+        console.print(f"warning: {warning}", markup=False, soft_wrap=True)
+
+
+def _device(config: RunConfig) -> torch.device:
+    """The device the run would use; unlike the run's own choice, a plan for GPUs needs none."""
+    setting = config.sharding.device
+    if setting == "auto":
+        setting = "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.device(setting)
+
+
+def _base_tensors(base: BaseModel) -> list[Tensor]:
+    return [getattr(module, name) for module, name in parameter_owners(base.units)]
+
+
+def _padded_bytes(tensors: Iterable[Tensor], shards: int) -> int:
+    """Bytes of tensors whose dim 0 is rounded up to a multiple of `shards`."""
+    return sum(math.ceil(tensor.shape[0] / shards) * shards * tensor[0].nbytes for tensor in tensors)
+
+
+def _gather_bytes(base: BaseModel, shards: int, *, reshard: bool) -> int:
+    tables = _padded_bytes((tensor for table in base.units.tables for tensor in table.parameters()), shards)
+    rest = _padded_bytes(_base_tensors(base), shards) - tables
+    uses, passes = 1 + base.tied, 1 + reshard
+    return (uses * tables + passes * rest) // shards * (shards - 1)
+
+
+def _optimizer_bytes(train: TrainConfig, trainable: int) -> int:
+    """Two moments for each trainable: fp32, or 8 bits with an fp32 constant for every 256 (bitsandbytes)."""
+    if train.optim == "paged_adamw_8bit":
+        return 2 * (trainable + 4 * math.ceil(trainable / 256))
+    return 2 * 4 * trainable
+
+
+def _optimization(train: TrainConfig) -> dict[str, Any]:
+    warmup_steps = train.warmup_steps
+    if warmup_steps is None and train.max_steps is not None:
+        warmup_steps = math.ceil(train.warmup_ratio * train.max_steps)
+    return {
+        "optim": train.optim,
+        "learning_rate": train.learning_rate,
+        "lr_scheduler_type": train.lr_scheduler_type,
+        "max_steps": train.max_steps,
+        "num_train_epochs": train.num_train_epochs if train.max_steps is None else None,
+        "warmup_steps": warmup_steps,
+        "max_grad_norm": train.max_grad_norm,
+        "weight_decay": train.weight_decay,
+    }
+
+
+def _by_layer_type(adapters: dict[str, TileSettings]) -> dict[str, int]:
+    counts: Counter[str] = Counter()
+    for path, settings in adapters.items():
+        counts[layer_type(path)] += settings.parameters
+    return dict(counts)
+
+
+def _by_depth(adapters: dict[str, TileSettings], layers: list[LinearShape]) -> list[int]:
+    """Trainable parameters of each decoder layer, from the first."""
+    counts: Counter[int | None] = Counter({layer.depth: 0 for layer in layers})
+    for layer in layers:
+        if layer.path in adapters:
+            counts[layer.depth] += adapters[layer.path].parameters
+    return [counts[depth] for depth in sorted(counts)]
+
+
+def _adapter_rows(adapters: dict[str, TileSettings]) -> list[dict[str, Any]]:
+    """One row for each kind of adapter: layers of one type, size and setting."""
+    kinds = Counter((layer_type(path), settings) for path, settings in adapters.items())
+    return [
+        {
+            "layer_type": name,
+            "layers": count,
+            "shape": [settings.out_features, settings.in_features],
+            "tile": [settings.repeat, settings.pool],
+            "max_rank": min(value for shape in settings.shapes().values() for value in shape),
+            "scale": settings.scale,
+            "parameters": count * settings.parameters,
+        }
+        for (name, settings), count in kinds.items()
+    ]
+
+
+def _format_rows(base: BaseModel) -> list[dict[str, Any]]:
+    """One row for each format of the base, and one for the tensors that have none (norms, biases)."""
+    frozen: dict[Format, list[FrozenWeight]] = {}
+    for module in [*base.linears.values(), *base.units.tables]:
+        frozen.setdefault(module.format, []).append(module)
+    rows = []
+    for format, modules in frozen.items():
+        packed = [format.packed_shapes(module.weight_shape) for module in modules]
+        rows.append(
+            {
+                "format": format.describe(),
+                "tensors": len(modules),
+                "weights": sum(math.prod(module.weight_shape) for module in modules),
+                "blocks": sum(math.prod(each[name][0]) for each in packed for name in _PER_BLOCK if name in each),
+                "bytes": sum(format.bytes_of(module.weight_shape, base.dtype.itemsize) for module in modules),
+            }
+        )
+    plain = [
+        getattr(module, name)
+        for module, name in parameter_owners(base.units)
+        if name == "bias" or not isinstance(module, FrozenWeight)
+    ]
+    total = sum(tensor.numel() for tensor in plain)
+    size = sum(tensor.nbytes for tensor in plain)
+    rest = {"format": {"name": "norms, biases"}, "tensors": len(plain), "weights": total, "blocks": 0, "bytes": size}
+    return [*rows, rest]
+
+
+def _summary_table(plan: dict[str, Any]) -> Table:
+    model, batch, optimization = plan["model"], plan["batch"], plan["optimization"]
+    length = f"{optimization['max_steps']} steps"
+    if optimization["max_steps"] is None:
+        length = f"{optimization['num_train_epochs']:g} epochs"
+    table = Table(title="plan", title_justify="left", show_header=False)
+    for name, value in {
+        "model": f"{model['path']} ({model['type']}, {model['decoder_layers']} layers, {model['compute_dtype']})",
+        "method": f"{plan['method']}, {plan['trainable_parameters']:,} trainable parameters",
+        "ranks": f"{plan['world_size']} x {plan['engine']}",
+        "base": f"{_size(plan['base_bytes'])}, {_size(plan['base_bytes_per_rank'])} per rank",
+        "gathered": f"{_size(plan['gather_bytes_per_micro_batch'])} per rank and micro-batch, "
+        f"{_size(plan['gather_bytes_per_step'])} per step",
+        "reduced": f"{_size(plan['reduce_bytes_per_step'])} per step",
+        "optimizer": f"{optimization['optim']}, {_size(plan['optimizer_bytes'])} per rank",
+        "checkpoint": _size(plan["checkpoint_bytes"]),
+        "batch": f"{batch['global_batch_size']} = {batch['per_device_train_batch_size']} x "
+        f"{plan['world_size']} ranks x {batch['accumulation_steps']} accumulation",
+        "schedule": f"{length}, learning rate {optimization['learning_rate']:g} {optimization['lr_scheduler_type']}",
+    }.items():
+        table.add_row(name, value)
+    return table
+
+
+def _rows_table(title: str, rows: list[dict[str, Any]]) -> Table:
+    """A table of dictionaries with the same keys: numbers to the right, bytes in units."""
+    table = Table(title=title, title_justify="left")
+    for key, value in rows[0].items():
+        table.add_column(key.replace("_", " "), justify="left" if isinstance(value, str | dict) else "right")
+    for row in rows:
+        table.add_row(*(_cell(key, value) for key, value in row.items()))
+    return table
+
+
+def _cell(key: str, value: Any) -> str:
+    match value:
+        case _ if key == "bytes":
+            return _size(value)
+        case int():
+            return f"{value:,}"
+        case float():
+            return f"{value:g}"
+        case list():
+            return " x ".join(map(str, value))
+        case {"name": name, **settings}:
+            return " ".join([name, *(f"{setting}={each}" for setting, each in settings.items())])
+    return str(value)
+
+
+def _size(count: int) -> str:
+    for unit, size in (("GiB", 1 << 30), ("MiB", 1 << 20), ("KiB", 1 << 10)):
+        if count >= size:
+            return f"{count / size:.2f} {unit}"
+    return f"{count} B"

@@ -1,0 +1,173 @@
+"""What a frozen format is: the contract that every format keeps, and the arithmetic that they share.
+
+A format describes and converts one 2-D weight (out_features, in_features). Its packed tensors are ordinary, separately
+named tensors whose dim 0 runs over output rows (or row blocks), so an engine shards each of them on dim 0 without
+knowing what it holds. Formats are immutable and hold no tensors: the modules in `frozen.py` do.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping
+from math import prod
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from dist_qft.errors import UserError
+
+Shape = tuple[int, int]
+PackedShapes = dict[str, tuple[tuple[int, ...], torch.dtype | None]]
+
+# Weights converted at a time. It bounds the float32 temporaries to a few MiB on a CPU, where a chunk also stays in
+# cache; a GPU wants fewer, larger kernels.
+_CPU_CHUNK = 1 << 20
+_ACCELERATOR_CHUNK = 1 << 24
+
+
+class Format(ABC):
+    """How one weight of shape (out_features, in_features) is stored, and how it comes back."""
+
+    name: ClassVar[str]
+
+    @property
+    def row_local(self) -> bool:
+        """Whether rows (aligned to `row_alignment`) quantized alone get the same bits as within the whole weight."""
+        return True
+
+    @property
+    def row_alignment(self) -> int:
+        """Rows that share constants: a range of rows can stand alone if both its ends are multiples of this."""
+        return 1
+
+    @abstractmethod
+    def describe(self) -> dict[str, Any]:
+        """Name and settings as JSON-able data, for fingerprints and adapter_config.json."""
+
+    @abstractmethod
+    def check(self, shape: Shape, where: str) -> None:
+        """Raise UserError naming `where` (the layer's path) if the format cannot hold a weight of this shape."""
+
+    @abstractmethod
+    def packed_shapes(self, shape: Shape) -> PackedShapes:
+        """Shape and dtype of each packed tensor by name; dtype None is the model's compute dtype."""
+
+    @abstractmethod
+    def rows_per_entry(self, tensor_name: str) -> int | None:
+        """Rows of the weight that one dim-0 entry of a packed tensor covers; None if no slice of rows determines it."""
+
+    @abstractmethod
+    def quantize(self, weight: Tensor, where: str = "weight") -> dict[str, Tensor]:
+        """Pack a weight of any float dtype, computing in float32 on the weight's device.
+
+        Raises UserError naming `where` if the shape does not fit, or for a value that is not finite or too large.
+        """
+
+    @abstractmethod
+    def dequantize(
+        self, packed: Mapping[str, Tensor], shape: Shape, dtype: torch.dtype, out: Tensor | None = None
+    ) -> Tensor:
+        """The weight in `dtype`: computed in float32, then rounded once.
+
+        `out`, if given, is a contiguous tensor of this shape and dtype, and is what is returned.
+        """
+
+    def bytes_of(self, shape: Shape, dense_element_size: int = 4) -> int:
+        """Bytes of all packed tensors; `dense_element_size` is the size of one element of the compute dtype."""
+        return sum(
+            prod(tensor_shape) * (dtype.itemsize if dtype is not None else dense_element_size)
+            for tensor_shape, dtype in self.packed_shapes(shape).values()
+        )
+
+    def slice_rows(self, packed: Mapping[str, Tensor], start: int, stop: int) -> dict[str, Tensor]:
+        """Views of the packed tensors that hold the rows start..stop, both multiples of `row_alignment`.
+
+        Only for a `row_local` format.
+        """
+        views = {}
+        for name, tensor in packed.items():
+            rows = self.rows_per_entry(name)
+            views[name] = tensor[start // rows : stop // rows]
+        return views
+
+
+class BlockFormat(Format):
+    """A format whose arithmetic is ours, written for one chunk of rows in float32."""
+
+    @abstractmethod
+    def _quantize_rows(self, weight: Tensor, where: str) -> dict[str, Tensor]:
+        """Pack whole row blocks, given as finite float32."""
+
+    @abstractmethod
+    def _dequantize_rows(self, packed: Mapping[str, Tensor], out: Tensor) -> None:
+        """Write whole row blocks into the contiguous float32 tensor `out`."""
+
+    def quantize(self, weight: Tensor, where: str = "weight") -> dict[str, Tensor]:
+        shape = (weight.shape[0], weight.shape[1])
+        self.check(shape, where)
+        packed = {
+            name: torch.empty(tensor_shape, dtype=dtype, device=weight.device)
+            for name, (tensor_shape, dtype) in self.packed_shapes(shape).items()
+        }
+        for rows in row_chunks(shape, weight.device, self.row_alignment):
+            part = self._quantize_rows(finite_rows(weight, rows, where), where)
+            for name, target in self.slice_rows(packed, rows.start, rows.stop).items():
+                target.copy_(part[name])
+        return packed
+
+    def dequantize(
+        self, packed: Mapping[str, Tensor], shape: Shape, dtype: torch.dtype, out: Tensor | None = None
+    ) -> Tensor:
+        if out is None:
+            out = torch.empty(shape, dtype=dtype, device=packed["codes"].device)
+        for rows in row_chunks(shape, out.device, self.row_alignment):
+            part = self.slice_rows(packed, rows.start, rows.stop)
+            target = out[rows]
+            if target.dtype == torch.float32:
+                self._dequantize_rows(part, target)
+            else:
+                exact = torch.empty_like(target, dtype=torch.float32)
+                self._dequantize_rows(part, exact)
+                target.copy_(exact)
+        return out
+
+
+def row_chunks(shape: Shape, device: torch.device, alignment: int = 1) -> Iterator[slice]:
+    """Consecutive row ranges that cover the weight, each a multiple of `alignment` rows and of bounded size."""
+    out_features, in_features = shape
+    budget = _CPU_CHUNK if device.type == "cpu" else _ACCELERATOR_CHUNK
+    step = max(1, budget // (in_features * alignment)) * alignment
+    for start in range(0, out_features, step):
+        yield slice(start, min(start + step, out_features))
+
+
+def finite_rows(weight: Tensor, rows: slice, where: str) -> Tensor:
+    """These rows of the weight in float32, contiguous; raises UserError for the first value that is not finite."""
+    chunk = weight[rows].float().contiguous()
+    finite = torch.isfinite(chunk)
+    if not finite.all():
+        row, column = (~finite).nonzero()[0].tolist()
+        value = chunk[row, column].item()
+        raise UserError(f"{where}: the weight at [{rows.start + row}, {column}] is {value}, need finite float32 values")
+    return chunk
+
+
+def float16_constants(constants: Tensor, where: str) -> Tensor:
+    """Block constants rounded to float16; raises UserError if one of them does not fit."""
+    rounded = constants.half()
+    if torch.isinf(rounded).any():
+        largest = constants.abs().max().item()
+        raise UserError(f"{where}: a block of weights needs a constant of {largest:.6g}, float16 ends at 65504")
+    return rounded
+
+
+def inverse_scale(scale: Tensor) -> Tensor:
+    """1 / scale in float32, and 0 where that is not finite: a constant block has only zero codes."""
+    inverse = 1.0 / scale
+    return inverse.masked_fill_(torch.isinf(inverse), 0.0)
+
+
+def nearest_divisors(size: int, wanted: int) -> list[int]:
+    """The divisors of `size` next to `wanted`, below and above."""
+    below = next(divisor for divisor in range(min(wanted, size), 0, -1) if size % divisor == 0)
+    above = next(divisor for divisor in range(min(wanted, size), size + 1) if size % divisor == 0)
+    return sorted({below, above})

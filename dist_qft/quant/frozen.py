@@ -1,0 +1,159 @@
+"""Modules that hold a packed weight and compute with it: the frozen linear layer and the frozen embedding.
+
+Packed tensors are `nn.Parameter`s without gradient, not buffers, because FSDP2 and ZeRO shard parameters only. A module
+starts on the meta device; whoever loads the model fills in its tensors, and an engine may swap them at any time:
+everything here reads the module's current attributes, when it computes and not before.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import FunctionCtx, once_differentiable
+
+from dist_qft.quant.contract import Format, Shape
+
+
+class FrozenWeight(nn.Module):
+    """One weight (rows, columns) in a packed format; parameter names are the format's tensor names.
+
+    `dtype` is the compute dtype, in which the weight comes back. Raises UserError if the format cannot hold the shape.
+    """
+
+    def __init__(self, shape: Shape, format: Format, dtype: torch.dtype, device: torch.device | str = "meta") -> None:
+        super().__init__()
+        format.check(shape, type(self).__name__)
+        self.weight_shape = shape
+        self.format = format
+        self.dtype = dtype
+        self._packed_dtypes: dict[str, torch.dtype] = {}
+        for name, (tensor_shape, packed_dtype) in format.packed_shapes(shape).items():
+            self._packed_dtypes[name] = packed_dtype or dtype
+            self.register_parameter(name, _frozen(tensor_shape, packed_dtype or dtype, device))
+
+    def packed(self) -> dict[str, Tensor]:
+        """The packed tensors as they are now; raises TypeError if one was cast.
+
+        `module.bfloat16()` and an engine's mixed precision cast what is floating point: the block constants.
+        """
+        tensors = {}
+        for name, dtype in self._packed_dtypes.items():
+            tensors[name] = getattr(self, name)
+            if tensors[name].dtype != dtype:
+                raise TypeError(
+                    f"packed tensor '{name}' ({self.format.name}) was cast from {dtype} to {tensors[name].dtype}; "
+                    "a frozen module cannot change its dtype"
+                )
+        return tensors
+
+    def dequantize(self) -> Tensor:
+        """The weight (rows, columns) in the compute dtype. Not to be written to: `dense` returns its own tensor."""
+        return self.format.dequantize(self.packed(), self.weight_shape, self.dtype)
+
+    def rows(self, start: int, stop: int) -> Tensor:
+        """The rows start..stop of the weight in the compute dtype, not to be written to.
+
+        Converts these rows alone, or the whole weight if its format is not `row_local`.
+        """
+        if not self.format.row_local:
+            return self.dequantize()[start:stop]
+        alignment = self.format.row_alignment
+        first = start // alignment * alignment
+        last = -(-stop // alignment) * alignment
+        packed = self.format.slice_rows(self.packed(), first, last)
+        weight = self.format.dequantize(packed, (last - first, self.weight_shape[1]), self.dtype)
+        return weight[start - first : stop - first]
+
+    def extra_repr(self) -> str:
+        return f"{self.weight_shape[0]}, {self.weight_shape[1]}, format={self.format.describe()}, dtype={self.dtype}"
+
+
+class FrozenLinear(FrozenWeight):
+    """x @ W^T + bias with a packed W (out_features, in_features) and an optional bias (out_features) in `dtype`.
+
+    x has shape (..., in_features) and dtype `dtype`; another dtype is an error of the matrix product, never a cast.
+    Only x receives a gradient.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        format: Format,
+        bias: bool,
+        dtype: torch.dtype,
+        device: torch.device | str = "meta",
+    ) -> None:
+        super().__init__((out_features, in_features), format, dtype, device)
+        self.in_features = in_features
+        self.out_features = out_features
+        self.register_parameter("bias", _frozen((out_features,), dtype, device) if bias else None)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return _FrozenProduct.apply(x, self)
+
+
+class _FrozenProduct(torch.autograd.Function):
+    """Dequantizes once for the product and again for the gradient, and saves no tensor in between.
+
+    The context keeps the module, not its packed tensors: an engine frees the gathered ones after the forward pass and
+    puts others in their place before the backward pass.
+    """
+
+    @staticmethod
+    def forward(ctx: FunctionCtx, x: Tensor, module: FrozenLinear) -> Tensor:
+        ctx.module = module
+        return F.linear(x, module.dequantize(), module.bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, None]:
+        return grad_output @ ctx.module.dequantize(), None
+
+
+class FrozenEmbedding(FrozenWeight):
+    """Rows of a packed table (num_embeddings, embedding_dim) by id; only the rows looked up are dequantized.
+
+    `scale`, rounded to `dtype`, multiplies what is looked up (Gemma: sqrt(hidden size)), not what `rows` returns, which
+    a tied LM head uses. Needs a format that stores each row by itself (q8_0, dense). `padding_idx` is only kept.
+    """
+
+    def __init__(
+        self,
+        num_embeddings: int,
+        embedding_dim: int,
+        format: Format,
+        dtype: torch.dtype,
+        padding_idx: int | None = None,
+        scale: float | None = None,
+        device: torch.device | str = "meta",
+    ) -> None:
+        super().__init__((num_embeddings, embedding_dim), format, dtype, device)
+        if any(format.rows_per_entry(name) != 1 for name in self._packed_dtypes):
+            raise ValueError(f"an embedding needs a format that stores each row by itself, got {format.describe()}")
+        self.num_embeddings = num_embeddings
+        self.embedding_dim = embedding_dim
+        self.padding_idx = padding_idx
+        self.output_scale = None if scale is None else torch.tensor(scale, dtype=dtype, device="cpu").item()
+
+    def forward(self, ids: Tensor, use: Callable[["FrozenEmbedding", Tensor], Any] | None = None) -> Any:
+        """Rows (..., embedding_dim) of integer ids (...) in the compute dtype, without autograd.
+
+        With `use`, returns `use(self, ids)` instead: an engine gathers a module's tensors around its call, so whoever
+        else needs this table, such as a tied LM head, reads it (by `rows`) from within a call; `ids` is then whatever
+        tensor `use` works on.
+        """
+        if use is not None:
+            return use(self, ids)
+        flat = ids.reshape(-1)
+        packed = {name: tensor.index_select(0, flat) for name, tensor in self.packed().items()}
+        rows = self.format.dequantize(packed, (len(flat), self.embedding_dim), self.dtype)
+        if self.output_scale is not None:
+            rows = rows * self.output_scale
+        return rows.view(*ids.shape, self.embedding_dim)
+
+
+def _frozen(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | str) -> nn.Parameter:
+    return nn.Parameter(torch.empty(shape, dtype=dtype, device=device), requires_grad=False)

@@ -1,0 +1,141 @@
+"""`nf4`: the 4-bit NormalFloat of QLoRA (arXiv 2305.14314, section 3), by the kernels of bitsandbytes.
+
+Every bit is what `bitsandbytes.functional.quantize_4bit` computes. What differs is the storage: plain named tensors,
+not a `Params4bit` with a quantization state aside, so the constants are sharded as the codes are.
+"""
+
+import logging
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import cache
+from types import ModuleType
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from dist_qft.errors import UserError
+from dist_qft.quant.contract import Format, PackedShapes, Shape, finite_rows, row_chunks
+
+# bitsandbytes also takes 2048 and 4096, but dequantizes them on AVX-512 machines through torch.compile, anew for each
+# shape and half a minute each.
+BLOCKS = (32, 64, 128, 256, 512, 1024)
+_CONSTANT_BLOCK = 256  # block constants that share an 8-bit scale
+_KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@dataclass(frozen=True)
+class NF4(Format):
+    """w = codebook[q] * absmax, in blocks of consecutive inputs that never cross a row.
+
+    `codes` uint8 (out, in / 2), first weight in the high nibble; `absmax` float32 (out, in / block). With
+    `double_quant` the absmax, n = out * in / block of them, become `absmax_codes` uint8 (n,), `absmax_absmax` float32
+    (ceil(n / 256),) and `absmax_offset` float32 (1,), their mean: no slice of rows determines these.
+    """
+
+    block: int = 64
+    double_quant: bool = False
+    name: ClassVar[str] = "nf4"
+
+    def __post_init__(self) -> None:
+        if self.block not in BLOCKS:
+            raise UserError(f"quantization.block: got [{self.block}], nf4 needs one of {_listed(BLOCKS)}")
+
+    @property
+    def row_local(self) -> bool:
+        return not self.double_quant
+
+    def describe(self) -> dict[str, Any]:
+        return {"name": self.name, "block": self.block, "double_quant": self.double_quant}
+
+    def check(self, shape: Shape, where: str) -> None:
+        in_features = shape[1]
+        if in_features % self.block:
+            legal = _listed(block for block in BLOCKS if in_features % block == 0) or "none, use affine4 or exempt it"
+            raise UserError(
+                f"{where}: nf4 block {self.block} does not divide in_features {in_features} "
+                f"of a weight of shape {shape} (legal: {legal})"
+            )
+
+    def packed_shapes(self, shape: Shape) -> PackedShapes:
+        out_features, in_features = shape
+        codes = {"codes": ((out_features, in_features // 2), torch.uint8)}
+        if not self.double_quant:
+            return codes | {"absmax": ((out_features, in_features // self.block), torch.float32)}
+        blocks = out_features * in_features // self.block
+        return codes | {
+            "absmax_codes": ((blocks,), torch.uint8),
+            "absmax_absmax": ((-(-blocks // _CONSTANT_BLOCK),), torch.float32),
+            "absmax_offset": ((1,), torch.float32),
+        }
+
+    def rows_per_entry(self, tensor_name: str) -> int | None:
+        return None if tensor_name.startswith("absmax_") else 1
+
+    def quantize(self, weight: Tensor, where: str = "weight") -> dict[str, Tensor]:
+        bnb = _bitsandbytes()
+        out_features, in_features = weight.shape
+        self.check((out_features, in_features), where)
+        codes = torch.empty((out_features, in_features // 2), dtype=torch.uint8, device=weight.device)
+        absmax = torch.empty((out_features, in_features // self.block), dtype=torch.float32, device=weight.device)
+        for rows in row_chunks((out_features, in_features), weight.device):
+            chunk = finite_rows(weight, rows, where)
+            chunk_codes, state = bnb.quantize_4bit(chunk, blocksize=self.block, quant_type="nf4")
+            codes[rows] = chunk_codes.view(-1, in_features // 2)
+            absmax[rows] = state.absmax.view(-1, in_features // self.block)
+        if not self.double_quant:
+            return {"codes": codes, "absmax": absmax}
+        absmax = absmax.flatten()
+        offset = absmax.mean()
+        absmax_codes, state = bnb.quantize_blockwise(
+            absmax - offset, code=_dynamic_map(weight.device), blocksize=_CONSTANT_BLOCK
+        )
+        return {
+            "codes": codes,
+            "absmax_codes": absmax_codes,
+            "absmax_absmax": state.absmax,
+            "absmax_offset": offset.view(1),
+        }
+
+    def dequantize(
+        self, packed: Mapping[str, Tensor], shape: Shape, dtype: torch.dtype, out: Tensor | None = None
+    ) -> Tensor:
+        bnb = _bitsandbytes()
+        state = bnb.QuantState(
+            absmax=self._absmax(packed),
+            shape=shape,
+            dtype=dtype if dtype in _KERNEL_DTYPES else torch.float32,
+            blocksize=self.block,
+            quant_type="nf4",
+        )
+        # As a column, the shape in which bitsandbytes packs: it takes a single row of codes for a transposed weight.
+        weight = bnb.dequantize_4bit(packed["codes"].view(-1, 1), state)
+        return weight.to(dtype) if out is None else out.copy_(weight)
+
+    def _absmax(self, packed: Mapping[str, Tensor]) -> Tensor:
+        if not self.double_quant:
+            return packed["absmax"]
+        codes = packed["absmax_codes"]
+        absmax = _bitsandbytes().dequantize_blockwise(
+            codes, absmax=packed["absmax_absmax"], code=_dynamic_map(codes.device), blocksize=_CONSTANT_BLOCK
+        )
+        return absmax.add_(packed["absmax_offset"])
+
+
+def _bitsandbytes() -> ModuleType:
+    """bitsandbytes.functional, imported at first use: it costs seconds, which `validate` need not pay."""
+    # On AVX512-BF16 machines the import warns that an optional inference kernel, unused here, is not installed.
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+    import bitsandbytes.functional
+
+    return bitsandbytes.functional
+
+
+@cache
+def _dynamic_map(device: torch.device) -> Tensor:
+    """The 256 values of the 8-bit dynamic type (arXiv 2110.02861) that store the double-quantized constants."""
+    return _bitsandbytes().create_dynamic_map().to(device)
+
+
+def _listed(blocks: Iterable[int]) -> str:
+    return ", ".join(map(str, blocks))

@@ -1,0 +1,67 @@
+"""All that is known of a run before any weight is read and any rank has met another."""
+
+import math
+import platform
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from dist_qft.base_model.skeleton import BaseModel
+from dist_qft.checkpoint import Checkpoint
+from dist_qft.config.schema import RunConfig
+from dist_qft.data.prepare import Prepared
+from dist_qft.methods.schedule import TileSettings
+from dist_qft.world import World
+
+
+@dataclass(frozen=True)
+class RunInputs:
+    """What a run is made of.
+
+    Attributes:
+        skeleton: the base on the meta device.
+        plan: layer path -> adapter settings.
+        checkpoint: where to continue from; None starts fresh.
+        notes: lines to tell the user at the start, such as a checkpoint that was refused.
+    """
+
+    config: RunConfig
+    world: World
+    device: torch.device
+    tokenizer: PreTrainedTokenizerBase
+    skeleton: BaseModel
+    plan: dict[str, TileSettings]
+    data: Prepared
+    checkpoint: Checkpoint | None
+    notes: list[str]
+
+    @property
+    def output_dir(self) -> Path:
+        return Path(self.config.output_dir)
+
+    def facts(self) -> dict[str, str]:
+        """What all ranks must have in common before they start together."""
+        state = self.checkpoint.state if self.checkpoint else None
+        return {
+            "config": self.config.model_dump_json(),
+            "training data": self.data.train.digest,
+            "held-out data": self.data.eval.digest if self.data.eval else "",
+            "checkpoint": f"{state.step} {state.data_chain}" if state else "",
+            "package versions": " ".join(f"{name} {version(name)}" for name in ("torch", "transformers")),
+            "Python version": platform.python_version(),
+        }
+
+    def length(self) -> tuple[int, int]:
+        """Optimizer steps and samples of the run.
+
+        `max_steps` uses whole batches; otherwise the run ends with the last epoch's last sample, and the places
+        left over in its last batch stay empty.
+        """
+        train = self.config.train
+        if train.max_steps is not None:
+            return train.max_steps, train.max_steps * train.global_batch_size
+        samples = math.ceil(train.num_train_epochs * len(self.data.train))
+        return math.ceil(samples / train.global_batch_size), samples

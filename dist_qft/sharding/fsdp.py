@@ -1,0 +1,110 @@
+"""Engine `fsdp`: PyTorch FSDP2 over packed bytes, one unit per decoder layer.
+
+Every packed tensor (codes and constants alike, each in its own dtype) is sharded on dim 0. FSDP2 moves a unit
+whose parameters have several dtypes as raw bytes, so nothing is ever cast on the way.
+
+What one micro-batch gathers, for N ranks and unit sizes in padded bytes (dim 0 rounded up to a multiple of N):
+
+    forward   (N-1)/N * (embedding + sum(layers) + root + head)   head = embedding again when tied
+    backward  (N-1)/N * (sum(layers) + root)                       none with reshard_after_forward=False
+
+The head's loss needs no backward pass of its own (see `dist_qft.loss`), and the embedding none at all. FSDP2's
+default prefetch would gather the embedding again in backward because it ran just before the first layer; the
+explicit order set in `shard` prevents that.
+"""
+
+import time
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+from dist_qft.sharding.engine import Traffic, Units, parameter_owners
+
+# torch 2.12 renamed the call; both move one flat tensor per rank into one output.
+_all_gather_flat = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+
+
+class CountedAllGather:
+    """FSDP2's all-gather with a counter of the bytes this rank receives."""
+
+    def __init__(self, traffic: Traffic) -> None:
+        self.traffic = traffic
+
+    def allocate(self, size: list[int], *, dtype: torch.dtype, device: torch.device) -> Tensor:
+        return torch.empty(*size, dtype=dtype, device=device)
+
+    def __call__(
+        self, output_tensor: Tensor, input_tensor: Tensor, group: dist.ProcessGroup, async_op: bool = False
+    ) -> dist.Work | None:
+        started = time.perf_counter()
+        work = _all_gather_flat(output_tensor, input_tensor, group=group, async_op=async_op)
+        self.traffic.add(output_tensor.nbytes - input_tensor.nbytes, time.perf_counter() - started)
+        return work
+
+
+class FsdpEngine:
+    """FSDP2 `fully_shard` per decoder layer, per table and at the decoder's root."""
+
+    name = "fsdp"
+
+    def __init__(self, *, reshard_after_forward: bool = True) -> None:
+        self.traffic = Traffic()
+        self.reshard_after_forward = reshard_after_forward
+        self._parameters: list[nn.Parameter] = []
+
+    def shard(self, units: Units, device: torch.device) -> None:
+        mesh = init_device_mesh(device.type, (dist.get_world_size(),))
+        owners = parameter_owners(units)
+        for unit in [*units.tables, *units.layers, units.root]:
+            fully_shard(unit, mesh=mesh, reshard_after_forward=self.reshard_after_forward)
+        _order_backward_gathers(units)
+        counter = CountedAllGather(self.traffic)
+        for unit in [*units.tables, units.root]:
+            for module in unit.modules():
+                if isinstance(module, FSDPModule):
+                    module.set_custom_all_gather(counter)
+        for module, name in owners:
+            part = nn.Parameter(torch.empty_like(getattr(module, name), device=device), requires_grad=False)
+            module.register_parameter(name, part)
+            self._parameters.append(part)
+
+    def rows(self, parameter: nn.Parameter) -> tuple[int, int]:
+        shape, offset = compute_local_shape_and_global_offset(
+            parameter.shape, parameter.device_mesh, parameter.placements
+        )
+        first = min(offset[0], parameter.shape[0])
+        return first, first + shape[0]
+
+    def store(self, parameter: nn.Parameter, first: int, rows: Tensor) -> None:
+        begin, end = self.rows(parameter)
+        parameter._local_tensor.copy_(rows[begin - first : end - first])
+
+    def local(self, parameter: nn.Parameter) -> Tensor:
+        return parameter._local_tensor
+
+    def gather(self, parameter: nn.Parameter) -> Tensor | None:
+        # Equal-sized flat parts, as gloo and NCCL both want them; the last ranks' parts may be short or empty.
+        world, rank = dist.get_world_size(), dist.get_rank()
+        part = parameter._local_tensor.contiguous()
+        chunk = -(-parameter.shape[0] // world)
+        padded = part.new_zeros((chunk, *parameter.shape[1:]))
+        padded[: part.shape[0]].copy_(part)
+        parts = [torch.empty_like(padded) for _ in range(world)] if rank == 0 else None
+        dist.gather(padded.view(torch.uint8), [p.view(torch.uint8) for p in parts] if parts else None)
+        return torch.cat(parts)[: parameter.shape[0]].cpu() if parts else None
+
+    def resident_bytes(self) -> int:
+        return sum(parameter._local_tensor.nbytes for parameter in self._parameters)
+
+
+def _order_backward_gathers(units: Units) -> None:
+    """Each unit prefetches the one before it in backward; the first layer prefetches nothing."""
+    units.root.set_modules_to_backward_prefetch([units.layers[-1]])
+    for before, layer in zip(units.layers, units.layers[1:], strict=False):
+        layer.set_modules_to_backward_prefetch([before])
+    # An empty list means FSDP2's default order, which is the embedding; naming itself is a no-op.
+    units.layers[0].set_modules_to_backward_prefetch([units.layers[0]])

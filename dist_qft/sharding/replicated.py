@@ -1,0 +1,37 @@
+"""Engine `replicated`: every rank holds the whole base. For models that fit, and as the others' reference."""
+
+import torch
+from torch import Tensor, nn
+
+from dist_qft.sharding.engine import Traffic, Units, parameter_owners
+
+
+class ReplicatedEngine:
+    """Holds the base whole on every rank; nothing of it ever crosses the network."""
+
+    name = "replicated"
+
+    def __init__(self) -> None:
+        self.traffic = Traffic()
+        self._parameters: list[nn.Parameter] = []
+
+    def shard(self, units: Units, device: torch.device) -> None:
+        for module, name in parameter_owners(units):
+            whole = nn.Parameter(torch.empty_like(getattr(module, name), device=device), requires_grad=False)
+            module.register_parameter(name, whole)
+            self._parameters.append(whole)
+
+    def rows(self, parameter: nn.Parameter) -> tuple[int, int]:
+        return 0, parameter.shape[0]
+
+    def store(self, parameter: nn.Parameter, first: int, rows: Tensor) -> None:
+        parameter.data[first : first + rows.shape[0]].copy_(rows)
+
+    def local(self, parameter: nn.Parameter) -> Tensor:
+        return parameter.data
+
+    def gather(self, parameter: nn.Parameter) -> Tensor | None:
+        return parameter.data.cpu() if torch.distributed.get_rank() == 0 else None
+
+    def resident_bytes(self) -> int:
+        return sum(parameter.nbytes for parameter in self._parameters)

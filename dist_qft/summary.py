@@ -1,0 +1,90 @@
+"""The run in figures: the opening lines, and `summary.json` at the end."""
+
+import json
+import resource
+import sys
+import time
+from importlib.metadata import version
+from typing import TYPE_CHECKING
+
+from dist_qft.checkpoint import Checkpoint, list_checkpoints
+from dist_qft.collectives import maximum
+
+if TYPE_CHECKING:
+    from dist_qft.training_run import TrainingRun
+
+SUMMARY_FILE = "summary.json"
+
+
+class Summary:
+    """Counts while the run goes and writes what came out."""
+
+    def __init__(self, run: "TrainingRun") -> None:
+        self.run = run
+        self.started = time.perf_counter()
+        self.steps = 0
+        self.tokens = 0
+        self.step_seconds = 0.0
+
+    def opening_lines(self, checkpoint: Checkpoint | None) -> list[str]:
+        """What is about to happen, in a few lines."""
+        run, config = self.run, self.run.config
+        accumulation = run.batches.accumulation
+        lines = [
+            f"base {config.model.path}: {run.engine.resident_bytes() / 2**20:.1f} MiB on this rank "
+            f"({run.engine.name}, {run.world.world_size} ranks), fingerprint {run.base.fingerprint[:16]}",
+            f"{config.method.name}: {run.trainables.count:,} trainable parameters in {len(run.inputs.plan)} layers; "
+            f"one reduction of {run.trainables.bytes_per_reduction:,} bytes per step",
+            f"data: {len(run.data.train):,} rows, {run.data.train.report['target_tokens']:,} target tokens; "
+            f"{run.total_steps} steps of {config.train.global_batch_size} "
+            f"= {config.train.per_device_train_batch_size} x {accumulation} x {run.world.world_size} ranks",
+        ]
+        if checkpoint is not None:
+            lines.append(f"resuming from {checkpoint.path} at step {checkpoint.state.step}")
+        return lines
+
+    def add_step(self, tokens: int, seconds: float) -> None:
+        self.steps += 1
+        self.tokens += tokens
+        self.step_seconds += seconds
+
+    def write(self) -> None:
+        """Write `summary.json` (rank 0) and say where the run's files are. Collective."""
+        run = self.run
+        # ru_maxrss is in KiB on Linux and in bytes on macOS.
+        unit = 1 if sys.platform == "darwin" else 1024
+        peak = maximum(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit, run.device)
+        base_bytes = maximum(run.engine.resident_bytes(), run.device)
+        if run.world.rank != 0:
+            return
+        summary = {
+            "method": run.config.method.name,
+            "engine": run.engine.name,
+            "world_size": run.world.world_size,
+            "steps": run.state.step,
+            "base_eval_loss": run.base_eval.loss if run.base_eval else None,
+            "tuned_eval_loss": run.tuned_eval.loss if run.tuned_eval else None,
+            "eval_tokens": run.tuned_eval.tokens if run.tuned_eval else 0,
+            "final_train_loss": run.state.history[-1]["loss"] if run.state.history else None,
+            "trainable_parameters": run.trainables.count,
+            "base_bytes_per_rank": int(base_bytes),
+            "gather_bytes_per_step": self._per_step(run.step_gathered_bytes),
+            "reduce_bytes_per_step": self._per_step(run.trainables.reduced_bytes),
+            "tokens_per_second": self.tokens / self.step_seconds if self.step_seconds else 0.0,
+            "peak_rss_bytes": int(peak),
+            "seconds": time.perf_counter() - self.started,
+            "base_fingerprint": run.base.fingerprint,
+            "versions": {name: version(name) for name in ("dist-qft", "torch", "transformers", "bitsandbytes")},
+        }
+        path = run.output_dir / SUMMARY_FILE
+        path.write_text(json.dumps(summary, indent=1) + "\n")
+        run.monitor.hparams(
+            {**run.config.method.model_dump(), "engine": run.engine.name, "world_size": run.world.world_size},
+            {f"result/{key}": float(summary[key]) for key in ("base_eval_loss", "tuned_eval_loss") if summary[key]},
+        )
+        run.monitor.say(f"checkpoint  {list_checkpoints(run.output_dir)[-1]}")
+        run.monitor.say(f"TensorBoard tensorboard --logdir {run.output_dir / 'runs'}")
+        run.monitor.say(f"summary     {path}")
+
+    def _per_step(self, total: int) -> int:
+        return total // self.steps if self.steps else 0

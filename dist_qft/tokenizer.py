@@ -1,0 +1,24 @@
+"""The model's own tokenizer, from its folder, the Hub, or inside a GGUF file."""
+
+from pathlib import Path
+
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from dist_qft.config.schema import ModelConfig
+from dist_qft.errors import UserError
+
+
+def load_tokenizer(model: ModelConfig) -> PreTrainedTokenizerBase:
+    """The tokenizer of `model.path`.
+
+    Raises:
+        UserError: there is none, or it cannot be read without running code from the model's folder.
+    """
+    path = Path(model.path)
+    try:
+        if path.suffix == ".gguf":
+            return AutoTokenizer.from_pretrained(str(path.parent), gguf_file=path.name)
+        return AutoTokenizer.from_pretrained(model.path, revision=model.revision)
+    except (OSError, ValueError, KeyError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UserError(f"model.path: cannot read a tokenizer from '{model.path}': {reason}") from error

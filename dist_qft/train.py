@@ -1,0 +1,82 @@
+"""A training run, stage by stage, in the order in which it happens. The table of contents of the project.
+
+Everything that can be refused is refused before the base is loaded, and tokenizing happens before the process
+group exists, so that no rank waits in a collective for another's slow disk.
+"""
+
+from pathlib import Path
+
+import torch
+
+from dist_qft.assemble import assemble, check_adapter, check_fingerprint, compute_dtype, linear_shapes
+from dist_qft.base_model.skeleton import build_skeleton
+from dist_qft.checkpoint import require_writable
+from dist_qft.collectives import require_agreement, told_by
+from dist_qft.config.check import accumulation_steps
+from dist_qft.config.schema import RunConfig
+from dist_qft.data.prepare import prepare
+from dist_qft.errors import UserError
+from dist_qft.methods.schedule import plan_adapters
+from dist_qft.preemption import StopSignal
+from dist_qft.resume import check_trajectory, choose_checkpoint
+from dist_qft.run_inputs import RunInputs
+from dist_qft.tokenizer import load_tokenizer
+from dist_qft.training_run import TrainingRun
+from dist_qft.world import World, connect, device_for
+
+
+def run_training(config: RunConfig, resume: str | None = None) -> None:
+    """Train from a config to a summary. `resume` is None, 'auto' or a checkpoint folder.
+
+    Raises:
+        DistQFTError: see `dist_qft.errors`; what is wrong with the input is said before the base is loaded.
+    """
+    world = World.from_environment()
+    device = device_for(world, config.sharding.device)
+    inputs = gather_inputs(config, resume, world, device)
+    with StopSignal() as stop, connect(world, device, config.sharding.timeout_seconds):
+        execute_run(inputs, stop)
+
+
+def gather_inputs(config: RunConfig, resume: str | None, world: World, device: torch.device) -> RunInputs:
+    """Everything that needs no other rank: refuse what cannot work, tokenize, find the checkpoint."""
+    # Does the request make sense for this world, and can its results be written?
+    accumulation_steps(config, world.world_size)
+    if config.data is None:
+        raise UserError("data: training needs data.train")
+    output_dir = Path(config.output_dir)
+    require_writable(output_dir)
+    checkpoint, notes = choose_checkpoint(output_dir, resume)
+
+    # The model's shape, the adapters' plan and the tokens; no weight is read.
+    tokenizer = load_tokenizer(config.model)
+    skeleton = build_skeleton(config.model, config.quantization, compute_dtype(config.train.precision, device))
+    plan = plan_adapters(config.method, linear_shapes(skeleton))
+    cache_dir = Path(config.data.cache_dir or output_dir / "data_cache")
+    data = prepare(config.data, tokenizer, skeleton.vocab_size, cache_dir)
+
+    # A checkpoint must be one of this very run.
+    if checkpoint is not None:
+        check_adapter(checkpoint, plan)
+        check_trajectory(checkpoint, config, data.train.digest)
+    return RunInputs(config, world, device, tokenizer, skeleton, plan, data, checkpoint, notes)
+
+
+def execute_run(inputs: RunInputs, stop: StopSignal) -> TrainingRun:
+    """Everything that needs the other ranks; the process group exists. Collective."""
+    run = None
+    with told_by(inputs.world.rank, lambda: run.doing if run else "start-up"):
+        # Do all ranks mean the same run?
+        require_agreement(inputs.facts(), inputs.device)
+
+        # Stream the base through quantization into its shards; hook the adapters on.
+        parts = assemble(inputs.config, inputs.skeleton, inputs.plan, inputs.device)
+        if inputs.checkpoint is not None:
+            check_fingerprint(inputs.checkpoint, parts.base)
+
+        # Train, evaluate, save.
+        run = TrainingRun(inputs, parts, stop)
+        run.prepare()
+        run.train()
+        run.finish()
+    return run

@@ -1,0 +1,91 @@
+"""One optimizer step: micro-batches forward and backward, one reduction, one update."""
+
+import time
+from dataclasses import dataclass
+
+import torch
+
+from dist_qft.base_model.skeleton import BaseModel
+from dist_qft.config.schema import TrainConfig
+from dist_qft.data.batches import MicroBatch
+from dist_qft.loss import token_loss
+from dist_qft.optimizer import clip_gradient, learning_rate
+from dist_qft.trainables import Trainables
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What a step did; equal on all ranks but for the times.
+
+    `loss` is the mean per target token over the global batch; `reports[rank]` is (resident MiB, compute seconds).
+    """
+
+    loss: float
+    tokens: int
+    grad_norm: float
+    learning_rate: float
+    stop: bool
+    reports: list[list[float]]
+    compute_seconds: float
+    reduce_seconds: float
+
+
+REPORT_SIZE = 2
+
+
+def train_step(
+    base: BaseModel,
+    trainables: Trainables,
+    optimizer: torch.optim.Optimizer,
+    config: TrainConfig,
+    micro_batches: list[MicroBatch],
+    *,
+    step: int,
+    total_steps: int,
+    check_digest: bool,
+    stop_requested: bool,
+    resident_mebibytes: float,
+) -> StepResult:
+    """Run optimizer step `step` (0-based). Collective; raises NumericError before anything is updated."""
+    device = trainables.values.device
+    started = time.perf_counter()
+    trainables.begin_step()
+    loss_sum = torch.zeros((), device=device)
+    for batch in micro_batches:
+        if batch is micro_batches[-1]:
+            trainables.reduce_during_backward()
+        # Dropout masks depend on the global micro-batch alone: the same on any world size, nothing to save.
+        torch.manual_seed(_dropout_seed(config.seed, step, batch.index))
+        hidden = base.hidden_states(batch.input_ids.to(device), batch.position_ids.to(device))
+        loss = token_loss(hidden, batch.targets.to(device), base.head.loss)
+        loss.backward()
+        loss_sum += loss.detach()
+    computed = time.perf_counter()
+    totals = trainables.reduce(
+        tokens=sum(batch.num_targets for batch in micro_batches),
+        loss_sum=loss_sum,
+        step=step + 1,
+        check_digest=check_digest,
+        stop=stop_requested,
+        report=(resident_mebibytes, computed - started),
+    )
+    reduced = time.perf_counter()
+    norm = clip_gradient(trainables.values, config.max_grad_norm)
+    rate = learning_rate(config, step, total_steps)
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+    optimizer.step()
+    return StepResult(
+        loss=totals.loss_sum / max(totals.tokens, 1),
+        tokens=totals.tokens,
+        grad_norm=float(norm),
+        learning_rate=rate,
+        stop=totals.stop,
+        reports=totals.reports,
+        compute_seconds=computed - started,
+        reduce_seconds=reduced - computed,
+    )
+
+
+def _dropout_seed(seed: int, step: int, micro_batch: int) -> int:
+    return ((seed * 1_000_003 + step) * 1_000_003 + micro_batch) % 2**63

@@ -1,0 +1,245 @@
+"""The trainables of every rank as one flat fp32 buffer, and the one reduction per optimizer step.
+
+Parameters and their gradients are views into two flat buffers, so accumulating micro-batches costs no copies
+and a bucket of the all-reduce is a slice. Gradients are *sums* over target tokens; the number of tokens rides
+in a small header at the end of the same buffer, and the sum is divided once by the global count. Neither the
+number of ranks nor the accumulation changes the gradient.
+
+Layout of the gradient buffer (fp32 lanes):
+
+    [ gradients, last parameter first | header ]
+    header = tokens / 4096, tokens % 4096, loss, stop, digest pieces, their squares, then per rank: bad, report
+
+Last parameter first, because backward finishes the last layer first: the first buckets can leave while
+backward is still running. All that ranks must agree on each step (is anything non-finite, do the replicas
+still match, has anyone been asked to stop) rides in the header: there is no second collective to forget.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from dist_qft.digest import positional_digest
+from dist_qft.errors import NumericError
+
+_TOKEN_BASE = 4096  # two exact fp32 lanes count up to 2^36 tokens per step
+_PIECES = 8  # a 64-bit digest in bytes: piece and square sum exactly in fp32 for up to 256 ranks
+_DIGEST = slice(4, 4 + 2 * _PIECES)
+_FIXED_LANES = _DIGEST.stop
+
+
+@dataclass(frozen=True)
+class StepTotals:
+    """What one step's reduction brought, equal on all ranks.
+
+    `tokens` and `loss_sum` are sums over ranks and micro-batches; `stop` says that some rank was asked to stop;
+    `reports[rank]` are the numbers that rank sent about itself.
+    """
+
+    tokens: int
+    loss_sum: float
+    stop: bool
+    reports: list[list[float]]
+
+
+@dataclass
+class _Bucket:
+    start: int
+    stop: int
+    missing: int
+    members: int
+
+
+class Trainables:
+    """Replicated parameters in a flat buffer, reduced once per optimizer step.
+
+    Args:
+        named: (name, parameter) in model order; every parameter fp32 and on one device.
+        bucket_bytes: size of the slices that are reduced while backward still runs.
+        group: a process group of its own, so that these reductions and the engine's gathers need no common order.
+        report_size: numbers each rank may send along with a step.
+    """
+
+    def __init__(
+        self,
+        named: Sequence[tuple[str, nn.Parameter]],
+        *,
+        bucket_bytes: int,
+        group: dist.ProcessGroup | None = None,
+        report_size: int = 0,
+    ) -> None:
+        self.named = list(reversed(list(named)))
+        device = self.named[0][1].device
+        self.count = sum(parameter.numel() for _, parameter in self.named)
+        self.values = nn.Parameter(torch.empty(self.count, device=device))
+        self._world, self._rank = dist.get_world_size(), dist.get_rank()
+        # One allocation for gradients and header: the last bucket takes the header along.
+        self._group, self._report_size = group, report_size
+        lanes = _FIXED_LANES + self._world * (1 + report_size)
+        self._reduced = torch.zeros(self.count + lanes, device=device)
+        self.values.grad = self._reduced[: self.count]
+        self._header = self._reduced[self.count :]
+        self.spans: dict[str, tuple[int, int]] = {}
+        self._buckets: list[_Bucket] = []
+        self._pending: list[dist.Work] = []
+        self._launched = 0
+        self._reducing = False
+        self.reduced_bytes = 0
+        self.rounds = 0
+        self._lay_out(bucket_bytes)
+
+    def _lay_out(self, bucket_bytes: int) -> None:
+        start = 0
+        for name, parameter in self.named:
+            stop = start + parameter.numel()
+            view = self.values.data[start:stop].view_as(parameter)
+            view.copy_(parameter.data)
+            parameter.data = view
+            parameter.grad = self._reduced[start:stop].view_as(parameter)
+            self.spans[name] = (start, stop)
+            if not self._buckets or (stop - self._buckets[-1].start) * 4 > bucket_bytes:
+                self._buckets.append(_Bucket(start, stop, 0, 0))
+            bucket = self._buckets[-1]
+            bucket.stop, bucket.members = stop, bucket.members + 1
+            parameter.register_post_accumulate_grad_hook(partial(self._arrived, len(self._buckets) - 1))
+            start = stop
+        self._buckets[-1].stop = self._reduced.numel()
+
+    @property
+    def bytes_per_reduction(self) -> int:
+        """What one step puts through the all-reduce: 4 bytes per trainable, and the header."""
+        return self._reduced.nbytes
+
+    @torch.no_grad()
+    def broadcast(self) -> None:
+        """Give every rank rank 0's values: replicas that start different train different models."""
+        dist.broadcast(self.values.data, src=0, group=self._group)
+
+    def begin_step(self) -> None:
+        """Zero the gradients and the header; forget the last step's reduction."""
+        self._reduced.zero_()
+        self._launched = 0
+        self._reducing = False
+
+    def reduce_during_backward(self) -> None:
+        """Announce that the coming backward is the step's last: its buckets may leave as they fill."""
+        self._reducing = True
+        for bucket in self._buckets:
+            bucket.missing = bucket.members
+
+    def _arrived(self, index: int, _: Tensor) -> None:
+        if not self._reducing:
+            return
+        self._buckets[index].missing -= 1
+        # Strictly in order, so that every rank issues the same sequence; the last one waits for the header.
+        while self._launched < len(self._buckets) - 1 and self._buckets[self._launched].missing == 0:
+            self._launch()
+
+    @torch.no_grad()
+    def _launch(self) -> None:
+        bucket = self._buckets[self._launched]
+        part = self._reduced[bucket.start : bucket.stop]
+        gradients = self._reduced[bucket.start : min(bucket.stop, self.count)]
+        # One read of the bucket before it is overwritten: afterwards nobody can tell whose value was bad.
+        self._header[_FIXED_LANES + self._rank] += (~torch.isfinite(gradients.sum())).float()
+        self._pending.append(dist.all_reduce(part, group=self._group, async_op=True))
+        self.reduced_bytes += part.nbytes
+        self._launched += 1
+
+    @torch.no_grad()
+    def reduce(
+        self,
+        *,
+        tokens: int,
+        loss_sum: float | Tensor,
+        step: int,
+        check_digest: bool = False,
+        stop: bool = False,
+        report: Sequence[float] = (),
+    ) -> StepTotals:
+        """Finish the step's reduction and turn the summed gradient into the mean over target tokens.
+
+        Args:
+            tokens, loss_sum: this rank's sums over its micro-batches of the step.
+            step: for messages.
+            check_digest: also compare the replicas' values, and stop if they differ.
+            stop: this rank was asked to stop.
+            report: `report_size` numbers about this rank.
+
+        Raises:
+            NumericError: on every rank, at the same step, if a gradient is not finite or replicas differ.
+        """
+        self._fill_header(tokens, loss_sum, check_digest, stop, report)
+        while self._launched < len(self._buckets):
+            self._launch()
+        for work in self._pending:
+            work.wait()
+        self._pending.clear()
+        self.rounds += 1
+        lanes = self._header.tolist()
+        if check_digest and not _pieces_agree(lanes[_DIGEST], self._world):
+            self._name_difference(step)
+        self._require_finite(lanes, step)
+        total = int(lanes[0]) * _TOKEN_BASE + int(lanes[1])
+        if total:
+            self.values.grad.mul_(1.0 / total)
+        reports = lanes[_FIXED_LANES + self._world :]
+        size = self._report_size
+        by_rank = [reports[rank * size : (rank + 1) * size] for rank in range(self._world)]
+        return StepTotals(total, lanes[2], lanes[3] > 0, by_rank)
+
+    def _fill_header(
+        self, tokens: int, loss_sum: float | Tensor, check_digest: bool, stop: bool, report: Sequence[float]
+    ) -> None:
+        header = self._header
+        header[0], header[1] = divmod(tokens, _TOKEN_BASE)
+        header[2] = loss_sum
+        header[3] = float(stop)
+        if check_digest:
+            pieces = _digest_pieces(self.values.data)
+            header[_DIGEST] = torch.cat([pieces, pieces * pieces])
+        if self._report_size:
+            first = _FIXED_LANES + self._world + self._rank * self._report_size
+            header[first : first + self._report_size] = torch.tensor(report, dtype=torch.float32)
+
+    def _require_finite(self, lanes: list[float], step: int) -> None:
+        bad = [rank for rank in range(self._world) if lanes[_FIXED_LANES + rank] > 0]
+        if not bad and torch.isfinite(self.values.grad.sum()) and torch.isfinite(torch.tensor(lanes[2])):
+            return
+        first = next((name for name, p in reversed(self.named) if not torch.isfinite(p.grad).all()), "the loss")
+        where = f"on rank {', '.join(map(str, bad))}" if bad else "in the sum over ranks"
+        raise NumericError(f"step {step}: non-finite gradient {where}, first in {first}; nothing was updated")
+
+    def _name_difference(self, step: int) -> None:
+        names = [name for name, _ in reversed(self.named)]
+        own = torch.stack([positional_digest(self.values.data[slice(*self.spans[name])]) for name in names])
+        everyone = [torch.empty_like(own) for _ in range(self._world)]
+        dist.all_gather(everyone, own, group=self._group)
+        for index, name in enumerate(names):
+            digests = [int(other[index]) for other in everyone]
+            common = max(set(digests), key=digests.count)
+            odd = [rank for rank, digest in enumerate(digests) if digest != common]
+            if odd:
+                ranks = ", ".join(map(str, odd))
+                raise NumericError(f"step {step}: replicas differ, first in {name} (rank {ranks} of {self._world})")
+        raise NumericError(f"step {step}: replicas differ in the order of their tensors")
+
+
+def _digest_pieces(values: Tensor) -> Tensor:
+    """The digest's 8 bytes as fp32 lanes."""
+    digest = positional_digest(values)
+    shifts = torch.arange(0, 64, 8, device=values.device)
+    return ((digest >> shifts) & 255).float()
+
+
+def _pieces_agree(lanes: list[float], world: int) -> bool:
+    """All ranks sent equal pieces if and only if N * sum(p^2) == (sum p)^2 for each (Cauchy-Schwarz).
+
+    Every rank decides from the same reduced numbers, so all stop or none does.
+    """
+    sums, squares = lanes[:_PIECES], lanes[_PIECES:]
+    return all(int(s) * int(s) == world * int(q) for s, q in zip(sums, squares, strict=True))

@@ -1,0 +1,63 @@
+"""Opening what a run has written: its checkpoint, its config, its base with the adapters on."""
+
+from pathlib import Path
+
+import torch
+from pydantic import ValidationError
+from transformers import PreTrainedTokenizerBase
+
+from dist_qft.assemble import Assembled, assemble, check_fingerprint, compute_dtype
+from dist_qft.base_model.skeleton import build_skeleton
+from dist_qft.checkpoint import TRAINER_STATE, Checkpoint, newest_valid, read_checkpoint
+from dist_qft.config.schema import RunConfig
+from dist_qft.errors import CorruptFileError, UserError
+from dist_qft.methods.schedule import TileSettings
+from dist_qft.tokenizer import load_tokenizer
+
+
+def find_checkpoint(path: str | Path) -> Checkpoint:
+    """The checkpoint at `path`, or the newest one that verifies if `path` is a run's folder.
+
+    Raises:
+        UserError: there is none.
+        CorruptFileError: it, or every one, fails verification.
+    """
+    folder = Path(path)
+    if not folder.is_dir():
+        raise UserError(f"no run or checkpoint folder '{folder}'")
+    if (folder / TRAINER_STATE).is_file():
+        return read_checkpoint(folder)
+    newest, refused = newest_valid(folder)
+    if newest is None and refused:
+        raise CorruptFileError(refused[0])
+    if newest is None:
+        raise UserError(f"'{folder}' holds no checkpoint")
+    return read_checkpoint(newest)
+
+
+def config_of(checkpoint: Checkpoint) -> RunConfig:
+    """The config the checkpoint was trained with."""
+    try:
+        return RunConfig.model_validate(checkpoint.state.config)
+    except ValidationError as error:
+        raise CorruptFileError(f"{checkpoint.path / TRAINER_STATE}: not a config of this version: {error}") from error
+
+
+def tiles_of(checkpoint: Checkpoint) -> dict[str, TileSettings]:
+    """Layer path -> adapter settings, as stored."""
+    where = str(checkpoint.path)
+    tiles = checkpoint.adapter_config.get("tiles", {})
+    return {path: TileSettings.from_dict(fields, where=f"{where}: {path}") for path, fields in tiles.items()}
+
+
+def open_trained(
+    checkpoint: Checkpoint, config: RunConfig, device: torch.device
+) -> tuple[Assembled, PreTrainedTokenizerBase]:
+    """Load the base and put the checkpoint's adapters on it, ready for use. Collective."""
+    tokenizer = load_tokenizer(config.model)
+    skeleton = build_skeleton(config.model, config.quantization, compute_dtype(config.train.precision, device))
+    parts = assemble(config, skeleton, tiles_of(checkpoint), device)
+    check_fingerprint(checkpoint, parts.base)
+    parts.adapters.load_tensors(checkpoint.trainables)
+    parts.adapters.eval()
+    return parts, tokenizer

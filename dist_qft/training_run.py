@@ -1,0 +1,223 @@
+"""The running part of a training run: its loop, its evaluations, its checkpoints, its report."""
+
+import time
+
+import psutil
+import torch.distributed as dist
+
+from dist_qft.assemble import Assembled, adapter_config
+from dist_qft.checkpoint import TrainerState, prune, write_checkpoint
+from dist_qft.data.batches import Batches, eval_batches
+from dist_qft.errors import Preempted
+from dist_qft.evaluate import HeldOut, held_out_loss
+from dist_qft.generate import answer
+from dist_qft.monitor import Monitor
+from dist_qft.optimizer import load_optimizer_tensors, make_optimizer, optimizer_tensors
+from dist_qft.preemption import StopSignal
+from dist_qft.resume import chain_samples
+from dist_qft.run_inputs import RunInputs
+from dist_qft.summary import Summary
+from dist_qft.train_step import REPORT_SIZE, StepResult, train_step
+from dist_qft.trainables import Trainables
+
+
+class TrainingRun:
+    """One run on one rank: holds the parts and walks through the steps."""
+
+    def __init__(self, inputs: RunInputs, parts: Assembled, stop: StopSignal) -> None:
+        self.inputs, self.stop = inputs, stop
+        self.config, self.world, self.device = config, world, _ = inputs.config, inputs.world, inputs.device
+        self.base, self.engine, self.adapters = parts.base, parts.engine, parts.adapters
+        self.data, self.output_dir = inputs.data, inputs.output_dir
+        self.total_steps, total_samples = inputs.length()
+        self.batches = Batches(
+            self.data.train,
+            seed=config.train.seed,
+            global_batch_size=config.train.global_batch_size,
+            micro_batch_size=config.train.per_device_train_batch_size,
+            rank=world.rank,
+            world_size=world.world_size,
+            total_samples=total_samples,
+        )
+        # A group of its own: these reductions and the engine's gathers need no common order.
+        self.trainables = Trainables(
+            self.adapters.named_tensors(),
+            bucket_bytes=int(config.sharding.bucket_megabytes * 2**20),
+            group=dist.new_group(),
+            report_size=REPORT_SIZE,
+        )
+        self.optimizer = make_optimizer(config.train, self.trainables.values)
+        self.state = TrainerState(data_digest=self.data.train.digest, config=config.model_dump())
+        self.step_gathered_bytes = 0
+        self.doing = "start-up"
+        self._process = psutil.Process()
+
+    def prepare(self) -> None:
+        """Restore a checkpoint if there is one, make the replicas equal, open the monitor, evaluate the base."""
+        checkpoint = self.inputs.checkpoint
+        if checkpoint is not None:
+            self.adapters.load_tensors(checkpoint.trainables)
+            load_optimizer_tensors(self.optimizer, self.trainables.values, checkpoint.optimizer, str(checkpoint.path))
+            self.state = checkpoint.state
+            self.state.config = self.config.model_dump()
+        self.state.world_size = self.world.world_size
+        self.trainables.broadcast()
+        if self.config.train.gradient_checkpointing:
+            self.base.model.gradient_checkpointing_enable({"use_reentrant": False})
+            self.base.model.train()
+        self.monitor = Monitor(
+            self.output_dir,
+            active=self.world.rank == 0,
+            total_steps=self.total_steps,
+            first_step=self.state.step,
+        )
+        self.summary = Summary(self)
+        for note in [*self.inputs.notes, *self.base.notes, *self.summary.opening_lines(checkpoint)]:
+            self.monitor.say(note)
+        with self.adapters.disabled():
+            self.base_eval = self.evaluate("base")
+            self._sample("base")
+
+    def train(self) -> None:
+        """Steps until the end, or until some rank was asked to stop.
+
+        Raises:
+            Preempted: a signal came; the state is saved.
+        """
+        self.adapters.train()
+        config, steps = self.config, self.total_steps
+        self.monitor.start()
+        while self.state.step < steps:
+            result = self._step()
+            done = self.state.step
+            last = done == steps
+            if config.evaluation.eval_steps and done % config.evaluation.eval_steps == 0 and not last:
+                self.evaluate("eval")
+                self._sample("eval")
+            if result.stop or last or (config.checkpoint.save_steps and done % config.checkpoint.save_steps == 0):
+                self.save()
+            if result.stop and not last:
+                self.monitor.close()
+                raise Preempted(f"stopped by a signal after step {done}, which is saved; continue with --resume auto")
+
+    def finish(self) -> None:
+        """Evaluate and sample the tuned model, write `summary.json`, say where things are."""
+        self.doing = "the final evaluation"
+        self.tuned_eval = self.evaluate("tuned")
+        self._sample("tuned")
+        self.summary.write()
+        self.monitor.close()
+
+    def evaluate(self, which: str) -> HeldOut | None:
+        """Held-out loss as it stands; recorded under `eval/`. None without held-out data."""
+        if self.data.eval is None:
+            return None
+        doing, self.doing = self.doing, "evaluation"
+        self.adapters.eval()
+        batches = eval_batches(
+            self.data.eval,
+            self.config.train.per_device_train_batch_size,
+            self.world.rank,
+            self.world.world_size,
+        )
+        held_out = held_out_loss(self.base, batches, self.device)
+        self.adapters.train()
+        self.doing = doing
+        tag = "base" if which == "base" else "eval"
+        values = {f"{tag}/loss": held_out.loss, f"{tag}/perplexity": held_out.perplexity}
+        self.monitor.scalars(self.state.step, values)
+        self.monitor.say(f"{which}: held-out loss {held_out.loss:.4f}, perplexity {held_out.perplexity:.2f}")
+        return held_out
+
+    def save(self) -> None:
+        """Write a checkpoint from rank 0 and wait for it. Collective."""
+        self.doing = f"saving step {self.state.step}"
+        if self.world.rank == 0:
+            write_checkpoint(
+                self.output_dir,
+                adapter_config=adapter_config(self.config, self.base, self.inputs.plan),
+                trainables=dict(self.adapters.named_tensors()),
+                optimizer=optimizer_tensors(self.optimizer, self.trainables.values),
+                state=self.state,
+            )
+            prune(self.output_dir, self.config.checkpoint.save_total_limit)
+        dist.barrier()
+
+    def _step(self) -> StepResult:
+        config, step = self.config, self.state.step
+        self.doing = f"step {step + 1}"
+        started = time.perf_counter()
+        gathered, gather_seconds = self.engine.traffic.gathered_bytes, self.engine.traffic.seconds
+        reduced = self.trainables.reduced_bytes
+        micro_batches = self.batches.micro_batches(step)
+        data_seconds = time.perf_counter() - started
+        digest_steps = config.sharding.digest_steps
+        check_digest = bool(digest_steps) and (step % digest_steps == 0 or step + 1 == self.total_steps)
+        result = train_step(
+            self.base,
+            self.trainables,
+            self.optimizer,
+            config.train,
+            micro_batches,
+            step=step,
+            total_steps=self.total_steps,
+            check_digest=check_digest,
+            stop_requested=self.stop.requested,
+            resident_mebibytes=self._process.memory_info().rss / 2**20,
+        )
+        self.step_gathered_bytes += self.engine.traffic.gathered_bytes - gathered
+        ids = self.batches.sample_ids(step)
+        self.state.data_chain = chain_samples(self.state.data_chain, ids)
+        self.state.samples_seen += len(ids)
+        self.state.step = step + 1
+        seconds = time.perf_counter() - started
+        self.state.history.append(
+            {"step": step + 1, "loss": result.loss, "lr": result.learning_rate, "grad_norm": result.grad_norm}
+        )
+        self.summary.add_step(result.tokens, seconds)
+        if (step + 1) % config.train.logging_steps == 0 or step + 1 == self.total_steps:
+            traffic = {
+                "traffic/gathered_bytes": self.engine.traffic.gathered_bytes - gathered,
+                "traffic/reduced_bytes": self.trainables.reduced_bytes - reduced,
+                "time/gather(s)": self.engine.traffic.seconds - gather_seconds,
+                "time/data(s)": data_seconds,
+                "time/step(s)": seconds,
+                "replicas/digest_checked": float(check_digest),
+            }
+            self._log(result, traffic, seconds)
+        return result
+
+    def _log(self, result: StepResult, traffic: dict[str, float], seconds: float) -> None:
+        step = self.state.step
+        tokens_per_second = result.tokens / seconds
+        compute = [seconds for _, seconds in result.reports]
+        values = {
+            "train/loss": result.loss,
+            "train/learning_rate": result.learning_rate,
+            "train/grad_norm": result.grad_norm,
+            "train/epoch": self.state.samples_seen / len(self.data.train),
+            "train/target_tokens": result.tokens,
+            "train/target_tokens_per_second": tokens_per_second,
+            "time/compute(s)": result.compute_seconds,
+            "time/reduce(s)": result.reduce_seconds,
+            "time/straggler_gap(s)": max(compute) - min(compute),
+            **{f"memory/rank{rank}(MiB)": memory for rank, (memory, _) in enumerate(result.reports)},
+            **traffic,
+        }
+        self.monitor.scalars(step, values)
+        note = f"loss {result.loss:.4f}  lr {result.learning_rate:.2e}  {seconds:.2f} s  {tokens_per_second:.0f} tok/s"
+        self.monitor.progress(step, self.total_steps, note)
+
+    def _sample(self, which: str) -> None:
+        self.adapters.eval()
+        for prompt in self.config.evaluation.prompts:
+            text = answer(
+                self.base,
+                self.inputs.tokenizer,
+                prompt,
+                max_new_tokens=self.config.evaluation.max_new_tokens,
+                device=self.device,
+            )
+            self.monitor.text(self.state.step, f"answer/{which}", f"{prompt}\n\n{text}")
+            self.monitor.say(f"{which}: {prompt}\n    {text}")
+        self.adapters.train()

@@ -1,0 +1,191 @@
+"""The command line: what reaches the config, what is refused, and what the shell sees."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+
+from dist_qft import __version__
+from dist_qft.cli import LOCAL_RANK_VARIABLES, main, report
+from dist_qft.errors import NumericError, UserError
+
+
+@pytest.fixture(autouse=True)
+def no_launcher(monkeypatch):
+    for name in LOCAL_RANK_VARIABLES:
+        monkeypatch.delenv(name, raising=False)
+
+
+@pytest.fixture
+def run(monkeypatch, capsys):
+    """Run the command in this process: exit code, standard output, standard error."""
+
+    def run_main(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["dist-qft", *map(str, arguments)])
+        with pytest.raises(SystemExit) as stop:
+            main()
+        output = capsys.readouterr()
+        return stop.value.code, output.out, output.err
+
+    return run_main
+
+
+@pytest.fixture
+def config(tmp_path):
+    model = {
+        "model_type": "llama",
+        "hidden_size": 64,
+        "intermediate_size": 64,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "vocab_size": 32,
+    }
+    (tmp_path / "config.json").write_text(json.dumps(model))
+    path = tmp_path / "run.yaml"
+    path.write_text(f"output_dir: {tmp_path}/out\nmodel: {{path: {tmp_path}}}\nsharding: {{device: cpu}}\n")
+    return path
+
+
+def shell(*arguments: object) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "dist_qft", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120)
+
+
+def test_version_and_help(run):
+    assert run("version") == (0, f"{__version__}\n", "")
+    code, out, _ = run("--help")
+    assert code == 0
+    for verb in ("train", "validate", "eval", "generate", "version"):
+        assert f"  {verb}" in out
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("train.learning_rate=1e-5", "train.seed=3", "--json", "--world-size", "2"),
+        ("--json", "--world-size=2", "train.learning_rate=1e-5", "train.seed=3"),
+        ("--train.learning_rate", "1e-5", "--json", "--train.seed=3", "--world-size", "2"),
+        ("--train.learning-rate=1e-5", "--world-size", "2", "train.seed=3", "--json"),
+    ],
+)
+def test_options_and_overrides_in_any_order_and_form(run, config, words):
+    code, out, err = run("validate", config, *words)
+    assert (code, err) == (0, "")
+    plan = json.loads(out)
+    assert plan["optimization"]["learning_rate"] == 1e-5
+    assert plan["world_size"] == 2
+
+
+def test_dry_run_prints_the_plan_and_writes_nothing(run, config, tmp_path):
+    code, out, err = run("train", config, "--dry-run", "method.name=qbara")
+    assert (code, err) == (0, "")
+    assert "qbara" in out
+    assert not (tmp_path / "out").exists()
+
+
+def test_train_without_data_is_refused(run, config):
+    code, out, err = run("train", config)
+    assert (code, out) == (2, "")
+    assert err == "error: data: training needs data.train\n"
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        (("--train.sed=3",), "error: command line: train.sed=3: unknown key 'train.sed', did you mean 'train.seed'?\n"),
+        (("--seed=3",), "error: unknown option '--seed=3'\n"),
+        (("-x",), "error: unknown option '-x'\n"),
+        (("--train.seed",), "error: option '--train.seed' needs a value\n"),
+        (("more.yaml",), "error: command line: more.yaml: need key.sub=value\n"),
+        (
+            ("a", "train.seed=x"),
+            "error: command line: a: need key.sub=value\n"
+            "       command line: train.seed=x: got 'x' (str), need an integer >= 0\n",
+        ),
+    ],
+)
+def test_bad_words_are_one_error(run, config, words, message):
+    assert run("validate", config, *words) == (2, "", message)
+
+
+def test_option_before_the_config_is_refused(run, config):
+    code, _, err = run("validate", "--train.seed", "3", config)
+    assert (code, err) == (2, "error: unknown option '--train.seed' before CONFIG; overrides come after it\n")
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        (("fly",), "No such command 'fly'"),
+        (("train",), "Missing argument 'CONFIG'"),
+        (("generate", "run"), "Missing option '--prompt'"),
+        (("generate", "run", "--prompt", "x", "--max-new-tokens", "0"), "Invalid value for '--max-new-tokens'"),
+        (("validate", "x.yaml", "--world-size", "0"), "Invalid value for '--world-size'"),
+    ],
+)
+def test_wrong_usage_exits_with_2(run, words, message):
+    code, out, err = run(*words)
+    assert (code, out) == (2, "")
+    assert message in err
+
+
+def test_eval_of_a_run_reads_the_config_in_its_folder(run, tmp_path):
+    code, _, err = run("eval", tmp_path)
+    assert (code, err) == (2, f"error: {tmp_path}/config.yaml: cannot read the config: No such file or directory\n")
+
+
+@pytest.mark.parametrize("variable", LOCAL_RANK_VARIABLES)
+def test_one_rank_of_a_node_speaks_but_all_fail(run, monkeypatch, variable):
+    monkeypatch.setenv(variable, "1")
+    assert run("validate", "absent.yaml") == (2, "", "")
+    monkeypatch.setenv(variable, "0")
+    code, _, err = run("validate", "absent.yaml")
+    assert (code, err) == (2, "error: absent.yaml: cannot read the config: No such file or directory\n")
+
+
+def test_an_error_of_one_rank_is_told_by_that_rank(monkeypatch, capsys):
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    report(UserError("everybody's"))
+    own = NumericError("step 5: gradient is nan\nfirst in model.layers.0")
+    own.rank_prefix = "rank 3"
+    report(own)
+    assert capsys.readouterr().err == "error: rank 3: step 5: gradient is nan\n       first in model.layers.0\n"
+
+
+def test_shell_sees_one_block_and_code_2(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text("output_dir: a\nmodel: {path: b}\nlora_r: 8\ntrain: {seed: x}\n")
+    done = shell("train", path, "train.max_steps=-1")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == (
+        "error: command line: train.max_steps=-1: got -1 (int), need an integer > 0\n"
+        f"       {path}:3: unknown key 'lora_r', did you mean 'method.rank'?\n"
+        f"       {path}:4: train.seed: got 'x' (str), need an integer >= 0\n"
+    )
+
+
+def test_shell_sees_usage_errors_and_missing_files_as_2(tmp_path):
+    for arguments in (("validate",), ("validate", tmp_path / "absent.yaml"), ("--nonsense",)):
+        done = shell(*arguments)
+        assert (done.returncode, done.stdout) == (2, "")
+        assert "Traceback" not in done.stderr
+
+
+def test_interrupt_exits_with_130(tmp_path):
+    pipe = tmp_path / "run.yaml"
+    os.mkfifo(pipe)
+    child = subprocess.Popen([sys.executable, "-m", "dist_qft", "train", pipe], stderr=subprocess.PIPE, text=True)
+    with open(pipe, "w"):  # opens once the child reads it, so the child is past its imports
+        child.send_signal(signal.SIGINT)
+        assert child.wait(timeout=60) == 130
+    assert "Traceback" not in child.stderr.read()
+
+
+def test_a_refused_config_does_not_wait_for_torch(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text("output_dir: a\nmodel: {path: b}\nmethod: {name: qahira}\n")
+    code = f"import sys, dist_qft.config.load as l; l.load_config({str(path)!r}); sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0

@@ -1,0 +1,219 @@
+"""Rules between settings: refused or warned of, with the key and the remedy."""
+
+import pytest
+
+from dist_qft.config.check import accumulation_steps, config_warnings
+from dist_qft.config.load import load_config
+from dist_qft.config.schema import RunConfig
+from dist_qft.errors import UserError
+
+
+@pytest.fixture
+def load(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text("output_dir: runs/a\nmodel: {path: folder}\n")
+
+    def load_with(*overrides: str) -> RunConfig:
+        return load_config(path, overrides)
+
+    return load_with
+
+
+@pytest.mark.parametrize(
+    "overrides, key, message",
+    [
+        (["quantization.block=[1, 32]"], "quantization.block", "got [1, 32], nf4 needs one length such as [64]"),
+        (
+            ["quantization.linear=affine4", "quantization.block=[32]"],
+            "quantization.block",
+            "got [32], affine4 needs [b_out, b_in] such as [1, 32]",
+        ),
+        (
+            ["quantization.linear=dense", "quantization.block=[64]"],
+            "quantization.block",
+            "dense has no blocks; remove it or choose nf4 or affine4",
+        ),
+        (
+            ["quantization.linear=affine4", "quantization.double_quant=true"],
+            "quantization.double_quant",
+            "affine4 has no absmax to quantize; only nf4 does",
+        ),
+        (
+            ["quantization.linear=dense", "quantization.exempt=[q_proj]"],
+            "quantization.exempt",
+            "all linear layers are dense already; remove it",
+        ),
+        (["method.pool=4"], "method.pool", "qlora does not use it; qlora has rank, alpha"),
+        (
+            ["method.name=qahira", "method.balance=2"],
+            "method.balance",
+            "qahira does not use it; qahira has rank, alpha, pool, repeat",
+        ),
+        (
+            ["method.name=qalora", "method.repeat=2"],
+            "method.repeat",
+            "qalora does not use it; qalora has rank, alpha, pool",
+        ),
+        (["method.pool_mode=sum"], "method.pool_mode", "qlora does not pool; remove it"),
+        (
+            ["method.schedule=[{rank: 8}, {rank: 8, pool: 2}]"],
+            "method.schedule.1.pool",
+            "qlora does not use it; qlora has rank, alpha",
+        ),
+        (
+            ["method.schedule=[{rank: 8, depth: [4, 3]}]"],
+            "method.schedule.0.depth",
+            "got [4, 3], need first <= last",
+        ),
+        (
+            ["method.schedule=[{layers: mlp, depth: [0, 3]}]"],
+            "method.schedule.0",
+            "the rule sets nothing; give rank, alpha or skip",
+        ),
+        (
+            ["method.schedule=[{skip: true, rank: 2}]"],
+            "method.schedule.0",
+            "skip leaves no use for rank; give one or the other",
+        ),
+        (
+            ["train.per_device_train_batch_size=6"],
+            "train.global_batch_size",
+            "16 is not a multiple of train.per_device_train_batch_size 6; nearest: 12 or 18",
+        ),
+        (
+            ["train.warmup_steps=10", "train.max_steps=10"],
+            "train.warmup_steps",
+            "10 leaves no step at the full learning rate; need less than train.max_steps 10",
+        ),
+        (
+            ["train.optim=paged_adamw_32bit", "sharding.device=cpu"],
+            "train.optim",
+            "paged_adamw_32bit needs CUDA, sharding.device is cpu; use adamw",
+        ),
+        (["evaluation.eval_steps=5"], "evaluation.eval_steps", "nothing to evaluate"),
+        (["data.train.path=a", "evaluation.eval_steps=5"], "evaluation.eval_steps", "nothing to evaluate"),
+        (
+            ["data={train: {path: a}, eval: {path: b}, eval_samples: 5}"],
+            "data.eval_samples",
+            "no effect, data.eval is given; remove one of them",
+        ),
+        (["model.path=a.gguf", "model.revision=main"], "model.revision", "a GGUF file has no revisions; remove it"),
+    ],
+)
+def test_refused(load, overrides, key, message):
+    with pytest.raises(UserError) as refusal:
+        load(*overrides)
+    (line,) = str(refusal.value).splitlines()
+    # An override that sets exactly this key names it already; otherwise the key stands before the message.
+    assert f"{key}=" in line or f" {key}: " in line
+    assert message in line
+    assert refusal.value.exit_code == 2
+
+
+def test_broken_rules_are_reported_together_with_their_lines(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text(
+        "output_dir: a\nmodel: {path: b}\nmethod:\n  pool: 4\nevaluation:\n  eval_steps: 5\n"
+        "quantization:\n  linear: affine4\n  double_quant: true\n"
+    )
+    with pytest.raises(UserError) as refusal:
+        load_config(path)
+    assert str(refusal.value).replace(str(path), "run.yaml").splitlines() == [
+        "run.yaml:4: method.pool: qlora does not use it; qlora has rank, alpha",
+        "run.yaml:6: evaluation.eval_steps: nothing to evaluate; set data.eval or data.eval_samples",
+        "run.yaml:9: quantization.double_quant: affine4 has no absmax to quantize; only nf4 does",
+    ]
+
+
+def test_allowed_neighbours_of_the_refused(load):
+    load("method.name=qbara", "method.pool_mode=sum", "method.balance=4")
+    load("method.schedule=[{layers: q_proj, skip: false}, {depth: [3, 3], rank: 1}]")
+    load("data={train: {path: a}, eval_samples: 5}", "evaluation.eval_steps=5")
+    load("train.warmup_steps=9", "train.max_steps=10")
+
+
+@pytest.mark.parametrize(
+    "overrides, expected",
+    [
+        ([], []),
+        (["method.name=qahira", "quantization={linear: affine4, block: [8, 4]}"], []),
+        (["method.name=qahira", "quantization={linear: affine4, block: [4, 2]}"], []),
+        (["method.name=qalora", "quantization.linear=affine4"], []),
+        (["method.name=qbara", "quantization.linear=affine4"], []),
+        (
+            ["method.name=qalora"],
+            [
+                "method.name: qalora cannot be merged exactly into nf4, which has no zeros to take dW; "
+                "quantization.linear affine4 can"
+            ],
+        ),
+        (
+            ["method={name: qahira, pool: 48, repeat: 4}", "quantization={linear: affine4, block: [8, 32]}"],
+            [
+                "method.repeat: 4 is not a multiple of 8, blocks of [8, 32] cross tiles and the merge is not exact; "
+                "nearest: 8",
+                "method.pool: 48 is not a multiple of 32, blocks of [8, 32] cross tiles and the merge is not exact; "
+                "nearest: 32 or 64",
+            ],
+        ),
+        (
+            ["method={name: qalora, schedule: [{layers: mlp, pool: 16}]}", "quantization.linear=affine4"],
+            [
+                "method.schedule.0.pool: 16 is not a multiple of 32, blocks of [1, 32] cross tiles and the merge is "
+                "not exact; nearest: 32"
+            ],
+        ),
+        (
+            ["train={max_steps: 9, num_train_epochs: 2, warmup_steps: 1, warmup_ratio: 0.1}"],
+            [
+                "train.num_train_epochs: no effect, train.max_steps is set",
+                "train.warmup_ratio: no effect, train.warmup_steps is set",
+            ],
+        ),
+        (
+            ["sharding={engine: replicated, reshard_after_forward: true}"],
+            ["sharding.reshard_after_forward: no effect with engine replicated"],
+        ),
+    ],
+)
+def test_warnings(load, overrides, expected):
+    assert config_warnings(load(*overrides)) == expected
+
+
+@pytest.mark.parametrize("world_size, micro, steps", [(1, 1, 48), (1, 48, 1), (2, 4, 6), (3, 4, 4), (16, 3, 1)])
+def test_accumulation_steps(load, world_size, micro, steps):
+    config = load("train.global_batch_size=48", f"train.per_device_train_batch_size={micro}")
+    assert accumulation_steps(config, world_size) == steps
+
+
+@pytest.mark.parametrize(
+    "total, micro, world_size, message",
+    [
+        (
+            16,
+            2,
+            3,
+            "train.global_batch_size: 16 is not a multiple of 6, train.per_device_train_batch_size 2 x 3 ranks; "
+            "legal: train.global_batch_size 12 or 18",
+        ),
+        (
+            24,
+            4,
+            4,
+            "train.global_batch_size: 24 is not a multiple of 16, train.per_device_train_batch_size 4 x 4 ranks; "
+            "legal: train.global_batch_size 16 or 32, or train.per_device_train_batch_size 1, 2, 3 or 6",
+        ),
+        (
+            8,
+            1,
+            16,
+            "train.global_batch_size: 8 is not a multiple of 16, train.per_device_train_batch_size 1 x 16 ranks; "
+            "legal: train.global_batch_size 16",
+        ),
+    ],
+)
+def test_batch_that_does_not_divide_names_the_legal_sizes(load, total, micro, world_size, message):
+    config = load(f"train.global_batch_size={total}", f"train.per_device_train_batch_size={micro}")
+    with pytest.raises(UserError) as refusal:
+        accumulation_steps(config, world_size)
+    assert str(refusal.value) == message

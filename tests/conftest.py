@@ -1,0 +1,39 @@
+"""Fixtures that every test may use: pools of ranks, a small model with its tokenizer, the real SmolLM2."""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+from ranks import RankPool
+from tiny_model import save_tiny_model
+
+
+@pytest.fixture(scope="session")
+def pools() -> Iterator[dict[int, RankPool]]:
+    """Pools of 1, 2 and 4 ranks; each starts when it is first used."""
+    pools = {size: RankPool(size) for size in (1, 2, 4)}
+    yield pools
+    for pool in pools.values():
+        pool.close()
+
+
+@pytest.fixture(scope="session")
+def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Llama of 3 layers with random weights and a trained tokenizer, as a Hugging Face folder."""
+    return save_tiny_model(tmp_path_factory.mktemp("tiny-llama"))
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> Path:
+    """The GGUF file of SmolLM2-135M-Instruct; `tests/run.sh` fetches it."""
+    default = Path(os.environ.get("DIST_QFT_CACHE", "~/.cache/dist_qft")) / "SmolLM2-135M-Instruct.Q4_1.gguf"
+    path = Path(os.environ.get("DIST_QFT_SMOLLM2", default)).expanduser()
+    if not path.is_file():
+        pytest.skip(f"{path} is not there; tests/run.sh fetches it")
+    return path

@@ -1,0 +1,55 @@
+"""Small real tokenizers, trained here in milliseconds, and the real SmolLM2 tokenizer where its file is at hand."""
+
+import os
+from pathlib import Path
+
+import pytest
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+CHATML = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+CORPUS = [
+    "What is the capital of France? The capital of France is Paris.",
+    "Hello there, how are you? I am fine, thank you. Goodbye!",
+    "The quick brown fox jumps over the lazy dog, one two three four five.",
+]
+
+
+@pytest.fixture(scope="session")
+def make_tokenizer():
+    """A byte-level BPE tokenizer of about 330 tokens with the given chat template and special tokens."""
+
+    def make(chat_template: str | None = CHATML, **special) -> PreTrainedTokenizerFast:
+        tokenizer = Tokenizer(models.BPE())
+        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        tokenizer.decoder = decoders.ByteLevel()
+        trainer = trainers.BpeTrainer(
+            vocab_size=330,
+            special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<s>"],
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+            show_progress=False,
+        )
+        tokenizer.train_from_iterator(CORPUS, trainer)
+        special = {"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"} | special
+        fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special)
+        fast.chat_template = chat_template
+        return fast
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def chatml(make_tokenizer) -> PreTrainedTokenizerFast:
+    return make_tokenizer()
+
+
+@pytest.fixture(scope="session")
+def smollm2():
+    default = "~/.cache/dist_qft/SmolLM2-135M-Instruct.Q4_1.gguf"
+    path = Path(os.environ.get("DIST_QFT_SMOLLM2", default)).expanduser()
+    if not path.exists():
+        pytest.skip(f"needs the SmolLM2 file: {path} (or set DIST_QFT_SMOLLM2)")
+    return AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)

@@ -1,0 +1,103 @@
+"""The flat arrays and their file: rows come back whole, and no damage to the file goes unseen."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+from dist_qft.data.dataset import TokenDataset
+from dist_qft.data.tokens import TokenSequence
+from dist_qft.errors import CorruptFileError
+
+
+def sequences(lengths):
+    """Sample i has the tokens 100 i, 100 i + 1, ...; every second one, and (wrongly) the first, is a target."""
+    return [TokenSequence(100 * i + np.arange(n, dtype=np.int32), np.arange(n) % 2 == 0) for i, n in enumerate(lengths)]
+
+
+@pytest.fixture
+def packed():
+    return TokenDataset.from_sequences(sequences([6, 5, 4, 3]), pad_id=7, packed_length=10, report={"read": 4})
+
+
+def test_packed_rows(packed):
+    assert len(packed) == 2
+    assert packed.lengths.tolist() == [10, 8]
+    tokens, targets, starts = packed.row(0)
+    assert tokens.tolist() == [0, 1, 2, 3, 4, 5, 200, 201, 202, 203]
+    assert starts.tolist() == [0, 6]
+    # A segment's first token has nothing before it: no target, whatever the sample said.
+    assert np.flatnonzero(targets).tolist() == [2, 4, 8]
+    assert packed.row(1).segment_starts.tolist() == [0, 5]
+    assert packed.report == {"read": 4, "rows": 2, "tokens": 18, "target_tokens": 6}
+
+
+def test_unpacked_rows_are_the_samples():
+    samples = sequences([6, 1, 4])
+    dataset = TokenDataset.from_sequences(samples, pad_id=0, packed_length=None, report={})
+    assert [dataset.row(i).tokens.tolist() for i in range(3)] == [sample.input_ids.tolist() for sample in samples]
+    assert [dataset.row(i).segment_starts.tolist() for i in range(3)] == [[0], [0], [0]]
+
+
+def test_saved_and_loaded(packed, tmp_path):
+    path = tmp_path / "a.safetensors"
+    packed.save(path)
+    loaded = TokenDataset.load(path)
+    for name in ("tokens", "targets", "row_offsets", "segment_starts"):
+        expected, found = getattr(packed, name), getattr(loaded, name)
+        assert found.dtype == expected.dtype
+        assert found.tolist() == expected.tolist()
+    assert (loaded.pad_id, loaded.packed_length, loaded.report) == (7, 10, packed.report)
+    assert loaded.digest == packed.digest
+    assert [file.name for file in tmp_path.iterdir()] == ["a.safetensors"]
+
+
+def test_digest_covers_what_decides_a_batch(packed):
+    changes = {
+        "tokens": packed.tokens + 1,
+        "targets": ~packed.targets,
+        "row_offsets": np.array([0, 6, 18]),
+        "segment_starts": np.array([0, 5, 10, 15]),
+        "pad_id": 0,
+        "packed_length": 12,
+    }
+    digests = {replace(packed, **{name: value}).digest for name, value in changes.items()}
+    assert len(digests | {packed.digest}) == len(changes) + 1
+    assert replace(packed, report={}).digest == packed.digest
+
+
+def test_every_flipped_byte_of_the_arrays_is_seen(packed, tmp_path):
+    path = tmp_path / "a.safetensors"
+    packed.save(path)
+    content = path.read_bytes()
+    arrays = 8 + int.from_bytes(content[:8], "little")  # behind the safetensors header
+    for position in range(arrays, len(content)):
+        path.write_bytes(content[:position] + bytes([content[position] ^ 1]) + content[position + 1 :])
+        with pytest.raises(CorruptFileError):
+            TokenDataset.load(path)
+
+
+@pytest.mark.parametrize("damage", ["empty", "cut", "header", "foreign"])
+def test_other_damage(packed, tmp_path, damage):
+    path = tmp_path / "a.safetensors"
+    packed.save(path)
+    content = path.read_bytes()
+    if damage == "foreign":
+        save_file({"weight": np.zeros(3)}, path)
+    else:
+        damaged = {"empty": b"", "cut": content[:-1], "header": content.replace(b"pad_id", b"dap_id")}
+        path.write_bytes(damaged[damage])
+    with pytest.raises(CorruptFileError, match=r"a\.safetensors: not a token data file") as caught:
+        TokenDataset.load(path)
+    assert caught.value.exit_code == 5
+
+
+def test_failed_save_leaves_nothing(packed, tmp_path):
+    with pytest.raises(OSError):
+        packed.save(tmp_path / "missing" / "a.safetensors")
+    target = tmp_path / "a.safetensors"
+    target.mkdir()
+    with pytest.raises(OSError):
+        packed.save(target)
+    assert [file.name for file in tmp_path.iterdir()] == ["a.safetensors"]

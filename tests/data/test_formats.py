@@ -1,0 +1,227 @@
+"""Six formats: what each record means, how `auto` decides, and what a misfit is told."""
+
+import pytest
+
+from dist_qft.config.schema import DatasetConfig
+from dist_qft.data.formats import (
+    FORMATS,
+    Conversation,
+    PromptCompletion,
+    Text,
+    Tokenized,
+    resolve_format,
+    to_sample,
+)
+from dist_qft.errors import UserError
+
+WHERE = "data.jsonl:7"
+
+
+def user(content):
+    return {"role": "user", "content": content}
+
+
+def assistant(content):
+    return {"role": "assistant", "content": content}
+
+
+CALL = {"type": "function", "function": {"name": "add", "arguments": {"a": 1}}}
+TOOL = {"type": "function", "function": {"name": "add", "parameters": {}}}
+
+ACCEPTED = {
+    "alpaca without input": (
+        "alpaca",
+        {"instruction": "Name a fruit.", "input": "", "output": "Apple."},
+        Conversation([user("Name a fruit."), assistant("Apple.")]),
+    ),
+    "alpaca with everything": (
+        "alpaca",
+        {"instruction": "Add.", "input": "1 2", "output": "3", "system": "Be brief.", "history": [["Hi", "Hello"]]},
+        Conversation(
+            [
+                {"role": "system", "content": "Be brief."},
+                user("Hi"),
+                assistant("Hello"),
+                user("Add.\n\n1 2"),
+                assistant("3"),
+            ]
+        ),
+    ),
+    "alpaca with nulls for absent fields": (
+        "alpaca",
+        {"instruction": "a", "input": None, "output": "b", "system": None, "history": None},
+        Conversation([user("a"), assistant("b")]),
+    ),
+    "sharegpt": (
+        "sharegpt",
+        {"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}], "system": "s"},
+        Conversation([{"role": "system", "content": "s"}, user("a"), assistant("b")]),
+    ),
+    "sharegpt with a tool": (
+        "sharegpt",
+        {
+            "conversations": [
+                {"from": "human", "value": "a"},
+                {"from": "function_call", "value": '{"name": "add", "arguments": {"a": 1}}'},
+                {"from": "observation", "value": "1"},
+            ],
+            "tools": f"[{str(TOOL).replace(chr(39), chr(34))}]",
+        },
+        Conversation(
+            [user("a"), {"role": "assistant", "content": "", "tool_calls": [CALL]}, {"role": "tool", "content": "1"}],
+            [TOOL],
+        ),
+    ),
+    "messages drop null fields": (
+        "messages",
+        {"messages": [{"role": "user", "content": "a", "tool_calls": None}, assistant("b")], "tools": []},
+        Conversation([user("a"), assistant("b")]),
+    ),
+    "messages with a call but no content": (
+        "messages",
+        {"messages": [user("a"), {"role": "assistant", "content": None, "tool_calls": [CALL]}], "tools": [TOOL]},
+        Conversation([user("a"), {"role": "assistant", "content": "", "tool_calls": [CALL]}], [TOOL]),
+    ),
+    "prompt-completion": ("prompt-completion", {"prompt": "1+1=", "completion": "2"}, PromptCompletion("1+1=", "2")),
+    "text": ("text", {"text": "a"}, Text("a")),
+    "tokenized with labels": (
+        "tokenized",
+        {"input_ids": [5, 6, 7], "labels": [-100, 6, -100], "attention_mask": [1, 1, 1]},
+        Tokenized([5, 6, 7], [False, True, False]),
+    ),
+    "tokenized without labels": ("tokenized", {"input_ids": [5, 6]}, Tokenized([5, 6], [True, True])),
+}
+
+
+@pytest.mark.parametrize(("format_name", "record", "sample"), ACCEPTED.values(), ids=ACCEPTED)
+def test_record_becomes_sample(format_name, record, sample):
+    assert to_sample(record, format_name, {}, WHERE) == sample
+    assert resolve_format(DatasetConfig(path="x"), (record, WHERE), "data.train") == format_name
+
+
+def test_columns_rename_fields():
+    columns = {"prompt": "question", "completion": "answer"}
+    record = {"question": "a", "answer": "b", "id": 3}
+    dataset = DatasetConfig(path="x", columns=columns)
+    assert resolve_format(dataset, (record, WHERE), "data.train") == "prompt-completion"
+    assert to_sample(record, "prompt-completion", columns, WHERE) == PromptCompletion("a", "b")
+    with pytest.raises(UserError) as caught:
+        to_sample({"question": "a"}, "prompt-completion", columns, WHERE)
+    assert str(caught.value) == "data.jsonl:7: field 'answer' is missing; the record has: question"
+
+
+REFUSED = {
+    "missing": ("alpaca", {"instruction": "a"}, "field 'output' is missing; the record has: instruction"),
+    "null": ("text", {"text": None}, "field 'text' is null; the record has: text"),
+    "wrong type": ("text", {"text": 3}, "field 'text' must be a string, not int; the record has: text"),
+    "no fields": ("text", {}, "field 'text' is missing; the record has: no fields"),
+    "alpaca history": (
+        "alpaca",
+        {"instruction": "a", "output": "b", "history": [["a"]]},
+        "field 'history' must be a list of [question, answer]; the record has: instruction, output, history",
+    ),
+    "messages as text": (
+        "messages",
+        {"messages": "user: hi"},
+        "field 'messages' must be a list of objects; the record has: messages",
+    ),
+    "no messages": ("messages", {"messages": []}, "field 'messages' is empty; the record has: messages"),
+    "unknown role": (
+        "messages",
+        {"messages": [{"role": "bot", "content": "a"}]},
+        "field 'messages' entry 0 has unknown role 'bot'; allowed: system, user, assistant, tool; "
+        "the record has: messages",
+    ),
+    "no content": (
+        "messages",
+        {"messages": [user("a"), {"role": "assistant"}]},
+        "field 'messages' entry 1 'content' must be a string, not NoneType; the record has: messages",
+    ),
+    "tool call without name": (
+        "messages",
+        {"messages": [{"role": "assistant", "tool_calls": [{"function": {}}]}]},
+        "field 'messages' entry 0 'tool_calls' must be a list of {function: {name, ...}}; the record has: messages",
+    ),
+    "unknown sender": (
+        "sharegpt",
+        {"conversations": [{"from": "bard", "value": "a"}]},
+        "field 'conversations' entry 0 has unknown 'from': 'bard'; allowed: system, human, user, gpt, assistant, "
+        "function_call, observation, tool; the record has: conversations",
+    ),
+    "sender of a wrong type": (
+        "sharegpt",
+        {"conversations": [{"from": ["human"], "value": "a"}]},
+        "field 'conversations' entry 0 has unknown 'from': ['human']",
+    ),
+    "no value": (
+        "sharegpt",
+        {"conversations": [{"from": "human"}]},
+        "field 'conversations' entry 0 'value' must be a string, not NoneType; the record has: conversations",
+    ),
+    "function call that is no JSON": (
+        "sharegpt",
+        {"conversations": [{"from": "function_call", "value": "add(1)"}]},
+        'field \'conversations\' entry 0 must be JSON: {"name": ..., "arguments": ...}; the record has: conversations',
+    ),
+    "tools": (
+        "messages",
+        {"messages": [user("a")], "tools": ["add"]},
+        "field 'tools' must be a list of {type, function: {name, ...}}; the record has: messages, tools",
+    ),
+    "ids of a wrong type": (
+        "tokenized",
+        {"input_ids": [1, "2"]},
+        "field 'input_ids' must be a list of integers; the record has: input_ids",
+    ),
+    "ids of booleans": (
+        "tokenized",
+        {"input_ids": [True]},
+        "field 'input_ids' must be a list of integers; the record has: input_ids",
+    ),
+    "labels of another length": (
+        "tokenized",
+        {"input_ids": [1, 2, 3], "labels": [1, 2]},
+        "field 'labels' has 2 entries, input_ids 3; the record has: input_ids, labels",
+    ),
+    "labels that are other tokens": (
+        "tokenized",
+        {"input_ids": [1, 2], "labels": [2, -100]},
+        "field 'labels' entry 0 is 2; allowed: the same as input_ids (1) or -100; the record has: input_ids, labels",
+    ),
+    "padding": (
+        "tokenized",
+        {"input_ids": [1, 0], "attention_mask": [1, 0]},
+        "field 'attention_mask' has zeros; allowed: samples without padding; the record has: input_ids, attention_mask",
+    ),
+}
+
+
+@pytest.mark.parametrize(("format_name", "record", "message"), REFUSED.values(), ids=REFUSED)
+def test_misfit_names_place_field_and_fields_at_hand(format_name, record, message):
+    with pytest.raises(UserError) as caught:
+        to_sample(record, format_name, {}, WHERE)
+    assert str(caught.value).startswith(f"{WHERE}: {message}")
+    assert caught.value.exit_code == 2
+
+
+@pytest.mark.parametrize(
+    ("record", "columns", "message"),
+    [
+        ({"instruction": "a", "output": "b", "text": "c"}, {}, "fit alpaca and text; set data.train.format"),
+        (
+            {"question": "a", "answer": "b"},
+            {},
+            "the fields question, answer fit no format (alpaca: instruction, output;",
+        ),
+        ({"text": "a"}, {"txt": "text"}, "data.train.columns: text has no field 'txt'; allowed: text"),
+    ],
+)
+def test_auto_says_why_it_cannot_decide(record, columns, message):
+    with pytest.raises(UserError) as caught:
+        resolve_format(DatasetConfig(path="x", columns=columns), (record, WHERE), "data.train")
+    assert message in str(caught.value)
+
+
+def test_every_format_of_the_schema_is_known():
+    allowed = DatasetConfig.model_fields["format"].annotation.__args__
+    assert set(allowed) == {"auto", *FORMATS}

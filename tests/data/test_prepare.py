@@ -1,0 +1,207 @@
+"""From config to cached data: counts, refusals, when the cache is used, and when not."""
+
+import json
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+from dist_qft.config.schema import DataConfig, DatasetConfig
+from dist_qft.data.prepare import held_out_indices, prepare
+from dist_qft.errors import UserError
+
+
+@pytest.fixture
+def corpus(tmp_path):
+    """Writes records to a jsonl file and returns its path."""
+
+    def write(records, name="train.jsonl"):
+        path = tmp_path / name
+        path.write_text("".join(json.dumps(record) + "\n" for record in records))
+        return str(path)
+
+    return write
+
+
+@pytest.fixture
+def run(tmp_path, chatml):
+    def run(train, tokenizer=chatml, vocab_size=330, **settings):
+        train = train if isinstance(train, DatasetConfig) else DatasetConfig(path=train)
+        return prepare(DataConfig(train=train, **settings), tokenizer, vocab_size, tmp_path / "cache" / "tokens")
+
+    return run
+
+
+def tokenized(*lengths):
+    return [{"input_ids": [1] * n} for n in lengths]
+
+
+def row_tokens(dataset):
+    return [dataset.row(i).tokens.tolist() for i in range(len(dataset))]
+
+
+def test_counts_of_every_fate(run, corpus):
+    records = [
+        *tokenized(4, 12, 8),
+        {"input_ids": [1] * 12, "labels": [-100] * 10 + [1] * 2},  # its targets lie behind the cut
+        {"input_ids": [1, 2], "labels": [-100, -100]},
+        {"input_ids": [1]},  # nothing to predict
+    ]
+    path = corpus(records)
+    prepared = run(path, max_length=8)
+    assert prepared.train.report == {
+        "read": 6,
+        "blank_lines": 0,
+        "truncated": 1,
+        "dropped_targets_cut_off": 1,
+        "dropped_no_targets": 2,
+        "kept": 3,
+        "rows": 3,
+        "tokens": 20,
+        "target_tokens": 17,
+    }
+    assert prepared.eval is None
+    assert prepared.train.pad_id == 0
+    dropped = run(path, max_length=8, overlong="drop").train.report
+    assert (dropped["kept"], dropped["dropped_overlong"], dropped["truncated"]) == (2, 2, 0)
+    with pytest.raises(UserError, match=r"train.jsonl:2: 12 tokens; allowed: data.max_length 8, or data.overlong"):
+        run(path, max_length=8, overlong="error")
+
+
+@pytest.mark.parametrize(
+    ("records", "message"),
+    [
+        ([{"input_ids": [1, 2], "labels": [-100, -100]}] * 3, "dropped_no_targets 3, read 3"),
+        ([{"messages": [{"role": "user", "content": "Hi"}]}], "dropped_no_targets 1, read 1"),
+        (tokenized(20, 30), "dropped_overlong 2, read 2"),
+    ],
+)
+def test_nothing_to_train_on(run, corpus, records, message):
+    path = corpus(records)
+    with pytest.raises(UserError) as caught:
+        run(path, max_length=8, overlong="drop")
+    assert str(caught.value) == f"data.train: no sample of {path} has a token to train on ({message})"
+    assert caught.value.exit_code == 2
+
+
+def test_fault_in_a_later_record_names_its_line(run, corpus, tmp_path):
+    path = corpus([{"prompt": "a", "completion": "b"}, {"prompt": "a"}])
+    with pytest.raises(UserError) as caught:
+        run(path)
+    assert str(caught.value) == f"{path}:2: field 'completion' is missing; the record has: prompt"
+    assert not list(tmp_path.rglob("*.safetensors"))
+
+
+def test_eval_samples_are_held_out_once_and_for_all(run, corpus):
+    path = corpus([{"input_ids": [i, i, i]} for i in range(100)])
+    prepared = run(path, eval_samples=10)
+    train, held_out = row_tokens(prepared.train), row_tokens(prepared.eval)
+    assert (len(train), len(held_out)) == (90, 10)
+    assert sorted(train + held_out) == [[i, i, i] for i in range(100)]
+    assert [row[0] for row in held_out] == sorted(held_out_indices(100, 10))
+    assert held_out_indices(100, 10) < held_out_indices(100, 20)
+    assert (prepared.train.report["held_out"], prepared.eval.report["kept"]) == (10, 10)
+    packed = run(path, eval_samples=10, packing=True, max_length=30)
+    assert (len(packed.eval), len(packed.train)) == (1, 9)
+    for wanted in (100, 1000):
+        with pytest.raises(UserError, match=rf"^data.eval_samples: {wanted} of 100 samples; allowed: at most 99$"):
+            run(path, eval_samples=wanted)
+
+
+def test_eval_data_set(run, corpus):
+    path = corpus(tokenized(5, 6))
+    other = DatasetConfig(path=corpus(tokenized(3), "eval.jsonl"))
+    prepared = run(path, eval=other)
+    assert [len(row) for row in row_tokens(prepared.eval)] == [3]
+    with pytest.raises(UserError, match=r"^data.eval_samples: data.eval is set too; allowed: one of them$"):
+        run(path, eval=other, eval_samples=1)
+    with pytest.raises(UserError, match=r"^data.eval.path: no such file or folder: .*gone.jsonl$"):
+        run(path, eval=DatasetConfig(path="gone.jsonl"))
+
+
+def cache_files(tmp_path):
+    return {file.name: file.stat().st_ino for file in (tmp_path / "cache" / "tokens").glob("*.safetensors")}
+
+
+def test_cache_is_used_until_something_that_matters_changes(run, corpus, tmp_path, make_tokenizer):
+    records = [{"text": "Hello there"}, {"text": "The quick brown fox"}]
+    path = corpus(records)
+    first = run(path)
+    files = cache_files(tmp_path)
+    assert len(files) == 1
+    again = run(path)
+    assert cache_files(tmp_path) == files  # not written again: the same inode
+    assert (again.train.digest, again.train.report) == (first.train.digest, first.train.report)
+
+    other_tokenizer = make_tokenizer(eos_token="<|endoftext|>")
+    other_template = make_tokenizer("{{ messages }}")
+    for changed in (
+        {"max_length": 64},
+        {"packing": True},
+        {"vocab_size": 331},
+        {"tokenizer": other_tokenizer},
+        {"tokenizer": other_template},
+    ):
+        before = len(cache_files(tmp_path))
+        run(path, **changed)
+        assert len(cache_files(tmp_path)) == before + 1, changed
+    corpus(records[::-1])
+    assert row_tokens(run(path).train) == row_tokens(first.train)[::-1]
+
+
+def test_padding_or_truncating_calls_keep_the_cache(run, corpus, tmp_path, make_tokenizer):
+    path, tokenizer = corpus([{"text": "Hello there"}]), make_tokenizer()
+    run(path, tokenizer=tokenizer)
+    tokenizer("Hello there", truncation=True, max_length=2, padding="max_length")
+    run(path, tokenizer=tokenizer)
+    assert len(cache_files(tmp_path)) == 1
+
+
+@pytest.mark.parametrize("damage", [lambda content: content[:-3], lambda content: content[:-3] + b"abc", lambda _: b""])
+def test_damaged_cache_is_rebuilt(run, corpus, tmp_path, damage):
+    path = corpus([{"text": "Hello there"}, {"text": "Goodbye"}])
+    digest = run(path).train.digest
+    (file,) = (tmp_path / "cache" / "tokens").glob("*.safetensors")
+    content = file.read_bytes()
+    file.write_bytes(damage(content))
+    assert run(path).train.digest == digest
+    assert file.read_bytes() == content
+
+
+def test_several_at_once_write_one_file(run, corpus, tmp_path):
+    path = corpus([{"text": f"Hello there {i}"} for i in range(200)])
+    barrier = threading.Barrier(4)
+
+    def start():
+        barrier.wait()
+        prepared = run(path, eval_samples=20)
+        return prepared.train.digest, prepared.eval.digest
+
+    with ThreadPoolExecutor(4) as pool:
+        results = {future.result() for future in [pool.submit(start) for _ in range(4)]}
+    assert len(results) == 1
+    assert sorted(name.rpartition("-")[2] for name in cache_files(tmp_path)) == [
+        "eval.safetensors",
+        "train.safetensors",
+    ]
+    assert not list(tmp_path.rglob(".tmp-*"))
+
+
+def test_cache_folder_that_cannot_be_made(corpus, tmp_path, chatml):
+    blocker = tmp_path / "file"
+    blocker.write_text("")
+    data = DataConfig(train=DatasetConfig(path=corpus([{"text": "Hello there"}])))
+    with pytest.raises(UserError) as caught:
+        prepare(data, chatml, 330, blocker / "cache")
+    assert str(caught.value) == f"data.cache_dir: cannot write to {blocker / 'cache'}: Not a directory"
+
+
+def test_smollm2_on_stdlib_docs(smollm2, tmp_path):
+    train = DatasetConfig(path="stdlib-docs", limit=40)
+    prepared = prepare(DataConfig(train=train, max_length=256), smollm2, 49152, tmp_path)
+    assert prepared.train.report["kept"] == 40
+    row = prepared.train.row(0)
+    text, predicted = smollm2.decode(row.tokens), smollm2.decode(row.tokens[row.targets])
+    assert text.startswith("<|im_start|>system\n")
+    assert text.endswith(f"<|im_start|>assistant\n{predicted}\n")
+    assert predicted.endswith("<|im_end|>")

@@ -1,0 +1,14 @@
+#!/usr/bin/env bash
+# The test command: installs what is missing, then ruff and pytest. Arguments go to pytest: tests/run.sh -k merge
+set -euo pipefail
+source "$(dirname "${BASH_SOURCE[0]}")/../launch/environment.sh"
+prepare_environment
+"$ROOT/launch/get_smollm2.sh"
+
+cd "$ROOT"
+ruff check .
+ruff format --check .
+# Many tests run several ranks at a time: one thread each keeps them from fighting over the cores, and the results the
+# same on every machine. No test may need the network.
+export OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
+exec pytest "$@"

@@ -1,0 +1,34 @@
+"""Whole training runs inside a rank pool: the product's own stages, minus the launcher."""
+
+import hashlib
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from dist_qft.checkpoint import ADAPTER_MODEL, list_checkpoints
+from dist_qft.config.schema import RunConfig
+from dist_qft.preemption import StopSignal
+from dist_qft.train import execute_run, gather_inputs
+from dist_qft.training_run import TrainingRun
+from dist_qft.world import World
+
+
+def pool_world() -> World:
+    rank, size = dist.get_rank(), dist.get_world_size()
+    return World(rank, size, rank, size, "127.0.0.1", 0, "environment")
+
+
+def train(config: RunConfig, resume: str | None = None) -> TrainingRun:
+    inputs = gather_inputs(config, resume, pool_world(), torch.device("cpu"))
+    return execute_run(inputs, StopSignal())
+
+
+def train_losses(config: RunConfig, resume: str | None = None) -> list[float]:
+    """The loss of every step of the run so far."""
+    return [entry["loss"] for entry in train(config, resume).state.history]
+
+
+def adapter_digest(output_dir: str | Path) -> str:
+    """SHA-256 of the newest checkpoint's adapter file."""
+    return hashlib.sha256((list_checkpoints(Path(output_dir))[-1] / ADAPTER_MODEL).read_bytes()).hexdigest()
