@@ -205,11 +205,10 @@ def _meeting_point(env: Mapping[str, str], claims: list[_Claim], single_node: bo
 
 def _first_slurm_node(env: Mapping[str, str]) -> str:
     """Name or address of the node with rank 0: the first of a list such as "n[03-05,9],login" is n03."""
-    nodes = env.get("SLURM_STEP_NODELIST") or env.get("SLURM_JOB_NODELIST")
+    names = ("SLURM_STEP_NODELIST", "SLURM_JOB_NODELIST", "SLURM_LAUNCH_NODE_IPADDR")
+    nodes = next((env[name] for name in names if name in env), None)
     if nodes is None:
-        if "SLURM_LAUNCH_NODE_IPADDR" not in env:
-            raise UserError("SLURM_STEP_NODELIST is not set, although other variables of the same launcher are")
-        return env["SLURM_LAUNCH_NODE_IPADDR"]
+        raise UserError(f"{names[0]} is not set, although other variables of the same launcher are")
     first = re.split(r",(?![^\[]*\])", nodes)[0]
     return re.sub(r"\[([^],-]+)[^]]*\]", r"\1", first)
 

@@ -16,74 +16,42 @@ import torch.distributed as dist
 from dist_qft.errors import SetupError, UserError
 from dist_qft.world import World, connect, device_for
 
-LOCAL = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29511"}
-TORCHRUN = {
-    "TORCHELASTIC_RUN_ID": "b2c6",
-    "RANK": "5",
-    "WORLD_SIZE": "8",
-    "LOCAL_RANK": "1",
-    "LOCAL_WORLD_SIZE": "4",
-    "MASTER_ADDR": "10.0.0.7",
-    "MASTER_PORT": "29400",
-}
-DEEPSPEED = {
-    "RANK": "3",
-    "WORLD_SIZE": "4",
-    "LOCAL_RANK": "1",
-    "LOCAL_SIZE": "2",
-    "CROSS_RANK": "1",
-    "CROSS_SIZE": "2",
-    "MASTER_ADDR": "node1",
-    "MASTER_PORT": "29500",
-}
-OPENMPI = {
-    "OMPI_COMM_WORLD_RANK": "1",
-    "OMPI_COMM_WORLD_SIZE": "2",
-    "OMPI_COMM_WORLD_LOCAL_RANK": "1",
-    "OMPI_COMM_WORLD_LOCAL_SIZE": "2",
-    "PMIX_RANK": "1",
-    "PMIX_NAMESPACE": "prterun-host-7563@1",
-}
-MPICH = {"PMI_RANK": "2", "PMI_SIZE": "3", "MPI_LOCALRANKID": "2", "MPI_LOCALNRANKS": "3", "PMI_FD": "9"}
+
+def variables(text: str) -> dict[str, str]:
+    return dict(pair.split("=", 1) for pair in text.split())
+
+
+LOCAL = variables("MASTER_ADDR=127.0.0.1 MASTER_PORT=29511")
+TORCHRUN = variables(
+    "TORCHELASTIC_RUN_ID=b2c6 RANK=5 WORLD_SIZE=8 LOCAL_RANK=1 LOCAL_WORLD_SIZE=4"
+    " MASTER_ADDR=10.0.0.7 MASTER_PORT=29400"
+)
+DEEPSPEED = variables(
+    "RANK=3 WORLD_SIZE=4 LOCAL_RANK=1 LOCAL_SIZE=2 CROSS_RANK=1 CROSS_SIZE=2 MASTER_ADDR=node1 MASTER_PORT=29500"
+)
+OPENMPI = variables(
+    "OMPI_COMM_WORLD_RANK=1 OMPI_COMM_WORLD_SIZE=2 OMPI_COMM_WORLD_LOCAL_RANK=1 OMPI_COMM_WORLD_LOCAL_SIZE=2"
+    " PMIX_RANK=1 PMIX_NAMESPACE=prterun-host-7563@1"
+)
+MPICH = variables("PMI_RANK=2 PMI_SIZE=3 MPI_LOCALRANKID=2 MPI_LOCALNRANKS=3 PMI_FD=9")
 # srun -N2 -n3: the last task, alone on the second node
-SLURM = {
-    "SLURM_JOB_ID": "1",
-    "SLURM_STEP_ID": "0",
-    "SLURM_PROCID": "2",
-    "SLURM_NTASKS": "3",
-    "SLURM_LOCALID": "0",
-    "SLURM_NODEID": "1",
-    "SLURM_STEP_TASKS_PER_NODE": "2,1",
-    "SLURM_STEP_NODELIST": "n[1-2]",
-    "SLURM_JOB_NODELIST": "n[1-2]",
-    "SLURM_LAUNCH_NODE_IPADDR": "10.77.0.1",
-}
+SLURM = variables(
+    "SLURM_JOB_ID=1 SLURM_STEP_ID=0 SLURM_PROCID=2 SLURM_NTASKS=3 SLURM_LOCALID=0 SLURM_NODEID=1"
+    " SLURM_STEP_TASKS_PER_NODE=2,1 SLURM_STEP_NODELIST=n[1-2] SLURM_JOB_NODELIST=n[1-2]"
+    " SLURM_LAUNCH_NODE_IPADDR=10.77.0.1"
+)
 # srun -N1 -n2: rank 1
-SLURM_ONE_NODE = SLURM | {
-    "SLURM_PROCID": "1",
-    "SLURM_NTASKS": "2",
-    "SLURM_LOCALID": "1",
-    "SLURM_NODEID": "0",
-    "SLURM_STEP_TASKS_PER_NODE": "2",
-    "SLURM_STEP_NODELIST": "n1",
-}
+SLURM_ONE_NODE = SLURM | variables(
+    "SLURM_PROCID=1 SLURM_NTASKS=2 SLURM_LOCALID=1 SLURM_NODEID=0 SLURM_STEP_TASKS_PER_NODE=2 SLURM_STEP_NODELIST=n1"
+)
 # mpiexec.hydra -n 4 in a batch job on two nodes: MPICH's srun starts one daemon on each, and those start the ranks
-HYDRA_DAEMON = SLURM | {
-    "SLURM_PROCID": "0",
-    "SLURM_NTASKS": "2",
-    "SLURM_LOCALID": "0",
-    "SLURM_NODEID": "0",
-    "SLURM_STEP_TASKS_PER_NODE": "1(x2)",
-}
-BATCH_SCRIPT = {
-    "SLURM_JOB_ID": "2",
-    "SLURM_PROCID": "0",
-    "SLURM_NTASKS": "4",
-    "SLURM_LOCALID": "0",
-    "SLURM_NODEID": "0",
-    "SLURM_TASKS_PER_NODE": "3,1",
-    "SLURM_JOB_NODELIST": "n[1-2]",
-}
+HYDRA_DAEMON = SLURM | variables(
+    "SLURM_PROCID=0 SLURM_NTASKS=2 SLURM_LOCALID=0 SLURM_NODEID=0 SLURM_STEP_TASKS_PER_NODE=1(x2)"
+)
+BATCH_SCRIPT = variables(
+    "SLURM_JOB_ID=2 SLURM_PROCID=0 SLURM_NTASKS=4 SLURM_LOCALID=0 SLURM_NODEID=0 SLURM_TASKS_PER_NODE=3,1"
+    " SLURM_JOB_NODELIST=n[1-2]"
+)
 
 
 def without(env: dict[str, str], *names: str) -> dict[str, str]:

@@ -15,7 +15,8 @@ CHATML = (
 )
 VOCABULARY = 320
 
-_WORDS = ["the", "cat", "sat", "on", "a", "mat", "while", "seven", "small", "dogs", "ran", "over", "green", "hills", "to", "see", "what", "the", "quiet", "sea", "had", "left"]
+_TEXT = "the cat sat on a mat while seven small dogs ran over green hills to see what the quiet sea had left"
+_WORDS = _TEXT.split(" ")
 
 
 def sentences(count: int) -> list[dict[str, str]]:

@@ -210,7 +210,7 @@ def _from_sharegpt(fields: _Fields) -> Conversation:
 def _parse_call(fields: _Fields, value: str, index: int) -> dict[str, Any]:
     try:
         call = json.loads(value)
-    except ValueError:
+    except (ValueError, RecursionError):
         call = None
     if not isinstance(call, dict) or not isinstance(call.get("name"), str) or "arguments" not in call:
         raise fields.fault("conversations", f'entry {index} must be JSON: {{"name": ..., "arguments": ...}}')
@@ -241,7 +241,7 @@ def _tools(fields: _Fields) -> list[dict[str, Any]] | None:
     if isinstance(tools, str):  # tables keep them as JSON text, for want of a common type
         try:
             tools = json.loads(tools)
-        except ValueError:
+        except (ValueError, RecursionError):
             raise fields.fault("tools", "is not JSON") from None
     if not tools:
         return None

@@ -6,6 +6,7 @@ character offsets: tokenizing the turns one by one would give other tokens at th
 """
 
 import re
+import reprlib
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -204,4 +205,6 @@ def _check_tools_rendered(sample: Conversation, text: str, where: str) -> None:
     functions += [call["function"] for message in sample.messages for call in message.get("tool_calls") or []]
     for function in functions:
         if function["name"] not in text:
-            raise UserError(f"{where}: the tokenizer's chat template leaves out the tool {function['name']!r}")
+            raise UserError(
+                f"{where}: the tokenizer's chat template leaves out the tool {reprlib.repr(function['name'])}"
+            )
