@@ -8,7 +8,7 @@ from dist_qft.base_model.load import load_base
 from dist_qft.base_model.skeleton import BaseModel
 from dist_qft.base_model.sources import open_source
 from dist_qft.checkpoint import Checkpoint
-from dist_qft.config.schema import RunConfig
+from dist_qft.config.schema import ModelConfig, RunConfig
 from dist_qft.errors import UserError
 from dist_qft.methods.attach import AdapterSet
 from dist_qft.methods.schedule import LinearShape, TileSettings
@@ -44,13 +44,18 @@ def linear_shapes(base: BaseModel) -> list[LinearShape]:
 def assemble(config: RunConfig, skeleton: BaseModel, plan: dict[str, TileSettings], device: torch.device) -> Assembled:
     """Shard and load the base, build the adapters and hook them on. Collective; the heavy part of a start."""
     engine = make_engine(config.sharding.engine, reshard_after_forward=config.sharding.reshard_after_forward)
-    engine.shard(skeleton.units, device)
-    _move_buffers(skeleton, device)
-    load_base(skeleton, open_source(config.model), engine, device)
+    materialize(skeleton, config.model, engine, device)
     skeleton.head.loss_megabytes = config.train.loss_chunk_megabytes
     adapters = AdapterSet.build(plan, config.train.seed).to(device)
     adapters.attach(skeleton.model)
     return Assembled(skeleton, engine, adapters)
+
+
+def materialize(skeleton: BaseModel, model: ModelConfig, engine: Engine, device: torch.device) -> None:
+    """Let the engine take the skeleton, and load the weights of `model` into it. Collective."""
+    engine.shard(skeleton.units, device)
+    _move_buffers(skeleton, device)
+    load_base(skeleton, open_source(model), engine, device)
 
 
 def adapter_config(config: RunConfig, base: BaseModel, plan: dict[str, TileSettings]) -> dict:

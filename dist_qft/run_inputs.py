@@ -13,6 +13,7 @@ from dist_qft.base_model.skeleton import BaseModel
 from dist_qft.checkpoint import Checkpoint
 from dist_qft.config.schema import RunConfig
 from dist_qft.data.prepare import Prepared
+from dist_qft.merge.recipe import Recipe
 from dist_qft.methods.schedule import TileSettings
 from dist_qft.world import World
 
@@ -25,6 +26,7 @@ class RunInputs:
         skeleton: the base on the meta device.
         plan: layer path -> adapter settings.
         checkpoint: where to continue from; None starts fresh.
+        recipe: the merge that ends the run, if the config asks for one.
         notes: lines to tell the user at the start, such as a checkpoint that was refused.
     """
 
@@ -36,6 +38,7 @@ class RunInputs:
     plan: dict[str, TileSettings]
     data: Prepared
     checkpoint: Checkpoint | None
+    recipe: Recipe | None
     notes: list[str]
 
     @property

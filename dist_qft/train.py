@@ -16,6 +16,7 @@ from dist_qft.config.check import accumulation_steps
 from dist_qft.config.schema import RunConfig
 from dist_qft.data.prepare import prepare
 from dist_qft.errors import UserError
+from dist_qft.merge.run import merge_at_end, recipe_at_end
 from dist_qft.methods.schedule import plan_adapters
 from dist_qft.preemption import StopSignal
 from dist_qft.resume import check_trajectory, choose_checkpoint
@@ -59,7 +60,8 @@ def gather_inputs(config: RunConfig, resume: str | None, world: World, device: t
     if checkpoint is not None:
         check_adapter(checkpoint, plan)
         check_trajectory(checkpoint, config, data.train.digest)
-    return RunInputs(config, world, device, tokenizer, skeleton, plan, data, checkpoint, notes)
+    recipe = recipe_at_end(config, skeleton, plan)
+    return RunInputs(config, world, device, tokenizer, skeleton, plan, data, checkpoint, recipe, notes)
 
 
 def execute_run(inputs: RunInputs, stop: StopSignal) -> TrainingRun:
@@ -79,4 +81,9 @@ def execute_run(inputs: RunInputs, stop: StopSignal) -> TrainingRun:
         run.prepare()
         run.train()
         run.finish()
+
+        # Fold what was learned into the base and write it, if the config says so.
+        if inputs.recipe is not None:
+            run.doing = "the merge"
+            merge_at_end(inputs, inputs.recipe, parts, run.state.step, stop)
     return run

@@ -20,12 +20,8 @@ from dist_qft.base_model.skeleton import BaseModel
 from dist_qft.base_model.sources import TensorSource
 from dist_qft.digest import positional_digest
 from dist_qft.errors import UserError
-from dist_qft.quant.affine4 import Affine4, affine4_from_q4_1
 from dist_qft.quant.frozen import FrozenEmbedding, FrozenLinear
-from dist_qft.quant.q8_0 import Q8_0, q8_0_from_gguf
 from dist_qft.sharding.engine import Engine
-
-_GGUF_TWINS = {Affine4((1, 32)): ("Q4_1", affine4_from_q4_1), Q8_0(): ("Q8_0", q8_0_from_gguf)}
 
 
 class Fingerprint:
@@ -115,11 +111,7 @@ def _load_packed(
     parameters = module.packed()
     height = source.shape(name)[0]
     first, stop = _rows_needed(module, engine, height)
-    packed = None
-    if packed_format in _GGUF_TWINS:
-        kind, convert = _GGUF_TWINS[packed_format]
-        raw = source.read_packed(name, kind, (first, stop))
-        packed = None if raw is None else convert(raw)
+    packed = source.read_packed(name, packed_format, (first, stop))
     if packed is None:
         packed = packed_format.quantize(source.read(name, (first, stop)))
     label = json.dumps(packed_format.describe(), sort_keys=True)

@@ -15,6 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, Pre
 from transformers.utils import logging as transformers_logging
 
 from dist_qft.base_model.head import OutputHead
+from dist_qft.base_model.quantized_folder import check_stored_formats
 from dist_qft.config.schema import ModelConfig, QuantizationConfig
 from dist_qft.errors import UserError
 from dist_qft.loss import LogitMap
@@ -139,6 +140,7 @@ def build_skeleton(model: ModelConfig, quantization: QuantizationConfig, dtype: 
     causal.requires_grad_(False)
     causal.eval()
     base = BaseModel(causal, config, decoder, list(layers), linears, embedding, head, dtype)
+    check_stored_formats(Path(model.path), {**linears, **base.tables()})
     if from_gguf and quantization.linear == "nf4":
         base.notes.append("the GGUF file's 4-bit weights are dequantized and quantized again to nf4")
     return base

@@ -7,7 +7,7 @@ Types and ranges of single settings are in `schema`; what depends on layer sizes
 from collections.abc import Iterator
 
 from dist_qft.config.faults import Fault, value_fault
-from dist_qft.config.schema import MethodConfig, QuantizationConfig, RunConfig, ScheduleRule
+from dist_qft.config.schema import MergeConfig, MethodConfig, QuantizationConfig, RunConfig, ScheduleRule
 from dist_qft.errors import UserError
 from dist_qft.methods.schedule import effective, method_defaults
 
@@ -23,6 +23,7 @@ def cross_field_faults(config: RunConfig) -> list[Fault]:
         *_method_faults(config.method),
         *_train_faults(config),
         *_evaluation_faults(config),
+        *_merge_faults(config.merge),
     ]
 
 
@@ -132,6 +133,14 @@ def _evaluation_faults(config: RunConfig) -> Iterator[Fault]:
     has_eval = data is not None and (data.eval is not None or data.eval_samples > 0)
     if config.evaluation.eval_steps is not None and not has_eval:
         yield value_fault(("evaluation", "eval_steps"), "nothing to evaluate; set data.eval or data.eval_samples")
+
+
+def _merge_faults(merge: MergeConfig) -> Iterator[Fault]:
+    if merge.at_end is None:
+        for key in sorted(merge.model_fields_set - {"at_end"}):
+            yield value_fault(("merge", key), "no effect without merge.at_end; set that or remove this")
+    elif merge.at_end != "dense" and "dtype" in merge.model_fields_set:
+        yield value_fault(("merge", "dtype"), f"no effect with merge.at_end {merge.at_end}; only dense has it")
 
 
 def _merge_warnings(config: RunConfig) -> Iterator[str]:

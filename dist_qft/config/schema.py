@@ -15,6 +15,7 @@ Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
 Text = Annotated[str, Field(min_length=1)]
 
 MethodName = Literal["qlora", "qbara", "qalora", "qahira"]
+MergeTarget = Literal["gguf", "quantized", "dense", "peft"]
 LinearFormat = Literal["nf4", "affine4", "dense"]
 
 
@@ -132,6 +133,13 @@ class EvaluationConfig(Section):
     max_new_tokens: Positive = 64
 
 
+class MergeConfig(Section):
+    at_end: MergeTarget | None = Field(None, description="merge the trained adapters into a result of this kind")
+    path: Text | None = Field(None, description="its file or folder; default <output_dir>/merged.gguf or merged-<kind>")
+    dtype: Literal["float32", "bfloat16", "float16"] = Field("bfloat16", description="dense only: dtype of the weights")
+    overwrite: bool = Field(False, description="replace what is at the path")
+
+
 class RunConfig(Section):
     """The whole tree."""
 
@@ -144,3 +152,4 @@ class RunConfig(Section):
     sharding: ShardingConfig = ShardingConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
+    merge: MergeConfig = MergeConfig()

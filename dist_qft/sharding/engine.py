@@ -63,6 +63,12 @@ class Engine(Protocol):
     def local(self, parameter: nn.Parameter) -> Tensor:
         """This rank's part of `parameter` (a view, padding excluded), for digests and shard-wise work."""
 
+    def first_element(self, parameter: nn.Parameter) -> int:
+        """Index, in the whole parameter laid out flat, of the first element of `local`."""
+
+    def release(self) -> None:
+        """Free what forward passes have left gathered; then every module holds the parameters that were sharded."""
+
     def gather(self, parameter: nn.Parameter) -> Tensor | None:
         """The whole parameter on rank 0 (a copy on the CPU), None elsewhere."""
 

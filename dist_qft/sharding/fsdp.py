@@ -13,6 +13,7 @@ default prefetch would gather the embedding again in backward because it ran jus
 explicit order set in `shard` prevents that.
 """
 
+import math
 import time
 
 import torch
@@ -55,11 +56,13 @@ class FsdpEngine:
         self.traffic = Traffic()
         self.reshard_after_forward = reshard_after_forward
         self._parameters: list[nn.Parameter] = []
+        self._units: list[FSDPModule] = []
 
     def shard(self, units: Units, device: torch.device) -> None:
         mesh = init_device_mesh(device.type, (dist.get_world_size(),))
         owners = parameter_owners(units)
-        for unit in [*units.tables, *units.layers, units.root]:
+        self._units = [*units.tables, *units.layers, units.root]
+        for unit in self._units:
             fully_shard(unit, mesh=mesh, reshard_after_forward=self.reshard_after_forward)
         _order_backward_gathers(units)
         counter = CountedAllGather(self.traffic)
@@ -85,6 +88,13 @@ class FsdpEngine:
 
     def local(self, parameter: nn.Parameter) -> Tensor:
         return parameter._local_tensor
+
+    def first_element(self, parameter: nn.Parameter) -> int:
+        return self.rows(parameter)[0] * math.prod(parameter.shape[1:])
+
+    def release(self) -> None:
+        for unit in self._units:
+            unit.reshard()
 
     def gather(self, parameter: nn.Parameter) -> Tensor | None:
         # Equal-sized flat parts, as gloo and NCCL both want them; the last ranks' parts may be short or empty.

@@ -30,6 +30,12 @@ class ReplicatedEngine:
     def local(self, parameter: nn.Parameter) -> Tensor:
         return parameter.data
 
+    def first_element(self, parameter: nn.Parameter) -> int:
+        return 0
+
+    def release(self) -> None:
+        pass
+
     def gather(self, parameter: nn.Parameter) -> Tensor | None:
         return parameter.data.cpu() if torch.distributed.get_rank() == 0 else None
 
