@@ -13,7 +13,6 @@ import json
 import math
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from dist_qft.base_model.skeleton import BaseModel
@@ -25,7 +24,7 @@ from dist_qft.sharding.engine import Engine
 
 
 class Fingerprint:
-    """Collects additive digests tensor by tensor; one all-reduce turns parts into the whole."""
+    """Collects additive digests tensor by tensor; one sum over the shards turns parts into the whole."""
 
     def __init__(self) -> None:
         self.labels: list[str] = []
@@ -35,9 +34,8 @@ class Fingerprint:
         self.labels.append(label)
         self.parts.append(positional_digest(part, start).cpu())
 
-    def hexdigest(self, device: torch.device) -> str:
-        digests = torch.stack(self.parts).to(device)
-        dist.all_reduce(digests)
+    def hexdigest(self, engine: Engine, device: torch.device) -> str:
+        digests = engine.sum_over_shards(torch.stack(self.parts).to(device))
         pairs = sorted(zip(self.labels, digests.tolist(), strict=True))
         return hashlib.sha256(json.dumps(pairs).encode()).hexdigest()
 
@@ -95,7 +93,7 @@ def load_base(base: BaseModel, source: TensorSource, engine: Engine, device: tor
         rows = source.read(names[name], (first, stop))
         engine.store(parameter, first, rows.to(parameter.dtype))
         fingerprint.add(f"{name} {list(parameter.shape)} dense", rows.float(), first * math.prod(parameter.shape[1:]))
-    base.fingerprint = fingerprint.hexdigest(device)
+    base.fingerprint = fingerprint.hexdigest(engine, device)
 
 
 def _load_packed(

@@ -23,6 +23,18 @@ from dist_qft.merge.recipe import Recipe
 _IN_FOLDER = "certificate.json"
 _VERSION = 1
 
+# Zeros have 11 bits. A dW below their steps is rounded away or up, not merged: the certificate then says so.
+SMALL_SHARE = 0.1
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where merged adapters come from: their run's config, the checkpoint's folder, its optimizer step."""
+
+    config: RunConfig
+    checkpoint: Path
+    step: int
+
 
 @dataclass(frozen=True)
 class Findings:
@@ -30,12 +42,13 @@ class Findings:
 
     Attributes:
         weights: the result's weights against the exact sums; for an exact merge its zeros, which differ alike.
-        logits: the result's against those of the base with its adapters.
+        logits: the result's against those of the base with its adapters, on the tokens `probe`.
         notes: why the result is not quite what was measured, if it is not.
     """
 
     weights: Difference
     logits: LogitDifference
+    probe: list[int]
     notes: list[str]
 
 
@@ -44,23 +57,8 @@ def certificate_path(result: Path) -> Path:
     return result / _IN_FOLDER if result.is_dir() else result.with_name(f"{result.name}.certificate.json")
 
 
-def write_certificate(
-    recipe: Recipe,
-    config: RunConfig,
-    checkpoint: Path,
-    *,
-    step: int,
-    fingerprint: str,
-    ids: list[int],
-    findings: Findings,
-) -> dict[str, Any]:
-    """Write the certificate of a published result and return its content.
-
-    Args:
-        checkpoint, step: the folder of the merged adapters, and the optimizer step they are from.
-        fingerprint: the base's.
-        ids: the probe's tokens.
-    """
+def write_certificate(recipe: Recipe, origin: Origin, fingerprint: str, findings: Findings) -> dict[str, Any]:
+    """Write the certificate of a published result and return its content; `fingerprint` is the base's."""
     result = recipe.request.path
     path = certificate_path(result)
     lossless = is_lossless(recipe, findings)
@@ -72,18 +70,18 @@ def write_certificate(
         "target": recipe.request.target,
         "dtype": recipe.request.dtype if recipe.kind == "dense" else None,
         "result": {"path": _relative(result, path), "sha256": file_digests(result)},
-        "base": {"path": _base_path(config, path), "fingerprint": fingerprint},
+        "base": {"path": _base_path(origin.config, path), "fingerprint": fingerprint},
         "adapter": {
-            "path": _relative(checkpoint, path),
-            "sha256": sha256_of(checkpoint / ADAPTER_MODEL),
-            "method": config.method.name,
-            "step": step,
+            "path": _relative(origin.checkpoint, path),
+            "sha256": sha256_of(origin.checkpoint / ADAPTER_MODEL),
+            "method": origin.config.method.name,
+            "step": origin.step,
             "layers": len(recipe.tiles),
         },
         "weights": _weights(findings.weights),
         "logits": asdict(findings.logits),
         "notes": findings.notes,
-        "probe": ids,
+        "probe": findings.probe,
         "versions": {name: version(name) for name in ("dist-qft", "torch", "transformers")},
     }
     write_text(path, json.dumps(content, indent=1) + "\n")
@@ -121,11 +119,11 @@ def read_certificate(path: Path) -> tuple[Path, dict[str, Any]]:
 
 
 def is_lossless(recipe: Recipe, findings: Findings) -> bool:
-    """Whether nothing but the rounding of stored constants (or of float32) separates result and live model."""
+    """Whether nothing separates result and live model but a rounding that is small against what was learned."""
     if findings.notes:
         return False
     if recipe.kind == "exact":
-        return findings.weights.steps <= 0.5
+        return findings.weights.steps <= 0.5 and findings.weights.share_of_update <= SMALL_SHARE
     return recipe.kind == "lora" or (recipe.kind == "dense" and recipe.request.dtype == "float32")
 
 
@@ -133,7 +131,10 @@ def summary(recipe: Recipe, findings: Findings, lossless: bool) -> str:
     """The certificate in one line."""
     weights, logits = findings.weights, findings.logits
     what = {
-        "exact": f"codes and scales unchanged, zeros within {weights.steps:.2f} of a float16 step of zero + dW",
+        "exact": (
+            f"codes and scales unchanged, zeros within {weights.steps:.2f} of a float16 step of zero + dW, "
+            f"a rounding of {weights.share_of_update:.1%} of dW"
+        ),
         "dense": f"weights within {weights.maximum:.1e} of dequantize + dW ({recipe.request.dtype})",
         "requantized": f"weights quantized again, off by {weights.mean:.1e} on average, {weights.maximum:.1e} at most",
         "lora": f"dW within {weights.maximum:.1e}",
@@ -166,6 +167,7 @@ def _weights(difference: Difference) -> dict[str, float]:
         "max_difference": difference.maximum,
         "mean_difference": difference.mean,
         "max_float16_steps": difference.steps,
+        "rounding_share_of_update": difference.share_of_update,
     }
 
 

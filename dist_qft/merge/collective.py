@@ -33,6 +33,9 @@ class Writer(Protocol):
 
     difference: Difference
 
+    def notes(self) -> list[str]:
+        """Where the result will not be quite the model that was run, in words."""
+
     def wanted(self, path: str) -> tuple[str, ...]:
         """The packed tensors of this weight that `write` needs; without any, it is not called."""
 
@@ -70,7 +73,7 @@ def fold_base(parts: Assembled, recipe: Recipe) -> Difference:
         first = parts.engine.first_element(parameter)
         written, exact = folded(part, first, parameter.shape[1], block, adapter)
         require_finite(written, path)
-        difference.add(written, exact)
+        difference.add_fold(part, written, exact)
         part.copy_(written)
     return difference
 
@@ -108,10 +111,12 @@ def write_result(parts: Assembled, writer: Writer, recipe: Recipe, stop: StopSig
 def total_difference(difference: Difference, device: torch.device) -> Difference:
     """What the ranks found, put together. Collective."""
     largest = torch.tensor([difference.maximum, difference.steps], dtype=torch.float64, device=device)
-    sums = torch.tensor([difference.total, difference.count], dtype=torch.float64, device=device)
+    added = (difference.total, difference.count, difference.squares, difference.update_squares)
+    sums = torch.tensor(added, dtype=torch.float64, device=device)
     dist.all_reduce(largest, op=dist.ReduceOp.MAX)
     dist.all_reduce(sums)
-    return Difference(float(largest[0]), float(sums[0]), int(sums[1]), float(largest[1]))
+    (maximum, steps), (total, count, squares, update_squares) = largest.tolist(), sums.tolist()
+    return Difference(maximum, total, int(count), steps, squares, update_squares)
 
 
 @contextmanager

@@ -6,6 +6,7 @@ rounded once, to the zero's own float16: that rounding is the whole error. Here 
 rank holds which rows, and where results go, is `collective` and the writers.
 """
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
@@ -27,17 +28,25 @@ _ROWS = 256  # tile rows multiplied at a time
 class Difference:
     """Distance between weights as written and as they should be.
 
-    `steps` is the largest distance in units of the float16 step at the value written; only exact folds count it.
+    Only exact folds count `steps`, the largest distance in units of the float16 step at the value written, and the
+    sums of squares of the distances and of dW itself.
     """
 
     maximum: float = 0.0
     total: float = 0.0
     count: int = 0
     steps: float = 0.0
+    squares: float = 0.0
+    update_squares: float = 0.0
 
     @property
     def mean(self) -> float:
         return self.total / self.count if self.count else 0.0
+
+    @property
+    def share_of_update(self) -> float:
+        """Root mean square of the distances over that of dW: how much of what was learned the rounding takes."""
+        return math.sqrt(self.squares / self.update_squares) if self.update_squares else 0.0
 
     def __add__(self, other: "Difference") -> "Difference":
         return Difference(
@@ -45,18 +54,29 @@ class Difference:
             self.total + other.total,
             self.count + other.count,
             max(self.steps, other.steps),
+            self.squares + other.squares,
+            self.update_squares + other.update_squares,
         )
 
     def add(self, written: Tensor, exact: Tensor) -> None:
+        """Count values as written against exact ones, of the same shape."""
         if written.numel() == 0:
             return
         distance = (written.double() - exact.double()).abs()
         self.maximum = max(self.maximum, float(distance.max()))
         self.total += float(distance.sum())
         self.count += distance.numel()
+
+    def add_fold(self, before: Tensor, written: Tensor, exact: Tensor) -> None:
+        """Count constants into which dW was folded."""
+        if written.numel() == 0:
+            return
+        self.add(written, exact)
+        distance = (written.double() - exact).abs()
         if written.dtype == torch.float16:
-            step = torch.from_numpy(np.spacing(written.abs().cpu().numpy())).to(distance)
-            self.steps = max(self.steps, float((distance / step).max()))
+            self.steps = max(self.steps, float((distance / _float16_step(written)).max()))
+        self.squares += float(distance.square().sum())
+        self.update_squares += float((exact - before.cpu().double()).square().sum())
 
 
 @torch.no_grad()
@@ -155,6 +175,13 @@ def require_finite(values: Tensor, where: str) -> None:
     """Refuse sums that left the range of the dtype they were rounded to."""
     if not torch.isfinite(values).all():
         raise UserError(f"{where}: zero + dW leaves the range of {values.dtype}; merge --to dense can hold it")
+
+
+def _float16_step(values: Tensor) -> Tensor:
+    """Distance from each float16 value to the next larger one in magnitude, float64."""
+    exponent = torch.frexp(values.double()).exponent
+    exponent[values == 0] = -13  # as for all subnormals
+    return torch.ldexp(torch.ones_like(values, dtype=torch.float64), exponent.clamp_(min=-13) - 11)
 
 
 def _either(values: list[int]) -> str:

@@ -46,6 +46,9 @@ class FolderWriter:
     def difference(self) -> Difference:
         return self.form.difference
 
+    def notes(self) -> list[str]:
+        return []
+
     def wanted(self, path: str) -> tuple[str, ...]:
         return tuple(self._weights[path].packed())
 

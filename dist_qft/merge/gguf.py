@@ -39,7 +39,6 @@ class GgufWriter:
         self._output: PatchedFile | RewrittenFile | None = None
 
     def notes(self) -> list[str]:
-        """Where the file keeps an untouched tensor in another type than the run held it in."""
         others = [
             f"{path} ({self._source.kind(f'{path}.weight')}, held as {weight.format.name})"
             for path, weight in self._weights.items()

@@ -88,6 +88,9 @@ class PeftWriter:
         self._adapters, self._base_name = lora.by_path, base_name
         self._files: SafetensorsFolder | None = None
 
+    def notes(self) -> list[str]:
+        return []
+
     def wanted(self, path: str) -> tuple[str, ...]:
         return ()
 

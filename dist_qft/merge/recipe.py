@@ -89,6 +89,9 @@ def make_recipe(request: MergeRequest, config: RunConfig, base: BaseModel, tiles
     Raises:
         UserError: the result is there already; dW does not fold exactly; the target cannot hold the model.
     """
+    if (request.path.suffix == ".gguf") != (request.target == "gguf"):
+        kind = "a file whose name ends in .gguf" if request.target == "gguf" else "a folder"
+        raise UserError(f"'{request.path}': {request.target} is written to {kind}")
     if request.path.exists() and not request.overwrite:
         raise UserError(f"'{request.path}' exists already; --overwrite replaces it, -o chooses another place")
     if request.target == "dense":

@@ -107,7 +107,7 @@ def _weight_difference(live: LoadedModel, written: BaseModel, *, exact: bool, wh
             if not torch.equal(before[other], after[other]):
                 raise CorruptFileError(f"{where}: '{other}' of {path} is not the base's")
         _, sums = folded(before[name].view(-1), 0, before[name].shape[1], block, adapter)
-        difference.add(after[name].view(-1).cpu(), sums)
+        difference.add_fold(before[name].view(-1), after[name].view(-1).cpu(), sums)
     return difference
 
 

@@ -63,6 +63,9 @@ class Engine(Protocol):
     def local(self, parameter: nn.Parameter) -> Tensor:
         """This rank's part of `parameter` (a view, padding excluded), for digests and shard-wise work."""
 
+    def sum_over_shards(self, parts: Tensor) -> Tensor:
+        """Sum, over the whole base, of integers that each rank computed on its own part (wrapping, in place)."""
+
     def first_element(self, parameter: nn.Parameter) -> int:
         """Index, in the whole parameter laid out flat, of the first element of `local`."""
 

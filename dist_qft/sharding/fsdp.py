@@ -89,6 +89,10 @@ class FsdpEngine:
     def local(self, parameter: nn.Parameter) -> Tensor:
         return parameter._local_tensor
 
+    def sum_over_shards(self, parts: Tensor) -> Tensor:
+        dist.all_reduce(parts)
+        return parts
+
     def first_element(self, parameter: nn.Parameter) -> int:
         return self.rows(parameter)[0] * math.prod(parameter.shape[1:])
 

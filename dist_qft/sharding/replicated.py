@@ -30,6 +30,9 @@ class ReplicatedEngine:
     def local(self, parameter: nn.Parameter) -> Tensor:
         return parameter.data
 
+    def sum_over_shards(self, parts: Tensor) -> Tensor:
+        return parts  # every rank's part is the whole
+
     def first_element(self, parameter: nn.Parameter) -> int:
         return 0
 
@@ -37,7 +40,7 @@ class ReplicatedEngine:
         pass
 
     def gather(self, parameter: nn.Parameter) -> Tensor | None:
-        return parameter.data.cpu() if torch.distributed.get_rank() == 0 else None
+        return parameter.data.to("cpu", copy=True) if torch.distributed.get_rank() == 0 else None
 
     def resident_bytes(self) -> int:
         return sum(parameter.nbytes for parameter in self._parameters)

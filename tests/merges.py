@@ -1,0 +1,60 @@
+"""Checkpoints with random adapters, and merges of them in a rank pool: the product's own stages, minus the launcher."""
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import torch
+from runs import pool_world
+
+from dist_qft.assemble import adapter_config, assemble, linear_shapes
+from dist_qft.base_model.skeleton import build_skeleton
+from dist_qft.checkpoint import TrainerState, write_checkpoint
+from dist_qft.config.schema import RunConfig
+from dist_qft.merge.recipe import MergeRequest
+from dist_qft.merge.run import execute_merge, gather_inputs
+from dist_qft.methods.schedule import plan_adapters
+from dist_qft.preemption import StopSignal
+from dist_qft.trained import find_checkpoint
+
+
+def write_random_adapters(config: RunConfig, size: float = 0.05, step: int = 3) -> Path:
+    """A checkpoint of `config` as training would write it, its adapters drawn from a normal distribution."""
+    device = torch.device("cpu")
+    skeleton = build_skeleton(config.model, config.quantization, torch.float32)
+    plan = plan_adapters(config.method, linear_shapes(skeleton))
+    parts = assemble(config, skeleton, plan, device)
+    generator = torch.Generator().manual_seed(11)
+    trainables = {
+        name: torch.randn(parameter.shape, generator=generator) * size
+        for name, parameter in parts.adapters.named_tensors()
+    }
+    return write_checkpoint(
+        Path(config.output_dir),
+        adapter_config=adapter_config(config, parts.base, plan),
+        trainables=trainables,
+        optimizer={},
+        state=TrainerState(step=step, config=config.model_dump()),
+    )
+
+
+def merge_run(
+    source: Path, target: str, path: Path, stop_on: int | None = None, **options: Any
+) -> dict[str, Any] | None:
+    """The certificate on rank 0. `stop_on` is a rank that behaves as if it had got SIGTERM."""
+    options = {"overwrite": False, "requantize": None, "dtype": "float32", **options}
+    world = pool_world()
+    inputs = gather_inputs(MergeRequest.checked(target, path, **options), find_checkpoint(source), world)
+    stop = StopSignal()
+    stop.requested = world.rank == stop_on
+    return execute_merge(inputs, stop)
+
+
+def digests(result: Path) -> dict[str, str]:
+    """SHA-256 of a result's files, its certificate excepted."""
+    files = sorted(result.iterdir()) if result.is_dir() else [result]
+    return {
+        file.name: hashlib.sha256(file.read_bytes()).hexdigest()
+        for file in files
+        if not file.name.endswith("certificate.json")
+    }
