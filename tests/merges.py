@@ -4,6 +4,7 @@ import hashlib
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from runs import pool_world
 
@@ -11,11 +12,20 @@ from dist_qft.assemble import adapter_config, assemble, linear_shapes
 from dist_qft.base_model.skeleton import build_skeleton
 from dist_qft.checkpoint import TrainerState, write_checkpoint
 from dist_qft.config.schema import RunConfig
+from dist_qft.merge import run
+from dist_qft.merge.certificate import Origin
+from dist_qft.merge.collective import write_result
 from dist_qft.merge.recipe import MergeRequest
 from dist_qft.merge.run import execute_merge, gather_inputs
 from dist_qft.methods.schedule import plan_adapters
 from dist_qft.preemption import StopSignal
 from dist_qft.trained import find_checkpoint
+
+# A config's sections for adapters that merge exactly into a GGUF file.
+GGUF_RUN = {
+    "quantization": {"linear": "affine4", "block": [1, 32]},
+    "method": {"name": "qahira", "pool": 32, "repeat": 1, "rank": 4},
+}
 
 
 def write_random_adapters(config: RunConfig, size: float = 0.05, step: int = 3) -> Path:
@@ -48,6 +58,47 @@ def merge_run(
     stop = StopSignal()
     stop.requested = world.rank == stop_on
     return execute_merge(inputs, stop)
+
+
+def measured_merge(source: Path, target: str, path: Path) -> dict[str, int]:
+    """Bytes on this rank, of a merge as `merge_run` makes it (Linux).
+
+    `base` is what the rank holds of it, `layer` the largest decoder layer. `probing` and `writing` say by how much the
+    resident memory grew at most, in the forward passes and while the result was gathered and written.
+    """
+    request = MergeRequest.checked(target, path, overwrite=False, requantize=None, dtype="bfloat16")
+    inputs = gather_inputs(request, find_checkpoint(source), pool_world())
+    parts = assemble(inputs.config, inputs.skeleton, dict(inputs.recipe.tiles), inputs.device)
+    parts.adapters.load_tensors(inputs.checkpoint.trainables)
+    origin = Origin(inputs.config, inputs.checkpoint.path, inputs.checkpoint.state.step)
+    layers: dict[int, int] = {}
+    for name, weight in parts.base.linears.items():
+        depth = parts.base.depth_of(name)
+        layers[depth] = layers.get(depth, 0) + weight.format.bytes_of(weight.weight_shape)
+    found = {"base": parts.engine.resident_bytes(), "layer": max(layers.values())}
+
+    def watched(*arguments: Any) -> None:
+        found["probing"] = _memory("VmHWM") - start
+        before = _restart_peak()
+        write_result(*arguments)
+        found["writing"] = _memory("VmHWM") - before
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(run, "write_result", watched)
+        start = _restart_peak()
+        run.merge(parts, inputs.recipe, origin, inputs.tokenizer, inputs.device, StopSignal())
+    return found
+
+
+def _restart_peak() -> int:
+    """Forget the peak of the resident memory so far; returns its size now."""
+    Path("/proc/self/clear_refs").write_text("5")
+    return _memory("VmRSS")
+
+
+def _memory(key: str) -> int:
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(key))
+    return int(line.split()[1]) * 1024
 
 
 def digests(result: Path) -> dict[str, str]:

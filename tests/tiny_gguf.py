@@ -43,6 +43,37 @@ def save_tiny_gguf(path: Path, linears: str = "Q4_1", tables: str = "Q8_0") -> P
     return path
 
 
+def save_random_gguf(path: Path, layers: int, hidden: int, intermediate: int) -> Path:
+    """Any number of bytes: Q4_1 linears of random codes, scales that keep activations finite, a small vocabulary."""
+    config = tiny_llama_config(
+        num_hidden_layers=layers, hidden_size=hidden, intermediate_size=intermediate, num_key_value_heads=4
+    )
+    with torch.device("meta"):
+        shapes = {name: tensor.shape for name, tensor in LlamaForCausalLM(config).state_dict().items()}
+    writer = gguf.GGUFWriter(path, "llama", use_temp_file=True)
+    _add_metadata(writer, config)
+    generator = np.random.default_rng(0)
+    for name, shape in shapes.items():
+        module = name.removesuffix(".weight")
+        if len(shape) == 1:
+            writer.add_tensor(_stored_name(module), np.ones(shape, np.float32))
+        elif module in _OUTER:
+            values = generator.standard_normal(shape, np.float32)
+            q8_0 = gguf.GGMLQuantizationType.Q8_0
+            writer.add_tensor(_stored_name(module), gguf.quants.quantize(values, q8_0), raw_dtype=q8_0)
+        else:
+            blocks = generator.integers(0, 256, (shape[0], shape[1] // 32, 20), np.uint8)
+            scale = np.float16(0.1 / hidden**0.5)
+            blocks[:, :, :4] = np.array([scale, -7.5 * scale], "<f2").view(np.uint8)
+            raw = blocks.reshape(shape[0], -1)
+            writer.add_tensor(_stored_name(module), raw, raw_dtype=gguf.GGMLQuantizationType.Q4_1)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
 def _add_metadata(writer: gguf.GGUFWriter, config) -> None:
     writer.add_name("tiny")
     writer.add_file_type(gguf.LlamaFileType.MOSTLY_Q4_1)

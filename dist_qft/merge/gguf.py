@@ -53,18 +53,16 @@ class GgufWriter:
         return ("zero",) if self._only_zeros_change(path) else tuple(self._weights[path].packed())
 
     def begin(self, temporary: Path) -> None:
-        names = {f"{path}.weight": self._source.stored_name(f"{path}.weight") for path in self.recipe.tiles}
         if self._patches:
             self._output = PatchedFile(self._path, temporary)
         else:
-            in_order = [path for path in self._weights if path in self.recipe.tiles]
-            self._output = RewrittenFile(self._path, temporary, [names[f"{path}.weight"] for path in in_order])
+            in_order = [self._stored_name(path) for path in self._weights if path in self.recipe.tiles]
+            self._output = RewrittenFile(self._path, temporary, in_order)
 
     def write(self, path: str, packed: Mapping[str, Tensor]) -> None:
-        name = f"{path}.weight"
-        order = self._source.row_order(name)
+        order = self._source.row_order(f"{path}.weight")
         if self._only_zeros_change(path):
-            self._output.write_zeros(self._source.stored_name(name), _file_rows(packed["zero"], order))
+            self._output.write_zeros(self._stored_name(path), _file_rows(packed["zero"], order))
             return
         weight = self._weights[path]
         if path in self.recipe.formats:
@@ -73,7 +71,7 @@ class GgufWriter:
             packed = GGUF_FORMAT.quantize(exact, path)
             self.difference.add(GGUF_FORMAT.dequantize(packed, weight.weight_shape, torch.float32), exact)
         raw = q4_1_from_affine4(packed, weight.weight_shape)
-        self._output.write(self._source.stored_name(name), _file_rows(raw, order))
+        self._output.write(self._stored_name(path), _file_rows(raw, order))
 
     def finish(self) -> None:
         self._output.close()
@@ -81,6 +79,9 @@ class GgufWriter:
     def close(self) -> None:
         if self._output is not None:
             self._output.close()
+
+    def _stored_name(self, path: str) -> str:
+        return self._source.stored_name(f"{path}.weight")
 
     def _is_q4_1(self, path: str) -> bool:
         return self._source.kind(f"{path}.weight") == "Q4_1"

@@ -93,7 +93,10 @@ def make_recipe(request: MergeRequest, config: RunConfig, base: BaseModel, tiles
         kind = "a file whose name ends in .gguf" if request.target == "gguf" else "a folder"
         raise UserError(f"'{request.path}': {request.target} is written to {kind}")
     if request.path.exists() and not request.overwrite:
-        raise UserError(f"'{request.path}' exists already; --overwrite replaces it, -o chooses another place")
+        raise UserError(
+            f"'{request.path}' exists already; --overwrite (merge.overwrite) replaces it, "
+            "-o (merge.path) chooses another place"
+        )
     if request.target == "dense":
         quantization = QuantizationConfig(linear="dense", embedding="dense")
         return Recipe(request, "dense", tiles, {}, quantization)

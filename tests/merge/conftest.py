@@ -4,15 +4,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from merges import write_random_adapters
+from merges import GGUF_RUN, write_random_adapters
 from ranks import RankPool
 from tiny_gguf import save_tiny_gguf
 from tiny_model import tiny_config
-
-GGUF_RUN = {
-    "quantization": {"linear": "affine4", "block": [1, 32]},
-    "method": {"name": "qahira", "pool": 32, "repeat": 1, "rank": 4},
-}
 
 
 @pytest.fixture(scope="session")

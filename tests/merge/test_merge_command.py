@@ -7,8 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import GGUF_RUN
-from merges import digests, merge_run
+from merges import GGUF_RUN, digests, merge_run
 from runs import train
 from tiny_model import tiny_config
 
@@ -48,8 +47,11 @@ def test_results_go_into_the_run_and_replace_nothing_unasked(shell, gguf_run, tm
     before = digests(run / "merged.gguf")
     code, _, err = shell("merge", run, "--to", "gguf")
     place = run / "merged.gguf"
-    refusal = f"error: '{place}' exists already; --overwrite replaces it, -o chooses another place\n"
-    assert (code, err) == (2, refusal)
+    assert (code, err) == (
+        2,
+        f"error: '{place}' exists already; --overwrite (merge.overwrite) replaces it, "
+        "-o (merge.path) chooses another place\n",
+    )
     assert shell("merge", run / "checkpoint-3", "--to", "gguf", "--overwrite")[0] == 0
     assert digests(run / "merged.gguf") == before
     for _ in range(2):

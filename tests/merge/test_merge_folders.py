@@ -4,8 +4,7 @@ import json
 
 import pytest
 import torch
-from conftest import GGUF_RUN
-from merges import merge_run
+from merges import GGUF_RUN, merge_run
 from runs import train
 from safetensors.torch import load_file
 from tiny_model import tiny_config

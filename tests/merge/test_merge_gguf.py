@@ -6,8 +6,7 @@ import gguf
 import numpy as np
 import pytest
 import torch
-from conftest import GGUF_RUN
-from merges import merge_run
+from merges import GGUF_RUN, merge_run
 from tiny_gguf import metadata_of, save_tiny_gguf, tensors_of
 from transformers import AutoModelForCausalLM
 

@@ -6,8 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import GGUF_RUN
-from merges import digests, merge_run
+from merges import GGUF_RUN, digests, merge_run
 
 import dist_qft
 from dist_qft.checkpoint import ADAPTER_MODEL, list_checkpoints

@@ -3,8 +3,7 @@
 from pathlib import Path
 
 import pytest
-from conftest import GGUF_RUN
-from merges import digests, merge_run
+from merges import GGUF_RUN, digests, merge_run
 
 from dist_qft.merge.certificate import certificate_path
 
