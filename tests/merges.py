@@ -6,9 +6,10 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from runs import pool_world
 
-from dist_qft.assemble import adapter_config, assemble, linear_shapes
+from dist_qft.assemble import Assembled, adapter_config, assemble, linear_shapes
 from dist_qft.base_model.skeleton import build_skeleton
 from dist_qft.checkpoint import TrainerState, write_checkpoint
 from dist_qft.config.schema import RunConfig
@@ -28,8 +29,8 @@ GGUF_RUN = {
 }
 
 
-def write_random_adapters(config: RunConfig, size: float = 0.05, step: int = 3) -> Path:
-    """A checkpoint of `config` as training would write it, its adapters drawn from a normal distribution."""
+def assemble_random(config: RunConfig, size: float, step: int = 3) -> tuple[Assembled, Origin]:
+    """A base with adapters drawn from a normal distribution, and its checkpoint as training would write it."""
     device = torch.device("cpu")
     skeleton = build_skeleton(config.model, config.quantization, torch.float32)
     plan = plan_adapters(config.method, linear_shapes(skeleton))
@@ -39,13 +40,22 @@ def write_random_adapters(config: RunConfig, size: float = 0.05, step: int = 3) 
         name: torch.randn(parameter.shape, generator=generator) * size
         for name, parameter in parts.adapters.named_tensors()
     }
-    return write_checkpoint(
-        Path(config.output_dir),
-        adapter_config=adapter_config(config, parts.base, plan),
-        trainables=trainables,
-        optimizer={},
-        state=TrainerState(step=step, config=config.model_dump()),
-    )
+    parts.adapters.load_tensors(trainables)
+    if dist.get_rank() == 0:
+        write_checkpoint(
+            Path(config.output_dir),
+            adapter_config=adapter_config(config, parts.base, plan),
+            trainables=trainables,
+            optimizer={},
+            state=TrainerState(step=step, config=config.model_dump()),
+        )
+    dist.barrier()
+    return parts, Origin(config, Path(config.output_dir) / f"checkpoint-{step}", step)
+
+
+def write_random_adapters(config: RunConfig, size: float = 0.05) -> Path:
+    """The checkpoint alone."""
+    return assemble_random(config, size)[1].checkpoint
 
 
 def merge_run(

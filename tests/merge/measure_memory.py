@@ -24,9 +24,8 @@ def main(layers: int = 26) -> None:
         source = save_random_gguf(Path(folder) / "random.gguf", layers=layers, hidden=2048, intermediate=8192)
         print(f"{source.stat().st_size / 1e9:.2f} GB, {layers} layers", flush=True)
         config = tiny_config(source, Path(folder) / "run" / "run", **{**GGUF_RUN, "method": QALORA})
-        alone, pool = RankPool(1), RankPool(2)
-        alone.run(write_random_adapters, config=config, size=0.05)
-        alone.close()
+        pool = RankPool(2)
+        pool.run(write_random_adapters, config=config)
         for target in ("gguf", "quantized"):
             path = Path(folder) / ("merged.gguf" if target == "gguf" else "merged")
             started = time.perf_counter()
