@@ -10,20 +10,20 @@ from dist_qft.base_model.sources import open_source
 from dist_qft.checkpoint import Checkpoint
 from dist_qft.config.schema import RunConfig
 from dist_qft.errors import UserError
-from dist_qft.methods.attach import AdapterSet
-from dist_qft.methods.schedule import LinearShape, TileSettings
+from dist_qft.methods.adapter_plan import AdapterPlan, stored_adapters
+from dist_qft.methods.qst.plan import SidePlan, plan_side_network, stored_side_network
+from dist_qft.methods.schedule import LinearShape, plan_adapters
+from dist_qft.methods.trainable import Plan, TrainableSet
 from dist_qft.sharding.engine import Engine, make_engine
-
-ADAPTER_TYPE = "DIST_QFT_TILE"  # not a PEFT name: other loaders must fail loudly, not serve the bare base
 
 
 @dataclass(frozen=True)
 class Assembled:
-    """A loaded base with its adapters attached."""
+    """A loaded base with its adapters (or its side network) attached."""
 
     base: BaseModel
     engine: Engine
-    adapters: AdapterSet
+    adapters: TrainableSet
 
 
 def compute_dtype(setting: str, device: torch.device) -> torch.dtype:
@@ -41,44 +41,58 @@ def linear_shapes(base: BaseModel) -> list[LinearShape]:
     ]
 
 
-def assemble(config: RunConfig, skeleton: BaseModel, plan: dict[str, TileSettings], device: torch.device) -> Assembled:
-    """Shard and load the base, build the adapters and hook them on. Collective; the heavy part of a start."""
+def plan_trainables(config: RunConfig, base: BaseModel) -> Plan:
+    """What the config's method trains beside this base; from shapes alone. UserError if it does not fit."""
+    if config.method.name == "qst":
+        return plan_side_network(config.method, base)
+    return AdapterPlan(plan_adapters(config.method, linear_shapes(base)))
+
+
+def stored_plan(checkpoint: Checkpoint, base: BaseModel) -> Plan:
+    """What a checkpoint holds, to be put beside this base. UserError if it is nothing of ours or does not fit."""
+    stored, where = checkpoint.adapter_config, str(checkpoint.path)
+    match stored.get("peft_type"):
+        case AdapterPlan.peft_type:
+            return stored_adapters(stored, where)
+        case SidePlan.peft_type:
+            return stored_side_network(stored, base, where)
+        case other:
+            allowed = f"'{AdapterPlan.peft_type}' or '{SidePlan.peft_type}'"
+            raise UserError(f"{where}: peft_type is '{other}', need {allowed}")
+
+
+def assemble(config: RunConfig, skeleton: BaseModel, plan: Plan, device: torch.device) -> Assembled:
+    """Shard and load the base, build the trainables and hook them on. Collective; the heavy part of a start."""
     engine = make_engine(config.sharding.engine, reshard_after_forward=config.sharding.reshard_after_forward)
     engine.shard(skeleton.units, device)
     _move_buffers(skeleton, device)
     load_base(skeleton, open_source(config.model), engine, device)
     skeleton.head.loss_megabytes = config.train.loss_chunk_megabytes
-    adapters = AdapterSet.build(plan, config.train.seed).to(device)
+    adapters = plan.build(config.train.seed).to(device)
     adapters.attach(skeleton.model)
     return Assembled(skeleton, engine, adapters)
 
 
-def adapter_config(config: RunConfig, base: BaseModel, plan: dict[str, TileSettings]) -> dict:
+def adapter_config(config: RunConfig, base: BaseModel, plan: Plan) -> dict:
     """What an adapter file must say about itself to be loaded, checked and merged later."""
     return {
-        "peft_type": ADAPTER_TYPE,
+        "peft_type": plan.peft_type,
         "format_version": 1,
         "method": config.method.name,
         "base_model_name_or_path": config.model.path,
         "base_fingerprint": base.fingerprint,
-        "tiles": {path: settings.to_dict() for path, settings in plan.items()},
+        **plan.describe(),
         "run_config": config.model_dump(),
     }
 
 
-def check_adapter(checkpoint: Checkpoint, plan: dict[str, TileSettings]) -> None:
-    """Refuse a checkpoint whose adapters are not those of the config; before the base is loaded."""
+def check_adapter(checkpoint: Checkpoint, plan: Plan) -> None:
+    """Refuse a checkpoint whose trainables are not those of the config; before the base is loaded."""
     found = checkpoint.adapter_config
-    if found.get("peft_type") != ADAPTER_TYPE:
-        raise UserError(f"{checkpoint.path}: peft_type is '{found.get('peft_type')}', need '{ADAPTER_TYPE}'")
-    wanted = {path: settings.to_dict() for path, settings in plan.items()}
-    tiles = found["tiles"]
-    for path in sorted(set(wanted) | set(tiles)):
-        if wanted.get(path) != tiles.get(path):
-            raise UserError(
-                f"{checkpoint.path}: adapter of {path} is {tiles.get(path, 'absent')}, "
-                f"the config asks for {wanted.get(path, 'none')}"
-            )
+    if found.get("peft_type") != plan.peft_type:
+        raise UserError(f"{checkpoint.path}: peft_type is '{found.get('peft_type')}', need '{plan.peft_type}'")
+    if difference := plan.difference(found):
+        raise UserError(f"{checkpoint.path}: {difference}")
 
 
 def check_fingerprint(checkpoint: Checkpoint, base: BaseModel) -> None:

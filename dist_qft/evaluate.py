@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from dist_qft.assemble import assemble, compute_dtype, linear_shapes
+from dist_qft.assemble import assemble, compute_dtype, plan_trainables
 from dist_qft.base_model.skeleton import BaseModel, build_skeleton
 from dist_qft.checkpoint import list_checkpoints
 from dist_qft.collectives import told_by
@@ -17,7 +17,6 @@ from dist_qft.data.batches import MicroBatch, eval_batches
 from dist_qft.data.prepare import prepare
 from dist_qft.errors import UserError
 from dist_qft.loss import token_loss
-from dist_qft.methods.schedule import plan_adapters
 from dist_qft.tokenizer import load_tokenizer
 from dist_qft.trained import find_checkpoint, open_trained
 from dist_qft.world import World, connect, device_for
@@ -70,7 +69,7 @@ def run_evaluation(config: RunConfig, checkpoint_path: str | None, as_json: bool
         told_by(world.rank, lambda: "evaluation"),
     ):
         if checkpoint is None:
-            parts = assemble(config, skeleton, plan_adapters(config.method, linear_shapes(skeleton)), device)
+            parts = assemble(config, skeleton, plan_trainables(config, skeleton), device)
         else:
             parts, _ = open_trained(checkpoint, config, device)
         micro = config.train.per_device_train_batch_size

@@ -16,11 +16,12 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from dist_qft.assemble import compute_dtype, linear_shapes
+from dist_qft.assemble import compute_dtype, linear_shapes, plan_trainables
 from dist_qft.base_model.skeleton import BaseModel, build_skeleton
 from dist_qft.config.check import accumulation_steps, config_warnings
 from dist_qft.config.schema import RunConfig, TrainConfig
-from dist_qft.methods.schedule import LinearShape, TileSettings, layer_type, plan_adapters
+from dist_qft.methods.qst.plan import SidePlan
+from dist_qft.methods.schedule import LinearShape, TileSettings, layer_type
 from dist_qft.quant.contract import Format
 from dist_qft.quant.frozen import FrozenWeight
 from dist_qft.sharding.engine import parameter_owners
@@ -36,7 +37,7 @@ def make_plan(config: RunConfig, world_size: int) -> dict[str, Any]:
       of ceil(rows / N) rows; with `replicated` it is all of base_bytes.
     * gather_bytes_per_micro_batch: what one rank receives, by the formula of `dist_qft.sharding.fsdp`:
       (N-1)/N * (embedding + LM head + 2 * rest), the tied embedding counted for both its uses and the rest once
-      if layers are not resharded. 0 with `replicated`.
+      if layers are not resharded, or if nothing flows back through them (qst). 0 with `replicated`.
     * gather_bytes_per_step: that times the accumulation steps.
     * reduce_bytes_per_step: 4 * trainable parameters, the fp32 gradient buffer without its small header.
     * checkpoint_bytes: adapter (fp32) and optimizer state.
@@ -48,13 +49,17 @@ def make_plan(config: RunConfig, world_size: int) -> dict[str, Any]:
     accumulation = accumulation_steps(config, world_size)
     dtype = compute_dtype(config.train.precision, _device(config))
     base = build_skeleton(config.model, config.quantization, dtype)
-    layers = linear_shapes(base)
-    adapters = plan_adapters(config.method, layers)
-    trainable = sum(settings.parameters for settings in adapters.values())
+    trainables = plan_trainables(config, base)
+    if isinstance(trainables, SidePlan):
+        counts = trainables.counts()
+    else:
+        counts = _adapter_counts(trainables, linear_shapes(base))
+    trainable = counts["trainable_parameters"]
     optimizer_bytes = _optimizer_bytes(config.train, trainable)
     tensors = _base_tensors(base)
     shards = 1 if config.sharding.engine == "replicated" else world_size
-    gathered = _gather_bytes(base, shards, reshard=config.sharding.reshard_after_forward)
+    gathered_twice = config.sharding.reshard_after_forward and trainables.backward_through_base
+    gathered = _gather_bytes(base, shards, passes=1 + gathered_twice)
     return {
         "model": {
             "path": config.model.path,
@@ -66,10 +71,7 @@ def make_plan(config: RunConfig, world_size: int) -> dict[str, Any]:
         "method": config.method.name,
         "engine": config.sharding.engine,
         "world_size": world_size,
-        "trainable_parameters": trainable,
-        "trainable_parameters_by_layer_type": _by_layer_type(adapters),
-        "trainable_parameters_by_depth": _by_depth(adapters, layers),
-        "adapters": _adapter_rows(adapters),
+        **counts,
         "base_bytes": _padded_bytes(tensors, 1),
         "base_bytes_per_rank": _padded_bytes(tensors, shards) // shards,
         "base_formats": _format_rows(base),
@@ -96,7 +98,7 @@ def print_plan(plan: dict[str, Any], *, as_json: bool = False) -> None:
         return
     console = Console(highlight=False)
     console.print(_summary_table(plan))
-    console.print(_rows_table("adapters", plan["adapters"]))
+    console.print(_rows_table("side network" if plan["method"] == "qst" else "adapters", plan["adapters"]))
     console.print(_rows_table("base", plan["base_formats"]))
     for warning in plan["warnings"]:
         console.print(f"warning: {warning}", markup=False, soft_wrap=True)
@@ -119,11 +121,10 @@ def _padded_bytes(tensors: Iterable[Tensor], shards: int) -> int:
     return sum(math.ceil(tensor.shape[0] / shards) * shards * tensor[0].nbytes for tensor in tensors)
 
 
-def _gather_bytes(base: BaseModel, shards: int, *, reshard: bool) -> int:
+def _gather_bytes(base: BaseModel, shards: int, *, passes: int) -> int:
     tables = _padded_bytes((tensor for table in base.units.tables for tensor in table.parameters()), shards)
     rest = _padded_bytes(_base_tensors(base), shards) - tables
-    uses, passes = 1 + base.tied, 1 + reshard
-    return (uses * tables + passes * rest) // shards * (shards - 1)
+    return ((1 + base.tied) * tables + passes * rest) // shards * (shards - 1)
 
 
 def _optimizer_bytes(train: TrainConfig, trainable: int) -> int:
@@ -146,6 +147,15 @@ def _optimization(train: TrainConfig) -> dict[str, Any]:
         "warmup_steps": warmup_steps,
         "max_grad_norm": train.max_grad_norm,
         "weight_decay": train.weight_decay,
+    }
+
+
+def _adapter_counts(adapters: dict[str, TileSettings], layers: list[LinearShape]) -> dict[str, Any]:
+    return {
+        "trainable_parameters": sum(settings.parameters for settings in adapters.values()),
+        "trainable_parameters_by_layer_type": _by_layer_type(adapters),
+        "trainable_parameters_by_depth": _by_depth(adapters, layers),
+        "adapters": _adapter_rows(adapters),
     }
 
 

@@ -13,7 +13,7 @@ from dist_qft.base_model.skeleton import BaseModel
 from dist_qft.checkpoint import Checkpoint
 from dist_qft.config.schema import RunConfig
 from dist_qft.data.prepare import Prepared
-from dist_qft.methods.schedule import TileSettings
+from dist_qft.methods.trainable import Plan
 from dist_qft.world import World
 
 
@@ -23,7 +23,7 @@ class RunInputs:
 
     Attributes:
         skeleton: the base on the meta device.
-        plan: layer path -> adapter settings.
+        plan: what is trained.
         checkpoint: where to continue from; None starts fresh.
         notes: lines to tell the user at the start, such as a checkpoint that was refused.
     """
@@ -33,7 +33,7 @@ class RunInputs:
     device: torch.device
     tokenizer: PreTrainedTokenizerBase
     skeleton: BaseModel
-    plan: dict[str, TileSettings]
+    plan: Plan
     data: Prepared
     checkpoint: Checkpoint | None
     notes: list[str]

@@ -33,7 +33,7 @@ class Summary:
         lines = [
             f"base {config.model.path}: {run.engine.resident_bytes() / 2**20:.1f} MiB on this rank "
             f"({run.engine.name}, {run.world.world_size} ranks), fingerprint {run.base.fingerprint[:16]}",
-            f"{config.method.name}: {run.trainables.count:,} trainable parameters in {len(run.inputs.plan)} layers; "
+            f"{config.method.name}: {run.trainables.count:,} trainable parameters in {run.inputs.plan.summary()}; "
             f"one reduction of {run.trainables.bytes_per_reduction:,} bytes per step",
             f"data: {len(run.data.train):,} rows, {run.data.train.report['target_tokens']:,} target tokens; "
             f"{run.total_steps} steps of {config.train.global_batch_size} "

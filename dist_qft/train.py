@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from dist_qft.assemble import assemble, check_adapter, check_fingerprint, compute_dtype, linear_shapes
+from dist_qft.assemble import assemble, check_adapter, check_fingerprint, compute_dtype, plan_trainables
 from dist_qft.base_model.skeleton import build_skeleton
 from dist_qft.checkpoint import require_writable
 from dist_qft.collectives import require_agreement, told_by
@@ -16,7 +16,6 @@ from dist_qft.config.check import accumulation_steps
 from dist_qft.config.schema import RunConfig
 from dist_qft.data.prepare import prepare
 from dist_qft.errors import UserError
-from dist_qft.methods.schedule import plan_adapters
 from dist_qft.preemption import StopSignal
 from dist_qft.resume import check_trajectory, choose_checkpoint
 from dist_qft.run_inputs import RunInputs
@@ -48,10 +47,10 @@ def gather_inputs(config: RunConfig, resume: str | None, world: World, device: t
     require_writable(output_dir)
     checkpoint, notes = choose_checkpoint(output_dir, resume)
 
-    # The model's shape, the adapters' plan and the tokens; no weight is read.
+    # The model's shape, the plan of the trainables and the tokens; no weight is read.
     tokenizer = load_tokenizer(config.model)
     skeleton = build_skeleton(config.model, config.quantization, compute_dtype(config.train.precision, device))
-    plan = plan_adapters(config.method, linear_shapes(skeleton))
+    plan = plan_trainables(config, skeleton)
     cache_dir = Path(config.data.cache_dir or output_dir / "data_cache")
     data = prepare(config.data, tokenizer, skeleton.vocab_size, cache_dir)
 
@@ -69,7 +68,7 @@ def execute_run(inputs: RunInputs, stop: StopSignal) -> TrainingRun:
         # Do all ranks mean the same run?
         require_agreement(inputs.facts(), inputs.device)
 
-        # Stream the base through quantization into its shards; hook the adapters on.
+        # Stream the base through quantization into its shards; hook the trainables on.
         parts = assemble(inputs.config, inputs.skeleton, inputs.plan, inputs.device)
         if inputs.checkpoint is not None:
             check_fingerprint(inputs.checkpoint, parts.base)

@@ -13,6 +13,7 @@ from dist_qft.methods.schedule import effective, method_defaults
 
 _BLOCK_FORM = {"nf4": (1, "one length such as [64]"), "affine4": (2, "[b_out, b_in] such as [1, 32]")}
 _FACTORS = ("balance", "pool", "repeat")
+_SIDE_SETTINGS = ("reduction", "downsample", "downsample_rank", "compat", "init", "cache")
 
 
 def cross_field_faults(config: RunConfig) -> list[Fault]:
@@ -20,7 +21,7 @@ def cross_field_faults(config: RunConfig) -> list[Fault]:
     return [
         *_model_faults(config),
         *_quantization_faults(config.quantization),
-        *_method_faults(config.method),
+        *(_side_faults(config) if config.method.name == "qst" else _adapter_faults(config.method)),
         *_train_faults(config),
         *_evaluation_faults(config),
     ]
@@ -79,8 +80,22 @@ def _quantization_faults(quantization: QuantizationConfig) -> Iterator[Fault]:
         yield value_fault(("quantization", "exempt"), "all linear layers are dense already; remove it")
 
 
-def _method_faults(method: MethodConfig) -> Iterator[Fault]:
+def _side_faults(config: RunConfig) -> Iterator[Fault]:
+    method = config.method
+    for setting in sorted(method.model_fields_set - {"name", *_SIDE_SETTINGS}):
+        yield value_fault(("method", setting), f"qst does not use it; qst has {', '.join(_SIDE_SETTINGS)}")
+    downsample = method.downsample or "adapter"
+    if method.downsample_rank is not None and downsample not in ("adapter", "lora"):
+        yield value_fault(("method", "downsample_rank"), f"{downsample} has no rank; remove it or use adapter or lora")
+    if config.train.gradient_checkpointing:
+        yield value_fault(("train", "gradient_checkpointing"), "qst keeps nothing of the base for backward; remove it")
+
+
+def _adapter_faults(method: MethodConfig) -> Iterator[Fault]:
     used = method_defaults(method.name)
+    for setting in _SIDE_SETTINGS:
+        if getattr(method, setting) is not None:
+            yield value_fault(("method", setting), f"only qst uses it; {method.name} has {_knobs(used)}")
     yield from _unused_factors(method, used, ("method",), method.name)
     if method.pool_mode == "sum" and not used:
         yield value_fault(("method", "pool_mode"), f"{method.name} does not pool; remove it")
@@ -91,7 +106,7 @@ def _method_faults(method: MethodConfig) -> Iterator[Fault]:
             yield value_fault((*path, "depth"), f"got {rule.depth}, need first <= last")
         settings = sorted(rule.model_fields_set - {"layers", "depth"})
         if not settings:
-            yield value_fault(path, f"the rule sets nothing; give {', '.join(['rank', 'alpha', *used])} or skip")
+            yield value_fault(path, f"the rule sets nothing; give {_knobs(used)} or skip")
         elif rule.skip and settings != ["skip"]:
             without_effect = ", ".join(name for name in settings if name != "skip")
             yield value_fault(path, f"skip leaves no use for {without_effect}; give one or the other")
@@ -102,8 +117,11 @@ def _unused_factors(
 ) -> Iterator[Fault]:
     for factor in _FACTORS:
         if getattr(section, factor) is not None and factor not in used:
-            knobs = ", ".join(["rank", "alpha", *used])
-            yield value_fault((*path, factor), f"{method} does not use it; {method} has {knobs}")
+            yield value_fault((*path, factor), f"{method} does not use it; {method} has {_knobs(used)}")
+
+
+def _knobs(used: dict[str, int]) -> str:
+    return ", ".join(["rank", "alpha", *used])
 
 
 def _train_faults(config: RunConfig) -> Iterator[Fault]:

@@ -14,7 +14,10 @@ NonNegative = Annotated[int, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
 Text = Annotated[str, Field(min_length=1)]
 
-MethodName = Literal["qlora", "qbara", "qalora", "qahira"]
+Reduction = Annotated[int, Field(ge=2)]
+
+MethodName = Literal["qlora", "qbara", "qalora", "qahira", "qst"]
+Downsample = Literal["adapter", "lora", "linear", "maxpool", "avgpool"]
 LinearFormat = Literal["nf4", "affine4", "dense"]
 
 
@@ -66,6 +69,12 @@ class MethodConfig(Section):
     dropout: Fraction = 0.0
     targets: str | list[str] = Field("all-linear", description="'all-linear', or layer types as in a schedule")
     schedule: list[ScheduleRule] = []
+    reduction: Reduction | None = Field(None, description="qst: times that the side network is narrower (default 16)")
+    downsample: Downsample | None = Field(None, description="qst: how hidden states get narrow (default adapter)")
+    downsample_rank: Positive | None = Field(None, description="qst: rank of adapter or lora (default 16)")
+    compat: Literal["paper", "released"] | None = Field(None, description="qst: paper (default) or the released code")
+    init: Literal["random", "pruned"] | None = Field(None, description="qst: pruned starts from the base's own weights")
+    cache: Literal["none", "disk"] | None = Field(None, description="qst: disk keeps the base's hidden states")
 
 
 class DatasetConfig(Section):
