@@ -1,8 +1,10 @@
 """From a config to live parts: what training, evaluation, generation and merging all begin with."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor, nn
 
 from dist_qft.base_model.load import load_base
 from dist_qft.base_model.skeleton import BaseModel
@@ -15,15 +17,27 @@ from dist_qft.methods.qst.plan import SidePlan, plan_side_network, stored_side_n
 from dist_qft.methods.schedule import LinearShape, plan_adapters
 from dist_qft.methods.trainable import Plan, TrainableSet
 from dist_qft.sharding.engine import Engine, make_engine
+from dist_qft.task import Task, make_task
 
 
 @dataclass(frozen=True)
 class Assembled:
-    """A loaded base with its adapters (or its side network) attached."""
+    """A loaded base with its adapters (or its side network) attached, and the task with what it trains itself."""
 
     base: BaseModel
     engine: Engine
     adapters: TrainableSet
+    task: Task
+
+    def named_tensors(self) -> list[tuple[str, nn.Parameter]]:
+        """Every trainable in the order of the forward pass."""
+        return [*self.adapters.named_tensors(), *self.task.named_tensors()]
+
+    def load_tensors(self, tensors: Mapping[str, Tensor]) -> None:
+        """Copy values into the trainables; UserError unless names and shapes are those of `named_tensors`."""
+        of_task = {name: tensors[name] for name, _ in self.task.named_tensors() if name in tensors}
+        self.task.load_tensors(of_task)
+        self.adapters.load_tensors({name: tensor for name, tensor in tensors.items() if name not in of_task})
 
 
 def compute_dtype(setting: str, device: torch.device) -> torch.dtype:
@@ -70,7 +84,7 @@ def assemble(config: RunConfig, skeleton: BaseModel, plan: Plan, device: torch.d
     skeleton.head.loss_megabytes = config.train.loss_chunk_megabytes
     adapters = plan.build(config.train.seed).to(device)
     adapters.attach(skeleton.model)
-    return Assembled(skeleton, engine, adapters)
+    return Assembled(skeleton, engine, adapters, make_task(config.task, skeleton, device))
 
 
 def adapter_config(config: RunConfig, base: BaseModel, plan: Plan) -> dict:

@@ -64,6 +64,8 @@ class Summary:
             "steps": run.state.step,
             "base_eval_loss": run.base_eval.loss if run.base_eval else None,
             "tuned_eval_loss": run.tuned_eval.loss if run.tuned_eval else None,
+            "base_eval_metrics": run.base_eval.metrics if run.base_eval else {},
+            "tuned_eval_metrics": run.tuned_eval.metrics if run.tuned_eval else {},
             "eval_tokens": run.tuned_eval.tokens if run.tuned_eval else 0,
             "final_train_loss": run.state.history[-1]["loss"] if run.state.history else None,
             "trainable_parameters": run.trainables.count,

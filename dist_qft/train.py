@@ -52,7 +52,7 @@ def gather_inputs(config: RunConfig, resume: str | None, world: World, device: t
     skeleton = build_skeleton(config.model, config.quantization, compute_dtype(config.train.precision, device))
     plan = plan_trainables(config, skeleton)
     cache_dir = Path(config.data.cache_dir or output_dir / "data_cache")
-    data = prepare(config.data, tokenizer, skeleton.vocab_size, cache_dir)
+    data = prepare(config.data, tokenizer, skeleton.vocab_size, cache_dir, config.task)
 
     # A checkpoint must be one of this very run.
     if checkpoint is not None:

@@ -5,11 +5,11 @@ from dataclasses import dataclass
 
 import torch
 
-from dist_qft.base_model.skeleton import BaseModel
 from dist_qft.config.schema import TrainConfig
 from dist_qft.data.batches import MicroBatch
-from dist_qft.loss import token_loss
+from dist_qft.forward import Forward
 from dist_qft.optimizer import clip_gradient, learning_rate
+from dist_qft.task import Task
 from dist_qft.trainables import Trainables
 
 
@@ -34,7 +34,8 @@ REPORT_SIZE = 2
 
 
 def train_step(
-    base: BaseModel,
+    forward: Forward,
+    task: Task,
     trainables: Trainables,
     optimizer: torch.optim.Optimizer,
     config: TrainConfig,
@@ -50,14 +51,14 @@ def train_step(
     device = trainables.values.device
     started = time.perf_counter()
     trainables.begin_step()
+    forward.begin_step(micro_batches)
     loss_sum = torch.zeros((), device=device)
     for batch in micro_batches:
         if batch is micro_batches[-1]:
             trainables.reduce_during_backward()
         # Dropout masks depend on the global micro-batch alone: the same on any world size, nothing to save.
         torch.manual_seed(_dropout_seed(config.seed, step, batch.index))
-        hidden = base.hidden_states(batch.input_ids.to(device), batch.position_ids.to(device))
-        loss = token_loss(hidden, batch.targets.to(device), base.head.loss)
+        loss, _ = task.loss(forward(batch), batch)
         loss.backward()
         loss_sum += loss.detach()
     computed = time.perf_counter()

@@ -50,6 +50,6 @@ def open_trained(
     skeleton = build_skeleton(config.model, config.quantization, compute_dtype(config.train.precision, device))
     parts = assemble(config, skeleton, stored_plan(checkpoint, skeleton), device)
     check_fingerprint(checkpoint, parts.base)
-    parts.adapters.load_tensors(checkpoint.trainables)
+    parts.load_tensors(checkpoint.trainables)
     parts.adapters.eval()
     return parts, tokenizer

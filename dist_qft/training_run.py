@@ -10,6 +10,7 @@ from dist_qft.checkpoint import TrainerState, prune, write_checkpoint
 from dist_qft.data.batches import Batches, eval_batches
 from dist_qft.errors import Preempted
 from dist_qft.evaluate import HeldOut, held_out_loss
+from dist_qft.forward import BaseForward
 from dist_qft.generate import answer
 from dist_qft.monitor import Monitor
 from dist_qft.optimizer import load_optimizer_tensors, make_optimizer, optimizer_tensors
@@ -27,7 +28,7 @@ class TrainingRun:
     def __init__(self, inputs: RunInputs, parts: Assembled, stop: StopSignal) -> None:
         self.inputs, self.stop = inputs, stop
         self.config, self.world, self.device = config, world, _ = inputs.config, inputs.world, inputs.device
-        self.base, self.engine, self.adapters = parts.base, parts.engine, parts.adapters
+        self.parts, self.base, self.engine, self.adapters = parts, parts.base, parts.engine, parts.adapters
         self.data, self.output_dir = inputs.data, inputs.output_dir
         self.total_steps, total_samples = inputs.length()
         self.batches = Batches(
@@ -41,12 +42,13 @@ class TrainingRun:
         )
         # A group of its own: these reductions and the engine's gathers need no common order.
         self.trainables = Trainables(
-            self.adapters.named_tensors(),
+            parts.named_tensors(),
             bucket_bytes=int(config.sharding.bucket_megabytes * 2**20),
             group=dist.new_group(),
             report_size=REPORT_SIZE,
         )
         self.optimizer = make_optimizer(config.train, self.trainables.values)
+        self.forward = BaseForward(parts.base, self.device)
         self.state = TrainerState(data_digest=self.data.train.digest, config=config.model_dump())
         self.step_gathered_bytes = 0
         self.doing = "start-up"
@@ -56,7 +58,7 @@ class TrainingRun:
         """Restore a checkpoint if there is one, make the replicas equal, open the monitor, evaluate the base."""
         checkpoint = self.inputs.checkpoint
         if checkpoint is not None:
-            self.adapters.load_tensors(checkpoint.trainables)
+            self.parts.load_tensors(checkpoint.trainables)
             load_optimizer_tensors(self.optimizer, self.trainables.values, checkpoint.optimizer, str(checkpoint.path))
             self.state = checkpoint.state
             self.state.config = self.config.model_dump()
@@ -120,13 +122,14 @@ class TrainingRun:
             self.world.rank,
             self.world.world_size,
         )
-        held_out = held_out_loss(self.base, batches, self.device)
+        held_out = held_out_loss(self.base, batches, self.device, self.parts.task)
         self.adapters.train()
         self.doing = doing
         tag = "base" if which == "base" else "eval"
-        values = {f"{tag}/loss": held_out.loss, f"{tag}/perplexity": held_out.perplexity}
-        self.monitor.scalars(self.state.step, values)
-        self.monitor.say(f"{which}: held-out loss {held_out.loss:.4f}, perplexity {held_out.perplexity:.2f}")
+        values = {"loss": held_out.loss, **held_out.figures}
+        self.monitor.scalars(self.state.step, {f"{tag}/{name}": value for name, value in values.items()})
+        figures = "".join(f", {name} {value:.3f}" for name, value in held_out.figures.items())
+        self.monitor.say(f"{which}: held-out loss {held_out.loss:.4f}{figures}")
         return held_out
 
     def save(self) -> None:
@@ -136,7 +139,7 @@ class TrainingRun:
             write_checkpoint(
                 self.output_dir,
                 adapter_config=adapter_config(self.config, self.base, self.inputs.plan),
-                trainables=dict(self.adapters.named_tensors()),
+                trainables=dict(self.parts.named_tensors()),
                 optimizer=optimizer_tensors(self.optimizer, self.trainables.values),
                 state=self.state,
             )
@@ -154,7 +157,8 @@ class TrainingRun:
         digest_steps = config.sharding.digest_steps
         check_digest = bool(digest_steps) and (step % digest_steps == 0 or step + 1 == self.total_steps)
         result = train_step(
-            self.base,
+            self.forward,
+            self.parts.task,
             self.trainables,
             self.optimizer,
             config.train,

@@ -22,6 +22,7 @@ def cross_field_faults(config: RunConfig) -> list[Fault]:
         *_model_faults(config),
         *_quantization_faults(config.quantization),
         *(_side_faults(config) if config.method.name == "qst" else _adapter_faults(config.method)),
+        *_task_faults(config),
         *_train_faults(config),
         *_evaluation_faults(config),
     ]
@@ -122,6 +123,32 @@ def _unused_factors(
 
 def _knobs(used: dict[str, int]) -> str:
     return ", ".join(["rank", "alpha", *used])
+
+
+def _task_faults(config: RunConfig) -> Iterator[Fault]:
+    task, data = config.task, config.data
+    if task.name == "classification" and len(task.labels) < 2:
+        yield value_fault(("task", "labels"), f"got {len(task.labels)}, classification needs at least 2")
+    if len(set(task.labels)) < len(task.labels):
+        twice = next(label for label in task.labels if task.labels.count(label) > 1)
+        yield value_fault(("task", "labels"), f"'{twice}' is listed twice")
+    if task.labels and task.name != "classification":
+        yield value_fault(("task", "labels"), f"{task.name} has no labels; remove them or choose classification")
+    predicts_labels = task.name != "causal-lm"
+    for part in ("train", "eval"):
+        dataset = getattr(data, part, None)
+        given = dataset.format if dataset is not None else "auto"
+        if given != "auto" and (given == "classification") != predicts_labels:
+            wanted = "classification" if predicts_labels else "another format, or task.name classification"
+            yield value_fault(("data", part, "format"), f"{given} does not fit task {task.name}; need {wanted}")
+    if not predicts_labels:
+        return
+    if data is not None and data.packing:
+        yield value_fault(("data", "packing"), f"{task.name} reads the last token of each row; remove it")
+    if data is not None and data.loss_on == "all":
+        yield value_fault(("data", "loss_on"), f"{task.name} predicts no tokens; remove it")
+    if config.evaluation.prompts:
+        yield value_fault(("evaluation", "prompts"), f"a model for {task.name} answers no prompts; remove them")
 
 
 def _train_faults(config: RunConfig) -> Iterator[Fault]:

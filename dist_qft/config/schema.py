@@ -77,11 +77,20 @@ class MethodConfig(Section):
     cache: Literal["none", "disk"] | None = Field(None, description="qst: disk keeps the base's hidden states")
 
 
+class TaskConfig(Section):
+    name: Literal["causal-lm", "classification", "regression"] = Field(
+        "causal-lm", description="predict tokens, or from a text's last token a label or a number"
+    )
+    labels: list[Text] = Field([], description="classification: every label; data may give a name or a position")
+
+
 class DatasetConfig(Section):
     path: Text = Field(description="Hub id, local file or folder, or 'stdlib-docs'")
     name: str | None = Field(None, description="Hub configuration name")
     split: str = "train"
-    format: Literal["auto", "alpaca", "sharegpt", "messages", "prompt-completion", "text", "tokenized"] = "auto"
+    format: Literal[
+        "auto", "alpaca", "sharegpt", "messages", "prompt-completion", "text", "tokenized", "classification"
+    ] = "auto"
     columns: dict[str, str] = Field({}, description="our field name -> the data's column name")
     limit: Positive | None = Field(None, description="use only the first so many samples")
 
@@ -148,6 +157,7 @@ class RunConfig(Section):
     model: ModelConfig
     quantization: QuantizationConfig = QuantizationConfig()
     method: MethodConfig = MethodConfig()
+    task: TaskConfig = TaskConfig()
     data: DataConfig | None = Field(None, description="needed by train and eval")
     train: TrainConfig = TrainConfig()
     sharding: ShardingConfig = ShardingConfig()
