@@ -2,8 +2,11 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from dist_qft.base_model.load import load_base
@@ -11,9 +14,14 @@ from dist_qft.base_model.skeleton import BaseModel
 from dist_qft.base_model.sources import open_source
 from dist_qft.checkpoint import Checkpoint
 from dist_qft.config.schema import RunConfig
+from dist_qft.data.dataset import TokenDataset
 from dist_qft.errors import UserError
+from dist_qft.forward import BaseForward, Forward
 from dist_qft.methods.adapter_plan import AdapterPlan, stored_adapters
+from dist_qft.methods.qst.cached_forward import CachedForward
+from dist_qft.methods.qst.hidden_cache import CacheLayout, HiddenCache, require_space
 from dist_qft.methods.qst.plan import SidePlan, plan_side_network, stored_side_network
+from dist_qft.methods.qst.pruning import start_from_base
 from dist_qft.methods.schedule import LinearShape, plan_adapters
 from dist_qft.methods.trainable import Plan, TrainableSet
 from dist_qft.sharding.engine import Engine, make_engine
@@ -73,6 +81,42 @@ def stored_plan(checkpoint: Checkpoint, base: BaseModel) -> Plan:
         case other:
             allowed = f"'{AdapterPlan.peft_type}' or '{SidePlan.peft_type}'"
             raise UserError(f"{where}: peft_type is '{other}', need {allowed}")
+
+
+def start_fresh(config: RunConfig, parts: Assembled) -> None:
+    """With `method.init: pruned`, start the side network from the base's weights.
+
+    On rank 0 alone: the others' trainables are made equal to its own before they are used.
+    """
+    if config.method.init == "pruned" and dist.get_rank() == 0:
+        start_from_base(parts.adapters, parts.base, open_source(config.model))
+
+
+def make_forward(config: RunConfig, parts: Assembled, plan: Plan, data: TokenDataset, device: torch.device) -> Forward:
+    """How training runs the model: through the base, or with `method.cache` from its stored hidden states."""
+    through_base = BaseForward(parts.base, device)
+    if config.method.cache != "disk":
+        return through_base
+    layout = CacheLayout.of(plan, parts.base.dtype)
+    base, folder = parts.base, cache_folder(config)
+    cache = HiddenCache(folder, layout, data.lengths, base=base.fingerprint, data=data.digest)
+    base.notes.append(f"hidden-state cache {folder}: {cache.filled:,} of {len(data):,} rows are there")
+    keep_head = partial(parts.engine.keep_gathered, base.units.tables[-1])  # all that a cached step needs of the base
+    return CachedForward(through_base, parts.adapters, cache, device, keep_head)
+
+
+def check_cache(config: RunConfig, plan: Plan, base: BaseModel, data: TokenDataset) -> list[str]:
+    """A line on the hidden-state cache that the config asks for, if any. UserError if the disk has no room for it."""
+    if config.method.cache != "disk":
+        return []
+    size, folder = CacheLayout.of(plan, base.dtype).bytes_of(data.lengths), cache_folder(config)
+    require_space(folder, size)
+    return [f"hidden-state cache {folder}: {size / 2**30:,.2f} GiB for {len(data):,} rows"]
+
+
+def cache_folder(config: RunConfig) -> Path:
+    """Where a run keeps hidden states."""
+    return Path(config.output_dir) / "hidden_cache"
 
 
 def assemble(config: RunConfig, skeleton: BaseModel, plan: Plan, device: torch.device) -> Assembled:

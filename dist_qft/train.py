@@ -8,7 +8,15 @@ from pathlib import Path
 
 import torch
 
-from dist_qft.assemble import assemble, check_adapter, check_fingerprint, compute_dtype, plan_trainables
+from dist_qft.assemble import (
+    assemble,
+    check_adapter,
+    check_cache,
+    check_fingerprint,
+    compute_dtype,
+    plan_trainables,
+    start_fresh,
+)
 from dist_qft.base_model.skeleton import build_skeleton
 from dist_qft.checkpoint import require_writable
 from dist_qft.collectives import require_agreement, told_by
@@ -54,6 +62,8 @@ def gather_inputs(config: RunConfig, resume: str | None, world: World, device: t
     cache_dir = Path(config.data.cache_dir or output_dir / "data_cache")
     data = prepare(config.data, tokenizer, skeleton.vocab_size, cache_dir, config.task)
 
+    notes += check_cache(config, plan, skeleton, data.train)
+
     # A checkpoint must be one of this very run.
     if checkpoint is not None:
         check_adapter(checkpoint, plan)
@@ -72,6 +82,8 @@ def execute_run(inputs: RunInputs, stop: StopSignal) -> TrainingRun:
         parts = assemble(inputs.config, inputs.skeleton, inputs.plan, inputs.device)
         if inputs.checkpoint is not None:
             check_fingerprint(inputs.checkpoint, parts.base)
+        else:
+            start_fresh(inputs.config, parts)
 
         # Train, evaluate, save.
         run = TrainingRun(inputs, parts, stop)

@@ -5,12 +5,11 @@ import time
 import psutil
 import torch.distributed as dist
 
-from dist_qft.assemble import Assembled, adapter_config
+from dist_qft.assemble import Assembled, adapter_config, make_forward
 from dist_qft.checkpoint import TrainerState, prune, write_checkpoint
 from dist_qft.data.batches import Batches, eval_batches
 from dist_qft.errors import Preempted
 from dist_qft.evaluate import HeldOut, held_out_loss
-from dist_qft.forward import BaseForward
 from dist_qft.generate import answer
 from dist_qft.monitor import Monitor
 from dist_qft.optimizer import load_optimizer_tensors, make_optimizer, optimizer_tensors
@@ -48,7 +47,7 @@ class TrainingRun:
             report_size=REPORT_SIZE,
         )
         self.optimizer = make_optimizer(config.train, self.trainables.values)
-        self.forward = BaseForward(parts.base, self.device)
+        self.forward = make_forward(config, parts, inputs.plan, self.data.train, self.device)
         self.state = TrainerState(data_digest=self.data.train.digest, config=config.model_dump())
         self.step_gathered_bytes = 0
         self.doing = "start-up"

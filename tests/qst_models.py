@@ -1,9 +1,9 @@
-"""Small random decoders of every family that QST is checked on, and side networks that have left their zero start."""
+"""Small random decoders of every family that QST is checked on, side networks beside them, and runs of those."""
 
 from pathlib import Path
 
 import torch
-from tiny_model import VOCABULARY, save_tiny_model, tiny_llama_config
+from tiny_model import VOCABULARY, save_tiny_model, tiny_config, tiny_llama_config
 from torch import nn
 from transformers import (
     Gemma2Config,
@@ -18,7 +18,7 @@ from transformers import (
 from dist_qft.base_model.load import load_base
 from dist_qft.base_model.skeleton import BaseModel, build_skeleton
 from dist_qft.base_model.sources import open_source
-from dist_qft.config.schema import MethodConfig, ModelConfig, QuantizationConfig
+from dist_qft.config.schema import MethodConfig, ModelConfig, QuantizationConfig, RunConfig
 from dist_qft.methods.qst.network import SideNetwork
 from dist_qft.methods.qst.plan import plan_side_network
 from dist_qft.sharding.replicated import ReplicatedEngine
@@ -52,6 +52,19 @@ FAMILIES: dict[str, PretrainedConfig] = {
     "gemma": GemmaConfig(**{**_SIZES, "tie_word_embeddings": True}, head_dim=32),
     "gemma2": Gemma2Config(**{**_SIZES, "tie_word_embeddings": True}, head_dim=32, sliding_window=6),
 }
+
+
+METHOD = {"name": "qst", "reduction": 4, "downsample_rank": 8}
+
+
+def qst_config(model: Path, output_dir: Path, **sections: dict) -> RunConfig:
+    """A run of 10 steps at a learning rate that lets the side network take part soon."""
+    method = {**METHOD, **sections.pop("method", {})}
+    train = {"max_steps": 10, "learning_rate": 2e-2, **sections.pop("train", {})}
+    quantization = {"linear": "nf4", "block": [64]}
+    config = tiny_config(model, output_dir, train=train, quantization=quantization, **sections)
+    tree = config.model_dump(exclude_unset=True) | {"method": method}
+    return RunConfig.model_validate(tree)
 
 
 def load_whole(folder: Path, linear: str = "nf4", dtype: torch.dtype = torch.float32) -> BaseModel:

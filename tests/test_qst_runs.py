@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from qst_models import qst_config
 from ranks import RankPool
 from runs import adapter_digest, train, train_losses
 from tiny_model import tiny_config
@@ -20,18 +21,6 @@ from dist_qft.evaluate import held_out_loss
 from dist_qft.plan import make_plan
 from dist_qft.sharding.engine import parameter_owners
 from dist_qft.trained import config_of, find_checkpoint, open_trained
-
-METHOD = {"name": "qst", "reduction": 4, "downsample_rank": 8}
-
-
-def qst_config(model: Path, output_dir: Path, **sections: dict) -> RunConfig:
-    """A run of 10 steps at a learning rate that lets the side network take part soon."""
-    method = {**METHOD, **sections.pop("method", {})}
-    train = {"max_steps": 10, "learning_rate": 2e-2, **sections.pop("train", {})}
-    quantization = {"linear": "nf4", "block": [64]}
-    config = tiny_config(model, output_dir, train=train, quantization=quantization, **sections)
-    tree = config.model_dump(exclude_unset=True) | {"method": method}
-    return RunConfig.model_validate(tree)
 
 
 @pytest.fixture(scope="module")

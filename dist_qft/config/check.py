@@ -36,6 +36,8 @@ def config_warnings(config: RunConfig) -> list[str]:
         warnings.append("train.num_train_epochs: no effect, train.max_steps is set")
     if train.warmup_steps is not None and "warmup_ratio" in train.model_fields_set:
         warnings.append("train.warmup_ratio: no effect, train.warmup_steps is set")
+    if config.method.cache == "disk" and train.max_steps is None and train.num_train_epochs <= 1:
+        warnings.append("method.cache: written and never read, train.num_train_epochs is 1 or less")
     if sharding.engine != "fsdp" and "reshard_after_forward" in sharding.model_fields_set:
         warnings.append(f"sharding.reshard_after_forward: no effect with engine {sharding.engine}")
     return warnings

@@ -66,6 +66,9 @@ class Engine(Protocol):
     def gather(self, parameter: nn.Parameter) -> Tensor | None:
         """The whole parameter on rank 0 (a copy on the CPU), None elsewhere."""
 
+    def keep_gathered(self, unit: nn.Module) -> None:
+        """Keep a unit whole on every rank from its next use on: for one that is all that is still used."""
+
     def resident_bytes(self) -> int:
         """Bytes of base parameters this rank holds between forward passes."""
 

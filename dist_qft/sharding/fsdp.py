@@ -97,6 +97,9 @@ class FsdpEngine:
         dist.gather(padded.view(torch.uint8), [p.view(torch.uint8) for p in parts] if parts else None)
         return torch.cat(parts)[: parameter.shape[0]].cpu() if parts else None
 
+    def keep_gathered(self, unit: nn.Module) -> None:
+        unit.set_reshard_after_forward(False)
+
     def resident_bytes(self) -> int:
         return sum(parameter._local_tensor.nbytes for parameter in self._parameters)
 

@@ -33,5 +33,8 @@ class ReplicatedEngine:
     def gather(self, parameter: nn.Parameter) -> Tensor | None:
         return parameter.data.cpu() if torch.distributed.get_rank() == 0 else None
 
+    def keep_gathered(self, unit: nn.Module) -> None:
+        pass
+
     def resident_bytes(self) -> int:
         return sum(parameter.nbytes for parameter in self._parameters)

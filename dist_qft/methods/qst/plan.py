@@ -92,9 +92,17 @@ def plan_side_network(method: MethodConfig, base: BaseModel) -> SidePlan:
     """The side network that a config's `method` section asks for.
 
     Raises:
-        UserError: the reduction does not fit the base's widths, or the family has widths that we do not know.
+        UserError: the reduction does not fit the base's widths, the family has widths that we do not know, or the base
+            cannot be pruned to that size.
     """
-    return _plan(SideSettings.of(method), base)
+    plan = _plan(SideSettings.of(method), base)
+    wide, heads = base.config.get_text_config().num_attention_heads, plan.config.num_attention_heads
+    if method.init == "pruned" and heads != wide:
+        raise UserError(
+            f"method.init: pruned keeps the base's {wide} heads, but with method.reduction {plan.settings.reduction} "
+            f"the side network has {heads}; choose a smaller reduction, or init random"
+        )
+    return plan
 
 
 def stored_side_network(stored: Mapping[str, Any], base: BaseModel, where: str) -> SidePlan:

@@ -7,12 +7,17 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from qst_models import FAMILIES, family_folder, load_whole, perturb, side_network
-from torch import Tensor
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
 
 from dist_qft.base_model.skeleton import BaseModel
+from dist_qft.base_model.sources import open_source
+from dist_qft.config.schema import MethodConfig, ModelConfig
 from dist_qft.errors import UserError
 from dist_qft.loss import token_loss
 from dist_qft.methods.qst.network import SideNetwork
+from dist_qft.methods.qst.plan import plan_side_network
+from dist_qft.methods.qst.pruning import start_from_base
 
 DOWNSAMPLES = ["adapter", "lora", "linear", "maxpool", "avgpool"]
 
@@ -225,3 +230,31 @@ def test_static_caches_are_refused(folder):
     side_network(base)
     with pytest.raises(UserError, match="needs a DynamicCache, got StaticCache"):
         base.model.generate(some_ids(1, 4), max_new_tokens=2, cache_implementation="static", pad_token_id=0)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3", "opt"])
+def test_a_pruned_start_holds_every_rth_row_and_column(folder, family):
+    path = folder(family)
+    base = load_whole(path, "dense")
+    side = side_network(base)
+    start_from_base(side, base, open_source(ModelConfig(path=str(path))))
+    whole = AutoModelForCausalLM.from_pretrained(path).get_decoder()
+    for (name, narrow), wide in zip(side.decoder.named_parameters(), _matching(side, whole), strict=True):
+        expected = wide[::4, ::4] if wide.ndim == 2 else wide[::4]
+        assert torch.equal(narrow, expected), name
+
+
+def _matching(side: SideNetwork, whole: nn.Module) -> list[nn.Parameter]:
+    return [whole.get_parameter(name) for name, _ in side.decoder.named_parameters()]
+
+
+def test_a_pruned_heads_rotary_frequencies_are_the_bases_own(folder):
+    base = load_whole(folder("llama"))
+    side = side_network(base)
+    torch.testing.assert_close(side.decoder.rotary_emb.inv_freq, base.decoder.rotary_emb.inv_freq[::4])
+
+
+def test_a_pruned_start_needs_the_bases_heads(folder):
+    base = load_whole(folder("llama"))
+    with pytest.raises(UserError, match=r"method\.init: pruned keeps the base's 4 heads, .*reduction 32 .* has 1"):
+        plan_side_network(MethodConfig(name="qst", reduction=32, init="pruned"), base)
