@@ -25,6 +25,7 @@ from dist_qft.methods.schedule import LinearShape, TileSettings, layer_type
 from dist_qft.quant.contract import Format
 from dist_qft.quant.frozen import FrozenWeight
 from dist_qft.sharding.engine import parameter_owners
+from dist_qft.task import head_outputs
 
 # The packed tensor that has one entry for each block, whatever the format.
 _PER_BLOCK = ("absmax", "absmax_codes", "scale")
@@ -42,6 +43,8 @@ def make_plan(config: RunConfig, world_size: int) -> dict[str, Any]:
     * reduce_bytes_per_step: 4 * trainable parameters, the fp32 gradient buffer without its small header.
     * checkpoint_bytes: adapter (fp32) and optimizer state.
 
+    * trainable_parameters: the adapters' (or side network's), and those of a task's own head.
+
     Raises:
         UserError: unknown model, a shape that a format or adapter cannot hold, a selection that matches no layer,
             or a batch that does not divide over the ranks.
@@ -54,7 +57,8 @@ def make_plan(config: RunConfig, world_size: int) -> dict[str, Any]:
         counts = trainables.counts()
     else:
         counts = _adapter_counts(trainables, linear_shapes(base))
-    trainable = counts["trainable_parameters"]
+    head = head_outputs(config.task) * base.embedding.embedding_dim
+    trainable = counts["trainable_parameters"] + head
     optimizer_bytes = _optimizer_bytes(config.train, trainable)
     tensors = _base_tensors(base)
     shards = 1 if config.sharding.engine == "replicated" else world_size
@@ -72,6 +76,7 @@ def make_plan(config: RunConfig, world_size: int) -> dict[str, Any]:
         "engine": config.sharding.engine,
         "world_size": world_size,
         **counts,
+        "trainable_parameters": trainable,
         "base_bytes": _padded_bytes(tensors, 1),
         "base_bytes_per_rank": _padded_bytes(tensors, shards) // shards,
         "base_formats": _format_rows(base),

@@ -42,10 +42,15 @@ class Task(Protocol):
 
 def make_task(config: TaskConfig, base: BaseModel, device: torch.device) -> Task:
     """The task of a run on this base."""
-    if config.name == "causal-lm":
+    outputs = head_outputs(config)
+    if outputs == 0:
         return CausalLM(base)
-    outputs = 1 if config.name == "regression" else len(config.labels)
     return Labelling(outputs, base.embedding.embedding_dim, regression=config.name == "regression").to(device)
+
+
+def head_outputs(config: TaskConfig) -> int:
+    """Rows of the head that the task trains; 0 if it has none."""
+    return {"causal-lm": 0, "classification": len(config.labels), "regression": 1}[config.name]
 
 
 @dataclass(frozen=True)

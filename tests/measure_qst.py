@@ -25,7 +25,7 @@ from dist_qft.preemption import StopSignal
 from dist_qft.train import execute_run, gather_inputs
 from dist_qft.training_run import TrainingRun
 
-ROWS, GLOBAL_BATCH, LENGTH, EPOCHS = 16, 8, 256, 4
+ROWS, GLOBAL_BATCH, LENGTH, EPOCHS = 8, 4, 192, 4
 METHODS = {
     "qlora": {"name": "qlora"},
     "qst": {"name": "qst"},
@@ -44,7 +44,7 @@ def config_for(model: str, method: dict, folder: Path) -> RunConfig:
             "quantization": {"linear": "nf4"},
             "method": method,
             "data": {
-                "train": {"path": "stdlib-docs", "limit": 4 * ROWS},
+                "train": {"path": "stdlib-docs", "limit": 2 * ROWS},
                 "max_length": LENGTH,
                 "packing": True,
                 "cache_dir": str(folder / "data"),

@@ -16,6 +16,7 @@ from dist_qft.config.schema import DataConfig, DatasetConfig, TaskConfig
 from dist_qft.data.batches import collate
 from dist_qft.data.prepare import prepare
 from dist_qft.errors import UserError
+from dist_qft.plan import make_plan
 from dist_qft.task import Labelling
 
 TASK = TaskConfig(name="classification", labels=["cat", "dog", "sea"])
@@ -166,13 +167,14 @@ def labelled_config(model: Path, folder: Path, method: str, **sections: dict):
 
 def outcome(config):
     run = train(config)
-    return run.base_eval, run.tuned_eval
+    return run.base_eval, run.tuned_eval, run.trainables.count
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_a_small_model_learns_to_label(pools, tiny_llama, tmp_path, method):
     config = labelled_config(tiny_llama, tmp_path, method)
-    before, after = pools[2].run(outcome, config=config)[0]
+    before, after, trainables = pools[2].run(outcome, config=config)[0]
+    assert trainables == make_plan(config, world_size=2)["trainable_parameters"]
     assert before.loss == pytest.approx(math.log(3), rel=1e-5)  # the head starts at zero
     assert after.metrics["accuracy"] > 0.8
     assert after.tokens == 12

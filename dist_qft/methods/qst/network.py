@@ -71,7 +71,9 @@ class SideNetwork(nn.Module):
         self._enabled = True
 
     @classmethod
-    def build(cls, settings: SideSettings, config: PretrainedConfig, *, width: int, out_width: int, seed: int):
+    def build(
+        cls, settings: SideSettings, config: PretrainedConfig, *, width: int, out_width: int, seed: int
+    ) -> "SideNetwork":
         """A fresh side network on the CPU, as a pure function of the seed."""
         digest = hashlib.sha256(f"{seed}:side network".encode()).digest()
         with torch.random.fork_rng(devices=[]):
