@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 from dist_qft.base_model.load import load_base
 from dist_qft.base_model.skeleton import BaseModel
-from dist_qft.base_model.sources import open_source
+from dist_qft.base_model.sources import TensorSource, open_source
 from dist_qft.checkpoint import Checkpoint
+from dist_qft.collectives import agreed
 from dist_qft.config.schema import RunConfig
 from dist_qft.data.dataset import TokenDataset
 from dist_qft.errors import UserError
@@ -119,12 +120,17 @@ def cache_folder(config: RunConfig) -> Path:
     return Path(config.output_dir) / "hidden_cache"
 
 
-def assemble(config: RunConfig, skeleton: BaseModel, plan: Plan, device: torch.device) -> Assembled:
-    """Shard and load the base, build the trainables and hook them on. Collective; the heavy part of a start."""
+def assemble(
+    config: RunConfig, skeleton: BaseModel, plan: Plan, device: torch.device, source: TensorSource | None = None
+) -> Assembled:
+    """Shard and load the base, build the trainables and hook them on. Collective; the heavy part of a start.
+
+    `source` holds the base's weights; without it, `model.path` is opened here.
+    """
     engine = make_engine(config.sharding.engine, reshard_after_forward=config.sharding.reshard_after_forward)
     engine.shard(skeleton.units, device)
     _move_buffers(skeleton, device)
-    load_base(skeleton, open_source(config.model), engine, device)
+    load_base(skeleton, source or open_source(config.model), engine, device)
     skeleton.head.loss_megabytes = config.train.loss_chunk_megabytes
     adapters = plan.build(config.train.seed).to(device)
     adapters.attach(skeleton.model)
@@ -148,18 +154,20 @@ def check_adapter(checkpoint: Checkpoint, plan: Plan) -> None:
     """Refuse a checkpoint whose trainables are not those of the config; before the base is loaded."""
     found = checkpoint.adapter_config
     if found.get("peft_type") != plan.peft_type:
-        raise UserError(f"{checkpoint.path}: peft_type is '{found.get('peft_type')}', need '{plan.peft_type}'")
+        raise UserError(f"{checkpoint.path}: peft_type is {found.get('peft_type')!r}, need {plan.peft_type!r}")
     if difference := plan.difference(found):
         raise UserError(f"{checkpoint.path}: {difference}")
 
 
 def check_fingerprint(checkpoint: Checkpoint, base: BaseModel) -> None:
-    """Refuse an adapter that was trained on another base, or on another quantization of it."""
-    expected = checkpoint.adapter_config["base_fingerprint"]
+    """Refuse an adapter that was trained on another base, or on another quantization of it. Alike on all ranks."""
+    expected = str(checkpoint.adapter_config.get("base_fingerprint"))
     if expected != base.fingerprint:
-        raise UserError(
-            f"{checkpoint.path}: trained on base {expected[:16]}..., "
-            f"this base is {base.fingerprint[:16]}... (another model or another quantization)"
+        raise agreed(
+            UserError(
+                f"{checkpoint.path}: trained on base {expected[:16]}..., "
+                f"this base is {base.fingerprint[:16]}... (another model or another quantization)"
+            )
         )
 
 

@@ -34,16 +34,16 @@ _PER_BLOCK = ("absmax", "absmax_codes", "scale")
 def make_plan(config: RunConfig, world_size: int) -> dict[str, Any]:
     """The plan of `config` on `world_size` ranks as JSON-able data; every `_bytes` value is in bytes.
 
+    * trainable_parameters: the adapters' or the side network's, and those of the task's own head.
     * base_bytes_per_rank: what the fullest rank holds. With `fsdp` each packed tensor is cut on dim 0 into parts
       of ceil(rows / N) rows; with `replicated` it is all of base_bytes.
     * gather_bytes_per_micro_batch: what one rank receives, by the formula of `dist_qft.sharding.fsdp`:
-      (N-1)/N * (embedding + LM head + 2 * rest), the tied embedding counted for both its uses and the rest once
-      if layers are not resharded, or if nothing flows back through them (qst). 0 with `replicated`.
+      (N-1)/N * (embedding + LM head + 2 * rest), a tied table counted for both its uses. Without resharding
+      it is (N-1)/N * (LM head + rest): the embedding, once gathered, stays. 0 with `replicated`. Where nothing flows
+      back through the base (qst) the rest counts once, or not at all without resharding: it then stays.
     * gather_bytes_per_step: that times the accumulation steps.
     * reduce_bytes_per_step: 4 * trainable parameters, the fp32 gradient buffer without its small header.
     * checkpoint_bytes: adapter (fp32) and optimizer state.
-
-    * trainable_parameters: the adapters' (or side network's), and those of a task's own head.
 
     Raises:
         UserError: unknown model, a shape that a format or adapter cannot hold, a selection that matches no layer,
@@ -58,12 +58,12 @@ def make_plan(config: RunConfig, world_size: int) -> dict[str, Any]:
     else:
         counts = _adapter_counts(trainables, linear_shapes(base))
     head = head_outputs(config.task) * base.embedding.embedding_dim
-    trainable = counts["trainable_parameters"] + head
+    trainable = trainables.parameters + head
     optimizer_bytes = _optimizer_bytes(config.train, trainable)
     tensors = _base_tensors(base)
     shards = 1 if config.sharding.engine == "replicated" else world_size
-    gathered_twice = config.sharding.reshard_after_forward and trainables.backward_through_base
-    gathered = _gather_bytes(base, shards, passes=1 + gathered_twice)
+    reshard = config.sharding.reshard_after_forward
+    gathered = _gather_bytes(base, shards, reshard=reshard, backward=trainables.backward_through_base)
     return {
         "model": {
             "path": config.model.path,
@@ -75,8 +75,8 @@ def make_plan(config: RunConfig, world_size: int) -> dict[str, Any]:
         "method": config.method.name,
         "engine": config.sharding.engine,
         "world_size": world_size,
-        **counts,
         "trainable_parameters": trainable,
+        **counts,
         "base_bytes": _padded_bytes(tensors, 1),
         "base_bytes_per_rank": _padded_bytes(tensors, shards) // shards,
         "base_formats": _format_rows(base),
@@ -126,10 +126,15 @@ def _padded_bytes(tensors: Iterable[Tensor], shards: int) -> int:
     return sum(math.ceil(tensor.shape[0] / shards) * shards * tensor[0].nbytes for tensor in tensors)
 
 
-def _gather_bytes(base: BaseModel, shards: int, *, passes: int) -> int:
-    tables = _padded_bytes((tensor for table in base.units.tables for tensor in table.parameters()), shards)
-    rest = _padded_bytes(_base_tensors(base), shards) - tables
-    return ((1 + base.tied) * tables + passes * rest) // shards * (shards - 1)
+def _gather_bytes(base: BaseModel, shards: int, *, reshard: bool, backward: bool) -> int:
+    tables = [_padded_bytes(table.parameters(), shards) for table in base.units.tables]
+    rest = _padded_bytes(_base_tensors(base), shards) - sum(tables)
+    # A tied table is the first and the last: gathered for the embedding and again for the head.
+    if backward:
+        gathered = tables[0] + tables[-1] + 2 * rest if reshard else tables[-1] + rest
+    else:
+        gathered = tables[0] + tables[-1] + (rest if reshard else 0)
+    return gathered // shards * (shards - 1)
 
 
 def _optimizer_bytes(train: TrainConfig, trainable: int) -> int:
@@ -157,7 +162,6 @@ def _optimization(train: TrainConfig) -> dict[str, Any]:
 
 def _adapter_counts(adapters: dict[str, TileSettings], layers: list[LinearShape]) -> dict[str, Any]:
     return {
-        "trainable_parameters": sum(settings.parameters for settings in adapters.values()),
         "trainable_parameters_by_layer_type": _by_layer_type(adapters),
         "trainable_parameters_by_depth": _by_depth(adapters, layers),
         "adapters": _adapter_rows(adapters),

@@ -9,6 +9,7 @@ from dist_qft.config.schema import TrainConfig
 from dist_qft.data.batches import MicroBatch
 from dist_qft.forward import Forward
 from dist_qft.optimizer import clip_gradient, learning_rate
+from dist_qft.preemption import StopSignal
 from dist_qft.task import Task
 from dist_qft.trainables import Trainables
 
@@ -17,7 +18,7 @@ from dist_qft.trainables import Trainables
 class StepResult:
     """What a step did; equal on all ranks but for the times.
 
-    `loss` is the mean per target token over the global batch; `reports[rank]` is (resident MiB, compute seconds).
+    `loss` is the mean per target token over the global batch; `reports[rank]` is (MiB held, compute seconds).
     """
 
     loss: float
@@ -44,8 +45,8 @@ def train_step(
     step: int,
     total_steps: int,
     check_digest: bool,
-    stop_requested: bool,
-    resident_mebibytes: float,
+    stop: StopSignal,
+    memory_mebibytes: float,
 ) -> StepResult:
     """Run optimizer step `step` (0-based). Collective; raises NumericError before anything is updated."""
     device = trainables.values.device
@@ -61,14 +62,16 @@ def train_step(
         loss, _ = task.loss(forward(batch), batch)
         loss.backward()
         loss_sum += loss.detach()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)  # kernels are only launched so far: their time is not the reduction's
     computed = time.perf_counter()
     totals = trainables.reduce(
         tokens=sum(batch.num_targets for batch in micro_batches),
         loss_sum=loss_sum,
         step=step + 1,
         check_digest=check_digest,
-        stop=stop_requested,
-        report=(resident_mebibytes, computed - started),
+        stop=stop.requested,
+        report=(memory_mebibytes, computed - started),
     )
     reduced = time.perf_counter()
     norm = clip_gradient(trainables.values, config.max_grad_norm)

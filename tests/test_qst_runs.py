@@ -134,8 +134,8 @@ def refusal(config: RunConfig) -> str:
 @pytest.mark.parametrize(
     "change, message",
     [
-        ({"reduction": 2}, "the side network's reduction is 4, the config asks for 2"),
-        ({"downsample": "linear", "downsample_rank": None}, "the side network's downsample is adapter"),
+        ({"reduction": 2}, "the side network's reduction was 4, the config says 2"),
+        ({"downsample": "linear", "downsample_rank": None}, "the side network's downsample was adapter"),
         ({"name": "qlora", **dict.fromkeys(["reduction", "downsample_rank"])}, "peft_type is 'DIST_QFT_QST'"),
     ],
 )

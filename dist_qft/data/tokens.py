@@ -77,7 +77,7 @@ class SampleEncoder:
                 targets = np.array(target_list, dtype=bool)
             case Labelled():
                 return self._encode_labelled(sample, where)
-        if input_ids and not (min(input_ids) >= 0 and max(input_ids) < self.vocab_size):
+        if input_ids and (min(input_ids) < 0 or max(input_ids) >= self.vocab_size):
             position = next(i for i, token in enumerate(input_ids) if not 0 <= token < self.vocab_size)
             raise UserError(
                 f"{where}: token id {input_ids[position]} at position {position}; "

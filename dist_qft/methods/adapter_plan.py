@@ -13,18 +13,27 @@ class AdapterPlan(dict[str, TileSettings]):
     peft_type = "DIST_QFT_TILE"
     backward_through_base = True
 
+    @property
+    def parameters(self) -> int:
+        """Number of trainable values."""
+        return sum(settings.parameters for settings in self.values())
+
     def describe(self) -> dict[str, Any]:
         """The settings of every adapter."""
         return {"tiles": {path: settings.to_dict() for path, settings in self.items()}}
 
     def difference(self, stored: Mapping[str, Any]) -> str | None:
-        """The first layer, by name, whose adapter is not the stored one."""
-        wanted, found = self.describe()["tiles"], stored["tiles"]
-        for path in sorted(set(wanted) | set(found)):
-            if wanted.get(path) != found.get(path):
-                return (
-                    f"adapter of {path} is {found.get(path, 'absent')}, the config asks for {wanted.get(path, 'none')}"
-                )
+        """The first layer, by name, whose adapter is not the stored one, and its settings then and now."""
+        saved, wanted = stored.get("tiles", {}), self.describe()["tiles"]
+        for path in sorted({*saved, *wanted}):
+            before, now = saved.get(path, {}), wanted.get(path, {})
+            if before != now:
+                changes = [
+                    f"{key} was {before.get(key, 'absent')}, the config says {now.get(key, 'absent')}"
+                    for key in {**before, **now}
+                    if before.get(key) != now.get(key)
+                ]
+                return f"adapter of {path}: {'; '.join(changes)}"
         return None
 
     def summary(self) -> str:

@@ -50,6 +50,10 @@ class Plan(Protocol):
     peft_type: ClassVar[str]
     backward_through_base: ClassVar[bool]
 
+    @property
+    def parameters(self) -> int:
+        """Number of trainable values."""
+
     def describe(self) -> dict[str, Any]:
         """JSON from which the plan can be made again; a part of `adapter_config.json`."""
 

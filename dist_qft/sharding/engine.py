@@ -46,7 +46,7 @@ class Traffic:
 
 
 class Engine(Protocol):
-    """How a frozen base lives on the ranks. All methods but `rows`, `store` and `resident_bytes` are collective."""
+    """How a frozen base lives on the ranks. `shard`, `sum_over_shards` and `gather` are collective."""
 
     name: str
     traffic: Traffic
@@ -58,10 +58,13 @@ class Engine(Protocol):
         """First and one-past-last dim-0 index that this rank must be given of `parameter`."""
 
     def store(self, parameter: nn.Parameter, first: int, rows: Tensor) -> None:
-        """Keep this rank's part out of `rows`, which hold dim-0 entries `first`, `first + 1`, ..."""
+        """Keep what is this rank's of `rows`, which hold dim-0 entries `first`, `first + 1`, ... of `parameter`."""
 
     def local(self, parameter: nn.Parameter) -> Tensor:
         """This rank's part of `parameter` (a view, padding excluded), for digests and shard-wise work."""
+
+    def sum_over_shards(self, parts: Tensor) -> Tensor:
+        """Sum, over the whole base, of integers that each rank computed on its own part (wrapping, in place)."""
 
     def gather(self, parameter: nn.Parameter) -> Tensor | None:
         """The whole parameter on rank 0 (a copy on the CPU), None elsewhere."""

@@ -1,6 +1,7 @@
 """Engine `replicated`: every rank holds the whole base. For models that fit, and as the others' reference."""
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from dist_qft.sharding.engine import Traffic, Units, parameter_owners
@@ -30,8 +31,11 @@ class ReplicatedEngine:
     def local(self, parameter: nn.Parameter) -> Tensor:
         return parameter.data
 
+    def sum_over_shards(self, parts: Tensor) -> Tensor:
+        return parts  # every rank's part is the whole
+
     def gather(self, parameter: nn.Parameter) -> Tensor | None:
-        return parameter.data.cpu() if torch.distributed.get_rank() == 0 else None
+        return parameter.data.to("cpu", copy=True) if dist.get_rank() == 0 else None
 
     def keep_gathered(self, unit: nn.Module) -> None:
         pass

@@ -43,6 +43,11 @@ class SidePlan:
             network = SideNetwork(self.settings, self.config, self.width, self.out_width)
         return {name: tuple(parameter.shape) for name, parameter in network.named_tensors()}
 
+    @property
+    def parameters(self) -> int:
+        """Number of trainable values."""
+        return sum(math.prod(shape) for shape in self.shapes.values())
+
     def describe(self) -> dict[str, Any]:
         """The settings, and the sizes that follow from them and the base: to be read, and to be compared."""
         sizes = ("num_hidden_layers", "hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim")
@@ -55,11 +60,11 @@ class SidePlan:
             found = stored.get(section, {})
             for key in sorted(set(wanted) | set(found)):
                 if wanted.get(key) != found.get(key):
-                    return f"the side network's {key} is {found.get(key)}, the config asks for {wanted.get(key)}"
+                    return f"the side network's {key} was {found.get(key)}, the config says {wanted.get(key)}"
         return None
 
     def counts(self) -> dict[str, Any]:
-        """Trainable parameters in all, by part and by depth, and one row for each part, for the plan of a run."""
+        """Trainable parameters by part and by depth, and one row for each part, for the plan of a run."""
         sizes = {name: math.prod(shape) for name, shape in self.shapes.items()}
         parts = dict.fromkeys((name.partition(".")[0] for name in sizes), 0)
         by_depth = [0] * self.config.num_hidden_layers
@@ -72,7 +77,6 @@ class SidePlan:
                 by_depth[int(index)] += size
         rows = [{"part": part, "tensors": tensors[part], "parameters": count} for part, count in parts.items()]
         return {
-            "trainable_parameters": sum(sizes.values()),
             "trainable_parameters_by_layer_type": parts,
             "trainable_parameters_by_depth": by_depth,
             "adapters": rows,
