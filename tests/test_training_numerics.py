@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 from ranks import RankPool
-from runs import train_losses
 from tiny_model import tiny_config
+from whole_runs import train_losses
 
 DROPOUT = {"method": {"dropout": 0.3}}
 
