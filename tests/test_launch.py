@@ -60,6 +60,13 @@ elif what == "fall":
     if rank == 1:
         os.kill(os.getpid(), signal.SIGKILL)
     wait()
+elif what == "refuse":
+    from dist_qft.cli import report
+    from dist_qft.errors import UserError
+    time.sleep(1.0 if rank == 0 else 0.0)
+    error = UserError("no such file")
+    report(error)
+    leave(error.exit_code)
 elif what == "save":
     signal.signal(signal.SIGTERM, stop)
     wait()
@@ -116,6 +123,13 @@ def test_killed_rank_is_named(start) -> None:
     _, errors = launcher.communicate(timeout=90)
     assert errors.splitlines() == ["dist_qft.launch: rank 1 was killed by SIGKILL"]
     assert launcher.returncode == 128 + signal.SIGKILL
+
+
+def test_what_all_ranks_refuse_is_told_once_however_late_the_first_rank_is(start) -> None:
+    launcher = start("--", "refuse")
+    _, errors = launcher.communicate(timeout=60)
+    assert errors == "error: no such file\n"
+    assert launcher.returncode == 2
 
 
 def test_saved_and_preempted_reaches_the_shell(start) -> None:
