@@ -9,6 +9,7 @@ from dist_qft.base_model.skeleton import BaseModel
 from dist_qft.base_model.sources import open_source
 from dist_qft.checkpoint import Checkpoint
 from dist_qft.config.schema import RunConfig
+from dist_qft.config.zero_file import read_zero_options
 from dist_qft.errors import UserError
 from dist_qft.methods.attach import AdapterSet
 from dist_qft.methods.schedule import LinearShape, TileSettings
@@ -43,7 +44,14 @@ def linear_shapes(base: BaseModel) -> list[LinearShape]:
 
 def assemble(config: RunConfig, skeleton: BaseModel, plan: dict[str, TileSettings], device: torch.device) -> Assembled:
     """Shard and load the base, build the adapters and hook them on. Collective; the heavy part of a start."""
-    engine = make_engine(config.sharding.engine, reshard_after_forward=config.sharding.reshard_after_forward)
+    sharding = config.sharding
+    engine = make_engine(
+        sharding.engine,
+        reshard_after_forward=sharding.reshard_after_forward,
+        prefetch_bytes=int(sharding.prefetch_megabytes * 2**20),
+        offload=sharding.offload,
+        zero_options=read_zero_options(config),
+    )
     engine.shard(skeleton.units, device)
     _move_buffers(skeleton, device)
     load_base(skeleton, open_source(config.model), engine, device)

@@ -155,6 +155,7 @@ class TrainingRun:
         check_digest = bool(digest_steps) and (step % digest_steps == 0 or step + 1 == self.total_steps)
         result = train_step(
             self.base,
+            self.engine,
             self.trainables,
             self.optimizer,
             config.train,

@@ -13,7 +13,6 @@ import json
 import math
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from dist_qft.base_model.skeleton import BaseModel
@@ -39,14 +38,13 @@ class Fingerprint:
         self.labels.append(label)
         self.parts.append(positional_digest(part, start).cpu())
 
-    def hexdigest(self, device: torch.device) -> str:
-        digests = torch.stack(self.parts).to(device)
-        dist.all_reduce(digests)
+    def hexdigest(self, engine: Engine, device: torch.device) -> str:
+        digests = engine.sum_over_shards(torch.stack(self.parts).to(device))
         pairs = sorted(zip(self.labels, digests.tolist(), strict=True))
         return hashlib.sha256(json.dumps(pairs).encode()).hexdigest()
 
 
-def check_names(base: BaseModel, source: TensorSource) -> dict[str, str]:
+def check_names(base: BaseModel, source: TensorSource, engine: Engine) -> dict[str, str]:
     """Model tensor name -> source tensor name, for all the base needs.
 
     Raises:
@@ -54,7 +52,7 @@ def check_names(base: BaseModel, source: TensorSource) -> dict[str, str]:
     """
     needed = {f"{path}.weight": (layer.out_features, layer.in_features) for path, layer in base.linears.items()}
     needed |= {f"{path}.weight": (t.num_embeddings, t.embedding_dim) for path, t in base.tables().items()}
-    needed |= {name: tuple(parameter.shape) for name, parameter in dense_parameters(base)}
+    needed |= {name: tuple(engine.shape(parameter)) for name, parameter in dense_parameters(base)}
     stored = source.names()
     prefix = base.model.base_model_prefix + "."
     found, missing = {}, []
@@ -89,7 +87,7 @@ def dense_parameters(base: BaseModel) -> list[tuple[str, nn.Parameter]]:
 @torch.no_grad()
 def load_base(base: BaseModel, source: TensorSource, engine: Engine, device: torch.device) -> None:
     """Fill a skeleton that `engine` has sharded; sets `base.fingerprint`. Collective."""
-    names = check_names(base, source)
+    names = check_names(base, source, engine)
     fingerprint = Fingerprint()
     modules: dict[str, FrozenLinear | FrozenEmbedding] = {**base.linears, **base.tables()}
     for path, module in modules.items():
@@ -98,8 +96,9 @@ def load_base(base: BaseModel, source: TensorSource, engine: Engine, device: tor
         first, stop = engine.rows(parameter)
         rows = source.read(names[name], (first, stop))
         engine.store(parameter, first, rows.to(parameter.dtype))
-        fingerprint.add(f"{name} {list(parameter.shape)} dense", rows.float(), first * math.prod(parameter.shape[1:]))
-    base.fingerprint = fingerprint.hexdigest(device)
+        label = f"{name} {list(engine.shape(parameter))} dense"
+        fingerprint.add(label, *_own_elements(rows.float(), first, parameter, engine))
+    base.fingerprint = fingerprint.hexdigest(engine, device)
 
 
 def _load_packed(
@@ -127,10 +126,15 @@ def _load_packed(
         per_entry = packed_format.rows_per_entry(key)
         offset = 0 if per_entry is None else first // per_entry
         engine.store(parameter, offset, packed[key].to(parameter.dtype))
-        begin, end = engine.rows(parameter)
-        own = packed[key][begin - offset : end - offset]
-        width = math.prod(parameter.shape[1:])
-        fingerprint.add(f"{path}.{key} {list(parameter.shape)} {label}", own, begin * width)
+        name = f"{path}.{key} {list(engine.shape(parameter))} {label}"
+        fingerprint.add(name, *_own_elements(packed[key], offset, parameter, engine))
+
+
+def _own_elements(rows: Tensor, first: int, parameter: nn.Parameter, engine: Engine) -> tuple[Tensor, int]:
+    """The elements this rank keeps of a parameter's `rows`, which start at `first`, and the index of the first one."""
+    begin, end = engine.span(parameter)
+    offset = first * math.prod(engine.shape(parameter)[1:])
+    return rows.reshape(-1)[begin - offset : end - offset], begin
 
 
 def _rows_needed(module: FrozenLinear | FrozenEmbedding, engine: Engine, height: int) -> tuple[int, int]:

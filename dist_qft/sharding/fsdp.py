@@ -13,6 +13,7 @@ default prefetch would gather the embedding again in backward because it ran jus
 explicit order set in `shard` prevents that.
 """
 
+import math
 import time
 
 import torch
@@ -72,6 +73,9 @@ class FsdpEngine:
             module.register_parameter(name, part)
             self._parameters.append(part)
 
+    def shape(self, parameter: nn.Parameter) -> torch.Size:
+        return parameter.shape
+
     def rows(self, parameter: nn.Parameter) -> tuple[int, int]:
         shape, offset = compute_local_shape_and_global_offset(
             parameter.shape, parameter.device_mesh, parameter.placements
@@ -79,12 +83,21 @@ class FsdpEngine:
         first = min(offset[0], parameter.shape[0])
         return first, first + shape[0]
 
+    def span(self, parameter: nn.Parameter) -> tuple[int, int]:
+        begin, end = self.rows(parameter)
+        width = math.prod(parameter.shape[1:])
+        return begin * width, end * width
+
     def store(self, parameter: nn.Parameter, first: int, rows: Tensor) -> None:
         begin, end = self.rows(parameter)
         parameter._local_tensor.copy_(rows[begin - first : end - first])
 
     def local(self, parameter: nn.Parameter) -> Tensor:
         return parameter._local_tensor
+
+    def sum_over_shards(self, parts: Tensor) -> Tensor:
+        dist.all_reduce(parts)
+        return parts
 
     def gather(self, parameter: nn.Parameter) -> Tensor | None:
         # Equal-sized flat parts, as gloo and NCCL both want them; the last ranks' parts may be short or empty.
@@ -99,6 +112,9 @@ class FsdpEngine:
 
     def resident_bytes(self) -> int:
         return sum(parameter._local_tensor.nbytes for parameter in self._parameters)
+
+    def after_backward(self) -> None:
+        pass
 
 
 def _order_backward_gathers(units: Units) -> None:
