@@ -35,8 +35,8 @@ def make_plan(config: RunConfig, world_size: int) -> dict[str, Any]:
     * base_bytes_per_rank: what the fullest rank holds. With `fsdp` each packed tensor is cut on dim 0 into parts
       of ceil(rows / N) rows; with `replicated` it is all of base_bytes.
     * gather_bytes_per_micro_batch: what one rank receives, by the formula of `dist_qft.sharding.fsdp`:
-      (N-1)/N * (embedding + LM head + 2 * rest), the tied embedding counted for both its uses and the rest once
-      if layers are not resharded. 0 with `replicated`.
+      (N-1)/N * (embedding + LM head + 2 * rest), a tied table counted for both its uses. Without resharding
+      it is (N-1)/N * (LM head + rest): the embedding, once gathered, stays. 0 with `replicated`.
     * gather_bytes_per_step: that times the accumulation steps.
     * reduce_bytes_per_step: 4 * trainable parameters, the fp32 gradient buffer without its small header.
     * checkpoint_bytes: adapter (fp32) and optimizer state.
@@ -120,10 +120,11 @@ def _padded_bytes(tensors: Iterable[Tensor], shards: int) -> int:
 
 
 def _gather_bytes(base: BaseModel, shards: int, *, reshard: bool) -> int:
-    tables = _padded_bytes((tensor for table in base.units.tables for tensor in table.parameters()), shards)
-    rest = _padded_bytes(_base_tensors(base), shards) - tables
-    uses, passes = 1 + base.tied, 1 + reshard
-    return (uses * tables + passes * rest) // shards * (shards - 1)
+    tables = [_padded_bytes(table.parameters(), shards) for table in base.units.tables]
+    rest = _padded_bytes(_base_tensors(base), shards) - sum(tables)
+    # A tied table is the first and the last: gathered for the embedding and again for the head.
+    gathered = tables[0] + tables[-1] + 2 * rest if reshard else tables[-1] + rest
+    return gathered // shards * (shards - 1)
 
 
 def _optimizer_bytes(train: TrainConfig, trainable: int) -> int:

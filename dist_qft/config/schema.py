@@ -108,7 +108,7 @@ class TrainConfig(Section):
         "auto", description="auto: bfloat16 on CUDA, else float32"
     )
     loss_chunk_megabytes: Annotated[float, Field(gt=0)] = Field(64.0, description="logits that exist at one time")
-    seed: NonNegative = 0
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     logging_steps: Positive = 1
 
 

@@ -45,23 +45,26 @@ def prepare(data: DataConfig, tokenizer: PreTrainedTokenizerBase, vocab_size: in
 
     key = _cache_key(data, tokenizer, vocab_size, train_source, eval_source)
     train_path, eval_path = (cache_dir / f"{key}-{part}.safetensors" for part in ("train", "eval"))
+    lock = _lock(cache_dir, key)
+    try:
+        if cached := _load(train_path, eval_path if has_eval else None):
+            return cached
+        prepared = _build(data, encoder, train_source, eval_source)
+        _save(prepared, train_path, eval_path)
+        return prepared
+    finally:
+        lock.release()
+
+
+def _lock(cache_dir: Path, key: str) -> filelock.BaseFileLock:
+    """The cache entry's lock, held; waits for whoever builds the entry."""
     try:
         cache_dir.mkdir(parents=True, exist_ok=True)
         lock = filelock.FileLock(cache_dir / f"{key}.lock")
         lock.acquire()
     except OSError as error:
         raise UserError(f"data.cache_dir: cannot write to {cache_dir}: {error.strerror}") from None
-    with lock:
-        if cached := _load(train_path, eval_path if has_eval else None):
-            return cached
-        prepared = _build(data, encoder, train_source, eval_source)
-        try:
-            prepared.train.save(train_path)
-            if prepared.eval is not None:
-                prepared.eval.save(eval_path)
-        except OSError as error:
-            raise SetupError(f"data.cache_dir: cannot write to {cache_dir}: {error.strerror or error}") from None
-        return prepared
+    return lock
 
 
 def _load(train_path: Path, eval_path: Path | None) -> Prepared | None:
@@ -69,6 +72,15 @@ def _load(train_path: Path, eval_path: Path | None) -> Prepared | None:
         return Prepared(TokenDataset.load(train_path), TokenDataset.load(eval_path) if eval_path else None)
     except (FileNotFoundError, CorruptFileError):
         return None
+
+
+def _save(prepared: Prepared, train_path: Path, eval_path: Path) -> None:
+    try:
+        prepared.train.save(train_path)
+        if prepared.eval is not None:
+            prepared.eval.save(eval_path)
+    except OSError as error:
+        raise SetupError(f"data.cache_dir: cannot write {train_path.parent}: {error.strerror or error}") from None
 
 
 def _cache_key(

@@ -65,7 +65,7 @@ class SampleEncoder:
                 input_ids, targets = self._encode_document(text, 0, where)
             case Tokenized(input_ids, target_list):
                 targets = np.array(target_list, dtype=bool)
-        if input_ids and not (min(input_ids) >= 0 and max(input_ids) < self.vocab_size):
+        if input_ids and (min(input_ids) < 0 or max(input_ids) >= self.vocab_size):
             position = next(i for i, token in enumerate(input_ids) if not 0 <= token < self.vocab_size)
             raise UserError(
                 f"{where}: token id {input_ids[position]} at position {position}; "
