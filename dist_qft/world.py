@@ -273,13 +273,9 @@ def connect(world: World, device: torch.device, timeout_seconds: float) -> Itera
         ) from error
     try:
         yield
-    except BaseException:
-        # Peers notice at once when our sockets close. With others about, leave that to the end of the process, so
-        # that the launcher sees this exit code before theirs.
-        if world.world_size == 1:
-            dist.destroy_process_group()
-        raise
-    dist.destroy_process_group()
+    finally:
+        # After an error too: where a peer is gone, a Python that ends with the group alive often ends by SIGABRT.
+        dist.destroy_process_group()
 
 
 def _store(world: World, timeout: timedelta) -> dist.Store:

@@ -2,7 +2,7 @@
 # Trains on this machine, or on several if run on each of them:
 #   launch/torchrun.sh CONFIG [key.sub=value ...] [--resume [auto|PATH]] [--dry-run]
 # Environment, all optional:
-#   NPROC_PER_NODE                        ranks on this node (default: one per CUDA device, or one)
+#   NPROC_PER_NODE                            ranks on this node (default: one per CUDA device, or one)
 #   NNODES NODE_RANK MASTER_ADDR MASTER_PORT  several nodes: how many, which is this (from 0), where node 0 listens
 # --dry-run starts no rank: it prints the command and the plan. The exit code is that of the first failing rank.
 set -euo pipefail
@@ -12,11 +12,6 @@ usage() {
   exit 2
 }
 [[ ${1:--} != -* ]] || usage "the first argument must be a config file"
-
-dry_run=false arguments=()
-for argument in "$@"; do
-  if [[ $argument == --dry-run ]]; then dry_run=true; else arguments+=("$argument"); fi
-done
 
 options=(--nproc-per-node "${NPROC_PER_NODE:-auto}")
 if [[ ${NNODES:-1} != 1 ]]; then
@@ -30,10 +25,5 @@ venv=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)/.venv
 # An environment that the user activated wins over the one that quickstart.sh made.
 if [[ -z ${VIRTUAL_ENV:-} && -x $venv/bin/python ]]; then python=$venv/bin/python; fi
 
-command=("$python" -m dist_qft.launch "${options[@]}" -- train "${arguments[@]}")
-if $dry_run; then
-  printf '%q ' "${command[@]}" && echo
-  command=("$python" -m dist_qft train "${arguments[@]}" --dry-run)
-fi
 # exec: a scheduler's signals must reach the launcher, not this shell.
-exec "${command[@]}"
+exec "$python" -m dist_qft.launch "${options[@]}" -- train "$@"
