@@ -7,6 +7,7 @@ import torch.distributed as dist
 
 from dist_qft.assemble import Assembled, adapter_config
 from dist_qft.checkpoint import TrainerState, prune, write_checkpoint
+from dist_qft.collectives import SideGroup
 from dist_qft.data.batches import Batches, eval_batches
 from dist_qft.errors import Preempted
 from dist_qft.evaluate import HeldOut, held_out_loss
@@ -46,6 +47,7 @@ class TrainingRun:
             group=dist.new_group(),
             report_size=REPORT_SIZE,
         )
+        self.side_group = SideGroup(config.sharding.rank0_timeout_seconds)
         self.optimizer = make_optimizer(config.train, self.trainables.values)
         self.state = TrainerState(data_digest=self.data.train.digest, config=config.model_dump())
         self.step_gathered_bytes = 0
@@ -141,7 +143,7 @@ class TrainingRun:
                 state=self.state,
             )
             prune(self.output_dir, self.config.checkpoint.save_total_limit)
-        dist.barrier()
+        self.side_group.barrier()
 
     def _step(self) -> StepResult:
         config, step = self.config, self.state.step

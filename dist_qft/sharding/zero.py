@@ -38,7 +38,7 @@ class ZeroEngine:
 
     Args:
         prefetch_bytes: how much of the base may be gathered ahead of its use, besides the unit in use.
-        offload: keep this rank's part in page-locked host memory (CUDA only).
+        offload: keep this rank's part in host memory, page-locked by default (CUDA only).
         options: `zero_optimization` settings that are the user's to choose, such as overlap_comm.
     """
 
@@ -62,7 +62,9 @@ class ZeroEngine:
         from deepspeed.utils import set_z3_leaf_module
         from deepspeed.utils.timer import NoopTimer
 
-        config = self._deepspeed_config()
+        # The batch size means nothing without a training engine, but DeepSpeed wants one.
+        zero = {"stage": 3, "memory_efficient_linear": False, **self.options}
+        config = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": zero}
         partitioner = Init(config_dict_or_path=config)
         for module, name in parameter_owners(units):
             part = self._partition(partitioner, getattr(module, name), device)
@@ -130,20 +132,25 @@ class ZeroEngine:
         # The first layer's input needs no gradient, so DeepSpeed's own hook behind its backward pass never fires.
         self._zero.release_backward_leftovers()
 
-    def _deepspeed_config(self) -> dict[str, Any]:
-        zero = {"stage": 3, "memory_efficient_linear": False, **self.options}
-        if self.offload:
-            zero["offload_param"] = {"device": "cpu", "pin_memory": True, **zero.get("offload_param", {})}
-        # The batch size means nothing without a training engine, but DeepSpeed wants one.
-        return {"train_micro_batch_size_per_gpu": 1, "zero_optimization": zero}
-
     def _partition(self, partitioner: Any, meta: nn.Parameter, device: torch.device) -> nn.Parameter:
-        """This rank's part of a parameter on meta, uninitialised, with DeepSpeed's bookkeeping around it."""
-        # One element stands for all of them: whole tensors exist one at a time here, and never with real content.
+        """This rank's part of a parameter on meta, uninitialised, with DeepSpeed's bookkeeping around it.
+
+        DeepSpeed's own way makes the whole tensor first and sends it from rank 0; this sets the same attributes.
+        """
+        from deepspeed.runtime.swap_tensor.partitioned_param_swapper import PartitionedParamStatus
+        from deepspeed.runtime.zero.partition_parameters import free_param
+
+        # One element stands for all of them, to show DeepSpeed the shape.
         stand_in = torch.empty((), dtype=meta.dtype, device=device).expand(meta.shape)
         parameter = nn.Parameter(stand_in, requires_grad=False)
         partitioner._convert_to_deepspeed_param(parameter)
-        parameter.partition()
+        world = dist.get_world_size()
+        size = -(-meta.numel() // world)
+        pinned = self.offload and self.options.get("offload_param", {}).get("pin_memory", True)
+        part = torch.empty(size, dtype=meta.dtype, device="cpu" if self.offload else device, pin_memory=pinned)
+        part.ds_numel, part.status, part.final_location = size, PartitionedParamStatus.AVAILABLE, None
+        parameter.ds_tensor, parameter.ds_numel_aligned = part, world * size
+        free_param(parameter)
         parameter.all_gather_coalesced = self._counted(parameter.all_gather_coalesced)
         return parameter
 
