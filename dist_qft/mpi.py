@@ -7,7 +7,9 @@ A process that failed ends without finalizing MPI: finalizing would wait for ran
 launchers take such an end for a failure, clear the other ranks away and pass the exit code on.
 """
 
+import os
 import socket
+import sys
 import time
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
@@ -22,7 +24,7 @@ _LAUNCHERS = {
     "openmpi": tuple(f"OMPI_COMM_WORLD_{what}" for what in ("RANK", "SIZE", "LOCAL_RANK", "LOCAL_SIZE")),
     "mpich": ("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS"),
 }
-_ADDRESS_BYTES = 256
+_TEXT_BYTES = 256
 _POLL_SECONDS = 0.02
 
 _world: "MPI.Intracomm | None" = None
@@ -50,6 +52,8 @@ def with_meeting_point(env: Mapping[str, str]) -> Mapping[str, str]:
 
     node = world.Split_type(MPI.COMM_TYPE_SHARED)
     address, port = _meeting_point(world, single_node=node.size == world.size)
+    if launcher == "mpich":
+        _print_processes(world)
     local = {local_rank_name: str(node.rank), local_size_name: str(node.size)}
     node.Free()
     return {**local, **env, "MASTER_ADDR": address, "MASTER_PORT": port}
@@ -106,7 +110,7 @@ def _communicator(launcher: str) -> "MPI.Intracomm":
 
 def _meeting_point(world: "MPI.Intracomm", single_node: bool) -> tuple[str, str]:
     """An address and a free port of rank 0's machine, from rank 0."""
-    message = bytearray(_ADDRESS_BYTES)
+    message = bytearray(_TEXT_BYTES)
     if world.rank == 0:
         address = "127.0.0.1" if single_node else socket.gethostname()
         with socket.socket() as probe:
@@ -116,3 +120,14 @@ def _meeting_point(world: "MPI.Intracomm", single_node: bool) -> tuple[str, str]
     world.Bcast(message, root=0)
     address, port = message.rstrip(b"\0").decode().split(" ")
     return address, port
+
+
+def _print_processes(world: "MPI.Intracomm") -> None:
+    """Say once which process is which rank: MPICH's launcher names a lost one by its PID and kills the others."""
+    own = f"rank {world.rank} = {os.getpid()}@{socket.gethostname()}".encode()[:_TEXT_BYTES].ljust(_TEXT_BYTES, b"\0")
+    everyone = bytearray(world.size * _TEXT_BYTES) if world.rank == 0 else None
+    world.Gather(bytearray(own), everyone, root=0)
+    if everyone is not None:
+        texts = [everyone[i : i + _TEXT_BYTES].rstrip(b"\0").decode() for i in range(0, len(everyone), _TEXT_BYTES)]
+        sys.stdout.write(f"processes: {', '.join(texts)}\n")  # in one write: lines of several ranks must not mix
+        sys.stdout.flush()
