@@ -6,8 +6,9 @@ import torch
 
 from dist_qft.base_model.load import load_base
 from dist_qft.base_model.skeleton import BaseModel
-from dist_qft.base_model.sources import open_source
+from dist_qft.base_model.sources import TensorSource, open_source
 from dist_qft.checkpoint import Checkpoint
+from dist_qft.collectives import agreed
 from dist_qft.config.schema import RunConfig
 from dist_qft.config.zero_file import read_zero_options
 from dist_qft.errors import UserError
@@ -42,8 +43,17 @@ def linear_shapes(base: BaseModel) -> list[LinearShape]:
     ]
 
 
-def assemble(config: RunConfig, skeleton: BaseModel, plan: dict[str, TileSettings], device: torch.device) -> Assembled:
-    """Shard and load the base, build the adapters and hook them on. Collective; the heavy part of a start."""
+def assemble(
+    config: RunConfig,
+    skeleton: BaseModel,
+    plan: dict[str, TileSettings],
+    device: torch.device,
+    source: TensorSource | None = None,
+) -> Assembled:
+    """Shard and load the base, build the adapters and hook them on. Collective; the heavy part of a start.
+
+    `source` holds the base's weights; without it, `model.path` is opened here.
+    """
     sharding = config.sharding
     engine = make_engine(
         sharding.engine,
@@ -54,7 +64,7 @@ def assemble(config: RunConfig, skeleton: BaseModel, plan: dict[str, TileSetting
     )
     engine.shard(skeleton.units, device)
     _move_buffers(skeleton, device)
-    load_base(skeleton, open_source(config.model), engine, device)
+    load_base(skeleton, source or open_source(config.model), engine, device)
     skeleton.head.loss_megabytes = config.train.loss_chunk_megabytes
     adapters = AdapterSet.build(plan, config.train.seed).to(device)
     adapters.attach(skeleton.model)
@@ -78,24 +88,28 @@ def check_adapter(checkpoint: Checkpoint, plan: dict[str, TileSettings]) -> None
     """Refuse a checkpoint whose adapters are not those of the config; before the base is loaded."""
     found = checkpoint.adapter_config
     if found.get("peft_type") != ADAPTER_TYPE:
-        raise UserError(f"{checkpoint.path}: peft_type is '{found.get('peft_type')}', need '{ADAPTER_TYPE}'")
-    wanted = {path: settings.to_dict() for path, settings in plan.items()}
-    tiles = found["tiles"]
-    for path in sorted(set(wanted) | set(tiles)):
-        if wanted.get(path) != tiles.get(path):
-            raise UserError(
-                f"{checkpoint.path}: adapter of {path} is {tiles.get(path, 'absent')}, "
-                f"the config asks for {wanted.get(path, 'none')}"
-            )
+        raise UserError(f"{checkpoint.path}: peft_type is {found.get('peft_type')!r}, need {ADAPTER_TYPE!r}")
+    saved, wanted = found.get("tiles", {}), {path: settings.to_dict() for path, settings in plan.items()}
+    for path in sorted({*saved, *wanted}):
+        before, now = saved.get(path, {}), wanted.get(path, {})
+        if before != now:
+            changes = [
+                f"{key} was {before.get(key, 'absent')}, the config says {now.get(key, 'absent')}"
+                for key in {**before, **now}
+                if before.get(key) != now.get(key)
+            ]
+            raise UserError(f"{checkpoint.path}: adapter of {path}: {'; '.join(changes)}")
 
 
 def check_fingerprint(checkpoint: Checkpoint, base: BaseModel) -> None:
-    """Refuse an adapter that was trained on another base, or on another quantization of it."""
-    expected = checkpoint.adapter_config["base_fingerprint"]
+    """Refuse an adapter that was trained on another base, or on another quantization of it. Alike on all ranks."""
+    expected = str(checkpoint.adapter_config.get("base_fingerprint"))
     if expected != base.fingerprint:
-        raise UserError(
-            f"{checkpoint.path}: trained on base {expected[:16]}..., "
-            f"this base is {base.fingerprint[:16]}... (another model or another quantization)"
+        raise agreed(
+            UserError(
+                f"{checkpoint.path}: trained on base {expected[:16]}..., "
+                f"this base is {base.fingerprint[:16]}... (another model or another quantization)"
+            )
         )
 
 

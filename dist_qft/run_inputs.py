@@ -10,10 +10,12 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from dist_qft.base_model.skeleton import BaseModel
+from dist_qft.base_model.sources import TensorSource
 from dist_qft.checkpoint import Checkpoint
 from dist_qft.config.schema import RunConfig
 from dist_qft.data.prepare import Prepared
 from dist_qft.methods.schedule import TileSettings
+from dist_qft.summary import summarized_steps
 from dist_qft.world import World
 
 
@@ -23,6 +25,7 @@ class RunInputs:
 
     Attributes:
         skeleton: the base on the meta device.
+        source: where its weights will come from.
         plan: layer path -> adapter settings.
         checkpoint: where to continue from; None starts fresh.
         notes: lines to tell the user at the start, such as a checkpoint that was refused.
@@ -33,6 +36,7 @@ class RunInputs:
     device: torch.device
     tokenizer: PreTrainedTokenizerBase
     skeleton: BaseModel
+    source: TensorSource
     plan: dict[str, TileSettings]
     data: Prepared
     checkpoint: Checkpoint | None
@@ -49,10 +53,16 @@ class RunInputs:
             "config": self.config.model_dump_json(),
             "training data": self.data.train.digest,
             "held-out data": self.data.eval.digest if self.data.eval else "",
-            "checkpoint": f"{state.step} {state.data_chain}" if state else "",
-            "package versions": " ".join(f"{name} {version(name)}" for name in ("torch", "transformers")),
+            "checkpoint": f"{state.step} {state.data_chain} {self.finished}" if state else "",
+            "package versions": " ".join(f"{name} {version(name)}" for name in ("dist-qft", "torch", "transformers")),
             "Python version": platform.python_version(),
         }
+
+    @property
+    def finished(self) -> bool:
+        """Whether there is nothing left to do: the last step is saved and the summary written."""
+        steps, _ = self.length()
+        return self.checkpoint is not None and steps == self.checkpoint.state.step == summarized_steps(self.output_dir)
 
     def length(self) -> tuple[int, int]:
         """Optimizer steps and samples of the run.

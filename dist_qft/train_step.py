@@ -10,6 +10,7 @@ from dist_qft.config.schema import TrainConfig
 from dist_qft.data.batches import MicroBatch
 from dist_qft.loss import token_loss
 from dist_qft.optimizer import clip_gradient, learning_rate
+from dist_qft.preemption import StopSignal
 from dist_qft.sharding.engine import Engine
 from dist_qft.trainables import Trainables
 
@@ -18,7 +19,7 @@ from dist_qft.trainables import Trainables
 class StepResult:
     """What a step did; equal on all ranks but for the times.
 
-    `loss` is the mean per target token over the global batch; `reports[rank]` is (resident MiB, compute seconds).
+    `loss` is the mean per target token over the global batch; `reports[rank]` is (MiB held, compute seconds).
     """
 
     loss: float
@@ -45,8 +46,8 @@ def train_step(
     step: int,
     total_steps: int,
     check_digest: bool,
-    stop_requested: bool,
-    resident_mebibytes: float,
+    stop: StopSignal,
+    memory_mebibytes: float,
 ) -> StepResult:
     """Run optimizer step `step` (0-based). Collective; raises NumericError before anything is updated."""
     device = trainables.values.device
@@ -63,14 +64,16 @@ def train_step(
         loss.backward()
         engine.after_backward()
         loss_sum += loss.detach()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)  # kernels are only launched so far: their time is not the reduction's
     computed = time.perf_counter()
     totals = trainables.reduce(
         tokens=sum(batch.num_targets for batch in micro_batches),
         loss_sum=loss_sum,
         step=step + 1,
         check_digest=check_digest,
-        stop=stop_requested,
-        report=(resident_mebibytes, computed - started),
+        stop=stop.requested,
+        report=(memory_mebibytes, computed - started),
     )
     reduced = time.perf_counter()
     norm = clip_gradient(trainables.values, config.max_grad_norm)

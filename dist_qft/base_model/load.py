@@ -1,13 +1,16 @@
-"""Streaming a base into an engine: read, quantize, keep the own rows, drop the rest, one tensor at a time.
+"""Streaming a base into an engine: read, quantize, keep the own rows, drop the rest, a few rows at a time.
 
 A rank reads and quantizes only the rows it keeps wherever the format allows it (blocks never cross the row
-range), so loading takes 1/N of the work on N ranks and the peak is the own shard plus one tensor.
+range), so loading takes 1/N of the work on N ranks. The peak is the own shard plus a few MiB, or plus one tensor for
+a format whose rows cannot be quantized alone. Weights are quantized on the CPU, whatever the run's device: the same
+bits come out everywhere.
 
 The fingerprint of a base is the SHA-256 of all names, shapes, formats and additive digests of the packed
 tensors; norms and biases count with their float32 value as read from the file. It depends neither on the
 world size, nor on the engine, nor on the compute dtype.
 """
 
+import ctypes
 import hashlib
 import json
 import math
@@ -20,27 +23,29 @@ from dist_qft.base_model.sources import TensorSource
 from dist_qft.digest import positional_digest
 from dist_qft.errors import UserError
 from dist_qft.quant.affine4 import Affine4, affine4_from_q4_1
+from dist_qft.quant.contract import Format
 from dist_qft.quant.frozen import FrozenEmbedding, FrozenLinear
 from dist_qft.quant.q8_0 import Q8_0, q8_0_from_gguf
 from dist_qft.sharding.engine import Engine
 
 _GGUF_TWINS = {Affine4((1, 32)): ("Q4_1", affine4_from_q4_1), Q8_0(): ("Q8_0", q8_0_from_gguf)}
+_CHUNK = 1 << 18  # weights read and quantized at a time: bounds the temporaries to some MiB
 
 
 class Fingerprint:
-    """Collects additive digests tensor by tensor; one all-reduce turns parts into the whole."""
+    """Collects additive digests part by part; one sum over the shards turns them into the whole's."""
 
     def __init__(self) -> None:
-        self.labels: list[str] = []
-        self.parts: list[Tensor] = []
+        self.digests: dict[str, Tensor] = {}
 
     def add(self, label: str, part: Tensor, start: int) -> None:
-        self.labels.append(label)
-        self.parts.append(positional_digest(part, start).cpu())
+        """Count `part`, whose first element is element `start` of the tensor called `label`."""
+        digest = positional_digest(part, start).cpu()
+        self.digests[label] = self.digests[label] + digest if label in self.digests else digest
 
     def hexdigest(self, engine: Engine, device: torch.device) -> str:
-        digests = engine.sum_over_shards(torch.stack(self.parts).to(device))
-        pairs = sorted(zip(self.labels, digests.tolist(), strict=True))
+        digests = engine.sum_over_shards(torch.stack(list(self.digests.values())).to(device))
+        pairs = sorted(zip(self.digests, digests.tolist(), strict=True))
         return hashlib.sha256(json.dumps(pairs).encode()).hexdigest()
 
 
@@ -95,9 +100,11 @@ def load_base(base: BaseModel, source: TensorSource, engine: Engine, device: tor
     for name, parameter in dense_parameters(base):
         first, stop = engine.rows(parameter)
         rows = source.read(names[name], (first, stop))
+        if not torch.isfinite(rows).all():
+            raise UserError(f"{source.where}: tensor '{names[name]}' holds a value that is not finite")
         engine.store(parameter, first, rows.to(parameter.dtype))
-        label = f"{name} {list(engine.shape(parameter))} dense"
-        fingerprint.add(label, *_own_elements(rows.float(), first, parameter, engine))
+        own = _own_elements(rows.float(), first, parameter, engine)
+        fingerprint.add(f"{name} {list(engine.shape(parameter))} dense", *own)
     base.fingerprint = fingerprint.hexdigest(engine, device)
 
 
@@ -110,35 +117,49 @@ def _load_packed(
     fingerprint: Fingerprint,
 ) -> None:
     """Quantize the rows this rank keeps of one matrix and hand them to the engine."""
-    packed_format = module.format
-    parameters = module.packed()
-    height = source.shape(name)[0]
-    first, stop = _rows_needed(module, engine, height)
-    packed = None
-    if packed_format in _GGUF_TWINS:
-        kind, convert = _GGUF_TWINS[packed_format]
+    label = json.dumps(module.format.describe(), sort_keys=True)
+    for first, stop in _row_ranges(module, *_rows_needed(module, engine)):
+        packed = _quantized_rows(name, first, stop, module.format, source)
+        for key, parameter in module.packed().items():
+            per_entry = module.format.rows_per_entry(key)
+            offset = 0 if per_entry is None else first // per_entry
+            engine.store(parameter, offset, packed[key].to(parameter.dtype))
+            own = _own_elements(packed[key], offset, parameter, engine)
+            fingerprint.add(f"{path}.{key} {list(engine.shape(parameter))} {label}", *own)
+    _return_freed_memory()
+
+
+def _quantized_rows(name: str, first: int, stop: int, format: Format, source: TensorSource) -> dict[str, Tensor]:
+    """Packed tensors of some rows; the file's own blocks if it holds this very format."""
+    if format in _GGUF_TWINS:
+        kind, convert = _GGUF_TWINS[format]
         raw = source.read_packed(name, kind, (first, stop))
-        packed = None if raw is None else convert(raw)
-    if packed is None:
-        packed = packed_format.quantize(source.read(name, (first, stop)))
-    label = json.dumps(packed_format.describe(), sort_keys=True)
-    for key, parameter in parameters.items():
-        per_entry = packed_format.rows_per_entry(key)
-        offset = 0 if per_entry is None else first // per_entry
-        engine.store(parameter, offset, packed[key].to(parameter.dtype))
-        name = f"{path}.{key} {list(engine.shape(parameter))} {label}"
-        fingerprint.add(name, *_own_elements(packed[key], offset, parameter, engine))
+        if raw is not None:
+            return convert(raw)
+    where = f"{source.where}: rows {first} to {stop} of tensor '{name}'"
+    return format.quantize(source.read(name, (first, stop)), where)
 
 
 def _own_elements(rows: Tensor, first: int, parameter: nn.Parameter, engine: Engine) -> tuple[Tensor, int]:
-    """The elements this rank keeps of a parameter's `rows`, which start at `first`, and the index of the first one."""
+    """What this rank keeps of some `rows` of a parameter, from row `first` on, and the index of its first element."""
     begin, end = engine.span(parameter)
     offset = first * math.prod(engine.shape(parameter)[1:])
-    return rows.reshape(-1)[begin - offset : end - offset], begin
+    start = max(begin, offset)
+    return rows.reshape(-1)[start - offset : max(end, start) - offset], start
 
 
-def _rows_needed(module: FrozenLinear | FrozenEmbedding, engine: Engine, height: int) -> tuple[int, int]:
+def _row_ranges(module: FrozenLinear | FrozenEmbedding, first: int, stop: int) -> list[tuple[int, int]]:
+    """The rows first..stop in pieces that can be quantized alone; one empty piece if there are none."""
+    if not module.format.row_local or first == stop:
+        return [(first, stop)]
+    align = module.format.row_alignment
+    step = max(1, _CHUNK // (module.weight_shape[1] * align)) * align
+    return [(start, min(start + step, stop)) for start in range(first, stop, step)]
+
+
+def _rows_needed(module: FrozenLinear | FrozenEmbedding, engine: Engine) -> tuple[int, int]:
     """Weight rows from which all of this rank's packed entries can be computed."""
+    height = module.weight_shape[0]
     if not module.format.row_local:
         return 0, height
     first, stop = height, 0
@@ -149,3 +170,10 @@ def _rows_needed(module: FrozenLinear | FrozenEmbedding, engine: Engine, height:
             first, stop = min(first, begin * per_entry), max(stop, end * per_entry)
     align = module.format.row_alignment
     return (first // align * align, min(height, -(-stop // align) * align)) if stop else (0, 0)
+
+
+def _return_freed_memory() -> None:
+    """Give freed memory back to the system: glibc keeps blocks of up to 32 MiB, which add up to several shards."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)

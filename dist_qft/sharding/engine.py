@@ -67,7 +67,7 @@ class Engine(Protocol):
         """First and one-past-last element of `local`, counted through the whole parameter."""
 
     def store(self, parameter: nn.Parameter, first: int, rows: Tensor) -> None:
-        """Keep this rank's part out of `rows`, which hold dim-0 entries `first`, `first + 1`, ..."""
+        """Keep what is this rank's of `rows`, which hold dim-0 entries `first`, `first + 1`, ... of `parameter`."""
 
     def local(self, parameter: nn.Parameter) -> Tensor:
         """This rank's part of `parameter` (a view, padding excluded), for digests and shard-wise work."""

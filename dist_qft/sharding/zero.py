@@ -105,7 +105,9 @@ class ZeroEngine:
     def store(self, parameter: nn.Parameter, first: int, rows: Tensor) -> None:
         begin, end = self.span(parameter)
         offset = first * math.prod(parameter.ds_shape[1:])
-        self.local(parameter).copy_(rows.reshape(-1)[begin - offset : end - offset])
+        start, stop = max(begin, offset), min(end, offset + rows.numel())
+        if start < stop:
+            self.local(parameter)[start - begin : stop - begin].copy_(rows.reshape(-1)[start - offset : stop - offset])
 
     def local(self, parameter: nn.Parameter) -> Tensor:
         begin, end = self.span(parameter)
