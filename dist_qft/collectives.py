@@ -76,8 +76,9 @@ def told_by(rank: int, doing: Callable[[], str]) -> Iterator[None]:
     Args:
         doing: what the run is at, for the message, such as "step 12".
     """
-    neighbours = Neighbours()
+    neighbours: Neighbours | None = None
     try:
+        neighbours = Neighbours()
         yield
     except DistQFTError as error:
         if not error.everywhere:
@@ -87,7 +88,7 @@ def told_by(rank: int, doing: Callable[[], str]) -> Iterator[None]:
         if not _is_collective_failure(error):
             raise
         reason = str(error).strip().splitlines()[0]
-        ended = ", ".join(map(str, neighbours.ended()))
+        ended = ", ".join(map(str, neighbours.ended() if neighbours else []))
         what = f"rank {ended} is gone" if ended else "another rank is gone or did not answer in time"
         lost = PeerLostError(f"{doing()}: {what} ({reason})")
         lost.rank_prefix = f"rank {rank}"
