@@ -60,7 +60,7 @@ def train(
         from dist_qft.plan import make_plan, print_plan
         from dist_qft.world import World
 
-        world = World.from_environment()
+        world = World.from_environment(os.environ)
         if world.rank == 0:
             print_plan(make_plan(settings, world.world_size))
         return

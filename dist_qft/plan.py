@@ -33,10 +33,11 @@ def make_plan(config: RunConfig, world_size: int) -> dict[str, Any]:
     """The plan of `config` on `world_size` ranks as JSON-able data; every `_bytes` value is in bytes.
 
     * base_bytes_per_rank: what the fullest rank holds. With `fsdp` each packed tensor is cut on dim 0 into parts
-      of ceil(rows / N) rows; with `replicated` it is all of base_bytes.
+      of ceil(rows / N) rows, with `zero` into parts of ceil(elements / N); with `replicated` it is all of base_bytes.
     * gather_bytes_per_micro_batch: what one rank receives, by the formula of `dist_qft.sharding.fsdp`:
       (N-1)/N * (embedding + LM head + 2 * rest), a tied table counted for both its uses. Without resharding
-      it is (N-1)/N * (LM head + rest): the embedding, once gathered, stays. 0 with `replicated`.
+      it is (N-1)/N * (LM head + rest): the embedding, once gathered, stays. `zero` always reshards. 0 with
+      `replicated`.
     * gather_bytes_per_step: that times the accumulation steps.
     * reduce_bytes_per_step: 4 * trainable parameters, the fp32 gradient buffer without its small header.
     * checkpoint_bytes: adapter (fp32) and optimizer state.
@@ -53,8 +54,9 @@ def make_plan(config: RunConfig, world_size: int) -> dict[str, Any]:
     trainable = sum(settings.parameters for settings in adapters.values())
     optimizer_bytes = _optimizer_bytes(config.train, trainable)
     tensors = _base_tensors(base)
-    shards = 1 if config.sharding.engine == "replicated" else world_size
-    gathered = _gather_bytes(base, shards, reshard=config.sharding.reshard_after_forward)
+    engine, flat = config.sharding.engine, config.sharding.engine == "zero"
+    shards = 1 if engine == "replicated" else world_size
+    gathered = _gather_bytes(base, shards, reshard=flat or config.sharding.reshard_after_forward, flat=flat)
     return {
         "model": {
             "path": config.model.path,
@@ -64,14 +66,14 @@ def make_plan(config: RunConfig, world_size: int) -> dict[str, Any]:
             "compute_dtype": str(base.dtype).removeprefix("torch."),
         },
         "method": config.method.name,
-        "engine": config.sharding.engine,
+        "engine": engine,
         "world_size": world_size,
         "trainable_parameters": trainable,
         "trainable_parameters_by_layer_type": _by_layer_type(adapters),
         "trainable_parameters_by_depth": _by_depth(adapters, layers),
         "adapters": _adapter_rows(adapters),
         "base_bytes": _padded_bytes(tensors, 1),
-        "base_bytes_per_rank": _padded_bytes(tensors, shards) // shards,
+        "base_bytes_per_rank": _padded_bytes(tensors, shards, flat=flat) // shards,
         "base_formats": _format_rows(base),
         "gather_bytes_per_micro_batch": gathered,
         "gather_bytes_per_step": gathered * accumulation,
@@ -114,14 +116,16 @@ def _base_tensors(base: BaseModel) -> list[Tensor]:
     return [getattr(module, name) for module, name in parameter_owners(base.units)]
 
 
-def _padded_bytes(tensors: Iterable[Tensor], shards: int) -> int:
-    """Bytes of tensors whose dim 0 is rounded up to a multiple of `shards`."""
+def _padded_bytes(tensors: Iterable[Tensor], shards: int, *, flat: bool = False) -> int:
+    """Bytes of tensors whose dim 0, or if `flat` number of elements, is rounded up to a multiple of `shards`."""
+    if flat:
+        tensors = (tensor.flatten() for tensor in tensors)
     return sum(math.ceil(tensor.shape[0] / shards) * shards * tensor[0].nbytes for tensor in tensors)
 
 
-def _gather_bytes(base: BaseModel, shards: int, *, reshard: bool) -> int:
-    tables = [_padded_bytes(table.parameters(), shards) for table in base.units.tables]
-    rest = _padded_bytes(_base_tensors(base), shards) - sum(tables)
+def _gather_bytes(base: BaseModel, shards: int, *, reshard: bool, flat: bool) -> int:
+    tables = [_padded_bytes(table.parameters(), shards, flat=flat) for table in base.units.tables]
+    rest = _padded_bytes(_base_tensors(base), shards, flat=flat) - sum(tables)
     # A tied table is the first and the last: gathered for the embedding and again for the head.
     gathered = tables[0] + tables[-1] + 2 * rest if reshard else tables[-1] + rest
     return gathered // shards * (shards - 1)

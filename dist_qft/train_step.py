@@ -11,6 +11,7 @@ from dist_qft.data.batches import MicroBatch
 from dist_qft.loss import token_loss
 from dist_qft.optimizer import clip_gradient, learning_rate
 from dist_qft.preemption import StopSignal
+from dist_qft.sharding.engine import Engine
 from dist_qft.trainables import Trainables
 
 
@@ -36,6 +37,7 @@ REPORT_SIZE = 2
 
 def train_step(
     base: BaseModel,
+    engine: Engine,
     trainables: Trainables,
     optimizer: torch.optim.Optimizer,
     config: TrainConfig,
@@ -60,6 +62,7 @@ def train_step(
         hidden = base.hidden_states(batch.input_ids.to(device), batch.position_ids.to(device))
         loss = token_loss(hidden, batch.targets.to(device), base.head.loss)
         loss.backward()
+        engine.after_backward()
         loss_sum += loss.detach()
     if device.type == "cuda":
         torch.cuda.synchronize(device)  # kernels are only launched so far: their time is not the reduction's

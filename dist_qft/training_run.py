@@ -8,6 +8,7 @@ import torch.distributed as dist
 
 from dist_qft.assemble import Assembled, adapter_config
 from dist_qft.checkpoint import BaseEvaluation, TrainerState, prune, write_checkpoint
+from dist_qft.collectives import SideGroup
 from dist_qft.config.load import CONFIG_FILE, save_config
 from dist_qft.data.batches import Batches, eval_batches
 from dist_qft.errors import Preempted, SetupError
@@ -50,6 +51,7 @@ class TrainingRun:
             group=dist.new_group(),
             report_size=REPORT_SIZE,
         )
+        self.side_group = SideGroup(config.sharding.rank0_timeout_seconds)
         self.optimizer = make_optimizer(config.train, self.trainables.values)
         checkpoint = inputs.checkpoint
         self.state = checkpoint.state if checkpoint else TrainerState(data_digest=self.data.train.digest)
@@ -158,7 +160,7 @@ class TrainingRun:
                 state=self.state,
             )
             prune(self.output_dir, self.config.checkpoint.save_total_limit)
-        dist.barrier()
+        self.side_group.barrier()
 
     def _save_due(self, step: int) -> bool:
         every = self.config.checkpoint.save_steps
@@ -177,6 +179,7 @@ class TrainingRun:
         check_digest = bool(digest_steps) and (step % digest_steps == 0 or self._save_due(step + 1))
         result = train_step(
             self.base,
+            self.engine,
             self.trainables,
             self.optimizer,
             config.train,

@@ -7,12 +7,19 @@ Types and ranges of single settings are in `schema`; what depends on layer sizes
 from collections.abc import Iterator
 
 from dist_qft.config.faults import Fault, value_fault
-from dist_qft.config.schema import MethodConfig, QuantizationConfig, RunConfig, ScheduleRule
+from dist_qft.config.schema import MethodConfig, QuantizationConfig, RunConfig, ScheduleRule, ShardingConfig
+from dist_qft.config.zero_file import zero_file_faults
 from dist_qft.errors import UserError
 from dist_qft.methods.schedule import effective, method_defaults
 
 _BLOCK_FORM = {"nf4": (1, "one length such as [64]"), "affine4": (2, "[b_out, b_in] such as [1, 32]")}
 _FACTORS = ("balance", "pool", "repeat")
+_ENGINE_SETTINGS = {
+    "reshard_after_forward": "fsdp",
+    "prefetch_megabytes": "zero",
+    "offload": "zero",
+    "deepspeed_config": "zero",
+}
 
 
 def cross_field_faults(config: RunConfig) -> list[Fault]:
@@ -22,6 +29,8 @@ def cross_field_faults(config: RunConfig) -> list[Fault]:
         *_quantization_faults(config.quantization),
         *_method_faults(config.method),
         *_train_faults(config),
+        *_sharding_faults(config.sharding),
+        *(value_fault(("sharding", "deepspeed_config"), fault) for fault in zero_file_faults(config)),
         *_evaluation_faults(config),
     ]
 
@@ -34,8 +43,9 @@ def config_warnings(config: RunConfig) -> list[str]:
         warnings.append("train.num_train_epochs: no effect, train.max_steps is set")
     if train.warmup_steps is not None and "warmup_ratio" in train.model_fields_set:
         warnings.append("train.warmup_ratio: no effect, train.warmup_steps is set")
-    if sharding.engine != "fsdp" and "reshard_after_forward" in sharding.model_fields_set:
-        warnings.append(f"sharding.reshard_after_forward: no effect with engine {sharding.engine}")
+    for name, engine in _ENGINE_SETTINGS.items():
+        if sharding.engine != engine and name in sharding.model_fields_set:
+            warnings.append(f"sharding.{name}: no effect with engine {sharding.engine}")
     return warnings
 
 
@@ -123,6 +133,11 @@ def _train_faults(config: RunConfig) -> Iterator[Fault]:
         )
     if train.optim.startswith("paged_") and config.sharding.device == "cpu":
         yield value_fault(("train", "optim"), f"{train.optim} needs CUDA, sharding.device is cpu; use adamw")
+
+
+def _sharding_faults(sharding: ShardingConfig) -> Iterator[Fault]:
+    if sharding.offload and sharding.device == "cpu":
+        yield value_fault(("sharding", "offload"), "on a CPU the base is in host memory already; remove it")
 
 
 def _evaluation_faults(config: RunConfig) -> Iterator[Fault]:

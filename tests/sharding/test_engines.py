@@ -126,7 +126,7 @@ def test_every_bit_survives_storing_gathering_and_calling(pools, world, name):
 
 
 def test_unknown_engine():
-    with pytest.raises(UserError, match=r"sharding\.engine: got 'ddp', need 'fsdp' or 'replicated'") as raised:
+    with pytest.raises(UserError, match=r"sharding\.engine: got 'ddp', need 'fsdp', 'zero' or 'replicated'") as raised:
         make_engine("ddp")
     assert raised.value.exit_code == 2
 
