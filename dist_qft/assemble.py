@@ -15,6 +15,7 @@ from dist_qft.base_model.sources import TensorSource, open_source
 from dist_qft.checkpoint import Checkpoint
 from dist_qft.collectives import agreed
 from dist_qft.config.schema import RunConfig
+from dist_qft.config.zero_file import read_zero_options
 from dist_qft.data.dataset import TokenDataset
 from dist_qft.errors import UserError
 from dist_qft.forward import BaseForward, Forward
@@ -127,7 +128,14 @@ def assemble(
 
     `source` holds the base's weights; without it, `model.path` is opened here.
     """
-    engine = make_engine(config.sharding.engine, reshard_after_forward=config.sharding.reshard_after_forward)
+    sharding = config.sharding
+    engine = make_engine(
+        sharding.engine,
+        reshard_after_forward=sharding.reshard_after_forward,
+        prefetch_bytes=int(sharding.prefetch_megabytes * 2**20),
+        offload=sharding.offload,
+        zero_options=read_zero_options(config),
+    )
     engine.shard(skeleton.units, device)
     _move_buffers(skeleton, device)
     load_base(skeleton, source or open_source(config.model), engine, device)

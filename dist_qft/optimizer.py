@@ -8,6 +8,8 @@ from torch import Tensor, nn
 from dist_qft.config.schema import TrainConfig
 from dist_qft.errors import CorruptFileError, SetupError, UserError
 
+_NORM_CHUNK = 1 << 22  # values per piece of the norm: bounds the float64 copy to 32 MiB
+
 
 def learning_rate(config: TrainConfig, step: int, total_steps: int) -> float:
     """Learning rate of optimizer step `step` (0-based): linear warmup, then constant, linear or cosine to 0."""
@@ -45,7 +47,8 @@ def make_optimizer(config: TrainConfig, values: nn.Parameter) -> torch.optim.Opt
 def clip_gradient(values: nn.Parameter, max_norm: float | None) -> Tensor:
     """Scale the flat gradient to at most `max_norm` (L2); returns the norm before, as a float64 tensor."""
     # In float64, because squares of finite float32 values overflow float32: clipping by inf would zero the step.
-    norm = torch.linalg.vector_norm(values.grad, dtype=torch.float64)
+    parts = values.grad.split(_NORM_CHUNK)
+    norm = torch.stack([torch.linalg.vector_norm(part, dtype=torch.float64) for part in parts]).norm()
     if max_norm is not None:
         values.grad.mul_((max_norm / (norm + 1e-6)).clamp(max=1.0))
     return norm

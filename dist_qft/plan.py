@@ -36,11 +36,12 @@ def make_plan(config: RunConfig, world_size: int) -> dict[str, Any]:
 
     * trainable_parameters: the adapters' or the side network's, and those of the task's own head.
     * base_bytes_per_rank: what the fullest rank holds. With `fsdp` each packed tensor is cut on dim 0 into parts
-      of ceil(rows / N) rows; with `replicated` it is all of base_bytes.
+      of ceil(rows / N) rows, with `zero` into parts of ceil(elements / N); with `replicated` it is all of base_bytes.
     * gather_bytes_per_micro_batch: what one rank receives, by the formula of `dist_qft.sharding.fsdp`:
       (N-1)/N * (embedding + LM head + 2 * rest), a tied table counted for both its uses. Without resharding
-      it is (N-1)/N * (LM head + rest): the embedding, once gathered, stays. 0 with `replicated`. Where nothing flows
-      back through the base (qst) the rest counts once, or not at all without resharding: it then stays.
+      it is (N-1)/N * (LM head + rest): the embedding, once gathered, stays. `zero` always reshards. 0 with
+      `replicated`. Where nothing flows back through the base (qst) the rest counts once, or not at all without
+      resharding: it then stays.
     * gather_bytes_per_step: that times the accumulation steps.
     * reduce_bytes_per_step: 4 * trainable parameters, the fp32 gradient buffer without its small header.
     * checkpoint_bytes: adapter (fp32) and optimizer state.
@@ -61,9 +62,10 @@ def make_plan(config: RunConfig, world_size: int) -> dict[str, Any]:
     trainable = trainables.parameters + head
     optimizer_bytes = _optimizer_bytes(config.train, trainable)
     tensors = _base_tensors(base)
-    shards = 1 if config.sharding.engine == "replicated" else world_size
-    reshard = config.sharding.reshard_after_forward
-    gathered = _gather_bytes(base, shards, reshard=reshard, backward=trainables.backward_through_base)
+    engine, flat = config.sharding.engine, config.sharding.engine == "zero"
+    shards = 1 if engine == "replicated" else world_size
+    reshard = flat or config.sharding.reshard_after_forward
+    gathered = _gather_bytes(base, shards, reshard=reshard, backward=trainables.backward_through_base, flat=flat)
     return {
         "model": {
             "path": config.model.path,
@@ -73,12 +75,12 @@ def make_plan(config: RunConfig, world_size: int) -> dict[str, Any]:
             "compute_dtype": str(base.dtype).removeprefix("torch."),
         },
         "method": config.method.name,
-        "engine": config.sharding.engine,
+        "engine": engine,
         "world_size": world_size,
         "trainable_parameters": trainable,
         **counts,
         "base_bytes": _padded_bytes(tensors, 1),
-        "base_bytes_per_rank": _padded_bytes(tensors, shards) // shards,
+        "base_bytes_per_rank": _padded_bytes(tensors, shards, flat=flat) // shards,
         "base_formats": _format_rows(base),
         "gather_bytes_per_micro_batch": gathered,
         "gather_bytes_per_step": gathered * accumulation,
@@ -121,14 +123,16 @@ def _base_tensors(base: BaseModel) -> list[Tensor]:
     return [getattr(module, name) for module, name in parameter_owners(base.units)]
 
 
-def _padded_bytes(tensors: Iterable[Tensor], shards: int) -> int:
-    """Bytes of tensors whose dim 0 is rounded up to a multiple of `shards`."""
+def _padded_bytes(tensors: Iterable[Tensor], shards: int, *, flat: bool = False) -> int:
+    """Bytes of tensors whose dim 0, or if `flat` number of elements, is rounded up to a multiple of `shards`."""
+    if flat:
+        tensors = (tensor.flatten() for tensor in tensors)
     return sum(math.ceil(tensor.shape[0] / shards) * shards * tensor[0].nbytes for tensor in tensors)
 
 
-def _gather_bytes(base: BaseModel, shards: int, *, reshard: bool, backward: bool) -> int:
-    tables = [_padded_bytes(table.parameters(), shards) for table in base.units.tables]
-    rest = _padded_bytes(_base_tensors(base), shards) - sum(tables)
+def _gather_bytes(base: BaseModel, shards: int, *, reshard: bool, backward: bool, flat: bool) -> int:
+    tables = [_padded_bytes(table.parameters(), shards, flat=flat) for table in base.units.tables]
+    rest = _padded_bytes(_base_tensors(base), shards, flat=flat) - sum(tables)
     # A tied table is the first and the last: gathered for the embedding and again for the head.
     if backward:
         gathered = tables[0] + tables[-1] + 2 * rest if reshard else tables[-1] + rest

@@ -10,6 +10,7 @@ from dist_qft.data.batches import MicroBatch
 from dist_qft.forward import Forward
 from dist_qft.optimizer import clip_gradient, learning_rate
 from dist_qft.preemption import StopSignal
+from dist_qft.sharding.engine import Engine
 from dist_qft.task import Task
 from dist_qft.trainables import Trainables
 
@@ -37,6 +38,7 @@ REPORT_SIZE = 2
 def train_step(
     forward: Forward,
     task: Task,
+    engine: Engine,
     trainables: Trainables,
     optimizer: torch.optim.Optimizer,
     config: TrainConfig,
@@ -61,6 +63,7 @@ def train_step(
         torch.manual_seed(_dropout_seed(config.seed, step, batch.index))
         loss, _ = task.loss(forward(batch), batch)
         loss.backward()
+        engine.after_backward()
         loss_sum += loss.detach()
     if device.type == "cuda":
         torch.cuda.synchronize(device)  # kernels are only launched so far: their time is not the reduction's

@@ -8,6 +8,7 @@ import torch.distributed as dist
 
 from dist_qft.assemble import Assembled, adapter_config, make_forward
 from dist_qft.checkpoint import BaseEvaluation, TrainerState, prune, write_checkpoint
+from dist_qft.collectives import SideGroup
 from dist_qft.config.load import CONFIG_FILE, save_config
 from dist_qft.data.batches import Batches, eval_batches
 from dist_qft.errors import Preempted, SetupError
@@ -50,6 +51,7 @@ class TrainingRun:
             group=dist.new_group(),
             report_size=REPORT_SIZE,
         )
+        self.side_group = SideGroup(config.sharding.rank0_timeout_seconds)
         self.optimizer = make_optimizer(config.train, self.trainables.values)
         self.forward = make_forward(config, parts, inputs.plan, self.data.train, self.device)
         checkpoint = inputs.checkpoint
@@ -161,7 +163,7 @@ class TrainingRun:
                 state=self.state,
             )
             prune(self.output_dir, self.config.checkpoint.save_total_limit)
-        dist.barrier()
+        self.side_group.barrier()
 
     def _save_due(self, step: int) -> bool:
         every = self.config.checkpoint.save_steps
@@ -181,6 +183,7 @@ class TrainingRun:
         result = train_step(
             self.forward,
             self.parts.task,
+            self.engine,
             self.trainables,
             self.optimizer,
             config.train,

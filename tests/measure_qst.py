@@ -17,8 +17,8 @@ import psutil
 import torch
 from conftest import default_smollm2
 from ranks import RankPool
-from runs import pool_world
 from torch import nn
+from whole_runs import pool_world
 
 from dist_qft.config.schema import RunConfig
 from dist_qft.preemption import StopSignal

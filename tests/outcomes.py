@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from io import StringIO
 
 import torch
-from runs import pool_world
+from whole_runs import pool_world
 
 from dist_qft.assemble import assemble
 from dist_qft.config.schema import RunConfig

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 from commands import Command
-from runs import adapter_digest, train
 from tiny_model import tiny_config
+from whole_runs import adapter_digest, train
 
 from dist_qft.checkpoint import fault_in, list_checkpoints, read_checkpoint
 from dist_qft.config.load import save_config

@@ -60,6 +60,13 @@ elif what == "fall":
     if rank == 1:
         os.kill(os.getpid(), signal.SIGKILL)
     wait()
+elif what == "refuse":
+    from dist_qft.cli import report
+    from dist_qft.errors import UserError
+    time.sleep(1.0 if rank == 0 else 0.0)
+    error = UserError("no such file")
+    report(error)
+    leave(error.exit_code)
 elif what == "save":
     signal.signal(signal.SIGTERM, stop)
     wait()
@@ -116,6 +123,13 @@ def test_killed_rank_is_named(start) -> None:
     _, errors = launcher.communicate(timeout=90)
     assert errors.splitlines() == ["dist_qft.launch: rank 1 was killed by SIGKILL"]
     assert launcher.returncode == 128 + signal.SIGKILL
+
+
+def test_what_all_ranks_refuse_is_told_once_however_late_the_first_rank_is(start) -> None:
+    launcher = start("--", "refuse")
+    _, errors = launcher.communicate(timeout=60)
+    assert errors == "error: no such file\n"
+    assert launcher.returncode == 2
 
 
 def test_saved_and_preempted_reaches_the_shell(start) -> None:
@@ -185,8 +199,11 @@ def test_dry_run_prints_the_command_and_asks_rank_0_of_the_whole_world(start) ->
     """The script, the launcher and one process in a row; that process runs the real program, which misses the file."""
     nodes = {"NNODES": "2", "NODE_RANK": "1", "MASTER_ADDR": "node0"}
     result = run_script("no such.yaml", "train.seed=1", "--resume", "auto", "--dry-run", NPROC_PER_NODE="3", **nodes)
-    assert result.stdout.strip() == (
-        f"{sys.executable} -m dist_qft.launch --nproc-per-node 3 --nnodes 2 --node-rank 1 --master-addr node0"
+    # The interpreter may be called python or python3: what counts is the environment it belongs to.
+    interpreter, command = result.stdout.strip().split(" ", 1)
+    assert Path(interpreter).parent == Path(sys.executable).parent
+    assert command == (
+        "-m dist_qft.launch --nproc-per-node 3 --nnodes 2 --node-rank 1 --master-addr node0"
         " --master-port 29500 -- train 'no such.yaml' train.seed=1 --resume auto"
     )
     assert "no such.yaml" in result.stderr

@@ -1,10 +1,12 @@
 """What a run records: read back with TensorBoard's own reader, line by line, and from a real terminal."""
 
+import contextlib
 import json
 import os
 import pty
 import shutil
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -191,6 +193,13 @@ def test_records_that_cannot_be_written_are_a_fault_of_the_environment(tmp_path)
     assert failure.value.exit_code == 3
 
 
+def read_all(terminal: int) -> Iterator[str]:
+    """What was written to the other end of a terminal, in pieces, until nobody has that end open."""
+    with open(terminal, "rb", buffering=0) as stream, contextlib.suppress(OSError):
+        while piece := stream.read(4096):
+            yield piece.decode(errors="replace")
+
+
 def test_a_terminal_gets_a_bar_that_is_gone_after_a_failure(tmp_path, monkeypatch):
     ours, theirs = pty.openpty()
     monkeypatch.setenv("TERM", "xterm")
@@ -204,8 +213,7 @@ def test_a_terminal_gets_a_bar_that_is_gone_after_a_failure(tmp_path, monkeypatc
         monitor.close()
         monitor.close()
         monitor.say("after")
-    shown = os.read(ours, 1 << 16).decode()
-    os.close(ours)
+    shown = "".join(read_all(ours))
     assert "2/3" in shown and "loss 1.25" in shown
     assert "[b]held-out[/b]" in shown
     assert "after" not in shown

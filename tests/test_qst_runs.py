@@ -8,8 +8,8 @@ import pytest
 import torch
 from qst_models import qst_config
 from ranks import RankPool
-from runs import adapter_digest, train, train_losses
 from tiny_model import tiny_config
+from whole_runs import adapter_digest, train, train_losses
 
 from dist_qft.assemble import assemble, compute_dtype
 from dist_qft.base_model.skeleton import build_skeleton
@@ -35,7 +35,9 @@ def reference(pools: dict[int, RankPool], tiny_llama: Path, tmp_path_factory: py
     return pools[1].run(train_losses, config=config)[0]
 
 
-@pytest.mark.parametrize(("world", "engine", "micro"), [(2, "fsdp", 2), (4, "fsdp", 1), (2, "replicated", 4)])
+@pytest.mark.parametrize(
+    ("world", "engine", "micro"), [(2, "fsdp", 2), (4, "fsdp", 1), (2, "replicated", 4), (2, "zero", 2), (4, "zero", 1)]
+)
 def test_losses_equal_the_reference(pools, reference, tiny_llama, tmp_path, world, engine, micro):
     config = qst_config(
         tiny_llama,
@@ -49,13 +51,11 @@ def test_losses_equal_the_reference(pools, reference, tiny_llama, tmp_path, worl
     assert results[0][-1] < results[0][0]
 
 
-def base_digest(base) -> str:
+def base_digest(parts) -> str:
     """SHA-256 over this rank's packed bytes of the base."""
     digest = hashlib.sha256()
-    for module, name in parameter_owners(base.units):
-        tensor = getattr(module, name).detach()
-        tensor = getattr(tensor, "_local_tensor", tensor)
-        digest.update(tensor.contiguous().view(torch.uint8).numpy().tobytes())
+    for module, name in parameter_owners(parts.base.units):
+        digest.update(parts.engine.local(getattr(module, name)).contiguous().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 
 
@@ -65,22 +65,25 @@ def train_and_look(config: RunConfig) -> dict:
     skeleton = build_skeleton(config.model, config.quantization, compute_dtype(config.train.precision, device))
     fresh = assemble(config, skeleton, run.inputs.plan, device)
     return {
-        "base unchanged": base_digest(run.base) == base_digest(fresh.base),
-        "gathered": run.step_gathered_bytes // run.summary.steps,
+        "base unchanged": base_digest(run.parts) == base_digest(fresh),
+        "gathered": run.summary.gathered_bytes // run.summary.steps,
         "reduced": run.trainables.reduced_bytes // run.summary.steps,
         "trainables": run.trainables.count,
     }
 
 
-def test_a_step_gathers_the_base_once_and_leaves_it_as_it_was(pools, tiny_llama, tmp_path):
-    config = qst_config(tiny_llama, tmp_path / "run", train={"max_steps": 3})
+@pytest.mark.parametrize("engine", ["fsdp", "zero"])
+def test_a_step_gathers_the_base_once_and_leaves_it_as_it_was(pools, tiny_llama, tmp_path, engine):
+    sharding = {"engine": engine, "device": "cpu"}
+    config = qst_config(tiny_llama, tmp_path / "run", train={"max_steps": 3}, sharding=sharding)
     plan = make_plan(config, world_size=2)
     for result in pools[2].run(train_and_look, config=config):
         assert result["base unchanged"]
         assert result["gathered"] == plan["gather_bytes_per_step"]
         assert result["trainables"] == plan["trainable_parameters"]
         assert 0 <= result["reduced"] - plan["reduce_bytes_per_step"] < 256
-    adapters = tiny_config(tiny_llama, tmp_path / "run", quantization={"linear": "nf4", "block": [64]})
+    formats = {"linear": "nf4", "block": [64]}
+    adapters = tiny_config(tiny_llama, tmp_path / "run", quantization=formats, sharding=sharding)
     assert plan["gather_bytes_per_step"] < 0.75 * make_plan(adapters, world_size=2)["gather_bytes_per_step"]
 
 

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 from outcomes import Outcome, attempt
-from runs import adapter_digest
 from tiny_model import save_tiny_model, tiny_config, tiny_llama_config, write_data
+from whole_runs import adapter_digest
 
 from dist_qft.checkpoint import ADAPTER_MODEL, list_checkpoints, read_checkpoint
 from dist_qft.config.schema import RunConfig

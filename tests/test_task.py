@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from runs import adapter_digest, train, train_losses
 from tiny_model import tiny_config, tiny_tokenizer
+from whole_runs import adapter_digest, train, train_losses
 
 from dist_qft.config.load import load_config
 from dist_qft.config.schema import DataConfig, DatasetConfig, TaskConfig

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 from outcomes import Outcome, attempt
-from runs import adapter_digest
 from tiny_model import tiny_config
+from whole_runs import adapter_digest
 
 from dist_qft.checkpoint import fault_in, list_checkpoints, read_checkpoint
 from dist_qft.config.load import CONFIG_FILE, load_config

@@ -14,6 +14,7 @@ import ctypes
 import hashlib
 import json
 import math
+from operator import attrgetter
 
 import torch
 from torch import Tensor, nn
@@ -49,15 +50,19 @@ class Fingerprint:
         return hashlib.sha256(json.dumps(pairs).encode()).hexdigest()
 
 
-def check_names(base: BaseModel, source: TensorSource) -> dict[str, str]:
+def check_names(base: BaseModel, source: TensorSource, engine: Engine | None = None) -> dict[str, str]:
     """Model tensor name -> source tensor name, for all the base needs.
+
+    Args:
+        engine: what has sharded the base, if something has: from then on it knows the shapes.
 
     Raises:
         UserError: missing tensors, or a vocabulary or layer of another shape; before anything is read.
     """
+    shape = engine.shape if engine else attrgetter("shape")
     needed = {f"{path}.weight": (layer.out_features, layer.in_features) for path, layer in base.linears.items()}
     needed |= {f"{path}.weight": (t.num_embeddings, t.embedding_dim) for path, t in base.tables().items()}
-    needed |= {name: tuple(parameter.shape) for name, parameter in dense_parameters(base)}
+    needed |= {name: tuple(shape(parameter)) for name, parameter in dense_parameters(base)}
     stored = source.names()
     prefix = base.model.base_model_prefix + "."
     found, missing = {}, []
@@ -92,7 +97,7 @@ def dense_parameters(base: BaseModel) -> list[tuple[str, nn.Parameter]]:
 @torch.no_grad()
 def load_base(base: BaseModel, source: TensorSource, engine: Engine, device: torch.device) -> None:
     """Fill a skeleton that `engine` has sharded; sets `base.fingerprint`. Collective."""
-    names = check_names(base, source)
+    names = check_names(base, source, engine)
     fingerprint = Fingerprint()
     modules: dict[str, FrozenLinear | FrozenEmbedding] = {**base.linears, **base.tables()}
     for path, module in modules.items():
@@ -103,7 +108,8 @@ def load_base(base: BaseModel, source: TensorSource, engine: Engine, device: tor
         if not torch.isfinite(rows).all():
             raise UserError(f"{source.where}: tensor '{names[name]}' holds a value that is not finite")
         engine.store(parameter, first, rows.to(parameter.dtype))
-        fingerprint.add(f"{name} {list(parameter.shape)} dense", rows.float(), first * math.prod(parameter.shape[1:]))
+        own = _own_elements(rows.float(), first, parameter, engine)
+        fingerprint.add(f"{name} {list(engine.shape(parameter))} dense", *own)
     base.fingerprint = fingerprint.hexdigest(engine, device)
 
 
@@ -123,11 +129,8 @@ def _load_packed(
             per_entry = module.format.rows_per_entry(key)
             offset = 0 if per_entry is None else first // per_entry
             engine.store(parameter, offset, packed[key].to(parameter.dtype))
-            begin, end = engine.rows(parameter)
-            start = max(begin, offset)
-            own = packed[key][start - offset : max(end, start) - offset]
-            width = math.prod(parameter.shape[1:])
-            fingerprint.add(f"{path}.{key} {list(parameter.shape)} {label}", own, start * width)
+            own = _own_elements(packed[key], offset, parameter, engine)
+            fingerprint.add(f"{path}.{key} {list(engine.shape(parameter))} {label}", *own)
     _return_freed_memory()
 
 
@@ -140,6 +143,14 @@ def _quantized_rows(name: str, first: int, stop: int, format: Format, source: Te
             return convert(raw)
     where = f"{source.where}: rows {first} to {stop} of tensor '{name}'"
     return format.quantize(source.read(name, (first, stop)), where)
+
+
+def _own_elements(rows: Tensor, first: int, parameter: nn.Parameter, engine: Engine) -> tuple[Tensor, int]:
+    """What this rank keeps of some `rows` of a parameter, from row `first` on, and the index of its first element."""
+    begin, end = engine.span(parameter)
+    offset = first * math.prod(engine.shape(parameter)[1:])
+    start = max(begin, offset)
+    return rows.reshape(-1)[start - offset : max(end, start) - offset], start
 
 
 def _row_ranges(module: FrozenLinear | FrozenEmbedding, first: int, stop: int) -> list[tuple[int, int]]:

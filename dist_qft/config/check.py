@@ -7,13 +7,20 @@ Types and ranges of single settings are in `schema`; what depends on layer sizes
 from collections.abc import Iterator
 
 from dist_qft.config.faults import Fault, value_fault
-from dist_qft.config.schema import MethodConfig, QuantizationConfig, RunConfig, ScheduleRule
+from dist_qft.config.schema import MethodConfig, QuantizationConfig, RunConfig, ScheduleRule, ShardingConfig
+from dist_qft.config.zero_file import zero_file_faults
 from dist_qft.errors import UserError
 from dist_qft.methods.schedule import effective, method_defaults
 
 _BLOCK_FORM = {"nf4": (1, "one length such as [64]"), "affine4": (2, "[b_out, b_in] such as [1, 32]")}
 _FACTORS = ("balance", "pool", "repeat")
 _SIDE_SETTINGS = ("reduction", "downsample", "downsample_rank", "compat", "init", "cache")
+_ENGINE_SETTINGS = {
+    "reshard_after_forward": "fsdp",
+    "prefetch_megabytes": "zero",
+    "offload": "zero",
+    "deepspeed_config": "zero",
+}
 
 
 def cross_field_faults(config: RunConfig) -> list[Fault]:
@@ -24,6 +31,8 @@ def cross_field_faults(config: RunConfig) -> list[Fault]:
         *(_side_faults(config) if config.method.name == "qst" else _adapter_faults(config.method)),
         *_task_faults(config),
         *_train_faults(config),
+        *_sharding_faults(config.sharding),
+        *(value_fault(("sharding", "deepspeed_config"), fault) for fault in zero_file_faults(config)),
         *_evaluation_faults(config),
     ]
 
@@ -38,8 +47,9 @@ def config_warnings(config: RunConfig) -> list[str]:
         warnings.append("train.warmup_ratio: no effect, train.warmup_steps is set")
     if config.method.cache == "disk" and train.max_steps is None and train.num_train_epochs <= 1:
         warnings.append("method.cache: written and never read, train.num_train_epochs is 1 or less")
-    if sharding.engine != "fsdp" and "reshard_after_forward" in sharding.model_fields_set:
-        warnings.append(f"sharding.reshard_after_forward: no effect with engine {sharding.engine}")
+    for name, engine in _ENGINE_SETTINGS.items():
+        if sharding.engine != engine and name in sharding.model_fields_set:
+            warnings.append(f"sharding.{name}: no effect with engine {sharding.engine}")
     return warnings
 
 
@@ -170,6 +180,11 @@ def _train_faults(config: RunConfig) -> Iterator[Fault]:
         )
     if train.optim.startswith("paged_") and config.sharding.device == "cpu":
         yield value_fault(("train", "optim"), f"{train.optim} needs CUDA, sharding.device is cpu; use adamw")
+
+
+def _sharding_faults(sharding: ShardingConfig) -> Iterator[Fault]:
+    if sharding.offload and sharding.device == "cpu":
+        yield value_fault(("sharding", "offload"), "on a CPU the base is in host memory already; remove it")
 
 
 def _evaluation_faults(config: RunConfig) -> Iterator[Fault]:

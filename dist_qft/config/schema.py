@@ -126,17 +126,25 @@ class TrainConfig(Section):
         "auto", description="auto: bfloat16 on CUDA, else float32"
     )
     loss_chunk_megabytes: Annotated[float, Field(gt=0)] = Field(64.0, description="logits that exist at one time")
-    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+    seed: NonNegative = 0
     logging_steps: Positive = 1
 
 
 class ShardingConfig(Section):
-    engine: Literal["fsdp", "replicated"] = "fsdp"
+    engine: Literal["fsdp", "zero", "replicated"] = "fsdp"
     device: Literal["auto", "cpu", "cuda"] = "auto"
     reshard_after_forward: bool = Field(True, description="fsdp: free a layer after its forward pass")
+    prefetch_megabytes: Annotated[float, Field(ge=0)] = Field(
+        0.0, description="zero: how much of the base may be gathered ahead of its use"
+    )
+    offload: bool = Field(False, description="zero, CUDA: keep each rank's part of the base in host memory")
+    deepspeed_config: Text | None = Field(None, description="zero: a DeepSpeed JSON file, merged into what we set")
     bucket_megabytes: Annotated[float, Field(gt=0)] = Field(25.0, description="gradient all-reduce bucket")
     digest_steps: NonNegative = Field(10, description="compare the replicas' digests every so many steps; 0 is never")
     timeout_seconds: Positive = Field(600, description="a collective that takes longer ends the run")
+    rank0_timeout_seconds: Positive = Field(
+        3600, description="what rank 0 does alone, such as saving, may keep the others waiting so long"
+    )
 
 
 class CheckpointConfig(Section):

@@ -15,6 +15,7 @@ set in `shard` prevents that. An evaluation gathers what a forward pass gathers;
 the layers then stay whole, and the next forward pass gathers the tables alone.
 """
 
+import math
 import time
 from itertools import pairwise
 
@@ -72,10 +73,18 @@ class FsdpEngine:
             module.register_parameter(name, part)
             self._parameters.append(part)
 
+    def shape(self, parameter: nn.Parameter) -> torch.Size:
+        return parameter.shape
+
     def rows(self, parameter: nn.Parameter) -> tuple[int, int]:
         height, chunk = parameter.shape[0], _rows_per_rank(parameter)
         first = min(dist.get_rank() * chunk, height)
         return first, min(first + chunk, height)
+
+    def span(self, parameter: nn.Parameter) -> tuple[int, int]:
+        begin, end = self.rows(parameter)
+        width = math.prod(parameter.shape[1:])
+        return begin * width, end * width
 
     def store(self, parameter: nn.Parameter, first: int, rows: Tensor) -> None:
         begin, end = self.rows(parameter)
@@ -109,10 +118,16 @@ class FsdpEngine:
         # Storages, because FSDP2 pads a short part to the size of the others.
         return sum(self.local(parameter).untyped_storage().nbytes() for parameter in self._parameters)
 
+    def after_backward(self) -> None:
+        pass
+
 
 def _rows_per_rank(parameter: nn.Parameter) -> int:
     """Dim-0 entries of every rank's part but the last ones': FSDP2 cuts as `torch.chunk` does."""
     return -(-parameter.shape[0] // dist.get_world_size())
+
+    def after_backward(self) -> None:
+        pass
 
 
 def _order_backward_gathers(units: Units) -> None:

@@ -22,8 +22,14 @@ class ReplicatedEngine:
             module.register_parameter(name, whole)
             self._parameters.append(whole)
 
+    def shape(self, parameter: nn.Parameter) -> torch.Size:
+        return parameter.shape
+
     def rows(self, parameter: nn.Parameter) -> tuple[int, int]:
         return 0, parameter.shape[0]
+
+    def span(self, parameter: nn.Parameter) -> tuple[int, int]:
+        return 0, parameter.numel()
 
     def store(self, parameter: nn.Parameter, first: int, rows: Tensor) -> None:
         parameter.data[first : first + rows.shape[0]].copy_(rows)
@@ -42,3 +48,6 @@ class ReplicatedEngine:
 
     def resident_bytes(self) -> int:
         return sum(parameter.nbytes for parameter in self._parameters)
+
+    def after_backward(self) -> None:
+        pass

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from qst_models import qst_config
-from runs import adapter_digest, train
+from whole_runs import adapter_digest, train
 
 from dist_qft.config.schema import RunConfig
 from dist_qft.errors import UserError
