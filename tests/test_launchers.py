@@ -15,8 +15,8 @@ import psutil
 import pytest
 from ranks import RankPool
 from ruamel.yaml import YAML
-from runs import train_losses
 from tiny_model import tiny_config
+from whole_runs import train_losses
 
 from dist_qft.checkpoint import TRAINER_STATE, newest_valid
 

@@ -14,6 +14,7 @@ import ctypes
 import hashlib
 import json
 import math
+from operator import attrgetter
 
 import torch
 from torch import Tensor, nn
@@ -49,15 +50,19 @@ class Fingerprint:
         return hashlib.sha256(json.dumps(pairs).encode()).hexdigest()
 
 
-def check_names(base: BaseModel, source: TensorSource, engine: Engine) -> dict[str, str]:
+def check_names(base: BaseModel, source: TensorSource, engine: Engine | None = None) -> dict[str, str]:
     """Model tensor name -> source tensor name, for all the base needs.
+
+    Args:
+        engine: what has sharded the base, if something has: from then on it knows the shapes.
 
     Raises:
         UserError: missing tensors, or a vocabulary or layer of another shape; before anything is read.
     """
+    shape = engine.shape if engine else attrgetter("shape")
     needed = {f"{path}.weight": (layer.out_features, layer.in_features) for path, layer in base.linears.items()}
     needed |= {f"{path}.weight": (t.num_embeddings, t.embedding_dim) for path, t in base.tables().items()}
-    needed |= {name: tuple(engine.shape(parameter)) for name, parameter in dense_parameters(base)}
+    needed |= {name: tuple(shape(parameter)) for name, parameter in dense_parameters(base)}
     stored = source.names()
     prefix = base.model.base_model_prefix + "."
     found, missing = {}, []

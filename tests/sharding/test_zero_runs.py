@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from runs import adapter_digest, train, train_losses
 from tiny_model import tiny_config
 from torch import Tensor
+from whole_runs import adapter_digest, train, train_losses
 
 from dist_qft.checkpoint import list_checkpoints, read_checkpoint
 
