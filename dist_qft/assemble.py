@@ -1,29 +1,53 @@
 """From a config to live parts: what training, evaluation, generation and merging all begin with."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 
 import torch
+import torch.distributed as dist
+from torch import Tensor, nn
 
 from dist_qft.base_model.load import load_base
 from dist_qft.base_model.skeleton import BaseModel
-from dist_qft.base_model.sources import open_source
+from dist_qft.base_model.sources import TensorSource, open_source
 from dist_qft.checkpoint import Checkpoint
-from dist_qft.config.schema import ModelConfig, RunConfig
+from dist_qft.collectives import agreed
+from dist_qft.config.schema import RunConfig
+from dist_qft.config.zero_file import read_zero_options
+from dist_qft.data.dataset import TokenDataset
 from dist_qft.errors import UserError
-from dist_qft.methods.attach import AdapterSet
-from dist_qft.methods.schedule import LinearShape, TileSettings
+from dist_qft.forward import BaseForward, Forward
+from dist_qft.methods.adapter_plan import AdapterPlan, stored_adapters
+from dist_qft.methods.qst.cached_forward import CachedForward
+from dist_qft.methods.qst.hidden_cache import CacheLayout, HiddenCache, require_space
+from dist_qft.methods.qst.plan import SidePlan, plan_side_network, stored_side_network
+from dist_qft.methods.qst.pruning import start_from_base
+from dist_qft.methods.schedule import LinearShape, plan_adapters
+from dist_qft.methods.trainable import Plan, TrainableSet
 from dist_qft.sharding.engine import Engine, make_engine
-
-ADAPTER_TYPE = "DIST_QFT_TILE"  # not a PEFT name: other loaders must fail loudly, not serve the bare base
+from dist_qft.task import Task, make_task
 
 
 @dataclass(frozen=True)
 class Assembled:
-    """A loaded base with its adapters attached."""
+    """A loaded base with its adapters (or its side network) attached, and the task with what it trains itself."""
 
     base: BaseModel
     engine: Engine
-    adapters: AdapterSet
+    adapters: TrainableSet
+    task: Task
+
+    def named_tensors(self) -> list[tuple[str, nn.Parameter]]:
+        """Every trainable in the order of the forward pass."""
+        return [*self.adapters.named_tensors(), *self.task.named_tensors()]
+
+    def load_tensors(self, tensors: Mapping[str, Tensor]) -> None:
+        """Copy values into the trainables; UserError unless names and shapes are those of `named_tensors`."""
+        of_task = {name: tensors[name] for name, _ in self.task.named_tensors() if name in tensors}
+        self.task.load_tensors(of_task)
+        self.adapters.load_tensors({name: tensor for name, tensor in tensors.items() if name not in of_task})
 
 
 def compute_dtype(setting: str, device: torch.device) -> torch.dtype:
@@ -41,58 +65,122 @@ def linear_shapes(base: BaseModel) -> list[LinearShape]:
     ]
 
 
-def assemble(config: RunConfig, skeleton: BaseModel, plan: dict[str, TileSettings], device: torch.device) -> Assembled:
-    """Shard and load the base, build the adapters and hook them on. Collective; the heavy part of a start."""
-    engine = make_engine(config.sharding.engine, reshard_after_forward=config.sharding.reshard_after_forward)
-    materialize(skeleton, config.model, engine, device)
+def plan_trainables(config: RunConfig, base: BaseModel) -> Plan:
+    """What the config's method trains beside this base; from shapes alone. UserError if it does not fit."""
+    if config.method.name == "qst":
+        return plan_side_network(config.method, base)
+    return AdapterPlan(plan_adapters(config.method, linear_shapes(base)))
+
+
+def stored_plan(checkpoint: Checkpoint, base: BaseModel) -> Plan:
+    """What a checkpoint holds, to be put beside this base. UserError if it is nothing of ours or does not fit."""
+    stored, where = checkpoint.adapter_config, str(checkpoint.path)
+    match stored.get("peft_type"):
+        case AdapterPlan.peft_type:
+            return stored_adapters(stored, where)
+        case SidePlan.peft_type:
+            return stored_side_network(stored, base, where)
+        case other:
+            allowed = f"'{AdapterPlan.peft_type}' or '{SidePlan.peft_type}'"
+            raise UserError(f"{where}: peft_type is '{other}', need {allowed}")
+
+
+def start_fresh(config: RunConfig, parts: Assembled) -> None:
+    """With `method.init: pruned`, start the side network from the base's weights.
+
+    On rank 0 alone: the others' trainables are made equal to its own before they are used.
+    """
+    if config.method.init == "pruned" and dist.get_rank() == 0:
+        start_from_base(parts.adapters, parts.base, open_source(config.model))
+
+
+def make_forward(config: RunConfig, parts: Assembled, plan: Plan, data: TokenDataset, device: torch.device) -> Forward:
+    """How training runs the model: through the base, or with `method.cache` from its stored hidden states."""
+    through_base = BaseForward(parts.base, device)
+    if config.method.cache != "disk":
+        return through_base
+    layout = CacheLayout.of(plan, parts.base.dtype)
+    base, folder = parts.base, cache_folder(config)
+    cache = HiddenCache(folder, layout, data.lengths, base=base.fingerprint, data=data.digest)
+    base.notes.append(f"hidden-state cache {folder}: {cache.filled:,} of {len(data):,} rows are there")
+    keep_head = partial(parts.engine.keep_gathered, base.units.tables[-1])  # all that a cached step needs of the base
+    return CachedForward(through_base, parts.adapters, cache, device, keep_head)
+
+
+def check_cache(config: RunConfig, plan: Plan, base: BaseModel, data: TokenDataset) -> list[str]:
+    """A line on the hidden-state cache that the config asks for, if any. UserError if the disk has no room for it."""
+    if config.method.cache != "disk":
+        return []
+    size, folder = CacheLayout.of(plan, base.dtype).bytes_of(data.lengths), cache_folder(config)
+    require_space(folder, size)
+    return [f"hidden-state cache {folder}: {size / 2**30:,.2f} GiB for {len(data):,} rows"]
+
+
+def cache_folder(config: RunConfig) -> Path:
+    """Where a run keeps hidden states."""
+    return Path(config.output_dir) / "hidden_cache"
+
+
+def assemble(
+    config: RunConfig, skeleton: BaseModel, plan: Plan, device: torch.device, source: TensorSource | None = None
+) -> Assembled:
+    """Shard and load the base, build the trainables and hook them on. Collective; the heavy part of a start.
+
+    `source` holds the base's weights; without it, `model.path` is opened here.
+    """
+    sharding = config.sharding
+    engine = make_engine(
+        sharding.engine,
+        reshard_after_forward=sharding.reshard_after_forward,
+        prefetch_bytes=int(sharding.prefetch_megabytes * 2**20),
+        offload=sharding.offload,
+        zero_options=read_zero_options(config),
+    )
+    materialize(skeleton, source or open_source(config.model), engine, device)
     skeleton.head.loss_megabytes = config.train.loss_chunk_megabytes
-    adapters = AdapterSet.build(plan, config.train.seed).to(device)
+    adapters = plan.build(config.train.seed).to(device)
     adapters.attach(skeleton.model)
-    return Assembled(skeleton, engine, adapters)
+    return Assembled(skeleton, engine, adapters, make_task(config.task, skeleton, device))
 
 
-def materialize(skeleton: BaseModel, model: ModelConfig, engine: Engine, device: torch.device) -> None:
-    """Let the engine take the skeleton, and load the weights of `model` into it. Collective."""
+def materialize(skeleton: BaseModel, source: TensorSource, engine: Engine, device: torch.device) -> None:
+    """Let the engine take the skeleton, and load its weights. Collective."""
     engine.shard(skeleton.units, device)
     _move_buffers(skeleton, device)
-    load_base(skeleton, open_source(model), engine, device)
+    load_base(skeleton, source, engine, device)
 
 
-def adapter_config(config: RunConfig, base: BaseModel, plan: dict[str, TileSettings]) -> dict:
+def adapter_config(config: RunConfig, base: BaseModel, plan: Plan) -> dict:
     """What an adapter file must say about itself to be loaded, checked and merged later."""
     return {
-        "peft_type": ADAPTER_TYPE,
+        "peft_type": plan.peft_type,
         "format_version": 1,
         "method": config.method.name,
         "base_model_name_or_path": config.model.path,
         "base_fingerprint": base.fingerprint,
-        "tiles": {path: settings.to_dict() for path, settings in plan.items()},
+        **plan.describe(),
         "run_config": config.model_dump(),
     }
 
 
-def check_adapter(checkpoint: Checkpoint, plan: dict[str, TileSettings]) -> None:
-    """Refuse a checkpoint whose adapters are not those of the config; before the base is loaded."""
+def check_adapter(checkpoint: Checkpoint, plan: Plan) -> None:
+    """Refuse a checkpoint whose trainables are not those of the config; before the base is loaded."""
     found = checkpoint.adapter_config
-    if found.get("peft_type") != ADAPTER_TYPE:
-        raise UserError(f"{checkpoint.path}: peft_type is '{found.get('peft_type')}', need '{ADAPTER_TYPE}'")
-    wanted = {path: settings.to_dict() for path, settings in plan.items()}
-    tiles = found["tiles"]
-    for path in sorted(set(wanted) | set(tiles)):
-        if wanted.get(path) != tiles.get(path):
-            raise UserError(
-                f"{checkpoint.path}: adapter of {path} is {tiles.get(path, 'absent')}, "
-                f"the config asks for {wanted.get(path, 'none')}"
-            )
+    if found.get("peft_type") != plan.peft_type:
+        raise UserError(f"{checkpoint.path}: peft_type is {found.get('peft_type')!r}, need {plan.peft_type!r}")
+    if difference := plan.difference(found):
+        raise UserError(f"{checkpoint.path}: {difference}")
 
 
 def check_fingerprint(checkpoint: Checkpoint, base: BaseModel) -> None:
-    """Refuse an adapter that was trained on another base, or on another quantization of it."""
-    expected = checkpoint.adapter_config["base_fingerprint"]
+    """Refuse an adapter that was trained on another base, or on another quantization of it. Alike on all ranks."""
+    expected = str(checkpoint.adapter_config.get("base_fingerprint"))
     if expected != base.fingerprint:
-        raise UserError(
-            f"{checkpoint.path}: trained on base {expected[:16]}..., "
-            f"this base is {base.fingerprint[:16]}... (another model or another quantization)"
+        raise agreed(
+            UserError(
+                f"{checkpoint.path}: trained on base {expected[:16]}..., "
+                f"this base is {base.fingerprint[:16]}... (another model or another quantization)"
+            )
         )
 
 

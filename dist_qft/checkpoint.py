@@ -8,45 +8,71 @@ A checkpoint is a folder `checkpoint-<step>` with
     trainer_state.json         step, samples seen, data digest and chain, loss history, resolved config
     manifest.json              size and SHA-256 of every other file
 
-It is written under a temporary name, fsynced, renamed, and only then are old ones removed. Reading verifies
-the manifest first, so a torn or altered checkpoint is refused with the file's name, and the newest one that
-verifies is used. Trainables are replicated: rank 0 writes, any world size and any engine can resume.
+It is published whole (manifest.py), and only then are old ones removed. Reading verifies the manifest first, so a
+torn or altered checkpoint is refused with the file's name, and the newest one that verifies is used. Trainables are
+replicated: rank 0 writes, any world size and any engine can resume.
+
+Not here: which checkpoint a run continues from and whether it may (resume.py).
 """
 
-import hashlib
 import json
-import os
 import re
 import shutil
-import uuid
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any, TypeVar
 
+from pydantic import TypeAdapter, ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
+from dist_qft import manifest
+from dist_qft.config.schema import NonNegative
 from dist_qft.errors import CorruptFileError, SetupError, UserError
+from dist_qft.manifest import publish_folder, remove_folder, temporary_name
 
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_MODEL = "adapter_model.safetensors"
 OPTIMIZER = "optimizer.safetensors"
 TRAINER_STATE = "trainer_state.json"
-MANIFEST = "manifest.json"
-_NAME = re.compile(r"checkpoint-(\d+)$")
+_FILES = (ADAPTER_CONFIG, ADAPTER_MODEL, OPTIMIZER, TRAINER_STATE)
+
+_NAME = re.compile(r"checkpoint-(\d+)")
+
+_T = TypeVar("_T")
+
+
+@dataclass(frozen=True)
+class BaseEvaluation:
+    """Held-out loss of the bare base, which a resumed run need not measure again on the same data."""
+
+    data_digest: str
+    loss: float
+    tokens: int
+    metrics: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass
 class TrainerState:
-    """Where a run stands. No RNG state: every random draw is a function of (seed, step, position)."""
+    """Where a run stands. No RNG state: every random draw is a function of (seed, step, position).
 
-    step: int = 0
-    samples_seen: int = 0
+    Attributes:
+        data_chain: hash chain over the ids of all samples used so far, in order.
+        world_size: of the run that wrote it, for the record; any other may resume.
+        history: step (1-based), loss, lr and grad_norm of every step so far.
+        base_eval: None if there is no held-out data.
+    """
+
+    step: NonNegative = 0
+    samples_seen: NonNegative = 0
     data_digest: str = ""
     data_chain: str = ""
     world_size: int = 1
-    history: list[dict] = field(default_factory=list)
-    config: dict = field(default_factory=dict)
+    history: list[dict[str, int | float]] = field(default_factory=list)
+    base_eval: BaseEvaluation | None = None
+    config: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -54,7 +80,7 @@ class Checkpoint:
     """A verified checkpoint in memory."""
 
     path: Path
-    adapter_config: dict
+    adapter_config: dict[str, Any]
     trainables: dict[str, Tensor]
     optimizer: dict[str, Tensor]
     state: TrainerState
@@ -63,12 +89,14 @@ class Checkpoint:
 def write_checkpoint(
     output_dir: Path,
     *,
-    adapter_config: dict,
+    adapter_config: dict[str, Any],
     trainables: dict[str, Tensor],
     optimizer: dict[str, Tensor],
     state: TrainerState,
 ) -> Path:
-    """Publish `checkpoint-<step>` under `output_dir`; an existing valid one of that step is kept as it is.
+    """Publish `checkpoint-<step>` under `output_dir`: complete and verified, or not at all.
+
+    A valid one of that step is kept as it is, a torn one is replaced.
 
     Raises:
         SetupError: no space or no permission; nothing is left behind.
@@ -80,60 +108,22 @@ def write_checkpoint(
     if final.exists():
         if fault_in(final) is None:
             return final
-        shutil.rmtree(final)
-    files = {
-        ADAPTER_CONFIG: _json_bytes(adapter_config),
-        ADAPTER_MODEL: save(_on_cpu(trainables)),
-        OPTIMIZER: save(_on_cpu(optimizer)),
-        TRAINER_STATE: _json_bytes(asdict(state)),
-    }
-    return publish_folder(final, files)
+        remove_folder(final)
 
+    def files() -> Iterator[tuple[str, bytes]]:
+        # One at a time: the moments of a large adapter are gigabytes.
+        yield ADAPTER_CONFIG, _json_bytes(adapter_config)
+        yield ADAPTER_MODEL, save(trainables)
+        yield OPTIMIZER, save(optimizer)
+        yield TRAINER_STATE, _json_bytes(asdict(state))
 
-def publish_folder(final: Path, files: dict[str, bytes]) -> Path:
-    """Write `files` and their manifest as the folder `final`: complete and verified, or not at all."""
-    temporary = final.parent / f".tmp-{final.name}-{uuid.uuid4().hex[:8]}"
-    manifest = {name: {"size": len(data), "sha256": _sha256(data)} for name, data in files.items()}
-    try:
-        temporary.mkdir(parents=True)
-        for name, data in {**files, MANIFEST: _json_bytes({"version": 1, "files": manifest})}.items():
-            _write_synced(temporary / name, data)
-        fault = fault_in(temporary)
-        if fault:
-            raise CorruptFileError(f"{temporary}: read back differently from what was written: {fault}")
-        _sync_folder(temporary)
-        os.rename(temporary, final)
-        _sync_folder(final.parent)
-    except OSError as error:
-        shutil.rmtree(temporary, ignore_errors=True)
-        needed = sum(len(data) for data in files.values())
-        raise SetupError(f"{final}: cannot write {needed} bytes: {error.strerror or error}") from error
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
+    publish_folder(final, files())
     return final
 
 
 def fault_in(folder: Path) -> str | None:
-    """Why this checkpoint cannot be trusted, naming the file; None if every file matches the manifest."""
-    try:
-        manifest = json.loads((folder / MANIFEST).read_bytes())["files"]
-        expected = {str(name): (int(e["size"]), str(e["sha256"])) for name, e in manifest.items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        return f"{MANIFEST}: {error}"
-    for name, (size, digest) in expected.items():
-        if Path(name).name != name:
-            return f"{MANIFEST}: file name '{name}' leaves the folder"
-        try:
-            data = (folder / name).read_bytes()
-        except OSError as error:
-            return f"{name}: {error.strerror}"
-        if len(data) != size:
-            return f"{name}: {len(data)} bytes, manifest says {size}"
-        if _sha256(data) != digest:
-            return f"{name}: SHA-256 {_sha256(data)[:12]}..., manifest says {digest[:12]}..."
-    missing = {ADAPTER_CONFIG, ADAPTER_MODEL, TRAINER_STATE} - set(expected)
-    return f"{MANIFEST}: does not list {sorted(missing)[0]}" if missing else None
+    """Why this checkpoint cannot be trusted, naming the file; None if every file is as the manifest says."""
+    return manifest.fault_in(folder, _FILES)
 
 
 def read_checkpoint(folder: Path) -> Checkpoint:
@@ -145,25 +135,31 @@ def read_checkpoint(folder: Path) -> Checkpoint:
     """
     if not folder.is_dir():
         raise UserError(f"no checkpoint folder '{folder}'")
-    fault = fault_in(folder)
-    if fault:
+    if fault := fault_in(folder):
         raise CorruptFileError(f"{folder}: {fault}")
+    return Checkpoint(
+        path=folder,
+        adapter_config=_parsed(folder / ADAPTER_CONFIG, TypeAdapter(dict[str, Any]).validate_json),
+        trainables=_parsed(folder / ADAPTER_MODEL, load),
+        optimizer=_parsed(folder / OPTIMIZER, load),
+        state=_parsed(folder / TRAINER_STATE, TypeAdapter(TrainerState).validate_json),
+    )
+
+
+def _parsed(path: Path, parse: Callable[[bytes], _T]) -> _T:
     try:
-        optimizer = folder / OPTIMIZER
-        return Checkpoint(
-            folder,
-            json.loads((folder / ADAPTER_CONFIG).read_bytes()),
-            load((folder / ADAPTER_MODEL).read_bytes()),
-            load(optimizer.read_bytes()) if optimizer.exists() else {},
-            TrainerState(**json.loads((folder / TRAINER_STATE).read_bytes())),
-        )
-    except (SafetensorError, ValueError, TypeError) as error:
-        raise CorruptFileError(f"{folder}: {error}") from error
+        return parse(path.read_bytes())
+    except ValidationError as error:
+        fault = error.errors()[0]
+        reason = f"{'.'.join(map(str, fault['loc'])) or 'content'}: {fault['msg']}"
+    except (SafetensorError, OSError) as error:
+        reason = str(error)
+    raise CorruptFileError(f"{path}: {reason}")
 
 
 def list_checkpoints(output_dir: Path) -> list[Path]:
     """Published checkpoints, oldest first; temporary folders are not among them."""
-    found = [(int(m[1]), path) for path in output_dir.glob("checkpoint-*") if (m := _NAME.match(path.name))]
+    found = [(int(m[1]), path) for path in output_dir.glob("*") if (m := _NAME.fullmatch(path.name))]
     return [path for _, path in sorted(found)]
 
 
@@ -179,50 +175,32 @@ def newest_valid(output_dir: Path) -> tuple[Path | None, list[str]]:
 
 
 def prune(output_dir: Path, keep: int) -> None:
-    """Remove the oldest checkpoints beyond `keep` valid ones, and leftovers of interrupted writes."""
-    for leftover in output_dir.glob(".tmp-checkpoint-*"):
-        shutil.rmtree(leftover, ignore_errors=True)
-    valid = [path for path in list_checkpoints(output_dir) if fault_in(path) is None]
-    for path in valid[: max(0, len(valid) - keep)]:
-        # Renamed first: a half-removed checkpoint must not look like a torn one.
-        doomed = path.parent / f".tmp-{path.name}-removed"
-        os.rename(path, doomed)
-        shutil.rmtree(doomed, ignore_errors=True)
+    """Remove all that is older than the newest `keep` valid checkpoints; torn ones do not count as valid."""
+    valid = 0
+    for path in reversed(list_checkpoints(output_dir)):
+        if valid == keep:
+            remove_folder(path)
+        elif fault_in(path) is None:
+            valid += 1
 
 
 def require_writable(output_dir: Path) -> None:
     """Make the folder and prove that files can be created in it; before anything heavy is done."""
-    probe = output_dir / f".probe-{uuid.uuid4().hex[:8]}"
+    probe = temporary_name(output_dir / "probe")
     try:
         output_dir.mkdir(parents=True, exist_ok=True)
-        probe.write_bytes(b"x")
-        probe.unlink()
+        probe.mkdir()
+        probe.rmdir()
     except OSError as error:
         raise UserError(f"output_dir: cannot write to '{output_dir}': {error.strerror}") from error
 
 
-def _on_cpu(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {name: tensor.detach().to("cpu").contiguous().clone() for name, tensor in tensors.items()}
+def require_space(output_dir: Path, needed: int) -> None:
+    """Refuse to start a run whose first checkpoint, of at least `needed` bytes, would not fit."""
+    free = shutil.disk_usage(output_dir).free
+    if free < needed:
+        raise SetupError(f"output_dir: '{output_dir}' has {free} bytes free, a checkpoint needs {needed}")
 
 
-def _json_bytes(value: dict) -> bytes:
+def _json_bytes(value: dict[str, Any]) -> bytes:
     return (json.dumps(value, indent=1) + "\n").encode()
-
-
-def _sha256(data: bytes) -> str:
-    return hashlib.sha256(data).hexdigest()
-
-
-def _write_synced(path: Path, data: bytes) -> None:
-    with open(path, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -4,7 +4,9 @@ Verbs import what they need when they run: `--help` and a refused config must no
 """
 
 import os
+import signal
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -30,10 +32,15 @@ OVERRIDABLE = {"ignore_unknown_options": True}
 # The rank on its node, before there is a process group to ask: torchrun, Slurm, Open MPI, MPICH.
 LOCAL_RANK_VARIABLES = ("LOCAL_RANK", "SLURM_LOCALID", "OMPI_COMM_WORLD_LOCAL_RANK", "MPI_LOCALRANKID")
 
+# How long the other ranks of a node leave the word to its first one.
+FIRST_RANK_SECONDS = 10.0
+
 Config = Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML file.", show_default=False)]
 Overrides = Annotated[
     list[str] | None,
-    typer.Argument(metavar="key.sub=value", help="Settings that replace the file's.", show_default=False),
+    typer.Argument(
+        metavar="key.sub=value", help="Settings that replace the file's; or --key.sub value.", show_default=False
+    ),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document and nothing else.")]
 
@@ -53,7 +60,7 @@ def train(
         from dist_qft.plan import make_plan, print_plan
         from dist_qft.world import World
 
-        world = World.from_environment()
+        world = World.from_environment(os.environ)
         if world.rank == 0:
             print_plan(make_plan(settings, world.world_size))
         return
@@ -169,9 +176,14 @@ def main() -> None:
 
 
 def report(error: DistQFTError) -> None:
-    """Print an expected failure once per node, or from each rank that `rank_prefix` marks as having its own."""
+    """Print an expected failure once per node, or from each rank that `rank_prefix` marks as having its own.
+
+    The first rank of a node speaks for all. The others wait: by leaving first they would have the launcher
+    clear that rank away with the message unsaid. The launcher's SIGTERM ends the wait; without one they speak, too.
+    """
     if error.rank_prefix is None and _local_rank() != "0":
-        return
+        signal.signal(signal.SIGTERM, lambda *_: os._exit(error.exit_code))
+        time.sleep(FIRST_RANK_SECONDS)
     where = f"{error.rank_prefix}: " if error.rank_prefix else ""
     first, *rest = f"{where}{error}".splitlines()
     # One write: lines of several ranks must not mix.

@@ -3,11 +3,14 @@
 import hashlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 
+from dist_qft import mpi
 from dist_qft.errors import DistQFTError, PeerLostError, UserError
+from dist_qft.neighbours import Neighbours
 
 
 def require_agreement(facts: Mapping[str, str], device: torch.device) -> None:
@@ -45,14 +48,37 @@ def maximum(value: float, device: torch.device) -> float:
     return float(tensor)
 
 
+class SideGroup:
+    """Where ranks wait for what rank 0 does alone, under a timeout of its own. Making one is collective.
+
+    Over MPI if it started us, else over a gloo group: neither the training group's timeout nor, on CUDA, its streams
+    have a part in it.
+    """
+
+    def __init__(self, timeout_seconds: float) -> None:
+        self.timeout_seconds = timeout_seconds
+        self._mpi = mpi.communicator()
+        if self._mpi is None:
+            self._group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_seconds))
+
+    def barrier(self) -> None:
+        """Wait for all ranks; raises PeerLostError or RuntimeError if they do not all come in time."""
+        if self._mpi is None:
+            dist.barrier(self._group)
+        else:
+            mpi.barrier(self._mpi, self.timeout_seconds)
+
+
 @contextmanager
 def told_by(rank: int, doing: Callable[[], str]) -> Iterator[None]:
-    """Inside, a failed collective becomes PeerLostError, and errors of this rank alone carry its number.
+    """Inside, a failed collective becomes PeerLostError, and errors of this rank alone carry its number. Collective.
 
     Args:
         doing: what the run is at, for the message, such as "step 12".
     """
+    neighbours: Neighbours | None = None
     try:
+        neighbours = Neighbours()
         yield
     except DistQFTError as error:
         if not error.everywhere:
@@ -62,7 +88,9 @@ def told_by(rank: int, doing: Callable[[], str]) -> Iterator[None]:
         if not _is_collective_failure(error):
             raise
         reason = str(error).strip().splitlines()[0]
-        lost = PeerLostError(f"{doing()}: another rank is gone or did not answer in time ({reason})")
+        ended = ", ".join(map(str, neighbours.ended() if neighbours else []))
+        what = f"rank {ended} is gone" if ended else "another rank is gone or did not answer in time"
+        lost = PeerLostError(f"{doing()}: {what} ({reason})")
         lost.rank_prefix = f"rank {rank}"
         raise lost from error
 

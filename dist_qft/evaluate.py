@@ -1,14 +1,16 @@
-"""Held-out loss: every row once, over all ranks, with the adapter and without it."""
+"""Held-out loss and metrics: every row once, over all ranks, with the adapter and without it."""
 
 import json
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
-from dist_qft.assemble import assemble, compute_dtype, linear_shapes
+from dist_qft.assemble import assemble, compute_dtype, plan_trainables
 from dist_qft.base_model.skeleton import BaseModel, build_skeleton
 from dist_qft.checkpoint import list_checkpoints
 from dist_qft.collectives import told_by
@@ -16,8 +18,8 @@ from dist_qft.config.schema import RunConfig
 from dist_qft.data.batches import MicroBatch, eval_batches
 from dist_qft.data.prepare import prepare
 from dist_qft.errors import UserError
-from dist_qft.loss import token_loss
-from dist_qft.methods.schedule import plan_adapters
+from dist_qft.forward import BaseForward
+from dist_qft.task import CausalLM, Task
 from dist_qft.tokenizer import load_tokenizer
 from dist_qft.trained import find_checkpoint, open_trained
 from dist_qft.world import World, connect, device_for
@@ -25,27 +27,58 @@ from dist_qft.world import World, connect, device_for
 
 @dataclass(frozen=True)
 class HeldOut:
-    """Mean cross entropy (nats) per target token."""
+    """Mean loss (nats; squared error of a regression) per target: a token, or a labelled row.
+
+    metrics: of predicted labels; empty for tokens.
+    """
 
     loss: float
     tokens: int
+    metrics: dict[str, float] = field(default_factory=dict)
 
     @property
     def perplexity(self) -> float:
         return math.exp(min(self.loss, 700.0))
 
+    @property
+    def figures(self) -> dict[str, float]:
+        """What to show beside the loss: the metrics, or for tokens the perplexity."""
+        return self.metrics or {"perplexity": self.perplexity}
+
 
 @torch.no_grad()
-def held_out_loss(base: BaseModel, batches: list[MicroBatch], device: torch.device) -> HeldOut:
-    """Loss over this rank's `batches` and everybody else's. Collective: equal numbers of batches on all ranks."""
+def held_out_loss(
+    base: BaseModel, batches: list[MicroBatch], device: torch.device, task: Task | None = None
+) -> HeldOut:
+    """Loss over this rank's `batches` and everybody else's. Collective: equal numbers of batches on all ranks.
+
+    task: default is to predict tokens.
+    """
+    task = task or CausalLM(base)
+    forward = BaseForward(base, device)
     sums = torch.zeros(2, dtype=torch.float64, device=device)
+    predictions, labels = [], []
     for batch in batches:
-        hidden = base.hidden_states(batch.input_ids.to(device), batch.position_ids.to(device))
-        sums[0] += token_loss(hidden, batch.targets.to(device), base.head.loss)
+        loss, predicted = task.loss(forward(batch), batch)
+        sums[0] += loss
         sums[1] += batch.num_targets
+        if predicted is not None:
+            predictions.append(predicted)
+            labels.append(torch.full_like(predicted, torch.nan))
+            labels[-1][: len(batch.labels)] = batch.labels.to(device)
     dist.all_reduce(sums)
     loss, tokens = sums.tolist()
-    return HeldOut(loss / max(tokens, 1), int(tokens))
+    metrics = _metrics(task, torch.cat(predictions), torch.cat(labels)) if predictions else {}
+    return HeldOut(loss / max(tokens, 1), int(tokens), metrics)
+
+
+def _metrics(task: Task, predicted: Tensor, labels: Tensor) -> dict[str, float]:
+    """Metrics over all ranks' rows; rows that only fill up are NaN. Collective."""
+    own = torch.stack([predicted, labels])
+    everyone = [torch.empty_like(own) for _ in range(dist.get_world_size())]
+    dist.all_gather(everyone, own)
+    pairs = torch.cat(everyone, dim=1).double().cpu().numpy()
+    return task.metrics(*pairs[:, ~np.isnan(pairs[1])])
 
 
 def run_evaluation(config: RunConfig, checkpoint_path: str | None, as_json: bool) -> None:
@@ -64,21 +97,21 @@ def run_evaluation(config: RunConfig, checkpoint_path: str | None, as_json: bool
     device = device_for(world, config.sharding.device)
     skeleton = build_skeleton(config.model, config.quantization, compute_dtype(config.train.precision, device))
     cache_dir = Path(config.data.cache_dir or Path(config.output_dir) / "data_cache")
-    data = prepare(config.data, load_tokenizer(config.model), skeleton.vocab_size, cache_dir)
+    data = prepare(config.data, load_tokenizer(config.model), skeleton.vocab_size, cache_dir, config.task)
     with (
         connect(world, device, config.sharding.timeout_seconds),
         told_by(world.rank, lambda: "evaluation"),
     ):
         if checkpoint is None:
-            parts = assemble(config, skeleton, plan_adapters(config.method, linear_shapes(skeleton)), device)
+            parts = assemble(config, skeleton, plan_trainables(config, skeleton), device)
         else:
             parts, _ = open_trained(checkpoint, config, device)
         micro = config.train.per_device_train_batch_size
         batches = eval_batches(data.eval, micro, world.rank, world.world_size)
         with parts.adapters.disabled():
-            results = {"base": held_out_loss(parts.base, batches, device)}
+            results = {"base": held_out_loss(parts.base, batches, device, parts.task)}
         if checkpoint is not None:
-            results["tuned"] = held_out_loss(parts.base, batches, device)
+            results["tuned"] = held_out_loss(parts.base, batches, device, parts.task)
     if world.rank == 0:
         _print(results, str(checkpoint.path) if checkpoint else None, as_json)
 
@@ -86,11 +119,12 @@ def run_evaluation(config: RunConfig, checkpoint_path: str | None, as_json: bool
 def _print(results: dict[str, HeldOut], checkpoint: str | None, as_json: bool) -> None:
     if as_json:
         table = {
-            which: {"loss": held_out.loss, "perplexity": held_out.perplexity, "tokens": held_out.tokens}
+            which: {"loss": held_out.loss, **held_out.figures, "tokens": held_out.tokens}
             for which, held_out in results.items()
         }
         print(json.dumps({"checkpoint": checkpoint, **table}, indent=1))
         return
     for which, held_out in results.items():
         source = f" ({checkpoint})" if which == "tuned" else ""
-        print(f"{which:6} loss {held_out.loss:.4f}  perplexity {held_out.perplexity:.3f}{source}")
+        figures = "".join(f"  {name} {value:.3f}" for name, value in held_out.figures.items())
+        print(f"{which:6} loss {held_out.loss:.4f}{figures}{source}")

@@ -6,6 +6,7 @@ from transformers import PreTrainedTokenizerBase
 
 from dist_qft.base_model.skeleton import BaseModel
 from dist_qft.collectives import told_by
+from dist_qft.errors import UserError
 from dist_qft.trained import config_of, find_checkpoint, open_trained
 from dist_qft.world import World, connect, device_for
 
@@ -44,6 +45,8 @@ def run_generation(path: str, prompts: list[str], max_new_tokens: int, base: boo
     """Print the answers of a run's (or checkpoint's) model; with `base`, the base model's before each."""
     checkpoint = find_checkpoint(path)
     config = config_of(checkpoint)
+    if config.task.name != "causal-lm":
+        raise UserError(f"{checkpoint.path}: trained for {config.task.name}, it answers no prompts; use `eval`")
     world = World.from_environment()
     device = device_for(world, config.sharding.device)
     with (

@@ -8,13 +8,17 @@ Options, rendezvous, restarts and log files are torchrun's own. What differs:
   would end the run by itself and lose their exit codes, among them 75, "preempted and saved".
 * `--nproc-per-node auto`, now the default, is one rank per CUDA device, or one.
 * OMP_NUM_THREADS defaults to the cores divided by the ranks, not to 1.
+* With `--dry-run` among ARGS no rank starts: the command is printed and, for `train`, what rank 0 of that world
+  would do.
 
 Not here: the ranks' side (world.py).
 """
 
 import logging
 import os
+import shlex
 import signal
+import subprocess
 import sys
 from argparse import ArgumentParser, Namespace
 from collections.abc import Mapping, Sequence
@@ -41,8 +45,10 @@ _USAGE = "python -m dist_qft.launch [torchrun options] -- train CONFIG [key.sub=
 
 def main(argv: Sequence[str] | None = None, module: str = "dist_qft") -> int:
     """Run `-m module` with what follows `--`, on every rank of this node, and return the exit code for the shell."""
+    argv = sys.argv[1:] if argv is None else argv
     try:
-        return _launch(_parse(sys.argv[1:] if argv is None else argv, module))
+        args = _parse(argv, module)
+        return _dry_run(args, argv) if "--dry-run" in args.training_script_args else _launch(args)
     except DistQFTError as error:
         print(f"dist_qft.launch: {error}", file=sys.stderr)
         return error.exit_code
@@ -72,6 +78,17 @@ def _parser() -> ArgumentParser:
     # torchrun reads its options from PET_* variables too; those keep their say.
     parser.set_defaults(**{key: value for key, value in _DEFAULTS.items() if f"PET_{key.upper()}" not in os.environ})
     return parser
+
+
+def _dry_run(args: Namespace, argv: Sequence[str]) -> int:
+    launch = [sys.executable, "-m", "dist_qft.launch", *(word for word in argv if word != "--dry-run")]
+    print(shlex.join(launch), flush=True)
+    if args.training_script_args[0] != "train":
+        return 0  # only training has a plan to show
+    world_size = int(args.nproc_per_node) * parse_min_max_nnodes(args.nnodes)[1]
+    rank_0 = {"RANK": "0", "WORLD_SIZE": str(world_size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
+    command = [sys.executable, "-m", args.training_script, *args.training_script_args]
+    return subprocess.run(command, env=os.environ | rank_0).returncode
 
 
 def _launch(args: Namespace) -> int:

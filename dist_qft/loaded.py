@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from dist_qft.assemble import compute_dtype, materialize
 from dist_qft.base_model.quantized_folder import stored_quantization
 from dist_qft.base_model.skeleton import BaseModel, build_skeleton
+from dist_qft.base_model.sources import open_source
 from dist_qft.checkpoint import TRAINER_STATE, Checkpoint, list_checkpoints
 from dist_qft.config.schema import ModelConfig, ShardingConfig
 from dist_qft.errors import UserError
@@ -89,7 +90,7 @@ def open_model(path: Path, device: torch.device) -> BaseModel:
     """A model's files as they are, whole on this process; needs a process group. Collective."""
     model = ModelConfig(path=str(path))
     base = build_skeleton(model, stored_quantization(path), compute_dtype("auto", device))
-    materialize(base, model, make_engine("replicated"), device)
+    materialize(base, open_source(model), make_engine("replicated"), device)
     return base
 
 

@@ -44,9 +44,12 @@ class LogitMap:
         return self.scale if self.cap is None else self.scale * (1.0 - (mapped / self.cap) ** 2)
 
 
-def slice_rows(tokens: int, megabytes: float) -> int:
-    """Vocabulary rows per slice such that the float32 logits of `tokens` fit in `megabytes`; at least 256."""
-    return max(256, int(megabytes * 2**20 / 4 / max(tokens, 1)))
+def slice_rows(tokens: int, dim: int, megabytes: float) -> int:
+    """Vocabulary rows per slice such that their float32 logits, and the rows themselves, fit in `megabytes` each.
+
+    At least 256: narrower slices only cost time.
+    """
+    return max(256, int(megabytes * 2**20 / 4 / max(tokens, dim)))
 
 
 @torch.no_grad()
@@ -77,13 +80,14 @@ def summed_cross_entropy(
         logits = logit_map((hidden @ rows.T).float())
         new_maximum = torch.maximum(maximum, logits.amax(dim=1))
         shrink = torch.exp(maximum - new_maximum)
-        inside = ((targets >= start) & (targets < stop)).nonzero().squeeze(1)
-        local = targets[inside] - start
-        target_logit[inside] = logits[inside, local]
+        # By masks, not by `nonzero`, which on a GPU would wait for the device once per slice.
+        inside = (targets >= start) & (targets < stop)
+        local = (targets - start).clamp(0, stop - start - 1)[:, None]
+        target_logit = torch.where(inside, logits.gather(1, local)[:, 0], target_logit)
         if with_gradient:
             slope = logit_map.slope(logits)
-            target_slope = slope[inside, local, None] if isinstance(slope, Tensor) else slope
-            target_row[inside] = rows[local].float() * target_slope
+            target_slope = slope.gather(1, local) if isinstance(slope, Tensor) else slope
+            target_row = torch.where(inside[:, None], rows[local[:, 0]].float() * target_slope, target_row)
         weights = logits.sub_(new_maximum[:, None]).exp_()
         total.mul_(shrink).add_(weights.sum(dim=1))
         if with_gradient:
@@ -120,7 +124,8 @@ def token_loss(hidden: Tensor, targets: Tensor, head_loss: HeadLoss) -> Tensor:
 
     Args:
         hidden: (batch, length, dim) last hidden states.
-        targets: (batch, length) int64, already shifted, IGNORED where there is no loss.
+        targets: (batch, length) int64, already shifted, IGNORED where there is no loss; best on the CPU, since
+            picking the positions that have a target would make a GPU wait.
         head_loss: called once as head_loss((tokens, dim), (tokens,), with_gradient), also for no tokens at
             all: on a sharded base every rank must take part in gathering the head.
 
@@ -129,9 +134,11 @@ def token_loss(hidden: Tensor, targets: Tensor, head_loss: HeadLoss) -> Tensor:
     """
     flat_targets = targets.reshape(-1)
     positions = (flat_targets != IGNORED).nonzero().squeeze(1)
+    chosen_targets = flat_targets[positions].to(hidden.device)
+    positions = positions.to(hidden.device)
     chosen = hidden.detach().reshape(-1, hidden.shape[-1])[positions]
     needs_gradient = torch.is_grad_enabled() and hidden.requires_grad
-    loss, gradient = head_loss(chosen, flat_targets[positions], needs_gradient)
+    loss, gradient = head_loss(chosen, chosen_targets, needs_gradient)
     if not needs_gradient:
         return loss
     return _KnownGradient.apply(hidden, loss, positions, gradient)

@@ -2,18 +2,27 @@
 
 The same numbers go to all three, so a figure seen in TensorBoard can be found in `metrics.jsonl`. Other ranks
 hold a monitor that does nothing, so the training code has no `if rank == 0`.
+
+A resumed run continues the records of the one before it: what that one reported beyond the checkpoint is dropped,
+since the same steps are about to be reported again.
 """
 
+import contextlib
 import json
+import os
 import socket
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from dist_qft.errors import SetupError
+
 METRICS_FILE = "metrics.jsonl"
+EVENTS_FOLDER = "runs"
 
 
 class Monitor:
@@ -22,20 +31,30 @@ class Monitor:
     Args:
         output_dir: event files go to `runs/<date>_<host>/` below it, JSON lines to `metrics.jsonl`.
         active: False on every rank but 0: all methods do nothing.
-        total_steps, first_step: for the bar.
+        total_steps: where the bar ends.
+        first_step: steps done already; more than 0 is a resumed run.
+
+    Raises (as all methods do but `close`):
+        SetupError: the records cannot be written.
     """
 
     def __init__(self, output_dir: Path, *, active: bool, total_steps: int, first_step: int = 0) -> None:
         self.active = active
-        self._writer = self._lines = self._bar = None
+        self._output_dir = output_dir
+        self._bar = None
         if not active:
             return
         from torch.utils.tensorboard import SummaryWriter
 
-        self.log_dir = output_dir / "runs" / f"{time.strftime('%Y-%m-%d_%H-%M-%S')}_{socket.gethostname()}"
-        self._writer = SummaryWriter(log_dir=str(self.log_dir))
-        self._lines = open(output_dir / METRICS_FILE, "a", encoding="utf-8")  # noqa: SIM115 - open for the run
-        self._console = Console(file=sys.stderr, highlight=False)
+        with self._recording():
+            # Events of a killed run beyond its checkpoint are hidden by TensorBoard itself, within one folder.
+            purge_step = first_step + 1 if first_step else None
+            self._writer = SummaryWriter(str(_log_dir(output_dir / EVENTS_FOLDER, first_step)), purge_step=purge_step)
+            metrics = output_dir / METRICS_FILE
+            _drop_after(metrics, first_step)
+            self._lines = open(metrics, "a", encoding="utf-8")  # noqa: SIM115 - open for the run
+        # Answers are shown as they are: no markup, no ":smile:" turned into a picture.
+        self._console = Console(file=sys.stderr, highlight=False, markup=False, emoji=False)
         if self._console.is_terminal:
             columns = [TextColumn("train"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[note]}")]
             self._bar = Progress(*columns, TimeRemainingColumn(), console=self._console)
@@ -49,16 +68,16 @@ class Monitor:
     def say(self, text: str) -> None:
         """One line for the person watching."""
         if self.active:
-            self._console.print(text, markup=False, soft_wrap=True)
+            self._console.print(text, soft_wrap=True)
 
     def scalars(self, step: int, values: dict[str, float]) -> None:
         """Record numbers under their tags at an optimizer step (1-based: steps done)."""
         if not self.active:
             return
-        for tag, value in values.items():
-            self._writer.add_scalar(tag, value, step)
-        self._lines.write(json.dumps({"step": step, **values}) + "\n")
-        self._lines.flush()
+        with self._recording():
+            for tag, value in values.items():
+                self._writer.add_scalar(tag, value, step)
+            self._write_line({"step": step, **values})
 
     def progress(self, step: int, total_steps: int, note: str) -> None:
         """Advance the bar, or print a plain line where there is no terminal."""
@@ -69,23 +88,67 @@ class Monitor:
 
     def text(self, step: int, tag: str, text: str) -> None:
         """Record a piece of text, such as a generated answer."""
-        if self.active:
+        if not self.active:
+            return
+        with self._recording():
             self._writer.add_text(tag, text, step)
-            self._lines.write(json.dumps({"step": step, tag: text}) + "\n")
+            self._write_line({"step": step, tag: text})
 
-    def hparams(self, settings: dict[str, object], results: dict[str, float]) -> None:
+    def hparams(self, settings: dict[str, object], results: dict[str, float | None]) -> None:
         """Record the run's settings beside its results, for TensorBoard's comparison of runs."""
+        if not self.active:
+            return
+        plain = {k: v if isinstance(v, int | float | str | bool) else str(v) for k, v in settings.items()}
+        known = {tag: value for tag, value in results.items() if value is not None}
+        with self._recording():
+            self._writer.add_hparams(plain, known, run_name=".")
+
+    def flush(self) -> None:
+        """Bring everything recorded so far to the disk, as a checkpoint of this step is about to be."""
         if self.active:
-            plain = {k: v if isinstance(v, int | float | str | bool) else str(v) for k, v in settings.items()}
-            self._writer.add_hparams(plain, results, run_name=".")
+            with self._recording():
+                self._writer.flush()
 
     def close(self) -> None:
-        """Flush and close all sinks; safe to call twice."""
+        """Take the bar off the terminal and close the files; safe to call twice, and after a failure."""
         if self._bar:
             self._bar.stop()
             self._bar = None
-        if self._writer:
-            self._writer.close()
-            self._lines.close()
-            self._writer = None
+        if self.active:
             self.active = False
+            # A full disk has been reported by whoever wrote; it must not hide the error that ends the run.
+            with contextlib.suppress(OSError):
+                self._lines.close()
+                self._writer.close()
+
+    def _write_line(self, record: dict[str, object]) -> None:
+        self._lines.write(json.dumps(record) + "\n")
+        self._lines.flush()
+
+    @contextlib.contextmanager
+    def _recording(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise SetupError(f"{self._output_dir}: cannot record metrics: {error.strerror or error}") from error
+
+
+def _log_dir(folder: Path, first_step: int) -> Path:
+    """A new folder for a fresh run, the newest one for a resumed run: its curves go on where they were."""
+    earlier = sorted(path for path in folder.glob("*") if path.is_dir())
+    if first_step and earlier:
+        return earlier[-1]
+    return folder / f"{time.strftime('%Y-%m-%d_%H-%M-%S')}_{socket.gethostname()}"
+
+
+def _drop_after(metrics: Path, step: int) -> None:
+    """Drop the records of later steps and a line that a kill cut short; a fresh run (step 0) begins anew."""
+    kept = []
+    if step and metrics.exists():
+        for line in metrics.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True):
+            with contextlib.suppress(ValueError, KeyError, TypeError):
+                if line.endswith("\n") and json.loads(line)["step"] <= step:
+                    kept.append(line)
+    temporary = metrics.with_name(f".tmp-{metrics.name}")
+    temporary.write_text("".join(kept), encoding="utf-8")
+    os.replace(temporary, metrics)

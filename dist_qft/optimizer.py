@@ -6,7 +6,9 @@ import torch
 from torch import Tensor, nn
 
 from dist_qft.config.schema import TrainConfig
-from dist_qft.errors import CorruptFileError, SetupError
+from dist_qft.errors import CorruptFileError, SetupError, UserError
+
+_NORM_CHUNK = 1 << 22  # values per piece of the norm: bounds the float64 copy to 32 MiB
 
 
 def learning_rate(config: TrainConfig, step: int, total_steps: int) -> float:
@@ -43,8 +45,10 @@ def make_optimizer(config: TrainConfig, values: nn.Parameter) -> torch.optim.Opt
 
 
 def clip_gradient(values: nn.Parameter, max_norm: float | None) -> Tensor:
-    """Scale the flat gradient to at most `max_norm` (L2); returns the norm before, as a tensor."""
-    norm = values.grad.norm()
+    """Scale the flat gradient to at most `max_norm` (L2); returns the norm before, as a float64 tensor."""
+    # In float64, because squares of finite float32 values overflow float32: clipping by inf would zero the step.
+    parts = values.grad.split(_NORM_CHUNK)
+    norm = torch.stack([torch.linalg.vector_norm(part, dtype=torch.float64) for part in parts]).norm()
     if max_norm is not None:
         values.grad.mul_((max_norm / (norm + 1e-6)).clamp(max=1.0))
     return norm
@@ -59,10 +63,33 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer, values: nn.Parameter) ->
 def load_optimizer_tensors(
     optimizer: torch.optim.Optimizer, values: nn.Parameter, tensors: dict[str, Tensor], where: str
 ) -> None:
-    """Put saved state back. Raises CorruptFileError if a moment's size is not that of the trainables."""
-    for key, tensor in tensors.items():
-        if key in ("exp_avg", "exp_avg_sq") and tensor.numel() != values.numel():
-            raise CorruptFileError(f"{where}: {key} has {tensor.numel()} values, the trainables {values.numel()}")
+    """Put saved state back into an optimizer that has not stepped yet.
+
+    Raises:
+        UserError: the state is another optimizer's.
+        CorruptFileError: a tensor's shape is not the one this optimizer needs.
+    """
+    fresh = _fresh_state(optimizer, values)
+    if set(fresh) != set(tensors):
+        raise UserError(
+            f"{where}: saved with another train.optim: its state has {', '.join(sorted(tensors))}, "
+            f"{type(optimizer).__name__} needs {', '.join(sorted(fresh))}"
+        )
+    for key, blank in fresh.items():
+        needed = list(blank.shape) if isinstance(blank, Tensor) else []
+        if list(tensors[key].shape) != needed:
+            raise CorruptFileError(f"{where}: {key} has shape {list(tensors[key].shape)}, the trainables need {needed}")
     optimizer.state[values] = {
-        key: tensor if key == "step" else tensor.to(values.device) for key, tensor in tensors.items()
+        # Into the buffers that are there: bitsandbytes' live in paged memory.
+        key: blank.copy_(tensors[key]) if isinstance(blank, Tensor) else tensors[key].item()
+        for key, blank in fresh.items()
     }
+
+
+def _fresh_state(optimizer: torch.optim.Optimizer, values: nn.Parameter) -> dict[str, Tensor | int]:
+    if isinstance(optimizer, torch.optim.AdamW):
+        # As the fused kernel wants it: the step count is a float32 scalar on the parameter's device.
+        step = torch.zeros((), device=values.device)
+        return {"step": step, "exp_avg": torch.zeros_like(values), "exp_avg_sq": torch.zeros_like(values)}
+    optimizer.init_state(optimizer.param_groups[0], values, 0, 0)
+    return dict(optimizer.state[values])

@@ -16,14 +16,16 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from dist_qft.assemble import compute_dtype, linear_shapes
+from dist_qft.assemble import compute_dtype, linear_shapes, plan_trainables
 from dist_qft.base_model.skeleton import BaseModel, build_skeleton
 from dist_qft.config.check import accumulation_steps, config_warnings
 from dist_qft.config.schema import RunConfig, TrainConfig
-from dist_qft.methods.schedule import LinearShape, TileSettings, layer_type, plan_adapters
+from dist_qft.methods.qst.plan import SidePlan
+from dist_qft.methods.schedule import LinearShape, TileSettings, layer_type
 from dist_qft.quant.contract import Format
 from dist_qft.quant.frozen import FrozenWeight
 from dist_qft.sharding.engine import parameter_owners
+from dist_qft.task import head_outputs
 
 # The packed tensor that has one entry for each block, whatever the format.
 _PER_BLOCK = ("absmax", "absmax_codes", "scale")
@@ -32,11 +34,14 @@ _PER_BLOCK = ("absmax", "absmax_codes", "scale")
 def make_plan(config: RunConfig, world_size: int) -> dict[str, Any]:
     """The plan of `config` on `world_size` ranks as JSON-able data; every `_bytes` value is in bytes.
 
+    * trainable_parameters: the adapters' or the side network's, and those of the task's own head.
     * base_bytes_per_rank: what the fullest rank holds. With `fsdp` each packed tensor is cut on dim 0 into parts
-      of ceil(rows / N) rows; with `replicated` it is all of base_bytes.
+      of ceil(rows / N) rows, with `zero` into parts of ceil(elements / N); with `replicated` it is all of base_bytes.
     * gather_bytes_per_micro_batch: what one rank receives, by the formula of `dist_qft.sharding.fsdp`:
-      (N-1)/N * (embedding + LM head + 2 * rest), the tied embedding counted for both its uses and the rest once
-      if layers are not resharded. 0 with `replicated`.
+      (N-1)/N * (embedding + LM head + 2 * rest), a tied table counted for both its uses. Without resharding
+      it is (N-1)/N * (LM head + rest): the embedding, once gathered, stays. `zero` always reshards. 0 with
+      `replicated`. Where nothing flows back through the base (qst) the rest counts once, or not at all without
+      resharding: it then stays.
     * gather_bytes_per_step: that times the accumulation steps.
     * reduce_bytes_per_step: 4 * trainable parameters, the fp32 gradient buffer without its small header.
     * checkpoint_bytes: adapter (fp32) and optimizer state.
@@ -48,13 +53,19 @@ def make_plan(config: RunConfig, world_size: int) -> dict[str, Any]:
     accumulation = accumulation_steps(config, world_size)
     dtype = compute_dtype(config.train.precision, _device(config))
     base = build_skeleton(config.model, config.quantization, dtype)
-    layers = linear_shapes(base)
-    adapters = plan_adapters(config.method, layers)
-    trainable = sum(settings.parameters for settings in adapters.values())
+    trainables = plan_trainables(config, base)
+    if isinstance(trainables, SidePlan):
+        counts = trainables.counts()
+    else:
+        counts = _adapter_counts(trainables, linear_shapes(base))
+    head = head_outputs(config.task) * base.embedding.embedding_dim
+    trainable = trainables.parameters + head
     optimizer_bytes = _optimizer_bytes(config.train, trainable)
     tensors = _base_tensors(base)
-    shards = 1 if config.sharding.engine == "replicated" else world_size
-    gathered = _gather_bytes(base, shards, reshard=config.sharding.reshard_after_forward)
+    engine, flat = config.sharding.engine, config.sharding.engine == "zero"
+    shards = 1 if engine == "replicated" else world_size
+    reshard = flat or config.sharding.reshard_after_forward
+    gathered = _gather_bytes(base, shards, reshard=reshard, backward=trainables.backward_through_base, flat=flat)
     return {
         "model": {
             "path": config.model.path,
@@ -64,14 +75,12 @@ def make_plan(config: RunConfig, world_size: int) -> dict[str, Any]:
             "compute_dtype": str(base.dtype).removeprefix("torch."),
         },
         "method": config.method.name,
-        "engine": config.sharding.engine,
+        "engine": engine,
         "world_size": world_size,
         "trainable_parameters": trainable,
-        "trainable_parameters_by_layer_type": _by_layer_type(adapters),
-        "trainable_parameters_by_depth": _by_depth(adapters, layers),
-        "adapters": _adapter_rows(adapters),
+        **counts,
         "base_bytes": _padded_bytes(tensors, 1),
-        "base_bytes_per_rank": _padded_bytes(tensors, shards) // shards,
+        "base_bytes_per_rank": _padded_bytes(tensors, shards, flat=flat) // shards,
         "base_formats": _format_rows(base),
         "gather_bytes_per_micro_batch": gathered,
         "gather_bytes_per_step": gathered * accumulation,
@@ -96,7 +105,7 @@ def print_plan(plan: dict[str, Any], *, as_json: bool = False) -> None:
         return
     console = Console(highlight=False)
     console.print(_summary_table(plan))
-    console.print(_rows_table("adapters", plan["adapters"]))
+    console.print(_rows_table("side network" if plan["method"] == "qst" else "adapters", plan["adapters"]))
     console.print(_rows_table("base", plan["base_formats"]))
     for warning in plan["warnings"]:
         console.print(f"warning: {warning}", markup=False, soft_wrap=True)
@@ -114,16 +123,22 @@ def _base_tensors(base: BaseModel) -> list[Tensor]:
     return [getattr(module, name) for module, name in parameter_owners(base.units)]
 
 
-def _padded_bytes(tensors: Iterable[Tensor], shards: int) -> int:
-    """Bytes of tensors whose dim 0 is rounded up to a multiple of `shards`."""
+def _padded_bytes(tensors: Iterable[Tensor], shards: int, *, flat: bool = False) -> int:
+    """Bytes of tensors whose dim 0, or if `flat` number of elements, is rounded up to a multiple of `shards`."""
+    if flat:
+        tensors = (tensor.flatten() for tensor in tensors)
     return sum(math.ceil(tensor.shape[0] / shards) * shards * tensor[0].nbytes for tensor in tensors)
 
 
-def _gather_bytes(base: BaseModel, shards: int, *, reshard: bool) -> int:
-    tables = _padded_bytes((tensor for table in base.units.tables for tensor in table.parameters()), shards)
-    rest = _padded_bytes(_base_tensors(base), shards) - tables
-    uses, passes = 1 + base.tied, 1 + reshard
-    return (uses * tables + passes * rest) // shards * (shards - 1)
+def _gather_bytes(base: BaseModel, shards: int, *, reshard: bool, backward: bool, flat: bool) -> int:
+    tables = [_padded_bytes(table.parameters(), shards, flat=flat) for table in base.units.tables]
+    rest = _padded_bytes(_base_tensors(base), shards, flat=flat) - sum(tables)
+    # A tied table is the first and the last: gathered for the embedding and again for the head.
+    if backward:
+        gathered = tables[0] + tables[-1] + 2 * rest if reshard else tables[-1] + rest
+    else:
+        gathered = tables[0] + tables[-1] + (rest if reshard else 0)
+    return gathered // shards * (shards - 1)
 
 
 def _optimizer_bytes(train: TrainConfig, trainable: int) -> int:
@@ -146,6 +161,14 @@ def _optimization(train: TrainConfig) -> dict[str, Any]:
         "warmup_steps": warmup_steps,
         "max_grad_norm": train.max_grad_norm,
         "weight_decay": train.weight_decay,
+    }
+
+
+def _adapter_counts(adapters: dict[str, TileSettings], layers: list[LinearShape]) -> dict[str, Any]:
+    return {
+        "trainable_parameters_by_layer_type": _by_layer_type(adapters),
+        "trainable_parameters_by_depth": _by_depth(adapters, layers),
+        "adapters": _adapter_rows(adapters),
     }
 
 

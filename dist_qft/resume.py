@@ -3,54 +3,90 @@
 import hashlib
 from pathlib import Path
 
-from dist_qft.checkpoint import Checkpoint, list_checkpoints, newest_valid, read_checkpoint
-from dist_qft.config.schema import RunConfig
+from dist_qft.checkpoint import Checkpoint, fault_in, list_checkpoints, newest_valid, read_checkpoint
+from dist_qft.config.schema import RunConfig, TrainConfig
 from dist_qft.errors import CorruptFileError, UserError
+
+_FIXED = ("seed", "global_batch_size", "optim")  # train settings without which it is not the same run
+_CHOICES = "continue with --resume auto, or choose another folder"
 
 
 def choose_checkpoint(output_dir: Path, resume: str | None) -> tuple[Checkpoint | None, list[str]]:
-    """The checkpoint to continue from (None: start fresh), and a line for each one that was refused.
+    """The checkpoint to continue from (None: start fresh), and lines to tell, such as one that was refused.
 
     Args:
         resume: None, 'auto' (the newest that verifies, if any), or a checkpoint folder.
 
     Raises:
-        UserError: checkpoints are there but nobody said what to do with them, or no such folder.
+        UserError: checkpoints are there that the run would mix with its own, or no such folder.
         CorruptFileError: the named one, or every one, fails verification.
     """
+    existing = list_checkpoints(output_dir)
     if resume is None:
-        existing = list_checkpoints(output_dir)
         if existing:
-            raise UserError(
-                f"output_dir: '{output_dir}' already holds {existing[-1].name}; "
-                "continue with --resume auto, or choose another folder"
-            )
+            raise UserError(f"output_dir: '{output_dir}' already holds {existing[-1].name}; {_CHOICES}")
         return None, []
-    if resume != "auto":
-        return read_checkpoint(Path(resume)), []
-    path, refused = newest_valid(output_dir)
-    if path is None and refused:
-        raise CorruptFileError(f"no checkpoint in '{output_dir}' verifies: {refused[0]}")
-    return (None if path is None else read_checkpoint(path)), refused
+    if resume == "auto":
+        path, refused = newest_valid(output_dir)
+        if path is None and refused:
+            raise CorruptFileError(f"no checkpoint in '{output_dir}' verifies: {refused[0]}")
+        if path is None:
+            return None, [f"no checkpoint in '{output_dir}' yet: starting from the beginning"]
+        return read_checkpoint(path), refused
+    checkpoint = read_checkpoint(Path(resume))
+    _refuse_mixture(output_dir, existing, checkpoint.path)
+    return checkpoint, []
 
 
-def check_trajectory(checkpoint: Checkpoint, config: RunConfig, data_digest: str) -> None:
-    """Refuse to continue on other data, another seed or another batch: it would not be the same run.
+def _refuse_mixture(output_dir: Path, existing: list[Path], chosen: Path) -> None:
+    """The run's folder may hold the chosen checkpoint and older ones: the run will write the later ones itself."""
+    places = [path.resolve() for path in existing]
+    others = existing[places.index(chosen.resolve()) + 1 :] if chosen.resolve() in places else existing
+    valid = [path.name for path in others if fault_in(path) is None]
+    if valid:
+        raise UserError(f"output_dir: '{output_dir}' already holds {valid[-1]}, not only '{chosen}'; {_CHOICES}")
+
+
+def check_trajectory(checkpoint: Checkpoint, config: RunConfig, data_digest: str, total_steps: int) -> None:
+    """Refuse to continue on other data, another seed or another batch, or to an earlier end: not the same run.
 
     Raises:
         UserError: naming the setting, its value then and now.
     """
-    saved = checkpoint.state.config["train"]
-    for key in ("seed", "global_batch_size"):
+    path, state = checkpoint.path, checkpoint.state
+    saved = _saved_settings(checkpoint)
+    for key in _FIXED:
         now = getattr(config.train, key)
-        if saved[key] != now:
-            raise UserError(f"{checkpoint.path}: train.{key} was {saved[key]}, the config says {now}")
-    then = checkpoint.state.data_digest
-    if then != data_digest:
+        if saved.get(key) != now:
+            raise UserError(f"{path}: train.{key} was {saved.get(key)}, the config says {now}")
+    if state.data_digest != data_digest:
         raise UserError(
-            f"{checkpoint.path}: trained on data {then[:16]}..., data.train is now {data_digest[:16]}... "
+            f"{path}: trained on data {state.data_digest[:16]}..., data.train is now {data_digest[:16]}... "
             "(another file, tokenizer, template or data setting)"
         )
+    if state.step > total_steps:
+        key = "num_train_epochs" if config.train.max_steps is None else "max_steps"
+        raise UserError(f"{path}: is at step {state.step}, beyond the {total_steps} steps that train.{key} asks for")
+    if state.step < total_steps and state.samples_seen != state.step * config.train.global_batch_size:
+        raise UserError(
+            f"{path}: ended with an incomplete batch, after {state.samples_seen} samples in {state.step} steps of "
+            f"{config.train.global_batch_size}; a longer run would have filled it, so it cannot be continued"
+        )
+
+
+def changed_settings(checkpoint: Checkpoint, config: RunConfig) -> list[str]:
+    """One line for each train setting that may change on resume and did."""
+    saved = _saved_settings(checkpoint)
+    return [
+        f"train.{key} was {saved.get(key)} until step {checkpoint.state.step}, it is now {getattr(config.train, key)}"
+        for key in TrainConfig.model_fields
+        if saved.get(key) != getattr(config.train, key)
+    ]
+
+
+def _saved_settings(checkpoint: Checkpoint) -> dict[str, object]:
+    settings = checkpoint.state.config.get("train")
+    return settings if isinstance(settings, dict) else {}
 
 
 def chain_samples(chain: str, sample_ids: list[int]) -> str:

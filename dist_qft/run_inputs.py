@@ -10,11 +10,13 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from dist_qft.base_model.skeleton import BaseModel
+from dist_qft.base_model.sources import TensorSource
 from dist_qft.checkpoint import Checkpoint
 from dist_qft.config.schema import RunConfig
 from dist_qft.data.prepare import Prepared
 from dist_qft.merge.recipe import Recipe
-from dist_qft.methods.schedule import TileSettings
+from dist_qft.methods.trainable import Plan
+from dist_qft.summary import summarized_steps
 from dist_qft.world import World
 
 
@@ -24,7 +26,8 @@ class RunInputs:
 
     Attributes:
         skeleton: the base on the meta device.
-        plan: layer path -> adapter settings.
+        source: where its weights will come from.
+        plan: what is trained.
         checkpoint: where to continue from; None starts fresh.
         recipe: the merge that ends the run, if the config asks for one.
         notes: lines to tell the user at the start, such as a checkpoint that was refused.
@@ -35,7 +38,8 @@ class RunInputs:
     device: torch.device
     tokenizer: PreTrainedTokenizerBase
     skeleton: BaseModel
-    plan: dict[str, TileSettings]
+    source: TensorSource
+    plan: Plan
     data: Prepared
     checkpoint: Checkpoint | None
     recipe: Recipe | None
@@ -52,10 +56,18 @@ class RunInputs:
             "config": self.config.model_dump_json(),
             "training data": self.data.train.digest,
             "held-out data": self.data.eval.digest if self.data.eval else "",
-            "checkpoint": f"{state.step} {state.data_chain}" if state else "",
-            "package versions": " ".join(f"{name} {version(name)}" for name in ("torch", "transformers")),
+            "checkpoint": f"{state.step} {state.data_chain} {self.finished}" if state else "",
+            "package versions": " ".join(f"{name} {version(name)}" for name in ("dist-qft", "torch", "transformers")),
             "Python version": platform.python_version(),
         }
+
+    @property
+    def finished(self) -> bool:
+        """Whether there is nothing left to do: the last step is saved, the summary written, the merge there."""
+        steps, _ = self.length()
+        trained = self.checkpoint is not None and steps == self.checkpoint.state.step
+        merged = self.recipe is None or self.recipe.request.path.exists()
+        return trained and merged and steps == summarized_steps(self.output_dir)
 
     def length(self) -> tuple[int, int]:
         """Optimizer steps and samples of the run.

@@ -1,14 +1,20 @@
 """The run in figures: the opening lines, and `summary.json` at the end."""
 
 import json
+import os
 import resource
 import sys
 import time
 from importlib.metadata import version
+from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dist_qft.checkpoint import Checkpoint, list_checkpoints
+import torch
+
+from dist_qft.checkpoint import Checkpoint
 from dist_qft.collectives import maximum
+from dist_qft.errors import SetupError
+from dist_qft.monitor import EVENTS_FOLDER
 
 if TYPE_CHECKING:
     from dist_qft.training_run import TrainingRun
@@ -16,8 +22,16 @@ if TYPE_CHECKING:
 SUMMARY_FILE = "summary.json"
 
 
+def summarized_steps(output_dir: Path) -> int | None:
+    """At how many steps the run that wrote the folder's summary ended; None if there is no summary."""
+    try:
+        return json.loads((output_dir / SUMMARY_FILE).read_bytes())["steps"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
 class Summary:
-    """Counts while the run goes and writes what came out."""
+    """Counts while this process trains, and writes what came out. Rates are null if it ran no step."""
 
     def __init__(self, run: "TrainingRun") -> None:
         self.run = run
@@ -25,6 +39,7 @@ class Summary:
         self.steps = 0
         self.tokens = 0
         self.step_seconds = 0.0
+        self.gathered_bytes = 0
 
     def opening_lines(self, checkpoint: Checkpoint | None) -> list[str]:
         """What is about to happen, in a few lines."""
@@ -33,7 +48,7 @@ class Summary:
         lines = [
             f"base {config.model.path}: {run.engine.resident_bytes() / 2**20:.1f} MiB on this rank "
             f"({run.engine.name}, {run.world.world_size} ranks), fingerprint {run.base.fingerprint[:16]}",
-            f"{config.method.name}: {run.trainables.count:,} trainable parameters in {len(run.inputs.plan)} layers; "
+            f"{config.method.name}: {run.trainables.count:,} trainable parameters in {run.inputs.plan.summary()}; "
             f"one reduction of {run.trainables.bytes_per_reduction:,} bytes per step",
             f"data: {len(run.data.train):,} rows, {run.data.train.report['target_tokens']:,} target tokens; "
             f"{run.total_steps} steps of {config.train.global_batch_size} "
@@ -43,17 +58,20 @@ class Summary:
             lines.append(f"resuming from {checkpoint.path} at step {checkpoint.state.step}")
         return lines
 
-    def add_step(self, tokens: int, seconds: float) -> None:
+    def add_step(self, tokens: int, seconds: float, gathered_bytes: int) -> None:
+        """Count one step of this process."""
         self.steps += 1
         self.tokens += tokens
         self.step_seconds += seconds
+        self.gathered_bytes += gathered_bytes
 
     def write(self) -> None:
         """Write `summary.json` (rank 0) and say where the run's files are. Collective."""
         run = self.run
         # ru_maxrss is in KiB on Linux and in bytes on macOS.
         unit = 1 if sys.platform == "darwin" else 1024
-        peak = maximum(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit, run.device)
+        peak_rss = maximum(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit, run.device)
+        peak_device = maximum(torch.cuda.max_memory_allocated() if run.device.type == "cuda" else 0, run.device)
         base_bytes = maximum(run.engine.resident_bytes(), run.device)
         if run.world.rank != 0:
             return
@@ -64,27 +82,46 @@ class Summary:
             "steps": run.state.step,
             "base_eval_loss": run.base_eval.loss if run.base_eval else None,
             "tuned_eval_loss": run.tuned_eval.loss if run.tuned_eval else None,
+            "base_eval_metrics": run.base_eval.metrics if run.base_eval else {},
+            "tuned_eval_metrics": run.tuned_eval.metrics if run.tuned_eval else {},
             "eval_tokens": run.tuned_eval.tokens if run.tuned_eval else 0,
-            "final_train_loss": run.state.history[-1]["loss"] if run.state.history else None,
+            "final_train_loss": run.state.history[-1]["loss"],
             "trainable_parameters": run.trainables.count,
             "base_bytes_per_rank": int(base_bytes),
-            "gather_bytes_per_step": self._per_step(run.step_gathered_bytes),
+            "gather_bytes_per_step": self._per_step(self.gathered_bytes),
             "reduce_bytes_per_step": self._per_step(run.trainables.reduced_bytes),
-            "tokens_per_second": self.tokens / self.step_seconds if self.step_seconds else 0.0,
-            "peak_rss_bytes": int(peak),
+            "tokens_per_second": self.tokens / self.step_seconds if self.steps else None,
+            "peak_rss_bytes": int(peak_rss),
+            "peak_device_bytes": int(peak_device) if run.device.type == "cuda" else None,
             "seconds": time.perf_counter() - self.started,
             "base_fingerprint": run.base.fingerprint,
             "versions": {name: version(name) for name in ("dist-qft", "torch", "transformers", "bitsandbytes")},
         }
         path = run.output_dir / SUMMARY_FILE
-        path.write_text(json.dumps(summary, indent=1) + "\n")
+        _replace(path, json.dumps(summary, indent=1) + "\n")
         run.monitor.hparams(
-            {**run.config.method.model_dump(), "engine": run.engine.name, "world_size": run.world.world_size},
-            {f"result/{key}": float(summary[key]) for key in ("base_eval_loss", "tuned_eval_loss") if summary[key]},
+            {
+                **run.config.method.model_dump(),
+                **run.config.train.model_dump(),
+                "engine": run.engine.name,
+                "world_size": run.world.world_size,
+            },
+            {f"result/{key}": summary[key] for key in ("base_eval_loss", "tuned_eval_loss", "final_train_loss")},
         )
-        run.monitor.say(f"checkpoint  {list_checkpoints(run.output_dir)[-1]}")
-        run.monitor.say(f"TensorBoard tensorboard --logdir {run.output_dir / 'runs'}")
+        run.monitor.say(f"checkpoint  {run.newest_checkpoint}")
+        run.monitor.say(f"TensorBoard tensorboard --logdir {run.output_dir / EVENTS_FOLDER}")
         run.monitor.say(f"summary     {path}")
 
-    def _per_step(self, total: int) -> int:
-        return total // self.steps if self.steps else 0
+    def _per_step(self, total: int) -> int | None:
+        return total // self.steps if self.steps else None
+
+
+def _replace(path: Path, text: str) -> None:
+    """Put a file in place at once: whoever reads it finds the old text or the new one, never a part."""
+    temporary = path.with_name(f".tmp-{path.name}")
+    try:
+        temporary.write_text(text)
+        os.replace(temporary, path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise SetupError(f"{path}: cannot write the summary: {error.strerror}") from error

@@ -1,5 +1,6 @@
 """The model's own tokenizer, from its folder, the Hub, or inside a GGUF file."""
 
+import textwrap
 from pathlib import Path
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
@@ -18,7 +19,8 @@ def load_tokenizer(model: ModelConfig) -> PreTrainedTokenizerBase:
     try:
         if path.suffix == ".gguf":
             return AutoTokenizer.from_pretrained(str(path.parent), gguf_file=path.name)
-        return AutoTokenizer.from_pretrained(model.path, revision=model.revision)
-    except (OSError, ValueError, KeyError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        # Not the default, which is to ask on the terminal.
+        return AutoTokenizer.from_pretrained(model.path, revision=model.revision, trust_remote_code=False)
+    except Exception as error:  # the Rust library behind it raises nothing more precise
+        reason = textwrap.shorten(str(error), 300) or type(error).__name__
         raise UserError(f"model.path: cannot read a tokenizer from '{model.path}': {reason}") from error

@@ -4,22 +4,35 @@ Everything that can be refused is refused before the base is loaded, and tokeniz
 group exists, so that no rank waits in a collective for another's slow disk.
 """
 
+import sys
+from contextlib import closing
 from pathlib import Path
 
 import torch
 
-from dist_qft.assemble import assemble, check_adapter, check_fingerprint, compute_dtype, linear_shapes
+from dist_qft.assemble import (
+    assemble,
+    check_adapter,
+    check_cache,
+    check_fingerprint,
+    compute_dtype,
+    plan_trainables,
+    start_fresh,
+)
+from dist_qft.base_model.load import check_names
 from dist_qft.base_model.skeleton import build_skeleton
-from dist_qft.checkpoint import require_writable
+from dist_qft.base_model.sources import open_source
+from dist_qft.checkpoint import require_space, require_writable
 from dist_qft.collectives import require_agreement, told_by
 from dist_qft.config.check import accumulation_steps
 from dist_qft.config.schema import RunConfig
 from dist_qft.data.prepare import prepare
 from dist_qft.errors import UserError
+from dist_qft.merge.recipe import require_free
 from dist_qft.merge.run import merge_at_end, recipe_at_end
-from dist_qft.methods.schedule import plan_adapters
+from dist_qft.methods.trainable import Plan
 from dist_qft.preemption import StopSignal
-from dist_qft.resume import check_trajectory, choose_checkpoint
+from dist_qft.resume import changed_settings, check_trajectory, choose_checkpoint
 from dist_qft.run_inputs import RunInputs
 from dist_qft.tokenizer import load_tokenizer
 from dist_qft.training_run import TrainingRun
@@ -49,41 +62,74 @@ def gather_inputs(config: RunConfig, resume: str | None, world: World, device: t
     require_writable(output_dir)
     checkpoint, notes = choose_checkpoint(output_dir, resume)
 
-    # The model's shape, the adapters' plan and the tokens; no weight is read.
-    tokenizer = load_tokenizer(config.model)
+    # The model's shape and the plan of the trainables; no weight is read.
     skeleton = build_skeleton(config.model, config.quantization, compute_dtype(config.train.precision, device))
-    plan = plan_adapters(config.method, linear_shapes(skeleton))
-    cache_dir = Path(config.data.cache_dir or output_dir / "data_cache")
-    data = prepare(config.data, tokenizer, skeleton.vocab_size, cache_dir)
-
-    # A checkpoint must be one of this very run.
+    plan = plan_trainables(config, skeleton)
+    require_space(output_dir, _checkpoint_bytes(config, plan))
     if checkpoint is not None:
         check_adapter(checkpoint, plan)
-        check_trajectory(checkpoint, config, data.train.digest)
+
+    # The tokens.
+    tokenizer = load_tokenizer(config.model)
+    cache_dir = Path(config.data.cache_dir or output_dir / "data_cache")
+    data = prepare(config.data, tokenizer, skeleton.vocab_size, cache_dir, config.task)
+
+    notes += check_cache(config, plan, skeleton, data.train)
+
+    # Where the weights are, their names and shapes. Last, because it downloads those of a Hub id.
+    source = open_source(config.model)
+    check_names(skeleton, source)
+
     recipe = recipe_at_end(config, skeleton, plan)
-    return RunInputs(config, world, device, tokenizer, skeleton, plan, data, checkpoint, recipe, notes)
+    inputs = RunInputs(config, world, device, tokenizer, skeleton, source, plan, data, checkpoint, recipe, notes)
+    if recipe is not None and not inputs.finished:
+        require_free(recipe.request)
+    if checkpoint is not None:
+        total_steps, _ = inputs.length()
+        check_trajectory(checkpoint, config, data.train.digest, total_steps)
+        notes.extend(changed_settings(checkpoint, config))
+    return inputs
 
 
-def execute_run(inputs: RunInputs, stop: StopSignal) -> TrainingRun:
-    """Everything that needs the other ranks; the process group exists. Collective."""
+def _checkpoint_bytes(config: RunConfig, plan: Plan) -> int:
+    """What a checkpoint takes at least: every trainable in fp32, and the optimizer's two moments."""
+    moment = 1 if config.train.optim == "paged_adamw_8bit" else 4
+    return (4 + 2 * moment) * plan.parameters
+
+
+def execute_run(inputs: RunInputs, stop: StopSignal) -> TrainingRun | None:
+    """Everything that needs the other ranks; the process group exists. Collective; None if all was done before."""
     run = None
     with told_by(inputs.world.rank, lambda: run.doing if run else "start-up"):
         # Do all ranks mean the same run?
         require_agreement(inputs.facts(), inputs.device)
+        if inputs.finished:
+            _tell_finished(inputs)
+            return None
 
-        # Stream the base through quantization into its shards; hook the adapters on.
-        parts = assemble(inputs.config, inputs.skeleton, inputs.plan, inputs.device)
+        # Stream the base through quantization into its shards; hook the trainables on.
+        parts = assemble(inputs.config, inputs.skeleton, inputs.plan, inputs.device, inputs.source)
         if inputs.checkpoint is not None:
             check_fingerprint(inputs.checkpoint, parts.base)
+        else:
+            start_fresh(inputs.config, parts)
 
         # Train, evaluate, save.
         run = TrainingRun(inputs, parts, stop)
-        run.prepare()
-        run.train()
-        run.finish()
+        with closing(run.monitor):
+            run.prepare()
+            run.evaluate_base()
+            run.train()
+            run.finish()
 
-        # Fold what was learned into the base and write it, if the config says so.
-        if inputs.recipe is not None:
-            run.doing = "the merge"
-            merge_at_end(inputs, inputs.recipe, parts, run.state.step, stop)
+            # Fold what was learned into the base and write it, if the config says so.
+            if inputs.recipe is not None:
+                run.doing = "the merge"
+                merge_at_end(inputs, inputs.recipe, parts, run.state.step, stop)
     return run
+
+
+def _tell_finished(inputs: RunInputs) -> None:
+    if inputs.world.rank == 0:
+        done = f"{inputs.checkpoint.path} is the last step of this run: nothing to do"
+        print(*inputs.notes, done, sep="\n", file=sys.stderr)

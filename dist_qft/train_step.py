@@ -5,11 +5,13 @@ from dataclasses import dataclass
 
 import torch
 
-from dist_qft.base_model.skeleton import BaseModel
 from dist_qft.config.schema import TrainConfig
 from dist_qft.data.batches import MicroBatch
-from dist_qft.loss import token_loss
+from dist_qft.forward import Forward
 from dist_qft.optimizer import clip_gradient, learning_rate
+from dist_qft.preemption import StopSignal
+from dist_qft.sharding.engine import Engine
+from dist_qft.task import Task
 from dist_qft.trainables import Trainables
 
 
@@ -17,7 +19,7 @@ from dist_qft.trainables import Trainables
 class StepResult:
     """What a step did; equal on all ranks but for the times.
 
-    `loss` is the mean per target token over the global batch; `reports[rank]` is (resident MiB, compute seconds).
+    `loss` is the mean per target token over the global batch; `reports[rank]` is (MiB held, compute seconds).
     """
 
     loss: float
@@ -34,7 +36,9 @@ REPORT_SIZE = 2
 
 
 def train_step(
-    base: BaseModel,
+    forward: Forward,
+    task: Task,
+    engine: Engine,
     trainables: Trainables,
     optimizer: torch.optim.Optimizer,
     config: TrainConfig,
@@ -43,31 +47,34 @@ def train_step(
     step: int,
     total_steps: int,
     check_digest: bool,
-    stop_requested: bool,
-    resident_mebibytes: float,
+    stop: StopSignal,
+    memory_mebibytes: float,
 ) -> StepResult:
     """Run optimizer step `step` (0-based). Collective; raises NumericError before anything is updated."""
     device = trainables.values.device
     started = time.perf_counter()
     trainables.begin_step()
+    forward.begin_step(micro_batches)
     loss_sum = torch.zeros((), device=device)
     for batch in micro_batches:
         if batch is micro_batches[-1]:
             trainables.reduce_during_backward()
         # Dropout masks depend on the global micro-batch alone: the same on any world size, nothing to save.
         torch.manual_seed(_dropout_seed(config.seed, step, batch.index))
-        hidden = base.hidden_states(batch.input_ids.to(device), batch.position_ids.to(device))
-        loss = token_loss(hidden, batch.targets.to(device), base.head.loss)
+        loss, _ = task.loss(forward(batch), batch)
         loss.backward()
+        engine.after_backward()
         loss_sum += loss.detach()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)  # kernels are only launched so far: their time is not the reduction's
     computed = time.perf_counter()
     totals = trainables.reduce(
         tokens=sum(batch.num_targets for batch in micro_batches),
         loss_sum=loss_sum,
         step=step + 1,
         check_digest=check_digest,
-        stop=stop_requested,
-        report=(resident_mebibytes, computed - started),
+        stop=stop.requested,
+        report=(memory_mebibytes, computed - started),
     )
     reduced = time.perf_counter()
     norm = clip_gradient(trainables.values, config.max_grad_norm)

@@ -8,13 +8,15 @@ number of ranks nor the accumulation changes the gradient.
 Layout of the gradient buffer (fp32 lanes):
 
     [ gradients, last parameter first | header ]
-    header = tokens / 4096, tokens % 4096, loss, stop, digest pieces, their squares, then per rank: bad, report
+    header = tokens / 4096, tokens % 4096, loss, stop, digest pieces, their squares, bad by rank, report by rank
 
 Last parameter first, because backward finishes the last layer first: the first buckets can leave while
 backward is still running. All that ranks must agree on each step (is anything non-finite, do the replicas
 still match, has anyone been asked to stop) rides in the header: there is no second collective to forget.
 """
 
+import math
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -26,8 +28,12 @@ from torch import Tensor, nn
 from dist_qft.digest import positional_digest
 from dist_qft.errors import NumericError
 
-_TOKEN_BASE = 4096  # two exact fp32 lanes count up to 2^36 tokens per step
-_PIECES = 8  # a 64-bit digest in bytes: piece and square sum exactly in fp32 for up to 256 ranks
+# Sums in fp32 are exact up to 2^24. Split like this, counts and digests of up to 4096 ranks stay below.
+_TOKEN_BASE = 4096  # two lanes count up to 2^36 tokens per step
+_PIECE_BITS = 4
+_PIECES = 64 // _PIECE_BITS
+
+_TOKENS_HIGH, _TOKENS_LOW, _LOSS, _STOP = range(4)
 _DIGEST = slice(4, 4 + 2 * _PIECES)
 _FIXED_LANES = _DIGEST.stop
 
@@ -76,9 +82,9 @@ class Trainables:
         device = self.named[0][1].device
         self.count = sum(parameter.numel() for _, parameter in self.named)
         self.values = nn.Parameter(torch.empty(self.count, device=device))
-        self._world, self._rank = dist.get_world_size(), dist.get_rank()
-        # One allocation for gradients and header: the last bucket takes the header along.
         self._group, self._report_size = group, report_size
+        self._world, self._rank = dist.get_world_size(group), dist.get_rank(group)
+        # One allocation for gradients and header: the last bucket takes the header along.
         lanes = _FIXED_LANES + self._world * (1 + report_size)
         self._reduced = torch.zeros(self.count + lanes, device=device)
         self.values.grad = self._reduced[: self.count]
@@ -145,10 +151,14 @@ class Trainables:
         part = self._reduced[bucket.start : bucket.stop]
         gradients = self._reduced[bucket.start : min(bucket.stop, self.count)]
         # One read of the bucket before it is overwritten: afterwards nobody can tell whose value was bad.
-        self._header[_FIXED_LANES + self._rank] += (~torch.isfinite(gradients.sum())).float()
+        self._mark_bad(gradients.sum())
         self._pending.append(dist.all_reduce(part, group=self._group, async_op=True))
         self.reduced_bytes += part.nbytes
         self._launched += 1
+
+    def _mark_bad(self, number: Tensor) -> None:
+        """Count in this rank's own lane that `number` is not finite; without waiting for the device."""
+        self._header[_FIXED_LANES + self._rank] += (~torch.isfinite(number)).float()
 
     @torch.no_grad()
     def reduce(
@@ -171,7 +181,7 @@ class Trainables:
             report: `report_size` numbers about this rank.
 
         Raises:
-            NumericError: on every rank, at the same step, if a gradient is not finite or replicas differ.
+            NumericError: on every rank, at the same step, if a gradient or loss is not finite or replicas differ.
         """
         self._fill_header(tokens, loss_sum, check_digest, stop, report)
         while self._launched < len(self._buckets):
@@ -179,36 +189,37 @@ class Trainables:
         for work in self._pending:
             work.wait()
         self._pending.clear()
+        self._reducing = False
         self.rounds += 1
         lanes = self._header.tolist()
         if check_digest and not _pieces_agree(lanes[_DIGEST], self._world):
             self._name_difference(step)
         self._require_finite(lanes, step)
-        total = int(lanes[0]) * _TOKEN_BASE + int(lanes[1])
+        total = int(lanes[_TOKENS_HIGH]) * _TOKEN_BASE + int(lanes[_TOKENS_LOW])
         if total:
-            self.values.grad.mul_(1.0 / total)
+            self.values.grad.div_(total)
         reports = lanes[_FIXED_LANES + self._world :]
         size = self._report_size
         by_rank = [reports[rank * size : (rank + 1) * size] for rank in range(self._world)]
-        return StepTotals(total, lanes[2], lanes[3] > 0, by_rank)
+        return StepTotals(total, lanes[_LOSS], lanes[_STOP] > 0, by_rank)
 
     def _fill_header(
         self, tokens: int, loss_sum: float | Tensor, check_digest: bool, stop: bool, report: Sequence[float]
     ) -> None:
         header = self._header
-        header[0], header[1] = divmod(tokens, _TOKEN_BASE)
-        header[2] = loss_sum
-        header[3] = float(stop)
+        header[_TOKENS_HIGH], header[_TOKENS_LOW] = divmod(tokens, _TOKEN_BASE)
+        header[_LOSS] = loss_sum
+        header[_STOP] = float(stop)
+        self._mark_bad(header[_LOSS])
         if check_digest:
             pieces = _digest_pieces(self.values.data)
             header[_DIGEST] = torch.cat([pieces, pieces * pieces])
-        if self._report_size:
-            first = _FIXED_LANES + self._world + self._rank * self._report_size
-            header[first : first + self._report_size] = torch.tensor(report, dtype=torch.float32)
+        first = _FIXED_LANES + self._world + self._rank * self._report_size
+        header[first : first + self._report_size] = torch.tensor(report, dtype=torch.float32)
 
     def _require_finite(self, lanes: list[float], step: int) -> None:
         bad = [rank for rank in range(self._world) if lanes[_FIXED_LANES + rank] > 0]
-        if not bad and torch.isfinite(self.values.grad.sum()) and torch.isfinite(torch.tensor(lanes[2])):
+        if not bad and math.isfinite(lanes[_LOSS]) and torch.isfinite(self.values.grad.sum()):
             return
         first = next((name for name, p in reversed(self.named) if not torch.isfinite(p.grad).all()), "the loss")
         where = f"on rank {', '.join(map(str, bad))}" if bad else "in the sum over ranks"
@@ -221,19 +232,23 @@ class Trainables:
         dist.all_gather(everyone, own, group=self._group)
         for index, name in enumerate(names):
             digests = [int(other[index]) for other in everyone]
-            common = max(set(digests), key=digests.count)
+            # The majority is taken for right; of two ranks that differ, nobody knows which one is.
+            common = Counter(digests).most_common(1)[0][0]
             odd = [rank for rank, digest in enumerate(digests) if digest != common]
             if odd:
                 ranks = ", ".join(map(str, odd))
-                raise NumericError(f"step {step}: replicas differ, first in {name} (rank {ranks} of {self._world})")
-        raise NumericError(f"step {step}: replicas differ in the order of their tensors")
+                raise NumericError(
+                    f"step {step}: replicas differ, first in {name}: "
+                    f"rank {ranks} differs from rank {digests.index(common)}"
+                )
+        raise NumericError(f"step {step}: replicas differed when their digests were summed, but no tensor differs now")
 
 
 def _digest_pieces(values: Tensor) -> Tensor:
-    """The digest's 8 bytes as fp32 lanes."""
+    """The 64-bit digest in pieces, each an fp32 number."""
     digest = positional_digest(values)
-    shifts = torch.arange(0, 64, 8, device=values.device)
-    return ((digest >> shifts) & 255).float()
+    shifts = torch.arange(0, 64, _PIECE_BITS, device=values.device)
+    return ((digest >> shifts) & (2**_PIECE_BITS - 1)).float()
 
 
 def _pieces_agree(lanes: list[float], world: int) -> bool:
@@ -242,4 +257,4 @@ def _pieces_agree(lanes: list[float], world: int) -> bool:
     Every rank decides from the same reduced numbers, so all stop or none does.
     """
     sums, squares = lanes[:_PIECES], lanes[_PIECES:]
-    return all(int(s) * int(s) == world * int(q) for s, q in zip(sums, squares, strict=True))
+    return all(int(s) ** 2 == world * int(q) for s, q in zip(sums, squares, strict=True))

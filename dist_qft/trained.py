@@ -6,12 +6,11 @@ import torch
 from pydantic import ValidationError
 from transformers import PreTrainedTokenizerBase
 
-from dist_qft.assemble import Assembled, assemble, check_fingerprint, compute_dtype
+from dist_qft.assemble import Assembled, assemble, check_fingerprint, compute_dtype, stored_plan
 from dist_qft.base_model.skeleton import build_skeleton
 from dist_qft.checkpoint import TRAINER_STATE, Checkpoint, newest_valid, read_checkpoint
 from dist_qft.config.schema import RunConfig
 from dist_qft.errors import CorruptFileError, UserError
-from dist_qft.methods.schedule import TileSettings
 from dist_qft.tokenizer import load_tokenizer
 
 
@@ -43,21 +42,14 @@ def config_of(checkpoint: Checkpoint) -> RunConfig:
         raise CorruptFileError(f"{checkpoint.path / TRAINER_STATE}: not a config of this version: {error}") from error
 
 
-def tiles_of(checkpoint: Checkpoint) -> dict[str, TileSettings]:
-    """Layer path -> adapter settings, as stored."""
-    where = str(checkpoint.path)
-    tiles = checkpoint.adapter_config.get("tiles", {})
-    return {path: TileSettings.from_dict(fields, where=f"{where}: {path}") for path, fields in tiles.items()}
-
-
 def open_trained(
     checkpoint: Checkpoint, config: RunConfig, device: torch.device
 ) -> tuple[Assembled, PreTrainedTokenizerBase]:
-    """Load the base and put the checkpoint's adapters on it, ready for use. Collective."""
+    """Load the base and put the checkpoint's trainables on it, ready for use. Collective."""
     tokenizer = load_tokenizer(config.model)
     skeleton = build_skeleton(config.model, config.quantization, compute_dtype(config.train.precision, device))
-    parts = assemble(config, skeleton, tiles_of(checkpoint), device)
+    parts = assemble(config, skeleton, stored_plan(checkpoint, skeleton), device)
     check_fingerprint(checkpoint, parts.base)
-    parts.adapters.load_tensors(checkpoint.trainables)
+    parts.load_tensors(checkpoint.trainables)
     parts.adapters.eval()
     return parts, tokenizer

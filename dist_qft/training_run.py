@@ -3,14 +3,18 @@
 import time
 
 import psutil
+import torch
 import torch.distributed as dist
 
-from dist_qft.assemble import Assembled, adapter_config
-from dist_qft.checkpoint import TrainerState, prune, write_checkpoint
+from dist_qft.assemble import Assembled, adapter_config, make_forward
+from dist_qft.checkpoint import BaseEvaluation, TrainerState, prune, write_checkpoint
+from dist_qft.collectives import SideGroup
+from dist_qft.config.load import CONFIG_FILE, save_config
 from dist_qft.data.batches import Batches, eval_batches
-from dist_qft.errors import Preempted
+from dist_qft.errors import Preempted, SetupError
 from dist_qft.evaluate import HeldOut, held_out_loss
 from dist_qft.generate import answer
+from dist_qft.manifest import remove_leftovers
 from dist_qft.monitor import Monitor
 from dist_qft.optimizer import load_optimizer_tensors, make_optimizer, optimizer_tensors
 from dist_qft.preemption import StopSignal
@@ -22,12 +26,13 @@ from dist_qft.trainables import Trainables
 
 
 class TrainingRun:
-    """One run on one rank: holds the parts and walks through the steps."""
+    """One run on one rank: holds the parts and walks through the steps. Every public method is collective."""
 
     def __init__(self, inputs: RunInputs, parts: Assembled, stop: StopSignal) -> None:
+        config, world = inputs.config, inputs.world
         self.inputs, self.stop = inputs, stop
-        self.config, self.world, self.device = config, world, _ = inputs.config, inputs.world, inputs.device
-        self.base, self.engine, self.adapters = parts.base, parts.engine, parts.adapters
+        self.config, self.world, self.device = config, world, inputs.device
+        self.parts, self.base, self.engine, self.adapters = parts, parts.base, parts.engine, parts.adapters
         self.data, self.output_dir = inputs.data, inputs.output_dir
         self.total_steps, total_samples = inputs.length()
         self.batches = Batches(
@@ -41,42 +46,58 @@ class TrainingRun:
         )
         # A group of its own: these reductions and the engine's gathers need no common order.
         self.trainables = Trainables(
-            self.adapters.named_tensors(),
+            parts.named_tensors(),
             bucket_bytes=int(config.sharding.bucket_megabytes * 2**20),
             group=dist.new_group(),
             report_size=REPORT_SIZE,
         )
+        self.side_group = SideGroup(config.sharding.rank0_timeout_seconds)
         self.optimizer = make_optimizer(config.train, self.trainables.values)
-        self.state = TrainerState(data_digest=self.data.train.digest, config=config.model_dump())
-        self.step_gathered_bytes = 0
+        self.forward = make_forward(config, parts, inputs.plan, self.data.train, self.device)
+        checkpoint = inputs.checkpoint
+        self.state = checkpoint.state if checkpoint else TrainerState(data_digest=self.data.train.digest)
+        self.state.config, self.state.world_size = config.model_dump(), world.world_size
+        self.newest_checkpoint = checkpoint.path if checkpoint else None
+        self.base_eval: HeldOut | None = None
+        self.tuned_eval: HeldOut | None = None
         self.doing = "start-up"
         self._process = psutil.Process()
-
-    def prepare(self) -> None:
-        """Restore a checkpoint if there is one, make the replicas equal, open the monitor, evaluate the base."""
-        checkpoint = self.inputs.checkpoint
-        if checkpoint is not None:
-            self.adapters.load_tensors(checkpoint.trainables)
-            load_optimizer_tensors(self.optimizer, self.trainables.values, checkpoint.optimizer, str(checkpoint.path))
-            self.state = checkpoint.state
-            self.state.config = self.config.model_dump()
-        self.state.world_size = self.world.world_size
-        self.trainables.broadcast()
-        if self.config.train.gradient_checkpointing:
-            self.base.model.gradient_checkpointing_enable({"use_reentrant": False})
-            self.base.model.train()
         self.monitor = Monitor(
             self.output_dir,
-            active=self.world.rank == 0,
+            active=world.rank == 0,
             total_steps=self.total_steps,
             first_step=self.state.step,
         )
         self.summary = Summary(self)
+
+    def prepare(self) -> None:
+        """Restore a checkpoint if there is one, make the replicas equal, say what is about to happen."""
+        checkpoint = self.inputs.checkpoint
+        if checkpoint is not None:
+            self.parts.load_tensors(checkpoint.trainables)
+            load_optimizer_tensors(self.optimizer, self.trainables.values, checkpoint.optimizer, str(checkpoint.path))
+        self.trainables.broadcast()
+        if self.config.train.gradient_checkpointing:
+            self.base.model.gradient_checkpointing_enable({"use_reentrant": False})
+            self.base.model.train()
+        if self.world.rank == 0:
+            remove_leftovers(self.output_dir)
+            self._save_config()
         for note in [*self.inputs.notes, *self.base.notes, *self.summary.opening_lines(checkpoint)]:
             self.monitor.say(note)
+
+    def evaluate_base(self) -> None:
+        """Held-out loss and answers of the bare base; a resumed run has them in its checkpoint."""
+        known = self.state.base_eval
+        digest = self.data.eval.digest if self.data.eval else None
+        if self.inputs.checkpoint is not None and digest == (known.data_digest if known else None):
+            self.base_eval = HeldOut(known.loss, known.tokens, known.metrics) if known else None
+            return
         with self.adapters.disabled():
-            self.base_eval = self.evaluate("base")
+            self.base_eval = held_out = self.evaluate("base")
             self._sample("base")
+        if held_out is not None:
+            self.state.base_eval = BaseEvaluation(digest, held_out.loss, held_out.tokens, held_out.metrics)
 
     def train(self) -> None:
         """Steps until the end, or until some rank was asked to stop.
@@ -84,8 +105,8 @@ class TrainingRun:
         Raises:
             Preempted: a signal came; the state is saved.
         """
-        self.adapters.train()
         config, steps = self.config, self.total_steps
+        self.adapters.train()
         self.monitor.start()
         while self.state.step < steps:
             result = self._step()
@@ -94,10 +115,9 @@ class TrainingRun:
             if config.evaluation.eval_steps and done % config.evaluation.eval_steps == 0 and not last:
                 self.evaluate("eval")
                 self._sample("eval")
-            if result.stop or last or (config.checkpoint.save_steps and done % config.checkpoint.save_steps == 0):
+            if result.stop or self._save_due(done):
                 self.save()
             if result.stop and not last:
-                self.monitor.close()
                 raise Preempted(f"stopped by a signal after step {done}, which is saved; continue with --resume auto")
 
     def finish(self) -> None:
@@ -106,10 +126,10 @@ class TrainingRun:
         self.tuned_eval = self.evaluate("tuned")
         self._sample("tuned")
         self.summary.write()
-        self.monitor.close()
+        self.monitor.flush()
 
     def evaluate(self, which: str) -> HeldOut | None:
-        """Held-out loss as it stands; recorded under `eval/`. None without held-out data."""
+        """Held-out loss as it stands, recorded under `eval/` (`which` "base": under `base/`); None without data."""
         if self.data.eval is None:
             return None
         doing, self.doing = self.doing, "evaluation"
@@ -120,28 +140,34 @@ class TrainingRun:
             self.world.rank,
             self.world.world_size,
         )
-        held_out = held_out_loss(self.base, batches, self.device)
+        held_out = held_out_loss(self.base, batches, self.device, self.parts.task)
         self.adapters.train()
         self.doing = doing
         tag = "base" if which == "base" else "eval"
-        values = {f"{tag}/loss": held_out.loss, f"{tag}/perplexity": held_out.perplexity}
-        self.monitor.scalars(self.state.step, values)
-        self.monitor.say(f"{which}: held-out loss {held_out.loss:.4f}, perplexity {held_out.perplexity:.2f}")
+        values = {"loss": held_out.loss, **held_out.figures}
+        self.monitor.scalars(self.state.step, {f"{tag}/{name}": value for name, value in values.items()})
+        figures = "".join(f", {name} {value:.3f}" for name, value in held_out.figures.items())
+        self.monitor.say(f"{which}: held-out loss {held_out.loss:.4f}{figures}")
         return held_out
 
     def save(self) -> None:
-        """Write a checkpoint from rank 0 and wait for it. Collective."""
+        """Write a checkpoint from rank 0 and wait for it."""
         self.doing = f"saving step {self.state.step}"
         if self.world.rank == 0:
-            write_checkpoint(
+            self.monitor.flush()
+            self.newest_checkpoint = write_checkpoint(
                 self.output_dir,
                 adapter_config=adapter_config(self.config, self.base, self.inputs.plan),
-                trainables=dict(self.adapters.named_tensors()),
+                trainables=dict(self.parts.named_tensors()),
                 optimizer=optimizer_tensors(self.optimizer, self.trainables.values),
                 state=self.state,
             )
             prune(self.output_dir, self.config.checkpoint.save_total_limit)
-        dist.barrier()
+        self.side_group.barrier()
+
+    def _save_due(self, step: int) -> bool:
+        every = self.config.checkpoint.save_steps
+        return step == self.total_steps or bool(every and step % every == 0)
 
     def _step(self) -> StepResult:
         config, step = self.config, self.state.step
@@ -152,9 +178,12 @@ class TrainingRun:
         micro_batches = self.batches.micro_batches(step)
         data_seconds = time.perf_counter() - started
         digest_steps = config.sharding.digest_steps
-        check_digest = bool(digest_steps) and (step % digest_steps == 0 or step + 1 == self.total_steps)
+        # Also before each save: a checkpoint of replicas that drifted apart would be worth nothing.
+        check_digest = bool(digest_steps) and (step % digest_steps == 0 or self._save_due(step + 1))
         result = train_step(
-            self.base,
+            self.forward,
+            self.parts.task,
+            self.engine,
             self.trainables,
             self.optimizer,
             config.train,
@@ -162,10 +191,9 @@ class TrainingRun:
             step=step,
             total_steps=self.total_steps,
             check_digest=check_digest,
-            stop_requested=self.stop.requested,
-            resident_mebibytes=self._process.memory_info().rss / 2**20,
+            stop=self.stop,
+            memory_mebibytes=self._memory_bytes() / 2**20,
         )
-        self.step_gathered_bytes += self.engine.traffic.gathered_bytes - gathered
         ids = self.batches.sample_ids(step)
         self.state.data_chain = chain_samples(self.state.data_chain, ids)
         self.state.samples_seen += len(ids)
@@ -174,7 +202,7 @@ class TrainingRun:
         self.state.history.append(
             {"step": step + 1, "loss": result.loss, "lr": result.learning_rate, "grad_norm": result.grad_norm}
         )
-        self.summary.add_step(result.tokens, seconds)
+        self.summary.add_step(result.tokens, seconds, self.engine.traffic.gathered_bytes - gathered)
         if (step + 1) % config.train.logging_steps == 0 or step + 1 == self.total_steps:
             traffic = {
                 "traffic/gathered_bytes": self.engine.traffic.gathered_bytes - gathered,
@@ -207,6 +235,19 @@ class TrainingRun:
         self.monitor.scalars(step, values)
         note = f"loss {result.loss:.4f}  lr {result.learning_rate:.2e}  {seconds:.2f} s  {tokens_per_second:.0f} tok/s"
         self.monitor.progress(step, self.total_steps, note)
+
+    def _memory_bytes(self) -> int:
+        """What the device has held at most, or the process holds now where the device is the CPU."""
+        if self.device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self.device)
+        return self._process.memory_info().rss
+
+    def _save_config(self) -> None:
+        path = self.output_dir / CONFIG_FILE
+        try:
+            save_config(self.config, path)
+        except OSError as error:
+            raise SetupError(f"{path}: cannot write the config: {error.strerror}") from error
 
     def _sample(self, which: str) -> None:
         self.adapters.eval()

@@ -16,6 +16,7 @@ from typing import Literal, NamedTuple
 import torch
 import torch.distributed as dist
 
+from dist_qft import mpi
 from dist_qft.errors import SetupError, UserError
 
 Launcher = Literal["torchrun", "environment", "openmpi", "mpich", "slurm", "single"]
@@ -46,8 +47,10 @@ class World:
         return self.local_world_size == self.world_size
 
     @classmethod
-    def from_environment(cls, env: Mapping[str, str] = os.environ) -> "World":
+    def from_environment(cls, env: Mapping[str, str] | None = None) -> "World":
         """Read the variables of torchrun, DeepSpeed, Open MPI, MPICH or Slurm; without any, a single process.
+
+        Without `env` it is this process's own, and MPI is asked what its variables leave open (see `mpi`).
 
         The innermost launcher wins. The others must agree with it, except for one that only started a daemon per
         node, which in turn started us: so mpirun uses srun.
@@ -55,6 +58,8 @@ class World:
         Raises:
             UserError: a variable is missing, not a number or out of range, or two launchers disagree.
         """
+        if env is None:
+            env = mpi.with_meeting_point(os.environ)
         claims = _claims(env)
         if not claims:
             return cls(0, 1, 0, 1, _LOOPBACK[0], 0, "single")
@@ -273,13 +278,10 @@ def connect(world: World, device: torch.device, timeout_seconds: float) -> Itera
         ) from error
     try:
         yield
-    except BaseException:
-        # Peers notice at once when our sockets close. With others about, leave that to the end of the process, so
-        # that the launcher sees this exit code before theirs.
-        if world.world_size == 1:
-            dist.destroy_process_group()
-        raise
-    dist.destroy_process_group()
+    finally:
+        # After an error too: where a peer is gone, a Python that ends with the group alive often ends by SIGABRT.
+        dist.destroy_process_group()
+    mpi.finalize()
 
 
 def _store(world: World, timeout: timedelta) -> dist.Store:

@@ -4,7 +4,7 @@
 # or runs another verb of `dist-qft` there, with the verb's own arguments:
 #   launch/torchrun.sh merge RUN --to gguf
 # Environment, all optional:
-#   NPROC_PER_NODE                        ranks on this node (default: one per CUDA device, or one)
+#   NPROC_PER_NODE                            ranks on this node (default: one per CUDA device, or one)
 #   NNODES NODE_RANK MASTER_ADDR MASTER_PORT  several nodes: how many, which is this (from 0), where node 0 listens
 # --dry-run starts no rank: it prints the command and, for train, the plan. The exit code is that of the first failing rank.
 set -euo pipefail
@@ -16,11 +16,6 @@ usage() {
 [[ ${1:--} != -* ]] || usage "the first argument must be a config file"
 verb=train
 case $1 in train | eval | generate | merge) verb=$1 && shift ;; esac
-
-dry_run=false arguments=()
-for argument in "$@"; do
-  if [[ $argument == --dry-run ]]; then dry_run=true; else arguments+=("$argument"); fi
-done
 
 options=(--nproc-per-node "${NPROC_PER_NODE:-auto}")
 if [[ ${NNODES:-1} != 1 ]]; then
@@ -34,11 +29,5 @@ venv=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)/.venv
 # An environment that the user activated wins over the one that quickstart.sh made.
 if [[ -z ${VIRTUAL_ENV:-} && -x $venv/bin/python ]]; then python=$venv/bin/python; fi
 
-command=("$python" -m dist_qft.launch "${options[@]}" -- "$verb" "${arguments[@]}")
-if $dry_run; then
-  printf '%q ' "${command[@]}" && echo
-  [[ $verb == train ]] || exit 0
-  command=("$python" -m dist_qft train "${arguments[@]}" --dry-run)
-fi
 # exec: a scheduler's signals must reach the launcher, not this shell.
-exec "${command[@]}"
+exec "$python" -m dist_qft.launch "${options[@]}" -- "$verb" "$@"

@@ -29,11 +29,16 @@ def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_tiny_model(tmp_path_factory.mktemp("tiny-llama"))
 
 
+def default_smollm2() -> Path:
+    """Where the real model should be: $DIST_QFT_SMOLLM2, or in the cache folder."""
+    default = Path(os.environ.get("DIST_QFT_CACHE", "~/.cache/dist_qft")) / "SmolLM2-135M-Instruct.Q4_1.gguf"
+    return Path(os.environ.get("DIST_QFT_SMOLLM2", default)).expanduser()
+
+
 @pytest.fixture(scope="session")
 def smollm2() -> Path:
     """The GGUF file of SmolLM2-135M-Instruct; `tests/run.sh` fetches it."""
-    default = Path(os.environ.get("DIST_QFT_CACHE", "~/.cache/dist_qft")) / "SmolLM2-135M-Instruct.Q4_1.gguf"
-    path = Path(os.environ.get("DIST_QFT_SMOLLM2", default)).expanduser()
+    path = default_smollm2()
     if not path.is_file():
         pytest.skip(f"{path} is not there; tests/run.sh fetches it")
     return path

@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from runs import pool_world
+from whole_runs import pool_world
 
-from dist_qft.assemble import Assembled, adapter_config, assemble, linear_shapes
+from dist_qft.assemble import Assembled, adapter_config, assemble, plan_trainables
 from dist_qft.base_model.skeleton import build_skeleton
 from dist_qft.checkpoint import TrainerState, write_checkpoint
 from dist_qft.config.schema import RunConfig
@@ -18,7 +18,6 @@ from dist_qft.merge.certificate import Origin
 from dist_qft.merge.collective import write_result
 from dist_qft.merge.recipe import MergeRequest
 from dist_qft.merge.run import execute_merge, gather_inputs
-from dist_qft.methods.schedule import plan_adapters
 from dist_qft.preemption import StopSignal
 from dist_qft.trained import find_checkpoint
 
@@ -33,14 +32,14 @@ def assemble_random(config: RunConfig, size: float, step: int = 3) -> tuple[Asse
     """A base with adapters drawn from a normal distribution, and its checkpoint as training would write it."""
     device = torch.device("cpu")
     skeleton = build_skeleton(config.model, config.quantization, torch.float32)
-    plan = plan_adapters(config.method, linear_shapes(skeleton))
+    plan = plan_trainables(config, skeleton)
     parts = assemble(config, skeleton, plan, device)
     generator = torch.Generator().manual_seed(11)
     trainables = {
         name: torch.randn(parameter.shape, generator=generator) * size
         for name, parameter in parts.adapters.named_tensors()
     }
-    parts.adapters.load_tensors(trainables)
+    parts.load_tensors(trainables)
     if dist.get_rank() == 0:
         write_checkpoint(
             Path(config.output_dir),
@@ -78,8 +77,8 @@ def measured_merge(source: Path, target: str, path: Path) -> dict[str, int]:
     """
     request = MergeRequest.checked(target, path, overwrite=False, requantize=None, dtype="bfloat16")
     inputs = gather_inputs(request, find_checkpoint(source), pool_world())
-    parts = assemble(inputs.config, inputs.skeleton, dict(inputs.recipe.tiles), inputs.device)
-    parts.adapters.load_tensors(inputs.checkpoint.trainables)
+    parts = assemble(inputs.config, inputs.skeleton, inputs.plan, inputs.device)
+    parts.load_tensors(inputs.checkpoint.trainables)
     origin = Origin(inputs.config, inputs.checkpoint.path, inputs.checkpoint.state.step)
     layers: dict[int, int] = {}
     for name, weight in parts.base.linears.items():

@@ -12,7 +12,14 @@ from dist_qft.errors import UserError
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
-RANKS = {"smollm2": (1, 2, 4), "llama-8b": (8,), "llama-70b": (16,), "configs": (2,)}  # by folder
+RANKS = {
+    "smollm2": (1, 2, 4),
+    "llama-8b": (8,),
+    "llama-70b": (16,),
+    "llama2-7b": (4,),
+    "llama2-70b": (4,),
+    "configs": (2,),
+}  # by folder
 
 # One edit each: a letter lost, a letter doubled, a letter replaced.
 MISSPELLINGS: dict[str, Callable[[str], str]] = {
@@ -38,7 +45,8 @@ def test_there_is_a_config_for_every_method_and_size():
     names = {str(path.relative_to(ROOT / "configs")) for path in CONFIGS}
     methods = ("qlora", "qbara", "qalora", "qahira")
     expected = {f"{folder}/{name}.yaml" for folder in ("smollm2", "llama-8b", "llama-70b") for name in methods}
-    assert names == expected | {"quickstart.yaml"}
+    side = {f"{folder}/qst.yaml" for folder in ("smollm2", "llama2-7b", "llama2-70b")}
+    assert names == expected | side | {"quickstart.yaml", "smollm2/qst-classification.yaml"}
 
 
 @every_config
@@ -47,7 +55,7 @@ def test_loads_without_warnings_and_divides_over_its_ranks(path):
     assert config_warnings(config) == []
     for world_size in RANKS[path.parent.name]:
         assert accumulation_steps(config, world_size) >= 1
-    assert path.name == "quickstart.yaml" or config.method.name == path.stem
+    assert path.name == "quickstart.yaml" or config.method.name == path.stem.partition("-")[0]
 
 
 @every_config

@@ -16,35 +16,57 @@ from dist_qft.launch import main
 REPOSITORY = Path(__file__).parent.parent
 
 RANKS = """
-import os, signal, sys, time
+import contextlib, os, signal, sys, time
 
 def stop(number, frame):
     sys.exit(75)
 
+def say(*words):
+    sys.stdout.write(" ".join(map(str, words)) + "\\n")  # in one piece: torchrun's ranks share an unbuffered stream
+
 def wait():
-    print("waiting", flush=True)
+    say("waiting")
     time.sleep(60)
 
+def leave(code):
+    # At once: while Python tidied up, the peer would notice and might end first.
+    sys.stdout.flush()
+    os._exit(code)
+
 rank, what = int(os.environ["RANK"]), sys.argv[1]
-if what == "meet":
+if what in ("place", "train"):
+    say("rank", rank, "of", os.environ["WORLD_SIZE"])
+elif what == "meet":
     import torch, torch.distributed as dist
     from dist_qft.world import World, connect, device_for
     world = World.from_environment()
     with connect(world, device_for(world, "cpu"), timeout_seconds=60):
         total = torch.tensor([10.0 ** world.rank])
         dist.all_reduce(total)
-        print(world.launcher, world.single_node, total.item(), os.environ["OMP_NUM_THREADS"], sys.argv[2:], flush=True)
+        say(world.launcher, world.single_node, total.item(), os.environ["OMP_NUM_THREADS"], sys.argv[2:])
+elif what == "fail":
+    import torch, torch.distributed as dist
+    from dist_qft.world import World, connect
+    code = 4
+    with connect(World.from_environment(), torch.device("cpu"), timeout_seconds=60), contextlib.suppress(RuntimeError):
+        dist.barrier()
         if rank == 1:
-            sys.exit("out of luck" if "fail" in sys.argv else 0)
-        try:
-            if "fail" in sys.argv:
-                dist.all_reduce(total)
-        except RuntimeError:
-            sys.exit(4)
+            print("out of luck", file=sys.stderr)
+            code = 6
+        else:
+            dist.barrier()
+    leave(code)
 elif what == "fall":
     if rank == 1:
         os.kill(os.getpid(), signal.SIGKILL)
     wait()
+elif what == "refuse":
+    from dist_qft.cli import report
+    from dist_qft.errors import UserError
+    time.sleep(1.0 if rank == 0 else 0.0)
+    error = UserError("no such file")
+    report(error)
+    leave(error.exit_code)
 elif what == "save":
     signal.signal(signal.SIGTERM, stop)
     wait()
@@ -89,11 +111,11 @@ def test_ranks_meet_and_success_is_silent(start) -> None:
 
 
 def test_code_of_the_rank_that_failed_and_not_of_its_peer_reaches_the_shell(start) -> None:
-    """Rank 1 fails with 1, so rank 0 loses its peer and ends with 4; rank 1's message is the last word."""
-    launcher = start("--", "meet", "fail")
+    """Rank 1 fails with 6, so rank 0 loses its peer and ends with 4; rank 1's message is the last word."""
+    launcher = start("--", "fail")
     _, errors = launcher.communicate(timeout=90)
     assert errors.splitlines() == ["out of luck"]
-    assert launcher.returncode == 1
+    assert launcher.returncode == 6
 
 
 def test_killed_rank_is_named(start) -> None:
@@ -101,6 +123,13 @@ def test_killed_rank_is_named(start) -> None:
     _, errors = launcher.communicate(timeout=90)
     assert errors.splitlines() == ["dist_qft.launch: rank 1 was killed by SIGKILL"]
     assert launcher.returncode == 128 + signal.SIGKILL
+
+
+def test_what_all_ranks_refuse_is_told_once_however_late_the_first_rank_is(start) -> None:
+    launcher = start("--", "refuse")
+    _, errors = launcher.communicate(timeout=60)
+    assert errors == "error: no such file\n"
+    assert launcher.returncode == 2
 
 
 def test_saved_and_preempted_reaches_the_shell(start) -> None:
@@ -166,22 +195,24 @@ def test_script_needs_a_config_and_a_place_among_the_nodes() -> None:
         assert result.returncode == 2
 
 
-def test_dry_run_prints_the_whole_command() -> None:
-    result = run_script(
-        "my config.yaml",
-        "--dry-run",
-        "train.seed=1",
-        "--resume",
-        "auto",
-        NPROC_PER_NODE="3",
-        NNODES="2",
-        NODE_RANK="1",
-        MASTER_ADDR="node0",
+def test_dry_run_prints_the_command_and_asks_rank_0_of_the_whole_world(start) -> None:
+    """The script, the launcher and one process in a row; that process runs the real program, which misses the file."""
+    nodes = {"NNODES": "2", "NODE_RANK": "1", "MASTER_ADDR": "node0"}
+    result = run_script("no such.yaml", "train.seed=1", "--resume", "auto", "--dry-run", NPROC_PER_NODE="3", **nodes)
+    # The interpreter may be called python or python3: what counts is the environment it belongs to.
+    interpreter, command = result.stdout.strip().split(" ", 1)
+    assert Path(interpreter).parent == Path(sys.executable).parent
+    assert command == (
+        "-m dist_qft.launch --nproc-per-node 3 --nnodes 2 --node-rank 1 --master-addr node0"
+        " --master-port 29500 -- train 'no such.yaml' train.seed=1 --resume auto"
     )
-    assert result.stdout.splitlines()[0].strip() == (
-        "python -m dist_qft.launch --nproc-per-node 3 --nnodes 2 --node-rank 1 --master-addr node0 --master-port 29500"
-        r" -- train my\ config.yaml train.seed=1 --resume auto"
-    )
+    assert "no such.yaml" in result.stderr
+    assert result.returncode == 2
+
+    launcher = start("--nnodes", "4", "--", "train", "--dry-run")
+    output, _ = launcher.communicate(timeout=60)
+    assert output.splitlines()[1:] == ["rank 0 of 8"]
+    assert launcher.returncode == 0
 
 
 @pytest.mark.parametrize("script", sorted(REPOSITORY.glob("launch/*.sh")), ids=lambda path: path.name)

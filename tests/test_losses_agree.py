@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 from ranks import RankPool
-from runs import train_losses
 from tiny_model import tiny_config
+from whole_runs import train_losses
 
 NF4 = {"linear": "nf4", "block": [64]}
 UNTILED = {"rank": 4, "pool": None, "repeat": None}
@@ -15,6 +15,7 @@ METHODS = {
     "qalora": {"method": {"name": "qalora", "rank": 4, "pool": 32, "repeat": None}, "quantization": {"block": [1, 32]}},
     "qahira": {},
 }
+ENGINES = [(2, "fsdp", 2), (4, "fsdp", 1), (2, "replicated", 4), (2, "zero", 2), (4, "zero", 1)]
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +44,7 @@ def _losses(
 
 
 @pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize(("world", "engine", "micro"), [(2, "fsdp", 2), (4, "fsdp", 1), (2, "replicated", 4)])
+@pytest.mark.parametrize(("world", "engine", "micro"), ENGINES)
 def test_losses_equal_the_reference(pools, reference, tiny_llama, tmp_path, method, world, engine, micro):
     losses = _losses(pools[world], tiny_llama, tmp_path, method, engine, micro)
     assert losses == pytest.approx(reference(method), rel=1e-4)

@@ -42,7 +42,7 @@ class OutputHead(nn.Module):
                 targets,
                 table,
                 logit_map=self.loss_map,
-                slice_size=slice_rows(states.shape[0], self.loss_megabytes),
+                slice_size=slice_rows(*states.shape, self.loss_megabytes),
                 with_gradient=with_gradient,
             )
 

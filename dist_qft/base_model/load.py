@@ -1,16 +1,20 @@
-"""Streaming a base into an engine: read, quantize, keep the own rows, drop the rest, one tensor at a time.
+"""Streaming a base into an engine: read, quantize, keep the own rows, drop the rest, a few rows at a time.
 
 A rank reads and quantizes only the rows it keeps wherever the format allows it (blocks never cross the row
-range), so loading takes 1/N of the work on N ranks and the peak is the own shard plus one tensor.
+range), so loading takes 1/N of the work on N ranks. The peak is the own shard plus a few MiB, or plus one tensor for
+a format whose rows cannot be quantized alone. Weights are quantized on the CPU, whatever the run's device: the same
+bits come out everywhere.
 
 The fingerprint of a base is the SHA-256 of all names, shapes, formats and additive digests of the packed
 tensors; norms and biases count with their float32 value as read from the file. It depends neither on the
 world size, nor on the engine, nor on the compute dtype.
 """
 
+import ctypes
 import hashlib
 import json
 import math
+from operator import attrgetter
 
 import torch
 from torch import Tensor, nn
@@ -19,36 +23,43 @@ from dist_qft.base_model.skeleton import BaseModel
 from dist_qft.base_model.sources import TensorSource
 from dist_qft.digest import positional_digest
 from dist_qft.errors import UserError
+from dist_qft.quant.contract import Format
 from dist_qft.quant.frozen import FrozenEmbedding, FrozenLinear
 from dist_qft.sharding.engine import Engine
 
+_CHUNK = 1 << 18  # weights read and quantized at a time: bounds the temporaries to some MiB
+
 
 class Fingerprint:
-    """Collects additive digests tensor by tensor; one sum over the shards turns parts into the whole."""
+    """Collects additive digests part by part; one sum over the shards turns them into the whole's."""
 
     def __init__(self) -> None:
-        self.labels: list[str] = []
-        self.parts: list[Tensor] = []
+        self.digests: dict[str, Tensor] = {}
 
     def add(self, label: str, part: Tensor, start: int) -> None:
-        self.labels.append(label)
-        self.parts.append(positional_digest(part, start).cpu())
+        """Count `part`, whose first element is element `start` of the tensor called `label`."""
+        digest = positional_digest(part, start).cpu()
+        self.digests[label] = self.digests[label] + digest if label in self.digests else digest
 
     def hexdigest(self, engine: Engine, device: torch.device) -> str:
-        digests = engine.sum_over_shards(torch.stack(self.parts).to(device))
-        pairs = sorted(zip(self.labels, digests.tolist(), strict=True))
+        digests = engine.sum_over_shards(torch.stack(list(self.digests.values())).to(device))
+        pairs = sorted(zip(self.digests, digests.tolist(), strict=True))
         return hashlib.sha256(json.dumps(pairs).encode()).hexdigest()
 
 
-def check_names(base: BaseModel, source: TensorSource) -> dict[str, str]:
+def check_names(base: BaseModel, source: TensorSource, engine: Engine | None = None) -> dict[str, str]:
     """Model tensor name -> source tensor name, for all the base needs.
+
+    Args:
+        engine: what has sharded the base, if something has: from then on it knows the shapes.
 
     Raises:
         UserError: missing tensors, or a vocabulary or layer of another shape; before anything is read.
     """
+    shape = engine.shape if engine else attrgetter("shape")
     needed = {f"{path}.weight": (layer.out_features, layer.in_features) for path, layer in base.linears.items()}
     needed |= {f"{path}.weight": (t.num_embeddings, t.embedding_dim) for path, t in base.tables().items()}
-    needed |= {name: tuple(parameter.shape) for name, parameter in dense_parameters(base)}
+    needed |= {name: tuple(shape(parameter)) for name, parameter in dense_parameters(base)}
     stored = source.names()
     prefix = base.model.base_model_prefix + "."
     found, missing = {}, []
@@ -83,7 +94,7 @@ def dense_parameters(base: BaseModel) -> list[tuple[str, nn.Parameter]]:
 @torch.no_grad()
 def load_base(base: BaseModel, source: TensorSource, engine: Engine, device: torch.device) -> None:
     """Fill a skeleton that `engine` has sharded; sets `base.fingerprint`. Collective."""
-    names = check_names(base, source)
+    names = check_names(base, source, engine)
     fingerprint = Fingerprint()
     modules: dict[str, FrozenLinear | FrozenEmbedding] = {**base.linears, **base.tables()}
     for path, module in modules.items():
@@ -91,8 +102,11 @@ def load_base(base: BaseModel, source: TensorSource, engine: Engine, device: tor
     for name, parameter in dense_parameters(base):
         first, stop = engine.rows(parameter)
         rows = source.read(names[name], (first, stop))
+        if not torch.isfinite(rows).all():
+            raise UserError(f"{source.where}: tensor '{names[name]}' holds a value that is not finite")
         engine.store(parameter, first, rows.to(parameter.dtype))
-        fingerprint.add(f"{name} {list(parameter.shape)} dense", rows.float(), first * math.prod(parameter.shape[1:]))
+        own = _own_elements(rows.float(), first, parameter, engine)
+        fingerprint.add(f"{name} {list(engine.shape(parameter))} dense", *own)
     base.fingerprint = fingerprint.hexdigest(engine, device)
 
 
@@ -105,26 +119,47 @@ def _load_packed(
     fingerprint: Fingerprint,
 ) -> None:
     """Quantize the rows this rank keeps of one matrix and hand them to the engine."""
-    packed_format = module.format
-    parameters = module.packed()
-    height = source.shape(name)[0]
-    first, stop = _rows_needed(module, engine, height)
-    packed = source.read_packed(name, packed_format, (first, stop))
-    if packed is None:
-        packed = packed_format.quantize(source.read(name, (first, stop)))
-    label = json.dumps(packed_format.describe(), sort_keys=True)
-    for key, parameter in parameters.items():
-        per_entry = packed_format.rows_per_entry(key)
-        offset = 0 if per_entry is None else first // per_entry
-        engine.store(parameter, offset, packed[key].to(parameter.dtype))
-        begin, end = engine.rows(parameter)
-        own = packed[key][begin - offset : end - offset]
-        width = math.prod(parameter.shape[1:])
-        fingerprint.add(f"{path}.{key} {list(parameter.shape)} {label}", own, begin * width)
+    label = json.dumps(module.format.describe(), sort_keys=True)
+    for first, stop in _row_ranges(module, *_rows_needed(module, engine)):
+        packed = _quantized_rows(name, first, stop, module.format, source)
+        for key, parameter in module.packed().items():
+            per_entry = module.format.rows_per_entry(key)
+            offset = 0 if per_entry is None else first // per_entry
+            engine.store(parameter, offset, packed[key].to(parameter.dtype))
+            own = _own_elements(packed[key], offset, parameter, engine)
+            fingerprint.add(f"{path}.{key} {list(engine.shape(parameter))} {label}", *own)
+    _return_freed_memory()
 
 
-def _rows_needed(module: FrozenLinear | FrozenEmbedding, engine: Engine, height: int) -> tuple[int, int]:
+def _quantized_rows(name: str, first: int, stop: int, format: Format, source: TensorSource) -> dict[str, Tensor]:
+    """Packed tensors of some rows; the file's own blocks if it holds this very format."""
+    packed = source.read_packed(name, format, (first, stop))
+    if packed is not None:
+        return packed
+    where = f"{source.where}: rows {first} to {stop} of tensor '{name}'"
+    return format.quantize(source.read(name, (first, stop)), where)
+
+
+def _own_elements(rows: Tensor, first: int, parameter: nn.Parameter, engine: Engine) -> tuple[Tensor, int]:
+    """What this rank keeps of some `rows` of a parameter, from row `first` on, and the index of its first element."""
+    begin, end = engine.span(parameter)
+    offset = first * math.prod(engine.shape(parameter)[1:])
+    start = max(begin, offset)
+    return rows.reshape(-1)[start - offset : max(end, start) - offset], start
+
+
+def _row_ranges(module: FrozenLinear | FrozenEmbedding, first: int, stop: int) -> list[tuple[int, int]]:
+    """The rows first..stop in pieces that can be quantized alone; one empty piece if there are none."""
+    if not module.format.row_local or first == stop:
+        return [(first, stop)]
+    align = module.format.row_alignment
+    step = max(1, _CHUNK // (module.weight_shape[1] * align)) * align
+    return [(start, min(start + step, stop)) for start in range(first, stop, step)]
+
+
+def _rows_needed(module: FrozenLinear | FrozenEmbedding, engine: Engine) -> tuple[int, int]:
     """Weight rows from which all of this rank's packed entries can be computed."""
+    height = module.weight_shape[0]
     if not module.format.row_local:
         return 0, height
     first, stop = height, 0
@@ -135,3 +170,10 @@ def _rows_needed(module: FrozenLinear | FrozenEmbedding, engine: Engine, height:
             first, stop = min(first, begin * per_entry), max(stop, end * per_entry)
     align = module.format.row_alignment
     return (first // align * align, min(height, -(-stop // align) * align)) if stop else (0, 0)
+
+
+def _return_freed_memory() -> None:
+    """Give freed memory back to the system: glibc keeps blocks of up to 32 MiB, which add up to several shards."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)

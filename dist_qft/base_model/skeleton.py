@@ -14,18 +14,14 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
+from dist_qft.base_model.family import check_logits, disable_dropout, logit_map, packed_mask
 from dist_qft.base_model.head import OutputHead
 from dist_qft.base_model.quantized_folder import check_stored_formats
 from dist_qft.config.schema import ModelConfig, QuantizationConfig
 from dist_qft.errors import UserError
-from dist_qft.loss import LogitMap
 from dist_qft.quant.formats import Format, embedding_format, linear_format
 from dist_qft.quant.frozen import FrozenEmbedding, FrozenLinear
 from dist_qft.sharding.engine import Units
-
-# Logit post-processing that lives in the causal-LM class, outside the decoder and the head.
-_SCALE_KEYS = {"logit_scale": 1, "logits_scaling": -1}  # config key -> exponent
-_DROPOUT_KEYS = ("attention_dropout", "dropout", "activation_dropout", "hidden_dropout", "layerdrop", "resid_pdrop")
 
 
 @dataclass
@@ -51,7 +47,6 @@ class BaseModel:
     head: OutputHead
     dtype: torch.dtype
     fingerprint: str = ""
-    loaded_bytes: int = 0
     notes: list[str] = field(default_factory=list)
 
     @property
@@ -86,11 +81,28 @@ class BaseModel:
     def hidden_states(self, input_ids: Tensor, position_ids: Tensor) -> Tensor:
         """Last hidden states (batch, length, dim) of right-padded or packed token ids (batch, length).
 
-        No attention mask is needed: padding lies to the right of every real token, and packed samples are kept
-        apart by position ids that restart (Hugging Face builds the block-diagonal mask from them).
+        Padding lies to the right of every real token, so it needs no mask; packed samples are kept apart by position
+        ids that restart, as far as the family can (`require_separate_samples`).
         """
-        output = self.decoder(input_ids=input_ids, position_ids=position_ids, use_cache=False)
+        mask = packed_mask(self.config, position_ids, self.dtype)
+        output = self.decoder(input_ids=input_ids, position_ids=position_ids, attention_mask=mask, use_cache=False)
         return output.last_hidden_state
+
+    @torch.no_grad()
+    def require_separate_samples(self, device: torch.device) -> None:
+        """Refuse packing for a family that lets a packed sample change the next one. Collective; needs weights.
+
+        Raises:
+            UserError: as layers that carry a state along the row (convolutions, state spaces) do.
+        """
+        token = torch.arange(4, device=device) % self.vocab_size
+        rows = torch.stack([token, token.roll(1)])
+        rows[:, 2:] = token[:2]
+        states = self.hidden_states(rows, torch.tensor([[0, 1, 0, 1]], device=device).expand(2, -1))
+        if not torch.allclose(states[0, 2:], states[1, 2:], rtol=1e-2, atol=1e-3):
+            raise UserError(
+                f"data.packing: model type '{self.config.model_type}' cannot keep packed samples apart; set it to false"
+            )
 
 
 def read_model_config(model: ModelConfig) -> tuple[PretrainedConfig, bool]:
@@ -125,9 +137,9 @@ def build_skeleton(model: ModelConfig, quantization: QuantizationConfig, dtype: 
         UserError: unknown model type, a decoder we cannot take apart, or a shape a format cannot hold.
     """
     config, from_gguf = read_model_config(model)
-    for key in _DROPOUT_KEYS:  # a frozen base is a function, not a random variable
-        if isinstance(getattr(config, key, None), float):
-            setattr(config, key, 0.0)
+    if getattr(config, "quantization_config", None) is not None:
+        raise UserError(f"model.path: '{model.path}' is already quantized; need 16-bit or 32-bit weights, or GGUF")
+    disable_dropout(config)
     causal = _build_on_meta(config, model, dtype)
     decoder = causal.get_decoder()
     layers = getattr(decoder, "layers", None)
@@ -139,7 +151,10 @@ def build_skeleton(model: ModelConfig, quantization: QuantizationConfig, dtype: 
     embedding, head = _freeze_tables(causal, table, dtype)
     causal.requires_grad_(False)
     causal.eval()
+    check_logits(causal, decoder, head, head.loss_map)
     base = BaseModel(causal, config, decoder, list(layers), linears, embedding, head, dtype)
+    _require_all_in_units(base)
+    base.notes += _unquantized(base)
     check_stored_formats(Path(model.path), {**linears, **base.tables()})
     if from_gguf and quantization.linear == "nf4":
         base.notes.append("the GGUF file's 4-bit weights are dequantized and quantized again to nf4")
@@ -152,7 +167,11 @@ def _build_on_meta(config: PretrainedConfig, model: ModelConfig, dtype: torch.dt
         with init_empty_weights(include_buffers=False):
             return _quietly(AutoModelForCausalLM.from_config, config, attn_implementation=model.attention, dtype=dtype)
     except (ValueError, ImportError) as error:
-        raise UserError(f"model.path: cannot build '{config.model_type}': {str(error).splitlines()[0]}") from error
+        reason = str(error).splitlines()[0]
+        if "attention implementation" in reason or "flash" in reason.lower():
+            key = f"model.attention: '{model.attention}'"
+            raise UserError(f"{key} does not work for model type '{config.model_type}'; try 'eager'") from error
+        raise UserError(f"model.path: cannot build '{config.model_type}': {reason}") from error
 
 
 def _freeze_linears(
@@ -209,18 +228,28 @@ def _freeze_tables(causal: PreTrainedModel, table: Format, dtype: torch.dtype) -
     if lm_head.bias is not None:
         raise UserError(f"model type '{config.model_type}': an LM head with a bias is not supported")
     # The causal LM applies its own scale and cap when generating; the loss, computed inside the head, must too.
-    head = OutputHead(embedding, own, loss_map=_logit_map(config))
+    head = OutputHead(embedding, own, loss_map=logit_map(config))
     causal.set_output_embeddings(head)
     return embedding, head
 
 
-def _logit_map(config: PretrainedConfig) -> LogitMap:
-    scale = 1.0
-    for key, exponent in _SCALE_KEYS.items():
-        if getattr(config, key, None) is not None:
-            scale *= float(getattr(config, key)) ** exponent
-    cap = getattr(config, "final_logit_softcapping", None)
-    return LogitMap(scale, None if cap is None else float(cap))
+def _require_all_in_units(base: BaseModel) -> None:
+    """Refuse weights that no engine would hold, such as a vision tower's."""
+    owned = {parameter for unit in [base.decoder, *base.units.tables] for parameter in unit.parameters()}
+    outside = [name for name, parameter in base.model.named_parameters() if parameter not in owned]
+    if outside:
+        kind = base.config.model_type
+        raise UserError(f"model.path: model type '{kind}' has weights outside its text decoder: '{outside[0]}'")
+
+
+def _unquantized(base: BaseModel) -> list[str]:
+    """A note on matrices of the decoder layers that are no `nn.Linear`, such as a mixture's stacked experts."""
+    packed = {parameter for linear in base.linears.values() for parameter in linear.packed().values()}
+    dense = [p for layer in base.layers for p in layer.parameters() if p not in packed and p.dim() > 1]
+    if not dense:
+        return []
+    count = sum(parameter.numel() for parameter in dense)
+    return [f"{count:,} weights of the decoder layers are not in linear layers and stay unquantized"]
 
 
 def _quietly(function, *args, **kwargs):

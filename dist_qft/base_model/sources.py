@@ -1,7 +1,8 @@
 """Where weights come from: safetensors folders and GGUF files, read tensor by tensor, rows by rows.
 
 A source knows names, shapes and how to read some rows; it keeps no weight in memory. Names are those of the
-Hugging Face model. Nothing is memory-mapped beyond one read, so a rank's resident memory shows what it keeps.
+Hugging Face model. What `read` returns may be a mapping of the file: as long as nobody keeps it, a rank's resident
+memory shows what it keeps.
 """
 
 import json
@@ -37,7 +38,7 @@ class TensorSource(Protocol):
         """Shape of one tensor, without reading it."""
 
     def read(self, name: str, rows: Rows = None) -> Tensor:
-        """Rows of one tensor as floats, in the file's own float type."""
+        """Rows of one tensor as floats, in the file's own float type; to be read, not written to nor kept."""
 
     def read_packed(self, name: str, format: Format, rows: Rows = None) -> dict[str, Tensor] | None:
         """The packed tensors of some rows, if the file holds just these; None if they must be quantized from `read`."""
@@ -67,7 +68,7 @@ class SafetensorsSource:
         if index.is_file():
             try:
                 names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-            except (ValueError, KeyError, AttributeError) as error:
+            except (ValueError, KeyError, TypeError, AttributeError) as error:
                 raise CorruptFileError(f"{index}: not a safetensors index: {error}") from error
             unsafe = [name for name in names if Path(name).name != name]
             if unsafe:
@@ -76,7 +77,8 @@ class SafetensorsSource:
             if missing:
                 raise UserError(f"{index}: names {missing[0]}, which is not in the folder ({len(missing)} missing)")
             return [folder / name for name in names]
-        files = sorted(folder.glob("*.safetensors"))
+        single = folder / "model.safetensors"
+        files = [single] if single.is_file() else sorted(folder.glob("*.safetensors"))
         if not files:
             raise UserError(f"model.path: '{folder}' has no *.safetensors file (pickled .bin weights are not read)")
         return files
@@ -88,11 +90,9 @@ class SafetensorsSource:
         return self._shapes[name]
 
     def read(self, name: str, rows: Rows = None) -> Tensor:
-        # The file is opened for each read: closing it drops the mapped pages from this process.
+        # The file is opened for each read: the mapped pages leave this process together with the tensor.
         with safe_open(self._files[name], "pt") as file:
-            if rows is None:
-                return file.get_tensor(name).clone()
-            return file.get_slice(name)[rows[0] : rows[1]].clone()
+            return file.get_tensor(name) if rows is None else file.get_slice(name)[rows[0] : rows[1]]
 
     def read_packed(self, name: str, format: Format, rows: Rows = None) -> dict[str, Tensor] | None:
         return None
@@ -111,7 +111,10 @@ class GgufSource:
             reader = gguf.GGUFReader(str(path))
         except (ValueError, OSError, IndexError) as error:
             raise CorruptFileError(f"{path}: not a readable GGUF file: {error}") from error
-        architecture = reader.get_field("general.architecture").contents()
+        field = reader.get_field("general.architecture")
+        if field is None:
+            raise CorruptFileError(f"{path}: a GGUF file without 'general.architecture'")
+        architecture = field.contents()
         if architecture not in self.ARCHITECTURES:
             allowed = ", ".join(self.ARCHITECTURES)
             raise UserError(f"{path}: GGUF architecture '{architecture}' is not supported (supported: {allowed})")
@@ -143,6 +146,8 @@ class GgufSource:
 
         tensor = self._tensors[name]
         raw = self._raw_rows(name, rows)
+        if not raw.size:  # a rank may own no row, which gguf's dequantize cannot take
+            return torch.empty((0, *self.shape(name)[1:]))
         if self.kind(name) in ("F32", "F16"):
             values = raw.view(np.float32 if self.kind(name) == "F32" else np.float16)
         else:
@@ -169,14 +174,16 @@ class GgufSource:
         count = self.shape(name)[0]
         width = tensor.n_bytes // count
         first, stop = rows or (0, count)
-        read_first, read_stop = (first, stop) if order is None else (0, count)
+        wanted = np.arange(first, stop) if order is None else order[first:stop]
+        # Rows are only reordered within a head, so the span of the wanted ones is hardly longer than they are.
+        start, end = (int(wanted.min()), int(wanted.max()) + 1) if wanted.size else (0, 0)
         with open(self.where, "rb") as file:
-            file.seek(tensor.data_offset + read_first * width)
-            raw = np.fromfile(file, dtype=np.uint8, count=(read_stop - read_first) * width)
-        if raw.size != (read_stop - read_first) * width:
+            file.seek(tensor.data_offset + start * width)
+            raw = np.fromfile(file, dtype=np.uint8, count=(end - start) * width)
+        if raw.size != (end - start) * width:
             raise CorruptFileError(f"{self.where}: cut short inside tensor '{tensor.name}'")
         raw = raw.reshape(-1, width)
-        return raw if order is None else raw[order[first:stop]]
+        return raw if order is None else raw[wanted - start]
 
 
 def gguf_names(architecture: str, blocks: int) -> dict[str, str]:

@@ -7,12 +7,20 @@ Types and ranges of single settings are in `schema`; what depends on layer sizes
 from collections.abc import Iterator
 
 from dist_qft.config.faults import Fault, value_fault
-from dist_qft.config.schema import MergeConfig, MethodConfig, QuantizationConfig, RunConfig, ScheduleRule
+from dist_qft.config.schema import MethodConfig, QuantizationConfig, RunConfig, ScheduleRule, ShardingConfig
+from dist_qft.config.zero_file import zero_file_faults
 from dist_qft.errors import UserError
 from dist_qft.methods.schedule import effective, method_defaults
 
 _BLOCK_FORM = {"nf4": (1, "one length such as [64]"), "affine4": (2, "[b_out, b_in] such as [1, 32]")}
 _FACTORS = ("balance", "pool", "repeat")
+_SIDE_SETTINGS = ("reduction", "downsample", "downsample_rank", "compat", "init", "cache")
+_ENGINE_SETTINGS = {
+    "reshard_after_forward": "fsdp",
+    "prefetch_megabytes": "zero",
+    "offload": "zero",
+    "deepspeed_config": "zero",
+}
 
 
 def cross_field_faults(config: RunConfig) -> list[Fault]:
@@ -20,10 +28,13 @@ def cross_field_faults(config: RunConfig) -> list[Fault]:
     return [
         *_model_faults(config),
         *_quantization_faults(config.quantization),
-        *_method_faults(config.method),
+        *(_side_faults(config) if config.method.name == "qst" else _adapter_faults(config.method)),
+        *_task_faults(config),
         *_train_faults(config),
+        *_sharding_faults(config.sharding),
+        *(value_fault(("sharding", "deepspeed_config"), fault) for fault in zero_file_faults(config)),
         *_evaluation_faults(config),
-        *_merge_faults(config.merge),
+        *_merge_faults(config),
     ]
 
 
@@ -35,8 +46,11 @@ def config_warnings(config: RunConfig) -> list[str]:
         warnings.append("train.num_train_epochs: no effect, train.max_steps is set")
     if train.warmup_steps is not None and "warmup_ratio" in train.model_fields_set:
         warnings.append("train.warmup_ratio: no effect, train.warmup_steps is set")
-    if sharding.engine != "fsdp" and "reshard_after_forward" in sharding.model_fields_set:
-        warnings.append(f"sharding.reshard_after_forward: no effect with engine {sharding.engine}")
+    if config.method.cache == "disk" and train.max_steps is None and train.num_train_epochs <= 1:
+        warnings.append("method.cache: written and never read, train.num_train_epochs is 1 or less")
+    for name, engine in _ENGINE_SETTINGS.items():
+        if sharding.engine != engine and name in sharding.model_fields_set:
+            warnings.append(f"sharding.{name}: no effect with engine {sharding.engine}")
     return warnings
 
 
@@ -80,8 +94,22 @@ def _quantization_faults(quantization: QuantizationConfig) -> Iterator[Fault]:
         yield value_fault(("quantization", "exempt"), "all linear layers are dense already; remove it")
 
 
-def _method_faults(method: MethodConfig) -> Iterator[Fault]:
+def _side_faults(config: RunConfig) -> Iterator[Fault]:
+    method = config.method
+    for setting in sorted(method.model_fields_set - {"name", *_SIDE_SETTINGS}):
+        yield value_fault(("method", setting), f"qst does not use it; qst has {', '.join(_SIDE_SETTINGS)}")
+    downsample = method.downsample or "adapter"
+    if method.downsample_rank is not None and downsample not in ("adapter", "lora"):
+        yield value_fault(("method", "downsample_rank"), f"{downsample} has no rank; remove it or use adapter or lora")
+    if config.train.gradient_checkpointing:
+        yield value_fault(("train", "gradient_checkpointing"), "qst keeps nothing of the base for backward; remove it")
+
+
+def _adapter_faults(method: MethodConfig) -> Iterator[Fault]:
     used = method_defaults(method.name)
+    for setting in _SIDE_SETTINGS:
+        if getattr(method, setting) is not None:
+            yield value_fault(("method", setting), f"only qst uses it; {method.name} has {_knobs(used)}")
     yield from _unused_factors(method, used, ("method",), method.name)
     if method.pool_mode == "sum" and not used:
         yield value_fault(("method", "pool_mode"), f"{method.name} does not pool; remove it")
@@ -92,7 +120,7 @@ def _method_faults(method: MethodConfig) -> Iterator[Fault]:
             yield value_fault((*path, "depth"), f"got {rule.depth}, need first <= last")
         settings = sorted(rule.model_fields_set - {"layers", "depth"})
         if not settings:
-            yield value_fault(path, f"the rule sets nothing; give {', '.join(['rank', 'alpha', *used])} or skip")
+            yield value_fault(path, f"the rule sets nothing; give {_knobs(used)} or skip")
         elif rule.skip and settings != ["skip"]:
             without_effect = ", ".join(name for name in settings if name != "skip")
             yield value_fault(path, f"skip leaves no use for {without_effect}; give one or the other")
@@ -103,8 +131,37 @@ def _unused_factors(
 ) -> Iterator[Fault]:
     for factor in _FACTORS:
         if getattr(section, factor) is not None and factor not in used:
-            knobs = ", ".join(["rank", "alpha", *used])
-            yield value_fault((*path, factor), f"{method} does not use it; {method} has {knobs}")
+            yield value_fault((*path, factor), f"{method} does not use it; {method} has {_knobs(used)}")
+
+
+def _knobs(used: dict[str, int]) -> str:
+    return ", ".join(["rank", "alpha", *used])
+
+
+def _task_faults(config: RunConfig) -> Iterator[Fault]:
+    task, data = config.task, config.data
+    if task.name == "classification" and len(task.labels) < 2:
+        yield value_fault(("task", "labels"), f"got {len(task.labels)}, classification needs at least 2")
+    if len(set(task.labels)) < len(task.labels):
+        twice = next(label for label in task.labels if task.labels.count(label) > 1)
+        yield value_fault(("task", "labels"), f"'{twice}' is listed twice")
+    if task.labels and task.name != "classification":
+        yield value_fault(("task", "labels"), f"{task.name} has no labels; remove them or choose classification")
+    predicts_labels = task.name != "causal-lm"
+    for part in ("train", "eval"):
+        dataset = getattr(data, part, None)
+        given = dataset.format if dataset is not None else "auto"
+        if given != "auto" and (given == "classification") != predicts_labels:
+            wanted = "classification" if predicts_labels else "another format, or task.name classification"
+            yield value_fault(("data", part, "format"), f"{given} does not fit task {task.name}; need {wanted}")
+    if not predicts_labels:
+        return
+    if data is not None and data.packing:
+        yield value_fault(("data", "packing"), f"{task.name} reads the last token of each row; remove it")
+    if data is not None and data.loss_on == "all":
+        yield value_fault(("data", "loss_on"), f"{task.name} predicts no tokens; remove it")
+    if config.evaluation.prompts:
+        yield value_fault(("evaluation", "prompts"), f"a model for {task.name} answers no prompts; remove them")
 
 
 def _train_faults(config: RunConfig) -> Iterator[Fault]:
@@ -126,6 +183,11 @@ def _train_faults(config: RunConfig) -> Iterator[Fault]:
         yield value_fault(("train", "optim"), f"{train.optim} needs CUDA, sharding.device is cpu; use adamw")
 
 
+def _sharding_faults(sharding: ShardingConfig) -> Iterator[Fault]:
+    if sharding.offload and sharding.device == "cpu":
+        yield value_fault(("sharding", "offload"), "on a CPU the base is in host memory already; remove it")
+
+
 def _evaluation_faults(config: RunConfig) -> Iterator[Fault]:
     data = config.data
     if data is not None and data.eval is not None and data.eval_samples:
@@ -135,8 +197,23 @@ def _evaluation_faults(config: RunConfig) -> Iterator[Fault]:
         yield value_fault(("evaluation", "eval_steps"), "nothing to evaluate; set data.eval or data.eval_samples")
 
 
-def _merge_faults(merge: MergeConfig) -> Iterator[Fault]:
-    if merge.at_end is None:
+def merge_obstacle(config: RunConfig) -> str | None:
+    """Why what this config trains cannot be merged into the base at all, and what to do instead."""
+    if config.method.name == "qst":
+        return (
+            "a side network (qst) runs beside the base and is not folded into it; serve the run itself "
+            "(dist_qft.load, dist-qft generate), or train qahira, qalora, qbara or qlora"
+        )
+    if config.task.name != "causal-lm":
+        return f"a language model's files have no place for the head of task {config.task.name}; use dist-qft eval"
+    return None
+
+
+def _merge_faults(config: RunConfig) -> Iterator[Fault]:
+    merge = config.merge
+    if merge.at_end is not None and (obstacle := merge_obstacle(config)):
+        yield value_fault(("merge", "at_end"), obstacle)
+    elif merge.at_end is None:
         for key in sorted(merge.model_fields_set - {"at_end"}):
             yield value_fault(("merge", key), "no effect without merge.at_end; set that or remove this")
     elif merge.at_end != "dense" and "dtype" in merge.model_fields_set:

@@ -1,9 +1,8 @@
 """From a YAML file and `key.sub=value` overrides to a checked `RunConfig`, or to one message with every fault.
 
-`save_config` is the way back, for the copy that a run keeps in its folder.
-
 YAML is read as version 1.2 (so `1e-4` is a number and `on` is a string). What the settings mean is not known
 here: types and ranges are in `schema`, rules between settings in `check`, the wording of faults in `faults`.
+`save_config` is the way back, for the copy that a run keeps in its folder.
 """
 
 from collections.abc import Sequence

@@ -14,8 +14,11 @@ NonNegative = Annotated[int, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
 Text = Annotated[str, Field(min_length=1)]
 
-MethodName = Literal["qlora", "qbara", "qalora", "qahira"]
+Reduction = Annotated[int, Field(ge=2)]
+
+MethodName = Literal["qlora", "qbara", "qalora", "qahira", "qst"]
 MergeTarget = Literal["gguf", "quantized", "dense", "peft"]
+Downsample = Literal["adapter", "lora", "linear", "maxpool", "avgpool"]
 LinearFormat = Literal["nf4", "affine4", "dense"]
 
 
@@ -67,13 +70,28 @@ class MethodConfig(Section):
     dropout: Fraction = 0.0
     targets: str | list[str] = Field("all-linear", description="'all-linear', or layer types as in a schedule")
     schedule: list[ScheduleRule] = []
+    reduction: Reduction | None = Field(None, description="qst: times that the side network is narrower (default 16)")
+    downsample: Downsample | None = Field(None, description="qst: how hidden states get narrow (default adapter)")
+    downsample_rank: Positive | None = Field(None, description="qst: rank of adapter or lora (default 16)")
+    compat: Literal["paper", "released"] | None = Field(None, description="qst: paper (default) or the released code")
+    init: Literal["random", "pruned"] | None = Field(None, description="qst: pruned starts from the base's own weights")
+    cache: Literal["none", "disk"] | None = Field(None, description="qst: disk keeps the base's hidden states")
+
+
+class TaskConfig(Section):
+    name: Literal["causal-lm", "classification", "regression"] = Field(
+        "causal-lm", description="predict tokens, or from a text's last token a label or a number"
+    )
+    labels: list[Text] = Field([], description="classification: every label; data may give a name or a position")
 
 
 class DatasetConfig(Section):
     path: Text = Field(description="Hub id, local file or folder, or 'stdlib-docs'")
     name: str | None = Field(None, description="Hub configuration name")
     split: str = "train"
-    format: Literal["auto", "alpaca", "sharegpt", "messages", "prompt-completion", "text", "tokenized"] = "auto"
+    format: Literal[
+        "auto", "alpaca", "sharegpt", "messages", "prompt-completion", "text", "tokenized", "classification"
+    ] = "auto"
     columns: dict[str, str] = Field({}, description="our field name -> the data's column name")
     limit: Positive | None = Field(None, description="use only the first so many samples")
 
@@ -114,12 +132,20 @@ class TrainConfig(Section):
 
 
 class ShardingConfig(Section):
-    engine: Literal["fsdp", "replicated"] = "fsdp"
+    engine: Literal["fsdp", "zero", "replicated"] = "fsdp"
     device: Literal["auto", "cpu", "cuda"] = "auto"
     reshard_after_forward: bool = Field(True, description="fsdp: free a layer after its forward pass")
+    prefetch_megabytes: Annotated[float, Field(ge=0)] = Field(
+        0.0, description="zero: how much of the base may be gathered ahead of its use"
+    )
+    offload: bool = Field(False, description="zero, CUDA: keep each rank's part of the base in host memory")
+    deepspeed_config: Text | None = Field(None, description="zero: a DeepSpeed JSON file, merged into what we set")
     bucket_megabytes: Annotated[float, Field(gt=0)] = Field(25.0, description="gradient all-reduce bucket")
     digest_steps: NonNegative = Field(10, description="compare the replicas' digests every so many steps; 0 is never")
     timeout_seconds: Positive = Field(600, description="a collective that takes longer ends the run")
+    rank0_timeout_seconds: Positive = Field(
+        3600, description="what rank 0 does alone, such as saving, may keep the others waiting so long"
+    )
 
 
 class CheckpointConfig(Section):
@@ -147,6 +173,7 @@ class RunConfig(Section):
     model: ModelConfig
     quantization: QuantizationConfig = QuantizationConfig()
     method: MethodConfig = MethodConfig()
+    task: TaskConfig = TaskConfig()
     data: DataConfig | None = Field(None, description="needed by train and eval")
     train: TrainConfig = TrainConfig()
     sharding: ShardingConfig = ShardingConfig()

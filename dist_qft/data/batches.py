@@ -29,7 +29,9 @@ class MicroBatch:
 
     input_ids: (b, L). targets: (b, L), already shifted: what position t has to predict, that is the token at t + 1, or
     -100. position_ids: (b, L), restarting with each segment of a packed row. num_targets: targets that are not -100.
-    index: the micro-batch's place within its step (or within the evaluation) over all ranks.
+    index: the micro-batch's place within its step (or within the evaluation) over all ranks. row_ids: the data set's
+    rows, fewer than b if it was filled up. labels: (rows,) float32 of labelled rows; their one target, at the last
+    token, is 0 and only marks the place.
     """
 
     input_ids: torch.Tensor
@@ -37,6 +39,8 @@ class MicroBatch:
     position_ids: torch.Tensor
     num_targets: int
     index: int
+    row_ids: tuple[int, ...] = ()
+    labels: torch.Tensor | None = None
 
 
 @lru_cache(maxsize=2)  # a step may span two epochs
@@ -135,8 +139,11 @@ def collate(dataset: TokenDataset, row_ids: list[int], num_rows: int, index: int
     for i, row in enumerate(rows):
         size = len(row.tokens)
         input_ids[i, :size] = row.tokens
-        # A segment's first token is never a target, which alone keeps the shift from crossing segments.
-        targets[i, : size - 1] = np.where(row.targets[1:], row.tokens[1:], IGNORE_INDEX)
+        if dataset.labels is not None:
+            targets[i, size - 1] = 0
+        else:
+            # A segment's first token is never a target, which alone keeps the shift from crossing segments.
+            targets[i, : size - 1] = np.where(row.targets[1:], row.tokens[1:], IGNORE_INDEX)
         if dataset.packed_length is not None:
             position_ids[i] = _packed_positions(row, length)
     return MicroBatch(
@@ -145,6 +152,8 @@ def collate(dataset: TokenDataset, row_ids: list[int], num_rows: int, index: int
         position_ids=torch.from_numpy(position_ids),
         num_targets=int((targets != IGNORE_INDEX).sum()),
         index=index,
+        row_ids=tuple(row_ids),
+        labels=None if dataset.labels is None else torch.from_numpy(dataset.labels[row_ids]),
     )
 
 

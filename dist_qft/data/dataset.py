@@ -23,6 +23,7 @@ from dist_qft.errors import CorruptFileError
 
 FORMAT_VERSION = 1  # of the file and of the way to its tokens: raise it and every cache is rebuilt
 _DTYPES = {"tokens": np.int32, "targets": np.bool_, "row_offsets": np.int64, "segment_starts": np.int64}
+_LABELS = "labels"  # the one array that not every data set has
 
 
 class Row(NamedTuple):
@@ -41,6 +42,7 @@ class TokenDataset:
     so False at each segment's start. row_offsets: (rows + 1,) int64, in tokens. segment_starts: (segments,) int64, in
     tokens, ascending. packed_length: tokens of a row in a batch if packed, else None. pad_id: fills the rest of a row.
     report: counts made while building (read, kept, dropped_*, truncated, tokens, target_tokens, rows, ...).
+    labels: (rows,) float32 if rows are labelled: each row's last token is then its one target, for the label.
     """
 
     tokens: np.ndarray
@@ -50,6 +52,7 @@ class TokenDataset:
     pad_id: int
     packed_length: int | None = None
     report: dict[str, int] = field(default_factory=dict)
+    labels: np.ndarray | None = None
 
     @classmethod
     def from_sequences(
@@ -63,6 +66,11 @@ class TokenDataset:
         segments_before = np.cumsum([0, *map(len, rows)])
         targets = np.concatenate([sequences[i].targets for i in order])
         targets[starts[:-1]] = False
+        labels = None
+        if sequences[0].label is not None:
+            labels = np.array([sequences[i].label for i in order], dtype=np.float32)
+            targets[:] = False
+            targets[starts[1:] - 1] = True
         counts = {"rows": len(rows), "tokens": int(starts[-1]), "target_tokens": int(targets.sum())}
         return cls(
             tokens=np.concatenate([sequences[i].input_ids for i in order]),
@@ -72,6 +80,7 @@ class TokenDataset:
             pad_id=pad_id,
             packed_length=packed_length,
             report=report | counts,
+            labels=labels,
         )
 
     def __len__(self) -> int:
@@ -91,11 +100,14 @@ class TokenDataset:
     def digest(self) -> str:
         """SHA-256 (hex) of all that decides the batches; the report does not count."""
         digest = hashlib.sha256(f"{FORMAT_VERSION} {self.pad_id} {self.packed_length}".encode())
-        for name in _DTYPES:
-            array = np.ascontiguousarray(getattr(self, name))
+        for name, array in self._arrays().items():
             digest.update(f"{name} {array.dtype} {array.shape}".encode())
             digest.update(array.view(np.uint8))
         return digest.hexdigest()
+
+    def _arrays(self) -> dict[str, np.ndarray]:
+        names = list(_DTYPES) if self.labels is None else [*_DTYPES, _LABELS]
+        return {name: np.ascontiguousarray(getattr(self, name)) for name in names}
 
     def save(self, path: Path) -> None:
         """Writes a temporary file beside `path`, syncs and renames it, so that `path` is whole or absent.
@@ -109,10 +121,9 @@ class TokenDataset:
             "packed_length": self.packed_length,
             "report": self.report,
         }
-        arrays = {name: np.ascontiguousarray(getattr(self, name)) for name in _DTYPES}
         temporary = path.with_name(f".tmp-{path.name}")
         try:
-            save_file(arrays, temporary, metadata={"token_dataset": json.dumps(metadata)})
+            save_file(self._arrays(), temporary, metadata={"token_dataset": json.dumps(metadata)})
             with temporary.open("rb") as stream:
                 os.fsync(stream.fileno())
             temporary.replace(path)
@@ -133,7 +144,8 @@ class TokenDataset:
             # Through torch, because safetensors maps a file into memory for torch but copies it for numpy.
             with safe_open(path, framework="pt") as file:
                 metadata: dict[str, Any] = json.loads((file.metadata() or {})["token_dataset"])
-                arrays = {name: file.get_tensor(name).numpy() for name in _DTYPES}
+                names = [*_DTYPES, _LABELS] if _LABELS in file.keys() else list(_DTYPES)  # noqa: SIM118 - no dict
+                arrays = {name: file.get_tensor(name).numpy() for name in names}
             dataset = cls(
                 **arrays,
                 pad_id=metadata["pad_id"],

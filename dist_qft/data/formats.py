@@ -1,4 +1,4 @@
-"""What a record's fields mean: from a record of one of six known formats to a sample.
+"""What a record's fields mean: from a record of one of seven known formats to a sample.
 
     alpaca             instruction, output [input, system, history: list of [question, answer]]
     sharegpt           conversations: list of {from, value} [system, tools]
@@ -6,6 +6,7 @@
     prompt-completion  prompt, completion: plain text, no chat template
     text               text
     tokenized          input_ids [labels: the same ids, or -100 where nothing is to be predicted]
+    classification     text, label [text_pair]; for the tasks that predict labels, and those alone
 
 `columns` in the config maps these field names to the data's own. No tokenizer here: see `tokens`.
 """
@@ -50,7 +51,16 @@ class Tokenized:
     targets: list[bool]
 
 
-Sample = Conversation | PromptCompletion | Text | Tokenized
+@dataclass(frozen=True)
+class Labelled:
+    """A text, or two, and the label as the data gives it: a name, a position or a number."""
+
+    text: str
+    text_pair: str | None
+    label: Any
+
+
+Sample = Conversation | PromptCompletion | Text | Tokenized | Labelled
 
 
 class FormatFields(NamedTuple):
@@ -65,7 +75,9 @@ FORMATS = {
     "prompt-completion": FormatFields(("prompt", "completion")),
     "text": FormatFields(("text",)),
     "tokenized": FormatFields(("input_ids",), ("labels", "attention_mask")),
+    "classification": FormatFields(("text", "label"), ("text_pair",)),
 }
+_NEVER_GUESSED = "classification"  # a text beside a label is also just a text: the task decides
 ROLES = ("system", "user", "assistant", "tool")
 _SHAREGPT_ROLES = {
     "system": "system",
@@ -90,12 +102,14 @@ def resolve_format(dataset: DatasetConfig, first: LocatedRecord, key: str) -> st
         fits = [
             format_name
             for format_name, fields in FORMATS.items()
-            if all(dataset.columns.get(field, field) in record for field in fields.required)
+            if format_name != _NEVER_GUESSED
+            and all(dataset.columns.get(field, field) in record for field in fields.required)
         ]
         if len(fits) > 1:
             raise UserError(f"{where}: the fields {_names(record)} fit {' and '.join(fits)}; set {key}.format")
         if not fits:
-            needs = "; ".join(f"{format_name}: {', '.join(fields.required)}" for format_name, fields in FORMATS.items())
+            guessed = [format_name for format_name in FORMATS if format_name != _NEVER_GUESSED]
+            needs = "; ".join(f"{format_name}: {', '.join(FORMATS[format_name].required)}" for format_name in guessed)
             raise UserError(f"{where}: the fields {_names(record)} fit no format ({needs}); set {key}.columns")
         name = fits[0]
     known = FORMATS[name].required + FORMATS[name].optional
@@ -122,6 +136,9 @@ def to_sample(record: Record, format_name: str, columns: Mapping[str, str], wher
             return Text(fields.text("text"))
         case "tokenized":
             return _from_tokenized(fields)
+        case "classification":
+            pair = fields.text("text_pair") if fields.get("text_pair") is not None else None
+            return Labelled(fields.text("text"), pair, fields.require("label"))
     raise ValueError(f"unknown format {format_name!r}")
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import filelock
 from transformers import PreTrainedTokenizerBase
 
-from dist_qft.config.schema import DataConfig, DatasetConfig
+from dist_qft.config.schema import DataConfig, DatasetConfig, TaskConfig
 from dist_qft.data.dataset import FORMAT_VERSION, TokenDataset
 from dist_qft.data.formats import resolve_format, to_sample
 from dist_qft.data.sources import Source, load_records, open_source
@@ -28,11 +28,18 @@ class Prepared:
     eval: TokenDataset | None
 
 
-def prepare(data: DataConfig, tokenizer: PreTrainedTokenizerBase, vocab_size: int, cache_dir: Path) -> Prepared:
+def prepare(
+    data: DataConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    vocab_size: int,
+    cache_dir: Path,
+    task: TaskConfig | None = None,
+) -> Prepared:
     """The tokenized training data, and the held-out data if the config asks for any.
 
-    vocab_size: rows of the model's embedding; no token id may reach it. A changed config section, tokenizer, chat
-    template, data file or Python (for stdlib-docs) makes another cache entry; a damaged entry is rebuilt.
+    vocab_size: rows of the model's embedding; no token id may reach it. task: tokens (the default) or labels. A changed
+    config section, tokenizer, chat template, data file or Python (for stdlib-docs) makes another cache entry; a damaged
+    entry is rebuilt.
 
     UserError: whatever is wrong with the data, naming the place. SetupError: the cache cannot be written.
     """
@@ -40,28 +47,32 @@ def prepare(data: DataConfig, tokenizer: PreTrainedTokenizerBase, vocab_size: in
         raise UserError("data.eval_samples: data.eval is set too; allowed: one of them")
     train_source = open_source(data.train, "data.train")
     eval_source = open_source(data.eval, "data.eval") if data.eval is not None else None
-    encoder = SampleEncoder(tokenizer, vocab_size, data.loss_on)
+    task = task or TaskConfig()
+    encoder = SampleEncoder(tokenizer, vocab_size, data.loss_on, task)
     has_eval = data.eval is not None or data.eval_samples > 0
 
-    key = _cache_key(data, tokenizer, vocab_size, train_source, eval_source)
+    key = _cache_key(data, tokenizer, vocab_size, train_source, eval_source, task)
     train_path, eval_path = (cache_dir / f"{key}-{part}.safetensors" for part in ("train", "eval"))
+    lock = _lock(cache_dir, key)
+    try:
+        if cached := _load(train_path, eval_path if has_eval else None):
+            return cached
+        prepared = _build(data, encoder, train_source, eval_source)
+        _save(prepared, train_path, eval_path)
+        return prepared
+    finally:
+        lock.release()
+
+
+def _lock(cache_dir: Path, key: str) -> filelock.BaseFileLock:
+    """The cache entry's lock, held; waits for whoever builds the entry."""
     try:
         cache_dir.mkdir(parents=True, exist_ok=True)
         lock = filelock.FileLock(cache_dir / f"{key}.lock")
         lock.acquire()
     except OSError as error:
         raise UserError(f"data.cache_dir: cannot write to {cache_dir}: {error.strerror}") from None
-    with lock:
-        if cached := _load(train_path, eval_path if has_eval else None):
-            return cached
-        prepared = _build(data, encoder, train_source, eval_source)
-        try:
-            prepared.train.save(train_path)
-            if prepared.eval is not None:
-                prepared.eval.save(eval_path)
-        except OSError as error:
-            raise SetupError(f"data.cache_dir: cannot write to {cache_dir}: {error.strerror or error}") from None
-        return prepared
+    return lock
 
 
 def _load(train_path: Path, eval_path: Path | None) -> Prepared | None:
@@ -71,18 +82,29 @@ def _load(train_path: Path, eval_path: Path | None) -> Prepared | None:
         return None
 
 
+def _save(prepared: Prepared, train_path: Path, eval_path: Path) -> None:
+    try:
+        prepared.train.save(train_path)
+        if prepared.eval is not None:
+            prepared.eval.save(eval_path)
+    except OSError as error:
+        raise SetupError(f"data.cache_dir: cannot write {train_path.parent}: {error.strerror or error}") from None
+
+
 def _cache_key(
     data: DataConfig,
     tokenizer: PreTrainedTokenizerBase,
     vocab_size: int,
     train_source: Source,
     eval_source: Source | None,
+    task: TaskConfig,
 ) -> str:
     # A tokenizer's last padding and truncation are part of its file, but say nothing about its tokens.
     model = json.loads(tokenizer.backend_tokenizer.to_str()) | {"padding": None, "truncation": None}
     parts = {
         "version": FORMAT_VERSION,
         "data": data.model_dump(exclude={"cache_dir"}),
+        "task": task.model_dump(),
         "tokenizer": model,
         "special_tokens": {name: str(token) for name, token in tokenizer.special_tokens_map.items()},
         "chat_template": tokenizer.chat_template,
@@ -119,6 +141,8 @@ def _encode_all(
     counts: Counter[str] = Counter(read=0, blank_lines=0, truncated=0)
     records = load_records(dataset, source, key, counts)
     first = next(records)
+    if encoder.task.name != "causal-lm":
+        dataset = dataset.model_copy(update={"format": "classification"})
     format_name = resolve_format(dataset, first, key)
     sequences = []
     for record, where in chain([first], records):

@@ -1,6 +1,6 @@
 """Where records come from: local files, the Hub, or the standard library's documentation.
 
-`open_source` only looks (it reads no record), so that a wrong path is refused before anything heavy starts.
+`open_source` interprets no record, so that a wrong path is refused before anything heavy starts.
 """
 
 import hashlib
@@ -24,7 +24,7 @@ STDLIB_DOCS = "stdlib-docs"
 class Source:
     """An opened data set.
 
-    digest: hex; equal for equal content. Local files count by content, so touching one changes nothing.
+    digest: equal for equal content. Local files count by content, so touching one changes nothing.
     read: yields (record, where) and adds to the given counter what it skipped.
     """
 

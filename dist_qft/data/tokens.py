@@ -9,14 +9,16 @@ import re
 import reprlib
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import jinja2
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from dist_qft.data.formats import Conversation, PromptCompletion, Sample, Text, Tokenized
+from dist_qft.config.schema import TaskConfig
+from dist_qft.data.formats import Conversation, Labelled, PromptCompletion, Sample, Text, Tokenized
+from dist_qft.data.labels import label_value
 from dist_qft.errors import UserError
 
 Span = tuple[int, int]  # characters [start, end) of the rendered text
@@ -27,10 +29,12 @@ class TokenSequence:
     """One sample.
 
     input_ids: (n,) int32. targets: (n,) bool, whether token i is predicted from those before it; the first never is.
+    label: of a labelled sample, what is predicted instead of tokens: a label's position, or a number.
     """
 
     input_ids: np.ndarray
     targets: np.ndarray
+    label: float | None = None
 
 
 class SampleEncoder:
@@ -38,10 +42,15 @@ class SampleEncoder:
 
     loss_on: "assistant" predicts the assistant's turns (content and end-of-turn token, not the header), or of a
     prompt and completion the completion; "all" predicts every token.
+    task: what labelled samples are judged by.
     """
 
     def __init__(
-        self, tokenizer: PreTrainedTokenizerBase, vocab_size: int, loss_on: Literal["assistant", "all"]
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        vocab_size: int,
+        loss_on: Literal["assistant", "all"],
+        task: TaskConfig | None = None,
     ) -> None:
         if not tokenizer.is_fast:
             kind = type(tokenizer).__name__
@@ -51,6 +60,7 @@ class SampleEncoder:
         self.tokenizer = tokenizer
         self.vocab_size = vocab_size
         self.loss_on = loss_on
+        self.task = task or TaskConfig()
         self._end_markers = tuple(str(token) for token in tokenizer.added_tokens_decoder.values())
 
     def encode(self, sample: Sample, where: str) -> TokenSequence:
@@ -65,7 +75,9 @@ class SampleEncoder:
                 input_ids, targets = self._encode_document(text, 0, where)
             case Tokenized(input_ids, target_list):
                 targets = np.array(target_list, dtype=bool)
-        if input_ids and not (min(input_ids) >= 0 and max(input_ids) < self.vocab_size):
+            case Labelled():
+                return self._encode_labelled(sample, where)
+        if input_ids and (min(input_ids) < 0 or max(input_ids) >= self.vocab_size):
             position = next(i for i, token in enumerate(input_ids) if not 0 <= token < self.vocab_size)
             raise UserError(
                 f"{where}: token id {input_ids[position]} at position {position}; "
@@ -73,6 +85,13 @@ class SampleEncoder:
             )
         targets[:1] = False
         return TokenSequence(np.array(input_ids, dtype=np.int32), targets)
+
+    def _encode_labelled(self, sample: Labelled, where: str) -> TokenSequence:
+        """One text, or two with a line break between them, without an end token; no token is a target of its own."""
+        text = sample.text if sample.text_pair is None else f"{sample.text}\n{sample.text_pair}"
+        input_ids, _ = self._tokenize(text, where, add_special_tokens=True)
+        label = label_value(self.task, sample.label, where)
+        return TokenSequence(np.array(input_ids, dtype=np.int32), np.ones(len(input_ids), dtype=bool), label)
 
     def _encode_document(self, text: str, start: int, where: str) -> tuple[list[int], np.ndarray]:
         """Plain text, predicted from character `start` on, between BOS and EOS if the tokenizer defines them."""
@@ -184,7 +203,7 @@ def limit_length(
         counts["dropped_targets_cut_off"] += 1
         return None
     counts["truncated"] += 1
-    return TokenSequence(sequence.input_ids[:max_length], sequence.targets[:max_length])
+    return replace(sequence, input_ids=sequence.input_ids[:max_length], targets=sequence.targets[:max_length])
 
 
 def _in_spans(offsets: np.ndarray, spans: Iterable[Span]) -> np.ndarray:

@@ -70,8 +70,9 @@ def fold_base(parts: Assembled, recipe: Recipe) -> Difference:
         part = parts.engine.local(parameter).view(-1)
         if part.numel() == 0:
             continue
-        first = parts.engine.first_element(parameter)
-        written, exact = folded(part, first, parameter.shape[1], block, adapter)
+        first, _ = parts.engine.span(parameter)
+        width = parts.engine.shape(parameter)[1]
+        written, exact = folded(part, first, width, block, adapter)
         require_finite(written, path)
         difference.add_fold(part, written, exact)
         part.copy_(written)

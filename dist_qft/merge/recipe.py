@@ -83,20 +83,24 @@ class Recipe:
         return self.kind in ("exact", "requantized") and path in self.tiles and path not in self.formats
 
 
-def make_recipe(request: MergeRequest, config: RunConfig, base: BaseModel, tiles: Mapping[str, TileSettings]) -> Recipe:
-    """Decide how to merge adapters of these tiles into this base.
-
-    Raises:
-        UserError: the result is there already; dW does not fold exactly; the target cannot hold the model.
-    """
-    if (request.path.suffix == ".gguf") != (request.target == "gguf"):
-        kind = "a file whose name ends in .gguf" if request.target == "gguf" else "a folder"
-        raise UserError(f"'{request.path}': {request.target} is written to {kind}")
+def require_free(request: MergeRequest) -> None:
+    """Refuse to write where something is already, unless it was asked to be replaced."""
     if request.path.exists() and not request.overwrite:
         raise UserError(
             f"'{request.path}' exists already; --overwrite (merge.overwrite) replaces it, "
             "-o (merge.path) chooses another place"
         )
+
+
+def make_recipe(request: MergeRequest, config: RunConfig, base: BaseModel, tiles: Mapping[str, TileSettings]) -> Recipe:
+    """Decide how to merge adapters of these tiles into this base.
+
+    Raises:
+        UserError: dW does not fold exactly, or the target cannot hold the model.
+    """
+    if (request.path.suffix == ".gguf") != (request.target == "gguf"):
+        kind = "a file whose name ends in .gguf" if request.target == "gguf" else "a folder"
+        raise UserError(f"'{request.path}': {request.target} is written to {kind}")
     if request.target == "dense":
         quantization = QuantizationConfig(linear="dense", embedding="dense")
         return Recipe(request, "dense", tiles, {}, quantization)

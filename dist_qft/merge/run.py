@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from dist_qft.assemble import ADAPTER_TYPE, Assembled, assemble, check_fingerprint, compute_dtype
+from dist_qft.assemble import Assembled, assemble, check_fingerprint, compute_dtype
 from dist_qft.base_model.skeleton import BaseModel, build_skeleton
 from dist_qft.checkpoint import ADAPTER_MODEL, TRAINER_STATE, Checkpoint
 from dist_qft.collectives import require_agreement, told_by
+from dist_qft.config.check import merge_obstacle
 from dist_qft.config.schema import MergeTarget, RunConfig
 from dist_qft.errors import UserError
 from dist_qft.merge.certificate import Findings, Origin, sha256_of, write_certificate
@@ -24,12 +25,13 @@ from dist_qft.merge.folder import FolderWriter
 from dist_qft.merge.peft import PeftWriter, lora_difference, lora_twin
 from dist_qft.merge.probe import as_written, compare_logits, logits_of, probe_ids
 from dist_qft.merge.quantized import PackedForm
-from dist_qft.merge.recipe import MergeRequest, Recipe, make_recipe
+from dist_qft.merge.recipe import MergeRequest, Recipe, make_recipe, require_free
+from dist_qft.methods.adapter_plan import AdapterPlan, stored_adapters
 from dist_qft.methods.schedule import TileSettings
 from dist_qft.preemption import StopSignal
 from dist_qft.run_inputs import RunInputs
 from dist_qft.tokenizer import load_tokenizer
-from dist_qft.trained import config_of, find_checkpoint, tiles_of
+from dist_qft.trained import config_of, find_checkpoint
 from dist_qft.world import World, connect, device_for
 
 
@@ -43,6 +45,7 @@ class MergeInputs:
     device: torch.device
     tokenizer: PreTrainedTokenizerBase
     skeleton: BaseModel
+    plan: AdapterPlan
     checkpoint: Checkpoint
 
     def facts(self) -> dict[str, str]:
@@ -81,22 +84,24 @@ def default_path(run: Path, target: str) -> Path:
 
 def gather_inputs(request: MergeRequest, checkpoint: Checkpoint, world: World) -> MergeInputs:
     """Everything that needs no other rank and no weight; what cannot work is refused here."""
-    if checkpoint.adapter_config.get("peft_type") != ADAPTER_TYPE:
-        raise UserError(f"{checkpoint.path}: holds no tile adapters, and nothing else can be merged into the base")
     config = config_of(checkpoint)
+    if obstacle := merge_obstacle(config):
+        raise UserError(f"{checkpoint.path}: {obstacle}")
+    require_free(request)
     device = device_for(world, config.sharding.device)
     skeleton = build_skeleton(config.model, config.quantization, compute_dtype(config.train.precision, device))
-    recipe = make_recipe(request, config, skeleton, tiles_of(checkpoint))
-    return MergeInputs(recipe, config, world, device, load_tokenizer(config.model), skeleton, checkpoint)
+    plan = stored_adapters(checkpoint.adapter_config, str(checkpoint.path))
+    recipe = make_recipe(request, config, skeleton, plan)
+    return MergeInputs(recipe, config, world, device, load_tokenizer(config.model), skeleton, plan, checkpoint)
 
 
 def execute_merge(inputs: MergeInputs, stop: StopSignal) -> dict[str, Any] | None:
     """Load the base, put the adapters on, merge; the process group exists. Collective; see `merge`."""
     with told_by(inputs.world.rank, lambda: "the merge"):
         require_agreement(inputs.facts(), inputs.device)
-        parts = assemble(inputs.config, inputs.skeleton, dict(inputs.recipe.tiles), inputs.device)
+        parts = assemble(inputs.config, inputs.skeleton, inputs.plan, inputs.device)
         check_fingerprint(inputs.checkpoint, parts.base)
-        parts.adapters.load_tensors(inputs.checkpoint.trainables)
+        parts.load_tensors(inputs.checkpoint.trainables)
         origin = Origin(inputs.config, inputs.checkpoint.path, inputs.checkpoint.state.step)
         return merge(parts, inputs.recipe, origin, inputs.tokenizer, inputs.device, stop)
 

@@ -16,6 +16,7 @@ from torch.utils.hooks import RemovableHandle
 from dist_qft.errors import UserError
 from dist_qft.methods.schedule import TileSettings
 from dist_qft.methods.tile_adapter import TileAdapter
+from dist_qft.methods.trainable import copy_tensors
 
 
 class AdapterSet(nn.Module):
@@ -58,25 +59,12 @@ class AdapterSet(nn.Module):
             for name, parameter in adapter.named_parameters()
         ]
 
-    @torch.no_grad()
     def load_tensors(self, tensors: Mapping[str, torch.Tensor]) -> None:
         """Copy values into the parameters, in place; names and shapes must be those of `named_tensors`.
 
         Raises UserError that names every missing, unexpected or misshapen tensor; nothing is changed then.
         """
-        own = dict(self.named_tensors())
-        faults = [f"missing {name}" for name in own if name not in tensors]
-        faults += [f"unexpected {name}" for name in tensors if name not in own]
-        for name, parameter in own.items():
-            given = tensors.get(name)
-            if given is not None and given.shape != parameter.shape:
-                faults.append(f"{name} has shape {list(given.shape)}, need {list(parameter.shape)}")
-            elif given is not None and not given.is_floating_point():
-                faults.append(f"{name} has dtype {given.dtype}, need a floating-point type")
-        if faults:
-            raise UserError(f"adapter tensors do not fit: {'; '.join(faults)}")
-        for name, parameter in own.items():
-            parameter.copy_(tensors[name])
+        copy_tensors(dict(self.named_tensors()), tensors)
 
     def attach(self, model: nn.Module) -> list[RemovableHandle]:
         """Hook every adapter onto the module of `model` at its path; returns the hooks' handles.

@@ -5,12 +5,15 @@ decides which rows of every parameter this rank keeps, allocates just those, and
 modules callable as if they were whole. It knows neither formats nor methods; trainables never pass through it.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from importlib.util import find_spec
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
+from dist_qft.collectives import agreed
 from dist_qft.errors import UserError
 
 
@@ -46,7 +49,7 @@ class Traffic:
 
 
 class Engine(Protocol):
-    """How a frozen base lives on the ranks. All methods but `rows`, `store` and `resident_bytes` are collective."""
+    """How a frozen base lives on the ranks. `shard`, `sum_over_shards` and `gather` are collective."""
 
     name: str
     traffic: Traffic
@@ -54,11 +57,17 @@ class Engine(Protocol):
     def shard(self, units: Units, device: torch.device) -> None:
         """Take modules on meta, allocate this rank's part of every parameter on `device`."""
 
+    def shape(self, parameter: nn.Parameter) -> torch.Size:
+        """The shape of the whole parameter, which an engine need not leave on the parameter itself."""
+
     def rows(self, parameter: nn.Parameter) -> tuple[int, int]:
         """First and one-past-last dim-0 index that this rank must be given of `parameter`."""
 
+    def span(self, parameter: nn.Parameter) -> tuple[int, int]:
+        """First and one-past-last element of `local`, counted through the whole parameter."""
+
     def store(self, parameter: nn.Parameter, first: int, rows: Tensor) -> None:
-        """Keep this rank's part out of `rows`, which hold dim-0 entries `first`, `first + 1`, ..."""
+        """Keep what is this rank's of `rows`, which hold dim-0 entries `first`, `first + 1`, ... of `parameter`."""
 
     def local(self, parameter: nn.Parameter) -> Tensor:
         """This rank's part of `parameter` (a view, padding excluded), for digests and shard-wise work."""
@@ -66,17 +75,20 @@ class Engine(Protocol):
     def sum_over_shards(self, parts: Tensor) -> Tensor:
         """Sum, over the whole base, of integers that each rank computed on its own part (wrapping, in place)."""
 
-    def first_element(self, parameter: nn.Parameter) -> int:
-        """Index, in the whole parameter laid out flat, of the first element of `local`."""
-
     def release(self) -> None:
         """Free what forward passes have left gathered; then every module holds the parameters that were sharded."""
 
     def gather(self, parameter: nn.Parameter) -> Tensor | None:
         """The whole parameter on rank 0 (a copy on the CPU), None elsewhere."""
 
+    def keep_gathered(self, unit: nn.Module) -> None:
+        """Keep a unit whole on every rank from its next use on: for one that is all that is still used."""
+
     def resident_bytes(self) -> int:
         """Bytes of base parameters this rank holds between forward passes."""
+
+    def after_backward(self) -> None:
+        """To be called after each backward pass: free what the engine could not free within it."""
 
 
 def parameter_owners(units: Units) -> list[tuple[nn.Module, str]]:
@@ -92,8 +104,15 @@ def parameter_owners(units: Units) -> list[tuple[nn.Module, str]]:
     return owners
 
 
-def make_engine(name: str, *, reshard_after_forward: bool = True) -> Engine:
-    """The engine called `name`; its package is imported only here."""
+def make_engine(
+    name: str,
+    *,
+    reshard_after_forward: bool = True,
+    prefetch_bytes: int = 0,
+    offload: bool = False,
+    zero_options: Mapping[str, Any] | None = None,
+) -> Engine:
+    """The engine called `name`, with the settings that are its own; its package is imported only here."""
     if name == "fsdp":
         from dist_qft.sharding.fsdp import FsdpEngine
 
@@ -102,4 +121,11 @@ def make_engine(name: str, *, reshard_after_forward: bool = True) -> Engine:
         from dist_qft.sharding.replicated import ReplicatedEngine
 
         return ReplicatedEngine()
-    raise UserError(f"sharding.engine: got '{name}', need 'fsdp' or 'replicated'")
+    if name == "zero":
+        if find_spec("deepspeed") is None:
+            remedy = "pip install 'dist-qft[deepspeed]'"
+            raise agreed(UserError(f"sharding.engine: zero needs DeepSpeed, which is not installed; {remedy}"))
+        from dist_qft.sharding.zero import ZeroEngine
+
+        return ZeroEngine(prefetch_bytes=prefetch_bytes, offload=offload, options=zero_options)
+    raise UserError(f"sharding.engine: got '{name}', need 'fsdp', 'zero' or 'replicated'")

@@ -8,20 +8,22 @@ What one micro-batch gathers, for N ranks and unit sizes in padded bytes (dim 0 
     forward   (N-1)/N * (embedding + sum(layers) + root + head)   head = embedding again when tied
     backward  (N-1)/N * (sum(layers) + root)                       none with reshard_after_forward=False
 
-The head's loss needs no backward pass of its own (see `dist_qft.loss`), and the embedding none at all. FSDP2's
-default prefetch would gather the embedding again in backward because it ran just before the first layer; the
-explicit order set in `shard` prevents that.
+The head's loss needs no backward pass of its own (see `dist_qft.loss`), and the embedding none at all: tables are
+freed after each use whatever `reshard_after_forward` says, for nothing would free them later. FSDP2's default
+prefetch would gather the embedding again in backward because it ran just before the first layer; the explicit order
+set in `shard` prevents that. An evaluation gathers what a forward pass gathers; with reshard_after_forward=False
+the layers then stay whole, and the next forward pass gathers the tables alone.
 """
 
 import math
 import time
+from itertools import pairwise
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
-from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from dist_qft.sharding.engine import Traffic, Units, parameter_owners
 
@@ -61,64 +63,83 @@ class FsdpEngine:
     def shard(self, units: Units, device: torch.device) -> None:
         mesh = init_device_mesh(device.type, (dist.get_world_size(),))
         owners = parameter_owners(units)
-        self._units = [*units.tables, *units.layers, units.root]
-        for unit in self._units:
-            fully_shard(unit, mesh=mesh, reshard_after_forward=self.reshard_after_forward)
-        _order_backward_gathers(units)
         counter = CountedAllGather(self.traffic)
-        for unit in [*units.tables, units.root]:
-            for module in unit.modules():
-                if isinstance(module, FSDPModule):
-                    module.set_custom_all_gather(counter)
+        self._units = [*units.tables, *units.layers, units.root]
+        for unit in self._units:  # the root last: it takes what is left
+            reshard = self.reshard_after_forward or unit in units.tables
+            fully_shard(unit, mesh=mesh, reshard_after_forward=reshard)
+            unit.set_custom_all_gather(counter)
+        _order_backward_gathers(units)
         for module, name in owners:
             part = nn.Parameter(torch.empty_like(getattr(module, name), device=device), requires_grad=False)
             module.register_parameter(name, part)
             self._parameters.append(part)
 
+    def shape(self, parameter: nn.Parameter) -> torch.Size:
+        return parameter.shape
+
     def rows(self, parameter: nn.Parameter) -> tuple[int, int]:
-        shape, offset = compute_local_shape_and_global_offset(
-            parameter.shape, parameter.device_mesh, parameter.placements
-        )
-        first = min(offset[0], parameter.shape[0])
-        return first, first + shape[0]
+        height, chunk = parameter.shape[0], _rows_per_rank(parameter)
+        first = min(dist.get_rank() * chunk, height)
+        return first, min(first + chunk, height)
+
+    def span(self, parameter: nn.Parameter) -> tuple[int, int]:
+        begin, end = self.rows(parameter)
+        width = math.prod(parameter.shape[1:])
+        return begin * width, end * width
 
     def store(self, parameter: nn.Parameter, first: int, rows: Tensor) -> None:
         begin, end = self.rows(parameter)
-        parameter._local_tensor.copy_(rows[begin - first : end - first])
+        start, stop = max(begin, first), min(end, first + rows.shape[0])
+        if start < stop:
+            self.local(parameter)[start - begin : stop - begin].copy_(rows[start - first : stop - first])
 
     def local(self, parameter: nn.Parameter) -> Tensor:
-        return parameter._local_tensor
+        return parameter.to_local()
 
     def sum_over_shards(self, parts: Tensor) -> Tensor:
         dist.all_reduce(parts)
         return parts
-
-    def first_element(self, parameter: nn.Parameter) -> int:
-        return self.rows(parameter)[0] * math.prod(parameter.shape[1:])
 
     def release(self) -> None:
         for unit in self._units:
             unit.reshard()
 
     def gather(self, parameter: nn.Parameter) -> Tensor | None:
-        # Equal-sized flat parts, as gloo and NCCL both want them; the last ranks' parts may be short or empty.
-        world, rank = dist.get_world_size(), dist.get_rank()
-        part = parameter._local_tensor.contiguous()
-        chunk = -(-parameter.shape[0] // world)
+        # Equal parts, as gloo and NCCL both want them; the last ranks' own may be short or empty. Sent as bytes.
+        world, part, chunk = dist.get_world_size(), self.local(parameter), _rows_per_rank(parameter)
         padded = part.new_zeros((chunk, *parameter.shape[1:]))
         padded[: part.shape[0]].copy_(part)
-        parts = [torch.empty_like(padded) for _ in range(world)] if rank == 0 else None
-        dist.gather(padded.view(torch.uint8), [p.view(torch.uint8) for p in parts] if parts else None)
-        return torch.cat(parts)[: parameter.shape[0]].cpu() if parts else None
+        if dist.get_rank() != 0:
+            dist.gather(padded.view(torch.uint8))
+            return None
+        whole = padded.new_empty((world * chunk, *parameter.shape[1:]))
+        dist.gather(padded.view(torch.uint8), list(whole.view(torch.uint8).chunk(world)))
+        return whole[: parameter.shape[0]].cpu()
+
+    def keep_gathered(self, unit: nn.Module) -> None:
+        unit.set_reshard_after_forward(False)
 
     def resident_bytes(self) -> int:
-        return sum(parameter._local_tensor.nbytes for parameter in self._parameters)
+        # Storages, because FSDP2 pads a short part to the size of the others.
+        return sum(self.local(parameter).untyped_storage().nbytes() for parameter in self._parameters)
+
+    def after_backward(self) -> None:
+        pass
+
+
+def _rows_per_rank(parameter: nn.Parameter) -> int:
+    """Dim-0 entries of every rank's part but the last ones': FSDP2 cuts as `torch.chunk` does."""
+    return -(-parameter.shape[0] // dist.get_world_size())
+
+    def after_backward(self) -> None:
+        pass
 
 
 def _order_backward_gathers(units: Units) -> None:
     """Each unit prefetches the one before it in backward; the first layer prefetches nothing."""
     units.root.set_modules_to_backward_prefetch([units.layers[-1]])
-    for before, layer in zip(units.layers, units.layers[1:], strict=False):
+    for before, layer in pairwise(units.layers):
         layer.set_modules_to_backward_prefetch([before])
     # An empty list means FSDP2's default order, which is the embedding; naming itself is a no-op.
     units.layers[0].set_modules_to_backward_prefetch([units.layers[0]])

@@ -1,6 +1,7 @@
 """Engine `replicated`: every rank holds the whole base. For models that fit, and as the others' reference."""
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from dist_qft.sharding.engine import Traffic, Units, parameter_owners
@@ -21,8 +22,14 @@ class ReplicatedEngine:
             module.register_parameter(name, whole)
             self._parameters.append(whole)
 
+    def shape(self, parameter: nn.Parameter) -> torch.Size:
+        return parameter.shape
+
     def rows(self, parameter: nn.Parameter) -> tuple[int, int]:
         return 0, parameter.shape[0]
+
+    def span(self, parameter: nn.Parameter) -> tuple[int, int]:
+        return 0, parameter.numel()
 
     def store(self, parameter: nn.Parameter, first: int, rows: Tensor) -> None:
         parameter.data[first : first + rows.shape[0]].copy_(rows)
@@ -33,14 +40,17 @@ class ReplicatedEngine:
     def sum_over_shards(self, parts: Tensor) -> Tensor:
         return parts  # every rank's part is the whole
 
-    def first_element(self, parameter: nn.Parameter) -> int:
-        return 0
-
     def release(self) -> None:
         pass
 
     def gather(self, parameter: nn.Parameter) -> Tensor | None:
-        return parameter.data.to("cpu", copy=True) if torch.distributed.get_rank() == 0 else None
+        return parameter.data.to("cpu", copy=True) if dist.get_rank() == 0 else None
+
+    def keep_gathered(self, unit: nn.Module) -> None:
+        pass
 
     def resident_bytes(self) -> int:
         return sum(parameter.nbytes for parameter in self._parameters)
+
+    def after_backward(self) -> None:
+        pass

@@ -5,12 +5,14 @@ import os
 import signal
 import subprocess
 import sys
+import time
+from pathlib import Path
 
 import pytest
 
-from dist_qft import __version__
+from dist_qft import __version__, cli
 from dist_qft.cli import LOCAL_RANK_VARIABLES, main, report
-from dist_qft.errors import NumericError, UserError
+from dist_qft.errors import NumericError
 
 
 @pytest.fixture(autouse=True)
@@ -137,18 +139,38 @@ def test_eval_of_a_run_reads_the_config_in_its_folder(run, tmp_path):
     assert (code, err) == (2, f"error: {tmp_path}/config.yaml: cannot read the config: No such file or directory\n")
 
 
+def catches(process: "subprocess.Popen[str]", number: signal.Signals) -> bool:
+    assert process.poll() is None
+    status = Path(f"/proc/{process.pid}/status").read_text()
+    mask = next(line.split()[1] for line in status.splitlines() if line.startswith("SigCgt:"))
+    return bool(int(mask, 16) >> (number - 1) & 1)
+
+
 @pytest.mark.parametrize("variable", LOCAL_RANK_VARIABLES)
-def test_one_rank_of_a_node_speaks_but_all_fail(run, monkeypatch, variable):
-    monkeypatch.setenv(variable, "1")
-    assert run("validate", "absent.yaml") == (2, "", "")
-    monkeypatch.setenv(variable, "0")
-    code, _, err = run("validate", "absent.yaml")
-    assert (code, err) == (2, "error: absent.yaml: cannot read the config: No such file or directory\n")
+def test_the_first_rank_of_a_node_speaks_and_the_launcher_ends_the_others(variable, tmp_path):
+    def start(rank: str) -> "subprocess.Popen[str]":
+        command = [sys.executable, "-m", "dist_qft", "validate", "absent.yaml"]
+        env = os.environ | {variable: rank}
+        return subprocess.Popen(command, env=env, cwd=tmp_path, stderr=subprocess.PIPE, text=True)
+
+    other, first = start("1"), start("0")
+    said = "error: absent.yaml: cannot read the config: No such file or directory\n"
+    assert (first.communicate(timeout=30)[1], first.returncode) == (said, 2)
+    while not catches(other, signal.SIGTERM):  # it has failed, too
+        time.sleep(0.01)
+    other.terminate()
+    assert (other.communicate(timeout=30)[1], other.returncode) == ("", 2)
+
+
+def test_where_no_launcher_ends_it_a_rank_speaks_for_itself_in_the_end(run, monkeypatch):
+    monkeypatch.setattr(cli, "FIRST_RANK_SECONDS", 0.0)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    said = "error: absent.yaml: cannot read the config: No such file or directory\n"
+    assert run("validate", "absent.yaml") == (2, "", said)
 
 
 def test_an_error_of_one_rank_is_told_by_that_rank(monkeypatch, capsys):
     monkeypatch.setenv("LOCAL_RANK", "3")
-    report(UserError("everybody's"))
     own = NumericError("step 5: gradient is nan\nfirst in model.layers.0")
     own.rank_prefix = "rank 3"
     report(own)

@@ -97,6 +97,26 @@ def load(tmp_path):
             "data.eval_samples",
             "no effect, data.eval is given; remove one of them",
         ),
+        (
+            ["method.reduction=8"],
+            "method.reduction",
+            "only qst uses it; qlora has rank, alpha",
+        ),
+        (
+            ["method.name=qst", "method.rank=8"],
+            "method.rank",
+            "qst does not use it; qst has reduction, downsample, downsample_rank, compat, init, cache",
+        ),
+        (
+            ["method={name: qst, downsample: linear, downsample_rank: 8}"],
+            "method.downsample_rank",
+            "linear has no rank; remove it or use adapter or lora",
+        ),
+        (
+            ["method.name=qst", "train.gradient_checkpointing=true"],
+            "train.gradient_checkpointing",
+            "qst keeps nothing of the base for backward; remove it",
+        ),
         (["model.path=a.gguf", "model.revision=main"], "model.revision", "a GGUF file has no revisions; remove it"),
     ],
 )

@@ -110,7 +110,7 @@ def test_what_the_engine_changes(plan):
     replicated = plan("sharding.engine=replicated", world_size=2)
     tied = plan(world_size=2, model={**TINY, "tie_word_embeddings": True})
     assert sharded["gather_bytes_per_micro_batch"] == TABLE_BYTES + NF4_BYTES + NORM_BYTES
-    assert kept["gather_bytes_per_micro_batch"] == TABLE_BYTES + (NF4_BYTES + NORM_BYTES) // 2
+    assert kept["gather_bytes_per_micro_batch"] == (TABLE_BYTES + NF4_BYTES + NORM_BYTES) // 2
     assert replicated["gather_bytes_per_micro_batch"] == 0
     assert replicated["base_bytes_per_rank"] == replicated["base_bytes"] == sharded["base_bytes"]
     # The tied table exists once and is gathered twice.

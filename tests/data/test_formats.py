@@ -1,6 +1,8 @@
 """Six formats: what each record means, how `auto` decides, and what a misfit is told."""
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from dist_qft.config.schema import DatasetConfig
 from dist_qft.data.formats import (
@@ -202,6 +204,25 @@ def test_misfit_names_place_field_and_fields_at_hand(format_name, record, messag
         to_sample(record, format_name, {}, WHERE)
     assert str(caught.value).startswith(f"{WHERE}: {message}")
     assert caught.value.exit_code == 2
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8) | st.just("[" * 5000),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=4), inner, max_size=3),
+    max_leaves=8,
+)
+NAMES = sorted({name for fields in FORMATS.values() for name in fields.required + fields.optional})
+
+
+@given(st.sampled_from(list(FORMATS)), st.dictionaries(st.sampled_from(NAMES), JSON))
+def test_whatever_json_holds_is_a_sample_or_a_one_line_refusal(format_name, record):
+    try:
+        sample = to_sample(record, format_name, {}, WHERE)
+    except UserError as error:
+        assert str(error).startswith(f"{WHERE}: ")
+        assert "\n" not in str(error) and len(str(error)) < 1000
+    else:
+        assert isinstance(sample, Conversation | PromptCompletion | Text | Tokenized)
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ import json
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
+import filelock
 import pytest
 
 from dist_qft.config.schema import DataConfig, DatasetConfig
@@ -185,6 +186,15 @@ def test_several_at_once_write_one_file(run, corpus, tmp_path):
         "train.safetensors",
     ]
     assert not list(tmp_path.rglob(".tmp-*"))
+
+
+def test_failed_build_lets_the_next_one_in(run, corpus, tmp_path):
+    path = corpus([{"input_ids": [1]}])
+    with pytest.raises(UserError) as caught:  # keeps the traceback, and with it the frame that held the lock
+        run(path)
+    (lock,) = (tmp_path / "cache" / "tokens").glob("*.lock")
+    with filelock.FileLock(lock, timeout=0):
+        assert caught.value.exit_code == 2
 
 
 def test_cache_folder_that_cannot_be_made(corpus, tmp_path, chatml):

@@ -8,13 +8,14 @@ from pathlib import Path
 
 import pytest
 from merges import GGUF_RUN, digests, merge_run
-from runs import train
 from tiny_model import tiny_config
+from whole_runs import train
 
-from dist_qft.checkpoint import ADAPTER_MODEL, MANIFEST, list_checkpoints
+from dist_qft.checkpoint import ADAPTER_MODEL, list_checkpoints
 from dist_qft.cli import main
 from dist_qft.config.load import load_config
 from dist_qft.errors import UserError
+from dist_qft.manifest import MANIFEST
 from dist_qft.merge.run import recipe_at_end
 
 NF4_RUN = {

@@ -5,10 +5,10 @@ import json
 import pytest
 import torch
 from merges import GGUF_RUN, merge_run
-from runs import train
 from safetensors.torch import load_file
 from tiny_model import tiny_config
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from whole_runs import train
 
 import dist_qft
 from dist_qft.base_model.skeleton import build_skeleton

@@ -6,9 +6,9 @@ import gguf
 import numpy as np
 import torch
 from merges import GGUF_RUN, assemble_random
-from runs import pool_world
 from tiny_model import tiny_config
 from transformers import AutoModelForCausalLM
+from whole_runs import pool_world
 
 from dist_qft.checkpoint import read_checkpoint
 from dist_qft.config.schema import RunConfig

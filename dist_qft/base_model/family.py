@@ -1,0 +1,92 @@
+"""Where model families differ: dropout, masks of packed samples, and what becomes of the head's raw logits.
+
+The loss is computed inside the head, so it must repeat whatever the causal LM does to its logits; `check_logits` runs
+the library's own code to see that nothing else is done. Not here: the decoder, which is the library's own.
+"""
+
+import torch
+from torch import Tensor, nn
+from transformers import PretrainedConfig, PreTrainedModel
+from transformers.masking_utils import create_causal_mask
+
+from dist_qft.errors import UserError
+from dist_qft.loss import LogitMap
+
+_SCALE_KEYS = {"logit_scale": 1, "logits_scaling": -1}  # config key -> exponent
+_CAP_KEY = "final_logit_softcapping"
+_BLIND_TO_POSITIONS = ("opt",)  # families whose attention mask ignores restarting position ids
+_DROPOUT_KEYS = (
+    "attention_dropout",
+    "dropout",
+    "activation_dropout",
+    "hidden_dropout",
+    "layerdrop",
+    "resid_pdrop",
+    "embd_pdrop",
+    "attn_pdrop",
+)
+
+
+def disable_dropout(config: PretrainedConfig) -> None:
+    """A frozen base is a function, not a random variable, in whatever mode its modules are."""
+    for key in _DROPOUT_KEYS:
+        if isinstance(getattr(config, key, None), float):
+            setattr(config, key, 0.0)
+
+
+def packed_mask(config: PretrainedConfig, position_ids: Tensor, dtype: torch.dtype) -> Tensor | None:
+    """The attention mask to hand to the decoder, None where it makes a right one from the position ids itself."""
+    if config.model_type not in _BLIND_TO_POSITIONS:
+        return None
+    shape_only = torch.empty((*position_ids.shape, 1), dtype=dtype, device=position_ids.device)
+    return create_causal_mask(
+        config=config, inputs_embeds=shape_only, attention_mask=None, past_key_values=None, position_ids=position_ids
+    )
+
+
+def logit_map(config: PretrainedConfig) -> LogitMap:
+    """The scale and cap that a (text) configuration asks for."""
+    scale = 1.0
+    for key, exponent in _SCALE_KEYS.items():
+        if getattr(config, key, None) is not None:
+            scale *= float(getattr(config, key)) ** exponent
+    cap = getattr(config, _CAP_KEY, None)
+    return LogitMap(scale, None if cap is None else float(cap))
+
+
+def check_logits(causal: PreTrainedModel, decoder: nn.Module, head: nn.Module, expected: LogitMap) -> None:
+    """Refuse a family that does more between its decoder and its logits than `expected`.
+
+    Runs the causal LM's forward pass, on meta, with known numbers in place of decoder and head.
+
+    Raises:
+        UserError: the head was not given the decoder's states, or the logits are not `expected` of the head's.
+    """
+    embedding = causal.get_input_embeddings()
+    hidden = torch.linspace(-1, 1, embedding.embedding_dim).view(1, 1, -1)
+    raw = torch.linspace(-60, 60, embedding.num_embeddings).view(1, 1, -1)
+    given: list[Tensor] = []
+
+    def project(states: Tensor) -> Tensor:
+        given.append(states)
+        return raw
+
+    decoder.forward = lambda *args, **kwargs: _DecoderOutput((hidden,))
+    head.forward = project
+    try:
+        logits = causal(input_ids=torch.zeros(1, 1, dtype=torch.int64), use_cache=False).logits
+    finally:
+        del decoder.forward, head.forward
+    known = len(given) == 1 and torch.equal(given[0], hidden) and logits.shape == raw.shape
+    if not known or not torch.allclose(logits.float(), expected(raw), atol=1e-4):
+        raise UserError(
+            f"model.path: model type '{causal.config.model_type}' changes its states or logits around the LM head "
+            f"in a way that is not supported (supported: {', '.join([*_SCALE_KEYS, _CAP_KEY])})"
+        )
+
+
+class _DecoderOutput(tuple):
+    """Last hidden states, by index and by name; None for whatever else a causal LM asks its decoder's output for."""
+
+    def __getattr__(self, name: str) -> Tensor | None:
+        return self[0] if name == "last_hidden_state" else None

@@ -1,0 +1,35 @@
+"""From a label as the data gives it to the number that is trained on."""
+
+import math
+import reprlib
+from typing import Any
+
+from dist_qft.config.schema import TaskConfig
+from dist_qft.errors import UserError
+
+
+def label_value(task: TaskConfig, label: Any, where: str) -> float:
+    """The position of a label in `task.labels`, or of a regression the number itself.
+
+    A label may be given by name or, as an integer, by position; a name wins. UserError naming `where` and what is
+    allowed for anything else.
+    """
+    if task.name == "regression":
+        return _number(label, where)
+    name = str(label)
+    if not isinstance(label, bool) and name in task.labels:
+        return float(task.labels.index(name))
+    if type(label) is int and 0 <= label < len(task.labels):
+        return float(label)
+    allowed = f"{', '.join(task.labels)}, or a position from 0 to {len(task.labels) - 1}"
+    raise UserError(f"{where}: label {reprlib.repr(label)} is not in task.labels; allowed: {allowed}")
+
+
+def _number(label: Any, where: str) -> float:
+    try:
+        value = math.nan if isinstance(label, bool) else float(label)  # csv files hold numbers as text
+    except (TypeError, ValueError):
+        value = math.nan
+    if not math.isfinite(value):
+        raise UserError(f"{where}: label {reprlib.repr(label)} is not a finite number, which task regression needs")
+    return value

@@ -1,0 +1,34 @@
+"""Where the last hidden states of a micro-batch come from. Normally: from running the base."""
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from dist_qft.base_model.skeleton import BaseModel
+from dist_qft.data.batches import MicroBatch
+
+
+class Forward(Protocol):
+    """The tuned model up to its last hidden states."""
+
+    def begin_step(self, batches: list[MicroBatch]) -> None:
+        """Announce this rank's micro-batches of a training step. Collective."""
+
+    def __call__(self, batch: MicroBatch) -> Tensor:
+        """(b, L, D) in the compute dtype. Collective on a sharded base."""
+
+
+@dataclass(frozen=True)
+class BaseForward:
+    """Runs the base with whatever is hooked onto it."""
+
+    base: BaseModel
+    device: torch.device
+
+    def begin_step(self, batches: list[MicroBatch]) -> None:
+        pass
+
+    def __call__(self, batch: MicroBatch) -> Tensor:
+        return self.base.hidden_states(batch.input_ids.to(self.device), batch.position_ids.to(self.device))

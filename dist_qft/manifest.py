@@ -1,0 +1,139 @@
+"""Folders that are published whole or not at all, and that prove it: a manifest of sizes and SHA-256 digests.
+
+A folder is written under a temporary name, fsynced, read back and renamed, so that a kill or a full disk at any
+moment leaves either nothing of it or all of it. What stands in the files is not known here.
+"""
+
+import hashlib
+import os
+import shutil
+import uuid
+from collections.abc import Collection, Iterable
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel, ValidationError
+
+from dist_qft.errors import CorruptFileError, SetupError
+
+MANIFEST = "manifest.json"
+
+_TEMPORARY = ".tmp-"  # what a kill may leave behind begins with it
+_HASHED_AT_ONCE = 1 << 22  # bytes
+
+
+class _Entry(BaseModel):
+    size: int
+    sha256: str
+
+
+class _Manifest(BaseModel):
+    version: Literal[1] = 1
+    files: dict[str, _Entry]
+
+    def to_bytes(self) -> bytes:
+        return self.model_dump_json(indent=1).encode() + b"\n"
+
+
+def publish_folder(final: Path, files: Iterable[tuple[str, bytes]]) -> None:
+    """Write named files and their manifest as the folder `final`, which must not exist yet.
+
+    `files` may be a generator: a file is written before the next one is asked for, so only one is in memory.
+
+    Raises:
+        SetupError: no space or no permission; nothing is left behind.
+        CorruptFileError: what was read back is not what was written.
+    """
+    temporary = temporary_name(final)
+    try:
+        temporary.mkdir(parents=True)
+        manifest = _Manifest(files={name: _write(temporary, name, data) for name, data in files})
+        _write(temporary, MANIFEST, manifest.to_bytes())
+        if fault := fault_in(temporary, manifest.files):
+            raise CorruptFileError(f"{final}: read back differently from what was written: {fault}")
+        _sync_folder(temporary)
+        os.rename(temporary, final)
+        _sync_folder(final.parent)
+    except OSError as error:
+        raise SetupError(f"{final}: cannot write the folder: {error.strerror}") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def fault_in(folder: Path, names: Collection[str]) -> str | None:
+    """Why a folder of exactly these files cannot be trusted, naming the file; None if all are as its manifest says."""
+    try:
+        raw = (folder / MANIFEST).read_bytes()
+        manifest = _Manifest.model_validate_json(raw)
+    except OSError as error:
+        return f"{MANIFEST}: {error.strerror}"
+    except ValidationError:
+        return f"{MANIFEST}: not a manifest of this version"
+    # Sizes and digests are checked against the files, the rest of the manifest against the only form it can have.
+    if raw != manifest.to_bytes():
+        return f"{MANIFEST}: altered since it was written"
+    if wrong := set(manifest.files) ^ set(names):
+        name = min(wrong)
+        return f"{MANIFEST}: {'does not list' if name in names else 'lists'} {name!r}"
+    faults = (_fault_in_file(folder / name, manifest.files[name]) for name in names)
+    return next((fault for fault in faults if fault), None)
+
+
+def _fault_in_file(path: Path, expected: _Entry) -> str | None:
+    digest = hashlib.sha256()
+    try:
+        if not path.is_file():
+            return f"{path.name}: no such file"
+        if (size := path.stat().st_size) != expected.size:
+            return f"{path.name}: {size} bytes, the manifest says {expected.size}"
+        with open(path, "rb") as file:
+            while chunk := file.read(_HASHED_AT_ONCE):
+                digest.update(chunk)
+    except OSError as error:
+        return f"{path.name}: {error.strerror}"
+    if digest.hexdigest() != expected.sha256:
+        return f"{path.name}: SHA-256 {digest.hexdigest()[:12]}..., the manifest says {expected.sha256[:12]}..."
+    return None
+
+
+def remove_folder(folder: Path) -> None:
+    """Remove a published folder; renamed first, so that it is never seen with only some of its files."""
+    doomed = temporary_name(folder)
+    try:
+        os.rename(folder, doomed)
+    except OSError as error:
+        raise SetupError(f"{folder}: cannot remove the folder: {error.strerror}") from error
+    shutil.rmtree(doomed, ignore_errors=True)
+
+
+def remove_leftovers(parent: Path) -> None:
+    """Remove what interrupted writes left behind; only while nobody writes."""
+    for leftover in parent.glob(f"{_TEMPORARY}*"):
+        shutil.rmtree(leftover, ignore_errors=True)
+
+
+def temporary_name(final: Path) -> Path:
+    """A name beside `final` that no reader takes for a finished one and that `remove_leftovers` knows."""
+    return final.parent / f"{_TEMPORARY}{final.name}-{uuid.uuid4().hex[:8]}"
+
+
+def _write(folder: Path, name: str, data: bytes) -> _Entry:
+    try:
+        with open(folder / name, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        free = shutil.disk_usage(folder).free
+        raise SetupError(
+            f"{folder.parent}: cannot write {name}, {len(data)} bytes, with {free} bytes free: {error.strerror}"
+        ) from error
+    return _Entry(size=len(data), sha256=hashlib.sha256(data).hexdigest())
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

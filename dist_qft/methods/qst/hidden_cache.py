@@ -1,0 +1,187 @@
+"""The base's hidden states of every training row, on disk. Nothing flows back through a frozen base: they never change.
+
+Two files that all ranks map into memory and share, so their folder must be on a disk that all of them see:
+
+    states.bin   for each row its layer states (N + 1, tokens, d) and last states (tokens, D), in the compute dtype;
+                 with a pooling downsample d / r instead of d
+    index.bin    for each row 0, or 1 + the CRC-32 of its bytes: written after them, checked before their first use
+
+A row's place follows from the lengths of the rows before it. `cache.json` says what the states belong to (base, data,
+layout); a cache of anything else is discarded. Space is reserved at the start, for a full disk would otherwise end a
+run that writes through a memory map without a word.
+"""
+
+import json
+import os
+import shutil
+import zlib
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import filelock
+import numpy as np
+import torch
+from torch import Tensor
+
+from dist_qft.errors import UserError
+from dist_qft.methods.qst.network import BaseStates
+from dist_qft.methods.qst.plan import SidePlan
+
+_VERSION = 1
+_KEY, _STATES, _INDEX = "cache.json", "states.bin", "index.bin"
+
+
+@dataclass(frozen=True)
+class CacheLayout:
+    """What is stored of each token.
+
+    depth: layer states, N + 1. width, out_width: values of each of them, and of the last states. pool: the pooling
+    downsample behind them, or "none".
+    """
+
+    depth: int
+    width: int
+    out_width: int
+    pool: str
+    dtype: torch.dtype
+
+    @classmethod
+    def of(cls, plan: SidePlan, dtype: torch.dtype) -> "CacheLayout":
+        """The layout for a side network and a compute dtype."""
+        settings, depth = plan.settings, plan.config.num_hidden_layers + 1
+        if settings.pools:
+            return cls(depth, plan.config.hidden_size, plan.out_width, settings.downsample, dtype)
+        return cls(depth, plan.width, plan.out_width, "none", dtype)
+
+    @property
+    def per_token(self) -> int:
+        """Values of one token."""
+        return self.depth * self.width + self.out_width
+
+    def bytes_of(self, lengths: np.ndarray) -> int:
+        """Size of the states of rows of these lengths."""
+        return int(lengths.sum()) * self.per_token * self.dtype.itemsize
+
+
+class HiddenCache:
+    """The states of rows 0, 1, ... of a data set. A rank writes the rows it computes and reads any.
+
+    Args:
+        lengths: (rows,) tokens of each row.
+        base, data: fingerprint and digest of what the states come from.
+
+    Raises:
+        UserError: there is no room for it.
+    """
+
+    def __init__(self, folder: Path, layout: CacheLayout, lengths: np.ndarray, *, base: str, data: str) -> None:
+        self.layout = layout
+        self._offsets = np.concatenate([[0], np.cumsum(lengths)]) * layout.per_token
+        key = {"version": _VERSION, "base": base, "data": data, **asdict(layout), "dtype": str(layout.dtype)}
+        sizes = {_STATES: layout.bytes_of(lengths), _INDEX: 8 * len(lengths)}
+        folder.mkdir(parents=True, exist_ok=True)
+        with filelock.FileLock(folder / "cache.lock"):
+            if _read_key(folder) != key:
+                _create(folder, key, sizes)
+        self._states = _mapped(folder / _STATES, sizes[_STATES], layout.dtype)
+        self._index = _mapped(folder / _INDEX, sizes[_INDEX], torch.int64)
+        self._verified = np.zeros(len(lengths), dtype=bool)
+
+    @property
+    def filled(self) -> int:
+        """Rows that are there, torn ones included."""
+        return int((self._index != 0).sum())
+
+    def has(self, row: int) -> bool:
+        """Whether a row is there and whole."""
+        if not self._verified[row]:
+            entry = int(self._index[row])
+            self._verified[row] = entry != 0 and entry == _checksum(self._row(row))
+        return bool(self._verified[row])
+
+    def write(self, row_ids: Sequence[int], states: BaseStates) -> None:
+        """Store the rows of a micro-batch (its first ones; the rest only fill it up). What is there stays."""
+        for place, row in enumerate(row_ids):
+            if self.has(row):
+                continue
+            layers, last = self._views(row)
+            tokens = last.shape[0]
+            for own, given in zip(layers, states.layers, strict=True):
+                own.copy_(given[place, :tokens])
+            last.copy_(states.last[place, :tokens])
+            self._index[row] = _checksum(self._row(row))
+            self._verified[row] = True
+
+    def read(self, row_ids: Sequence[int], shape: tuple[int, int], device: torch.device) -> BaseStates:
+        """The states of rows that are there, as a micro-batch (b, L) of them has them; zero where it is padding."""
+        layout = self.layout
+        layers = torch.zeros(layout.depth, *shape, layout.width, dtype=layout.dtype)
+        last = torch.zeros(*shape, layout.out_width, dtype=layout.dtype)
+        for place, row in enumerate(row_ids):
+            own_layers, own_last = self._views(row)
+            tokens = own_last.shape[0]
+            layers[:, place, :tokens] = own_layers
+            last[place, :tokens] = own_last
+        return BaseStates(list(layers.to(device).unbind()), last.to(device))
+
+    def _row(self, row: int) -> Tensor:
+        return self._states[self._offsets[row] : self._offsets[row + 1]]
+
+    def _views(self, row: int) -> tuple[Tensor, Tensor]:
+        """(N + 1, tokens, width) and (tokens, out_width), views of the file."""
+        layout, values = self.layout, self._row(row)
+        tokens = values.numel() // layout.per_token
+        layers, last = values.split([tokens * layout.depth * layout.width, tokens * layout.out_width])
+        return layers.view(layout.depth, tokens, layout.width), last.view(tokens, layout.out_width)
+
+
+def require_space(folder: Path, needed: int) -> None:
+    """Refuse, before anything heavy is done, a cache that does not fit; what an older one occupies counts as free.
+
+    Raises:
+        UserError: with what it needs, and what there is.
+    """
+    parent = next(path for path in [folder, *folder.parents] if path.exists())
+    old = sum((folder / name).stat().st_blocks * 512 for name in (_STATES, _INDEX) if (folder / name).exists())
+    free = shutil.disk_usage(parent).free + old
+    if needed > free:
+        raise _no_room(folder, needed, free)
+
+
+def _no_room(folder: Path, needed: int, free: int) -> UserError:
+    return UserError(
+        f"method.cache: needs {needed / 2**30:,.1f} GiB in '{folder}', {free / 2**30:,.1f} GiB are free; "
+        "method.downsample avgpool or maxpool needs about 1 / reduction of it, method.cache none nothing"
+    )
+
+
+def _read_key(folder: Path) -> dict[str, Any] | None:
+    try:
+        return json.loads((folder / _KEY).read_bytes())
+    except (OSError, ValueError):
+        return None
+
+
+def _create(folder: Path, key: dict[str, Any], sizes: dict[str, int]) -> None:
+    """Empty files of their full size; the key last, which makes them a cache."""
+    for name in (_KEY, *sizes):
+        (folder / name).unlink(missing_ok=True)
+    try:
+        for name, size in sizes.items():
+            with open(folder / name, "wb") as file:
+                os.posix_fallocate(file.fileno(), 0, size)
+        (folder / _KEY).write_text(json.dumps(key, indent=1) + "\n")
+    except OSError:
+        for name in sizes:
+            (folder / name).unlink(missing_ok=True)
+        raise _no_room(folder, sum(sizes.values()), shutil.disk_usage(folder).free) from None
+
+
+def _mapped(path: Path, size: int, dtype: torch.dtype) -> Tensor:
+    return torch.from_file(str(path), shared=True, size=size // dtype.itemsize, dtype=dtype)
+
+
+def _checksum(values: Tensor) -> int:
+    return 1 + zlib.crc32(values.view(torch.uint8).numpy())

@@ -1,0 +1,89 @@
+"""The side network's configuration: the base's own, every width divided by the reduction factor r.
+
+Hidden and feed-forward widths become width / r, and the attention's inner width (heads x head size) inner / r. The
+number of heads is kept, as in the released code, while inner / r divides into that many heads of an even size (any
+size, if the family has no rotary embedding); otherwise it is the largest number below that does. Key-value heads
+are kept with the heads, or become the largest divisor of the new number. Pure arithmetic: no weights, no modules.
+"""
+
+import copy
+
+from transformers import PretrainedConfig
+
+from dist_qft.errors import UserError
+
+_WIDTHS = ("hidden_size", "intermediate_size", "ffn_dim")
+_SPREADS = ("initializer_range", "init_std")
+
+
+def shrunken_config(base: PretrainedConfig, reduction: int) -> PretrainedConfig:
+    """The configuration of a decoder r times narrower than that of `base`, with as many layers.
+
+    Its vocabulary is one token: a side network is given hidden states, never ids. The spread of random weights grows
+    by sqrt(r), so that a product over r times fewer inputs keeps its size.
+
+    Raises:
+        UserError: r does not fit the base's widths; names the nearest that do.
+    """
+    text = base.get_text_config()
+    if not _fits(text, reduction):
+        widths = ", ".join(f"{name} {size}" for name, size in _widths(text).items())
+        raise UserError(f"method.reduction: {reduction} does not fit {widths}; nearest: {_nearest(text, reduction)}")
+    side = copy.deepcopy(text)
+    for key in _WIDTHS:
+        if key in vars(side):
+            setattr(side, key, getattr(side, key) // reduction)
+    heads, key_value_heads, head_dim = _attention(text, reduction)
+    if "query_pre_attn_scalar" in vars(side):  # Gemma2 scales scores by it instead of the head size
+        side.query_pre_attn_scalar = max(1, side.query_pre_attn_scalar * head_dim // _head_dim(text))
+    side.num_attention_heads = heads
+    for key, value in (
+        ("num_key_value_heads", key_value_heads),
+        ("head_dim", head_dim),
+        ("word_embed_proj_dim", side.hidden_size),  # OPT: no projections around the layers
+    ):
+        if key in vars(side):
+            setattr(side, key, value)
+    for key in _SPREADS:
+        if key in vars(side):
+            setattr(side, key, getattr(side, key) * reduction**0.5)
+    side.vocab_size = 1
+    side.pad_token_id = side.bos_token_id = side.eos_token_id = None
+    side.tie_word_embeddings = True
+    return side
+
+
+def _head_dim(config: PretrainedConfig) -> int:
+    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+
+
+def _widths(config: PretrainedConfig) -> dict[str, int]:
+    """Every width that r must divide; attention's inner width is named only where it is not the hidden size."""
+    widths = {key: getattr(config, key) for key in _WIDTHS if key in vars(config)}
+    inner = config.num_attention_heads * _head_dim(config)
+    return widths if inner == config.hidden_size else widths | {"heads x head_dim": inner}
+
+
+def _fits(config: PretrainedConfig, reduction: int) -> bool:
+    if any(size % reduction for size in _widths(config).values()):
+        return False
+    return _attention(config, reduction) is not None
+
+
+def _attention(config: PretrainedConfig, reduction: int) -> tuple[int, int, int] | None:
+    """Heads, key-value heads and head size of the side network; None if no number of heads will do."""
+    inner = config.num_attention_heads * _head_dim(config) // reduction
+    step = 2 if hasattr(config, "rope_parameters") else 1  # rotary embeddings turn pairs of channels
+    for heads in range(config.num_attention_heads, 0, -1):
+        if inner % (heads * step) == 0:
+            wanted = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+            key_value_heads = next(count for count in range(min(wanted, heads), 0, -1) if heads % count == 0)
+            return heads, key_value_heads, inner // heads
+    return None
+
+
+def _nearest(config: PretrainedConfig, reduction: int) -> str:
+    legal = [r for r in range(2, config.hidden_size // 2 + 1) if _fits(config, r)]
+    below = [r for r in legal if r < reduction][-1:]
+    above = [r for r in legal if r > reduction][:1]
+    return " or ".join(map(str, below + above)) or "none; this base cannot have a side network"

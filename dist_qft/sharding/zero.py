@@ -1,0 +1,212 @@
+"""Engine `zero`: DeepSpeed ZeRO-3 over packed bytes. The one file that knows DeepSpeed.
+
+Only the frozen base goes through ZeRO-3; trainables, their reduction and the optimizer stay ours, so of DeepSpeed this
+takes the partitioning and its hooks (`DeepSpeedZeRoOffload`) and no training engine. A parameter is cut flat, over all
+its elements, into N equal parts, each in its own dtype: nothing is cast on the way, NaN-looking bytes survive. A
+decoder layer is gathered as one ("leaf module"), a vocabulary table and each module of the rest on its own.
+
+What one micro-batch gathers, for N ranks and sizes in bytes, each tensor's elements rounded up to a multiple of N:
+
+    forward   (N-1)/N * (embedding + sum(layers) + rest + head)   head = embedding again when tied
+    backward  (N-1)/N * (sum(layers) + rest)
+
+DeepSpeed's defaults keep a gathered parameter whole when it is small, or used again within 1e9 elements: on most models
+that undoes the sharding, so both thresholds are 0 here. Its prefetch also keeps what it passes over, and is
+therefore limited to `prefetch_bytes`; with 0 there is none, and no trace of the order of modules either.
+"""
+
+import math
+import os
+import time
+import warnings
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from dist_qft.collectives import agreed
+from dist_qft.errors import UserError
+from dist_qft.sharding.engine import Traffic, Units, parameter_owners
+
+AllGather = Callable[..., Any]
+
+
+class ZeroEngine:
+    """ZeRO-3 partitioning of the frozen base alone, gathered per decoder layer and per table.
+
+    Args:
+        prefetch_bytes: how much of the base may be gathered ahead of its use, besides the unit in use.
+        offload: keep this rank's part in host memory, page-locked by default (CUDA only).
+        options: `zero_optimization` settings that are the user's to choose, such as overlap_comm.
+    """
+
+    name = "zero"
+
+    def __init__(
+        self, *, prefetch_bytes: int = 0, offload: bool = False, options: Mapping[str, Any] | None = None
+    ) -> None:
+        self.traffic = Traffic()
+        self.prefetch_bytes = prefetch_bytes
+        self.offload = offload
+        self.options = dict(options or {})
+        self._parameters: list[nn.Parameter] = []
+
+    def shard(self, units: Units, device: torch.device) -> None:
+        if self.offload and device.type == "cpu":
+            raise agreed(UserError("sharding.offload: the base is in host memory already on a CPU; remove it"))
+        _start_deepspeed(device)
+        from deepspeed.runtime.zero.parameter_offload import DeepSpeedZeRoOffload
+        from deepspeed.runtime.zero.partition_parameters import Init
+        from deepspeed.utils import set_z3_leaf_module
+        from deepspeed.utils.timer import NoopTimer
+
+        # The batch size means nothing without a training engine, but DeepSpeed wants one.
+        zero = {"stage": 3, "memory_efficient_linear": False, **self.options}
+        config = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": zero}
+        partitioner = Init(config_dict_or_path=config)
+        for module, name in parameter_owners(units):
+            part = self._partition(partitioner, getattr(module, name), device)
+            module.register_parameter(name, part)
+            self._parameters.append(part)
+        for layer in units.layers:
+            set_z3_leaf_module(layer, True)
+        inside = set(units.root.modules())
+        prefetched = self._elements(self.prefetch_bytes)
+        self._zero = DeepSpeedZeRoOffload(
+            nn.ModuleList([units.root, *(table for table in units.tables if table not in inside)]),
+            timers=NoopTimer(),
+            ds_config=config,
+            overlap_comm=self.options.get("overlap_comm", prefetched > 0),
+            prefetch_bucket_size=prefetched,
+            max_live_parameters=prefetched + max(_elements_of(unit) for unit in [*units.layers, *units.tables]),
+            max_reuse_distance=0,
+            param_persistence_threshold=0,
+        )
+        if prefetched:
+            # The recorded order of modules starts anew with each pass through the decoder, before its own hooks.
+            begin = self._zero.get_param_coordinator().reset_step
+            units.root.register_forward_pre_hook(lambda *_: begin(), prepend=True)
+
+    def shape(self, parameter: nn.Parameter) -> torch.Size:
+        return parameter.ds_shape
+
+    def rows(self, parameter: nn.Parameter) -> tuple[int, int]:
+        begin, end = self.span(parameter)
+        width = math.prod(parameter.ds_shape[1:])
+        return begin // width, -(-end // width)
+
+    def span(self, parameter: nn.Parameter) -> tuple[int, int]:
+        size = parameter.ds_tensor.numel()
+        begin = min(dist.get_rank() * size, parameter.ds_numel)
+        return begin, min(begin + size, parameter.ds_numel)
+
+    def store(self, parameter: nn.Parameter, first: int, rows: Tensor) -> None:
+        begin, end = self.span(parameter)
+        offset = first * math.prod(parameter.ds_shape[1:])
+        start, stop = max(begin, offset), min(end, offset + rows.numel())
+        if start < stop:
+            self.local(parameter)[start - begin : stop - begin].copy_(rows.reshape(-1)[start - offset : stop - offset])
+
+    def local(self, parameter: nn.Parameter) -> Tensor:
+        begin, end = self.span(parameter)
+        return parameter.ds_tensor[: end - begin]
+
+    def sum_over_shards(self, parts: Tensor) -> Tensor:
+        dist.all_reduce(parts)
+        return parts
+
+    def gather(self, parameter: nn.Parameter) -> Tensor | None:
+        part = parameter.ds_tensor  # of equal size on all ranks; sent as bytes
+        if dist.get_rank() != 0:
+            dist.gather(part.view(torch.uint8))
+            return None
+        world = dist.get_world_size()
+        whole = part.new_empty(world * part.numel())
+        dist.gather(part.view(torch.uint8), list(whole.view(torch.uint8).chunk(world)))
+        return whole[: parameter.ds_numel].view(parameter.ds_shape).cpu()
+
+    def release(self) -> None:
+        self._zero.partition_all_parameters()
+
+    def keep_gathered(self, unit: nn.Module) -> None:
+        for parameter in unit.parameters():
+            parameter.ds_persist = True
+
+    def resident_bytes(self) -> int:
+        return sum(parameter.ds_tensor.nbytes for parameter in self._parameters)
+
+    def after_backward(self) -> None:
+        # The first layer's input needs no gradient, so DeepSpeed's own hook behind its backward pass never fires.
+        self._zero.release_backward_leftovers()
+
+    def _partition(self, partitioner: Any, meta: nn.Parameter, device: torch.device) -> nn.Parameter:
+        """This rank's part of a parameter on meta, uninitialised, with DeepSpeed's bookkeeping around it.
+
+        DeepSpeed's own way makes the whole tensor first and sends it from rank 0; this sets the same attributes.
+        """
+        from deepspeed.runtime.swap_tensor.partitioned_param_swapper import PartitionedParamStatus
+        from deepspeed.runtime.zero.partition_parameters import free_param
+
+        # One element stands for all of them, to show DeepSpeed the shape.
+        stand_in = torch.empty((), dtype=meta.dtype, device=device).expand(meta.shape)
+        parameter = nn.Parameter(stand_in, requires_grad=False)
+        partitioner._convert_to_deepspeed_param(parameter)
+        world = dist.get_world_size()
+        size = -(-meta.numel() // world)
+        pinned = self.offload and self.options.get("offload_param", {}).get("pin_memory", True)
+        part = torch.empty(size, dtype=meta.dtype, device="cpu" if self.offload else device, pin_memory=pinned)
+        part.ds_numel, part.status, part.final_location = size, PartitionedParamStatus.AVAILABLE, None
+        parameter.ds_tensor, parameter.ds_numel_aligned = part, world * size
+        free_param(parameter)
+        parameter.all_gather_coalesced = self._counted(parameter.all_gather_coalesced)
+        return parameter
+
+    def _counted(self, all_gather: AllGather) -> AllGather:
+        """DeepSpeed's gather of some parameters, counting what this rank receives and how long it waits."""
+        peers = dist.get_world_size() - 1
+
+        def counted(parameters: Iterable[nn.Parameter], **arguments: Any) -> "_TimedHandle":
+            parameters = list(parameters)
+            started = time.perf_counter()
+            handle = all_gather(parameters, **arguments)
+            received = peers * sum(parameter.ds_tensor.nbytes for parameter in parameters)
+            self.traffic.add(received, time.perf_counter() - started)
+            return _TimedHandle(handle, self.traffic)
+
+        return counted
+
+    def _elements(self, count: int) -> int:
+        """Bytes in DeepSpeed's unit, elements of any dtype, by the average over the base."""
+        total = sum(parameter.ds_tensor.nbytes for parameter in self._parameters)
+        return count * sum(parameter.ds_tensor.numel() for parameter in self._parameters) // total
+
+
+class _TimedHandle:
+    """A gather in flight; waiting for it counts as time spent gathering."""
+
+    def __init__(self, handle: Any, traffic: Traffic) -> None:
+        self._handle, self._traffic = handle, traffic
+
+    def wait(self, **arguments: Any) -> None:
+        started = time.perf_counter()
+        self._handle.wait(**arguments)
+        self._traffic.seconds += time.perf_counter() - started
+
+
+def _elements_of(unit: nn.Module) -> int:
+    return sum(parameter.ds_numel for parameter in unit.parameters())
+
+
+def _start_deepspeed(device: torch.device) -> None:
+    """Import DeepSpeed for `device` and put it onto the process group that exists."""
+    os.environ.setdefault("DS_ACCELERATOR", device.type)
+    os.environ.setdefault("LOCAL_RANK", str(device.index or 0))  # not every launcher sets it
+    import deepspeed
+
+    # Serves inference_all_reduce alone, and would be compiled with g++ and ninja at every first start.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    # torch 2.13 renames the collective that DeepSpeed calls.
+    warnings.filterwarnings("ignore", message=".*all_gather_into_tensor", category=FutureWarning)
+    deepspeed.init_distributed("nccl" if device.type == "cuda" else "gloo", auto_mpi_discovery=False, verbose=False)

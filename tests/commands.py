@@ -1,0 +1,70 @@
+"""The real commands as processes: `python -m dist_qft ...`, alone or on several ranks through the launcher."""
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from typing import NamedTuple
+
+import psutil
+
+TIMEOUT_SECONDS = 180
+
+
+class Finished(NamedTuple):
+    """What the shell sees of a command."""
+
+    code: int
+    out: str
+    err: str
+
+
+class Command:
+    """A started command in a session of its own; use as a context, which ends what is left of it."""
+
+    def __init__(self, *arguments: object, ranks: int | None = None, wrapper: tuple[str, ...] = ()) -> None:
+        launcher = [] if ranks is None else ["dist_qft.launch", "--nproc-per-node", str(ranks), "--"]
+        words = [*wrapper, sys.executable, "-m", *(launcher or ["dist_qft"]), *map(str, arguments)]
+        self.process = subprocess.Popen(
+            words,
+            env={key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        )
+
+    def __enter__(self) -> "Command":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for process in self._family():
+            process.kill()
+        self.process.communicate()
+
+    def wait_until(self, condition: Callable[[], bool]) -> None:
+        """Watch closely until something is so; the command must still be running then."""
+        deadline = time.monotonic() + TIMEOUT_SECONDS
+        while not condition():
+            if self.process.poll() is not None:
+                raise AssertionError(f"ended with {self.process.returncode}:\n{self.process.stderr.read()}")
+            if time.monotonic() > deadline:
+                raise AssertionError("it did not come to that")
+            time.sleep(0.005)
+
+    def rank(self, rank: int) -> psutil.Process:
+        """One of the processes that the launcher started."""
+        ranks = psutil.Process(self.process.pid).children(recursive=True)
+        return next(process for process in ranks if process.environ().get("RANK") == str(rank))
+
+    def finish(self) -> Finished:
+        out, err = self.process.communicate(timeout=TIMEOUT_SECONDS)
+        return Finished(self.process.returncode, out, err)
+
+    def _family(self) -> list[psutil.Process]:
+        try:
+            leader = psutil.Process(self.process.pid)
+            return [*leader.children(recursive=True), leader]
+        except psutil.NoSuchProcess:
+            return []

@@ -1,0 +1,432 @@
+"""Checkpoints on a disk that fails: torn, altered, full, hostile, and a process that dies at any moment of a save."""
+
+import ast
+import hashlib
+import json
+import os
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+import dist_qft
+from dist_qft.checkpoint import (
+    ADAPTER_CONFIG,
+    ADAPTER_MODEL,
+    OPTIMIZER,
+    TRAINER_STATE,
+    TrainerState,
+    fault_in,
+    list_checkpoints,
+    newest_valid,
+    prune,
+    read_checkpoint,
+    require_space,
+    require_writable,
+    write_checkpoint,
+)
+from dist_qft.errors import CorruptFileError, SetupError, UserError
+from dist_qft.manifest import MANIFEST, publish_folder, remove_leftovers
+from dist_qft.resume import choose_checkpoint
+
+FILES = (ADAPTER_CONFIG, ADAPTER_MODEL, OPTIMIZER, TRAINER_STATE)
+
+
+def save(output_dir: Path, step: int) -> Path:
+    """A small checkpoint; no two are alike, even of the same step."""
+    generator = torch.Generator().manual_seed(step)
+    return write_checkpoint(
+        output_dir,
+        adapter_config={"peft_type": "DIST_QFT_TILE", "tiles": {"layer": {"rank": 2}}},
+        trainables={"layer.A": torch.randn(2, 8, generator=generator), "layer.B": torch.randn(8, 2)},
+        optimizer={"step": torch.tensor(float(step)), "exp_avg": torch.randn(32, generator=generator)},
+        state=TrainerState(step=step, samples_seen=8 * step, data_chain="ab", history=[{"step": step, "loss": 0.1}]),
+    )
+
+
+@pytest.fixture
+def run_dir(tmp_path: Path) -> Path:
+    """A run's folder with checkpoints of steps 1 and 2."""
+    for step in (1, 2):
+        save(tmp_path / "run", step)
+    return tmp_path / "run"
+
+
+def test_what_is_written_is_what_is_read(tmp_path):
+    flat = torch.arange(10.0)
+    values = torch.nn.Parameter(flat[4:].view(2, 3))  # a view into a flat buffer, as the trainables are
+    moments = {"step": torch.tensor(3.0), "exp_avg": torch.tensor([float("nan"), -0.0, float("inf")])}
+    state = TrainerState(step=7, history=[{"step": 7, "loss": 0.1 + 0.2, "grad_norm": 1e-300}], config={"train": {}})
+    config = {"peft_type": "DIST_QFT_TILE"}
+    path = write_checkpoint(
+        tmp_path, adapter_config=config, trainables={"layer.A": values}, optimizer=moments, state=state
+    )
+    assert path == tmp_path / "checkpoint-7"
+    found = read_checkpoint(path)
+    assert (found.path, found.adapter_config, found.state) == (path, config, state)
+    assert torch.equal(found.trainables["layer.A"], flat[4:].view(2, 3))
+    assert {key: tensor.view(torch.int32).tolist() for key, tensor in found.optimizer.items()} == {
+        key: tensor.view(torch.int32).tolist() for key, tensor in moments.items()
+    }
+
+
+def test_the_manifest_lists_size_and_sha256_of_every_other_file(run_dir):
+    folder = run_dir / "checkpoint-2"
+    manifest = json.loads((folder / MANIFEST).read_text())
+    assert manifest == {
+        "version": 1,
+        "files": {
+            path.name: {"size": path.stat().st_size, "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
+            for path in folder.iterdir()
+            if path.name != MANIFEST
+        },
+    }
+    assert sorted(manifest["files"]) == sorted(FILES)
+
+
+@pytest.mark.parametrize("name", [*FILES, MANIFEST])
+def test_every_truncation_is_refused_and_names_the_file(run_dir, name):
+    path = run_dir / "checkpoint-2" / name
+    whole = path.read_bytes()
+    for length in range(len(whole)):
+        path.write_bytes(whole[:length])
+        assert_refused(path)
+    path.write_bytes(whole + b" ")
+    assert_refused(path)
+
+
+@pytest.mark.parametrize("name", [*FILES, MANIFEST])
+def test_every_flipped_bit_is_refused_and_names_the_file(run_dir, name):
+    path = run_dir / "checkpoint-2" / name
+    whole = path.read_bytes()
+    bits = range(8 * len(whole))
+    for bit in bits if name == MANIFEST else random.Random(name).sample(bits, 300):
+        altered = bytearray(whole)
+        altered[bit // 8] ^= 1 << bit % 8
+        path.write_bytes(altered)
+        # A flip inside the manifest may as well show as a file that is not what it says.
+        assert_refused(path, exactly=name != MANIFEST)
+
+
+def assert_refused(path: Path, exactly: bool = True) -> None:
+    with pytest.raises(CorruptFileError) as refusal:
+        read_checkpoint(path.parent)
+    assert refusal.value.exit_code == 5
+    message = str(refusal.value)
+    assert message.startswith(f"{path.parent}: {path.name if exactly else ''}"), message
+    assert any(name in message for name in (*FILES, MANIFEST)), message
+    assert "\n" not in message
+
+
+def test_mixed_up_and_missing_files_are_refused(run_dir):
+    one, two = run_dir / "checkpoint-1", run_dir / "checkpoint-2"
+    for name in FILES:
+        ours, theirs = (two / name).read_bytes(), (one / name).read_bytes()
+        if ours != theirs:
+            (two / name).write_bytes(theirs)
+            assert fault_in(two).startswith(f"{name}: ")
+        (two / name).unlink()
+        assert fault_in(two) == f"{name}: no such file"
+        (two / name).symlink_to("/dev/zero")
+        assert fault_in(two) == f"{name}: no such file", "a device that never ends is no file"
+        (two / name).unlink()
+        os.mkfifo(two / name)
+        assert fault_in(two) == f"{name}: no such file", "nor is a pipe that nobody fills"
+        (two / name).unlink()
+        (two / name).write_bytes(ours)
+        assert fault_in(two) is None
+    (two / MANIFEST).write_bytes((one / MANIFEST).read_bytes())
+    assert fault_in(two) is not None
+    (two / MANIFEST).unlink()
+    assert fault_in(two) == f"{MANIFEST}: No such file or directory"
+
+
+@pytest.mark.parametrize("name", ["../checkpoint-1/secret", "/etc/passwd", "..", ".", "", "a\0b", "x" * 5000, "extra"])
+def test_a_manifest_that_points_elsewhere_is_refused(run_dir, name):
+    path = run_dir / "checkpoint-2" / MANIFEST
+    manifest = json.loads(path.read_text())
+    manifest["files"][name] = {"size": 1, "sha256": hashlib.sha256(b"x").hexdigest()}
+    path.write_text(json.dumps(manifest, indent=1, ensure_ascii=False) + "\n")
+    assert fault_in(path.parent) in (f"{MANIFEST}: lists {name!r}", f"{MANIFEST}: altered since it was written")
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"[" * 100_000,
+        b"[]",
+        b"null",
+        b"\xff\xfe",
+        b'{"version": 2, "files": {}}',
+        b'{"version": 1}',
+        b'{"version": 1, "files": {"a": {"size": 1e999, "sha256": "x"}}}',
+        b'{"version": 1, "files": []}',
+    ],
+)
+def test_a_manifest_of_another_kind_is_refused(run_dir, content):
+    (run_dir / "checkpoint-2" / MANIFEST).write_bytes(content)
+    assert fault_in(run_dir / "checkpoint-2") == f"{MANIFEST}: not a manifest of this version"
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        (TRAINER_STATE, b'{"step": -1}', "step: Input should be greater than or equal to 0"),
+        (TRAINER_STATE, b'{"step": 1, "history": [3]}', "history.0: Input should be an object"),
+        (TRAINER_STATE, b"[" * 100_000, "content: Invalid JSON: recursion limit exceeded"),
+        (ADAPTER_CONFIG, b"[]", "content: Input should be an object"),
+        (ADAPTER_MODEL, b"\x80\x04\x95", "header"),
+        (OPTIMIZER, (10 << 30).to_bytes(8, "little") + b"{}", "header"),
+    ],
+)
+def test_a_hostile_file_under_a_right_manifest_is_refused(run_dir, name, content, message):
+    whole = run_dir / "checkpoint-2"
+    files = {path: (whole / path).read_bytes() for path in FILES}
+    publish_folder(run_dir / "checkpoint-3", {**files, name: content}.items())
+    assert fault_in(run_dir / "checkpoint-3") is None
+    with pytest.raises(CorruptFileError) as refusal:
+        read_checkpoint(run_dir / "checkpoint-3")
+    assert str(refusal.value).startswith(f"{run_dir / 'checkpoint-3' / name}: ")
+    assert message in str(refusal.value)
+
+
+def test_resume_auto_takes_the_newest_good_one_and_tells_of_each_refused_one(run_dir):
+    for step in (3, 10):
+        save(run_dir, step)
+        flip_a_bit(run_dir / f"checkpoint-{step}" / ADAPTER_MODEL)
+    (run_dir / "checkpoint-99").mkdir()
+    path, refused = newest_valid(run_dir)
+    assert path == run_dir / "checkpoint-2"
+    assert [line.split(": ")[:3] for line in refused] == [
+        [str(run_dir / "checkpoint-99"), "refused", MANIFEST],
+        [str(run_dir / "checkpoint-10"), "refused", ADAPTER_MODEL],
+        [str(run_dir / "checkpoint-3"), "refused", ADAPTER_MODEL],
+    ]
+    checkpoint, notes = choose_checkpoint(run_dir, "auto")
+    assert (checkpoint.state.step, notes) == (2, refused)
+    for step in (1, 2):
+        flip_a_bit(run_dir / f"checkpoint-{step}" / TRAINER_STATE)
+    with pytest.raises(CorruptFileError, match=r"no checkpoint in .* verifies: .*checkpoint-99: refused") as refusal:
+        choose_checkpoint(run_dir, "auto")
+    assert refusal.value.exit_code == 5
+    with pytest.raises(CorruptFileError, match=f"checkpoint-3: {ADAPTER_MODEL}: SHA-256"):
+        choose_checkpoint(run_dir, str(run_dir / "checkpoint-3"))
+
+
+def flip_a_bit(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 4
+    path.write_bytes(content)
+
+
+def test_pruning_keeps_valid_ones_and_does_not_count_torn_ones(run_dir):
+    for step in range(3, 9):
+        save(run_dir, step)
+    for step in (1, 5, 7, 8):
+        flip_a_bit(run_dir / f"checkpoint-{step}" / OPTIMIZER)
+    prune(run_dir, keep=2)
+    assert [path.name for path in list_checkpoints(run_dir)] == [f"checkpoint-{step}" for step in (4, 5, 6, 7, 8)]
+    assert [step for step in (4, 5, 6, 7, 8) if fault_in(run_dir / f"checkpoint-{step}") is None] == [4, 6]
+    prune(run_dir, keep=2)
+    assert len(list_checkpoints(run_dir)) == 5
+    assert not list(run_dir.glob(".tmp-*"))
+
+
+def test_a_published_checkpoint_is_never_rewritten_and_a_torn_one_is_replaced(run_dir):
+    path = run_dir / "checkpoint-2"
+    before = (path / ADAPTER_MODEL).read_bytes()
+    save(run_dir, 2)
+    assert (path / ADAPTER_MODEL).read_bytes() == before
+    flip_a_bit(path / OPTIMIZER)
+    save(run_dir, 2)
+    assert fault_in(path) is None
+    assert (path / ADAPTER_MODEL).read_bytes() != before
+
+
+def test_an_empty_adapter_is_not_written(tmp_path):
+    for trainables in ({}, {"layer.A": torch.empty(0, 4)}):
+        with pytest.raises(CorruptFileError, match="refusing to write an empty adapter"):
+            write_checkpoint(tmp_path, adapter_config={}, trainables=trainables, optimizer={}, state=TrainerState())
+    assert list(tmp_path.iterdir()) == []
+
+
+# What a save does to the disk, as the interpreter calls it: a kill just before any of these is a kill point.
+DISK_CALLS = {"open", "write", "flush", "close", "fsync", "mkdir", "rename", "unlink", "rmdir", "replace"}
+
+
+def in_a_fork(action: Callable[[], None], kill_at: int) -> tuple[int, int]:
+    """Run `action` in a child that SIGKILLs itself before its `kill_at`-th call that touches the disk.
+
+    Returns the calls made and the child's wait status. No hook in our code: the interpreter's own profiling does it.
+    """
+    reader, writer = os.pipe()
+    child = os.fork()
+    if child == 0:
+        calls = 0
+
+        def count(_frame: object, event: str, function: object) -> None:
+            nonlocal calls
+            if event == "c_call" and getattr(function, "__name__", "") in DISK_CALLS:
+                if calls == kill_at:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                calls += 1
+
+        code = 1
+        sys.setprofile(count)
+        try:
+            action()
+            code = 0
+        finally:
+            sys.setprofile(None)
+            os.write(writer, calls.to_bytes(4, "little"))
+            os._exit(code)
+    os.close(writer)
+    _, status = os.waitpid(child, 0)
+    calls = int.from_bytes(os.read(reader, 4), "little")
+    os.close(reader)
+    return calls, status
+
+
+def test_killed_at_any_moment_of_a_save_no_checkpoint_is_lost(run_dir, tmp_path):
+    flip_a_bit(save(run_dir, 3) / OPTIMIZER)  # a torn one stands where the save wants to publish
+
+    def save_and_prune() -> None:
+        save(work, 3)
+        prune(work, keep=2)
+
+    work = tmp_path / "counted"
+    shutil.copytree(run_dir, work)
+    moments, status = in_a_fork(save_and_prune, kill_at=-1)
+    assert status == 0 and moments > 40
+    outcomes = set()
+    for moment in range(moments):
+        work = tmp_path / f"killed-{moment}"
+        shutil.copytree(run_dir, work)
+        _, status = in_a_fork(save_and_prune, kill_at=moment)
+        assert os.WTERMSIG(status) == signal.SIGKILL
+        valid = [int(path.name[-1]) for path in list_checkpoints(work) if fault_in(path) is None]
+        torn = [int(path.name[-1]) for path in list_checkpoints(work) if fault_in(path) is not None]
+        assert valid in ([1, 2], [1, 2, 3], [2, 3]), f"after a kill at {moment}"
+        assert torn in ([], [3]) and (3 not in valid or not torn)
+        outcomes.add(tuple(valid))
+        checkpoint, _ = choose_checkpoint(work, "auto")
+        assert checkpoint.state.step == valid[-1]
+        remove_leftovers(work)  # what the next start does
+        assert not list(work.glob(".tmp-*"))
+        save(work, 3)
+        assert fault_in(work / "checkpoint-3") is None
+    assert outcomes == {(1, 2), (1, 2, 3), (2, 3)}
+
+
+def fill_up(disk: Path) -> None:
+    """On a small disk with one checkpoint: leave less and less room, save another, print what became of it."""
+    run_dir, ballast = disk / "run", disk / "ballast"
+    save(run_dir, 1)
+    values = {"values": torch.arange(20_000.0)}
+    outcomes = {}
+    for room in range(220, 0, -20):
+        ballast.unlink(missing_ok=True)
+        ballast.write_bytes(bytes(shutil.disk_usage(disk).free - 1024 * room))
+        error = None
+        try:
+            write_checkpoint(
+                run_dir, adapter_config={}, trainables=values, optimizer=values, state=TrainerState(step=2)
+            )
+        except SetupError as refusal:
+            error = str(refusal)
+        outcomes[room] = {"error": error, "left": sorted(path.name for path in run_dir.iterdir())}
+        shutil.rmtree(run_dir / "checkpoint-2", ignore_errors=True)
+    print(json.dumps({"fault": fault_in(run_dir / "checkpoint-1"), "by_room": outcomes}))
+
+
+def test_a_full_disk_leaves_nothing_behind_and_the_last_checkpoint_whole(tmp_path):
+    mount = 'mount -t tmpfs -o size=1m tmpfs "$1" || exit 99; exec "$2" -c "$3" "$1"'
+    program = "import sys, pathlib, test_checkpoint; test_checkpoint.fill_up(pathlib.Path(sys.argv[1]))"
+    words = ["unshare", "-rm", "sh", "-c", mount, "sh", str(tmp_path), sys.executable, program]
+    done = subprocess.run(words, cwd=Path(__file__).parent, capture_output=True, text=True, timeout=120)
+    if done.returncode in (1, 99) and "Traceback" not in done.stderr:
+        pytest.skip(f"no private mounts here: {done.stderr.strip()}")
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout.splitlines()[-1])
+    assert report["fault"] is None
+    refused = [outcome for outcome in report["by_room"].values() if outcome["error"]]
+    written = [outcome for outcome in report["by_room"].values() if not outcome["error"]]
+    assert all(outcome["left"] == ["checkpoint-1", "checkpoint-2"] for outcome in written)
+    assert all(outcome["left"] == ["checkpoint-1"] for outcome in refused)
+    message = re.compile(r".*/run: cannot write (\S+), \d+ bytes, with \d+ bytes free: No space left on device")
+    stopped_at = {message.fullmatch(outcome["error"])[1] for outcome in refused}
+    assert written and stopped_at >= {ADAPTER_MODEL, OPTIMIZER}
+
+
+def test_an_output_folder_that_cannot_be_made_or_is_too_small_is_refused(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"output_dir: cannot write to .*/file/run': Not a directory") as refusal:
+        require_writable(tmp_path / "file" / "run")
+    assert refusal.value.exit_code == 2
+    require_writable(tmp_path / "new" / "run")
+    assert list((tmp_path / "new" / "run").iterdir()) == []
+    require_space(tmp_path, 1)
+    with pytest.raises(SetupError, match=f"bytes free, a checkpoint needs {2**80}") as refusal:
+        require_space(tmp_path, 2**80)
+    assert refusal.value.exit_code == 3
+
+
+def test_a_missing_checkpoint_is_the_users_mistake(tmp_path):
+    with pytest.raises(UserError, match=f"no checkpoint folder '{tmp_path}/checkpoint-5'"):
+        choose_checkpoint(tmp_path, str(tmp_path / "checkpoint-5"))
+
+
+# Whatever unpickles or evaluates runs code that a file, or a peer, brings along.
+FORBIDDEN = re.compile(
+    r"(pickle|cPickle|dill|cloudpickle|joblib|marshal|shelve)(\..*)?"
+    r"|(torch|np|numpy|yaml)\.(load|save)|eval|exec"
+    r"|(.*\.)?(broadcast|all_gather|gather|scatter|send|recv)_object(_list)?"
+)
+
+
+def forbidden_uses(source: str) -> list[str]:
+    """`line: name` of each import and call in Python source that FORBIDDEN matches."""
+    uses = []
+    for node in ast.walk(ast.parse(source)):
+        names = []
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+        elif isinstance(node, ast.Call):
+            names = [ast.unparse(node.func)]
+        uses += [f"{node.lineno}: {name}" for name in names if FORBIDDEN.fullmatch(name)]
+    return uses
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "import pickle",
+        "from pickle import loads",
+        "from torch import load",
+        "torch.load(path)",
+        "torch.save(tensor, path)",
+        "np.load(path)",
+        "yaml.load(text)",
+        "eval(text)",
+        "dist.all_gather_object(parts, own)",
+        "torch.distributed.broadcast_object_list(own)",
+    ],
+)
+def test_the_search_for_unpickling_finds_it(source):
+    assert len(forbidden_uses(f"x = 1\n{source}\nmodel.eval()")) == 1
+
+
+def test_nothing_in_the_package_unpickles_or_evaluates():
+    root = Path(dist_qft.__file__).parent
+    sources = sorted(root.rglob("*.py"))
+    assert len(sources) > 40
+    assert {str(path): uses for path in sources if (uses := forbidden_uses(path.read_text()))} == {}

@@ -1,0 +1,114 @@
+"""Agreements between real ranks, and what becomes of errors and of broken collectives."""
+
+import os
+import signal
+from datetime import timedelta
+from multiprocessing import get_context
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from dist_qft.collectives import agreed, maximum, require_agreement, told_by
+from dist_qft.errors import DistQFTError, NumericError, PeerLostError, UserError
+
+CPU = torch.device("cpu")
+
+
+def agreement(facts: list[dict[str, str]]) -> tuple[str, int, bool] | None:
+    try:
+        require_agreement(facts[dist.get_rank()], CPU)
+    except UserError as error:
+        return str(error), error.exit_code, error.everywhere
+    return None
+
+
+@pytest.mark.parametrize("world", [1, 2, 4])
+def test_equal_facts_pass(pools, world):
+    facts = [{"config": "x" * 1000, "data": ""}] * world
+    assert pools[world].run(agreement, facts=facts) == [None] * world
+
+
+def test_the_first_fact_that_differs_is_named_with_its_ranks(pools):
+    facts = [
+        {"config": "a", "data": "d"},
+        {"config": "a", "data": "e"},
+        {"config": "b", "data": "e"},
+        {"config": "a", "data": "d"},
+    ]
+    text = "ranks were started with different config: rank 2 differs from rank 0"
+    assert pools[4].run(agreement, facts=facts) == [(text, 2, True)] * 4
+    facts[2] = facts[1]
+    text = "ranks were started with different data: rank 1, 2 differs from rank 0"
+    assert pools[4].run(agreement, facts=facts) == [(text, 2, True)] * 4
+
+
+def largest(values: list[float]) -> float:
+    return maximum(values[dist.get_rank()], CPU)
+
+
+@pytest.mark.parametrize("values", [[1.0, 2.0**53 + 2], [-3.5, -7.0], [0.0, 5.0, 1e300, 4.0]], ids=str)
+def test_maximum(pools, values):
+    assert pools[len(values)].run(largest, values=values) == [max(values)] * len(values)
+
+
+# --- errors ----------------------------------------------------------------------------------------------------------
+
+
+def told(error: DistQFTError) -> DistQFTError:
+    with pytest.raises(DistQFTError) as raised, told_by(3, lambda: "step 12"):
+        raise error
+    return raised.value
+
+
+def test_an_error_of_one_rank_carries_its_number():
+    error = told(UserError("no such file"))
+    assert (str(error), error.rank_prefix) == ("no such file", "rank 3")
+
+
+@pytest.mark.parametrize("error", [agreed(UserError("ranks differ")), NumericError("step 4: replicas differ")])
+def test_an_error_of_all_ranks_is_told_once(error):
+    assert told(error).rank_prefix is None
+
+
+def test_other_errors_are_left_alone():
+    for error in (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), ValueError("gloo"), KeyboardInterrupt()):
+        with pytest.raises(type(error)) as raised, told_by(0, lambda: "step 1"):
+            raise error
+        assert raised.value is error
+
+
+def _lonely(rank: int, store: str, fate: str, pipe) -> None:
+    """Two ranks that sum a number over and over; rank 1 meets its fate at the third time."""
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+    group = dist.new_group(timeout=timedelta(seconds=2))  # short only once both are there
+    steps = 0
+    try:
+        with told_by(rank, lambda: f"step {steps}"):
+            for steps in range(1, 10):
+                if rank == 1 and steps == 3:
+                    os.kill(os.getpid(), signal.SIGKILL if fate == "killed" else signal.SIGSTOP)
+                dist.all_reduce(torch.ones(1), group=group)
+    except PeerLostError as error:
+        pipe.send((str(error), error.exit_code, error.rank_prefix))
+
+
+@pytest.mark.parametrize("fate", ["killed", "stopped"])
+def test_a_lost_peer_is_an_error_of_its_own(tmp_path: Path, fate: str):
+    context = get_context("spawn")
+    ours, theirs = context.Pipe()
+    arguments = (str(tmp_path / "store"), fate, theirs)
+    ranks = [context.Process(target=_lonely, args=(rank, *arguments), daemon=True) for rank in range(2)]
+    for process in ranks:
+        process.start()
+    try:
+        assert ours.poll(120), "the survivor hangs"
+        text, exit_code, prefix = ours.recv()
+    finally:
+        for process in ranks:
+            process.kill()
+            process.join()
+    assert text.startswith("step 3: another rank is gone or did not answer in time (")
+    assert (exit_code, prefix) == (4, "rank 0")

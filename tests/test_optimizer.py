@@ -1,0 +1,167 @@
+"""The learning rate's table, the flat AdamW against torch's own on separate parameters, clipping, saved state."""
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from dist_qft.config.schema import TrainConfig
+from dist_qft.errors import CorruptFileError, SetupError, UserError
+from dist_qft.optimizer import (
+    clip_gradient,
+    learning_rate,
+    load_optimizer_tensors,
+    make_optimizer,
+    optimizer_tensors,
+)
+
+SHAPES = [(3, 5), (7,), (2, 2, 2), (1,)]
+
+
+@pytest.mark.parametrize(
+    ("settings", "total", "expected"),
+    [
+        ({"lr_scheduler_type": "constant", "warmup_steps": 0}, 4, [1.0, 1.0, 1.0, 1.0]),
+        ({"lr_scheduler_type": "constant", "warmup_steps": 3}, 5, [1 / 3, 2 / 3, 1.0, 1.0, 1.0]),
+        ({"lr_scheduler_type": "linear", "warmup_steps": 0}, 4, [1.0, 0.75, 0.5, 0.25]),
+        ({"lr_scheduler_type": "linear", "warmup_steps": 2}, 6, [0.5, 1.0, 1.0, 0.75, 0.5, 0.25]),
+        ({"lr_scheduler_type": "cosine", "warmup_steps": 0}, 4, [1.0, (1 + 0.5**0.5) / 2, 0.5, (1 - 0.5**0.5) / 2]),
+        ({"lr_scheduler_type": "cosine", "warmup_steps": 1}, 3, [1.0, 1.0, 0.5]),
+        # A ratio is rounded up, and steps win over it.
+        ({"lr_scheduler_type": "constant", "warmup_ratio": 0.3}, 5, [0.5, 1.0, 1.0, 1.0, 1.0]),
+        ({"lr_scheduler_type": "constant", "warmup_ratio": 0.3, "warmup_steps": 1}, 2, [1.0, 1.0]),
+        ({"lr_scheduler_type": "linear", "warmup_steps": 9}, 3, [1 / 9, 2 / 9, 3 / 9]),
+    ],
+)
+def test_learning_rate(settings, total, expected):
+    config = TrainConfig(learning_rate=0.02, **settings)
+    rates = [learning_rate(config, step, total) / 0.02 for step in range(total)]
+    assert rates == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("kind", ["linear", "cosine"])
+@pytest.mark.parametrize("warmup", [0, 1, 7, 50])
+def test_decay_never_rises_and_never_reaches_zero(kind, warmup):
+    config = TrainConfig(lr_scheduler_type=kind, warmup_steps=warmup)
+    rates = [learning_rate(config, step, 50) for step in range(warmup, 50)]
+    assert rates == sorted(rates, reverse=True)
+    assert all(rate > 0.0 for rate in rates)
+
+
+def flat(tensors: list[torch.Tensor]) -> torch.Tensor:
+    return torch.cat([tensor.detach().flatten() for tensor in tensors])
+
+
+@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
+def test_flat_fused_adamw_is_torchs_on_separate_parameters(weight_decay):
+    config = TrainConfig(learning_rate=0.05, adam_beta1=0.8, adam_epsilon=1e-6, weight_decay=weight_decay)
+    generator = torch.Generator().manual_seed(0)
+    parameters = [nn.Parameter(torch.randn(shape, generator=generator)) for shape in SHAPES]
+    values = nn.Parameter(flat(parameters))
+    ours = make_optimizer(config, values)
+    theirs = torch.optim.AdamW(
+        parameters, lr=0.05, betas=(0.8, 0.999), eps=1e-6, weight_decay=weight_decay, fused=False, foreach=False
+    )
+    for _ in range(5):
+        for parameter in parameters:
+            parameter.grad = torch.randn(parameter.shape, generator=generator)
+        values.grad = flat([parameter.grad for parameter in parameters])
+        ours.step()
+        theirs.step()
+    torch.testing.assert_close(values.detach(), flat(parameters), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("scale", [1e-20, 0.01, 1.0, 1e3, 1e30])
+@pytest.mark.parametrize("max_norm", [0.3, 2.0])
+def test_clipping_is_torchs(scale, max_norm):
+    """Also where the squares of finite gradients overflow float32: there torch's own norm is inf."""
+    gradient = torch.randn(1000, generator=torch.Generator().manual_seed(0)) * scale
+    values = nn.Parameter(torch.zeros(1000))
+    values.grad = gradient.clone()
+    norm = clip_gradient(values, max_norm)
+    reference = nn.Parameter(torch.zeros(1000, dtype=torch.float64))
+    reference.grad = gradient.double()
+    assert norm.item() == pytest.approx(nn.utils.clip_grad_norm_([reference], max_norm).item(), rel=1e-6)
+    torch.testing.assert_close(values.grad.double(), reference.grad, rtol=1e-5, atol=0)
+
+
+def test_no_clipping():
+    values = nn.Parameter(torch.zeros(2))
+    values.grad = torch.tensor([3.0, 4.0])
+    assert clip_gradient(values, None).item() == 5.0
+    assert values.grad.tolist() == [3.0, 4.0]
+
+
+def test_paged_optimizers_need_cuda():
+    with pytest.raises(SetupError) as raised:
+        make_optimizer(TrainConfig(optim="paged_adamw_8bit"), nn.Parameter(torch.zeros(3)))
+    assert str(raised.value) == "train.optim: 'paged_adamw_8bit' needs CUDA; on cpu use 'adamw'"
+    assert raised.value.exit_code == 3
+
+
+# --- saved state -----------------------------------------------------------------------------------------------------
+
+SIZE = 5000  # bitsandbytes keeps 32-bit state below 4096 values
+
+
+def adamw(values: nn.Parameter) -> torch.optim.Optimizer:
+    return make_optimizer(TrainConfig(learning_rate=0.01), values)
+
+
+def bitsandbytes_8bit(values: nn.Parameter) -> torch.optim.Optimizer:
+    import bitsandbytes
+
+    return bitsandbytes.optim.AdamW8bit([values], lr=0.01)
+
+
+def steps(optimizer: torch.optim.Optimizer, values: nn.Parameter, first: int, last: int) -> None:
+    for step in range(first, last):
+        values.grad = torch.randn(SIZE, generator=torch.Generator().manual_seed(step))
+        optimizer.step()
+
+
+@pytest.mark.parametrize("make", [adamw, bitsandbytes_8bit])
+def test_saved_state_continues_bit_for_bit(make):
+    straight = nn.Parameter(torch.ones(SIZE))
+    steps(make(straight), straight, 0, 6)
+
+    first = nn.Parameter(torch.ones(SIZE))
+    optimizer = make(first)
+    steps(optimizer, first, 0, 3)
+    saved = {key: tensor.clone() for key, tensor in optimizer_tensors(optimizer, first).items()}
+    assert int(saved["step"]) == 3
+
+    second = nn.Parameter(first.detach().clone())
+    resumed = make(second)
+    load_optimizer_tensors(resumed, second, saved, "here")
+    steps(resumed, second, 3, 6)
+    assert torch.equal(straight, second)
+    assert all(torch.equal(saved[key], value) for key, value in saved.items())
+
+
+def refusal(kind: type[Exception], **tensors: Any) -> str:
+    values = nn.Parameter(torch.ones(SIZE))
+    state = {"step": torch.tensor(3.0), "exp_avg": torch.ones(SIZE), "exp_avg_sq": torch.ones(SIZE), **tensors}
+    optimizer = adamw(values)
+    with pytest.raises(kind) as raised:
+        load_optimizer_tensors(optimizer, values, {k: v for k, v in state.items() if v is not None}, "optimizer.x")
+    assert not optimizer.state
+    return str(raised.value)
+
+
+def test_state_that_does_not_fit():
+    text = refusal(CorruptFileError, exp_avg_sq=torch.ones(SIZE - 1))
+    assert text == "optimizer.x: exp_avg_sq has shape [4999], the trainables need [5000]"
+    assert refusal(CorruptFileError, step=torch.ones(1)) == "optimizer.x: step has shape [1], the trainables need []"
+    text = refusal(UserError, exp_avg_sq=None, state1=torch.ones(SIZE))
+    assert text == (
+        "optimizer.x: saved with another train.optim: its state has exp_avg, state1, step, "
+        "AdamW needs exp_avg, exp_avg_sq, step"
+    )
+
+
+def test_cosine_ends_near_zero():
+    config = TrainConfig(learning_rate=1.0, lr_scheduler_type="cosine", warmup_steps=0)
+    assert learning_rate(config, 99, 100) == pytest.approx((1 + math.cos(0.99 * math.pi)) / 2)
