@@ -36,8 +36,7 @@ def assemble_random(config: RunConfig, size: float, step: int = 3) -> tuple[Asse
     parts = assemble(config, skeleton, plan, device)
     generator = torch.Generator().manual_seed(11)
     trainables = {
-        name: torch.randn(parameter.shape, generator=generator) * size
-        for name, parameter in parts.adapters.named_tensors()
+        name: torch.randn(parameter.shape, generator=generator) * size for name, parameter in parts.named_tensors()
     }
     parts.load_tensors(trainables)
     if dist.get_rank() == 0:

@@ -14,7 +14,6 @@ import ctypes
 import hashlib
 import json
 import math
-from operator import attrgetter
 
 import torch
 from torch import Tensor, nn
@@ -47,23 +46,16 @@ class Fingerprint:
         return hashlib.sha256(json.dumps(pairs).encode()).hexdigest()
 
 
-def check_names(base: BaseModel, source: TensorSource, engine: Engine | None = None) -> dict[str, str]:
+def check_names(base: BaseModel, source: TensorSource) -> dict[str, str]:
     """Model tensor name -> source tensor name, for all the base needs.
-
-    Args:
-        engine: what has sharded the base, if something has: from then on it knows the shapes.
 
     Raises:
         UserError: missing tensors, or a vocabulary or layer of another shape; before anything is read.
     """
-    shape = engine.shape if engine else attrgetter("shape")
-    needed = {f"{path}.weight": (layer.out_features, layer.in_features) for path, layer in base.linears.items()}
-    needed |= {f"{path}.weight": (t.num_embeddings, t.embedding_dim) for path, t in base.tables().items()}
-    needed |= {name: tuple(shape(parameter)) for name, parameter in dense_parameters(base)}
     stored = source.names()
     prefix = base.model.base_model_prefix + "."
     found, missing = {}, []
-    for name in needed:
+    for name in base.shapes:
         # Some published checkpoints were saved from the bare decoder, without the causal LM's prefix.
         choices = [name, name.removeprefix(prefix), prefix + name]
         match = next((choice for choice in choices if choice in stored), None)
@@ -72,8 +64,8 @@ def check_names(base: BaseModel, source: TensorSource, engine: Engine | None = N
         else:
             found[name] = match
     if missing:
-        raise UserError(f"{source.where}: has no tensor '{missing[0]}' ({len(missing)} of {len(needed)} missing)")
-    for name, shape in needed.items():
+        raise UserError(f"{source.where}: has no tensor '{missing[0]}' ({len(missing)} of {len(base.shapes)} missing)")
+    for name, shape in base.shapes.items():
         if source.shape(found[name]) != shape:
             raise UserError(
                 f"{source.where}: tensor '{found[name]}' is {list(source.shape(found[name]))}, "
@@ -82,24 +74,15 @@ def check_names(base: BaseModel, source: TensorSource, engine: Engine | None = N
     return found
 
 
-def dense_parameters(base: BaseModel) -> list[tuple[str, nn.Parameter]]:
-    """(name, parameter) of norms, biases and everything else that is kept as is."""
-    found = []
-    for path, module in base.model.named_modules():
-        packed = module.packed() if isinstance(module, FrozenLinear | FrozenEmbedding) else {}
-        found += [(f"{path}.{n}", p) for n, p in module.named_parameters(recurse=False) if n not in packed]
-    return found
-
-
 @torch.no_grad()
 def load_base(base: BaseModel, source: TensorSource, engine: Engine, device: torch.device) -> None:
     """Fill a skeleton that `engine` has sharded; sets `base.fingerprint`. Collective."""
-    names = check_names(base, source, engine)
+    names = check_names(base, source)
     fingerprint = Fingerprint()
     modules: dict[str, FrozenLinear | FrozenEmbedding] = {**base.linears, **base.tables()}
     for path, module in modules.items():
         _load_packed(names[f"{path}.weight"], path, module, source, engine, fingerprint)
-    for name, parameter in dense_parameters(base):
+    for name, parameter in base.dense_parameters():
         first, stop = engine.rows(parameter)
         rows = source.read(names[name], (first, stop))
         if not torch.isfinite(rows).all():

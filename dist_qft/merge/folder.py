@@ -7,7 +7,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from dist_qft.base_model.load import check_names, dense_parameters
+from dist_qft.base_model.load import check_names
 from dist_qft.base_model.skeleton import BaseModel
 from dist_qft.base_model.sources import open_source
 from dist_qft.config.schema import ModelConfig
@@ -59,7 +59,7 @@ class FolderWriter:
             (temporary / name).write_text(text)
         source = open_source(self.model)
         stored = check_names(self.base, source)
-        others = {name: source.read(stored[name]) for name, _ in dense_parameters(self.base)}
+        others = {name: source.read(stored[name]) for name, _ in self.base.dense_parameters()}
         entries = {name: entry for path in self._weights for name, entry in self.form.entries(path).items()}
         entries |= {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in others.items()}
         self._files = SafetensorsFolder(temporary, self.form.stem, entries)

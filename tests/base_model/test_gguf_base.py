@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from dist_qft.base_model.load import dense_parameters, load_base
+from dist_qft.base_model.load import load_base
 from dist_qft.base_model.skeleton import BaseModel, build_skeleton
 from dist_qft.base_model.sources import GgufSource, open_source
 from dist_qft.config.schema import ModelConfig, QuantizationConfig
@@ -46,7 +46,7 @@ def reference(smollm2) -> PreTrainedModel:
 def test_every_weight_is_transformers_bit_for_bit(base, reference):
     expected = reference.state_dict()
     weights = {f"{path}.weight": module.dequantize() for path, module in {**base.linears, **base.tables()}.items()}
-    weights |= dict(dense_parameters(base))
+    weights |= dict(base.dense_parameters())
     assert base.tied
     assert len(weights) == 30 * (7 + 2) + 2
     assert set(weights) == set(expected) - {"lm_head.weight"}

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from merges import GGUF_RUN, digests, merge_run
+from qst_models import METHOD as QST
 from tiny_model import tiny_config
 from whole_runs import train
 
@@ -161,6 +162,42 @@ def test_training_ends_with_the_merge_that_the_verb_makes(pools, tiny_gguf, tmp_
     pools[1].run(merge_run, source=tmp_path / "run", target="gguf", path=tmp_path / "again.gguf")
     assert (tmp_path / "again.gguf").read_bytes() == (tmp_path / "run" / "merged.gguf").read_bytes()
     assert (tmp_path / "again.gguf").read_bytes() != tiny_gguf.read_bytes()
+
+
+def test_a_run_is_finished_when_its_merge_is_there(pools, tiny_gguf, tmp_path):
+    run, merged = tmp_path / "run", tmp_path / "run" / "merged.gguf"
+    config = tiny_config(tiny_gguf, run, **GGUF_RUN, merge={"at_end": "gguf"}, train={"max_steps": 2})
+    pools[1].run(train_to_the_end, config=config)
+    written = merged.read_bytes()
+    assert pools[1].run(train_again, config=config) == ["nothing to do"]
+    merged.unlink()
+    assert pools[1].run(train_again, config=config) == ["trained to step 2"]
+    assert merged.read_bytes() == written
+
+
+def train_again(config) -> str:
+    run = train(config, resume="auto")
+    return "nothing to do" if run is None else f"trained to step {run.state.step}"
+
+
+@pytest.mark.parametrize(
+    ("sections", "message"),
+    [
+        ({"method": QST}, "a side network (qst) runs beside the base and is not folded into it; serve the"),
+        ({"task": {"name": "regression"}}, "a language model's files have no place for the head of task regression; "),
+    ],
+)
+def test_what_is_no_part_of_a_language_model_is_not_merged(shell, make_run, tiny_llama, tmp_path, sections, message):
+    path = tmp_path / "run.yaml"
+    config = {"output_dir": "o", "model": {"path": "m"}, "merge": {"at_end": "dense"}, **sections}
+    path.write_text(json.dumps(config))
+    with pytest.raises(UserError) as refused:
+        load_config(path)
+    assert f"merge.at_end: {message}" in str(refused.value)
+
+    run = make_run(tiny_llama, **sections)
+    code, _, err = shell("merge", run, "--to", "dense")
+    assert code == 2 and err.startswith(f"error: {run}/checkpoint-3: {message}")
 
 
 def test_a_final_merge_that_cannot_be_is_refused_before_training(pools, tiny_llama, tmp_path):

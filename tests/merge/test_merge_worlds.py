@@ -34,7 +34,7 @@ def test_every_world_and_engine_writes_the_same_bytes(pools, make_run, tiny_llam
     sections, target, options = CASES[case]
     model = tiny_gguf if target == "gguf" else tiny_llama
     found, certificates = {}, {}
-    for engine in ("fsdp", "replicated"):
+    for engine in ("fsdp", "replicated", "zero"):
         run = make_run(model, **sections, sharding={"engine": engine})
         for world in (1, 2, 4):
             path = tmp_path / (f"{engine}-{world}.gguf" if target == "gguf" else f"{engine}-{world}")
