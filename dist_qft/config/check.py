@@ -29,6 +29,7 @@ def cross_field_faults(config: RunConfig) -> list[Fault]:
         *_model_faults(config),
         *_quantization_faults(config.quantization),
         *(_side_faults(config) if config.method.name == "qst" else _adapter_faults(config.method)),
+        *_merge_aware_faults(config),
         *_task_faults(config),
         *_train_faults(config),
         *_sharding_faults(config.sharding),
@@ -124,6 +125,18 @@ def _adapter_faults(method: MethodConfig) -> Iterator[Fault]:
         elif rule.skip and settings != ["skip"]:
             without_effect = ", ".join(name for name in settings if name != "skip")
             yield value_fault(path, f"skip leaves no use for {without_effect}; give one or the other")
+
+
+def _merge_aware_faults(config: RunConfig) -> Iterator[Fault]:
+    method, linear = config.method, config.quantization.linear
+    if not method.merge_aware or method.name == "qst":
+        return
+    if method.name not in ("qalora", "qahira"):
+        yield value_fault(("method", "merge_aware"), f"{method.name} does not merge exactly; qalora and qahira do")
+    elif linear != "affine4":
+        yield value_fault(("method", "merge_aware"), f"{linear} has no zeros to take dW; affine4 has")
+    if method.dropout:
+        yield value_fault(("method", "dropout"), f"got {method.dropout}, merge_aware has no place for it; use 0")
 
 
 def _unused_factors(
