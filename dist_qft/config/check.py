@@ -227,9 +227,10 @@ def _merge_faults(config: RunConfig) -> Iterator[Fault]:
     if merge.at_end is not None and (obstacle := merge_obstacle(config)):
         yield value_fault(("merge", "at_end"), obstacle)
     elif merge.at_end is None:
-        for key in sorted(merge.model_fields_set - {"at_end"}):
-            yield value_fault(("merge", key), "no effect without merge.at_end; set that or remove this")
-    elif merge.at_end != "dense" and "dtype" in merge.model_fields_set:
+        for key, field in type(merge).model_fields.items():
+            if getattr(merge, key) != field.default:  # a saved config names every setting
+                yield value_fault(("merge", key), "no effect without merge.at_end; set that or remove this")
+    elif merge.at_end != "dense" and merge.dtype != type(merge).model_fields["dtype"].default:
         yield value_fault(("merge", "dtype"), f"no effect with merge.at_end {merge.at_end}; only dense has it")
 
 
