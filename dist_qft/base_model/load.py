@@ -10,7 +10,6 @@ tensors; norms and biases count with their float32 value as read from the file. 
 world size, nor on the engine, nor on the compute dtype.
 """
 
-import ctypes
 import hashlib
 import json
 import math
@@ -22,6 +21,7 @@ from dist_qft.base_model.skeleton import BaseModel
 from dist_qft.base_model.sources import TensorSource
 from dist_qft.digest import positional_digest
 from dist_qft.errors import UserError
+from dist_qft.memory import return_freed_memory
 from dist_qft.quant.contract import Format
 from dist_qft.quant.frozen import FrozenEmbedding, FrozenLinear
 from dist_qft.sharding.engine import Engine
@@ -111,7 +111,7 @@ def _load_packed(
             engine.store(parameter, offset, packed[key].to(parameter.dtype))
             own = _own_elements(packed[key], offset, parameter, engine)
             fingerprint.add(f"{path}.{key} {list(engine.shape(parameter))} {label}", *own)
-    _return_freed_memory()
+    return_freed_memory()
 
 
 def _quantized_rows(name: str, first: int, stop: int, format: Format, source: TensorSource) -> dict[str, Tensor]:
@@ -153,10 +153,3 @@ def _rows_needed(module: FrozenLinear | FrozenEmbedding, engine: Engine) -> tupl
             first, stop = min(first, begin * per_entry), max(stop, end * per_entry)
     align = module.format.row_alignment
     return (first // align * align, min(height, -(-stop // align) * align)) if stop else (0, 0)
-
-
-def _return_freed_memory() -> None:
-    """Give freed memory back to the system: glibc keeps blocks of up to 32 MiB, which add up to several shards."""
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if trim is not None:
-        trim(0)

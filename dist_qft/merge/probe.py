@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from dist_qft.assemble import Assembled
 from dist_qft.base_model.skeleton import BaseModel
+from dist_qft.memory import return_freed_memory
 from dist_qft.merge.collective import frozen_weights
 from dist_qft.merge.fold import merged_weight
 from dist_qft.methods.tile_adapter import TileAdapter
@@ -49,8 +50,16 @@ def probe_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
 
 @torch.no_grad()
 def logits_of(base: BaseModel, ids: list[int], device: torch.device) -> Tensor:
-    """Logits (tokens, vocabulary), float32 on the CPU. Collective if the base is sharded."""
-    return base.model(input_ids=torch.tensor([ids], device=device)).logits[0].float().cpu()
+    """Logits (tokens, vocabulary), float32 on the CPU. Collective if the base is sharded.
+
+    What a layer needed is given back after it: a merge must not take more than a few layers beside the shards.
+    """
+    hooks = [layer.register_forward_hook(lambda *_: return_freed_memory()) for layer in base.layers]
+    try:
+        return base.model(input_ids=torch.tensor([ids], device=device)).logits[0].float().cpu()
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def compare_logits(live: Tensor, other: Tensor, ids: list[int]) -> LogitDifference:
