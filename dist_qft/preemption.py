@@ -3,6 +3,8 @@
 import signal
 from types import FrameType, TracebackType
 
+from dist_qft.errors import Preempted
+
 _SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
 
@@ -23,6 +25,9 @@ class StopSignal:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        # A rank that leaves because another was told to stop may get its own signal late, on its way out.
+        if isinstance(error, Preempted):
+            return
         for number, handler in self._before.items():
             signal.signal(number, handler)
 

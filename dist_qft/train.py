@@ -4,6 +4,7 @@ Everything that can be refused is refused before the base is loaded, and tokeniz
 group exists, so that no rank waits in a collective for another's slow disk.
 """
 
+import os
 import sys
 from contextlib import closing
 from pathlib import Path
@@ -30,7 +31,7 @@ from dist_qft.data.prepare import prepare
 from dist_qft.errors import UserError
 from dist_qft.methods.trainable import Plan
 from dist_qft.preemption import StopSignal
-from dist_qft.resume import changed_settings, check_trajectory, choose_checkpoint
+from dist_qft.resume import changed_settings, check_trajectory, choose_checkpoint, resume_after_restart
 from dist_qft.run_inputs import RunInputs
 from dist_qft.tokenizer import load_tokenizer
 from dist_qft.training_run import TrainingRun
@@ -58,6 +59,7 @@ def gather_inputs(config: RunConfig, resume: str | None, world: World, device: t
         raise UserError("data: training needs data.train")
     output_dir = Path(config.output_dir)
     require_writable(output_dir)
+    resume = resume_after_restart(output_dir, resume, os.environ)
     checkpoint, notes = choose_checkpoint(output_dir, resume)
 
     # The model's shape and the plan of the trainables; no weight is read.
