@@ -136,13 +136,18 @@ def assemble(
         offload=sharding.offload,
         zero_options=read_zero_options(config),
     )
-    engine.shard(skeleton.units, device)
-    _move_buffers(skeleton, device)
-    load_base(skeleton, source or open_source(config.model), engine, device)
+    materialize(skeleton, source or open_source(config.model), engine, device)
     skeleton.head.loss_megabytes = config.train.loss_chunk_megabytes
     adapters = plan.build(config.train.seed).to(device)
     adapters.attach(skeleton.model)
     return Assembled(skeleton, engine, adapters, make_task(config.task, skeleton, device))
+
+
+def materialize(skeleton: BaseModel, source: TensorSource, engine: Engine, device: torch.device) -> None:
+    """Let the engine take the skeleton, and load its weights. Collective."""
+    engine.shard(skeleton.units, device)
+    _move_buffers(skeleton, device)
+    load_base(skeleton, source, engine, device)
 
 
 def adapter_config(config: RunConfig, base: BaseModel, plan: Plan) -> dict:

@@ -34,6 +34,7 @@ def cross_field_faults(config: RunConfig) -> list[Fault]:
         *_sharding_faults(config.sharding),
         *(value_fault(("sharding", "deepspeed_config"), fault) for fault in zero_file_faults(config)),
         *_evaluation_faults(config),
+        *_merge_faults(config),
     ]
 
 
@@ -194,6 +195,29 @@ def _evaluation_faults(config: RunConfig) -> Iterator[Fault]:
     has_eval = data is not None and (data.eval is not None or data.eval_samples > 0)
     if config.evaluation.eval_steps is not None and not has_eval:
         yield value_fault(("evaluation", "eval_steps"), "nothing to evaluate; set data.eval or data.eval_samples")
+
+
+def merge_obstacle(config: RunConfig) -> str | None:
+    """Why what this config trains cannot be merged into the base at all, and what to do instead."""
+    if config.method.name == "qst":
+        return (
+            "a side network (qst) runs beside the base and is not folded into it; serve the run itself "
+            "(dist_qft.load, dist-qft generate), or train qahira, qalora, qbara or qlora"
+        )
+    if config.task.name != "causal-lm":
+        return f"a language model's files have no place for the head of task {config.task.name}; use dist-qft eval"
+    return None
+
+
+def _merge_faults(config: RunConfig) -> Iterator[Fault]:
+    merge = config.merge
+    if merge.at_end is not None and (obstacle := merge_obstacle(config)):
+        yield value_fault(("merge", "at_end"), obstacle)
+    elif merge.at_end is None:
+        for key in sorted(merge.model_fields_set - {"at_end"}):
+            yield value_fault(("merge", key), "no effect without merge.at_end; set that or remove this")
+    elif merge.at_end != "dense" and "dtype" in merge.model_fields_set:
+        yield value_fault(("merge", "dtype"), f"no effect with merge.at_end {merge.at_end}; only dense has it")
 
 
 def _merge_warnings(config: RunConfig) -> Iterator[str]:

@@ -17,6 +17,7 @@ Text = Annotated[str, Field(min_length=1)]
 Reduction = Annotated[int, Field(ge=2)]
 
 MethodName = Literal["qlora", "qbara", "qalora", "qahira", "qst"]
+MergeTarget = Literal["gguf", "quantized", "dense", "peft"]
 Downsample = Literal["adapter", "lora", "linear", "maxpool", "avgpool"]
 LinearFormat = Literal["nf4", "affine4", "dense"]
 
@@ -158,6 +159,13 @@ class EvaluationConfig(Section):
     max_new_tokens: Positive = 64
 
 
+class MergeConfig(Section):
+    at_end: MergeTarget | None = Field(None, description="merge the trained adapters into a result of this kind")
+    path: Text | None = Field(None, description="its file or folder; default <output_dir>/merged.gguf or merged-<kind>")
+    dtype: Literal["float32", "bfloat16", "float16"] = Field("bfloat16", description="dense only: dtype of the weights")
+    overwrite: bool = Field(False, description="replace what is at the path")
+
+
 class RunConfig(Section):
     """The whole tree."""
 
@@ -171,3 +179,4 @@ class RunConfig(Section):
     sharding: ShardingConfig = ShardingConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
+    merge: MergeConfig = MergeConfig()
