@@ -6,7 +6,7 @@ group exists, so that no rank waits in a collective for another's slow disk.
 
 import os
 import sys
-from contextlib import closing
+from contextlib import ExitStack, closing
 from pathlib import Path
 
 import torch
@@ -40,16 +40,19 @@ from dist_qft.training_run import TrainingRun
 from dist_qft.world import World, connect, device_for
 
 
-def run_training(config: RunConfig, resume: str | None = None) -> None:
-    """Train from a config to a summary. `resume` is None, 'auto' or a checkpoint folder.
+def run_training(config: RunConfig, resume: str | None = None, stop: StopSignal | None = None) -> None:
+    """Train from a config to a summary. `resume` is None, 'auto' or a checkpoint folder; `stop` has been entered.
 
     Raises:
         DistQFTError: see `dist_qft.errors`; what is wrong with the input is said before the base is loaded.
     """
     world = World.from_environment()
     device = device_for(world, config.sharding.device)
-    inputs = gather_inputs(config, resume, world, device)
-    with StopSignal() as stop, connect(world, device, config.sharding.timeout_seconds):
+    with ExitStack() as stack:
+        stop = stop or stack.enter_context(StopSignal())
+        inputs = gather_inputs(config, resume, world, device)
+        with stop.leaving_at_once():
+            stack.enter_context(connect(world, device, config.sharding.timeout_seconds))
         execute_run(inputs, stop)
 
 
@@ -110,7 +113,7 @@ def execute_run(inputs: RunInputs, stop: StopSignal) -> TrainingRun | None:
             return None
 
         # Stream the base through quantization into its shards; hook the trainables on.
-        parts = assemble(inputs.config, inputs.skeleton, inputs.plan, inputs.device, inputs.source)
+        parts = assemble(inputs.config, inputs.skeleton, inputs.plan, inputs.device, inputs.source, stop)
         if inputs.checkpoint is not None:
             check_fingerprint(inputs.checkpoint, parts.base)
         else:
@@ -118,7 +121,7 @@ def execute_run(inputs: RunInputs, stop: StopSignal) -> TrainingRun | None:
 
         # Train, evaluate, save.
         run = TrainingRun(inputs, parts, stop)
-        with closing(run.monitor):
+        with closing(run):
             run.prepare()
             run.evaluate_base()
             run.train()
