@@ -27,6 +27,7 @@ from dist_qft.checkpoint import require_space, require_writable
 from dist_qft.collectives import require_agreement, told_by
 from dist_qft.config.check import accumulation_steps
 from dist_qft.config.schema import RunConfig
+from dist_qft.crash import crash_report
 from dist_qft.data.prepare import prepare
 from dist_qft.errors import UserError
 from dist_qft.merge.recipe import require_free
@@ -105,7 +106,12 @@ def _checkpoint_bytes(config: RunConfig, plan: Plan) -> int:
 def execute_run(inputs: RunInputs, stop: StopSignal) -> TrainingRun | None:
     """Everything that needs the other ranks; the process group exists. Collective; None if all was done before."""
     run = None
-    with told_by(inputs.world.rank, lambda: run.doing if run else "start-up"):
+
+    def doing() -> str:
+        return run.doing if run else "start-up"
+
+    world = inputs.world
+    with crash_report(inputs.output_dir, world.rank, world.world_size, doing), told_by(world.rank, doing):
         # Do all ranks mean the same run?
         require_agreement(inputs.facts(), inputs.device)
         if inputs.finished:
