@@ -73,7 +73,7 @@ def flip(path: Path) -> None:
 
 @dataclass(frozen=True)
 class Fault:
-    """What is done at a moment, the exit codes it may give, and what then happens to a file of the newest checkpoint."""
+    """What is done at a moment, the exit codes it may give, and what then happens to a file of the last checkpoint."""
 
     moment: Moment
     act: Callable[[Command], None] = terminate
