@@ -206,6 +206,33 @@ def test_a_mistake_is_not_tried_again_and_other_failures_only_so_often(cluster, 
     assert "PyTorch finds no CUDA device here" in job.output()
 
 
+def test_an_array_study_runs_two_rows_at_a_time_and_a_failed_row_stops_no_other(cluster, tiny_llama, tmp_path):
+    pytest.importorskip("dist_qft.study")
+    from study_files import write_study
+
+    axes = {"train.learning_rate": [1e-3, 1e30, 2e-3, 3e-3]}  # the second one ends in numbers that are not finite
+    study = write_study(
+        tmp_path, tiny_llama, axes=axes, presets=None, seeds=[0], train={"max_steps": 3, "max_grad_norm": None}
+    )
+    with Command("study", study, "--count") as command:
+        assert command.finish().out.strip() == "4"
+    array = Job(cluster, tmp_path, "--array=0-3%2", str(study), script="study")
+    report = Job(cluster, tmp_path, f"--dependency=afterany:{array.number}", str(study), "--report", script="study")
+    most = 0
+    while cluster.job(report.number)["JobState"] == "PENDING":
+        running = cluster.run(
+            "squeue", "-h", "-r", "-t", "RUNNING", "-j", array.number, "-o", "%K", check=False
+        ).split()
+        most = max(most, len(running))
+        time.sleep(0.1)
+    assert report.finish()["JobState"] == "COMPLETED", report.output()
+    assert most == 2
+    states = [cluster.job(f"{array.number}_{row}") for row in range(4)]
+    assert [state["JobState"] for state in states].count("COMPLETED") == 3
+    assert [state["ExitCode"] for state in states].count("6:0") == 1
+    assert "Runs that failed" in (tmp_path / "out" / "report" / "report.html").read_text()
+
+
 @pytest.mark.parametrize(
     ("script", "words", "message"),
     [
