@@ -34,6 +34,7 @@ class RollCall:
         # A connection of its own: a wait of the main thread on the shared one would hold it up.
         self._store = dist.distributed_c10d._get_default_store().clone()
         self._store.set_timeout(_STORE_TIMEOUT)
+        self._store.set(_sign(rank), f"0 {doing()}")
         threading.Thread(target=self._beat, name="signs of life", daemon=True).start()
 
     def close(self) -> None:

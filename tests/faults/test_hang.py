@@ -12,7 +12,7 @@ from dist_qft.checkpoint import fault_in, list_checkpoints
 from dist_qft.config.load import save_config
 from dist_qft.crash import CRASH_FOLDER
 
-RANKS, STOPPED, TIMEOUT_SECONDS = 3, 1, 12
+RANKS, STOPPED, TIMEOUT_SECONDS = 3, 1, 40
 
 
 def test_a_stopped_rank_is_named_by_all_others_and_nothing_is_left(tiny_llama: Path, tmp_path: Path):
@@ -45,4 +45,4 @@ def test_a_stopped_rank_is_named_by_all_others_and_nothing_is_left(tiny_llama: P
             assert part in report, report
     assert psutil.wait_procs(processes, timeout=5)[1] == [], "no orphans"
     assert all(fault_in(path) is None for path in list_checkpoints(run))
-    assert seconds < 5 * TIMEOUT_SECONDS + 30, "not the launcher's longest patience, but the ranks' own decision"
+    assert seconds < 3 * TIMEOUT_SECONDS, "the ranks decide, not the patience of the launcher"
