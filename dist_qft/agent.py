@@ -7,6 +7,7 @@ are not finite) or is not wanted (a signal asked the run to stop) the run ends a
 
 import contextlib
 import os
+import signal
 import sys
 from collections.abc import Mapping
 
@@ -33,9 +34,9 @@ class Agent(LocalElasticAgent):
     """Ends what need not start again, says what does, and lets stopped ranks hear that they are to end."""
 
     def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:
+        self._wake_stopped()
         result = super()._monitor_workers(worker_group)
         if result.state == WorkerState.FAILED:
-            _wake_ranks()
             rank, failure = first_failure(result.failures)
             if failure.exitcode in _FINAL:
                 self._remaining_restarts = 0
@@ -43,6 +44,17 @@ class Agent(LocalElasticAgent):
                 again = f"starting again, {self._remaining_restarts - 1} more restarts left"
                 print(f"dist_qft.launch: {ending(rank, failure)}; {again}", file=sys.stderr, flush=True)
         return result
+
+    def _wake_stopped(self) -> None:
+        """Where a rank has ended, wake those that are stopped (SIGSTOP): they would have to be killed."""
+        states = {}
+        for pid in self._pcontext.pids().values() if self._pcontext else ():
+            with contextlib.suppress(psutil.NoSuchProcess):
+                states[pid] = psutil.Process(pid).status()
+        if psutil.STATUS_ZOMBIE in states.values():
+            for pid, state in states.items():
+                if state == psutil.STATUS_STOPPED:
+                    os.kill(pid, signal.SIGCONT)
 
 
 def first_failure(failures: Mapping[int, ProcessFailure]) -> tuple[int, ProcessFailure]:
@@ -52,7 +64,7 @@ def first_failure(failures: Mapping[int, ProcessFailure]) -> tuple[int, ProcessF
     what can be an effect (a lost peer, or SIGTERM, with which torchrun clears the other ranks away) yields to
     what cannot.
     """
-    effects = (PeerLostError.exit_code, Preempted.exit_code, -15)
+    effects = (PeerLostError.exit_code, Preempted.exit_code, -signal.SIGTERM)
     causes = {rank: failure for rank, failure in failures.items() if failure.exitcode not in effects}
     return min((causes or failures).items(), key=lambda item: item[1].timestamp)
 
@@ -62,10 +74,3 @@ def ending(rank: int, failure: ProcessFailure) -> str:
     if failure.exitcode < 0:
         return f"rank {rank} was killed by {failure.signal_name()}"
     return f"rank {rank} ended with exit code {failure.exitcode}"
-
-
-def _wake_ranks() -> None:
-    """A rank that was stopped (SIGSTOP) would keep the group waiting until it is killed."""
-    for rank in psutil.Process().children():
-        with contextlib.suppress(psutil.NoSuchProcess):
-            rank.resume()
