@@ -48,11 +48,9 @@ class TrainingRun:
         )
         # A group of its own: these reductions and the engine's gathers need no common order.
         self._group = dist.new_group()
+        bucket_bytes = int(config.sharding.bucket_megabytes * 2**20)
         self.trainables = Trainables(
-            parts.named_tensors(),
-            bucket_bytes=int(config.sharding.bucket_megabytes * 2**20),
-            group=self._group,
-            report_size=REPORT_SIZE,
+            parts.named_tensors(), bucket_bytes=bucket_bytes, group=self._group, report_size=REPORT_SIZE
         )
         self.side_group = SideGroup(config.sharding.rank0_timeout_seconds)
         self.optimizer = make_optimizer(config.train, self.trainables.values)
@@ -60,9 +58,8 @@ class TrainingRun:
         checkpoint = inputs.checkpoint
         self.state = checkpoint.state if checkpoint else TrainerState(data_digest=self.data.train.digest)
         self.state.config, self.state.world_size = config.model_dump(), world.world_size
-        newest = checkpoint.path if checkpoint else None
-        writes = world.rank == 0
-        self.saver = Saver(self.output_dir, config.checkpoint.save_total_limit, newest) if writes else None
+        newest, keep = checkpoint.path if checkpoint else None, config.checkpoint.save_total_limit
+        self.saver = Saver(self.output_dir, keep, newest) if world.rank == 0 else None
         self.base_eval: HeldOut | None = None
         self.tuned_eval: HeldOut | None = None
         self.doing = "start-up"
@@ -115,8 +112,7 @@ class TrainingRun:
         self._evaluate_if_due()  # one that a signal cut short
         while self.state.step < self.total_steps:
             result = self._step()
-            last = self.state.step == self.total_steps
-            if result.stop and not last:
+            if result.stop and self.state.step < self.total_steps:
                 self._leave()
             self._evaluate_if_due()
             if self._save_due(self.state.step) and self.state.best_step != self.state.step:
@@ -132,7 +128,9 @@ class TrainingRun:
         self.monitor.flush()
 
     def close(self) -> None:
-        """Close the records and the groups; also after a failure."""
+        """Finish what is being written, close the records and the groups; also after a failure."""
+        if self.saver is not None:
+            self.saver.close()
         self.monitor.close()
         self.side_group.close()
         dist.destroy_process_group(self._group)  # each keeps threads that wake up a hundred times a second
@@ -180,12 +178,6 @@ class TrainingRun:
         if self.saver is not None:
             self.saver.wait()
         self.side_group.barrier()
-
-    def close(self) -> None:
-        """Finish what is being written and close the records; also after a failure."""
-        if self.saver is not None:
-            self.saver.close()
-        self.monitor.close()
 
     def _leave(self) -> NoReturn:
         step = self.state.step

@@ -129,7 +129,7 @@ def test_all_faults_at_once_each_with_its_line(write):
         "run.yaml:20: data.train.limit: got -1 (int), need an integer > 0",
         "run.yaml:20: data.train.path: missing, need a non-empty string",
         "run.yaml:22: sharding.reshard_after_forward: got 1 (int), need true or false",
-        "run.yaml:23: checkpoint: got null, need a section with save_steps, save_total_limit",
+        "run.yaml:23: checkpoint: got null, need a section with save_steps, save_total_limit, keep_best",
     ]
 
 
