@@ -39,7 +39,7 @@ def test_a_stopped_rank_is_named_by_all_others_and_nothing_is_left(tiny_llama: P
             "error: PeerLostError: step",
             "last collective: ",
             " MiB at most",
-            "trainables.py",
+            "training_run.py",
             "all threads:",
         ):
             assert part in report, report
