@@ -88,8 +88,9 @@ def told_by(rank: int, doing: Callable[[], str]) -> Iterator[None]:
     neighbours: Neighbours | None = None
     roll_call: RollCall | None = None
     try:
-        neighbours = Neighbours()
-        roll_call = RollCall(dist.get_rank(), dist.get_world_size(), doing)
+        if dist.is_initialized():
+            neighbours = Neighbours()
+            roll_call = RollCall(dist.get_rank(), dist.get_world_size(), doing)
         yield
     except DistQFTError as error:
         if not error.everywhere:

@@ -32,7 +32,7 @@ def test_a_stopped_rank_is_named_by_all_others_and_nothing_is_left(tiny_llama: P
     others = [rank for rank in range(RANKS) if rank != STOPPED]
     for rank in others:
         mine = [line for line in told if line.startswith(f"error: rank {rank}: step ")]
-        assert len(mine) == 1 and f": rank {STOPPED} does not answer, last heard of at step " in mine[0], failed.err
+        assert len(mine) == 1 and f": rank {STOPPED} does not answer, last heard of at " in mine[0], failed.err
         report = (run / CRASH_FOLDER / f"rank-{rank}.txt").read_text()
         assert f"rank {rank} of {RANKS}, at step " in report
         for part in (
