@@ -17,7 +17,7 @@ from dist_qft.collectives import agreed
 from dist_qft.config.schema import RunConfig
 from dist_qft.config.zero_file import read_zero_options
 from dist_qft.data.dataset import TokenDataset
-from dist_qft.errors import UserError
+from dist_qft.errors import Preempted, UserError
 from dist_qft.forward import BaseForward, Forward
 from dist_qft.methods.adapter_plan import AdapterPlan, stored_adapters
 from dist_qft.methods.folding import folding_obstacle
@@ -27,6 +27,7 @@ from dist_qft.methods.qst.plan import SidePlan, plan_side_network, stored_side_n
 from dist_qft.methods.qst.pruning import start_from_base
 from dist_qft.methods.schedule import LinearShape, plan_adapters
 from dist_qft.methods.trainable import Plan, TrainableSet
+from dist_qft.preemption import StopSignal
 from dist_qft.sharding.engine import Engine, make_engine
 from dist_qft.task import Task, make_task
 
@@ -126,12 +127,25 @@ def cache_folder(config: RunConfig) -> Path:
 
 
 def assemble(
-    config: RunConfig, skeleton: BaseModel, plan: Plan, device: torch.device, source: TensorSource | None = None
+    config: RunConfig,
+    skeleton: BaseModel,
+    plan: Plan,
+    device: torch.device,
+    source: TensorSource | None = None,
+    stop: StopSignal | None = None,
 ) -> Assembled:
     """Shard and load the base, build the trainables and hook them on. Collective; the heavy part of a start.
 
     `source` holds the base's weights; without it, `model.path` is opened here.
+
+    Raises:
+        Preempted: some rank was asked to `stop`.
     """
+
+    def poll() -> None:
+        if stop is not None and stop.agreed():
+            raise Preempted("stopped by a signal while the base was loaded; start it again")
+
     sharding = config.sharding
     engine = make_engine(
         sharding.engine,

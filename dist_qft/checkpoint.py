@@ -63,6 +63,8 @@ class TrainerState:
         world_size: of the run that wrote it, for the record; any other may resume.
         history: step (1-based), loss, lr and grad_norm of every step so far.
         base_eval: None if there is no held-out data.
+        evaluated_step: the last step after which held-out loss was measured; a signal may have cut one short.
+        best_step, best_loss: with `checkpoint.keep_best`, where held-out loss was lowest so far; else 0 and None.
     """
 
     step: NonNegative = 0
@@ -72,6 +74,9 @@ class TrainerState:
     world_size: int = 1
     history: list[dict[str, int | float]] = field(default_factory=list)
     base_eval: BaseEvaluation | None = None
+    evaluated_step: NonNegative = 0
+    best_step: NonNegative = 0
+    best_loss: float | None = None
     config: dict[str, Any] = field(default_factory=dict)
 
 
@@ -174,12 +179,16 @@ def newest_valid(output_dir: Path) -> tuple[Path | None, list[str]]:
     return None, refused
 
 
-def prune(output_dir: Path, keep: int) -> None:
-    """Remove all that is older than the newest `keep` valid checkpoints; torn ones do not count as valid."""
+def prune(output_dir: Path, keep: int, best_step: int = 0) -> None:
+    """Remove all that is older than the newest `keep` valid checkpoints, but for that of `best_step`.
+
+    Torn ones do not count as valid.
+    """
     valid = 0
     for path in reversed(list_checkpoints(output_dir)):
         if valid == keep:
-            remove_folder(path)
+            if path.name != f"checkpoint-{best_step}":
+                remove_folder(path)
         elif fault_in(path) is None:
             valid += 1
 

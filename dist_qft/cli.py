@@ -64,9 +64,12 @@ def train(
         if world.rank == 0:
             print_plan(make_plan(settings, world.world_size))
         return
-    from dist_qft.train import run_training
+    from dist_qft.preemption import StopSignal
 
-    run_training(settings, resume=resume)
+    with StopSignal() as stop:  # before the imports below, which take seconds
+        from dist_qft.train import run_training
+
+        run_training(settings, resume, stop)
 
 
 @app.command(context_settings=OVERRIDABLE)

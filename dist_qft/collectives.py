@@ -9,8 +9,10 @@ import torch
 import torch.distributed as dist
 
 from dist_qft import mpi
+from dist_qft.crash import last_collective
 from dist_qft.errors import DistQFTError, PeerLostError, UserError
 from dist_qft.neighbours import Neighbours
+from dist_qft.rollcall import RollCall
 
 
 def require_agreement(facts: Mapping[str, str], device: torch.device) -> None:
@@ -84,8 +86,11 @@ def told_by(rank: int, doing: Callable[[], str]) -> Iterator[None]:
         doing: what the run is at, for the message, such as "step 12".
     """
     neighbours: Neighbours | None = None
+    roll_call: RollCall | None = None
     try:
-        neighbours = Neighbours() if dist.is_initialized() else None
+        if dist.is_initialized():
+            neighbours = Neighbours()
+            roll_call = RollCall(dist.get_rank(), dist.get_world_size(), doing)
         yield
     except DistQFTError as error:
         if not error.everywhere:
@@ -95,11 +100,24 @@ def told_by(rank: int, doing: Callable[[], str]) -> Iterator[None]:
         if not _is_collective_failure(error):
             raise
         reason = str(error).strip().splitlines()[0]
-        ended = ", ".join(map(str, neighbours.ended() if neighbours else []))
-        what = f"rank {ended} is gone" if ended else "another rank is gone or did not answer in time"
-        lost = PeerLostError(f"{doing()}: {what} ({reason})")
+        what = _culprit(neighbours, roll_call) or "another rank is gone or did not answer in time"
+        lost = PeerLostError(f"{doing()}: {what}; {last_collective(error)} failed ({reason})")
         lost.rank_prefix = f"rank {rank}"
         raise lost from error
+    finally:
+        if roll_call is not None:
+            roll_call.close()
+
+
+def _culprit(neighbours: Neighbours | None, roll_call: RollCall | None) -> str | None:
+    """Whose loss it was; not that of a rank that only left because of it."""
+    if neighbours is None or roll_call is None:
+        return None
+    roll_call.leave()
+    ended = set(neighbours.ended()) - roll_call.left()
+    if ended:
+        return f"rank {', '.join(map(str, sorted(ended)))} is gone"
+    return roll_call.missing()
 
 
 def _is_collective_failure(error: RuntimeError) -> bool:

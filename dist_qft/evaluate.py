@@ -17,8 +17,9 @@ from dist_qft.collectives import told_by
 from dist_qft.config.schema import RunConfig
 from dist_qft.data.batches import MicroBatch, eval_batches
 from dist_qft.data.prepare import prepare
-from dist_qft.errors import UserError
+from dist_qft.errors import Preempted, UserError
 from dist_qft.forward import BaseForward
+from dist_qft.preemption import StopSignal
 from dist_qft.task import CausalLM, Task
 from dist_qft.tokenizer import load_tokenizer
 from dist_qft.trained import find_checkpoint, open_trained
@@ -48,17 +49,26 @@ class HeldOut:
 
 @torch.no_grad()
 def held_out_loss(
-    base: BaseModel, batches: list[MicroBatch], device: torch.device, task: Task | None = None
+    base: BaseModel,
+    batches: list[MicroBatch],
+    device: torch.device,
+    task: Task | None = None,
+    stop: StopSignal | None = None,
 ) -> HeldOut:
     """Loss over this rank's `batches` and everybody else's. Collective: equal numbers of batches on all ranks.
 
     task: default is to predict tokens.
+
+    Raises:
+        Preempted: some rank was asked to `stop`.
     """
     task = task or CausalLM(base)
     forward = BaseForward(base, device)
     sums = torch.zeros(2, dtype=torch.float64, device=device)
     predictions, labels = [], []
     for batch in batches:
+        if stop is not None and stop.agreed():
+            raise Preempted("stopped by a signal during an evaluation")
         loss, predicted = task.loss(forward(batch), batch)
         sums[0] += loss
         sums[1] += batch.num_targets

@@ -7,6 +7,8 @@ Options, rendezvous, restarts and log files are torchrun's own. What differs:
 * A signal goes to the ranks, which have `--shutdown-timeout` seconds (default 120) to save and leave. torchrun
   would end the run by itself and lose their exit codes, among them 75, "preempted and saved".
 * `--nproc-per-node auto`, now the default, is one rank per CUDA device, or one.
+* With `--max-restarts N` a lost rank restarts all, and they go on from the newest checkpoint; a mistake, a corrupt
+  file, numbers that are not finite and a signal end the run instead.
 * OMP_NUM_THREADS defaults to the cores divided by the ranks, not to 1.
 * With `--dry-run` among ARGS no rank starts: the command is printed and, for `train`, what rank 0 of that world
   would do.
@@ -32,7 +34,8 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, P
 from torch.distributed.elastic.rendezvous import RendezvousError
 from torch.distributed.run import determine_local_world_size, get_args_parser, parse_min_max_nnodes, run
 
-from dist_qft.errors import DistQFTError, PeerLostError, Preempted, SetupError, UserError
+from dist_qft.agent import ending, first_failure, use_our_agent
+from dist_qft.errors import DistQFTError, SetupError, UserError
 
 _DEFAULTS = {
     "nproc_per_node": "auto",
@@ -40,6 +43,7 @@ _DEFAULTS = {
     "shutdown_timeout": 120,
     "log_dir": os.devnull,  # torchrun would leave an empty folder in /tmp behind
 }
+_CLEARING_SECONDS = 30
 _USAGE = "python -m dist_qft.launch [torchrun options] -- train CONFIG [key.sub=value ...]"
 
 
@@ -97,6 +101,9 @@ def _launch(args: Namespace) -> int:
     threads = len(os.sched_getaffinity(0)) // int(args.nproc_per_node)
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, threads)))
     _forward_signals(args.signals_to_handle.split(","), args.shutdown_timeout)
+    # Ranks that lost a peer have nothing to save: what takes long to leave, hangs. A checkpoint may be being written.
+    args.shutdown_timeout = min(args.shutdown_timeout, _CLEARING_SECONDS)
+    use_our_agent(args.max_restarts)
     args.signals_to_handle = "SIGQUIT"  # all that torchrun itself still answers: stop at once
     try:
         run(args)
@@ -135,18 +142,11 @@ def _forward_signals(names: Sequence[str], grace_seconds: int) -> None:
 
 
 def _exit_code(failures: Mapping[int, ProcessFailure]) -> int:
-    """The exit code of the rank that failed first; if a signal killed it, says so, as it could not do so itself.
-
-    torchrun dates failures to the second, too coarse to tell a rank's failure from what it does to its peers. So
-    what can be an effect (a lost peer, or SIGTERM, with which torchrun clears the other ranks away) yields to
-    what cannot.
-    """
-    effects = (PeerLostError.exit_code, Preempted.exit_code, -signal.SIGTERM)
-    causes = {rank: failure for rank, failure in failures.items() if failure.exitcode not in effects}
-    rank, first = min((causes or failures).items(), key=lambda item: item[1].timestamp)
+    """The exit code of the rank that failed first; if a signal killed it, says so, as it could not do so itself."""
+    rank, first = first_failure(failures)
     if first.exitcode > 0:
         return first.exitcode
-    print(f"dist_qft.launch: rank {rank} was killed by {first.signal_name()}", file=sys.stderr)
+    print(f"dist_qft.launch: {ending(rank, first)}", file=sys.stderr)
     return 128 - first.exitcode
 
 

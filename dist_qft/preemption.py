@@ -1,15 +1,23 @@
-"""Signals that ask a run to stop: noticed at once, acted upon at the end of the step."""
+"""Signals that ask a run to stop: noticed at once, acted upon where all ranks can save together."""
 
+import os
 import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from threading import Thread
 from types import FrameType, TracebackType
 
+from dist_qft.errors import Preempted
+
 _SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+_EARLY = "stopped by a signal before the run began; start it again"
 
 
 class StopSignal:
-    """Context in which SIGTERM and SIGUSR1 only set a flag.
+    """Context in which SIGTERM and SIGUSR1 only set a flag. Torch is not imported before it is needed.
 
-    A step is never interrupted: ranks agree through the step's own reduction and then save together.
+    A step is never interrupted: ranks agree through the step's own reduction, elsewhere through `agreed`.
     """
 
     def __init__(self) -> None:
@@ -23,8 +31,51 @@ class StopSignal:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        # A rank that leaves because another was told to stop may get its own signal late, on its way out.
+        if isinstance(error, Preempted):
+            return
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
+    def agreed(self) -> bool:
+        """Whether any rank was asked to stop. Collective, of one number over the default group's CPU side."""
+        import torch
+
+        from dist_qft.collectives import maximum
+
+        return maximum(float(self.requested), torch.device("cpu")) > 0
+
+    @contextmanager
+    def leaving_at_once(self) -> Iterator[None]:
+        """Inside, where a rank may wait for ranks that never come, a signal ends the process with `Preempted`'s code.
+
+        Waiting in C, the main thread would see no signal: a thread reads of it from a pipe.
+
+        Raises:
+            Preempted: a signal came before.
+        """
+        if self.requested:
+            raise Preempted(_EARLY)
+        reader, writer = os.pipe()
+        os.set_blocking(writer, False)
+        before = signal.set_wakeup_fd(writer)
+        watcher = Thread(target=_leave_on_signal, args=(reader,), daemon=True)
+        watcher.start()
+        try:
+            yield
+        finally:
+            signal.set_wakeup_fd(before)
+            os.close(writer)  # ends the watcher
+            watcher.join()
+            os.close(reader)
+
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.requested = True
+
+
+def _leave_on_signal(reader: int) -> None:
+    while number := os.read(reader, 1):
+        if number[0] in _SIGNALS:
+            sys.stderr.write(f"error: {_EARLY}\n")
+            sys.stderr.flush()
+            os._exit(Preempted.exit_code)

@@ -1,6 +1,7 @@
 """Which checkpoint a run continues from, and whether it may."""
 
 import hashlib
+from collections.abc import Mapping
 from pathlib import Path
 
 from dist_qft.checkpoint import Checkpoint, fault_in, list_checkpoints, newest_valid, read_checkpoint
@@ -9,6 +10,17 @@ from dist_qft.errors import CorruptFileError, UserError
 
 _FIXED = ("seed", "global_batch_size", "optim")  # train settings without which it is not the same run
 _CHOICES = "continue with --resume auto, or choose another folder"
+
+
+def resume_after_restart(output_dir: Path, resume: str | None, env: Mapping[str, str]) -> str | None:
+    """What `--resume` means in this start: 'auto' where a launcher starts the run again by itself and it has saved.
+
+    So a requeued Slurm job and a group that torchrun restarts (--max-restarts) go on where they were, whatever they
+    were first told; before the first checkpoint they begin as they were told to. torchrun does not tell all nodes alike
+    which start this is, so with --max-restarts each one counts as a restart.
+    """
+    again = any(env.get(name, "0") != "0" for name in ("SLURM_RESTART_COUNT", "TORCHELASTIC_MAX_RESTARTS"))
+    return "auto" if again and list_checkpoints(output_dir) else resume
 
 
 def choose_checkpoint(output_dir: Path, resume: str | None) -> tuple[Checkpoint | None, list[str]]:

@@ -108,7 +108,7 @@ class Summary:
             },
             {f"result/{key}": summary[key] for key in ("base_eval_loss", "tuned_eval_loss", "final_train_loss")},
         )
-        run.monitor.say(f"checkpoint  {run.newest_checkpoint}")
+        run.monitor.say(f"checkpoint  {run.saver.newest}")
         run.monitor.say(f"TensorBoard tensorboard --logdir {run.output_dir / EVENTS_FOLDER}")
         run.monitor.say(f"summary     {path}")
 

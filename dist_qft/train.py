@@ -4,8 +4,9 @@ Everything that can be refused is refused before the base is loaded, and tokeniz
 group exists, so that no rank waits in a collective for another's slow disk.
 """
 
+import os
 import sys
-from contextlib import closing
+from contextlib import ExitStack, closing
 from pathlib import Path
 
 import torch
@@ -26,29 +27,33 @@ from dist_qft.checkpoint import require_space, require_writable
 from dist_qft.collectives import require_agreement, told_by
 from dist_qft.config.check import accumulation_steps
 from dist_qft.config.schema import RunConfig
+from dist_qft.crash import crash_report
 from dist_qft.data.prepare import prepare
 from dist_qft.errors import UserError
 from dist_qft.merge.recipe import require_free
 from dist_qft.merge.run import merge_at_end, recipe_at_end
 from dist_qft.methods.trainable import Plan
 from dist_qft.preemption import StopSignal
-from dist_qft.resume import changed_settings, check_trajectory, choose_checkpoint
+from dist_qft.resume import changed_settings, check_trajectory, choose_checkpoint, resume_after_restart
 from dist_qft.run_inputs import RunInputs
 from dist_qft.tokenizer import load_tokenizer
 from dist_qft.training_run import TrainingRun
 from dist_qft.world import World, connect, device_for
 
 
-def run_training(config: RunConfig, resume: str | None = None) -> None:
-    """Train from a config to a summary. `resume` is None, 'auto' or a checkpoint folder.
+def run_training(config: RunConfig, resume: str | None = None, stop: StopSignal | None = None) -> None:
+    """Train from a config to a summary. `resume` is None, 'auto' or a checkpoint folder; `stop` has been entered.
 
     Raises:
         DistQFTError: see `dist_qft.errors`; what is wrong with the input is said before the base is loaded.
     """
     world = World.from_environment()
     device = device_for(world, config.sharding.device)
-    inputs = gather_inputs(config, resume, world, device)
-    with StopSignal() as stop, connect(world, device, config.sharding.timeout_seconds):
+    with ExitStack() as stack:
+        stop = stop or stack.enter_context(StopSignal())
+        inputs = gather_inputs(config, resume, world, device)
+        with stop.leaving_at_once():
+            stack.enter_context(connect(world, device, config.sharding.timeout_seconds))
         execute_run(inputs, stop)
 
 
@@ -60,6 +65,7 @@ def gather_inputs(config: RunConfig, resume: str | None, world: World, device: t
         raise UserError("data: training needs data.train")
     output_dir = Path(config.output_dir)
     require_writable(output_dir)
+    resume = resume_after_restart(output_dir, resume, os.environ)
     checkpoint, notes = choose_checkpoint(output_dir, resume)
 
     # The model's shape and the plan of the trainables; no weight is read.
@@ -100,7 +106,12 @@ def _checkpoint_bytes(config: RunConfig, plan: Plan) -> int:
 def execute_run(inputs: RunInputs, stop: StopSignal) -> TrainingRun | None:
     """Everything that needs the other ranks; the process group exists. Collective; None if all was done before."""
     run = None
-    with told_by(inputs.world.rank, lambda: run.doing if run else "start-up"):
+
+    def doing() -> str:
+        return run.doing if run else "start-up"
+
+    world = inputs.world
+    with crash_report(inputs.output_dir, world.rank, world.world_size, doing), told_by(world.rank, doing):
         # Do all ranks mean the same run?
         require_agreement(inputs.facts(), inputs.device)
         if inputs.finished:
@@ -108,7 +119,7 @@ def execute_run(inputs: RunInputs, stop: StopSignal) -> TrainingRun | None:
             return None
 
         # Stream the base through quantization into its shards; hook the trainables on.
-        parts = assemble(inputs.config, inputs.skeleton, inputs.plan, inputs.device, inputs.source)
+        parts = assemble(inputs.config, inputs.skeleton, inputs.plan, inputs.device, inputs.source, stop)
         if inputs.checkpoint is not None:
             check_fingerprint(inputs.checkpoint, parts.base)
         else:

@@ -1,13 +1,14 @@
 """The running part of a training run: its loop, its evaluations, its checkpoints, its report."""
 
 import time
+from typing import NoReturn
 
 import psutil
 import torch
 import torch.distributed as dist
 
 from dist_qft.assemble import Assembled, adapter_config, make_forward
-from dist_qft.checkpoint import BaseEvaluation, TrainerState, prune, write_checkpoint
+from dist_qft.checkpoint import BaseEvaluation, TrainerState
 from dist_qft.collectives import SideGroup
 from dist_qft.config.load import CONFIG_FILE, save_config
 from dist_qft.data.batches import Batches, eval_batches
@@ -20,6 +21,7 @@ from dist_qft.optimizer import load_optimizer_tensors, make_optimizer, optimizer
 from dist_qft.preemption import StopSignal
 from dist_qft.resume import chain_samples
 from dist_qft.run_inputs import RunInputs
+from dist_qft.saving import Saver
 from dist_qft.summary import Summary
 from dist_qft.train_step import REPORT_SIZE, StepResult, train_step
 from dist_qft.trainables import Trainables
@@ -46,11 +48,9 @@ class TrainingRun:
         )
         # A group of its own: these reductions and the engine's gathers need no common order.
         self._group = dist.new_group()
+        bucket_bytes = int(config.sharding.bucket_megabytes * 2**20)
         self.trainables = Trainables(
-            parts.named_tensors(),
-            bucket_bytes=int(config.sharding.bucket_megabytes * 2**20),
-            group=self._group,
-            report_size=REPORT_SIZE,
+            parts.named_tensors(), bucket_bytes=bucket_bytes, group=self._group, report_size=REPORT_SIZE
         )
         self.side_group = SideGroup(config.sharding.rank0_timeout_seconds)
         self.optimizer = make_optimizer(config.train, self.trainables.values)
@@ -58,7 +58,8 @@ class TrainingRun:
         checkpoint = inputs.checkpoint
         self.state = checkpoint.state if checkpoint else TrainerState(data_digest=self.data.train.digest)
         self.state.config, self.state.world_size = config.model_dump(), world.world_size
-        self.newest_checkpoint = checkpoint.path if checkpoint else None
+        newest, keep = checkpoint.path if checkpoint else None, config.checkpoint.save_total_limit
+        self.saver = Saver(self.output_dir, keep, newest) if world.rank == 0 else None
         self.base_eval: HeldOut | None = None
         self.tuned_eval: HeldOut | None = None
         self.doing = "start-up"
@@ -106,20 +107,17 @@ class TrainingRun:
         Raises:
             Preempted: a signal came; the state is saved.
         """
-        config, steps = self.config, self.total_steps
         self.adapters.train()
         self.monitor.start()
-        while self.state.step < steps:
+        self._evaluate_if_due()  # one that a signal cut short
+        while self.state.step < self.total_steps:
             result = self._step()
-            done = self.state.step
-            last = done == steps
-            if config.evaluation.eval_steps and done % config.evaluation.eval_steps == 0 and not last:
-                self.evaluate("eval")
-                self._sample("eval")
-            if result.stop or self._save_due(done):
+            if result.stop and self.state.step < self.total_steps:
+                self._leave()
+            self._evaluate_if_due()
+            if self._save_due(self.state.step) and self.state.best_step != self.state.step:
                 self.save()
-            if result.stop and not last:
-                raise Preempted(f"stopped by a signal after step {done}, which is saved; continue with --resume auto")
+        self.wait_for_save()
 
     def finish(self) -> None:
         """Evaluate and sample the tuned model, write `summary.json`, say where things are."""
@@ -130,7 +128,9 @@ class TrainingRun:
         self.monitor.flush()
 
     def close(self) -> None:
-        """Close the records and the groups; also after a failure."""
+        """Finish what is being written, close the records and the groups; also after a failure."""
+        if self.saver is not None:
+            self.saver.close()
         self.monitor.close()
         self.side_group.close()
         dist.destroy_process_group(self._group)  # each keeps threads that wake up a hundred times a second
@@ -147,7 +147,10 @@ class TrainingRun:
             self.world.rank,
             self.world.world_size,
         )
-        held_out = held_out_loss(self.base, batches, self.device, self.parts.task)
+        try:
+            held_out = held_out_loss(self.base, batches, self.device, self.parts.task, self.stop)
+        except Preempted:
+            self._leave()
         self.adapters.train()
         self.doing = doing
         tag = "base" if which == "base" else "eval"
@@ -158,19 +161,42 @@ class TrainingRun:
         return held_out
 
     def save(self) -> None:
-        """Write a checkpoint from rank 0 and wait for it."""
+        """Have rank 0 write a checkpoint of this step while training goes on."""
         self.doing = f"saving step {self.state.step}"
-        if self.world.rank == 0:
+        if self.saver is not None:
             self.monitor.flush()
-            self.newest_checkpoint = write_checkpoint(
-                self.output_dir,
+            self.saver.start(
                 adapter_config=adapter_config(self.config, self.base, self.inputs.plan),
                 trainables=dict(self.parts.named_tensors()),
                 optimizer=optimizer_tensors(self.optimizer, self.trainables.values),
                 state=self.state,
             )
-            prune(self.output_dir, self.config.checkpoint.save_total_limit)
+
+    def wait_for_save(self) -> None:
+        """Wait until the last checkpoint is on the disk: by leaving first, others would have rank 0 cleared away."""
+        self.doing = f"saving step {self.state.step}"
+        if self.saver is not None:
+            self.saver.wait()
         self.side_group.barrier()
+
+    def _leave(self) -> NoReturn:
+        step = self.state.step
+        if step == 0:
+            raise Preempted("stopped by a signal before the first step; start it again")
+        self.save()
+        self.wait_for_save()
+        raise Preempted(f"stopped by a signal after step {step}, which is saved; continue with --resume auto")
+
+    def _evaluate_if_due(self) -> None:
+        state, every = self.state, self.config.evaluation.eval_steps
+        if not every or state.step % every or state.step in (0, self.total_steps, state.evaluated_step):
+            return
+        held_out = self.evaluate("eval")
+        self._sample("eval")
+        state.evaluated_step = state.step
+        if self.config.checkpoint.keep_best and (state.best_loss is None or held_out.loss < state.best_loss):
+            state.best_loss, state.best_step = held_out.loss, state.step
+            self.save()
 
     def _save_due(self, step: int) -> bool:
         every = self.config.checkpoint.save_steps
@@ -179,6 +205,8 @@ class TrainingRun:
     def _step(self) -> StepResult:
         config, step = self.config, self.state.step
         self.doing = f"step {step + 1}"
+        if self.saver is not None:
+            self.saver.check()
         started = time.perf_counter()
         gathered, gather_seconds = self.engine.traffic.gathered_bytes, self.engine.traffic.seconds
         reduced = self.trainables.reduced_bytes

@@ -55,7 +55,7 @@ def attempt(
 
 def _execute_disturbed(inputs: RunInputs, stop: StopSignal, disturb: Callable[[TrainingRun], None]) -> TrainingRun:
     run = TrainingRun(inputs, assemble(inputs.config, inputs.skeleton, inputs.plan, inputs.device), stop)
-    with closing(run.monitor):
+    with closing(run):
         run.prepare()
         disturb(run)
         run.train()

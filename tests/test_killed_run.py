@@ -1,6 +1,7 @@
 """Runs that die for real: killed, told to stop, out of disk; and what the shell, the disk and the next start see."""
 
 import json
+import re
 import shutil
 import signal
 from pathlib import Path
@@ -111,7 +112,7 @@ def test_rank_0_out_of_disk_while_saving_ends_all_ranks_and_keeps_the_last_check
     assert failed.code == 3, failed.err
     told = [line for line in failed.err.splitlines() if line.startswith("error: rank 0: ")]
     assert len(told) == 1 and "No space left on device" in told[0]
-    assert "error: rank 1: saving step" in failed.err and "is gone" in failed.err
+    assert re.search("error: rank 1: .*is gone", failed.err)
     assert "Traceback" not in failed.err
     left = tmp_path / "left"
     assert [fault_in(path) for path in list_checkpoints(left)] == [None, None]

@@ -13,6 +13,7 @@ world size, nor on the engine, nor on the compute dtype.
 import hashlib
 import json
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +28,7 @@ from dist_qft.quant.frozen import FrozenEmbedding, FrozenLinear
 from dist_qft.sharding.engine import Engine
 
 _CHUNK = 1 << 18  # weights read and quantized at a time: bounds the temporaries to some MiB
+_POLL_EVERY = 7  # matrices: about a decoder layer
 
 
 class Fingerprint:
@@ -75,12 +77,19 @@ def check_names(base: BaseModel, source: TensorSource) -> dict[str, str]:
 
 
 @torch.no_grad()
-def load_base(base: BaseModel, source: TensorSource, engine: Engine, device: torch.device) -> None:
-    """Fill a skeleton that `engine` has sharded; sets `base.fingerprint`. Collective."""
+def load_base(
+    base: BaseModel, source: TensorSource, engine: Engine, device: torch.device, poll: Callable[[], None] | None = None
+) -> None:
+    """Fill a skeleton that `engine` has sharded; sets `base.fingerprint`. Collective.
+
+    poll: called now and then, at the same points on all ranks; what it raises ends the loading.
+    """
     names = check_names(base, source)
     fingerprint = Fingerprint()
     modules: dict[str, FrozenLinear | FrozenEmbedding] = {**base.linears, **base.tables()}
-    for path, module in modules.items():
+    for count, (path, module) in enumerate(modules.items()):
+        if poll is not None and count % _POLL_EVERY == 0:
+            poll()
         _load_packed(names[f"{path}.weight"], path, module, source, engine, fingerprint)
     for name, parameter in base.dense_parameters():
         first, stop = engine.rows(parameter)

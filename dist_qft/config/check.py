@@ -208,6 +208,8 @@ def _evaluation_faults(config: RunConfig) -> Iterator[Fault]:
     has_eval = data is not None and (data.eval is not None or data.eval_samples > 0)
     if config.evaluation.eval_steps is not None and not has_eval:
         yield value_fault(("evaluation", "eval_steps"), "nothing to evaluate; set data.eval or data.eval_samples")
+    if config.checkpoint.keep_best and config.evaluation.eval_steps is None:
+        yield value_fault(("checkpoint", "keep_best"), "nothing to compare; set evaluation.eval_steps")
 
 
 def merge_obstacle(config: RunConfig) -> str | None:

@@ -152,6 +152,7 @@ class ShardingConfig(Section):
 class CheckpointConfig(Section):
     save_steps: Positive | None = Field(None, description="default: at the end only")
     save_total_limit: Annotated[int, Field(ge=2)] = 2
+    keep_best: bool = Field(False, description="save at, and never prune, the evaluation with the lowest loss")
 
 
 class EvaluationConfig(Section):

@@ -100,7 +100,7 @@ def execute_merge(inputs: MergeInputs, stop: StopSignal) -> dict[str, Any] | Non
     """Load the base, put the adapters on, merge; the process group exists. Collective; see `merge`."""
     with told_by(inputs.world.rank, lambda: "the merge"):
         require_agreement(inputs.facts(), inputs.device)
-        parts = assemble(inputs.config, inputs.skeleton, inputs.plan, inputs.device)
+        parts = assemble(inputs.config, inputs.skeleton, inputs.plan, inputs.device, stop=stop)
         check_fingerprint(inputs.checkpoint, parts.base)
         parts.load_tensors(inputs.checkpoint.trainables)
         origin = Origin(inputs.config, inputs.checkpoint.path, inputs.checkpoint.state.step)

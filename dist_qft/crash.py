@@ -1,0 +1,93 @@
+"""What a rank leaves behind when it fails: `<output_dir>/crash/rank-<r>.txt`, for whoever looks into it.
+
+Written for lost peers, for bugs of ours, and by Python's faulthandler for signals such as SIGSEGV; not for mistakes
+of the user, whose message says all there is.
+"""
+
+import contextlib
+import faulthandler
+import os
+import resource
+import socket
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import TracebackType
+
+import psutil
+
+from dist_qft.errors import DistQFTError, PeerLostError
+
+CRASH_FOLDER = "crash"
+
+
+@contextlib.contextmanager
+def crash_report(output_dir: Path, rank: int, world_size: int, doing: Callable[[], str]) -> Iterator[None]:
+    """Inside, an unexpected error or a lost peer is also written down, with the collective, memory and stacks."""
+    path = output_dir / CRASH_FOLDER / f"rank-{rank}.txt"
+    with _fatal_signals(path.with_suffix(".fatal.txt")):
+        try:
+            yield
+        except Exception as error:
+            if isinstance(error, PeerLostError) or not isinstance(error, DistQFTError):
+                with contextlib.suppress(OSError):  # the error itself matters more
+                    _write(path, error, f"rank {rank} of {world_size}, at {doing()}")
+            raise
+
+
+def last_collective(error: BaseException) -> str:
+    """What was called when a collective failed, such as "all_reduce in reduce (trainables.py:214)"."""
+    frames = traceback.extract_tb(_root(error).__traceback__)
+    called = next((frame.name for frame in reversed(frames) if frame.filename.endswith("distributed_c10d.py")), None)
+    ours = [frame for frame in frames if "dist_qft" in Path(frame.filename).parts and "torch" not in frame.filename]
+    place = f"{ours[-1].name} ({Path(ours[-1].filename).name}:{ours[-1].lineno})" if ours else None
+    return " in ".join(part for part in (called, place) if part) or "a collective"
+
+
+def _root(error: BaseException) -> BaseException:
+    return error.__cause__ if error.__cause__ is not None else error
+
+
+@contextlib.contextmanager
+def _fatal_signals(path: Path) -> Iterator[None]:
+    """Stacks of all threads go to this file if the process dies of SIGSEGV and its like; no file is left otherwise."""
+    if faulthandler.is_enabled():
+        yield
+        return
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = open(path, "w")  # noqa: SIM115 - open as long as the process may die
+    except OSError:
+        yield
+        return
+    faulthandler.enable(file)
+    try:
+        yield
+    finally:
+        faulthandler.disable()
+        file.close()
+        with contextlib.suppress(OSError):
+            path.unlink()
+            path.parent.rmdir()  # unless there is a report in it
+
+
+def _write(path: Path, error: Exception, where: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    used = psutil.Process().memory_info().rss / 2**20
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10  # in KiB on Linux
+    with open(path, "w") as file:
+        file.write(
+            f"{time.strftime('%Y-%m-%d %H:%M:%S')}  {where}; process {os.getpid()} on {socket.gethostname()}\n"
+            f"error: {type(error).__name__}: {error}\n"
+            f"last collective: {last_collective(error)}\n"
+            f"memory: {used:.0f} MiB now, {peak:.0f} MiB at most\n\n"
+        )
+        file.writelines(_stack(_root(error).__traceback__))
+        file.write("\nall threads:\n")
+        file.flush()
+        faulthandler.dump_traceback(file, all_threads=True)
+
+
+def _stack(trace: TracebackType | None) -> list[str]:
+    return ["stack of the error:\n", *traceback.format_tb(trace)]

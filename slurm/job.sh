@@ -1,0 +1,61 @@
+# shellcheck shell=bash
+# Sourced by the batch scripts, in the repository: what a job has before its work, how it runs one step, and how it asks
+# to run again. Sets attempt, records (of the job) and logs (of the attempt), MASTER_ADDR and MASTER_PORT, PATH.
+
+script=$SLURM_JOB_NAME job=${SLURM_ARRAY_JOB_ID:-$SLURM_JOB_ID}${SLURM_ARRAY_TASK_ID:+_$SLURM_ARRAY_TASK_ID}
+
+stop() { # CODE REASON: ends the job
+  echo "$script: $2" >&2
+  exit "$1"
+}
+
+[[ -f launch/torchrun.sh ]] || stop 2 "submit from the repository, not from $PWD"
+if [[ -z ${VIRTUAL_ENV:-} || -n ${VENV:-} ]]; then export VIRTUAL_ENV=${VENV:-$PWD/.venv}; fi
+export PATH=$VIRTUAL_ENV/bin:$PATH PYTHONUNBUFFERED=1
+command -v python >/dev/null || stop 3 "there is no python: activate a virtual environment before sbatch, or set VENV"
+
+attempt=${SLURM_RESTART_COUNT:-0}
+records=${LOGS:-slurm-logs}/$job
+logs=$records/attempt-$attempt
+mkdir -p "$logs" || stop 3 "cannot write logs to $logs"
+# Below 32768, where Linux hands out ports of its own accord; two jobs on a node have different ones.
+MASTER_ADDR=${MASTER_ADDR:-$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)}
+export MASTER_ADDR MASTER_PORT=$((10000 + SLURM_JOB_ID % 20000))
+
+run_step() { # [srun's options] COMMAND...: runs it to its end, passes on the warning before the time limit, sets code
+  echo "attempt $attempt of job $job on $SLURM_JOB_NODELIST: logs in $logs"
+  # Slurm's own TERM (requeue, scancel, time limit) reaches the ranks by itself; this script has to outlive it.
+  local woken reasons final
+  trap 'woken=true; scancel --signal=USR1 "$SLURM_JOB_ID"' USR1
+  trap 'woken=true' TERM CONT
+  # Every task sees all GPUs of its node, however they were asked for: a rank takes that of its local number.
+  unset SLURM_GPUS_PER_TASK
+  # --wait: where one task has ended, the others have so long to say what they saw.
+  srun --wait=120 --unbuffered --output="$logs/task-%t.log" \
+    ${SLURM_GPUS_ON_NODE:+--gres="gpu:$SLURM_GPUS_ON_NODE"} "$@" 2>"$logs/srun.log" &
+  until
+    woken=false
+    wait $!
+    code=$?
+    [[ $woken == false ]]
+  do :; done
+
+  # srun's code is the largest one. What a task met by itself counts for more than that its peers lost it.
+  cat "$logs/srun.log" >&2
+  for final in 6 5 2; do
+    if grep -q "exit code $final\$" "$logs/srun.log"; then code=$final; fi
+  done
+  reasons=$(grep -h "error: \|^dist_qft.launch: " "$logs"/task-*.log | sort -u)
+  [[ -z $reasons ]] || echo "$reasons" >&2
+  echo "attempt $attempt: exit code $code" | tee -a "$records/attempts"
+}
+
+requeue() { # only if nobody else has decided: scancel means the end, and what Slurm requeues needs no word of ours
+  local state
+  state=$(scontrol -o show job "$SLURM_JOB_ID" | grep -o "JobState=[A-Z_]*")
+  if [[ $state == JobState=RUNNING ]]; then
+    scontrol requeue "$SLURM_JOB_ID" || stop "$code" "exit code $code, and the job cannot be requeued"
+  else
+    echo "$script: $state: what happens next was decided elsewhere"
+  fi
+}
