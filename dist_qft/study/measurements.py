@@ -100,12 +100,11 @@ def measure(outcomes: Sequence[Outcome], metric: str) -> list[Subject]:
         label = ", ".join(row.subject.values()) or row.config.method.name
         sign = 1 if metric == "loss" else -1
         for variant in row.variants:
-            plain = Variant(variant.preset, variant.group, variant.value)
             subject = subjects.setdefault(label, Subject(label, row.config.method, sign))
             if variant.preset == REFERENCE:
                 subject.method = row.config.method
             seed = row.config.train.seed
-            subject.figures.setdefault(plain, {})[seed] = outcome.result.tuned[metric]
-            subject.curves.setdefault(plain, {})[seed] = outcome.result.history
-            subject.kept[plain], subject.trainables[plain] = row.kept, row.trainables
+            subject.figures.setdefault(variant, {})[seed] = outcome.result.tuned[metric]
+            subject.curves.setdefault(variant, {})[seed] = outcome.result.history
+            subject.kept[variant], subject.trainables[variant] = row.kept, row.trainables
     return [subject for subject in subjects.values() if subject.reference]

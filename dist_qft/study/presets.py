@@ -5,7 +5,7 @@ The balancing factor is what an adapter compresses its input and output by. That
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from dist_qft.config.schema import MethodConfig
@@ -23,13 +23,13 @@ class Variant:
     """What a run changes of its reference: `group` (a type or depth) has `value` of what `preset` varies.
 
     Attributes:
-        rules: appended to `method.schedule`.
+        rules: appended to `method.schedule`; they follow from the rest.
     """
 
     preset: str
     group: str = ""
     value: str = ""
-    rules: tuple[dict[str, Any], ...] = ()
+    rules: tuple[dict[str, Any], ...] = field(default=(), compare=False)
 
     def __str__(self) -> str:
         return " ".join(part for part in (self.preset, self.group, self.value) if part)

@@ -9,7 +9,6 @@ import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from statistics import fmean
-from typing import Any
 
 from dist_qft.assemble import compute_dtype, plan_trainables
 from dist_qft.base_model.skeleton import build_skeleton
@@ -28,7 +27,7 @@ _KINDS = ("by_type", "by_depth")
 
 @dataclass(frozen=True)
 class _Change:
-    """One group's new value of one setting: its rules and what it cost, by seed."""
+    """One group's new value of one setting, and what it cost, by seed."""
 
     variant: Variant
     costs: dict[int, float]
@@ -48,8 +47,7 @@ def write_suggestions(study: Study, rows: Sequence[Row], budget: int) -> None:
     for subject in measure(outcomes, study.settings.metric):
         own = [row for row in rows if (", ".join(row.subject.values()) or row.config.method.name) == subject.label]
         reference = next(row for row in own if any(v.preset == REFERENCE for v in row.variants))
-        rules = {_plain(variant): variant.rules for row in own for variant in row.variants}
-        changes, parameters, config = _best(subject, rules, reference.config, budget)
+        changes, parameters, config = _best(subject, reference.config, budget)
         name = "-".join(subject.label.replace(",", "").split())
         target = study.output_dir / f"suggested-{name}.yaml"
         config = change_config(config, {"output_dir": str(study.output_dir / f"suggested-{name}")})
@@ -61,13 +59,7 @@ def write_suggestions(study: Study, rows: Sequence[Row], budget: int) -> None:
     print(*written, sep="\n")
 
 
-def _plain(variant: Variant) -> Variant:
-    return Variant(variant.preset, variant.group, variant.value)
-
-
-def _best(
-    subject: Subject, rules: dict[Variant, tuple[dict[str, Any], ...]], config: RunConfig, budget: int
-) -> tuple[list[_Change], int, RunConfig]:
+def _best(subject: Subject, config: RunConfig, budget: int) -> tuple[list[_Change], int, RunConfig]:
     """The combination with the lowest predicted cost within the budget; of equals the smaller."""
     base = build_skeleton(
         config.model, config.quantization, compute_dtype(config.train.precision, planned_device(config))
@@ -76,7 +68,7 @@ def _best(
     smallest = None
     for changes in _combinations(subject):
         own = [rule.model_dump(exclude_unset=True) for rule in config.method.schedule]
-        added = [rule for change in changes for rule in rules[change.variant]]
+        added = [rule for change in changes for rule in change.variant.rules]
         tried = change_config(config, {"method.schedule": [*own, *added]})
         parameters = plan_trainables(tried, base).parameters
         smallest = min(parameters, smallest or parameters)
