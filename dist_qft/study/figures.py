@@ -39,9 +39,20 @@ class Picture:
     svg: bytes
 
 
+@dataclass(frozen=True)
+class _Labels:
+    """What the vertical axes say: of a figure, and of its change."""
+
+    figure: str
+    change: str
+
+
 def draw_all(subjects: Sequence[Subject], metric: str, unit: str) -> Iterator[Picture]:
-    """Every figure that the measured runs allow, one panel a subject."""
-    label = f"held-out {metric} ({unit})"
+    """Every figure that the measured runs allow, one panel a subject; `unit` is of the metric, or empty."""
+    unit = f" ({unit})" if unit else ""
+    label = _Labels(
+        f"held-out {metric}{unit}", f"change of held-out {metric} against the\nreference of the same seed{unit}"
+    )
     presets = dict.fromkeys(variant.preset for subject in subjects for variant in subject.figures)
     with matplotlib.rc_context(_STYLE):
         for preset in presets:
@@ -55,7 +66,7 @@ def draw_all(subjects: Sequence[Subject], metric: str, unit: str) -> Iterator[Pi
         yield _curves_figure(subjects)
 
 
-def _values_figure(subjects: Sequence[Subject], preset: str, label: str) -> Picture:
+def _values_figure(subjects: Sequence[Subject], preset: str, label: _Labels) -> Picture:
     """Figure against value, a line for each group, the reference among its points."""
 
     def draw(axes: Axes, subject: Subject, read: Callable[[Variant], Estimate]) -> None:
@@ -72,7 +83,7 @@ def _values_figure(subjects: Sequence[Subject], preset: str, label: str) -> Pict
     return _two_rows(preset, caption, subjects, label, draw)
 
 
-def _depth_figure(subjects: Sequence[Subject], preset: str, label: str) -> Picture:
+def _depth_figure(subjects: Sequence[Subject], preset: str, label: _Labels) -> Picture:
     """Figure against depth, a line for each value."""
 
     def draw(axes: Axes, subject: Subject, read: Callable[[Variant], Estimate]) -> None:
@@ -96,7 +107,7 @@ def _two_rows(
     name: str,
     caption: str,
     subjects: Sequence[Subject],
-    label: str,
+    label: _Labels,
     draw: Callable[[Axes, Subject, Callable[[Variant], Estimate]], None],
 ) -> Picture:
     """Above the figure itself; below its change against the reference of the same seed, where small effects show."""
@@ -108,13 +119,13 @@ def _two_rows(
         grid[0][column].set_title(subject.label)
         grid[1][column].axhline(0, color="#444444", linewidth=0.8)
         grid[0][column].legend(fontsize=8)
-    grid[0][0].set_ylabel(label)
-    grid[1][0].set_ylabel(f"change of {label},\nsame seed, against the reference")
+    grid[0][0].set_ylabel(label.figure)
+    grid[1][0].set_ylabel(label.change)
     note = " Bars: standard deviation over the seeds; small dots: single seeds."
     return _picture(name, caption + note, figure)
 
 
-def _discount_figure(subjects: Sequence[Subject], label: str) -> Picture:
+def _discount_figure(subjects: Sequence[Subject], label: _Labels) -> Picture:
     figure = Figure(figsize=(1.2 + 4.0 * len(subjects), 3.6), layout="constrained")
     grid = figure.subplots(1, len(subjects), squeeze=False, sharey=True)
     holds = set()
@@ -125,12 +136,12 @@ def _discount_figure(subjects: Sequence[Subject], label: str) -> Picture:
             estimate = Estimate(tuple(_changes(subject, variant)))
             axes.bar(index, estimate.mean, 0.6, color=COLOURS[index % len(COLOURS)], alpha=0.75)
             _spread(axes, index, estimate, "black")
-        axes.set_xticks(range(len(own)), [f"{v.group}\nkeeps {subject.kept[v]['total']:.1%}" for v in own], fontsize=7)
+        axes.set_xticks(range(len(own)), [f"{v.group}\nkeeps {subject.kept[v]['total']:.1%}" for v in own], fontsize=8)
         axes.axhline(0, color="#444444", linewidth=0.8)
         axes.set_title(subject.label)
         axes.set_xlabel("where the trainables are cut; share of all that is kept")
         axes.grid(axis="x", visible=False)
-    grid[0][0].set_ylabel(f"change of {label},\nsame seed, against the reference")
+    grid[0][0].set_ylabel(label.change)
     caption = f"Equal discount ({'; '.join(sorted(holds))}): the same cut, taken from one group of layers at a time."
     return _picture("equal_discount", f"{caption} Bars: standard deviation over the seeds; dots: single seeds.", figure)
 

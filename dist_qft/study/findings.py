@@ -44,8 +44,8 @@ class Finding:
         return FAILS if self.estimate.high < 0 else OPEN
 
     @property
-    def sentence(self) -> str:
-        """The finding in words."""
+    def effect(self) -> str:
+        """The effect in words, with its interval and spread."""
         estimate, count = self.estimate, len(self.estimate.per_seed)
         interval = "one seed gives no interval"
         if count > 1:
@@ -53,10 +53,12 @@ class Finding:
                 f"95 % interval {number(estimate.low)} to {number(estimate.high)}, "
                 f"standard deviation {estimate.spread:.3g} over {count} seeds"
             )
-        return (
-            f"{self.subject}: {self.contrast} is {number(estimate.mean)} {self.unit} ({interval}): "
-            f"claim {self.claim} {self.verdict}."
-        )
+        return f"{self.subject}: {self.contrast} is {number(estimate.mean)} {self.unit} ({interval})"
+
+    @property
+    def sentence(self) -> str:
+        """The finding in words, with its verdict."""
+        return f"{self.effect}: claim {self.claim} {self.verdict}."
 
 
 def number(value: float) -> str:

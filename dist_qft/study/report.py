@@ -22,6 +22,12 @@ from dist_qft.study.settings import Study
 REPORT_FOLDER = "report"
 HPARAMS_FOLDER = "hparams"
 
+_LOSS_UNITS = {
+    "causal-lm": "nats per token",
+    "classification": "nats per text",
+    "regression": "squared error per text",
+}
+
 
 def write_report(study: Study, rows: Sequence[Row]) -> str:
     """Write the report of all runs that are done, and return a line that says where.
@@ -37,8 +43,8 @@ def write_report(study: Study, rows: Sequence[Row]) -> str:
         known = sorted({name for outcome in done for name in outcome.result.tuned})
         what = f"none of the {len(done)} runs that are done is a reference with the held-out figure '{metric}'"
         raise UserError(f"{study.output_dir}: nothing to report: {what}; measured: {', '.join(known) or 'nothing'}")
-    unit = "nats per token" if metric == "loss" else metric
-    findings = find(subjects, unit)
+    unit = _LOSS_UNITS[study.base.task.name] if metric == "loss" else ""
+    findings = find(subjects, unit or f"of {metric}")
     pictures = list(draw_all(subjects, metric, unit))
     folder = study.output_dir / REPORT_FOLDER
     write_text(folder / "results.csv", as_csv(outcomes))
@@ -56,7 +62,7 @@ def _finding(finding: Finding) -> dict[str, object]:
     estimate = finding.estimate
     interval = [estimate.low, estimate.high] if len(estimate.per_seed) > 1 else None
     numbers = {"mean": estimate.mean, "interval_95": interval, "per_seed": list(estimate.per_seed)}
-    return {"verdict": finding.verdict, **asdict(finding), "estimate": numbers}
+    return {"verdict": finding.verdict, "sentence": finding.sentence, **asdict(finding), "estimate": numbers}
 
 
 def _write_bytes(path: Path, content: bytes) -> None:

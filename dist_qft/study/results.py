@@ -119,7 +119,7 @@ def collect(rows: Sequence[Row]) -> list[Outcome]:
 
 
 def as_json(outcomes: Sequence[Outcome]) -> str:
-    """All runs, one entry each, with their training losses. Times are left out: they are the machine's."""
+    """All runs, one entry (and line) each, with their training losses. Times are left out: they are the machine's."""
     entries = [
         {
             "run": outcome.row.name,
@@ -134,11 +134,11 @@ def as_json(outcomes: Sequence[Outcome]) -> str:
             "base": outcome.result.base if outcome.result else {},
             "tuned": outcome.result.tuned if outcome.result else {},
             "eval_tokens": outcome.result.eval_tokens if outcome.result else 0,
-            "training_loss": outcome.result.history if outcome.result else [],
+            "training_loss": [round(loss, 6) for loss in outcome.result.history] if outcome.result else [],
         }
         for outcome in outcomes
     ]
-    return json.dumps(entries, indent=1) + "\n"
+    return "[\n" + ",\n".join(map(json.dumps, entries)) + "\n]\n"
 
 
 def as_csv(outcomes: Sequence[Outcome]) -> str:

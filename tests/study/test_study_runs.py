@@ -23,6 +23,7 @@ PRESETS = [
     {"preset": "balance_by_type", "values": [1, 4]},
     {"preset": "equal_discount", "discount": 0.2, "groups": ["attention", "mlp"]},
 ]
+COUNT = 2 * (1 + 2 + 3 + 4 + 2)
 
 
 def run(*words):
@@ -46,8 +47,8 @@ def finished(tiny_llama, tmp_path_factory):
     path = write_study(folder, tiny_llama, presets=PRESETS)
     found = run(path)
     assert found.code == 0, found.err
-    assert found.err.count("held-out loss") == 20
-    assert found.out.startswith(f"report of 20 of 20 runs: {folder}/out/report/report.html")
+    assert found.err.count("held-out loss") == COUNT
+    assert found.out.startswith(f"report of {COUNT} of {COUNT} runs: {folder}/out/report/report.html")
     return folder
 
 
@@ -66,12 +67,12 @@ def test_interrupted_and_started_again_only_the_rest_is_run_and_the_report_is_th
             stopped = command.finish()
         assert stopped.code == 75, stopped.err
         before = {name: path.stat().st_mtime_ns for name, path in result_files(finished).items()}
-        assert 5 <= len(before) < 20
+        assert 5 <= len(before) < COUNT
         again = run(finished / "study.yaml")
         assert again.code == 0, again.err
-        assert again.err.count("held-out loss") == 20 - len(before)
+        assert again.err.count("held-out loss") == COUNT - len(before)
         after = {name: path.stat().st_mtime_ns for name, path in result_files(finished).items()}
-        assert {name: after[name] for name in before} == before and len(after) == 20
+        assert {name: after[name] for name in before} == before and len(after) == COUNT
         assert report_files(finished) == finished_report
         nothing = run(finished / "study.yaml", "--no-report")
         assert (nothing.code, nothing.out, nothing.err) == (0, "", "")
@@ -91,7 +92,7 @@ def test_what_was_trained_is_what_the_formula_says(finished):
 
 def test_a_run_on_a_shared_base_equals_the_run_alone(finished, tmp_path):
     rows = expand(load_study(finished / "study.yaml"))
-    for number in (3, 19):
+    for number in (3, COUNT - 1):
         moved = rows[number].folder.rename(tmp_path / str(number))
         alone = run(finished / "study.yaml", "--row", number)
         assert alone.code == 0, alone.err
@@ -132,7 +133,7 @@ def test_the_tables_hold_every_run(finished):
     report = finished / "out" / "report"
     lines = list(csv.DictReader((report / "results.csv").read_text().splitlines()))
     entries = json.loads((report / "results.json").read_text())
-    assert len(lines) == len(entries) == 20
+    assert len(lines) == len(entries) == COUNT
     for line, entry in zip(lines, entries, strict=True):
         assert (line["run"], line["status"], int(line["trainables"])) == (entry["run"], "done", entry["trainables"])
         assert float(line["tuned_loss"]) == pytest.approx(entry["tuned"]["loss"], abs=1e-6)
@@ -193,7 +194,7 @@ def test_every_run_is_in_tensorboards_hparams(finished):
         events = EventAccumulator(str(finished / "out" / "hparams" / row.name)).Reload()
         loss = events.Scalars("result/held_out_loss")[0].value
         assert loss == pytest.approx(read_result(row.folder).tuned["loss"], rel=1e-6)
-    assert len(list((finished / "out" / "hparams").iterdir())) == 20
+    assert len(list((finished / "out" / "hparams").iterdir())) == COUNT
 
 
 def test_a_suggestion_keeps_the_budget_and_can_be_trained(finished):
@@ -218,7 +219,7 @@ def test_the_plan_lists_every_run_with_its_count(finished):
     for row in rows:
         line = next(line for line in found.out.splitlines() if row.name in line)
         assert f"{row.trainables:,}" in line and "done" in line
-    assert "20 runs, 0 to do" in found.out and "totals are equal (absolute cut)" in found.out
+    assert f"{COUNT} runs, 0 to do" in found.out and "totals are equal (absolute cut)" in found.out
 
 
 def test_ranks_do_a_run_together(tiny_llama, tmp_path):
