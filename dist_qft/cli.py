@@ -104,16 +104,58 @@ def evaluate(
 @app.command()
 def generate(
     run: Annotated[
-        str, typer.Argument(metavar="RUN_OR_CHECKPOINT", help="Folder of a run or checkpoint.", show_default=False)
+        str,
+        typer.Argument(
+            metavar="RUN_OR_MODEL", help="Folder of a run or checkpoint, a GGUF file or a model.", show_default=False
+        ),
     ],
     prompt: Annotated[list[str], typer.Option(metavar="TEXT", help="May be given several times.", show_default=False)],
     max_new_tokens: Annotated[int, typer.Option(min=1)] = 64,
     base: Annotated[bool, typer.Option("--base", help="Also show the base model's answers.")] = False,
 ) -> None:
-    """Answer prompts with a fine-tuned model."""
+    """Answer prompts with a fine-tuned or merged model."""
     from dist_qft.generate import run_generation
+    from dist_qft.loaded import is_model, run_model
 
-    run_generation(run, prompt, max_new_tokens, base)
+    if not is_model(Path(run)):
+        run_generation(run, prompt, max_new_tokens, base)
+    elif base:
+        raise UserError(f"--base: '{run}' is a model by itself, it has no adapters to leave out")
+    else:
+        run_model(run, prompt, max_new_tokens)
+
+
+@app.command()
+def merge(
+    run: Annotated[
+        str, typer.Argument(metavar="RUN_OR_CHECKPOINT", help="Folder of a run or checkpoint.", show_default=False)
+    ],
+    to: Annotated[str, typer.Option("--to", metavar="gguf|quantized|dense|peft", help="What to write.")],
+    output: Annotated[
+        Path | None, typer.Option("-o", "--output", metavar="PATH", help="Default: merged.gguf or merged-* in the run.")
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what is there.")] = False,
+    requantize: Annotated[
+        str | None, typer.Option(metavar="nf4|affine4", help="Merge with an error where an exact merge is impossible.")
+    ] = None,
+    dtype: Annotated[
+        str, typer.Option(metavar="float32|bfloat16|float16", help="Of a dense result's weights.")
+    ] = "bfloat16",
+) -> None:
+    """Fold trained adapters into the base and write a model, with a certificate; runs under any launcher."""
+    from dist_qft.merge.run import run_merge
+
+    run_merge(run, to, output, overwrite=overwrite, requantize=requantize, dtype=dtype)
+
+
+@app.command()
+def verify(
+    result: Annotated[Path, typer.Argument(metavar="PATH", help="Result of a merge.", show_default=False)],
+) -> None:
+    """Recompute a merge's certificate from the files: the result, its base and the checkpoint."""
+    from dist_qft.merge.verify import run_verify
+
+    run_verify(result)
 
 
 @app.command()

@@ -35,7 +35,7 @@ def answer(
         max_new_tokens=max_new_tokens,
         do_sample=False,
         pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
-        synced_gpus=dist.get_world_size() > 1,
+        synced_gpus=dist.is_initialized() and dist.get_world_size() > 1,
     )
     base.model.train(was_training)
     return tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()

@@ -8,7 +8,8 @@ Options, rendezvous, restarts and log files are torchrun's own. What differs:
   would end the run by itself and lose their exit codes, among them 75, "preempted and saved".
 * `--nproc-per-node auto`, now the default, is one rank per CUDA device, or one.
 * OMP_NUM_THREADS defaults to the cores divided by the ranks, not to 1.
-* With `--dry-run` among ARGS no rank starts: one process prints what rank 0 of that world would do.
+* With `--dry-run` among ARGS no rank starts: the command is printed and, for `train`, what rank 0 of that world
+  would do.
 
 Not here: the ranks' side (world.py).
 """
@@ -82,6 +83,8 @@ def _parser() -> ArgumentParser:
 def _dry_run(args: Namespace, argv: Sequence[str]) -> int:
     launch = [sys.executable, "-m", "dist_qft.launch", *(word for word in argv if word != "--dry-run")]
     print(shlex.join(launch), flush=True)
+    if args.training_script_args[0] != "train":
+        return 0  # only training has a plan to show
     world_size = int(args.nproc_per_node) * parse_min_max_nnodes(args.nnodes)[1]
     rank_0 = {"RANK": "0", "WORLD_SIZE": str(world_size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
     command = [sys.executable, "-m", args.training_script, *args.training_script_args]

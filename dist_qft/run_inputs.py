@@ -14,6 +14,7 @@ from dist_qft.base_model.sources import TensorSource
 from dist_qft.checkpoint import BaseEvaluation, Checkpoint
 from dist_qft.config.schema import RunConfig
 from dist_qft.data.prepare import Prepared
+from dist_qft.merge.recipe import Recipe
 from dist_qft.methods.trainable import Plan
 from dist_qft.sharding.engine import Engine
 from dist_qft.summary import summarized_steps
@@ -44,6 +45,7 @@ class RunInputs:
         source: where its weights will come from.
         plan: what is trained.
         checkpoint: where to continue from; None starts fresh.
+        recipe: the merge that ends the run, if the config asks for one.
         notes: lines to tell the user at the start, such as a checkpoint that was refused.
         loaded: the base, if it need not be loaded any more; `skeleton` is then no longer on the meta device.
     """
@@ -57,6 +59,7 @@ class RunInputs:
     plan: Plan
     data: Prepared
     checkpoint: Checkpoint | None
+    recipe: Recipe | None
     notes: list[str]
     loaded: LoadedBase | None = None
 
@@ -78,9 +81,11 @@ class RunInputs:
 
     @property
     def finished(self) -> bool:
-        """Whether there is nothing left to do: the last step is saved and the summary written."""
+        """Whether there is nothing left to do: the last step is saved, the summary written, the merge there."""
         steps, _ = self.length()
-        return self.checkpoint is not None and steps == self.checkpoint.state.step == summarized_steps(self.output_dir)
+        trained = self.checkpoint is not None and steps == self.checkpoint.state.step
+        merged = self.recipe is None or self.recipe.request.path.exists()
+        return trained and merged and steps == summarized_steps(self.output_dir)
 
     def length(self) -> tuple[int, int]:
         """Optimizer steps and samples of the run.

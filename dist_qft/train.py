@@ -29,6 +29,8 @@ from dist_qft.config.check import accumulation_steps
 from dist_qft.config.schema import RunConfig
 from dist_qft.data.prepare import prepare
 from dist_qft.errors import UserError
+from dist_qft.merge.recipe import require_free
+from dist_qft.merge.run import merge_at_end, recipe_at_end
 from dist_qft.methods.trainable import Plan
 from dist_qft.preemption import StopSignal
 from dist_qft.resume import changed_settings, check_trajectory, choose_checkpoint
@@ -86,7 +88,12 @@ def gather_inputs(
     if loaded is None:
         check_names(skeleton, source)
 
-    inputs = RunInputs(config, world, device, tokenizer, skeleton, source, plan, data, checkpoint, notes, loaded)
+    recipe = recipe_at_end(config, skeleton, plan)
+    inputs = RunInputs(
+        config, world, device, tokenizer, skeleton, source, plan, data, checkpoint, recipe, notes, loaded
+    )
+    if recipe is not None and not inputs.finished:
+        require_free(recipe.request)
     if checkpoint is not None:
         total_steps, _ = inputs.length()
         check_trajectory(checkpoint, config, data.train.digest, total_steps)
@@ -127,6 +134,11 @@ def execute_run(inputs: RunInputs, stop: StopSignal) -> TrainingRun | None:
             run.evaluate_base()
             run.train()
             run.finish()
+
+            # Fold what was learned into the base and write it, if the config says so.
+            if inputs.recipe is not None:
+                run.doing = "the merge"
+                merge_at_end(inputs, inputs.recipe, parts, run.state.step, stop)
     return run
 
 

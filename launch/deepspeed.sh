@@ -1,9 +1,10 @@
 #!/usr/bin/env bash
 # Trains through DeepSpeed's launcher, on this machine or on those of a hostfile (lines such as "node1 slots=8"):
 #   launch/deepspeed.sh CONFIG [key.sub=value ...] [--resume [auto|PATH]] [--dry-run]
+# or runs another verb of `dist-qft` there, with the verb's own arguments, as torchrun.sh does.
 # Environment: ranks.sh lists it; besides
 #   MASTER_PORT   where rank 0 listens (default 29500: two runs on one machine need two ports)
-# --dry-run starts no rank: it prints the command and the plan. The exit code is that of the first failing rank.
+# --dry-run starts no rank: it prints the command and, for train, the plan. The exit code is that of the first failing rank.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/ranks.sh"
 
@@ -12,4 +13,4 @@ command -v deepspeed >/dev/null || stop "DeepSpeed is not installed; pip install
 options=(--quiet --num_gpus "$per_node" --master_port "${MASTER_PORT:-29500}")
 if [[ -n ${HOSTFILE:-} ]]; then options+=(--hostfile "$HOSTFILE"); fi
 # The local rank is in the environment; as an argument it would be one that dist_qft does not know.
-start deepspeed "${options[@]}" --no_local_rank --module dist_qft train "${arguments[@]}"
+start deepspeed "${options[@]}" --no_local_rank --module dist_qft "$verb" "${arguments[@]}"

@@ -1,10 +1,11 @@
 #!/usr/bin/env bash
 # Trains through Open MPI or MPICH, on this machine or on those of a hostfile:
 #   launch/mpirun.sh CONFIG [key.sub=value ...] [--resume [auto|PATH]] [--dry-run]
+# or runs another verb of `dist-qft` there, with the verb's own arguments, as torchrun.sh does.
 # Environment: ranks.sh lists it; besides
 #   MPIRUN   the MPI's starter (default mpirun; mpiexec.hydra is MPICH's, whatever else is installed)
-# The ranks meet through MPI itself (mpi4py): no address, no port. --dry-run starts no rank: it prints the command and
-# the plan. The exit code is that of the first failing rank.
+# The ranks meet through MPI itself (mpi4py): no address, no port. --dry-run starts no rank: it prints the command and,
+# for train, the plan. The exit code is that of the first failing rank.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/ranks.sh"
 
@@ -29,4 +30,4 @@ esac
 # mpi4py loads the first MPI library it finds, which need not be that of this starter.
 library=$(dirname "$(dirname "$mpirun")")/lib/$library
 if [[ -e $library ]]; then export MPI4PY_LIBMPI=${MPI4PY_LIBMPI:-$library}; fi
-start "$mpirun" -n "$ranks" "${options[@]}" "$python" -m dist_qft train "${arguments[@]}"
+start "$mpirun" -n "$ranks" "${options[@]}" "$python" -m dist_qft "$verb" "${arguments[@]}"

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# From a fresh clone to a fine-tuned model: installs, gets SmolLM2-135M, and trains configs/quickstart.yaml over two
-# sharded processes. No GPU is needed, and no arguments; what is already there is reused.
+# From a fresh clone to a fine-tuned GGUF file: installs, gets SmolLM2-135M, trains configs/quickstart.yaml over two
+# sharded processes, merges, and asks the merged file. No GPU is needed, and no arguments; what is there is reused.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 prepare_environment
@@ -9,9 +9,14 @@ prepare_environment
 cd "$ROOT"
 NPROC_PER_NODE=${NPROC_PER_NODE:-2} launch/torchrun.sh configs/quickstart.yaml
 
+question="What does the function os.path.join do in Python?"
+printf '\nmerged.gguf: %s\n    ' "$question"
+python -m dist_qft generate runs/quickstart/merged.gguf --max-new-tokens 48 --prompt "$question"
+
 cat <<END
 
 summary:      $ROOT/runs/quickstart/summary.json
 checkpoints:  $ROOT/runs/quickstart/checkpoint-*
+merged model: $ROOT/runs/quickstart/merged.gguf, and merged.gguf.certificate.json
 TensorBoard:  $VENV/bin/tensorboard --logdir $ROOT/runs/quickstart/runs
 END

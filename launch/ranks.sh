@@ -3,7 +3,7 @@
 # and these variables, all optional:
 #   NPROC_PER_NODE   ranks on each node (default: one per CUDA device, or one)
 #   HOSTFILE         several nodes: a file with one name a line, in the launcher's own format
-# Sets python, nodes, per_node, ranks and arguments; `start COMMAND...` runs the command, or shows it and the plan.
+# Sets python, nodes, per_node, ranks, verb and arguments; `start COMMAND...` runs the command, or shows it and the plan.
 
 script=$(basename "$0")
 
@@ -13,6 +13,9 @@ stop() {
 }
 [[ ${1:--} != -* ]] || stop "the first argument must be a config file;" \
   "usage: launch/$script CONFIG [key.sub=value ...] [--resume [auto|PATH]] [--dry-run]"
+
+verb=train
+case $1 in train | eval | generate | merge) verb=$1 && shift ;; esac
 
 dry_run=false arguments=()
 for argument in "$@"; do
@@ -40,6 +43,7 @@ start() {
   # exec: a scheduler's signals must reach the launcher, not this shell.
   $dry_run || exec "$@"
   printf '%q ' "$@" && echo
+  [[ $verb == train ]] || exit 0  # only training has a plan to show
   export RANK=0 WORLD_SIZE=$ranks MASTER_ADDR=127.0.0.1 MASTER_PORT=29500
   exec "$python" -m dist_qft train "${arguments[@]}" --dry-run
 }

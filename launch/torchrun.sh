@@ -1,10 +1,12 @@
 #!/usr/bin/env bash
 # Trains on this machine, or on several if run on each of them:
 #   launch/torchrun.sh CONFIG [key.sub=value ...] [--resume [auto|PATH]] [--dry-run]
+# or runs another verb of `dist-qft` there, with the verb's own arguments:
+#   launch/torchrun.sh merge RUN --to gguf
 # Environment, all optional:
 #   NPROC_PER_NODE                            ranks on this node (default: one per CUDA device, or one)
 #   NNODES NODE_RANK MASTER_ADDR MASTER_PORT  several nodes: how many, which is this (from 0), where node 0 listens
-# --dry-run starts no rank: it prints the command and the plan. The exit code is that of the first failing rank.
+# --dry-run starts no rank: it prints the command and, for train, the plan. The exit code is that of the first failing rank.
 set -euo pipefail
 
 usage() {
@@ -12,6 +14,8 @@ usage() {
   exit 2
 }
 [[ ${1:--} != -* ]] || usage "the first argument must be a config file"
+verb=train
+case $1 in train | eval | generate | merge) verb=$1 && shift ;; esac
 
 options=(--nproc-per-node "${NPROC_PER_NODE:-auto}")
 if [[ ${NNODES:-1} != 1 ]]; then
@@ -26,4 +30,4 @@ venv=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)/.venv
 if [[ -z ${VIRTUAL_ENV:-} && -x $venv/bin/python ]]; then python=$venv/bin/python; fi
 
 # exec: a scheduler's signals must reach the launcher, not this shell.
-exec "$python" -m dist_qft.launch "${options[@]}" -- train "$@"
+exec "$python" -m dist_qft.launch "${options[@]}" -- "$verb" "$@"

@@ -34,7 +34,7 @@ def leave(code):
     os._exit(code)
 
 rank, what = int(os.environ["RANK"]), sys.argv[1]
-if what == "place":
+if what in ("place", "train"):
     say("rank", rank, "of", os.environ["WORLD_SIZE"])
 elif what == "meet":
     import torch, torch.distributed as dist
@@ -209,7 +209,7 @@ def test_dry_run_prints_the_command_and_asks_rank_0_of_the_whole_world(start) ->
     assert "no such.yaml" in result.stderr
     assert result.returncode == 2
 
-    launcher = start("--nnodes", "4", "--", "place", "--dry-run")
+    launcher = start("--nnodes", "4", "--", "train", "--dry-run")
     output, _ = launcher.communicate(timeout=60)
     assert output.splitlines()[1:] == ["rank 0 of 8"]
     assert launcher.returncode == 0

@@ -14,7 +14,6 @@ import ctypes
 import hashlib
 import json
 import math
-from operator import attrgetter
 
 import torch
 from torch import Tensor, nn
@@ -23,13 +22,10 @@ from dist_qft.base_model.skeleton import BaseModel
 from dist_qft.base_model.sources import TensorSource
 from dist_qft.digest import positional_digest
 from dist_qft.errors import UserError
-from dist_qft.quant.affine4 import Affine4, affine4_from_q4_1
 from dist_qft.quant.contract import Format
 from dist_qft.quant.frozen import FrozenEmbedding, FrozenLinear
-from dist_qft.quant.q8_0 import Q8_0, q8_0_from_gguf
 from dist_qft.sharding.engine import Engine
 
-_GGUF_TWINS = {Affine4((1, 32)): ("Q4_1", affine4_from_q4_1), Q8_0(): ("Q8_0", q8_0_from_gguf)}
 _CHUNK = 1 << 18  # weights read and quantized at a time: bounds the temporaries to some MiB
 
 
@@ -50,23 +46,16 @@ class Fingerprint:
         return hashlib.sha256(json.dumps(pairs).encode()).hexdigest()
 
 
-def check_names(base: BaseModel, source: TensorSource, engine: Engine | None = None) -> dict[str, str]:
+def check_names(base: BaseModel, source: TensorSource) -> dict[str, str]:
     """Model tensor name -> source tensor name, for all the base needs.
-
-    Args:
-        engine: what has sharded the base, if something has: from then on it knows the shapes.
 
     Raises:
         UserError: missing tensors, or a vocabulary or layer of another shape; before anything is read.
     """
-    shape = engine.shape if engine else attrgetter("shape")
-    needed = {f"{path}.weight": (layer.out_features, layer.in_features) for path, layer in base.linears.items()}
-    needed |= {f"{path}.weight": (t.num_embeddings, t.embedding_dim) for path, t in base.tables().items()}
-    needed |= {name: tuple(shape(parameter)) for name, parameter in dense_parameters(base)}
     stored = source.names()
     prefix = base.model.base_model_prefix + "."
     found, missing = {}, []
-    for name in needed:
+    for name in base.shapes:
         # Some published checkpoints were saved from the bare decoder, without the causal LM's prefix.
         choices = [name, name.removeprefix(prefix), prefix + name]
         match = next((choice for choice in choices if choice in stored), None)
@@ -75,8 +64,8 @@ def check_names(base: BaseModel, source: TensorSource, engine: Engine | None = N
         else:
             found[name] = match
     if missing:
-        raise UserError(f"{source.where}: has no tensor '{missing[0]}' ({len(missing)} of {len(needed)} missing)")
-    for name, shape in needed.items():
+        raise UserError(f"{source.where}: has no tensor '{missing[0]}' ({len(missing)} of {len(base.shapes)} missing)")
+    for name, shape in base.shapes.items():
         if source.shape(found[name]) != shape:
             raise UserError(
                 f"{source.where}: tensor '{found[name]}' is {list(source.shape(found[name]))}, "
@@ -85,24 +74,15 @@ def check_names(base: BaseModel, source: TensorSource, engine: Engine | None = N
     return found
 
 
-def dense_parameters(base: BaseModel) -> list[tuple[str, nn.Parameter]]:
-    """(name, parameter) of norms, biases and everything else that is kept as is."""
-    found = []
-    for path, module in base.model.named_modules():
-        packed = module.packed() if isinstance(module, FrozenLinear | FrozenEmbedding) else {}
-        found += [(f"{path}.{n}", p) for n, p in module.named_parameters(recurse=False) if n not in packed]
-    return found
-
-
 @torch.no_grad()
 def load_base(base: BaseModel, source: TensorSource, engine: Engine, device: torch.device) -> None:
     """Fill a skeleton that `engine` has sharded; sets `base.fingerprint`. Collective."""
-    names = check_names(base, source, engine)
+    names = check_names(base, source)
     fingerprint = Fingerprint()
     modules: dict[str, FrozenLinear | FrozenEmbedding] = {**base.linears, **base.tables()}
     for path, module in modules.items():
         _load_packed(names[f"{path}.weight"], path, module, source, engine, fingerprint)
-    for name, parameter in dense_parameters(base):
+    for name, parameter in base.dense_parameters():
         first, stop = engine.rows(parameter)
         rows = source.read(names[name], (first, stop))
         if not torch.isfinite(rows).all():
@@ -136,11 +116,9 @@ def _load_packed(
 
 def _quantized_rows(name: str, first: int, stop: int, format: Format, source: TensorSource) -> dict[str, Tensor]:
     """Packed tensors of some rows; the file's own blocks if it holds this very format."""
-    if format in _GGUF_TWINS:
-        kind, convert = _GGUF_TWINS[format]
-        raw = source.read_packed(name, kind, (first, stop))
-        if raw is not None:
-            return convert(raw)
+    packed = source.read_packed(name, format, (first, stop))
+    if packed is not None:
+        return packed
     where = f"{source.where}: rows {first} to {stop} of tensor '{name}'"
     return format.quantize(source.read(name, (first, stop)), where)
 

@@ -16,6 +16,7 @@ from transformers.utils import logging as transformers_logging
 
 from dist_qft.base_model.family import check_logits, disable_dropout, logit_map, packed_mask
 from dist_qft.base_model.head import OutputHead
+from dist_qft.base_model.quantized_folder import check_stored_formats
 from dist_qft.config.schema import ModelConfig, QuantizationConfig
 from dist_qft.errors import UserError
 from dist_qft.quant.formats import Format, embedding_format, linear_format
@@ -35,6 +36,7 @@ class BaseModel:
         embedding, head: the vocabulary tables; a tied head has no table of its own.
         dtype: compute dtype.
         fingerprint: hex digest of the base's content, set by loading.
+        shapes: of all tensors that its files must hold, by name. Once sharded, parameters need not have these.
     """
 
     model: PreTrainedModel
@@ -47,6 +49,12 @@ class BaseModel:
     dtype: torch.dtype
     fingerprint: str = ""
     notes: list[str] = field(default_factory=list)
+    shapes: dict[str, tuple[int, ...]] = field(init=False)
+
+    def __post_init__(self) -> None:
+        weights = {**self.linears, **self.tables()}
+        self.shapes = {f"{path}.weight": weight.weight_shape for path, weight in weights.items()}
+        self.shapes |= {name: tuple(parameter.shape) for name, parameter in self.dense_parameters()}
 
     @property
     def vocab_size(self) -> int:
@@ -69,6 +77,14 @@ class BaseModel:
         if not self.tied:
             tables[names[self.head]] = self.head.table
         return tables
+
+    def dense_parameters(self) -> list[tuple[str, nn.Parameter]]:
+        """(name, parameter) of norms, biases and everything else that is kept as is."""
+        found = []
+        for path, module in self.model.named_modules():
+            packed = module.packed() if isinstance(module, FrozenLinear | FrozenEmbedding) else {}
+            found += [(f"{path}.{n}", p) for n, p in module.named_parameters(recurse=False) if n not in packed]
+        return found
 
     def depth_of(self, path: str) -> int | None:
         """Index of the decoder layer that holds the module `path`."""
@@ -154,6 +170,7 @@ def build_skeleton(model: ModelConfig, quantization: QuantizationConfig, dtype: 
     base = BaseModel(causal, config, decoder, list(layers), linears, embedding, head, dtype)
     _require_all_in_units(base)
     base.notes += _unquantized(base)
+    check_stored_formats(Path(model.path), {**linears, **base.tables()})
     if from_gguf and quantization.linear == "nf4":
         base.notes.append("the GGUF file's 4-bit weights are dequantized and quantized again to nf4")
     return base

@@ -16,6 +16,12 @@ from torch import Tensor
 
 from dist_qft.config.schema import ModelConfig
 from dist_qft.errors import CorruptFileError, UserError
+from dist_qft.quant.affine4 import Affine4, affine4_from_q4_1
+from dist_qft.quant.contract import Format
+from dist_qft.quant.q8_0 import Q8_0, q8_0_from_gguf
+
+# Formats whose packed tensors are those of a GGUF type, rearranged.
+GGUF_TWINS = {Affine4((1, 32)): ("Q4_1", affine4_from_q4_1), Q8_0(): ("Q8_0", q8_0_from_gguf)}
 
 Rows = tuple[int, int] | None  # first and one-past-last row; None is all
 
@@ -34,8 +40,8 @@ class TensorSource(Protocol):
     def read(self, name: str, rows: Rows = None) -> Tensor:
         """Rows of one tensor as floats, in the file's own float type; to be read, not written to nor kept."""
 
-    def read_packed(self, name: str, kind: str, rows: Rows = None) -> Tensor | None:
-        """Raw uint8 blocks (rows, bytes per row) if the tensor is stored as `kind` ('Q4_1', 'Q8_0'), else None."""
+    def read_packed(self, name: str, format: Format, rows: Rows = None) -> dict[str, Tensor] | None:
+        """The packed tensors of some rows, if the file holds just these; None if they must be quantized from `read`."""
 
 
 class SafetensorsSource:
@@ -88,7 +94,7 @@ class SafetensorsSource:
         with safe_open(self._files[name], "pt") as file:
             return file.get_tensor(name) if rows is None else file.get_slice(name)[rows[0] : rows[1]]
 
-    def read_packed(self, name: str, kind: str, rows: Rows = None) -> Tensor | None:
+    def read_packed(self, name: str, format: Format, rows: Rows = None) -> dict[str, Tensor] | None:
         return None
 
 
@@ -127,6 +133,10 @@ class GgufSource:
     def shape(self, name: str) -> tuple[int, ...]:
         return tuple(int(n) for n in reversed(self._tensors[name].shape))
 
+    def stored_name(self, name: str) -> str:
+        """What the file calls the tensor."""
+        return self._tensors[name].name
+
     def kind(self, name: str) -> str:
         """The tensor's GGUF type, such as 'Q4_1'."""
         return self._tensors[name].tensor_type.name
@@ -146,8 +156,9 @@ class GgufSource:
             values = values.reshape(-1)
         return torch.from_numpy(values.copy())
 
-    def read_packed(self, name: str, kind: str, rows: Rows = None) -> Tensor | None:
-        return torch.from_numpy(self._raw_rows(name, rows)) if self.kind(name) == kind else None
+    def read_packed(self, name: str, format: Format, rows: Rows = None) -> dict[str, Tensor] | None:
+        kind, convert = GGUF_TWINS.get(format, (None, None))
+        return convert(torch.from_numpy(self._raw_rows(name, rows))) if self.kind(name) == kind else None
 
     def row_order(self, name: str) -> np.ndarray | None:
         """For Hugging Face's row i the index of the row in the file; None if they are the same."""
@@ -197,9 +208,13 @@ def gguf_names(architecture: str, blocks: int) -> dict[str, str]:
 
 def open_source(model: ModelConfig) -> TensorSource:
     """The weights of `model.path`; a Hub id is downloaded to (or found in) the Hugging Face cache."""
+    from dist_qft.base_model.quantized_folder import QuantizedSource, is_quantized_folder
+
     path = Path(model.path)
     if path.suffix == ".gguf":
         return GgufSource(path)
+    if is_quantized_folder(path):
+        return QuantizedSource(path)
     if path.is_dir():
         return SafetensorsSource(path)
     from huggingface_hub import snapshot_download

@@ -29,11 +29,13 @@ def cross_field_faults(config: RunConfig) -> list[Fault]:
         *_model_faults(config),
         *_quantization_faults(config.quantization),
         *(_side_faults(config) if config.method.name == "qst" else _adapter_faults(config.method)),
+        *_merge_aware_faults(config),
         *_task_faults(config),
         *_train_faults(config),
         *_sharding_faults(config.sharding),
         *(value_fault(("sharding", "deepspeed_config"), fault) for fault in zero_file_faults(config)),
         *_evaluation_faults(config),
+        *_merge_faults(config),
     ]
 
 
@@ -125,6 +127,18 @@ def _adapter_faults(method: MethodConfig) -> Iterator[Fault]:
             yield value_fault(path, f"skip leaves no use for {without_effect}; give one or the other")
 
 
+def _merge_aware_faults(config: RunConfig) -> Iterator[Fault]:
+    method, linear = config.method, config.quantization.linear
+    if not method.merge_aware or method.name == "qst":
+        return
+    if method.name not in ("qalora", "qahira"):
+        yield value_fault(("method", "merge_aware"), f"{method.name} does not merge exactly; qalora and qahira do")
+    elif linear != "affine4":
+        yield value_fault(("method", "merge_aware"), f"{linear} has no zeros to take dW; affine4 has")
+    if method.dropout:
+        yield value_fault(("method", "dropout"), f"got {method.dropout}, merge_aware has no place for it; use 0")
+
+
 def _unused_factors(
     section: MethodConfig | ScheduleRule, used: dict[str, int], path: tuple[str | int, ...], method: str
 ) -> Iterator[Fault]:
@@ -194,6 +208,30 @@ def _evaluation_faults(config: RunConfig) -> Iterator[Fault]:
     has_eval = data is not None and (data.eval is not None or data.eval_samples > 0)
     if config.evaluation.eval_steps is not None and not has_eval:
         yield value_fault(("evaluation", "eval_steps"), "nothing to evaluate; set data.eval or data.eval_samples")
+
+
+def merge_obstacle(config: RunConfig) -> str | None:
+    """Why what this config trains cannot be merged into the base at all, and what to do instead."""
+    if config.method.name == "qst":
+        return (
+            "a side network (qst) runs beside the base and is not folded into it; serve the run itself "
+            "(dist_qft.load, dist-qft generate), or train qahira, qalora, qbara or qlora"
+        )
+    if config.task.name != "causal-lm":
+        return f"a language model's files have no place for the head of task {config.task.name}; use dist-qft eval"
+    return None
+
+
+def _merge_faults(config: RunConfig) -> Iterator[Fault]:
+    merge = config.merge
+    if merge.at_end is not None and (obstacle := merge_obstacle(config)):
+        yield value_fault(("merge", "at_end"), obstacle)
+    elif merge.at_end is None:
+        for key, field in type(merge).model_fields.items():
+            if getattr(merge, key) != field.default:  # a saved config names every setting
+                yield value_fault(("merge", key), "no effect without merge.at_end; set that or remove this")
+    elif merge.at_end != "dense" and merge.dtype != type(merge).model_fields["dtype"].default:
+        yield value_fault(("merge", "dtype"), f"no effect with merge.at_end {merge.at_end}; only dense has it")
 
 
 def _merge_warnings(config: RunConfig) -> Iterator[str]:

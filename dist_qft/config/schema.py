@@ -17,6 +17,7 @@ Text = Annotated[str, Field(min_length=1)]
 Reduction = Annotated[int, Field(ge=2)]
 
 MethodName = Literal["qlora", "qbara", "qalora", "qahira", "qst"]
+MergeTarget = Literal["gguf", "quantized", "dense", "peft"]
 Downsample = Literal["adapter", "lora", "linear", "maxpool", "avgpool"]
 LinearFormat = Literal["nf4", "affine4", "dense"]
 
@@ -67,6 +68,7 @@ class MethodConfig(Section):
     repeat: Positive | None = Field(None, description="copies of each output: qahira (default 8)")
     pool_mode: Literal["mean", "sum"] = "mean"
     dropout: Fraction = 0.0
+    merge_aware: bool = Field(False, description="qalora, qahira: train with zeros as the exact merge will write them")
     targets: str | list[str] = Field("all-linear", description="'all-linear', or layer types as in a schedule")
     schedule: list[ScheduleRule] = []
     reduction: Reduction | None = Field(None, description="qst: times that the side network is narrower (default 16)")
@@ -158,6 +160,13 @@ class EvaluationConfig(Section):
     max_new_tokens: Positive = 64
 
 
+class MergeConfig(Section):
+    at_end: MergeTarget | None = Field(None, description="merge the trained adapters into a result of this kind")
+    path: Text | None = Field(None, description="its file or folder; default <output_dir>/merged.gguf or merged-<kind>")
+    dtype: Literal["float32", "bfloat16", "float16"] = Field("bfloat16", description="dense only: dtype of the weights")
+    overwrite: bool = Field(False, description="replace what is at the path")
+
+
 class RunConfig(Section):
     """The whole tree."""
 
@@ -171,3 +180,4 @@ class RunConfig(Section):
     sharding: ShardingConfig = ShardingConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
+    merge: MergeConfig = MergeConfig()

@@ -75,6 +75,9 @@ class Engine(Protocol):
     def sum_over_shards(self, parts: Tensor) -> Tensor:
         """Sum, over the whole base, of integers that each rank computed on its own part (wrapping, in place)."""
 
+    def release(self) -> None:
+        """Free what forward passes have left gathered; then every module holds the parameters that were sharded."""
+
     def gather(self, parameter: nn.Parameter) -> Tensor | None:
         """The whole parameter on rank 0 (a copy on the CPU), None elsewhere."""
 

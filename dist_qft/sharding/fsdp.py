@@ -23,7 +23,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FSDPModule, fully_shard
 
 from dist_qft.sharding.engine import Traffic, Units, parameter_owners
 
@@ -58,12 +58,14 @@ class FsdpEngine:
         self.traffic = Traffic()
         self.reshard_after_forward = reshard_after_forward
         self._parameters: list[nn.Parameter] = []
+        self._units: list[FSDPModule] = []
 
     def shard(self, units: Units, device: torch.device) -> None:
         mesh = init_device_mesh(device.type, (dist.get_world_size(),))
         owners = parameter_owners(units)
         counter = CountedAllGather(self.traffic)
-        for unit in [*units.tables, *units.layers, units.root]:  # the root last: it takes what is left
+        self._units = [*units.tables, *units.layers, units.root]
+        for unit in self._units:  # the root last: it takes what is left
             reshard = self.reshard_after_forward or unit in units.tables
             fully_shard(unit, mesh=mesh, reshard_after_forward=reshard)
             unit.set_custom_all_gather(counter)
@@ -98,6 +100,10 @@ class FsdpEngine:
     def sum_over_shards(self, parts: Tensor) -> Tensor:
         dist.all_reduce(parts)
         return parts
+
+    def release(self) -> None:
+        for unit in self._units:
+            unit.reshard()
 
     def gather(self, parameter: nn.Parameter) -> Tensor | None:
         # Equal parts, as gloo and NCCL both want them; the last ranks' own may be short or empty. Sent as bytes.

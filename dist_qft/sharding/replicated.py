@@ -40,6 +40,9 @@ class ReplicatedEngine:
     def sum_over_shards(self, parts: Tensor) -> Tensor:
         return parts  # every rank's part is the whole
 
+    def release(self) -> None:
+        pass
+
     def gather(self, parameter: nn.Parameter) -> Tensor | None:
         return parameter.data.to("cpu", copy=True) if dist.get_rank() == 0 else None
 

@@ -127,6 +127,9 @@ class ZeroEngine:
         dist.gather(part.view(torch.uint8), list(whole.view(torch.uint8).chunk(world)))
         return whole[: parameter.ds_numel].view(parameter.ds_shape).cpu()
 
+    def release(self) -> None:
+        self._zero.partition_all_parameters()
+
     def keep_gathered(self, unit: nn.Module) -> None:
         for parameter in unit.parameters():
             parameter.ds_persist = True

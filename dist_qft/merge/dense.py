@@ -1,0 +1,35 @@
+"""Weights as plain floats: the form of a Hugging Face folder."""
+
+from collections.abc import Iterator, Mapping
+
+from torch import Tensor
+
+from dist_qft.assemble import Assembled
+from dist_qft.merge.collective import frozen_weights
+from dist_qft.merge.fold import Difference, merged_rows
+from dist_qft.merge.recipe import Recipe
+from dist_qft.merge.safetensors_folder import Entry
+
+
+class DenseForm:
+    """dequantize + dW, rounded once to the folder's dtype, a few rows at a time."""
+
+    stem = "model"
+
+    def __init__(self, parts: Assembled, recipe: Recipe) -> None:
+        self.dtype, self.difference = recipe.dtype, Difference()
+        self._weights = frozen_weights(parts.base)
+        self._adapters = parts.adapters.by_path
+
+    def entries(self, path: str) -> dict[str, Entry]:
+        return {f"{path}.weight": (self._weights[path].weight_shape, self.dtype)}
+
+    def tensors(self, path: str, packed: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+        weight, adapter = self._weights[path], self._adapters.get(path)
+        for exact in merged_rows(weight.format, packed, weight.weight_shape, adapter):
+            rows = exact.to(self.dtype)
+            self.difference.add(rows, exact)
+            yield f"{path}.weight", rows
+
+    def extra_files(self) -> dict[str, str]:
+        return {}

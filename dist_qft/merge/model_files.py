@@ -1,0 +1,32 @@
+"""The small files of a model folder: configuration, tokenizer with its chat template, generation settings."""
+
+from pathlib import Path
+
+import torch
+from transformers import GenerationConfig
+
+from dist_qft.base_model.skeleton import BaseModel, read_model_config
+from dist_qft.config.schema import ModelConfig
+from dist_qft.tokenizer import load_tokenizer
+
+
+def write_model_files(folder: Path, model: ModelConfig, base: BaseModel, dtype: torch.dtype) -> None:
+    """Write what `from_pretrained` needs besides the weights, whose float type is `dtype`."""
+    config, _ = read_model_config(model)
+    # Says how the base's own file was packed, which is not how the result is.
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    config.dtype = dtype
+    config.architectures = [type(base.model).__name__]
+    config.save_pretrained(folder)
+    load_tokenizer(model).save_pretrained(folder)
+    _generation_config(model, base).save_pretrained(folder)
+
+
+def _generation_config(model: ModelConfig, base: BaseModel) -> GenerationConfig:
+    if not model.path.endswith(".gguf"):
+        try:
+            return GenerationConfig.from_pretrained(model.path, revision=model.revision)
+        except OSError:
+            pass  # many models have none
+    return GenerationConfig.from_model_config(base.config)

@@ -1,0 +1,173 @@
+"""A stock PEFT LoRA folder: every tile adapter rewritten as the plain LoRA pair that has the same dW.
+
+Q-BaRA's and QA-LoRA's dW is a LoRA of rank lambda * r: A' repeats A's columns (divided by p for the mean), B' repeats
+B's rows. QA-HiRA's single matrix M is one of rank min(d_out / k, d_in / p): the side with fewer tiles keeps M, the
+other becomes a fixed matrix of ones that pools or repeats.
+"""
+
+import json
+import sys
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from dist_qft.errors import CorruptFileError, UserError
+from dist_qft.merge.fold import Difference
+from dist_qft.merge.safetensors_folder import SafetensorsFolder
+from dist_qft.methods.attach import AdapterSet
+from dist_qft.methods.folding import tile_rows
+from dist_qft.methods.schedule import TileSettings
+from dist_qft.methods.tile_adapter import TileAdapter, lora_factors
+
+CONFIG_FILE = "adapter_config.json"
+_STEM = "adapter_model"
+_PREFIX = "base_model.model."
+
+
+def lora_rank(settings: TileSettings) -> int:
+    """Rank of the LoRA that equals this adapter."""
+    if settings.inner is not None:
+        return settings.inner
+    return min(settings.out_features // settings.repeat, settings.in_features // settings.pool)
+
+
+def require_low_rank(path: str, settings: TileSettings) -> None:
+    """Refuse an adapter whose LoRA pair would hold as many numbers as dW itself."""
+    rank, rows, columns = lora_rank(settings), settings.out_features, settings.in_features
+    if rank * (rows + columns) >= rows * columns:
+        raise UserError(
+            f"--to peft: dW of {path} has rank {rank}, a LoRA of that rank is no smaller than the {rows} x {columns} "
+            "matrix itself; merge --to dense or quantized"
+        )
+
+
+@torch.no_grad()
+def equal_lora(adapter: TileAdapter) -> TileAdapter:
+    """The adapter of pool 1 and repeat 1, a LoRA, with the same dW."""
+    old = adapter.settings
+    if adapter.B is not None:
+        left, right = lora_factors(adapter)
+    elif old.out_features // old.repeat <= old.in_features // old.pool:
+        left = adapter.A.repeat_interleave(old.pool, dim=1) * _mean(old)
+        right = torch.eye(adapter.A.shape[0], device=left.device).repeat_interleave(old.repeat, dim=0)
+    else:
+        left = torch.eye(adapter.A.shape[1], device=adapter.A.device).repeat_interleave(old.pool, dim=1) * _mean(old)
+        right = adapter.A.repeat_interleave(old.repeat, dim=0)
+    rank = left.shape[0]
+    # alpha / rank is what PEFT multiplies by: our own scale has the nominal rank below.
+    changes = {"pool": 1, "repeat": 1, "rank": rank, "inner": rank, "alpha": old.scale * rank, "dropout": 0.0}
+    twin = TileAdapter(old.model_copy(update=changes)).to(left.device)
+    twin.A.copy_(left)
+    twin.B.copy_(right)
+    return twin
+
+
+def lora_twin(adapters: AdapterSet) -> AdapterSet:
+    """All adapters as plain LoRAs."""
+    return AdapterSet({path: equal_lora(adapter) for path, adapter in adapters.by_path.items()}).eval()
+
+
+@torch.no_grad()
+def lora_difference(adapters: AdapterSet, lora: AdapterSet) -> Difference:
+    """How far the LoRAs' dW is from the exact one: the rounding of A / p to float32."""
+    difference = Difference()
+    for path, adapter in adapters.by_path.items():
+        old, new = adapter.settings, lora.by_path[path]
+        product = new.B.double()[:: old.repeat] @ new.A.double()[:, :: old.pool]
+        difference.add(product * new.settings.scale, tile_rows(adapter, 0, old.out_features // old.repeat))
+    return difference
+
+
+class PeftWriter:
+    """Writes one folder from plain LoRAs; see `collective.Writer`. It needs nothing of the base."""
+
+    def __init__(self, lora: AdapterSet, base_name: str) -> None:
+        self.difference = Difference()  # known before anything is written: see `lora_twin`
+        self._adapters, self._base_name = lora.by_path, base_name
+        self._files: SafetensorsFolder | None = None
+
+    def notes(self) -> list[str]:
+        return []
+
+    def wanted(self, path: str) -> tuple[str, ...]:
+        return ()
+
+    def begin(self, temporary: Path) -> None:
+        temporary.mkdir()
+        config = peft_config({path: lora.settings for path, lora in self._adapters.items()}, self._base_name)
+        (temporary / CONFIG_FILE).write_text(json.dumps(config, indent=1) + "\n")
+        tensors = {
+            f"{_PREFIX}{path}.lora_{name}.weight": parameter.detach().cpu()
+            for path, lora in self._adapters.items()
+            for name, parameter in lora.named_parameters()
+        }
+        entries = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()}
+        self._files = SafetensorsFolder(temporary, _STEM, entries, shard_bytes=sys.maxsize)  # PEFT reads one file
+        for name, tensor in tensors.items():
+            self._files.write(name, tensor)
+
+    def write(self, path: str, packed: Mapping[str, Tensor]) -> None:
+        raise AssertionError("nothing was wanted")
+
+    def finish(self) -> None:
+        self._files.finish()
+
+    def close(self) -> None:
+        if self._files is not None:
+            self._files.close()
+
+
+def peft_config(settings: Mapping[str, TileSettings], base_name: str) -> dict:
+    """PEFT's adapter_config.json; the most common rank and alpha are the default, layers with others are named."""
+    rank = Counter(lora.rank for lora in settings.values()).most_common(1)[0][0]
+    alpha = Counter(lora.alpha for lora in settings.values()).most_common(1)[0][0]
+    return {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base_name,
+        "r": rank,
+        "lora_alpha": _plain(alpha),
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "use_rslora": False,
+        "use_dora": False,
+        "inference_mode": True,
+        "modules_to_save": None,
+        "target_modules": list(settings),
+        "rank_pattern": {path: lora.rank for path, lora in settings.items() if lora.rank != rank},
+        "alpha_pattern": {path: _plain(lora.alpha) for path, lora in settings.items() if lora.alpha != alpha},
+    }
+
+
+def read_lora(folder: Path, tiles: Mapping[str, TileSettings]) -> AdapterSet:
+    """The adapters of such a folder, for a check of what was written; `tiles` gives the layers' sizes."""
+    from safetensors.torch import load_file
+
+    try:
+        config = json.loads((folder / CONFIG_FILE).read_bytes())
+        tensors = load_file(folder / f"{_STEM}.safetensors")
+        twins = {}
+        for path in config["target_modules"]:
+            rank = config["rank_pattern"].get(path, config["r"])
+            alpha = config["alpha_pattern"].get(path, config["lora_alpha"])
+            changes = {"pool": 1, "repeat": 1, "rank": rank, "inner": rank, "alpha": alpha, "dropout": 0.0}
+            twins[path] = TileAdapter(tiles[path].model_copy(update=changes))
+        lora = AdapterSet(twins)
+        own = {f"{_PREFIX}{path}.lora_{n}.weight": f"{path}.{n}" for path in twins for n in ("A", "B")}
+        lora.load_tensors({own[name]: tensor for name, tensor in tensors.items()})
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CorruptFileError(f"{folder}: not a LoRA folder of this merge: {error}") from error
+    return lora.eval()
+
+
+def _mean(settings: TileSettings) -> float:
+    return 1 / settings.pool if settings.pool_mode == "mean" else 1.0
+
+
+def _plain(value: float) -> float:
+    """Whole numbers as integers, as PEFT writes them."""
+    return int(value) if value == int(value) else value
