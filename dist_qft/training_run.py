@@ -45,10 +45,11 @@ class TrainingRun:
             total_samples=total_samples,
         )
         # A group of its own: these reductions and the engine's gathers need no common order.
+        self._reduction_group = dist.new_group()
         self.trainables = Trainables(
             parts.named_tensors(),
             bucket_bytes=int(config.sharding.bucket_megabytes * 2**20),
-            group=dist.new_group(),
+            group=self._reduction_group,
             report_size=REPORT_SIZE,
         )
         self.side_group = SideGroup(config.sharding.rank0_timeout_seconds)
@@ -129,6 +130,11 @@ class TrainingRun:
         self._sample("tuned")
         self.summary.write()
         self.monitor.flush()
+
+    def leave_groups(self) -> None:
+        """Leave the run's own process groups, in a process that goes on to another run. Collective."""
+        dist.destroy_process_group(self._reduction_group)
+        self.side_group.leave()
 
     def evaluate(self, which: str) -> HeldOut | None:
         """Held-out loss as it stands, recorded under `eval/` (`which` "base": under `base/`); None without data."""

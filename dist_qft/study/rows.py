@@ -142,17 +142,18 @@ def _placed(study: Study, path: tuple[str | int, ...], work: Callable[[], Any]) 
 
 def _name(config: RunConfig, plan: Plan) -> str:
     """The method, and a digest of all settings that decide what the run computes."""
-    settings = config.model_dump(exclude={"output_dir": True, "data": {"cache_dir"}})
+    # Without defaults: a setting that later versions add must not rename the runs of today.
+    settings = config.model_dump(exclude={"output_dir": True, "data": {"cache_dir"}}, exclude_defaults=True)
     if isinstance(plan, AdapterPlan):
         # The plan says it layer by layer, in one way only.
-        settings["method"] = {"name": config.method.name}
+        settings["method"] = config.method.model_dump(include={"name", "merge_aware"}, exclude_defaults=True)
     text = json.dumps([settings, plan.describe()], sort_keys=True)
     return f"{config.method.name}-{hashlib.sha256(text.encode()).hexdigest()[:12]}"
 
 
 def _base_key(config: RunConfig) -> str:
-    """Runs with the same key may share a loaded base; a side network cannot be taken off one, so it shares none."""
-    if config.method.name == "qst":
+    """Runs with the same key may share a loaded base; what cannot be taken off a base again shares none."""
+    if config.method.name == "qst" or config.method.merge_aware:
         return config.output_dir
     parts = config.model_dump(include={"model", "quantization", "sharding"})
     train = config.train.model_dump(include={"precision", "gradient_checkpointing"})

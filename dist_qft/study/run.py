@@ -170,7 +170,8 @@ class _Runner:
     def _keep_base(self, row: Row, run: "TrainingRun") -> None:
         if run.state.base_eval is not None:
             self._evaluations[_evaluation_key(row)] = run.state.base_eval
-        if row.config.method.name != "qst":
+        run.leave_groups()
+        if row.base_key != row.config.output_dir:
             run.adapters.detach()
             inputs, parts = run.inputs, run.parts
             self._loaded = LoadedBase(inputs.tokenizer, parts.base, inputs.source, parts.engine, None)
