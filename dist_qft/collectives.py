@@ -61,8 +61,8 @@ class SideGroup:
         if self._mpi is None:
             self._group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_seconds))
 
-    def leave(self) -> None:
-        """Give the group's threads and connections back. Collective."""
+    def close(self) -> None:
+        """Give the group up."""
         if self._mpi is None:
             dist.destroy_process_group(self._group)
 

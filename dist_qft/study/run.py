@@ -170,7 +170,6 @@ class _Runner:
     def _keep_base(self, row: Row, run: "TrainingRun") -> None:
         if run.state.base_eval is not None:
             self._evaluations[_evaluation_key(row)] = run.state.base_eval
-        run.leave_groups()
         if row.base_key != row.config.output_dir:
             run.adapters.detach()
             inputs, parts = run.inputs, run.parts
