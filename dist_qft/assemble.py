@@ -155,10 +155,17 @@ def assemble(
         zero_options=read_zero_options(config),
     )
     materialize(skeleton, source or open_source(config.model), engine, device)
-    skeleton.head.loss_megabytes = config.train.loss_chunk_megabytes
+    return attach_trainables(config, skeleton, engine, plan, device)
+
+
+def attach_trainables(
+    config: RunConfig, base: BaseModel, engine: Engine, plan: Plan, device: torch.device
+) -> Assembled:
+    """Build the trainables and hook them onto a loaded base that has none."""
+    base.head.loss_megabytes = config.train.loss_chunk_megabytes
     adapters = plan.build(config.train.seed).to(device)
-    adapters.attach(skeleton.model)
-    return Assembled(skeleton, engine, adapters, make_task(config.task, skeleton, device))
+    adapters.attach(base.model)
+    return Assembled(base, engine, adapters, make_task(config.task, base, device))
 
 
 def materialize(skeleton: BaseModel, source: TensorSource, engine: Engine, device: torch.device) -> None:

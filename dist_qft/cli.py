@@ -162,6 +162,37 @@ def verify(
 
 
 @app.command()
+def study(
+    file: Annotated[Path, typer.Argument(metavar="STUDY", help="YAML file.", show_default=False)],
+    plan: Annotated[bool, typer.Option("--plan", help="Print the table of runs and stop.")] = False,
+    count: Annotated[bool, typer.Option("--count", help="Print the number of runs and stop.")] = False,
+    row: Annotated[int | None, typer.Option(metavar="N", help="Do run N alone (from 0); exit with its code.")] = None,
+    report: Annotated[bool, typer.Option("--report", help="Write the report from the runs that are done.")] = False,
+    no_report: Annotated[bool, typer.Option("--no-report", help="Do the runs only.")] = False,
+    jobs: Annotated[int, typer.Option(min=1, help="Processes that share the runs.")] = 1,
+    retry_failed: Annotated[bool, typer.Option("--retry-failed", help="Do failed runs again.")] = False,
+    suggest: Annotated[
+        int | None, typer.Option(min=1, metavar="BUDGET", help="Write a config of at most so many trainables.")
+    ] = None,
+) -> None:
+    """Vary settings over many runs as STUDY says, and report; what is done is not done again."""
+    from dist_qft.study.command import run_study
+
+    code = run_study(
+        file,
+        plan=plan,
+        count=count,
+        row=row,
+        report=report,
+        write_report=not no_report,
+        jobs=jobs,
+        retry_failed=retry_failed,
+        suggest=suggest,
+    )
+    raise typer.Exit(code)
+
+
+@app.command()
 def version() -> None:
     """Print the version."""
     from dist_qft import __version__

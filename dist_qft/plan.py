@@ -51,7 +51,7 @@ def make_plan(config: RunConfig, world_size: int) -> dict[str, Any]:
             or a batch that does not divide over the ranks.
     """
     accumulation = accumulation_steps(config, world_size)
-    dtype = compute_dtype(config.train.precision, _device(config))
+    dtype = compute_dtype(config.train.precision, planned_device(config))
     base = build_skeleton(config.model, config.quantization, dtype)
     trainables = plan_trainables(config, base)
     if isinstance(trainables, SidePlan):
@@ -111,7 +111,7 @@ def print_plan(plan: dict[str, Any], *, as_json: bool = False) -> None:
         console.print(f"warning: {warning}", markup=False, soft_wrap=True)
 
 
-def _device(config: RunConfig) -> torch.device:
+def planned_device(config: RunConfig) -> torch.device:
     """The device the run would use; unlike the run's own choice, a plan for GPUs needs none."""
     setting = config.sharding.device
     if setting == "auto":

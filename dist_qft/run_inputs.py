@@ -11,13 +11,29 @@ from transformers import PreTrainedTokenizerBase
 
 from dist_qft.base_model.skeleton import BaseModel
 from dist_qft.base_model.sources import TensorSource
-from dist_qft.checkpoint import Checkpoint
+from dist_qft.checkpoint import BaseEvaluation, Checkpoint
 from dist_qft.config.schema import RunConfig
 from dist_qft.data.prepare import Prepared
 from dist_qft.merge.recipe import Recipe
 from dist_qft.methods.trainable import Plan
+from dist_qft.sharding.engine import Engine
 from dist_qft.summary import summarized_steps
 from dist_qft.world import World
+
+
+@dataclass(frozen=True)
+class LoadedBase:
+    """A base that an earlier run of this process has loaded and left without trainables, for the next one.
+
+    Attributes:
+        evaluation: what that run found of the bare base; it counts where the held-out data are the same.
+    """
+
+    tokenizer: PreTrainedTokenizerBase
+    base: BaseModel
+    source: TensorSource
+    engine: Engine
+    evaluation: BaseEvaluation | None
 
 
 @dataclass(frozen=True)
@@ -31,6 +47,7 @@ class RunInputs:
         checkpoint: where to continue from; None starts fresh.
         recipe: the merge that ends the run, if the config asks for one.
         notes: lines to tell the user at the start, such as a checkpoint that was refused.
+        loaded: the base, if it need not be loaded any more; `skeleton` is then no longer on the meta device.
     """
 
     config: RunConfig
@@ -44,6 +61,7 @@ class RunInputs:
     checkpoint: Checkpoint | None
     recipe: Recipe | None
     notes: list[str]
+    loaded: LoadedBase | None = None
 
     @property
     def output_dir(self) -> Path:

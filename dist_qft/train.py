@@ -13,6 +13,7 @@ import torch
 
 from dist_qft.assemble import (
     assemble,
+    attach_trainables,
     check_adapter,
     check_cache,
     check_fingerprint,
@@ -35,7 +36,7 @@ from dist_qft.merge.run import merge_at_end, recipe_at_end
 from dist_qft.methods.trainable import Plan
 from dist_qft.preemption import StopSignal
 from dist_qft.resume import changed_settings, check_trajectory, choose_checkpoint, resume_after_restart
-from dist_qft.run_inputs import RunInputs
+from dist_qft.run_inputs import LoadedBase, RunInputs
 from dist_qft.tokenizer import load_tokenizer
 from dist_qft.training_run import TrainingRun
 from dist_qft.world import World, connect, device_for
@@ -57,8 +58,13 @@ def run_training(config: RunConfig, resume: str | None = None, stop: StopSignal 
         execute_run(inputs, stop)
 
 
-def gather_inputs(config: RunConfig, resume: str | None, world: World, device: torch.device) -> RunInputs:
-    """Everything that needs no other rank: refuse what cannot work, tokenize, find the checkpoint."""
+def gather_inputs(
+    config: RunConfig, resume: str | None, world: World, device: torch.device, loaded: LoadedBase | None = None
+) -> RunInputs:
+    """Everything that needs no other rank: refuse what cannot work, tokenize, find the checkpoint.
+
+    `loaded` is a base of the same model, quantization, sharding and precision, to be used instead of loading one.
+    """
     # Does the request make sense for this world, and can its results be written?
     accumulation_steps(config, world.world_size)
     if config.data is None:
@@ -69,25 +75,29 @@ def gather_inputs(config: RunConfig, resume: str | None, world: World, device: t
     checkpoint, notes = choose_checkpoint(output_dir, resume)
 
     # The model's shape and the plan of the trainables; no weight is read.
-    skeleton = build_skeleton(config.model, config.quantization, compute_dtype(config.train.precision, device))
+    dtype = compute_dtype(config.train.precision, device)
+    skeleton = loaded.base if loaded else build_skeleton(config.model, config.quantization, dtype)
     plan = plan_trainables(config, skeleton)
     require_space(output_dir, _checkpoint_bytes(config, plan))
     if checkpoint is not None:
         check_adapter(checkpoint, plan)
 
     # The tokens.
-    tokenizer = load_tokenizer(config.model)
+    tokenizer = loaded.tokenizer if loaded else load_tokenizer(config.model)
     cache_dir = Path(config.data.cache_dir or output_dir / "data_cache")
     data = prepare(config.data, tokenizer, skeleton.vocab_size, cache_dir, config.task)
 
     notes += check_cache(config, plan, skeleton, data.train)
 
     # Where the weights are, their names and shapes. Last, because it downloads those of a Hub id.
-    source = open_source(config.model)
-    check_names(skeleton, source)
+    source = loaded.source if loaded else open_source(config.model)
+    if loaded is None:
+        check_names(skeleton, source)
 
     recipe = recipe_at_end(config, skeleton, plan)
-    inputs = RunInputs(config, world, device, tokenizer, skeleton, source, plan, data, checkpoint, recipe, notes)
+    inputs = RunInputs(
+        config, world, device, tokenizer, skeleton, source, plan, data, checkpoint, recipe, notes, loaded
+    )
     if recipe is not None and not inputs.finished:
         require_free(recipe.request)
     if checkpoint is not None:
@@ -119,7 +129,10 @@ def execute_run(inputs: RunInputs, stop: StopSignal) -> TrainingRun | None:
             return None
 
         # Stream the base through quantization into its shards; hook the trainables on.
-        parts = assemble(inputs.config, inputs.skeleton, inputs.plan, inputs.device, inputs.source, stop)
+        if inputs.loaded is None:
+            parts = assemble(inputs.config, inputs.skeleton, inputs.plan, inputs.device, inputs.source, stop)
+        else:
+            parts = attach_trainables(inputs.config, inputs.skeleton, inputs.loaded.engine, inputs.plan, inputs.device)
         if inputs.checkpoint is not None:
             check_fingerprint(inputs.checkpoint, parts.base)
         else:

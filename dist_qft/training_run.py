@@ -89,10 +89,12 @@ class TrainingRun:
             self.monitor.say(note)
 
     def evaluate_base(self) -> None:
-        """Held-out loss and answers of the bare base; a resumed run has them in its checkpoint."""
+        """Held-out loss and answers of the bare base, unless a checkpoint or an earlier run here has them."""
+        if self.inputs.checkpoint is None and self.inputs.loaded is not None:
+            self.state.base_eval = self.inputs.loaded.evaluation
         known = self.state.base_eval
         digest = self.data.eval.digest if self.data.eval else None
-        if self.inputs.checkpoint is not None and digest == (known.data_digest if known else None):
+        if (self.inputs.checkpoint is not None or known) and digest == (known.data_digest if known else None):
             self.base_eval = HeldOut(known.loss, known.tokens, known.metrics) if known else None
             return
         with self.adapters.disabled():

@@ -5,7 +5,7 @@ here: types and ranges are in `schema`, rules between settings in `check`, the w
 `save_config` is the way back, for the copy that a run keeps in its folder.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass
 from functools import cached_property
@@ -37,7 +37,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
         UserError: the file cannot be read or is not a YAML mapping; or, one line for each, every unknown key,
             wrong value, rule broken between settings, and override that cannot be applied.
     """
-    document = _Document.read(path)
+    document = Document.read(path)
     applied: list[_Override] = []
     lines: list[str] = []
     values = document.values
@@ -58,6 +58,28 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     if lines:
         raise UserError("\n".join(lines))
     return config
+
+
+def change_config(config: RunConfig, changes: Mapping[str, Any]) -> RunConfig:
+    """`config` with other values for some keys, each as `key.sub` (list positions count from 0), in their order.
+
+    Raises:
+        UserError: one line for every unknown key, wrong value and broken rule; each begins with the key.
+    """
+    values = config.model_dump(exclude_unset=True)
+    for key, value in changes.items():
+        try:
+            values = _Override(key, _key_path(key), value).apply(values)
+        except _OverrideError as error:
+            raise UserError(f"{key}: {error}") from None
+    try:
+        changed = RunConfig.model_validate(values)
+        faults = cross_field_faults(changed)
+    except ValidationError as error:
+        faults = validation_faults(error, values)
+    if faults:
+        raise UserError("\n".join(fault.message for fault in faults))
+    return changed
 
 
 def save_config(config: RunConfig, path: str | Path) -> None:
@@ -82,18 +104,21 @@ class _Override:
     @classmethod
     def parse(cls, text: str) -> "_Override":
         key, equals, value = text.partition("=")
-        parts = key.replace("-", "_").split(".")
-        if not equals or not all(parts):
+        if not equals or not all(key.split(".")):
             raise _OverrideError("need key.sub=value")
-        path = tuple(int(part) if part.isdecimal() else part for part in parts)
         try:
-            return cls(text, path, _yaml().load(value))
+            return cls(text, _key_path(key), _yaml().load(value))
         except (YAMLError, ValueError, RecursionError):
             raise _OverrideError("the value is not valid YAML; put it in quotes") from None
 
     def apply(self, values: dict[str, Any]) -> dict[str, Any]:
         """The tree with this override; the given one stays as it is."""
         return _replaced(values, self.path, 0, self.value)
+
+
+def _key_path(key: str) -> KeyPath:
+    """The parts of a dotted key; dashes count as underscores."""
+    return tuple(int(part) if part.isdecimal() else part for part in key.replace("-", "_").split("."))
 
 
 def _replaced(container: Any, path: KeyPath, depth: int, value: Any) -> Any:
@@ -117,7 +142,7 @@ def _replaced(container: Any, path: KeyPath, depth: int, value: Any) -> Any:
     return container
 
 
-class _Document:
+class Document:
     """A YAML file: its values and, on demand, the line where a key stands."""
 
     def __init__(self, path: str | Path, text: str, values: dict[str, Any]) -> None:
@@ -126,7 +151,7 @@ class _Document:
         self._text = text
 
     @classmethod
-    def read(cls, path: str | Path) -> "_Document":
+    def read(cls, path: str | Path) -> "Document":
         try:
             text = Path(path).read_bytes().decode("utf-8-sig")
         except OSError as error:
@@ -177,7 +202,7 @@ def _entry(node: Node, part: str | int) -> tuple[Node, int] | None:
     return None
 
 
-def _located(fault: Fault, document: _Document, overrides: Sequence[_Override]) -> tuple[int, str]:
+def _located(fault: Fault, document: Document, overrides: Sequence[_Override]) -> tuple[int, str]:
     """Line number (0 on the command line) and text of a fault, which starts with its place.
 
     The place is the last override that set the key, else its line, else where the nearest section around it began.

@@ -1,0 +1,111 @@
+"""The `study` verb: which of a study's jobs the options ask for, and the exit code."""
+
+import sys
+from collections.abc import Sequence
+from importlib.util import find_spec
+from pathlib import Path
+
+from dist_qft.errors import UserError
+from dist_qft.study.rows import Row, expand
+from dist_qft.study.run import outcome_of, run_in_processes, run_rows
+from dist_qft.study.settings import Study, load_study
+from dist_qft.world import World
+
+REPORT_PACKAGES = ("matplotlib", "scipy")
+
+
+def run_study(
+    path: Path,
+    *,
+    plan: bool,
+    count: bool,
+    row: int | None,
+    report: bool,
+    write_report: bool,
+    jobs: int,
+    retry_failed: bool,
+    suggest: int | None,
+) -> int:
+    """Do what the options say; returns the exit code. At most one of plan, count, row, report and suggest.
+
+    Raises:
+        UserError: anything in the study that cannot work, before any run starts.
+    """
+    _require_one(
+        {
+            "--plan": plan,
+            "--count": count,
+            "--row": row is not None,
+            "--report": report,
+            "--suggest": suggest is not None,
+        }
+    )
+    study = load_study(path)
+    rows = expand(study)
+    if count:
+        print(len(rows))
+    elif plan:
+        from dist_qft.study.planned import print_plan
+
+        print_plan(study, rows)
+    elif row is not None:
+        return _one(rows, row, retry_failed)
+    elif report:
+        _report(study, rows)
+    elif suggest is not None:
+        from dist_qft.study.suggest import write_suggestions
+
+        write_suggestions(study, rows, suggest)
+    else:
+        return _all(path, study, rows, jobs, retry_failed, write_report)
+    return 0
+
+
+def _require_one(given: dict[str, bool]) -> None:
+    names = [name for name, present in given.items() if present]
+    if len(names) > 1:
+        raise UserError(f"{' and '.join(names)}: allowed is one of them")
+
+
+def _one(rows: Sequence[Row], number: int, retry_failed: bool) -> int:
+    if not 0 <= number < len(rows):
+        raise UserError(f"--row: got {number}, the study has runs 0 to {len(rows) - 1}")
+    run_rows(rows, [number], retry_failed=retry_failed)
+    return outcome_of(rows[number])
+
+
+def _all(path: Path, study: Study, rows: Sequence[Row], jobs: int, retry_failed: bool, write_report: bool) -> int:
+    """All runs, then the report; the exit code of the first run that failed."""
+    if write_report:
+        _require_report_packages()
+    if jobs > 1:
+        if World.from_environment().world_size > 1:
+            raise UserError("--jobs: several ranks were started already; allowed with them is 1")
+        run_in_processes(path, jobs, retry_failed=retry_failed)
+    else:
+        run_rows(rows, range(len(rows)), retry_failed=retry_failed)
+    if World.from_environment().rank != 0:
+        return 0
+    if not write_report:
+        return 0
+    _report(study, rows)
+    from dist_qft.study.results import collect
+
+    failed = [outcome for outcome in collect(rows) if outcome.result and outcome.result.exit_code]
+    if failed:
+        print(f"{len(failed)} of {len(rows)} runs failed; --retry-failed runs them again", file=sys.stderr)
+    return failed[0].result.exit_code if failed else 0
+
+
+def _report(study: Study, rows: Sequence[Row]) -> None:
+    _require_report_packages()
+    from dist_qft.study.report import write_report
+
+    print(write_report(study, rows))
+
+
+def _require_report_packages() -> None:
+    """A report needs packages that nothing else does; better missed before the runs than after."""
+    missing = [name for name in REPORT_PACKAGES if find_spec(name) is None]
+    if missing:
+        raise UserError(f"the report needs {' and '.join(missing)}; pip install 'dist-qft[study]', or --no-report")

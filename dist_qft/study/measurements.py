@@ -1,0 +1,110 @@
+"""The held-out figures of a study's runs, put so that runs of one seed can be compared.
+
+A run differs from the reference of its own seed by what its variant changes alone: same data order, same initial values
+of every adapter of equal shape. So effects are differences within a seed, and their spread is that over the seeds.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from statistics import fmean, stdev
+
+from scipy import stats
+
+from dist_qft.config.schema import MethodConfig
+from dist_qft.methods.schedule import effective
+from dist_qft.study.presets import REFERENCE, Variant, value_label
+from dist_qft.study.results import Outcome
+
+CONFIDENCE = 0.95
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A mean over seeds and its 95 % interval (Student's t); with one seed the interval is unbounded."""
+
+    per_seed: tuple[float, ...]
+
+    @property
+    def mean(self) -> float:
+        return fmean(self.per_seed)
+
+    @property
+    def spread(self) -> float:
+        """Standard deviation over the seeds; 0 for one seed."""
+        return stdev(self.per_seed) if len(self.per_seed) > 1 else 0.0
+
+    @property
+    def half_width(self) -> float:
+        count = len(self.per_seed)
+        if count < 2:
+            return math.inf
+        return float(stats.t.ppf((1 + CONFIDENCE) / 2, count - 1)) * self.spread / math.sqrt(count)
+
+    @property
+    def low(self) -> float:
+        return self.mean - self.half_width
+
+    @property
+    def high(self) -> float:
+        return self.mean + self.half_width
+
+
+@dataclass
+class Subject:
+    """One combination of a study's axes: figures by variant and seed.
+
+    Attributes:
+        sign: 1 where a smaller figure is better (loss), -1 where a larger one is.
+        curves: training losses by variant and seed.
+    """
+
+    label: str
+    method: MethodConfig
+    sign: int
+    figures: dict[Variant, dict[int, float]] = field(default_factory=dict)
+    curves: dict[Variant, dict[int, list[float]]] = field(default_factory=dict)
+    kept: dict[Variant, dict[str, float]] = field(default_factory=dict)
+    trainables: dict[Variant, int] = field(default_factory=dict)
+
+    @property
+    def reference(self) -> dict[int, float]:
+        """The reference's figure by seed."""
+        return self.figures.get(Variant(REFERENCE), {})
+
+    def variants(self, preset: str) -> list[Variant]:
+        """The measured variants of a preset, in the order of the study."""
+        return [variant for variant in self.figures if variant.preset == preset]
+
+    def costs(self, variant: Variant) -> dict[int, float]:
+        """How much worse than the reference, by seed; over seeds where both are known."""
+        figures = self.figures[variant]
+        return {seed: self.sign * (figures[seed] - best) for seed, best in self.reference.items() if seed in figures}
+
+    def reference_value(self, preset: str) -> str:
+        """What the reference has of the setting that a preset varies."""
+        knob = preset.partition("_")[0]
+        if knob == "balance":
+            pool, repeat, balance = effective(self.method)
+            return {"qbara": str(balance), "qalora": str(pool)}.get(self.method.name, f"{repeat}x{pool}")
+        return value_label(getattr(self.method, knob))
+
+
+def measure(outcomes: Sequence[Outcome], metric: str) -> list[Subject]:
+    """The subjects of a study with what their finished runs measured; those without a finished run are left out."""
+    subjects: dict[str, Subject] = {}
+    for outcome in outcomes:
+        row = outcome.row
+        if not outcome.done or metric not in outcome.result.tuned:
+            continue
+        label = ", ".join(row.subject.values()) or row.config.method.name
+        sign = 1 if metric == "loss" else -1
+        for variant in row.variants:
+            subject = subjects.setdefault(label, Subject(label, row.config.method, sign))
+            if variant.preset == REFERENCE:
+                subject.method = row.config.method
+            seed = row.config.train.seed
+            subject.figures.setdefault(variant, {})[seed] = outcome.result.tuned[metric]
+            subject.curves.setdefault(variant, {})[seed] = outcome.result.history
+            subject.kept[variant], subject.trainables[variant] = row.kept, row.trainables
+    return [subject for subject in subjects.values() if subject.reference]

@@ -1,0 +1,174 @@
+"""From a study to its runs: every combination of the axes, with the reference and each variant of each preset.
+
+Runs with equal settings are one run, whichever presets ask for it: what counts is the adapter of every layer, not how
+the schedule spells it. A run's name is a digest of that, so it stays when the study file grows.
+"""
+
+import hashlib
+import itertools
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dist_qft.assemble import compute_dtype, linear_shapes, plan_trainables
+from dist_qft.base_model.skeleton import BaseModel, build_skeleton
+from dist_qft.config.load import change_config
+from dist_qft.config.schema import RunConfig
+from dist_qft.errors import UserError
+from dist_qft.methods.adapter_plan import AdapterPlan
+from dist_qft.methods.trainable import Plan
+from dist_qft.plan import planned_device
+from dist_qft.study.groups import kept_shares
+from dist_qft.study.presets import REFERENCE, Variant, preset_variants
+from dist_qft.study.settings import Study, axis_labels
+from dist_qft.task import head_outputs
+
+RUNS_FOLDER = "runs"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One run of a study.
+
+    Attributes:
+        subject: axis -> label.
+        variants: what it stands for; several if presets meet in it.
+        trainables: number of trainable values, by the method's formula.
+        kept: group -> parameters after / parameters of the reference; empty where the method has no adapters.
+        base_key: equal for runs that may use one loaded base.
+    """
+
+    name: str
+    config: RunConfig
+    subject: dict[str, str]
+    variants: tuple[Variant, ...]
+    trainables: int
+    kept: dict[str, float] = field(hash=False)
+    base_key: str = ""
+
+    @property
+    def folder(self) -> Path:
+        """Where the run keeps its files."""
+        return Path(self.config.output_dir)
+
+    def __str__(self) -> str:
+        subject = [f"{axis} {label}" for axis, label in self.subject.items()]
+        return ", ".join([*subject, " = ".join(map(str, self.variants)), f"seed {self.config.train.seed}"])
+
+
+def expand(study: Study) -> list[Row]:
+    """All runs, each once, in the order of the file. Reads no weights.
+
+    Raises:
+        UserError: the first axis or preset that asks for something impossible, with its place in the file.
+    """
+    rows: dict[str, Row] = {}
+    skeletons = _Skeletons()
+    for subject, config in _subjects(study):
+        for row in _subject_rows(study, subject, config, skeletons):
+            known = rows.get(row.name)
+            if known is None:
+                rows[row.name] = row
+            elif known.subject == row.subject:
+                rows[row.name] = replace(known, variants=tuple(dict.fromkeys([*known.variants, *row.variants])))
+            else:
+                labels = ", ".join(row.subject.values())
+                raise UserError(
+                    f"{study.place('axes')}: {labels} has the settings of {', '.join(known.subject.values())}"
+                )
+    return list(rows.values())
+
+
+def _subjects(study: Study) -> Iterator[tuple[dict[str, str], RunConfig]]:
+    """Each combination of the axes, and its config."""
+    axes = study.settings.axes
+    for labels in itertools.product(*(axis_labels(values) for values in axes.values())):
+        subject, config = dict(zip(axes, labels, strict=True)), study.base
+        for axis, label in subject.items():
+            values = axes[axis]
+            changes = values[label] if isinstance(values, dict) else {axis: values[axis_labels(values).index(label)]}
+            place = ("axes", axis, label) if isinstance(values, dict) else ("axes", axis)
+            config = _placed(study, place, lambda c=config, new=changes: change_config(c, new))
+        yield subject, config
+
+
+def _subject_rows(study: Study, subject: dict[str, str], config: RunConfig, skeletons: "_Skeletons") -> Iterator[Row]:
+    """The reference and all variants of one combination of the axes, for every seed."""
+    place = ("axes",) if subject else ("base",)
+    base = _placed(study, place, lambda: skeletons.get(config))
+    reference = _placed(study, place, lambda: plan_trainables(config, base))
+    layers = linear_shapes(base)
+    chosen: list[tuple[tuple[str | int, ...], Variant]] = [(place, Variant(REFERENCE))]
+    for index, preset in enumerate(study.settings.presets):
+        if any(subject[axis] != label for axis, label in preset.when.items()):
+            continue
+        place = ("presets", index)
+        if not isinstance(reference, AdapterPlan):
+            raise UserError(f"{study.place(*place)}: {preset.preset} varies adapters, {config.method.name} has none")
+        found = _placed(study, place, lambda p=preset: list(preset_variants(p, config.method, reference, layers)))
+        chosen += [(place, variant) for variant in found]
+    for place, variant in chosen:
+        changed, plan = _placed(study, place, lambda v=variant: _with_variant(config, v, base))
+        kept = kept_shares(reference, plan, layers) if isinstance(plan, AdapterPlan) else {}
+        trainables = plan.parameters + head_outputs(config.task) * base.embedding.embedding_dim
+        for seed in study.settings.seeds:
+            seeded = change_config(changed, {"train.seed": seed})
+            name = _name(seeded, plan)
+            settings = {"output_dir": str(study.output_dir / RUNS_FOLDER / name)}
+            if seeded.data is not None and seeded.data.cache_dir is None:
+                settings["data.cache_dir"] = str(study.output_dir / "data_cache")
+            final = change_config(seeded, settings)
+            yield Row(name, final, subject, (variant,), trainables, kept, _base_key(final))
+
+
+def _with_variant(config: RunConfig, variant: Variant, base: BaseModel) -> tuple[RunConfig, Plan]:
+    if variant.rules:
+        own = [rule.model_dump(exclude_unset=True) for rule in config.method.schedule]
+        config = change_config(config, {"method.schedule": [*own, *variant.rules]})
+    return config, plan_trainables(config, base)
+
+
+def _placed(study: Study, path: tuple[str | int, ...], work: Callable[[], Any]) -> Any:
+    """The result of `work`, whose UserError gets the place in the study file; its first line says enough."""
+    try:
+        return work()
+    except UserError as error:
+        raise UserError(f"{study.place(*path)}: {str(error).splitlines()[0]}") from None
+
+
+def _name(config: RunConfig, plan: Plan) -> str:
+    """The method, and a digest of all settings that decide what the run computes."""
+    # Without defaults: a setting that later versions add must not rename the runs of today.
+    settings = config.model_dump(exclude={"output_dir": True, "data": {"cache_dir"}}, exclude_defaults=True)
+    if isinstance(plan, AdapterPlan):
+        # The plan says it layer by layer, in one way only.
+        settings["method"] = config.method.model_dump(include={"name", "merge_aware"}, exclude_defaults=True)
+    text = json.dumps([settings, plan.describe()], sort_keys=True)
+    return f"{config.method.name}-{hashlib.sha256(text.encode()).hexdigest()[:12]}"
+
+
+def _base_key(config: RunConfig) -> str:
+    """Runs with the same key may share a loaded base; what cannot be taken off a base again shares none."""
+    if config.method.name == "qst" or config.method.merge_aware:
+        return config.output_dir
+    parts = config.model_dump(include={"model", "quantization", "sharding"})
+    train = config.train.model_dump(include={"precision", "gradient_checkpointing"})
+    return json.dumps([parts, train], sort_keys=True)
+
+
+class _Skeletons:
+    """Bases on the meta device, one for each model and quantization."""
+
+    def __init__(self) -> None:
+        self._known: dict[str, BaseModel] = {}
+
+    def get(self, config: RunConfig) -> BaseModel:
+        dtype: torch.dtype = compute_dtype(config.train.precision, planned_device(config))
+        key = f"{config.model} {config.quantization} {dtype}"
+        if key not in self._known:
+            self._known[key] = build_skeleton(config.model, config.quantization, dtype)
+        return self._known[key]

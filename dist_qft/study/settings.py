@@ -1,0 +1,201 @@
+"""The study file: its sections, types and ranges, and how it is read.
+
+What a preset or an axis means for a model is not known here (`presets`, `rows`); a fault found there is placed by
+`Study.place`.
+"""
+
+import difflib
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, ValidationError
+
+from dist_qft.config.faults import KeyPath, dotted
+from dist_qft.config.load import Document, change_config, load_config
+from dist_qft.config.schema import NonNegative, Positive, RunConfig, Section, Text
+from dist_qft.errors import UserError
+
+PositiveNumber = Annotated[float, Field(gt=0)]
+Pair = Annotated[list[Positive], Field(min_length=2, max_length=2)]
+Range = Annotated[list[NonNegative], Field(min_length=2, max_length=2)]
+When = Annotated[dict[str, Text], Field(description="axis -> label: only for these combinations of the axes")]
+
+
+class TypePreset(Section):
+    """One setting, varied in one group of layer types at a time; the other layers keep the reference's."""
+
+    preset: Literal["rank_by_type", "balance_by_type", "alpha_by_type"]
+    values: list[Positive | PositiveNumber | Pair] = Field(min_length=1)
+    groups: list[Text] = Field(["attention", "mlp"], min_length=1, description="layer types, 'attention' or 'mlp'")
+    keep: Literal["scale", "alpha"] = Field("scale", description="with a rank: alpha / rank stays, or alpha does")
+    when: When = {}
+
+
+class DepthPreset(Section):
+    """One setting, varied in one range of decoder layers at a time."""
+
+    preset: Literal["rank_by_depth", "balance_by_depth"]
+    values: list[Positive | PositiveNumber | Pair] = Field(min_length=1)
+    depths: Annotated[int, Field(ge=2)] | dict[Text, Range] = Field(
+        3, description="number of equal parts, or name -> first and last decoder layer"
+    )
+    keep: Literal["scale", "alpha"] = Field("scale", description="with a rank: alpha / rank stays, or alpha does")
+    when: When = {}
+
+
+class EqualDiscount(Section):
+    """The same number of trainables taken from one group at a time."""
+
+    preset: Literal["equal_discount"]
+    discount: Annotated[float, Field(gt=0, lt=1)] = Field(description="share that is cut")
+    hold: Literal["absolute", "relative"] = Field(
+        "absolute", description="share of all trainables (equal totals), or of the group's own"
+    )
+    groups: list[Text] = Field(["attention", "mlp", "early", "middle", "late"], min_length=1)
+    when: When = {}
+
+
+Preset = TypePreset | DepthPreset | EqualDiscount
+_PRESETS: dict[str, type[Section]] = {
+    name: kind
+    for kind in (TypePreset, DepthPreset, EqualDiscount)
+    for name in kind.model_fields["preset"].annotation.__args__
+}
+
+
+class StudySettings(Section):
+    """The whole file."""
+
+    base: Text = Field(description="config of the reference run; relative to this file")
+    output_dir: Text = Field(description="runs and report go there")
+    set: dict[Text, Any] = Field({}, description="key.sub -> value: settings that replace the base config's")
+    seeds: list[NonNegative] = Field([0], min_length=1)
+    metric: Text = Field("loss", description="held-out figure that is compared: loss, or a metric such as accuracy")
+    axes: dict[Text, list[Any] | dict[Text, dict[Text, Any]]] = Field(
+        {}, description="key.sub -> values, or name -> {label: {key.sub: value}}; all combinations are run"
+    )
+    presets: list[Annotated[Preset, Field(discriminator="preset")]] = []
+
+
+@dataclass(frozen=True)
+class Study:
+    """A study file and the config it starts from, with `set` applied."""
+
+    document: Document
+    settings: StudySettings
+    base: RunConfig
+
+    @property
+    def output_dir(self) -> Path:
+        return Path(self.settings.output_dir)
+
+    @cached_property
+    def title(self) -> str:
+        """The study's name for headings: that of its output folder."""
+        return self.output_dir.name
+
+    def place(self, *path: str | int) -> str:
+        """`file:line: key`, for a message on what stands at a key."""
+        return f"{_line(self.document, path)}: {dotted(path)}"
+
+
+def load_study(path: str | Path) -> Study:
+    """The study in the file `path`.
+
+    Raises:
+        UserError: the file or its base config cannot be read; or, one line each, every fault of the file.
+    """
+    document = Document.read(path)
+    try:
+        settings = StudySettings.model_validate(document.values)
+    except ValidationError as error:
+        lines = [_fault(document, item) for item in error.errors(include_url=False)]
+        raise UserError("\n".join(dict.fromkeys(lines))) from None
+    faults = [f"{_line(document, path)}: {message}" for path, message in _contradictions(settings)]
+    if faults:
+        raise UserError("\n".join(faults))
+    base = load_config(Path(path).parent / settings.base)
+    try:
+        base = change_config(base, settings.set)
+    except UserError as error:
+        raise UserError(f"{_line(document, ('set',))}: set: {error}") from None
+    return Study(document, settings, base)
+
+
+def _contradictions(settings: StudySettings) -> list[tuple[KeyPath, str]]:
+    """Faults between keys, each with its place."""
+    faults: list[tuple[KeyPath, str]] = []
+    if not settings.axes and not settings.presets:
+        faults.append((("base",), "nothing varies: need axes or presets"))
+    if len(set(settings.seeds)) < len(settings.seeds):
+        faults.append((("seeds",), f"seeds: got {settings.seeds}, each seed once"))
+    for name, values in settings.axes.items():
+        if not values:
+            faults.append((("axes", name), f"axes.{name}: the grid is empty, need at least one value"))
+    for index, preset in enumerate(settings.presets):
+        for axis, label in preset.when.items():
+            labels = axis_labels(settings.axes[axis]) if axis in settings.axes else None
+            if labels is None or label not in labels:
+                allowed = f"an axis ({', '.join(settings.axes)})" if labels is None else f"one of {', '.join(labels)}"
+                given = axis if labels is None else label
+                faults.append((("presets", index, "when"), f"presets.{index}.when: got '{given}', need {allowed}"))
+        if isinstance(preset, TypePreset | DepthPreset):
+            faults += _value_faults(index, preset)
+    return faults
+
+
+def _value_faults(index: int, preset: TypePreset | DepthPreset) -> list[tuple[KeyPath, str]]:
+    knob = preset.preset.partition("_")[0]
+    kinds = {"rank": int, "alpha": (int, float), "balance": (int, list)}
+    allowed = {"rank": "whole numbers", "alpha": "numbers", "balance": "whole numbers, or [repeat, pool] for qahira"}
+    path, key = ("presets", index, "values"), f"presets.{index}.values"
+    faults = [(path, f"{key}: got {v}, need {allowed[knob]}") for v in preset.values if not isinstance(v, kinds[knob])]
+    if knob != "rank" and "keep" in preset.model_fields_set:
+        faults.append((("presets", index, "keep"), f"presets.{index}.keep: only for ranks; remove it"))
+    return faults
+
+
+def axis_labels(values: list[Any] | dict[str, dict[str, Any]]) -> list[str]:
+    """What the values of an axis are called in tables and in `when`."""
+    return list(values) if isinstance(values, dict) else [str(value) for value in values]
+
+
+def _line(document: Document, path: KeyPath) -> str:
+    """`file:line` of a key, or of the nearest section around it."""
+    for length in range(len(path), 0, -1):
+        if line := document.line(path[:length]):
+            return f"{document.path}:{line}"
+    return str(document.path)
+
+
+def _fault(document: Document, item: dict[str, Any]) -> str:
+    """One of pydantic's errors as one line."""
+    path = _given_path(item["loc"], document.values)
+    where, key = _line(document, path), dotted(path)
+    if item["type"] == "missing":
+        return f"{where}: {dotted((*path, item['loc'][-1]))}: missing"
+    if item["type"] == "extra_forbidden":
+        preset = _PRESETS.get(document.values["presets"][path[1]]["preset"]) if path[0] == "presets" else None
+        allowed = [*(preset or StudySettings).model_fields]
+        near = difflib.get_close_matches(str(path[-1]), allowed, n=1)
+        hint = f", did you mean '{near[0]}'?" if near else f", allowed here: {', '.join(allowed)}"
+        return f"{where}: unknown key '{key}'{hint}"
+    if item["type"] == "union_tag_invalid":
+        return f"{where}: {key}.preset: got '{item['input'].get('preset')}', need one of {', '.join(_PRESETS)}"
+    if item["type"] == "union_tag_not_found":
+        return f"{where}: {key}: missing 'preset', need one of {', '.join(_PRESETS)}"
+    need = item["msg"].removeprefix("Input should be ").replace("List should have", "a list with")
+    return f"{where}: {key}: got {item['input']!r}, need {need}"
+
+
+def _given_path(location: KeyPath, values: Any) -> KeyPath:
+    """A pydantic location without what is not in the file: tags of unions, and a missing key at its end."""
+    path: list[str | int] = []
+    for part in location:
+        entries = range(len(values)) if isinstance(values, list) else values
+        if isinstance(values, dict | list) and part in entries:
+            values = values[part]
+            path.append(part)
+    return tuple(path)

@@ -1,0 +1,110 @@
+"""`--suggest`: from a finished study and a budget of trainables, a config for the next run.
+
+Costs of single changes are added up: what a rank or balancing factor costs in attention plus what another costs in MLP
+(or over the parts of the depth, where only those were varied). The study has not measured the combination, so the
+config says what was predicted, for the next run to test. A choice is made among measured values only.
+"""
+
+import itertools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from statistics import fmean
+
+from dist_qft.assemble import compute_dtype, plan_trainables
+from dist_qft.base_model.skeleton import build_skeleton
+from dist_qft.config.load import change_config, save_config
+from dist_qft.config.schema import RunConfig
+from dist_qft.errors import SetupError, UserError
+from dist_qft.plan import planned_device
+from dist_qft.study.measurements import Estimate, Subject, measure
+from dist_qft.study.presets import REFERENCE, Variant
+from dist_qft.study.results import collect
+from dist_qft.study.rows import Row
+from dist_qft.study.settings import Study
+
+_KINDS = ("by_type", "by_depth")
+
+
+@dataclass(frozen=True)
+class _Change:
+    """One group's new value of one setting, and what it cost, by seed."""
+
+    variant: Variant
+    costs: dict[int, float]
+
+
+def write_suggestions(study: Study, rows: Sequence[Row], budget: int) -> None:
+    """Write `suggested-<subject>.yaml` for every subject, and print what was chosen.
+
+    Raises:
+        UserError: runs are missing, the study varies no rank or balancing factor, or nothing fits the budget.
+    """
+    outcomes = collect(rows)
+    missing = [outcome for outcome in outcomes if not outcome.done]
+    if missing:
+        raise UserError(f"--suggest: {len(missing)} of {len(rows)} runs are not done; finish the study first")
+    written = []
+    for subject in measure(outcomes, study.settings.metric):
+        own = [row for row in rows if (", ".join(row.subject.values()) or row.config.method.name) == subject.label]
+        reference = next(row for row in own if any(v.preset == REFERENCE for v in row.variants))
+        changes, parameters, config = _best(subject, reference.config, budget)
+        name = "-".join(subject.label.replace(",", "").split())
+        target = study.output_dir / f"suggested-{name}.yaml"
+        config = change_config(config, {"output_dir": str(study.output_dir / f"suggested-{name}")})
+        try:
+            save_config(config, target)
+        except OSError as error:
+            raise SetupError(f"{target}: cannot write: {error.strerror}") from error
+        written.append(f"{target}: {_describe(changes, subject)}, {parameters:,} trainables")
+    print(*written, sep="\n")
+
+
+def _best(subject: Subject, config: RunConfig, budget: int) -> tuple[list[_Change], int, RunConfig]:
+    """The combination with the lowest predicted cost within the budget; of equals the smaller."""
+    base = build_skeleton(
+        config.model, config.quantization, compute_dtype(config.train.precision, planned_device(config))
+    )
+    found = []
+    smallest = None
+    for changes in _combinations(subject):
+        own = [rule.model_dump(exclude_unset=True) for rule in config.method.schedule]
+        added = [rule for change in changes for rule in change.variant.rules]
+        tried = change_config(config, {"method.schedule": [*own, *added]})
+        parameters = plan_trainables(tried, base).parameters
+        smallest = min(parameters, smallest or parameters)
+        if parameters <= budget:
+            cost = sum(fmean(change.costs.values()) for change in changes)
+            found.append((cost, parameters, len(found), list(changes), tried))
+    if smallest is None:
+        raise UserError(f"--suggest: the study varies no rank or balancing factor for {subject.label}")
+    if not found:
+        raise UserError(f"--suggest: got {budget:,}, the smallest combination of {subject.label} has {smallest:,}")
+    _, parameters, _, changes, tried = min(found, key=lambda each: each[:3])
+    return changes, parameters, tried
+
+
+def _combinations(subject: Subject) -> Iterator[tuple[_Change, ...]]:
+    """For types, then for depths: in each group, the reference's value or a measured one of each setting."""
+    for kind in _KINDS:
+        presets = [name for name in (f"rank_{kind}", f"balance_{kind}") if subject.variants(name)]
+        options = []
+        for preset in presets:
+            own = subject.variants(preset)
+            for group in dict.fromkeys(variant.group for variant in own):
+                changes = [_Change(v, subject.costs(v)) for v in own if v.group == group]
+                options.append([None, *changes])
+        if options:
+            for chosen in itertools.product(*options):
+                yield tuple(change for change in chosen if change is not None)
+
+
+def _describe(changes: Sequence[_Change], subject: Subject) -> str:
+    if not changes:
+        return "the reference itself"
+    seeds = sorted(set.intersection(*(set(change.costs) for change in changes)))
+    total = Estimate(tuple(sum(change.costs[seed] for change in changes) for seed in seeds))
+    what = ", ".join(f"{c.variant.preset.partition('_')[0]} {c.variant.value} in {c.variant.group}" for c in changes)
+    return (
+        f"{what}: predicted change for the worse {total.mean:+.3g} against the reference "
+        f"(standard deviation {total.spread:.2g} over {len(seeds)} seeds, effects added up)"
+    )
