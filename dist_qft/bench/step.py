@@ -35,7 +35,9 @@ METHODS = {
         "method": {"name": "qahira", "pool": 32, "repeat": 1},
         "quantization": {"linear": "affine4", "block": [1, 32]},
     },
+    "qalora": {"method": {"name": "qalora", "pool": 32}, "quantization": {"linear": "affine4", "block": [1, 32]}},
 }
+MEASURED = ["qlora", "qbara", "qahira"]
 ENGINES = ("fsdp", "zero", "replicated")
 PEERS = {
     "ddp": "PEFT, DDP",
@@ -50,7 +52,7 @@ def run(options: Options) -> Report:
     """All sides on the main model, and on the larger one those that a user would choose between."""
     rows, length = (1, 32) if options.quick else (2, 128)
     settings = _settings(options, options.model, rows, length)
-    methods, engines, peers = list(METHODS), ENGINES, list(PEERS)
+    methods, engines, peers = MEASURED, ENGINES, list(PEERS)
     if options.quick:
         methods, engines, peers = ["qlora"], ("fsdp",), ["ddp", "fsdp1"]
     sides = _all_sides(settings, options, methods, engines, peers)

@@ -117,6 +117,11 @@ class Affine4(BlockFormat):
             zero = zero.expand(-1, -1, b_in).reshape(-1, 1, in_features)
         blocks.mul_(scale).add_(zero)
 
+    def _dequantize_on_cuda(self, packed: Mapping[str, Tensor], out: Tensor) -> None:
+        from dist_qft.quant.triton_kernels import dequantize_affine4
+
+        dequantize_affine4(packed, self.block, _group(out.shape[1]), out)
+
 
 def affine4_from_q4_1(raw: Tensor) -> dict[str, Tensor]:
     """The packed tensors of a GGUF Q4_1 weight, for block [1, 32]; `raw` is uint8 (out, in / 32 * 20)."""
