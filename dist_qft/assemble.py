@@ -20,6 +20,7 @@ from dist_qft.data.dataset import TokenDataset
 from dist_qft.errors import UserError
 from dist_qft.forward import BaseForward, Forward
 from dist_qft.methods.adapter_plan import AdapterPlan, stored_adapters
+from dist_qft.methods.folding import folding_obstacle
 from dist_qft.methods.qst.cached_forward import CachedForward
 from dist_qft.methods.qst.hidden_cache import CacheLayout, HiddenCache, require_space
 from dist_qft.methods.qst.plan import SidePlan, plan_side_network, stored_side_network
@@ -69,7 +70,10 @@ def plan_trainables(config: RunConfig, base: BaseModel) -> Plan:
     """What the config's method trains beside this base; from shapes alone. UserError if it does not fit."""
     if config.method.name == "qst":
         return plan_side_network(config.method, base)
-    return AdapterPlan(plan_adapters(config.method, linear_shapes(base)))
+    plan = AdapterPlan(plan_adapters(config.method, linear_shapes(base)))
+    if config.method.merge_aware and (obstacle := folding_obstacle(plan, base.linears)):
+        raise UserError(f"method.merge_aware: no exact merge: {obstacle}")
+    return plan
 
 
 def stored_plan(checkpoint: Checkpoint, base: BaseModel) -> Plan:

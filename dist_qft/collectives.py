@@ -71,14 +71,16 @@ class SideGroup:
 
 @contextmanager
 def told_by(rank: int, doing: Callable[[], str]) -> Iterator[None]:
-    """Inside, a failed collective becomes PeerLostError, and errors of this rank alone carry its number. Collective.
+    """Inside, a failed collective becomes PeerLostError, and errors of this rank alone carry its number.
+
+    Collective if there is a process group.
 
     Args:
         doing: what the run is at, for the message, such as "step 12".
     """
     neighbours: Neighbours | None = None
     try:
-        neighbours = Neighbours()
+        neighbours = Neighbours() if dist.is_initialized() else None
         yield
     except DistQFTError as error:
         if not error.everywhere:

@@ -11,6 +11,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 from ranks import RankPool
+from tiny_gguf import save_tiny_gguf
 from tiny_model import save_tiny_model
 
 
@@ -33,6 +34,12 @@ def default_smollm2() -> Path:
     """Where the real model should be: $DIST_QFT_SMOLLM2, or in the cache folder."""
     default = Path(os.environ.get("DIST_QFT_CACHE", "~/.cache/dist_qft")) / "SmolLM2-135M-Instruct.Q4_1.gguf"
     return Path(os.environ.get("DIST_QFT_SMOLLM2", default)).expanduser()
+
+
+@pytest.fixture(scope="session")
+def tiny_gguf(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Llama of 3 layers as GGUF: linears Q4_1, embedding and head Q8_0."""
+    return save_tiny_gguf(tmp_path_factory.mktemp("tiny-gguf") / "tiny.Q4_1.gguf")
 
 
 @pytest.fixture(scope="session")

@@ -110,5 +110,6 @@ def test_a_lost_peer_is_an_error_of_its_own(tmp_path: Path, fate: str):
         for process in ranks:
             process.kill()
             process.join()
-    assert text.startswith("step 3: another rank is gone or did not answer in time (")
+    what = "rank 1 is gone" if fate == "killed" else "another rank is gone or did not answer in time"
+    assert text.startswith(f"step 3: {what} (")
     assert (exit_code, prefix) == (4, "rank 0")

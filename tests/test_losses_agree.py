@@ -14,6 +14,7 @@ METHODS = {
     "qbara": {"method": {"name": "qbara", **UNTILED}, "quantization": NF4},
     "qalora": {"method": {"name": "qalora", "rank": 4, "pool": 32, "repeat": None}, "quantization": {"block": [1, 32]}},
     "qahira": {},
+    "qahira, merge-aware": {"method": {"merge_aware": True}},
 }
 ENGINES = [(2, "fsdp", 2), (4, "fsdp", 1), (2, "replicated", 4), (2, "zero", 2), (4, "zero", 1)]
 

@@ -29,6 +29,7 @@ def cross_field_faults(config: RunConfig) -> list[Fault]:
         *_model_faults(config),
         *_quantization_faults(config.quantization),
         *(_side_faults(config) if config.method.name == "qst" else _adapter_faults(config.method)),
+        *_merge_aware_faults(config),
         *_task_faults(config),
         *_train_faults(config),
         *_sharding_faults(config.sharding),
@@ -126,6 +127,18 @@ def _adapter_faults(method: MethodConfig) -> Iterator[Fault]:
             yield value_fault(path, f"skip leaves no use for {without_effect}; give one or the other")
 
 
+def _merge_aware_faults(config: RunConfig) -> Iterator[Fault]:
+    method, linear = config.method, config.quantization.linear
+    if not method.merge_aware or method.name == "qst":
+        return
+    if method.name not in ("qalora", "qahira"):
+        yield value_fault(("method", "merge_aware"), f"{method.name} does not merge exactly; qalora and qahira do")
+    elif linear != "affine4":
+        yield value_fault(("method", "merge_aware"), f"{linear} has no zeros to take dW; affine4 has")
+    if method.dropout:
+        yield value_fault(("method", "dropout"), f"got {method.dropout}, merge_aware has no place for it; use 0")
+
+
 def _unused_factors(
     section: MethodConfig | ScheduleRule, used: dict[str, int], path: tuple[str | int, ...], method: str
 ) -> Iterator[Fault]:
@@ -214,9 +227,10 @@ def _merge_faults(config: RunConfig) -> Iterator[Fault]:
     if merge.at_end is not None and (obstacle := merge_obstacle(config)):
         yield value_fault(("merge", "at_end"), obstacle)
     elif merge.at_end is None:
-        for key in sorted(merge.model_fields_set - {"at_end"}):
-            yield value_fault(("merge", key), "no effect without merge.at_end; set that or remove this")
-    elif merge.at_end != "dense" and "dtype" in merge.model_fields_set:
+        for key, field in type(merge).model_fields.items():
+            if getattr(merge, key) != field.default:  # a saved config names every setting
+                yield value_fault(("merge", key), "no effect without merge.at_end; set that or remove this")
+    elif merge.at_end != "dense" and merge.dtype != type(merge).model_fields["dtype"].default:
         yield value_fault(("merge", "dtype"), f"no effect with merge.at_end {merge.at_end}; only dense has it")
 
 

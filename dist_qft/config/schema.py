@@ -68,6 +68,7 @@ class MethodConfig(Section):
     repeat: Positive | None = Field(None, description="copies of each output: qahira (default 8)")
     pool_mode: Literal["mean", "sum"] = "mean"
     dropout: Fraction = 0.0
+    merge_aware: bool = Field(False, description="qalora, qahira: train with zeros as the exact merge will write them")
     targets: str | list[str] = Field("all-linear", description="'all-linear', or layer types as in a schedule")
     schedule: list[ScheduleRule] = []
     reduction: Reduction | None = Field(None, description="qst: times that the side network is narrower (default 16)")

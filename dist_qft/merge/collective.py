@@ -17,9 +17,10 @@ from dist_qft.assemble import Assembled
 from dist_qft.base_model.skeleton import BaseModel
 from dist_qft.collectives import agreed, maximum
 from dist_qft.errors import DistQFTError, Preempted, SetupError
-from dist_qft.merge.fold import Difference, folded, folding_tensor, require_finite
+from dist_qft.merge.fold import Difference, require_finite
 from dist_qft.merge.publish import publishing, refused_write
 from dist_qft.merge.recipe import Recipe
+from dist_qft.methods.folding import folded, folding_tensor
 from dist_qft.preemption import StopSignal
 from dist_qft.quant.frozen import FrozenWeight
 

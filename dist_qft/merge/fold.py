@@ -1,27 +1,20 @@
-"""Folding an adapter into a layer's own weight: dW by rows, the exact fold, and the inexact merges.
+"""Adding an adapter to a layer's own weight: dW by rows, the inexact merges, and how far results are from exact sums.
 
-With w = scale * q + zero, a dW that is constant on every block only moves the zeros: zero' = zero + dW, codes and
-scales stay as they are (QA-LoRA, arXiv 2309.14717; QA-HiRA, arXiv 2407.17029). All sums are made in float64 and
-rounded once, to the zero's own float16: that rounding is the whole error. Here is arithmetic on one layer; which
-rank holds which rows, and where results go, is `collective` and the writers.
+The exact fold itself is `dist_qft.methods.folding`. Here is arithmetic on one layer; which rank holds which rows, and
+where results go, is `collective` and the writers.
 """
 
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from dist_qft.errors import UserError
+from dist_qft.methods.folding import tile_rows
 from dist_qft.methods.tile_adapter import TileAdapter
-from dist_qft.quant.affine4 import Affine4
 from dist_qft.quant.contract import Format, Shape, row_chunks
-from dist_qft.quant.dense import Dense
-from dist_qft.quant.frozen import FrozenLinear
-
-_ROWS = 256  # tile rows multiplied at a time
 
 
 @dataclass
@@ -76,22 +69,7 @@ class Difference:
         if written.dtype == torch.float16:
             self.steps = max(self.steps, float((distance / _float16_step(written)).max()))
         self.squares += float(distance.square().sum())
-        self.update_squares += float((exact - before.cpu().double()).square().sum())
-
-
-@torch.no_grad()
-def tile_rows(adapter: TileAdapter, start: int, stop: int) -> Tensor:
-    """Rows start..stop of the tile values of dW: float64 (stop - start, d_in / p).
-
-    Products are taken over blocks of rows at fixed places, so a row's bits do not depend on which others a rank holds.
-    """
-    scale = adapter.settings.tile_scale
-    if adapter.B is None:
-        return adapter.A[start:stop].double() * scale
-    right = adapter.A.double()
-    first = start // _ROWS * _ROWS
-    blocks = [adapter.B[row : row + _ROWS].double() @ right for row in range(first, stop, _ROWS)]
-    return torch.cat(blocks)[start - first : stop - first] * scale
+        self.update_squares += float((exact - before.double()).square().sum())
 
 
 def update_rows(adapter: TileAdapter, start: int, stop: int) -> Tensor:
@@ -100,37 +78,6 @@ def update_rows(adapter: TileAdapter, start: int, stop: int) -> Tensor:
     top = start // repeat
     tiles = tile_rows(adapter, top, -(-stop // repeat))
     return tiles.repeat_interleave(pool, 1).repeat_interleave(repeat, 0)[start - top * repeat : stop - top * repeat]
-
-
-def folding_tensor(format: Format) -> tuple[str, tuple[int, int]] | None:
-    """The packed tensor into which dW folds exactly, and the block that each of its elements stands for."""
-    if isinstance(format, Affine4):
-        return "zero", format.block
-    return ("weight", (1, 1)) if isinstance(format, Dense) else None
-
-
-def folded(part: Tensor, first: int, width: int, block: tuple[int, int], adapter: TileAdapter) -> tuple[Tensor, Tensor]:
-    """A flat part of a tensor of block constants with the adapter's dW added.
-
-    Args:
-        part: elements first, first + 1, ... of the constants (rows, width) laid out flat.
-        block: outputs and inputs that one constant stands for; lies inside one tile.
-
-    Returns:
-        The sum rounded once to the constants' dtype, and the exact sum in float64.
-    """
-    settings = adapter.settings
-    top, bottom = first // width, -(-(first + part.numel()) // width)
-    rows = torch.arange(top, bottom) * block[0] // settings.repeat
-    columns = torch.arange(width) * block[1] // settings.pool
-    tiles = tile_rows(adapter, int(rows[0]), int(rows[-1]) + 1).cpu()
-    update = tiles[rows - rows[0]][:, columns].flatten()[first - top * width :][: part.numel()]
-    exact = part.cpu().double() + update
-    if part.dtype == torch.float16:
-        # NumPy rounds float64 to float16 once; torch goes through float32 and rounds twice.
-        with np.errstate(over="ignore"):
-            return torch.from_numpy(exact.numpy().astype(np.float16)), exact
-    return exact.to(part.dtype), exact
 
 
 def merged_rows(
@@ -156,21 +103,6 @@ def merged_weight(
     return torch.cat([rows.to(dtype) for rows in merged_rows(format, packed, shape, adapter)])
 
 
-def require_foldable(path: str, layer: FrozenLinear, adapter_repeat: int, adapter_pool: int) -> str | None:
-    """Why dW does not fold exactly into this layer, with the nearest settings that would; None if it does."""
-    found = folding_tensor(layer.format)
-    if found is None:
-        return f"{path} is {layer.format.name}, which has no zeros to take dW; quantization.linear: affine4 has"
-    faults = []
-    settings = (("repeat", adapter_repeat, layer.out_features), ("pool", adapter_pool, layer.in_features))
-    for (knob, value, size), block in zip(settings, found[1], strict=True):
-        if value % block:
-            legal = [factor for factor in range(block, size + 1, block) if size % factor == 0]
-            nearest = sorted(sorted(legal, key=lambda factor: abs(factor - value))[:2])
-            faults.append(f"{knob} {value} is not a multiple of {block} (nearest legal: {_either(nearest)})")
-    return f"blocks of {list(found[1])} cross the tiles of {path}: {'; '.join(faults)}" if faults else None
-
-
 def require_finite(values: Tensor, where: str) -> None:
     """Refuse sums that left the range of the dtype they were rounded to."""
     if not torch.isfinite(values).all():
@@ -182,7 +114,3 @@ def _float16_step(values: Tensor) -> Tensor:
     exponent = torch.frexp(values.double()).exponent
     exponent[values == 0] = -13  # as for all subnormals
     return torch.ldexp(torch.ones_like(values, dtype=torch.float64), exponent.clamp_(min=-13) - 11)
-
-
-def _either(values: list[int]) -> str:
-    return " or ".join(map(str, values))

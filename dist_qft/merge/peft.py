@@ -15,9 +15,10 @@ import torch
 from torch import Tensor
 
 from dist_qft.errors import CorruptFileError, UserError
-from dist_qft.merge.fold import Difference, tile_rows
+from dist_qft.merge.fold import Difference
 from dist_qft.merge.safetensors_folder import SafetensorsFolder
 from dist_qft.methods.attach import AdapterSet
+from dist_qft.methods.folding import tile_rows
 from dist_qft.methods.schedule import TileSettings
 from dist_qft.methods.tile_adapter import TileAdapter, lora_factors
 

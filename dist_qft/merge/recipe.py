@@ -10,8 +10,8 @@ import torch
 from dist_qft.base_model.skeleton import BaseModel
 from dist_qft.config.schema import MergeTarget, QuantizationConfig, RunConfig
 from dist_qft.errors import UserError
-from dist_qft.merge.fold import require_foldable
 from dist_qft.merge.peft import require_low_rank
+from dist_qft.methods.folding import folding_obstacle
 from dist_qft.methods.schedule import TileSettings
 from dist_qft.quant.affine4 import Affine4
 from dist_qft.quant.contract import Format
@@ -123,12 +123,9 @@ def _quantized_recipe(
     request: MergeRequest, config: RunConfig, base: BaseModel, tiles: Mapping[str, TileSettings]
 ) -> Recipe:
     if request.requantize is None:
-        checked = ((path, base.linears[path], tile) for path, tile in tiles.items())
-        faults = [f for path, layer, t in checked if (f := require_foldable(path, layer, t.repeat, t.pool))]
-        if faults:
-            more = f" (and {len(faults) - 1} more layers)" if len(faults) > 1 else ""
+        if obstacle := folding_obstacle(tiles, base.linears):
             raise UserError(
-                f"no exact merge: {faults[0]}{more}; "
+                f"no exact merge: {obstacle}; "
                 "--to dense, or --requantize affine4 with --to quantized, merge with an error and print it"
             )
         return Recipe(request, "exact", tiles, {}, config.quantization)

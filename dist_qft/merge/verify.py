@@ -11,9 +11,10 @@ from dist_qft.checkpoint import ADAPTER_MODEL, read_checkpoint
 from dist_qft.errors import CorruptFileError, UserError
 from dist_qft.loaded import LoadedModel, open_model, open_tuned
 from dist_qft.merge.certificate import file_digests, read_certificate, sha256_of
-from dist_qft.merge.fold import Difference, folded, folding_tensor, merged_weight
+from dist_qft.merge.fold import Difference, merged_weight
 from dist_qft.merge.peft import lora_difference, read_lora
 from dist_qft.merge.probe import LogitDifference, compare_logits, logits_of
+from dist_qft.methods.folding import folded, folding_tensor
 from dist_qft.world import World, connect, device_for
 
 _RELATIVE = 0.05  # another machine or thread count sums in another order
@@ -107,7 +108,7 @@ def _weight_difference(live: LoadedModel, written: BaseModel, *, exact: bool, wh
             if not torch.equal(before[other], after[other]):
                 raise CorruptFileError(f"{where}: '{other}' of {path} is not the base's")
         _, sums = folded(before[name].view(-1), 0, before[name].shape[1], block, adapter)
-        difference.add_fold(before[name].view(-1), after[name].view(-1).cpu(), sums)
+        difference.add_fold(before[name].view(-1), after[name].view(-1), sums)
     return difference
 
 

@@ -8,15 +8,19 @@ Not here: the flat fp32 buffer that the parameters become views of, and reading 
 import hashlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 
 import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from dist_qft.errors import UserError
+from dist_qft.methods.folding import with_folded_zeros
 from dist_qft.methods.schedule import TileSettings
 from dist_qft.methods.tile_adapter import TileAdapter
 from dist_qft.methods.trainable import copy_tensors
+from dist_qft.quant.contract import Format
+from dist_qft.quant.frozen import FrozenLinear
 
 
 class AdapterSet(nn.Module):
@@ -32,6 +36,7 @@ class AdapterSet(nn.Module):
         # A ModuleDict key may not hold a dot; a module path never holds a slash.
         self._adapters = nn.ModuleDict({path.replace(".", "/"): adapter for path, adapter in adapters.items()})
         self._handles: list[RemovableHandle] = []
+        self._changed: list[FrozenLinear] = []
         self._enabled = True
 
     @classmethod
@@ -80,14 +85,20 @@ class AdapterSet(nn.Module):
         faults = [fault for path, adapter in adapters.items() if (fault := _misfit(path, adapter, modules.get(path)))]
         if faults:
             raise UserError(f"adapters do not fit this model: {'; '.join(faults)}")
-        self._handles = [modules[path].register_forward_hook(self._hook(adapter)) for path, adapter in adapters.items()]
+        for path, adapter in adapters.items():
+            self._handles.append(modules[path].register_forward_hook(self._hook(adapter)))
+            if adapter.settings.merge_aware:
+                modules[path].in_use = partial(self._folded, modules[path].format, adapter)
+                self._changed.append(modules[path])
         return self._handles
 
     def detach(self) -> None:
         """Remove the hooks: the base computes as if it had never been touched."""
         for handle in self._handles:
             handle.remove()
-        self._handles = []
+        for module in self._changed:
+            module.in_use = None
+        self._handles, self._changed = [], []
 
     @contextmanager
     def disabled(self) -> Iterator[None]:
@@ -100,9 +111,16 @@ class AdapterSet(nn.Module):
 
     def _hook(self, adapter: TileAdapter) -> Callable[..., torch.Tensor | None]:
         def add_adapter(module: nn.Module, args: tuple[torch.Tensor], output: torch.Tensor) -> torch.Tensor | None:
-            return adapter.add_to(output, args[0]) if self._enabled else None
+            if not self._enabled:
+                return None
+            if adapter.settings.merge_aware:  # the output has it already, by the layer's own zeros
+                return adapter.add_gradient_to(output, args[0]) if torch.is_grad_enabled() else None
+            return adapter.add_to(output, args[0])
 
         return add_adapter
+
+    def _folded(self, format: Format, adapter: TileAdapter, packed: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        return with_folded_zeros(format, packed, adapter) if self._enabled else packed
 
 
 def _generator(seed: int, path: str) -> torch.Generator:

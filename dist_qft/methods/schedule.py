@@ -65,6 +65,7 @@ class TileSettings(Section):
     inner: Positive | None
     pool_mode: Literal["mean", "sum"] = "mean"
     dropout: Fraction = 0.0
+    merge_aware: bool = False
 
     @model_validator(mode="after")
     def _tiles_fill_the_layer(self) -> "TileSettings":
@@ -277,4 +278,5 @@ def _settings(method: MethodConfig, draft: _Draft) -> TileSettings:
         inner=None if method.name == "qahira" else balance * draft.values["rank"],
         pool_mode=method.pool_mode,
         dropout=method.dropout,
+        merge_aware=method.merge_aware,
     )

@@ -69,7 +69,18 @@ class TileAdapter(nn.Module):
 
     def add_to(self, y: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
         """The adapted output (..., d_out) in y's dtype, from the base's output y and its input x (..., d_in)."""
-        delta = self.delta(x).to(y.dtype)
+        return self._spread(y, self.delta(x).to(y.dtype))
+
+    def add_gradient_to(self, y: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        """y as it is, with the gradient that `add_to` would give A and B; y must have dW in it by other means.
+
+        Straight through (arXiv 1308.3432): where y was computed from a rounded dW, A and B get the gradient of the
+        exact one. x gets its gradient from y alone.
+        """
+        delta = self.delta(x.detach()).to(y.dtype)
+        return self._spread(y, delta - delta.detach())
+
+    def _spread(self, y: torch.Tensor, delta: torch.Tensor) -> torch.Tensor:
         if self.settings.repeat == 1:
             return y + delta
         # Broadcasting over a view of y repeats delta without a (..., d_out) copy of it.

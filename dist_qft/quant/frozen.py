@@ -19,7 +19,8 @@ from dist_qft.quant.contract import Format, Shape
 class FrozenWeight(nn.Module):
     """One weight (rows, columns) in a packed format; parameter names are the format's tensor names.
 
-    `dtype` is the compute dtype, in which the weight comes back. Raises UserError if the format cannot hold the shape.
+    `dtype` is the compute dtype, in which the weight comes back. `in_use`, if set, maps the packed tensors to those
+    that `dequantize` reads instead. Raises UserError if the format cannot hold the shape.
     """
 
     def __init__(self, shape: Shape, format: Format, dtype: torch.dtype, device: torch.device | str = "meta") -> None:
@@ -28,6 +29,7 @@ class FrozenWeight(nn.Module):
         self.weight_shape = shape
         self.format = format
         self.dtype = dtype
+        self.in_use: Callable[[dict[str, Tensor]], dict[str, Tensor]] | None = None
         self._packed_dtypes: dict[str, torch.dtype] = {}
         for name, (tensor_shape, packed_dtype) in format.packed_shapes(shape).items():
             self._packed_dtypes[name] = packed_dtype or dtype
@@ -50,7 +52,10 @@ class FrozenWeight(nn.Module):
 
     def dequantize(self) -> Tensor:
         """The weight (rows, columns) in the compute dtype. Not to be written to: `dense` returns its own tensor."""
-        return self.format.dequantize(self.packed(), self.weight_shape, self.dtype)
+        packed = self.packed()
+        if self.in_use is not None:
+            packed = self.in_use(packed)
+        return self.format.dequantize(packed, self.weight_shape, self.dtype)
 
     def rows(self, start: int, stop: int) -> Tensor:
         """The rows start..stop of the weight in the compute dtype, not to be written to.

@@ -6,14 +6,7 @@ from pathlib import Path
 import pytest
 from merges import GGUF_RUN, write_random_adapters
 from ranks import RankPool
-from tiny_gguf import save_tiny_gguf
 from tiny_model import tiny_config
-
-
-@pytest.fixture(scope="session")
-def tiny_gguf(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A Llama of 3 layers as GGUF: linears Q4_1, embedding and head Q8_0."""
-    return save_tiny_gguf(tmp_path_factory.mktemp("tiny-gguf") / "tiny.Q4_1.gguf")
 
 
 @pytest.fixture(scope="session")

@@ -18,10 +18,11 @@ from dist_qft.data.batches import eval_batches
 from dist_qft.data.prepare import prepare
 from dist_qft.evaluate import held_out_loss
 from dist_qft.loaded import open_tuned
-from dist_qft.merge.fold import folded, folding_tensor
 from dist_qft.merge.probe import as_written, compare_logits, logits_of, probe_ids
+from dist_qft.methods.folding import folded, folding_tensor
 from dist_qft.quant.formats import linear_format
 from dist_qft.sharding.engine import make_engine
+from dist_qft.task import CausalLM
 from dist_qft.trained import find_checkpoint
 from dist_qft.world import World, connect
 
@@ -52,7 +53,7 @@ def main(config_path: str, run: str, rows: int = 32) -> None:
     config = load_config(config_path)
     with connect(World.from_environment({}), CPU, 600):
         tuned = open_tuned(find_checkpoint(run), CPU)
-        parts = Assembled(tuned.base, make_engine("replicated"), tuned.adapters)
+        parts = Assembled(tuned.base, make_engine("replicated"), tuned.adapters, CausalLM(tuned.base))
         data = prepare(config.data, tuned.tokenizer, tuned.base.vocab_size, Path(run) / "data_cache")
         batches = eval_batches(data.eval, 4, 0, 1)[: rows // 4]
         ids = probe_ids(tuned.tokenizer)

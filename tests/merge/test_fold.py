@@ -7,15 +7,8 @@ import pytest
 import torch
 
 from dist_qft.errors import UserError
-from dist_qft.merge.fold import (
-    Difference,
-    folded,
-    merged_weight,
-    require_finite,
-    require_foldable,
-    tile_rows,
-    update_rows,
-)
+from dist_qft.merge.fold import Difference, merged_weight, require_finite, update_rows
+from dist_qft.methods.folding import folded, folding_obstacle, tile_rows
 from dist_qft.methods.schedule import TileSettings
 from dist_qft.methods.tile_adapter import TileAdapter, exact_dW, tile_values
 from dist_qft.quant.affine4 import Affine4
@@ -117,10 +110,6 @@ def test_merged_weights_are_dequantized_weights_plus_dW(format):
     assert torch.equal(merged_weight(format, packed, (OUT, IN), None, torch.float64), dequantized)
 
 
-def layer(format: Affine4 | NF4) -> FrozenLinear:
-    return FrozenLinear(IN, 96, format, bias=False, dtype=torch.float32)
-
-
 @pytest.mark.parametrize(
     ("format", "repeat", "pool", "message"),
     [
@@ -136,7 +125,9 @@ def layer(format: Affine4 | NF4) -> FrozenLinear:
     ids=str,
 )
 def test_folds_only_where_blocks_lie_inside_tiles(format, repeat, pool, message):
-    found = require_foldable("q", layer(format), repeat, pool)
+    layer = FrozenLinear(384, 96, format, bias=False, dtype=torch.float32)
+    settings = random_adapter(pool, repeat, in_features=384, out_features=96).settings
+    found = folding_obstacle({"q": settings}, {"q": layer})
     assert found is None if message is None else message in found
 
 

@@ -214,8 +214,8 @@ def test_merge_settings_without_effect_are_refused(tmp_path):
         load_config(path)
     remedy = "no effect without merge.at_end; set that or remove this"
     assert str(refusal.value).splitlines() == [
-        f"{path}:3: merge.overwrite: {remedy}",
         f"{path}:3: merge.path: {remedy}",
+        f"{path}:3: merge.overwrite: {remedy}",
     ]
     path.write_text("output_dir: o\nmodel: {path: m}\nmerge: {at_end: gguf, dtype: float32}\n")
     with pytest.raises(UserError, match=r"merge\.dtype: no effect with merge\.at_end gguf; only dense has it"):

@@ -1,0 +1,109 @@
+"""When dW folds exactly into a layer's zeros, and the zeros that it gives.
+
+With w = scale * q + zero, a dW that is constant on every block only moves the zeros: zero' = zero + dW, codes and
+scales stay as they are (QA-LoRA, arXiv 2309.14717; QA-HiRA, arXiv 2407.17029). All sums are made in float64 and
+rounded once, to the zero's own float16: that rounding is the whole error. A merge writes these zeros, and with
+`method.merge_aware` training already computes with them.
+"""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from dist_qft.methods.schedule import TileSettings
+from dist_qft.methods.tile_adapter import TileAdapter
+from dist_qft.quant.affine4 import Affine4
+from dist_qft.quant.contract import Format
+from dist_qft.quant.dense import Dense
+from dist_qft.quant.frozen import FrozenLinear
+
+_ROWS = 256  # tile rows multiplied at a time
+
+
+def folding_tensor(format: Format) -> tuple[str, tuple[int, int]] | None:
+    """The packed tensor into which dW folds exactly, and the block that each of its elements stands for."""
+    if isinstance(format, Affine4):
+        return "zero", format.block
+    return ("weight", (1, 1)) if isinstance(format, Dense) else None
+
+
+def folding_obstacle(tiles: Mapping[str, TileSettings], linears: Mapping[str, FrozenLinear]) -> str | None:
+    """Why adapters of these tiles do not all fold exactly, with the nearest settings that would; None if they do."""
+    faults = [fault for path, settings in tiles.items() if (fault := _obstacle(path, linears[path], settings))]
+    more = f" (and {len(faults) - 1} more layers)" if len(faults) > 1 else ""
+    return f"{faults[0]}{more}" if faults else None
+
+
+def _obstacle(path: str, layer: FrozenLinear, settings: TileSettings) -> str | None:
+    found = folding_tensor(layer.format)
+    if found is None:
+        return f"{path} is {layer.format.name}, which has no zeros to take dW; quantization.linear: affine4 has"
+    faults = []
+    sides = (("repeat", settings.repeat, layer.out_features), ("pool", settings.pool, layer.in_features))
+    for (knob, value, size), block in zip(sides, found[1], strict=True):
+        if value % block:
+            legal = [factor for factor in range(block, size + 1, block) if size % factor == 0]
+            nearest = sorted(sorted(legal, key=lambda factor: abs(factor - value))[:2])
+            faults.append(f"{knob} {value} is not a multiple of {block} (nearest legal: {_either(nearest)})")
+    return f"blocks of {list(found[1])} cross the tiles of {path}: {'; '.join(faults)}" if faults else None
+
+
+def folded(part: Tensor, first: int, width: int, block: tuple[int, int], adapter: TileAdapter) -> tuple[Tensor, Tensor]:
+    """A flat part of a tensor of block constants with the adapter's dW added.
+
+    Args:
+        part: elements first, first + 1, ... of the constants (rows, width) laid out flat.
+        block: outputs and inputs that one constant stands for; lies inside one tile.
+
+    Returns:
+        The sum rounded once to the constants' dtype, and the exact sum in float64.
+    """
+    settings = adapter.settings
+    top, bottom = first // width, -(-(first + part.numel()) // width)
+    rows = torch.arange(top, bottom, device=part.device) * block[0] // settings.repeat
+    columns = torch.arange(width, device=part.device) * block[1] // settings.pool
+    tiles = tile_rows(adapter, int(rows[0]), int(rows[-1]) + 1).to(part.device)
+    update = tiles[rows - rows[0]][:, columns].flatten()[first - top * width :][: part.numel()]
+    exact = part.double() + update
+    return (_to_float16(exact) if part.dtype == torch.float16 else exact.to(part.dtype)), exact
+
+
+@torch.no_grad()
+def with_folded_zeros(format: Format, packed: Mapping[str, Tensor], adapter: TileAdapter) -> dict[str, Tensor]:
+    """A whole layer's packed tensors with dW in the zeros, as a merge would write them."""
+    name, block = folding_tensor(format)
+    constants = packed[name]
+    written, _ = folded(constants.reshape(-1), 0, constants.shape[1], block, adapter)
+    return {**packed, name: written.view_as(constants)}
+
+
+@torch.no_grad()
+def tile_rows(adapter: TileAdapter, start: int, stop: int) -> Tensor:
+    """Rows start..stop of the tile values of dW: float64 (stop - start, d_in / p).
+
+    Products are taken over blocks of rows at fixed places, so a row's bits do not depend on which others a rank holds.
+    """
+    scale = adapter.settings.tile_scale
+    if adapter.B is None:
+        return adapter.A[start:stop].double() * scale
+    right = adapter.A.double()
+    first = start // _ROWS * _ROWS
+    blocks = [adapter.B[row : row + _ROWS].double() @ right for row in range(first, stop, _ROWS)]
+    return torch.cat(blocks)[start - first : stop - first] * scale
+
+
+def _to_float16(exact: Tensor) -> Tensor:
+    """float64 rounded once to the nearest float16, ties to even. torch itself goes through float32 and rounds twice.
+
+    Rounding to odd in between keeps what the second rounding must know: on which side of a tie the value lies.
+    """
+    single = exact.float()
+    bits = single.view(torch.int32)
+    bits -= (single.double().abs() > exact.abs()).int()  # towards zero: one step less in magnitude, whatever the sign
+    bits |= (single.double() != exact).int()
+    return single.half()
+
+
+def _either(values: list[int]) -> str:
+    return " or ".join(map(str, values))
