@@ -56,5 +56,5 @@ def _smollm2() -> PreTrainedModel:
 
 def _random_llama(name: str) -> PreTrainedModel:
     torch.manual_seed(0)
-    config = LlamaConfig(**_LLAMAS[name], tie_word_embeddings=name == "tiny", max_position_embeddings=2048)
+    config = LlamaConfig(**_LLAMAS[name], max_position_embeddings=2048)
     return AutoModelForCausalLM.from_config(config, dtype=torch.float32 if name == "tiny" else torch.bfloat16)
