@@ -58,24 +58,27 @@ def wire_bytes() -> int:
 def measure_steps(step: Callable[[int], object], steps: int, memory: Memory, device: torch.device) -> dict[str, float]:
     """Median seconds and wire bytes of `steps` calls after two to warm up, and the peak of memory while they ran.
 
+    `cpu_seconds` is what the process's threads computed in a step: on a busy machine it says more than `seconds`.
     Collective: all ranks begin and end each step together, so the interface's counter belongs to it.
     """
     for index in range(2):
         step(index)
     before_steps = memory.peak
     memory.restart()
-    seconds, wire = [], []
+    seconds, cpu, wire = [], [], []
     for index in range(steps):
         dist.barrier()
-        sent, started = wire_bytes(), time.perf_counter()
+        sent, computed, started = wire_bytes(), time.process_time(), time.perf_counter()
         step(2 + index)
         synchronize(device)
+        cpu.append(time.process_time() - computed)
         dist.barrier()
         seconds.append(time.perf_counter() - started)
         wire.append(wire_bytes() - sent)
     peak = memory.peak
     return {
         "seconds": statistics.median(seconds),
+        "cpu_seconds": statistics.median(cpu),
         "wire_bytes": statistics.median(wire),
         "training_peak_bytes": peak,
         "peak_bytes": max(peak, before_steps),

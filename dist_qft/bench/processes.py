@@ -22,7 +22,7 @@ import torch
 from dist_qft.bench.report import Side
 
 _TIMEOUT_SECONDS = 300
-_LARGEST = ("seconds", "milliseconds", "peak_bytes", "training_peak_bytes", "held_bytes", "base_bytes")
+_LARGEST = ("seconds", "cpu_seconds", "milliseconds", "peak_bytes", "training_peak_bytes", "held_bytes", "base_bytes")
 
 
 def run_side(

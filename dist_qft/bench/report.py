@@ -22,6 +22,7 @@ PACKAGES = ("torch", "transformers", "bitsandbytes", "peft", "accelerate", "deep
 METRICS = {
     "tokens_per_second": ("tokens/s", 1.0),
     "seconds": ("s", 1.0),
+    "cpu_seconds": ("CPU s", 1.0),
     "milliseconds": ("ms", 1.0),
     "gflops": ("GFLOP/s", 1.0),
     "gigabytes_per_second": ("GB/s", 1.0),

@@ -102,7 +102,7 @@ def _compared(
     found = []
     for name in [f"{prefix}{method}, {engine}" for method in methods for engine in engines]:
         peers = [prefix + PEERS["ddp"]] if name.endswith("replicated") else [best, prefix + PEERS["ddp"]]
-        for metric in ("tokens_per_second", "training_peak_bytes", "base_bytes"):
+        for metric in ("tokens_per_second", "cpu_seconds", "training_peak_bytes", "base_bytes"):
             found += [compare(sides, metric, name, peer) for peer in peers]
         found.append(compare(sides, "wire_bytes", name, None, sides[name].metrics.get("bound_bytes")))
     return found
