@@ -61,6 +61,11 @@ class SideGroup:
         if self._mpi is None:
             self._group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_seconds))
 
+    def close(self) -> None:
+        """Give the group up."""
+        if self._mpi is None:
+            dist.destroy_process_group(self._group)
+
     def barrier(self) -> None:
         """Wait for all ranks; raises PeerLostError or RuntimeError if they do not all come in time."""
         if self._mpi is None:

@@ -19,7 +19,6 @@ from dist_qft.errors import CorruptFileError, SetupError
 MANIFEST = "manifest.json"
 
 _TEMPORARY = ".tmp-"  # what a kill may leave behind begins with it
-_HASHED_AT_ONCE = 1 << 22  # bytes
 
 
 class _Entry(BaseModel):
@@ -80,20 +79,23 @@ def fault_in(folder: Path, names: Collection[str]) -> str | None:
 
 
 def _fault_in_file(path: Path, expected: _Entry) -> str | None:
-    digest = hashlib.sha256()
     try:
         if not path.is_file():
             return f"{path.name}: no such file"
         if (size := path.stat().st_size) != expected.size:
             return f"{path.name}: {size} bytes, the manifest says {expected.size}"
-        with open(path, "rb") as file:
-            while chunk := file.read(_HASHED_AT_ONCE):
-                digest.update(chunk)
+        found = sha256_of(path)
     except OSError as error:
         return f"{path.name}: {error.strerror}"
-    if digest.hexdigest() != expected.sha256:
-        return f"{path.name}: SHA-256 {digest.hexdigest()[:12]}..., the manifest says {expected.sha256[:12]}..."
+    if found != expected.sha256:
+        return f"{path.name}: SHA-256 {found[:12]}..., the manifest says {expected.sha256[:12]}..."
     return None
+
+
+def sha256_of(path: Path) -> str:
+    """Hex SHA-256 of a file's content."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def remove_folder(folder: Path) -> None:

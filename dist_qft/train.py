@@ -116,7 +116,7 @@ def execute_run(inputs: RunInputs, stop: StopSignal) -> TrainingRun | None:
 
         # Train, evaluate, save.
         run = TrainingRun(inputs, parts, stop)
-        with closing(run.monitor):
+        with closing(run):
             run.prepare()
             run.evaluate_base()
             run.train()

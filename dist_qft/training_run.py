@@ -45,10 +45,11 @@ class TrainingRun:
             total_samples=total_samples,
         )
         # A group of its own: these reductions and the engine's gathers need no common order.
+        self._group = dist.new_group()
         self.trainables = Trainables(
             parts.named_tensors(),
             bucket_bytes=int(config.sharding.bucket_megabytes * 2**20),
-            group=dist.new_group(),
+            group=self._group,
             report_size=REPORT_SIZE,
         )
         self.side_group = SideGroup(config.sharding.rank0_timeout_seconds)
@@ -127,6 +128,12 @@ class TrainingRun:
         self._sample("tuned")
         self.summary.write()
         self.monitor.flush()
+
+    def close(self) -> None:
+        """Close the records and the groups; also after a failure."""
+        self.monitor.close()
+        self.side_group.close()
+        dist.destroy_process_group(self._group)  # each keeps threads that wake up a hundred times a second
 
     def evaluate(self, which: str) -> HeldOut | None:
         """Held-out loss as it stands, recorded under `eval/` (`which` "base": under `base/`); None without data."""

@@ -158,6 +158,7 @@ def _import_packages(name: str, device: torch.device) -> None:
     """Import what the peer needs before its memory counts."""
     import bitsandbytes  # noqa: F401
     import peft  # noqa: F401
+    import torch._dynamo  # noqa: F401 - by the optimizer's first step
 
     if name == "fsdp2":
         import accelerate  # noqa: F401

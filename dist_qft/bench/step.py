@@ -119,6 +119,7 @@ def run_config(settings: dict[str, Any]) -> RunConfig:
 def ours(settings: dict[str, Any]) -> dict[str, float]:
     """Our training step on this rank."""
     config, device = run_config(settings), torch.device(settings["device"])
+    _import_packages(settings["engine"], device)
     memory = Memory(device)
     skeleton = build_skeleton(config.model, config.quantization, compute_dtype(config.train.precision, device))
     tables = sum(map(_bytes_of, skeleton.units.tables))
@@ -145,6 +146,17 @@ def ours(settings: dict[str, Any]) -> dict[str, float]:
         "counted_bytes": world * gathered + 2 * (world - 1) * reduced,
         "bound_bytes": wire_bound(tables, rest, reduced, world, settings["accumulation"] if sharded else 0),
     }
+
+
+def _import_packages(engine: str, device: torch.device) -> None:
+    """Import what the step needs before its memory counts, as the peers do."""
+    import bitsandbytes  # noqa: F401
+    import torch._dynamo  # noqa: F401 - by the optimizer's first step
+
+    if engine == "zero":
+        from dist_qft.sharding.zero import start_deepspeed
+
+        start_deepspeed(device)
 
 
 def wire_bound(tables: int, rest: int, reduced: float, world: int, micro_batches: int) -> float:

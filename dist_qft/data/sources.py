@@ -16,6 +16,7 @@ from dist_qft.config.schema import DatasetConfig
 from dist_qft.data import stdlib_docs
 from dist_qft.data.files import READERS, LocatedRecord, find_files, read_file
 from dist_qft.errors import UserError
+from dist_qft.manifest import sha256_of
 
 STDLIB_DOCS = "stdlib-docs"
 
@@ -65,7 +66,7 @@ def _open_files(dataset: DatasetConfig, path: Path, key: str) -> Source:
     files = find_files(path, f"{key}.path")
     digest = hashlib.sha256()
     for file in files:
-        digest.update(f"{file.name}\0{_file_digest(file)}\0".encode())
+        digest.update(f"{file.name}\0{sha256_of(file)}\0".encode())
 
     def read(counts: Counter[str]) -> Iterator[LocatedRecord]:
         for file in files:
@@ -117,11 +118,3 @@ def _open_hub(dataset: DatasetConfig, key: str) -> Source:
 
     # The builder's hash covers the revision on the Hub and the builder's own settings.
     return Source(f"hub {builder.hash}", read)
-
-
-def _file_digest(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as stream:
-        while chunk := stream.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()

@@ -4,7 +4,6 @@ JSON, beside a result that is a file (`merged.gguf.certificate.json`) or inside 
 (`certificate.json`). Paths in it are relative to the folder that it lies in, so that run and result can move together.
 """
 
-import hashlib
 import json
 import os
 from dataclasses import asdict, dataclass
@@ -15,6 +14,7 @@ from typing import Any
 from dist_qft.checkpoint import ADAPTER_MODEL
 from dist_qft.config.schema import RunConfig
 from dist_qft.errors import CorruptFileError, UserError
+from dist_qft.manifest import sha256_of
 from dist_qft.merge.fold import Difference
 from dist_qft.merge.probe import LogitDifference
 from dist_qft.merge.publish import write_text
@@ -154,14 +154,6 @@ def file_digests(result: Path) -> dict[str, str]:
     """SHA-256 of the result's files by name, its certificate excepted."""
     files = sorted(result.iterdir()) if result.is_dir() else [result]
     return {file.name: sha256_of(file) for file in files if file.name != _IN_FOLDER}
-
-
-def sha256_of(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()
 
 
 def _weights(difference: Difference) -> dict[str, float]:

@@ -17,7 +17,8 @@ from dist_qft.collectives import require_agreement, told_by
 from dist_qft.config.check import merge_obstacle
 from dist_qft.config.schema import MergeTarget, RunConfig
 from dist_qft.errors import UserError
-from dist_qft.merge.certificate import Findings, Origin, sha256_of, write_certificate
+from dist_qft.manifest import sha256_of
+from dist_qft.merge.certificate import Findings, Origin, write_certificate
 from dist_qft.merge.collective import Writer, fold_base, total_difference, write_result
 from dist_qft.merge.dense import DenseForm
 from dist_qft.merge.fold import Difference

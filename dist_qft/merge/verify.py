@@ -10,7 +10,8 @@ from dist_qft.base_model.skeleton import BaseModel
 from dist_qft.checkpoint import ADAPTER_MODEL, read_checkpoint
 from dist_qft.errors import CorruptFileError, UserError
 from dist_qft.loaded import LoadedModel, open_model, open_tuned
-from dist_qft.merge.certificate import file_digests, read_certificate, sha256_of
+from dist_qft.manifest import sha256_of
+from dist_qft.merge.certificate import file_digests, read_certificate
 from dist_qft.merge.fold import Difference, merged_weight
 from dist_qft.merge.peft import lora_difference, read_lora
 from dist_qft.merge.probe import LogitDifference, compare_logits, logits_of
