@@ -64,12 +64,12 @@ def main() -> None:
         folder = Path(name)
         task = docstrings(folder)
         data = {"train": {"path": str(folder / "train.jsonl")}, "eval": {"path": str(folder / "eval.jsonl")}}
-        train = {**TRAIN, "max_steps": 60, "learning_rate": 3e-3}
-        labels = run(folder, {"task": task, "data": {**data, "max_length": 96}, "train": train})
+        train = {**TRAIN, "max_steps": 48, "learning_rate": 3e-3}
+        labels = run(folder, {"task": task, "data": {**data, "max_length": 64}, "train": train})
         print({key: value for key, value in labels.items() if "eval" in key}, flush=True)
     with tempfile.TemporaryDirectory() as name:
-        data = {"train": {"path": "stdlib-docs"}, "eval": {"path": "stdlib-docs", "split": "eval", "limit": 64}}
-        train = {**TRAIN, "max_steps": 60, "learning_rate": 1e-2}
+        data = {"train": {"path": "stdlib-docs"}, "eval": {"path": "stdlib-docs", "split": "eval", "limit": 48}}
+        train = {**TRAIN, "max_steps": 40, "learning_rate": 1e-2}
         tokens = run(Path(name), {"data": {**data, "max_length": 128}, "train": train})
         print({key: value for key, value in tokens.items() if "eval" in key}, flush=True)
 
