@@ -50,9 +50,9 @@ def publish_folder(final: Path, files: Iterable[tuple[str, bytes]]) -> None:
         _write(temporary, MANIFEST, manifest.to_bytes())
         if fault := fault_in(temporary, manifest.files):
             raise CorruptFileError(f"{final}: read back differently from what was written: {fault}")
-        _sync_folder(temporary)
+        sync_entry(temporary)
         os.rename(temporary, final)
-        _sync_folder(final.parent)
+        sync_entry(final.parent)
     except OSError as error:
         raise SetupError(f"{final}: cannot write the folder: {error.strerror}") from error
     finally:
@@ -116,7 +116,12 @@ def remove_leftovers(parent: Path) -> None:
 
 def temporary_name(final: Path) -> Path:
     """A name beside `final` that no reader takes for a finished one and that `remove_leftovers` knows."""
-    return final.parent / f"{_TEMPORARY}{final.name}-{uuid.uuid4().hex[:8]}"
+    return final.parent / f"{temporary_prefix(final)}{uuid.uuid4().hex[:8]}"
+
+
+def temporary_prefix(final: Path) -> str:
+    """What all temporary names of `final` begin with."""
+    return f"{_TEMPORARY}{final.name}-"
 
 
 def _write(folder: Path, name: str, data: bytes) -> _Entry:
@@ -133,8 +138,9 @@ def _write(folder: Path, name: str, data: bytes) -> _Entry:
     return _Entry(size=len(data), sha256=hashlib.sha256(data).hexdigest())
 
 
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
+def sync_entry(path: Path) -> None:
+    """Have the system write what it holds of a file, or of a folder's list of names."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:

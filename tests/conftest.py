@@ -1,6 +1,7 @@
 """Fixtures that every test may use: pools of ranks, a small model with its tokenizer, the real SmolLM2."""
 
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,6 +14,8 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 from ranks import RankPool
 from tiny_gguf import save_tiny_gguf
 from tiny_model import save_tiny_model
+
+from dist_qft.cli import main
 
 
 @pytest.fixture(scope="session")
@@ -49,3 +52,17 @@ def smollm2() -> Path:
     if not path.is_file():
         pytest.skip(f"{path} is not there; tests/run.sh fetches it")
     return path
+
+
+@pytest.fixture
+def shell(monkeypatch, capsys):
+    """Run the command in this process: exit code, standard output, standard error."""
+
+    def run_main(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["dist-qft", *map(str, arguments)])
+        with pytest.raises(SystemExit) as stop:
+            main()
+        output = capsys.readouterr()
+        return stop.value.code, output.out, output.err
+
+    return run_main

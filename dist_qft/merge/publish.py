@@ -2,12 +2,12 @@
 
 import os
 import shutil
-import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from dist_qft.errors import SetupError
+from dist_qft.manifest import sync_entry, temporary_name, temporary_prefix
 
 
 @contextmanager
@@ -19,8 +19,7 @@ def publishing(final: Path, overwrite: bool) -> Iterator[Path]:
     Raises:
         SetupError: no space, no permission, or without `overwrite` something has appeared under the final name.
     """
-    prefix = f".tmp-{final.name}-"
-    temporary = final.parent / f"{prefix}{uuid.uuid4().hex[:8]}"
+    temporary, prefix = temporary_name(final), temporary_prefix(final)
     try:
         final.parent.mkdir(parents=True, exist_ok=True)
         for entry in final.parent.iterdir():
@@ -56,22 +55,14 @@ def _rename(temporary: Path, final: Path) -> None:
         replaced = temporary.with_name(f"{temporary.name}-replaced")
         os.rename(final, replaced)
     os.replace(temporary, final)
-    _sync_entry(final.parent)
+    sync_entry(final.parent)
     if replaced is not None:
         shutil.rmtree(replaced)
 
 
 def _sync(path: Path) -> None:
     for entry in [*path.rglob("*"), path] if path.is_dir() else [path]:
-        _sync_entry(entry)
-
-
-def _sync_entry(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        sync_entry(entry)
 
 
 def _remove(path: Path) -> None:

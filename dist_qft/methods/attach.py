@@ -6,8 +6,7 @@ Not here: the flat fp32 buffer that the parameters become views of, and reading 
 """
 
 import hashlib
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from functools import partial
 
 import torch
@@ -18,12 +17,12 @@ from dist_qft.errors import UserError
 from dist_qft.methods.folding import with_folded_zeros
 from dist_qft.methods.schedule import TileSettings
 from dist_qft.methods.tile_adapter import TileAdapter
-from dist_qft.methods.trainable import copy_tensors
+from dist_qft.methods.trainable import HookedTrainables
 from dist_qft.quant.contract import Format
 from dist_qft.quant.frozen import FrozenLinear
 
 
-class AdapterSet(nn.Module):
+class AdapterSet(HookedTrainables):
     """Adapters by the path of the linear layer they change, in model order.
 
     Train and eval mode are this module's own: `model.eval()` does not reach the adapters' dropout.
@@ -35,9 +34,7 @@ class AdapterSet(nn.Module):
             raise UserError("method: no layer has an adapter, there is nothing to train")
         # A ModuleDict key may not hold a dot; a module path never holds a slash.
         self._adapters = nn.ModuleDict({path.replace(".", "/"): adapter for path, adapter in adapters.items()})
-        self._handles: list[RemovableHandle] = []
         self._changed: list[FrozenLinear] = []
-        self._enabled = True
 
     @classmethod
     def build(cls, plan: Mapping[str, TileSettings], seed: int) -> "AdapterSet":
@@ -63,13 +60,6 @@ class AdapterSet(nn.Module):
             for path, adapter in self.by_path.items()
             for name, parameter in adapter.named_parameters()
         ]
-
-    def load_tensors(self, tensors: Mapping[str, torch.Tensor]) -> None:
-        """Copy values into the parameters, in place; names and shapes must be those of `named_tensors`.
-
-        Raises UserError that names every missing, unexpected or misshapen tensor; nothing is changed then.
-        """
-        copy_tensors(dict(self.named_tensors()), tensors)
 
     def attach(self, model: nn.Module) -> list[RemovableHandle]:
         """Hook every adapter onto the module of `model` at its path; returns the hooks' handles.
@@ -99,15 +89,6 @@ class AdapterSet(nn.Module):
         for module in self._changed:
             module.in_use = None
         self._handles, self._changed = [], []
-
-    @contextmanager
-    def disabled(self) -> Iterator[None]:
-        """Inside, the hooked model is the base model."""
-        before, self._enabled = self._enabled, False
-        try:
-            yield
-        finally:
-            self._enabled = before
 
     def _hook(self, adapter: TileAdapter) -> Callable[..., torch.Tensor | None]:
         def add_adapter(module: nn.Module, args: tuple[torch.Tensor], output: torch.Tensor) -> torch.Tensor | None:

@@ -5,12 +5,13 @@ from outside and from then on takes part in every call of the base. Who trains, 
 nothing else of a method.
 """
 
-from collections.abc import Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
 from dist_qft.errors import UserError
@@ -36,6 +37,35 @@ class TrainableSet(Protocol):
     def eval(self) -> Any: ...
 
     def to(self, device: torch.device) -> "TrainableSet": ...
+
+
+class HookedTrainables(nn.Module):
+    """What the kinds of `TrainableSet` share: values by name, and hooks that can be switched off."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._handles: list[RemovableHandle] = []
+        self._enabled = True
+
+    def named_tensors(self) -> list[tuple[str, nn.Parameter]]:
+        """See `TrainableSet`."""
+        raise NotImplementedError
+
+    def load_tensors(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Copy values into the parameters, in place; names and shapes must be those of `named_tensors`.
+
+        Raises UserError that names every missing, unexpected or misshapen tensor; nothing is changed then.
+        """
+        copy_tensors(dict(self.named_tensors()), tensors)
+
+    @contextmanager
+    def disabled(self) -> Iterator[None]:
+        """Inside, the hooked model is the base model."""
+        before, self._enabled = self._enabled, False
+        try:
+            yield
+        finally:
+            self._enabled = before
 
 
 class Plan(Protocol):

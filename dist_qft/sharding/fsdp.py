@@ -132,9 +132,6 @@ def _rows_per_rank(parameter: nn.Parameter) -> int:
     """Dim-0 entries of every rank's part but the last ones': FSDP2 cuts as `torch.chunk` does."""
     return -(-parameter.shape[0] // dist.get_world_size())
 
-    def after_backward(self) -> None:
-        pass
-
 
 def _order_backward_gathers(units: Units) -> None:
     """Each unit prefetches the one before it in backward; the first layer prefetches nothing."""

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from dist_qft import __version__, cli
-from dist_qft.cli import LOCAL_RANK_VARIABLES, main, report
+from dist_qft.cli import LOCAL_RANK_VARIABLES, report
 from dist_qft.errors import NumericError
 
 
@@ -19,20 +19,6 @@ from dist_qft.errors import NumericError
 def no_launcher(monkeypatch):
     for name in LOCAL_RANK_VARIABLES:
         monkeypatch.delenv(name, raising=False)
-
-
-@pytest.fixture
-def run(monkeypatch, capsys):
-    """Run the command in this process: exit code, standard output, standard error."""
-
-    def run_main(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["dist-qft", *map(str, arguments)])
-        with pytest.raises(SystemExit) as stop:
-            main()
-        output = capsys.readouterr()
-        return stop.value.code, output.out, output.err
-
-    return run_main
 
 
 @pytest.fixture
@@ -56,9 +42,9 @@ def shell(*arguments: object) -> subprocess.CompletedProcess:
     return subprocess.run(command, capture_output=True, text=True, timeout=120)
 
 
-def test_version_and_help(run):
-    assert run("version") == (0, f"{__version__}\n", "")
-    code, out, _ = run("--help")
+def test_version_and_help(shell):
+    assert shell("version") == (0, f"{__version__}\n", "")
+    code, out, _ = shell("--help")
     assert code == 0
     for verb in ("train", "validate", "eval", "generate", "version"):
         assert f"  {verb}" in out
@@ -73,23 +59,23 @@ def test_version_and_help(run):
         ("--train.learning-rate=1e-5", "--world-size", "2", "train.seed=3", "--json"),
     ],
 )
-def test_options_and_overrides_in_any_order_and_form(run, config, words):
-    code, out, err = run("validate", config, *words)
+def test_options_and_overrides_in_any_order_and_form(shell, config, words):
+    code, out, err = shell("validate", config, *words)
     assert (code, err) == (0, "")
     plan = json.loads(out)
     assert plan["optimization"]["learning_rate"] == 1e-5
     assert plan["world_size"] == 2
 
 
-def test_dry_run_prints_the_plan_and_writes_nothing(run, config, tmp_path):
-    code, out, err = run("train", config, "--dry-run", "method.name=qbara")
+def test_dry_run_prints_the_plan_and_writes_nothing(shell, config, tmp_path):
+    code, out, err = shell("train", config, "--dry-run", "method.name=qbara")
     assert (code, err) == (0, "")
     assert "qbara" in out
     assert not (tmp_path / "out").exists()
 
 
-def test_train_without_data_is_refused(run, config):
-    code, out, err = run("train", config)
+def test_train_without_data_is_refused(shell, config):
+    code, out, err = shell("train", config)
     assert (code, out) == (2, "")
     assert err == "error: data: training needs data.train\n"
 
@@ -109,12 +95,12 @@ def test_train_without_data_is_refused(run, config):
         ),
     ],
 )
-def test_bad_words_are_one_error(run, config, words, message):
-    assert run("validate", config, *words) == (2, "", message)
+def test_bad_words_are_one_error(shell, config, words, message):
+    assert shell("validate", config, *words) == (2, "", message)
 
 
-def test_option_before_the_config_is_refused(run, config):
-    code, _, err = run("validate", "--train.seed", "3", config)
+def test_option_before_the_config_is_refused(shell, config):
+    code, _, err = shell("validate", "--train.seed", "3", config)
     assert (code, err) == (2, "error: unknown option '--train.seed' before CONFIG; overrides come after it\n")
 
 
@@ -128,14 +114,14 @@ def test_option_before_the_config_is_refused(run, config):
         (("validate", "x.yaml", "--world-size", "0"), "Invalid value for '--world-size'"),
     ],
 )
-def test_wrong_usage_exits_with_2(run, words, message):
-    code, out, err = run(*words)
+def test_wrong_usage_exits_with_2(shell, words, message):
+    code, out, err = shell(*words)
     assert (code, out) == (2, "")
     assert message in err
 
 
-def test_eval_of_a_run_reads_the_config_in_its_folder(run, tmp_path):
-    code, _, err = run("eval", tmp_path)
+def test_eval_of_a_run_reads_the_config_in_its_folder(shell, tmp_path):
+    code, _, err = shell("eval", tmp_path)
     assert (code, err) == (2, f"error: {tmp_path}/config.yaml: cannot read the config: No such file or directory\n")
 
 
@@ -162,11 +148,11 @@ def test_the_first_rank_of_a_node_speaks_and_the_launcher_ends_the_others(variab
     assert (other.communicate(timeout=30)[1], other.returncode) == ("", 2)
 
 
-def test_where_no_launcher_ends_it_a_rank_speaks_for_itself_in_the_end(run, monkeypatch):
+def test_where_no_launcher_ends_it_a_rank_speaks_for_itself_in_the_end(shell, monkeypatch):
     monkeypatch.setattr(cli, "FIRST_RANK_SECONDS", 0.0)
     monkeypatch.setenv("LOCAL_RANK", "1")
     said = "error: absent.yaml: cannot read the config: No such file or directory\n"
-    assert run("validate", "absent.yaml") == (2, "", said)
+    assert shell("validate", "absent.yaml") == (2, "", said)
 
 
 def test_an_error_of_one_rank_is_told_by_that_rank(monkeypatch, capsys):

@@ -3,7 +3,6 @@
 import json
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -13,7 +12,6 @@ from tiny_model import tiny_config
 from whole_runs import train
 
 from dist_qft.checkpoint import ADAPTER_MODEL, list_checkpoints
-from dist_qft.cli import main
 from dist_qft.config.load import load_config
 from dist_qft.errors import UserError
 from dist_qft.manifest import MANIFEST
@@ -23,20 +21,6 @@ NF4_RUN = {
     "quantization": {"linear": "nf4", "block": [64]},
     "method": {"name": "qlora", "rank": 4, "pool": None, "repeat": None},
 }
-
-
-@pytest.fixture
-def shell(monkeypatch, capsys):
-    """Run the command in this process: exit code, standard output, standard error."""
-
-    def run_main(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["dist-qft", *map(str, arguments)])
-        with pytest.raises(SystemExit) as stop:
-            main()
-        output = capsys.readouterr()
-        return stop.value.code, output.out, output.err
-
-    return run_main
 
 
 def test_results_go_into_the_run_and_replace_nothing_unasked(shell, gguf_run, tmp_path):

@@ -12,8 +12,7 @@ Not here: sizes and counts (`plan`), the base's hidden states on disk (`hidden_c
 """
 
 import hashlib
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,7 +24,7 @@ from transformers import AutoModelForCausalLM, Cache, DynamicCache, PretrainedCo
 from dist_qft.errors import UserError
 from dist_qft.methods.qst.downsample import make_downsample, pool
 from dist_qft.methods.qst.settings import SideSettings
-from dist_qft.methods.trainable import copy_tensors
+from dist_qft.methods.trainable import HookedTrainables
 
 
 @dataclass(frozen=True)
@@ -41,7 +40,7 @@ class BaseStates:
     last: Tensor
 
 
-class SideNetwork(nn.Module):
+class SideNetwork(HookedTrainables):
     """A side network and its hooks on the base; every parameter fp32, whatever the compute dtype.
 
     Args:
@@ -67,8 +66,6 @@ class SideNetwork(nn.Module):
             layer.register_forward_pre_hook(self._mix_hook(index))
         self._states: BaseStates | None = None  # of the forward pass that is going on
         self._collected: list[Tensor] = []
-        self._handles: list[RemovableHandle] = []
-        self._enabled = True
 
     @classmethod
     def build(
@@ -90,10 +87,6 @@ class SideNetwork(nn.Module):
         rest = [(name, p) for name, p in self.decoder.named_parameters() if id(p) not in listed]  # the final norm
         return [*named, *rest, *self.upsample.named_parameters(prefix="upsample"), ("alpha", self.alpha)]
 
-    def load_tensors(self, tensors: Mapping[str, Tensor]) -> None:
-        """Copy values into the parameters, in place; names and shapes must be those of `named_tensors`."""
-        copy_tensors(dict(self.named_tensors()), tensors)
-
     def attach(self, model: PreTrainedModel) -> list[RemovableHandle]:
         """Hook onto the decoder of `model`: its last hidden states become the mix. Returns the hooks' handles.
 
@@ -109,15 +102,6 @@ class SideNetwork(nn.Module):
         self._handles += [layer.register_forward_hook(self._collect_output) for layer in decoder.layers]
         self._handles.append(decoder.register_forward_hook(self._tune, with_kwargs=True))
         return self._handles
-
-    @contextmanager
-    def disabled(self) -> Iterator[None]:
-        """Inside, the hooked model is the base model."""
-        before, self._enabled = self._enabled, False
-        try:
-            yield
-        finally:
-            self._enabled = before
 
     def forward(
         self,
