@@ -193,6 +193,23 @@ def study(
 
 
 @app.command()
+def bench(
+    name: Annotated[list[str] | None, typer.Argument(metavar="NAME", help="See --all.", show_default=False)] = None,
+    every: Annotated[
+        bool, typer.Option("--all", help="step, loading, frozen-layer, all-reduce, merge and scaling: 30 minutes.")
+    ] = False,
+    device: Annotated[str, typer.Option(metavar="cpu|cuda")] = "cpu",
+    quick: Annotated[bool, typer.Option("--quick", help="Try out on a tiny model; the figures mean nothing.")] = False,
+    json: Annotated[Path | None, typer.Option(metavar="PATH", help="Append a JSON line per benchmark.")] = None,
+) -> None:
+    """Measure ours beside what one would use instead, on the same work in one run."""
+    from dist_qft.bench.command import run_benchmarks
+    from dist_qft.bench.options import Options
+
+    run_benchmarks(name or [], every=every, options=Options(device, quick), json_path=json)
+
+
+@app.command()
 def version() -> None:
     """Print the version."""
     from dist_qft import __version__

@@ -24,6 +24,7 @@ from dist_qft.quant.contract import (
 
 GGUF_BLOCK = 32
 _GGUF_BLOCK_BYTES = 2 + 2 + GGUF_BLOCK // 2  # scale, zero, codes
+_LOW_NIBBLES = 0x0F0F0F0F0F0F0F0F
 
 
 @dataclass(frozen=True)
@@ -96,8 +97,14 @@ class Affine4(BlockFormat):
         half = _group(in_features) // 2
         codes = packed["codes"].unflatten(1, (-1, half))
         halves = out.unflatten(1, (-1, 2, half))
-        halves[:, :, 0].copy_(codes & 0x0F)
-        halves[:, :, 1].copy_(codes >> 4)
+        if half % 8 == 0 and packed["codes"].storage_offset() % 8 == 0 and packed["codes"].is_contiguous():
+            # Eight bytes at a time: the same codes in less time than byte by byte into two strided halves.
+            words = codes.view(torch.int64)
+            nibbles = torch.stack([words & _LOW_NIBBLES, (words >> 4) & _LOW_NIBBLES], dim=2)
+            halves.copy_(nibbles.view(torch.uint8))
+        else:
+            halves[:, :, 0].copy_(codes & 0x0F)
+            halves[:, :, 1].copy_(codes >> 4)
         scale = packed["scale"].float().unsqueeze(-1)
         zero = packed["zero"].float().unsqueeze(-1)
         if b_out == 1:
@@ -109,6 +116,11 @@ class Affine4(BlockFormat):
             scale = scale.expand(-1, -1, b_in).reshape(-1, 1, in_features)
             zero = zero.expand(-1, -1, b_in).reshape(-1, 1, in_features)
         blocks.mul_(scale).add_(zero)
+
+    def _dequantize_on_cuda(self, packed: Mapping[str, Tensor], out: Tensor) -> None:
+        from dist_qft.quant.triton_kernels import dequantize_affine4
+
+        dequantize_affine4(packed, self.block, _group(out.shape[1]), out)
 
 
 def affine4_from_q4_1(raw: Tensor) -> dict[str, Tensor]:

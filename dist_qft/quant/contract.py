@@ -7,6 +7,8 @@ knowing what it holds. Formats are immutable and hold no tensors: the modules in
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
+from functools import cache
+from importlib.util import find_spec
 from math import prod
 from typing import Any, ClassVar
 
@@ -101,6 +103,10 @@ class BlockFormat(Format):
     def _dequantize_rows(self, packed: Mapping[str, Tensor], out: Tensor) -> None:
         """Write whole row blocks into the contiguous float32 tensor `out`."""
 
+    @abstractmethod
+    def _dequantize_on_cuda(self, packed: Mapping[str, Tensor], out: Tensor) -> None:
+        """Write the whole weight into the contiguous tensor `out` by one Triton kernel, with the same bits."""
+
     def quantize(self, weight: Tensor, where: str = "weight") -> dict[str, Tensor]:
         shape = (weight.shape[0], weight.shape[1])
         self.check(shape, where)
@@ -119,6 +125,9 @@ class BlockFormat(Format):
     ) -> Tensor:
         if out is None:
             out = torch.empty(shape, dtype=dtype, device=packed["codes"].device)
+        if out.device.type == "cuda" and out.numel() and _has_triton():
+            self._dequantize_on_cuda(packed, out)
+            return out
         for rows in row_chunks(shape, out.device, self.row_alignment):
             part = self.slice_rows(packed, rows.start, rows.stop)
             target = out[rows]
@@ -129,6 +138,11 @@ class BlockFormat(Format):
                 self._dequantize_rows(part, exact)
                 target.copy_(exact)
         return out
+
+
+@cache
+def _has_triton() -> bool:
+    return find_spec("triton") is not None
 
 
 def row_chunks(shape: Shape, device: torch.device, alignment: int = 1) -> Iterator[slice]:

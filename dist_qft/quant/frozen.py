@@ -5,7 +5,9 @@ starts on the meta device; whoever loads the model fills in its tensors, and an 
 everything here reads the module's current attributes, when it computes and not before.
 """
 
+import threading
 from collections.abc import Callable
+from math import prod
 from typing import Any
 
 import torch
@@ -13,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx, once_differentiable
 
-from dist_qft.quant.contract import Format, Shape
+from dist_qft.quant.contract import BlockFormat, Format, Shape
 
 
 class FrozenWeight(nn.Module):
@@ -99,6 +101,33 @@ class FrozenLinear(FrozenWeight):
     def forward(self, x: Tensor) -> Tensor:
         return _FrozenProduct.apply(x, self)
 
+    def weight_for_product(self) -> Tensor:
+        """The dequantized weight, valid until the next call for any layer of this thread; not to be written to."""
+        packed = self.packed()
+        if not isinstance(self.format, BlockFormat) or packed["codes"].device.type != "cpu":
+            return self.dequantize()
+        out = _workspace.of(self.weight_shape, self.dtype)
+        return self.format.dequantize(packed, self.weight_shape, self.dtype, out)
+
+
+class _Workspace(threading.local):
+    """One buffer per thread on the CPU, as large as the largest weight so far.
+
+    A new tensor of some MiB for every product costs more in page faults than what is computed into it.
+    """
+
+    def __init__(self) -> None:
+        self._bytes = torch.empty(0, dtype=torch.uint8)
+
+    def of(self, shape: Shape, dtype: torch.dtype) -> Tensor:
+        size = prod(shape) * dtype.itemsize
+        if self._bytes.numel() < size:
+            self._bytes = torch.empty(size, dtype=torch.uint8)
+        return self._bytes[:size].view(dtype).view(shape)
+
+
+_workspace = _Workspace()
+
 
 class _FrozenProduct(torch.autograd.Function):
     """Dequantizes once for the product and again for the gradient, and saves no tensor in between.
@@ -110,12 +139,12 @@ class _FrozenProduct(torch.autograd.Function):
     @staticmethod
     def forward(ctx: FunctionCtx, x: Tensor, module: FrozenLinear) -> Tensor:
         ctx.module = module
-        return F.linear(x, module.dequantize(), module.bias)
+        return F.linear(x, module.weight_for_product(), module.bias)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, None]:
-        return grad_output @ ctx.module.dequantize(), None
+        return grad_output @ ctx.module.weight_for_product(), None
 
 
 class FrozenEmbedding(FrozenWeight):

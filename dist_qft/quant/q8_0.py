@@ -57,6 +57,11 @@ class Q8_0(BlockFormat):
         out.copy_(packed["codes"])
         out.unflatten(1, (-1, _block(out.shape[1]))).mul_(packed["scale"].float().unsqueeze(-1))
 
+    def _dequantize_on_cuda(self, packed: Mapping[str, Tensor], out: Tensor) -> None:
+        from dist_qft.quant.triton_kernels import dequantize_q8_0
+
+        dequantize_q8_0(packed, _block(out.shape[1]), out)
+
 
 def q8_0_from_gguf(raw: Tensor) -> dict[str, Tensor]:
     """The packed tensors of a GGUF Q8_0 weight, value for value; `raw` is uint8 (out, in / 32 * 34)."""

@@ -56,7 +56,7 @@ class ZeroEngine:
     def shard(self, units: Units, device: torch.device) -> None:
         if self.offload and device.type == "cpu":
             raise agreed(UserError("sharding.offload: the base is in host memory already on a CPU; remove it"))
-        _start_deepspeed(device)
+        start_deepspeed(device)
         from deepspeed.runtime.zero.parameter_offload import DeepSpeedZeRoOffload
         from deepspeed.runtime.zero.partition_parameters import Init
         from deepspeed.utils import set_z3_leaf_module
@@ -199,7 +199,7 @@ def _elements_of(unit: nn.Module) -> int:
     return sum(parameter.ds_numel for parameter in unit.parameters())
 
 
-def _start_deepspeed(device: torch.device) -> None:
+def start_deepspeed(device: torch.device) -> None:
     """Import DeepSpeed for `device` and put it onto the process group that exists."""
     os.environ.setdefault("DS_ACCELERATOR", device.type)
     os.environ.setdefault("LOCAL_RANK", str(device.index or 0))  # not every launcher sets it

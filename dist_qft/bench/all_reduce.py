@@ -1,0 +1,93 @@
+"""`bench all-reduce`: reducing the gradients of one step, ours beside DDP, on the same tensors.
+
+The loss is the sum of all parameters, so that little but the reduction takes time. With and without accumulation, on
+the machine's own loopback and, where it can be slowed down, on a link of 200 Mbit/s.
+"""
+
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from dist_qft.bench.measuring import Memory, measure_steps
+from dist_qft.bench.options import Options
+from dist_qft.bench.processes import can_slow_down, common_settings, run_side
+from dist_qft.bench.report import Comparison, Report, compare
+from dist_qft.trainables import Trainables
+
+BUCKET_MEGABYTES = 25  # DDP's default, and ours
+SLOW_MEGABITS = 200
+
+
+def run(options: Options) -> Report:
+    """Rank-16 LoRAs of SmolLM2's 210 linear layers, 5 M numbers, in steps of 1 and 4 micro-batches."""
+    settings = common_settings(options.device, options.ranks)
+    settings |= {"layers": 10 if options.quick else 210, "steps": options.steps}
+    links = {"loopback": None} | ({"slow link": SLOW_MEGABITS} if can_slow_down() and options.device == "cpu" else {})
+    sides: dict[str, Any] = {}
+    comparisons: list[Comparison] = []
+    for link, megabits in links.items():
+        for count in (1, 4):
+            names = [f"{side}, {link}, {count} micro-batches" for side in ("ours", "DDP")]
+            for name, kind in zip(names, ("reduce-ours", "reduce-peer"), strict=True):
+                wanted = settings | {"accumulation": count}
+                sides[name] = run_side(name, kind, wanted, ranks=options.ranks, link_megabits=megabits)
+            bound = sides[names[0]].metrics.get("bound_bytes")
+            comparisons.append(compare(sides, "seconds", *names))
+            comparisons.append(compare(sides, "wire_bytes", *names, bound))
+    notes = [] if "slow link" in links else ["no slow link: this machine does not let us slow its network down"]
+    if "slow link" in links:
+        notes.append(f"slow link: {SLOW_MEGABITS} Mbit/s, shared by both directions (tc, token bucket)")
+    return Report("all-reduce", settings | {"ranks": options.ranks}, list(sides.values()), comparisons, notes)
+
+
+def ours(settings: dict[str, Any]) -> dict[str, float]:
+    """Our flat buffer, reduced once per step."""
+    device = torch.device(settings["device"])
+    model, memory = _parameters(settings, device), Memory(device)
+    named = list(model.named_parameters())
+    trainables = Trainables(named, bucket_bytes=BUCKET_MEGABYTES * 2**20, group=dist.new_group())
+
+    def step(number: int) -> None:
+        trainables.begin_step()
+        for index in range(settings["accumulation"]):
+            if index == settings["accumulation"] - 1:
+                trainables.reduce_during_backward()
+            model().backward()
+        trainables.reduce(tokens=1, loss_sum=0.0, step=number)
+
+    bound = 2 * (dist.get_world_size() - 1) * 4 * trainables.count
+    return measure_steps(step, settings["steps"], memory, device) | {"bound_bytes": bound}
+
+
+def peer(settings: dict[str, Any]) -> dict[str, float]:
+    """DDP at its best: no reduction but in the last micro-batch, gradients as views of its buckets."""
+    device = torch.device(settings["device"])
+    model, memory = _parameters(settings, device), Memory(device)
+    wrapped = nn.parallel.DistributedDataParallel(model, bucket_cap_mb=BUCKET_MEGABYTES, gradient_as_bucket_view=True)
+
+    def step(number: int) -> None:
+        wrapped.zero_grad(set_to_none=False)
+        for index in range(settings["accumulation"]):
+            with nullcontext() if index == settings["accumulation"] - 1 else wrapped.no_sync():
+                wrapped().backward()
+
+    return measure_steps(step, settings["steps"], memory, device)
+
+
+class _Parameters(nn.Module):
+    """LoRA pairs without a model."""
+
+    def __init__(self, layers: int, device: torch.device) -> None:
+        super().__init__()
+        shapes = [shape for _ in range(layers) for shape in ((16, 576), (864, 16))]
+        self.tensors = nn.ParameterList([torch.zeros(shape, device=device) for shape in shapes])
+
+    def forward(self) -> torch.Tensor:
+        return sum(tensor.sum() for tensor in self.tensors)
+
+
+def _parameters(settings: dict[str, Any], device: torch.device) -> nn.Module:
+    return _Parameters(settings["layers"], device)

@@ -1,0 +1,60 @@
+"""The models that both sides load: dense Hugging Face folders, made once and kept in the cache.
+
+`smollm2` is the real SmolLM2-135M, dequantized from its GGUF file by transformers; `llama-1b` has random weights in the
+shape of TinyLlama-1.1B; `tiny` is for trying the benchmarks out.
+"""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
+
+from dist_qft.errors import UserError
+
+GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
+
+_LLAMAS = {
+    "tiny": {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 3, "num_attention_heads": 4}
+    | {"num_key_value_heads": 2, "vocab_size": 1024},
+    "llama-1b": {"hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 22, "num_attention_heads": 32}
+    | {"num_key_value_heads": 4, "vocab_size": 32000},
+}
+NAMES = ("smollm2", *_LLAMAS)
+
+
+def dense_folder(name: str) -> Path:
+    """The folder of a model of NAMES, made if it is not there; UserError if its GGUF file is missing."""
+    folder = cache() / "bench" / name
+    if folder.is_dir():
+        return folder
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    build: Callable[[], PreTrainedModel] = _smollm2 if name == "smollm2" else lambda: _random_llama(name)
+    unfinished = folder.with_name(f".tmp-{name}-{os.getpid()}")
+    build().save_pretrained(unfinished)
+    unfinished.rename(folder)  # so that a folder that is there is complete
+    return folder
+
+
+def cache() -> Path:
+    """Where models are kept: $DIST_QFT_CACHE."""
+    return Path(os.environ.get("DIST_QFT_CACHE", "~/.cache/dist_qft")).expanduser()
+
+
+def _smollm2() -> PreTrainedModel:
+    path = cache() / GGUF
+    if not path.is_file():
+        raise UserError(f"no file '{path}'; launch/get_smollm2.sh gets it")
+    loaded = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
+    # transformers refuses to save what it thinks is still quantized.
+    del loaded.config.quantization_config
+    model = AutoModelForCausalLM.from_config(loaded.config)
+    model.load_state_dict(loaded.state_dict())
+    return model
+
+
+def _random_llama(name: str) -> PreTrainedModel:
+    torch.manual_seed(0)
+    config = LlamaConfig(**_LLAMAS[name], max_position_embeddings=2048)
+    return AutoModelForCausalLM.from_config(config, dtype=torch.float32 if name == "tiny" else torch.bfloat16)

@@ -1,0 +1,211 @@
+"""`bench step`: one optimizer step on several ranks, ours on every engine beside PEFT under what shards or copies it.
+
+All sides train rank-16 adapters on every linear layer of the same dense folder, quantized to NF4 with blocks of 64
+when it is loaded (QA-HiRA: to affine4, the format it exists for), in float32 on a CPU and bfloat16 on CUDA, on the
+same tokens.
+"""
+
+from collections.abc import Callable
+from itertools import zip_longest
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from dist_qft.assemble import Assembled, assemble, compute_dtype, plan_trainables
+from dist_qft.base_model.skeleton import build_skeleton
+from dist_qft.bench.batches import micro_batch, random_ids
+from dist_qft.bench.measuring import Memory, measure_steps
+from dist_qft.bench.models import dense_folder
+from dist_qft.bench.options import Options
+from dist_qft.bench.processes import common_settings, isolated, run_side
+from dist_qft.bench.report import Comparison, Report, Side, compare
+from dist_qft.config.schema import RunConfig
+from dist_qft.forward import BaseForward
+from dist_qft.optimizer import make_optimizer
+from dist_qft.preemption import StopSignal
+from dist_qft.train_step import REPORT_SIZE, train_step
+from dist_qft.trainables import Trainables
+
+METHODS = {
+    "qlora": {"method": {"name": "qlora"}, "quantization": {"linear": "nf4", "block": [64]}},
+    "qbara": {"method": {"name": "qbara"}, "quantization": {"linear": "nf4", "block": [64]}},
+    "qahira": {
+        "method": {"name": "qahira", "pool": 32, "repeat": 1},
+        "quantization": {"linear": "affine4", "block": [1, 32]},
+    },
+    "qalora": {"method": {"name": "qalora", "pool": 32}, "quantization": {"linear": "affine4", "block": [1, 32]}},
+}
+MEASURED = ["qlora", "qbara", "qahira"]
+ENGINES = ("fsdp", "zero", "replicated")
+PEERS = {
+    "ddp": "PEFT, DDP",
+    "fsdp1": "PEFT, FSDP1",
+    "fsdp2": "PEFT, accelerate FSDP2",
+    "zero3": "PEFT, DeepSpeed ZeRO-3",
+}
+SHARDING_PEERS = ("fsdp1", "fsdp2", "zero3")
+
+
+def run(options: Options) -> Report:
+    """All sides on the main model, and on the larger one those that a user would choose between."""
+    rows, length = (1, 32) if options.quick else (2, 128)
+    settings = _settings(options, options.model, rows, length)
+    methods, engines, peers = MEASURED, ENGINES, list(PEERS)
+    if options.quick:
+        methods, engines, peers = ["qlora"], ("fsdp",), ["ddp", "fsdp1"]
+    sides = _all_sides(settings, options, methods, engines, peers)
+    comparisons = _compared(sides, methods, engines)
+    if not options.quick:
+        large = _settings(options, "llama-1b", 1, 128)
+        more = _all_sides(large, options, ["qlora"], ("fsdp",), ["ddp", "fsdp1", "zero3"], prefix="1B ")
+        comparisons += _compared(more, ["qlora"], ("fsdp",), prefix="1B ")
+        sides |= more
+    where = "interface of their own" if isolated() else "interface of the machine, with all else on it"
+    notes = [
+        f"wire MB: sent by all ranks per step through a loopback {where}; bound: see dist_qft.bench.step.wire_bound"
+    ]
+    return Report("step", settings | {"ranks": options.ranks}, list(sides.values()), comparisons, notes)
+
+
+def _settings(options: Options, model: str, rows: int, length: int) -> dict[str, Any]:
+    common = common_settings(options.device, options.ranks)
+    size = {"rows": rows, "length": length, "accumulation": 1, "steps": options.steps, "rank": 16}
+    return common | size | {"model": str(dense_folder(model))}
+
+
+def _all_sides(
+    settings: dict[str, Any],
+    options: Options,
+    methods: list[str],
+    engines: tuple[str, ...],
+    peers: list[str],
+    prefix: str = "",
+) -> dict[str, Side]:
+    """Ours and the peers' in turn, so that a busy machine disturbs both."""
+    ours = [("ours", f"{m}, {e}", {"method": m, "engine": e}) for m in methods for e in engines]
+    theirs = [("peer", PEERS[peer], {"peer": peer}) for peer in peers]
+    sides = {}
+    for pair in zip_longest(ours, theirs):
+        for kind, name, choice in filter(None, pair):
+            sides[prefix + name] = run_side(prefix + name, kind, settings | choice, ranks=options.ranks)
+    return sides
+
+
+def _compared(
+    sides: dict[str, Side], methods: list[str], engines: tuple[str, ...], prefix: str = ""
+) -> list[Comparison]:
+    """Speed and memory beside the fastest peer that shards, and beside DDP; wire bytes beside their bound."""
+    sharding = [prefix + PEERS[peer] for peer in SHARDING_PEERS if prefix + PEERS[peer] in sides]
+    best = max(sharding, key=lambda name: sides[name].metrics.get("tokens_per_second", 0.0))
+    found = []
+    for name in [f"{prefix}{method}, {engine}" for method in methods for engine in engines]:
+        peers = [prefix + PEERS["ddp"]] if name.endswith("replicated") else [best, prefix + PEERS["ddp"]]
+        for metric in ("tokens_per_second", "cpu_seconds", "training_peak_bytes", "base_bytes"):
+            found += [compare(sides, metric, name, peer) for peer in peers]
+        found.append(compare(sides, "wire_bytes", name, None, sides[name].metrics.get("bound_bytes")))
+    return found
+
+
+def run_config(settings: dict[str, Any]) -> RunConfig:
+    """The run that a side of ours makes steps of."""
+    tree = {key: dict(values) for key, values in METHODS[settings["method"]].items()}
+    tree["method"] |= {"rank": settings["rank"], "alpha": 16.0} | settings.get("method_changes", {})
+    tree["sharding"] = {"engine": settings["engine"], "device": settings["device"]}
+    return RunConfig.model_validate({"output_dir": "unused", "model": {"path": settings["model"]}, **tree})
+
+
+def ours(settings: dict[str, Any]) -> dict[str, float]:
+    """Our training step on this rank."""
+    config, device = run_config(settings), torch.device(settings["device"])
+    _import_packages(settings["engine"], device)
+    memory = Memory(device)
+    skeleton = build_skeleton(config.model, config.quantization, compute_dtype(config.train.precision, device))
+    tables = sum(map(_bytes_of, skeleton.units.tables))
+    rest = _bytes_of(skeleton.units.root) - _bytes_of(skeleton.embedding)
+    parts = assemble(config, skeleton, plan_trainables(config, skeleton), device)
+    trainables = Trainables(
+        parts.named_tensors(),
+        bucket_bytes=int(config.sharding.bucket_megabytes * 2**20),
+        group=dist.new_group(),
+        report_size=REPORT_SIZE,
+    )
+    trainables.broadcast()
+    step = _stepper(config, parts, trainables, settings, device)
+    gathered, reduced = parts.engine.traffic.gathered_bytes, trainables.reduced_bytes
+    found = measure_steps(step, settings["steps"], memory, device)
+    world, done = dist.get_world_size(), settings["steps"] + 2
+    gathered = (parts.engine.traffic.gathered_bytes - gathered) / done
+    reduced = (trainables.reduced_bytes - reduced) / done
+    sharded = config.sharding.engine != "replicated"
+    tokens = settings["rows"] * settings["length"] * settings["accumulation"] * world
+    return found | {
+        "tokens_per_second": tokens / found["seconds"],
+        "base_bytes": parts.engine.resident_bytes(),
+        "counted_bytes": world * gathered + 2 * (world - 1) * reduced,
+        "bound_bytes": wire_bound(tables, rest, reduced, world, settings["accumulation"] if sharded else 0),
+    }
+
+
+def _import_packages(engine: str, device: torch.device) -> None:
+    """Import what the step needs before its memory counts, as the peers do."""
+    import bitsandbytes  # noqa: F401
+    import torch._dynamo  # noqa: F401 - by the optimizer's first step
+
+    if engine == "zero":
+        from dist_qft.sharding.zero import start_deepspeed
+
+        start_deepspeed(device)
+
+
+def wire_bound(tables: int, rest: int, reduced: float, world: int, micro_batches: int) -> float:
+    """The fewest bytes that all N ranks together must send in a step, if none holds more than its part in between.
+
+    Each rank receives the (N-1)/N it lacks of the base in a micro-batch's forward pass, and of all but the vocabulary
+    tables (whose gradient nobody needs) in its backward pass; a ring all-reduce sends 2 (N-1)/N of its buffer per rank:
+
+        (N-1) * (micro_batches * (tables + 2 * rest) + 2 * reduced)
+
+    Args:
+        tables: bytes of the vocabulary tables; a tied one counts once.
+        rest: bytes of everything else of the base.
+        reduced: bytes of the buffer that is reduced once per step.
+        micro_batches: of one rank in one step; 0 where the base is replicated.
+    """
+    return (world - 1) * (micro_batches * (tables + 2 * rest) + 2 * reduced)
+
+
+def _bytes_of(unit: nn.Module) -> int:
+    return sum(parameter.nbytes for parameter in unit.parameters())
+
+
+def _stepper(
+    config: RunConfig, parts: Assembled, trainables: Trainables, settings: dict[str, Any], device: torch.device
+) -> Callable[[int], None]:
+    optimizer = make_optimizer(config.train, trainables.values)
+    forward, stop = BaseForward(parts.base, device), StopSignal()
+    count, rank = settings["accumulation"], dist.get_rank()
+    parts.adapters.train()
+    batches = [
+        micro_batch(random_ids(parts.base.vocab_size, settings["rows"], settings["length"], index), index)
+        for index in range(rank * count, (rank + 1) * count)
+    ]
+
+    def step(number: int) -> None:
+        train_step(
+            forward,
+            parts.task,
+            parts.engine,
+            trainables,
+            optimizer,
+            config.train,
+            batches,
+            step=number,
+            total_steps=settings["steps"] + 2,
+            check_digest=number % config.sharding.digest_steps == 0,
+            stop=stop,
+            memory_mebibytes=0.0,
+        )
+
+    return step
