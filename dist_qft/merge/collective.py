@@ -17,6 +17,7 @@ from dist_qft.assemble import Assembled
 from dist_qft.base_model.skeleton import BaseModel
 from dist_qft.collectives import agreed, maximum
 from dist_qft.errors import DistQFTError, Preempted, SetupError
+from dist_qft.memory import return_freed_memory
 from dist_qft.merge.fold import Difference, require_finite
 from dist_qft.merge.publish import publishing, refused_write
 from dist_qft.merge.recipe import Recipe
@@ -77,6 +78,8 @@ def fold_base(parts: Assembled, recipe: Recipe) -> Difference:
         require_finite(written, path)
         difference.add_fold(part, written, exact)
         part.copy_(written)
+        del written, exact
+        return_freed_memory()  # float64 copies of several layers would stay otherwise
     return difference
 
 

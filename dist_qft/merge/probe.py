@@ -56,7 +56,8 @@ def logits_of(base: BaseModel, ids: list[int], device: torch.device) -> Tensor:
     """
     hooks = [layer.register_forward_hook(lambda *_: return_freed_memory()) for layer in base.layers]
     try:
-        return base.model(input_ids=torch.tensor([ids], device=device)).logits[0].float().cpu()
+        logits = base.model(input_ids=torch.tensor([ids], device=device), use_cache=False).logits
+        return logits[0].float().cpu()
     finally:
         for hook in hooks:
             hook.remove()

@@ -22,7 +22,7 @@ PackedShapes = dict[str, tuple[tuple[int, ...], torch.dtype | None]]
 
 # Weights converted at a time. It bounds the float32 temporaries to a few MiB on a CPU, where a chunk also stays in
 # cache; a GPU wants fewer, larger kernels.
-_CPU_CHUNK = 1 << 20
+CPU_CHUNK = 1 << 20
 _ACCELERATOR_CHUNK = 1 << 24
 
 
@@ -148,7 +148,7 @@ def _has_triton() -> bool:
 def row_chunks(shape: Shape, device: torch.device, alignment: int = 1) -> Iterator[slice]:
     """Consecutive row ranges that cover the weight, each a multiple of `alignment` rows and of bounded size."""
     out_features, in_features = shape
-    budget = _CPU_CHUNK if device.type == "cpu" else _ACCELERATOR_CHUNK
+    budget = CPU_CHUNK if device.type == "cpu" else _ACCELERATOR_CHUNK
     step = max(1, budget // (in_features * alignment)) * alignment
     for start in range(0, out_features, step):
         yield slice(start, min(start + step, out_features))

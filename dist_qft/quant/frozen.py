@@ -5,8 +5,7 @@ starts on the meta device; whoever loads the model fills in its tensors, and an 
 everything here reads the module's current attributes, when it computes and not before.
 """
 
-import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from math import prod
 from typing import Any
 
@@ -15,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx, once_differentiable
 
-from dist_qft.quant.contract import BlockFormat, Format, Shape
+from dist_qft.quant.contract import CPU_CHUNK, Format, Shape, row_chunks
 
 
 class FrozenWeight(nn.Module):
@@ -54,10 +53,7 @@ class FrozenWeight(nn.Module):
 
     def dequantize(self) -> Tensor:
         """The weight (rows, columns) in the compute dtype. Not to be written to: `dense` returns its own tensor."""
-        packed = self.packed()
-        if self.in_use is not None:
-            packed = self.in_use(packed)
-        return self.format.dequantize(packed, self.weight_shape, self.dtype)
+        return self.format.dequantize(self._packed_in_use(), self.weight_shape, self.dtype)
 
     def rows(self, start: int, stop: int) -> Tensor:
         """The rows start..stop of the weight in the compute dtype, not to be written to.
@@ -72,6 +68,10 @@ class FrozenWeight(nn.Module):
         packed = self.format.slice_rows(self.packed(), first, last)
         weight = self.format.dequantize(packed, (last - first, self.weight_shape[1]), self.dtype)
         return weight[start - first : stop - first]
+
+    def _packed_in_use(self) -> dict[str, Tensor]:
+        packed = self.packed()
+        return packed if self.in_use is None else self.in_use(packed)
 
     def extra_repr(self) -> str:
         return f"{self.weight_shape[0]}, {self.weight_shape[1]}, format={self.format.describe()}, dtype={self.dtype}"
@@ -101,32 +101,22 @@ class FrozenLinear(FrozenWeight):
     def forward(self, x: Tensor) -> Tensor:
         return _FrozenProduct.apply(x, self)
 
-    def weight_for_product(self) -> Tensor:
-        """The dequantized weight, valid until the next call for any layer of this thread; not to be written to."""
-        packed = self.packed()
-        if not isinstance(self.format, BlockFormat) or packed["codes"].device.type != "cpu":
-            return self.dequantize()
-        out = _workspace.of(self.weight_shape, self.dtype)
-        return self.format.dequantize(packed, self.weight_shape, self.dtype, out)
+    def pieces(self) -> Iterator[tuple[slice, Tensor]]:
+        """The weight in ranges of rows, each dequantized when it is asked for; only for what is `in_pieces`."""
+        packed = self._packed_in_use()
+        for rows in row_chunks(self.weight_shape, torch.device("cpu"), self.format.row_alignment):
+            part = self.format.slice_rows(packed, rows.start, rows.stop)
+            yield rows, self.format.dequantize(part, (rows.stop - rows.start, self.in_features), self.dtype)
 
+    @property
+    def in_pieces(self) -> bool:
+        """Whether products with this weight are best made of pieces: on CPUs, in float32, if it has more than one.
 
-class _Workspace(threading.local):
-    """One buffer per thread on the CPU, as large as the largest weight so far.
-
-    A new tensor of some MiB for every product costs more in page faults than what is computed into it.
-    """
-
-    def __init__(self) -> None:
-        self._bytes = torch.empty(0, dtype=torch.uint8)
-
-    def of(self, shape: Shape, dtype: torch.dtype) -> Tensor:
-        size = prod(shape) * dtype.itemsize
-        if self._bytes.numel() < size:
-            self._bytes = torch.empty(size, dtype=torch.uint8)
-        return self._bytes[:size].view(dtype).view(shape)
-
-
-_workspace = _Workspace()
+        A piece stays in the cache between its dequantization and its product, and no block of some 10 MiB, of fresh
+        pages each time, is ever asked for. With 16-bit types sums over pieces would be rounded once per piece.
+        """
+        many = prod(self.weight_shape) > CPU_CHUNK and self.format.row_local
+        return many and self.dtype == torch.float32 and next(self.parameters()).device.type == "cpu"
 
 
 class _FrozenProduct(torch.autograd.Function):
@@ -139,12 +129,27 @@ class _FrozenProduct(torch.autograd.Function):
     @staticmethod
     def forward(ctx: FunctionCtx, x: Tensor, module: FrozenLinear) -> Tensor:
         ctx.module = module
-        return F.linear(x, module.weight_for_product(), module.bias)
+        if not module.in_pieces:
+            return F.linear(x, module.dequantize(), module.bias)
+        flat = x.reshape(-1, module.in_features)
+        product = flat.new_empty(len(flat), module.out_features)
+        for rows, weight in module.pieces():
+            torch.mm(flat, weight.t(), out=product[:, rows])
+        if module.bias is not None:
+            product += module.bias
+        return product.view(*x.shape[:-1], module.out_features)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, None]:
-        return grad_output @ ctx.module.weight_for_product(), None
+        module = ctx.module
+        if not module.in_pieces:
+            return grad_output @ module.dequantize(), None
+        flat = grad_output.reshape(-1, module.out_features)
+        grad_input = flat.new_zeros(len(flat), module.in_features)
+        for rows, weight in module.pieces():
+            grad_input.addmm_(flat[:, rows], weight)
+        return grad_input.view(*grad_output.shape[:-1], module.in_features), None
 
 
 class FrozenEmbedding(FrozenWeight):

@@ -32,7 +32,11 @@ _all_gather_flat = getattr(dist, "all_gather_single", None) or dist.all_gather_i
 
 
 class CountedAllGather:
-    """FSDP2's all-gather with a counter of the bytes this rank receives."""
+    """FSDP2's all-gather with a counter of the bytes this rank receives.
+
+    Without a work to wait for, FSDP2 keeps each output until the next one has been copied out, so that streams can
+    overlap. A CPU has no streams: there the work is given back done, and one output is freed before the next is made.
+    """
 
     def __init__(self, traffic: Traffic) -> None:
         self.traffic = traffic
@@ -44,7 +48,10 @@ class CountedAllGather:
         self, output_tensor: Tensor, input_tensor: Tensor, group: dist.ProcessGroup, async_op: bool = False
     ) -> dist.Work | None:
         started = time.perf_counter()
-        work = _all_gather_flat(output_tensor, input_tensor, group=group, async_op=async_op)
+        on_cpu = output_tensor.device.type == "cpu"
+        work = _all_gather_flat(output_tensor, input_tensor, group=group, async_op=async_op or on_cpu)
+        if on_cpu:
+            work.wait()
         self.traffic.add(output_tensor.nbytes - input_tensor.nbytes, time.perf_counter() - started)
         return work
 

@@ -2,13 +2,14 @@
 
     PYTHONPATH=tests python tests/merge/measure_memory.py [LAYERS]     about 42 MB each, default 26
 
-Prints what rank 0 holds, its largest decoder layer, and by how much its memory grew at most: in the two forward
-passes of the certificate, and while the result was gathered and written.
+Prints what rank 0 holds, its largest decoder layer, and by how much its memory grew at most: in the fold and the two
+forward passes of the certificate, and while the result was gathered and written.
 """
 
 import sys
 import tempfile
 import time
+from contextlib import closing
 from pathlib import Path
 
 from merges import GGUF_RUN, measured_merge, write_random_adapters
@@ -24,16 +25,16 @@ def main(layers: int = 26) -> None:
         source = save_random_gguf(Path(folder) / "random.gguf", layers=layers, hidden=2048, intermediate=8192)
         print(f"{source.stat().st_size / 1e9:.2f} GB, {layers} layers", flush=True)
         config = tiny_config(source, Path(folder) / "run" / "run", **{**GGUF_RUN, "method": QALORA})
-        pool = RankPool(2)
-        pool.run(write_random_adapters, config=config)
+        with closing(RankPool(2)) as pool:
+            pool.run(write_random_adapters, config=config)
         for target in ("gguf", "quantized"):
             path = Path(folder) / ("merged.gguf" if target == "gguf" else "merged")
             started = time.perf_counter()
-            found = pool.run(measured_merge, source=Path(config.output_dir), target=target, path=path)[0]
+            with closing(RankPool(2)) as pool:
+                found = pool.run(measured_merge, source=Path(config.output_dir), target=target, path=path)[0]
             sizes = "  ".join(f"{name} {size / 2**20:.1f} MiB" for name, size in found.items())
-            ratio = found["writing"] / found["layer"]
-            print(f"{target:9}  {sizes}  writing/layer {ratio:.2f}  {time.perf_counter() - started:.0f} s", flush=True)
-        pool.close()
+            ratios = "  ".join(f"{stage}/layer {found[stage] / found['layer']:.2f}" for stage in ("probing", "writing"))
+            print(f"{target:9}  {sizes}  {ratios}  {time.perf_counter() - started:.0f} s", flush=True)
 
 
 if __name__ == "__main__":

@@ -110,7 +110,7 @@ def test_chunks_of_rows_do_not_show(format, monkeypatch):
     weight = weight_of(SHAPE)
     whole = format.quantize(weight)
     exact = format.dequantize(whole, SHAPE, torch.float32)
-    monkeypatch.setattr(contract, "_CPU_CHUNK", 5 * SHAPE[1])
+    monkeypatch.setattr(contract, "CPU_CHUNK", 5 * SHAPE[1])
     chunked = format.quantize(weight)
     assert all(torch.equal(chunked[name], whole[name]) for name in whole)
     assert torch.equal(format.dequantize(whole, SHAPE, torch.float32), exact)
