@@ -133,6 +133,8 @@ def execute_run(inputs: RunInputs, stop: StopSignal) -> TrainingRun | None:
             parts = assemble(inputs.config, inputs.skeleton, inputs.plan, inputs.device, inputs.source, stop)
         else:
             parts = attach_trainables(inputs.config, inputs.skeleton, inputs.loaded.engine, inputs.plan, inputs.device)
+        if inputs.config.data.packing:
+            parts.base.require_separate_samples(inputs.device)
         if inputs.checkpoint is not None:
             check_fingerprint(inputs.checkpoint, parts.base)
         else:

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 from outcomes import Outcome, attempt
-from tiny_model import tiny_config
+from tiny_model import VOCABULARY, save_tiny_model, tiny_config
+from transformers import Lfm2Config
 from whole_runs import adapter_digest
 
 from dist_qft.checkpoint import fault_in, list_checkpoints, read_checkpoint
@@ -50,6 +51,18 @@ def disturb_replica(run: TrainingRun) -> None:
 def undisturbed(pools, tiny_llama, tmp_path_factory) -> tuple[Path, list[Outcome]]:
     config = tiny_config(tiny_llama, tmp_path_factory.mktemp("undisturbed") / "run", train={"max_steps": 6})
     return Path(config.output_dir), pools[2].run(attempt, config=config)
+
+
+def test_packing_is_refused_for_a_family_that_carries_a_state_from_sample_to_sample(pools, tmp_path):
+    layers = {"layer_types": ["conv", "full_attention"], "block_auto_adjust_ff_dim": False}
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "vocab_size": VOCABULARY}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "initializer_range": 0.1}
+    model = save_tiny_model(tmp_path / "lfm2", Lfm2Config(**sizes, **heads, **layers))
+    config = tiny_config(model, tmp_path / "run", data={"packing": True})
+    outcomes = pools[2].run(attempt, config=config)
+    text = "data.packing: model type 'lfm2' cannot keep packed samples apart; set it to false"
+    assert [(outcome.error, outcome.exit_code, outcome.told_once) for outcome in outcomes] == [(text, 2, True)] * 2
+    assert not list_checkpoints(tmp_path / "run")
 
 
 @pytest.mark.parametrize(("rank", "value"), [(1, math.nan), (0, math.inf), (1, -math.inf)])

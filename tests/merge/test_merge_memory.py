@@ -1,4 +1,4 @@
-"""Rank 0 never holds much more than its shard and a layer, while layers are folded and run and while they are written."""
+"""Rank 0 holds little more than its shard and a layer, while layers are folded and run and while they are written."""
 
 import pytest
 from merges import GGUF_RUN, measured_merge
