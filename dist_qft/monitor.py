@@ -12,6 +12,7 @@ import json
 import os
 import socket
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -53,6 +54,7 @@ class Monitor:
             metrics = output_dir / METRICS_FILE
             _drop_after(metrics, first_step)
             self._lines = open(metrics, "a", encoding="utf-8")  # noqa: SIM115 - open for the run
+        self._thread_hook, threading.excepthook = threading.excepthook, self._on_thread_error
         # Answers are shown as they are: no markup, no ":smile:" turned into a picture.
         self._console = Console(file=sys.stderr, highlight=False, markup=False, emoji=False)
         if self._console.is_terminal:
@@ -116,10 +118,16 @@ class Monitor:
             self._bar = None
         if self.active:
             self.active = False
+            threading.excepthook = self._thread_hook
             # A full disk has been reported by whoever wrote; it must not hide the error that ends the run.
             with contextlib.suppress(OSError):
                 self._lines.close()
                 self._writer.close()
+
+    def _on_thread_error(self, failure: threading.ExceptHookArgs) -> None:
+        """Leave out what TensorBoard's thread met on the disk: it hands that to the next write, which reports it."""
+        if not (isinstance(failure.exc_value, OSError) and type(failure.thread).__name__ == "_AsyncWriterThread"):
+            self._thread_hook(failure)
 
     def _write_line(self, record: dict[str, object]) -> None:
         self._lines.write(json.dumps(record) + "\n")

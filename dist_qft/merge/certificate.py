@@ -54,13 +54,18 @@ class Findings:
 
 def certificate_path(result: Path) -> Path:
     """Where the certificate of a result lies."""
-    return result / _IN_FOLDER if result.is_dir() else result.with_name(f"{result.name}.certificate.json")
+    return result / _IN_FOLDER if result.is_dir() else _beside(result)
 
 
-def write_certificate(recipe: Recipe, origin: Origin, fingerprint: str, findings: Findings) -> dict[str, Any]:
-    """Write the certificate of a published result and return its content; `fingerprint` is the base's."""
+def write_certificate(
+    recipe: Recipe, origin: Origin, fingerprint: str, findings: Findings, written: Path
+) -> dict[str, Any]:
+    """Write the certificate of a result that has no name yet but `written`, and return its content.
+
+    `fingerprint` is the base's.
+    """
     result = recipe.request.path
-    path = certificate_path(result)
+    path = result / _IN_FOLDER if written.is_dir() else _beside(result)
     lossless = is_lossless(recipe, findings)
     content = {
         "version": _VERSION,
@@ -69,7 +74,7 @@ def write_certificate(recipe: Recipe, origin: Origin, fingerprint: str, findings
         "kind": recipe.kind,
         "target": recipe.request.target,
         "dtype": recipe.request.dtype if recipe.kind == "dense" else None,
-        "result": {"path": _relative(result, path), "sha256": file_digests(result)},
+        "result": {"path": _relative(result, path), "sha256": _digests(result.name, written)},
         "base": {"path": _base_path(origin.config, path), "fingerprint": fingerprint},
         "adapter": {
             "path": _relative(origin.checkpoint, path),
@@ -84,7 +89,7 @@ def write_certificate(recipe: Recipe, origin: Origin, fingerprint: str, findings
         "probe": findings.probe,
         "versions": {name: version(name) for name in ("dist-qft", "torch", "transformers")},
     }
-    write_text(path, json.dumps(content, indent=1) + "\n")
+    write_text(written / _IN_FOLDER if written.is_dir() else path, json.dumps(content, indent=1) + "\n")
     return content
 
 
@@ -152,8 +157,17 @@ def summary(recipe: Recipe, findings: Findings, lossless: bool) -> str:
 
 def file_digests(result: Path) -> dict[str, str]:
     """SHA-256 of the result's files by name, its certificate excepted."""
-    files = sorted(result.iterdir()) if result.is_dir() else [result]
-    return {file.name: sha256_of(file) for file in files if file.name != _IN_FOLDER}
+    return _digests(result.name, result)
+
+
+def _digests(name: str, result: Path) -> dict[str, str]:
+    if not result.is_dir():
+        return {name: sha256_of(result)}
+    return {file.name: sha256_of(file) for file in sorted(result.iterdir()) if file.name != _IN_FOLDER}
+
+
+def _beside(result: Path) -> Path:
+    return result.with_name(f"{result.name}.certificate.json")
 
 
 def _weights(difference: Difference) -> dict[str, float]:

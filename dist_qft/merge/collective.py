@@ -4,7 +4,7 @@ Only packed bytes cross the network, and only those that the result needs: for a
 What a rank folds stays where it is, so afterwards the base is the merged model and runs under its engine.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Protocol
@@ -83,8 +83,19 @@ def fold_base(parts: Assembled, recipe: Recipe) -> Difference:
     return difference
 
 
-def write_result(parts: Assembled, writer: Writer, recipe: Recipe, stop: StopSignal, device: torch.device) -> None:
+def write_result(
+    parts: Assembled,
+    writer: Writer,
+    recipe: Recipe,
+    stop: StopSignal,
+    device: torch.device,
+    certify: Callable[[Path | None], None],
+) -> None:
     """Gather what the writer wants, weight by weight; rank 0 writes and publishes. Collective.
+
+    Args:
+        certify: called on every rank once all is written, before it is published: a result without its certificate
+            would pass for one that is done. Gets the temporary name on rank 0, None elsewhere.
 
     Raises:
         SetupError: rank 0 could not write; on all ranks, and nothing is left behind.
@@ -108,6 +119,8 @@ def write_result(parts: Assembled, writer: Writer, recipe: Recipe, stop: StopSig
             with _together(target, stop, device):
                 if writes:
                     writer.finish()
+            with _together(target, stop, device):
+                certify(temporary)
         finally:
             writer.close()
     dist.barrier()

@@ -144,12 +144,18 @@ def merge(
         written, difference, writer = _export_lora(parts, origin, ids, device)
     else:
         written, difference, writer = _merge_weights(parts, recipe, origin, ids, device)
-    write_result(parts, writer, recipe, stop, device)
-    difference = total_difference(difference + writer.difference, device)
-    if torch.distributed.get_rank() != 0:
+    certificate: dict[str, Any] | None = None
+
+    def certify(result: Path | None) -> None:
+        nonlocal certificate
+        total = total_difference(difference + writer.difference, device)
+        if result is not None:
+            findings = Findings(total, compare_logits(live, written, ids), ids, writer.notes())
+            certificate = write_certificate(recipe, origin, parts.base.fingerprint, findings, result)
+
+    write_result(parts, writer, recipe, stop, device, certify)
+    if certificate is None:
         return None
-    findings = Findings(difference, compare_logits(live, written, ids), ids, writer.notes())
-    certificate = write_certificate(recipe, origin, parts.base.fingerprint, findings)
     seconds = time.perf_counter() - started
     print(f"merged {origin.checkpoint} into {recipe.request.path} ({len(recipe.tiles)} layers, {seconds:.1f} s)")
     print(f"certificate: {certificate['summary']}", flush=True)

@@ -43,17 +43,20 @@ def environment() -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"}
 
 
-@pytest.mark.parametrize("moment", ["gather:1", "gather:21", "rename:1"])
+@pytest.mark.parametrize("moment", ["gather:1", "gather:21", "rename:1", "rename:2"])
 def test_a_killed_merge_leaves_nothing_under_the_final_name(gguf_run, tmp_path, moment):
-    target = tmp_path / "merged.gguf"
-    command = [sys.executable, "-c", KILLED, moment, "merge", gguf_run, "--to", "gguf", "-o", target]
+    names = ["merged.gguf", "merged.gguf.certificate.json"]
+    command = [sys.executable, "-c", KILLED, moment, "merge", gguf_run, "--to", "gguf", "-o", tmp_path / names[0]]
     killed = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=120)
     assert killed.returncode == -signal.SIGKILL, killed.stderr
-    left = [path.name for path in tmp_path.iterdir()]
-    assert len(left) == 1 and left[0].startswith(".tmp-merged.gguf-")
-    with publishing(target, overwrite=False) as temporary:
-        temporary.write_text("the next attempt")
-    assert [path.name for path in tmp_path.iterdir()] == ["merged.gguf"]
+    left = {path.name for path in tmp_path.iterdir()}
+    assert names[0] not in left, "not even when its certificate, which is renamed first, is there"
+    assert (names[1] in left) == (moment == "rename:2")
+    assert all(name.startswith(".tmp-merged.gguf") for name in left - {names[1]})
+    for name in names:
+        with publishing(tmp_path / name, overwrite=True) as temporary:
+            temporary.write_text("the next attempt")
+    assert sorted(path.name for path in tmp_path.iterdir()) == names
 
 
 def test_a_full_disk_is_one_line_and_code_3(gguf_run, tmp_path):
