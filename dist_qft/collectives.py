@@ -100,24 +100,14 @@ def told_by(rank: int, doing: Callable[[], str]) -> Iterator[None]:
         if not _is_collective_failure(error):
             raise
         reason = str(error).strip().splitlines()[0]
-        what = _culprit(neighbours, roll_call) or "another rank is gone or did not answer in time"
+        what = roll_call.culprit(set(neighbours.ended())) if neighbours and roll_call else None
+        what = what or "another rank is gone or did not answer in time"
         lost = PeerLostError(f"{doing()}: {what}; {last_collective(error)} failed ({reason})")
         lost.rank_prefix = f"rank {rank}"
         raise lost from error
     finally:
         if roll_call is not None:
             roll_call.close()
-
-
-def _culprit(neighbours: Neighbours | None, roll_call: RollCall | None) -> str | None:
-    """Whose loss it was; not that of a rank that only left because of it."""
-    if neighbours is None or roll_call is None:
-        return None
-    roll_call.leave()
-    ended = set(neighbours.ended()) - roll_call.left()
-    if ended:
-        return f"rank {', '.join(map(str, sorted(ended)))} is gone"
-    return roll_call.missing()
 
 
 def _is_collective_failure(error: RuntimeError) -> bool:

@@ -16,6 +16,7 @@ import torch.distributed as dist
 _BEAT_SECONDS = 0.5
 _SILENCE_SECONDS = 2.5  # without a sign for so long, a rank counts as silent
 _STORE_TIMEOUT = timedelta(seconds=5)
+_ANSWER_SECONDS = 15  # for all questions to the store together; it has no limit of its own for most of them
 
 
 class RollCall:
@@ -41,24 +42,40 @@ class RollCall:
         """Give no more signs."""
         self._ended.set()
 
-    def leave(self) -> None:
+    def culprit(self, ended: set[int]) -> str | None:
+        """Whose loss it was that this rank leaves of, given the ranks of this machine that have ended; None if unknown.
+
+        Where the network to the store is cut, its calls come back after many minutes: a thread waits for them.
+        """
+        answers: list[str | None] = []
+        thread = threading.Thread(target=lambda: answers.append(self._ask(ended)), daemon=True)
+        thread.start()
+        thread.join(_ANSWER_SECONDS)
+        return answers[0] if answers else "rank 0 does not answer"
+
+    def _ask(self, ended: set[int]) -> str | None:
+        self._leave()
+        gone = ended - self._leavers()  # not one that only left because of the culprit
+        return f"{_ranks(sorted(gone))} is gone" if gone else self._missing()
+
+    def _leave(self) -> None:
         """Tell the others that this rank goes because of them, so that none takes it for the culprit."""
         if self._others:
             with contextlib.suppress(RuntimeError):
                 self._store.set(_left(self._rank), "1")
 
-    def left(self) -> set[int]:
+    def _leavers(self) -> set[int]:
         """The ranks that went because of others."""
         with contextlib.suppress(RuntimeError):
             return {other for other in self._others if self._store.check([_left(other)])}
         return set()
 
-    def missing(self) -> str | None:
+    def _missing(self) -> str | None:
         """Who keeps the others waiting, such as "rank 3 does not answer"; None if all answer alike. Takes a moment."""
         try:
             before = self._signs()
             time.sleep(_SILENCE_SECONDS)
-            after, left = self._signs(), self.left()
+            after, left = self._signs(), self._leavers()
         except RuntimeError:
             return "rank 0 does not answer" if self._rank else None  # the store is in its process, or its launcher's
         silent = [rank for rank in self._others if rank not in left and before[rank] == after[rank]]
