@@ -29,7 +29,7 @@ from dist_qft.methods.schedule import LinearShape, plan_adapters
 from dist_qft.methods.trainable import Plan, TrainableSet
 from dist_qft.preemption import StopSignal
 from dist_qft.sharding.engine import Engine, make_engine
-from dist_qft.task import Task, make_task
+from dist_qft.task import Task, head_outputs, make_task
 
 
 @dataclass(frozen=True)
@@ -155,6 +155,8 @@ def assemble(
         zero_options=read_zero_options(config),
     )
     materialize(skeleton, source or open_source(config.model), engine, device)
+    if skeleton.tied and head_outputs(config.task) == 0:
+        engine.keep_until_head(skeleton.embedding)
     return attach_trainables(config, skeleton, engine, plan, device)
 
 

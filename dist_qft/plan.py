@@ -38,8 +38,8 @@ def make_plan(config: RunConfig, world_size: int) -> dict[str, Any]:
     * base_bytes_per_rank: what the fullest rank holds. With `fsdp` each packed tensor is cut on dim 0 into parts
       of ceil(rows / N) rows, with `zero` into parts of ceil(elements / N); with `replicated` it is all of base_bytes.
     * gather_bytes_per_micro_batch: what one rank receives, by the formula of `dist_qft.sharding.fsdp`:
-      (N-1)/N * (embedding + LM head + 2 * rest), a tied table counted for both its uses. Without resharding
-      it is (N-1)/N * (LM head + rest): the embedding, once gathered, stays. `zero` always reshards. 0 with
+      (N-1)/N * (embedding + LM head + 2 * rest), the rest once without resharding. A tied table counts once, with
+      `zero` twice; the LM head not at all if the task has a head of its own. `zero` always reshards. 0 with
       `replicated`. Where nothing flows back through the base (qst) the rest counts once, or not at all without
       resharding: it then stays.
     * gather_bytes_per_step: that times the accumulation steps.
@@ -65,7 +65,9 @@ def make_plan(config: RunConfig, world_size: int) -> dict[str, Any]:
     engine, flat = config.sharding.engine, config.sharding.engine == "zero"
     shards = 1 if engine == "replicated" else world_size
     reshard = flat or config.sharding.reshard_after_forward
-    gathered = _gather_bytes(base, shards, reshard=reshard, backward=trainables.backward_through_base, flat=flat)
+    passes = int(trainables.backward_through_base) + int(reshard)  # that gather the layers
+    twice = head_outputs(config.task) == 0 and (flat or not base.tied)  # embedding, and once more as a head or for it
+    gathered = _gather_bytes(base, shards, passes=passes, head=twice, flat=flat)
     return {
         "model": {
             "path": config.model.path,
@@ -130,15 +132,10 @@ def _padded_bytes(tensors: Iterable[Tensor], shards: int, *, flat: bool = False)
     return sum(math.ceil(tensor.shape[0] / shards) * shards * tensor[0].nbytes for tensor in tensors)
 
 
-def _gather_bytes(base: BaseModel, shards: int, *, reshard: bool, backward: bool, flat: bool) -> int:
+def _gather_bytes(base: BaseModel, shards: int, *, passes: int, head: bool, flat: bool) -> int:
     tables = [_padded_bytes(table.parameters(), shards, flat=flat) for table in base.units.tables]
     rest = _padded_bytes(_base_tensors(base), shards, flat=flat) - sum(tables)
-    # A tied table is the first and the last: gathered for the embedding and again for the head.
-    if backward:
-        gathered = tables[0] + tables[-1] + 2 * rest if reshard else tables[-1] + rest
-    else:
-        gathered = tables[0] + tables[-1] + (rest if reshard else 0)
-    return gathered // shards * (shards - 1)
+    return (tables[0] + head * tables[-1] + passes * rest) // shards * (shards - 1)
 
 
 def _optimizer_bytes(train: TrainConfig, trainable: int) -> int:

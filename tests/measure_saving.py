@@ -1,6 +1,6 @@
 """What checkpoints cost a training step: steps of one run with and without a save every 10, in turns.
 
-    python tests/measure_saving.py CONFIG [ROUNDS]
+    python tests/measure_saving.py CONFIG ROUNDS [key.sub=value ...]
 
 Rounds of 10 steps alternate between saving after the last one and not saving; the same run, the same process, so that
 whatever else the machine does meets both. Prints the median of the rounds' seconds and the cost. Single process.
@@ -24,9 +24,9 @@ from dist_qft.world import World, connect
 STEPS = 10
 
 
-def main(path: str, rounds: int) -> None:
+def main(path: str, rounds: int, *changes: str) -> None:
     with TemporaryDirectory() as folder:
-        overrides = [f"output_dir={folder}/run", "train.max_steps=100000", "checkpoint.save_steps=100000"]
+        overrides = [*changes, f"output_dir={folder}/run", "train.max_steps=100000", "checkpoint.save_steps=100000"]
         config = load_config(Path(path), overrides)
         world, device, stop = World.from_environment(), torch.device("cpu"), StopSignal()
         inputs = gather_inputs(config, None, world, device)
@@ -52,4 +52,4 @@ def main(path: str, rounds: int) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], int(sys.argv[2]) if len(sys.argv) > 2 else 5)
+    main(sys.argv[1], int(sys.argv[2]), *sys.argv[3:])

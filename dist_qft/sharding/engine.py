@@ -84,6 +84,9 @@ class Engine(Protocol):
     def keep_gathered(self, unit: nn.Module) -> None:
         """Keep a unit whole on every rank from its next use on: for one that is all that is still used."""
 
+    def keep_until_head(self, table: nn.Module) -> None:
+        """Where the engine can: gather the table of embedding and head once per forward pass, not for each of them."""
+
     def resident_bytes(self) -> int:
         """Bytes of base parameters this rank holds between forward passes."""
 

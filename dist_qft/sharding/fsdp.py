@@ -5,25 +5,29 @@ whose parameters have several dtypes as raw bytes, so nothing is ever cast on th
 
 What one micro-batch gathers, for N ranks and unit sizes in padded bytes (dim 0 rounded up to a multiple of N):
 
-    forward   (N-1)/N * (embedding + sum(layers) + root + head)   head = embedding again when tied
+    forward   (N-1)/N * (embedding + sum(layers) + root + head)   head = nothing when tied
     backward  (N-1)/N * (sum(layers) + root)                       none with reshard_after_forward=False
 
-The head's loss needs no backward pass of its own (see `dist_qft.loss`), and the embedding none at all: tables are
-freed after each use whatever `reshard_after_forward` says, for nothing would free them later. FSDP2's default
-prefetch would gather the embedding again in backward because it ran just before the first layer; the explicit order
-set in `shard` prevents that. An evaluation gathers what a forward pass gathers; with reshard_after_forward=False
-the layers then stay whole, and the next forward pass gathers the tables alone.
+A tied table stays gathered from its embedding to its use as a head, which is the peak of a step in any case
+(`keep_until_head`; without that it is gathered again). The head's loss needs no backward pass of its own (see
+`dist_qft.loss`), and the embedding none at all: tables are freed after their use whatever `reshard_after_forward` says,
+for nothing would free them later. FSDP2's default prefetch would gather the embedding again in backward because it
+ran just before the first layer; the explicit order set in `shard` prevents that. An evaluation gathers what a forward
+pass gathers; with reshard_after_forward=False the layers then stay whole, and the next forward pass gathers the
+tables alone.
 """
 
 import math
 import time
 from itertools import pairwise
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.utils.hooks import RemovableHandle
 
 from dist_qft.sharding.engine import Traffic, Units, parameter_owners
 
@@ -66,6 +70,7 @@ class FsdpEngine:
         self.reshard_after_forward = reshard_after_forward
         self._parameters: list[nn.Parameter] = []
         self._units: list[FSDPModule] = []
+        self._freed_by_head: RemovableHandle | None = None
 
     def shard(self, units: Units, device: torch.device) -> None:
         mesh = init_device_mesh(device.type, (dist.get_world_size(),))
@@ -126,6 +131,12 @@ class FsdpEngine:
 
     def keep_gathered(self, unit: nn.Module) -> None:
         unit.set_reshard_after_forward(False)
+        if self._freed_by_head is not None:
+            self._freed_by_head.remove()
+
+    def keep_until_head(self, table: nn.Module) -> None:
+        table.set_reshard_after_forward(False)
+        self._freed_by_head = table.register_forward_hook(_free_after_head, with_kwargs=True)
 
     def resident_bytes(self) -> int:
         # Storages, because FSDP2 pads a short part to the size of the others.
@@ -138,6 +149,12 @@ class FsdpEngine:
 def _rows_per_rank(parameter: nn.Parameter) -> int:
     """Dim-0 entries of every rank's part but the last ones': FSDP2 cuts as `torch.chunk` does."""
     return -(-parameter.shape[0] // dist.get_world_size())
+
+
+def _free_after_head(table: FSDPModule, ids: tuple[Tensor], options: dict[str, Any], output: object) -> None:
+    """Forward hook: as a head a table is called with `use`, and is then done with."""
+    if options.get("use") is not None:
+        table.reshard()
 
 
 def _order_backward_gathers(units: Units) -> None:

@@ -49,6 +49,9 @@ class ReplicatedEngine:
     def keep_gathered(self, unit: nn.Module) -> None:
         pass
 
+    def keep_until_head(self, table: nn.Module) -> None:
+        pass
+
     def resident_bytes(self) -> int:
         return sum(parameter.nbytes for parameter in self._parameters)
 

@@ -134,6 +134,9 @@ class ZeroEngine:
         for parameter in unit.parameters():
             parameter.ds_persist = True
 
+    def keep_until_head(self, table: nn.Module) -> None:
+        pass
+
     def resident_bytes(self) -> int:
         return sum(parameter.ds_tensor.nbytes for parameter in self._parameters)
 

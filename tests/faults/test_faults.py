@@ -42,7 +42,7 @@ Moment = Callable[[Command, Path, random.Random], None]
 def starting(command: Command, run: Path, chance: random.Random) -> None:
     """While ranks import, meet, load and have not taken a step."""
     command.wait_until(run.exists)
-    time.sleep(chance.uniform(0, 1.5))
+    time.sleep(chance.uniform(0, 0.6))
 
 
 def stepping(command: Command, run: Path, chance: random.Random) -> None:
