@@ -14,6 +14,7 @@ from whole_runs import adapter_digest
 
 from dist_qft.checkpoint import fault_in, list_checkpoints, read_checkpoint
 from dist_qft.config.load import CONFIG_FILE, load_config
+from dist_qft.monitor import METRICS_FILE
 from dist_qft.summary import SUMMARY_FILE
 from dist_qft.training_run import TrainingRun
 
@@ -51,6 +52,27 @@ def disturb_replica(run: TrainingRun) -> None:
 def undisturbed(pools, tiny_llama, tmp_path_factory) -> tuple[Path, list[Outcome]]:
     config = tiny_config(tiny_llama, tmp_path_factory.mktemp("undisturbed") / "run", train={"max_steps": 6})
     return Path(config.output_dir), pools[2].run(attempt, config=config)
+
+
+def test_keep_best_keeps_the_checkpoint_of_the_lowest_held_out_loss_beside_the_newest(pools, tiny_llama, tmp_path):
+    """A learning rate at which the loss falls at first and then explodes, a save every step, two kept."""
+    config = tiny_config(
+        tiny_llama,
+        tmp_path / "run",
+        train={"max_steps": 8, "learning_rate": 0.5, "max_grad_norm": None, "lr_scheduler_type": "constant"},
+        checkpoint={"save_steps": 1, "save_total_limit": 2, "keep_best": True},
+        evaluation={"eval_steps": 1},
+        data={"eval_samples": 10},
+    )
+    assert [outcome.error for outcome in pools[2].run(attempt, config=config)] == ["", ""]
+    metrics = [json.loads(line) for line in (tmp_path / "run" / METRICS_FILE).read_text().splitlines()]
+    losses = {record["step"]: record["eval/loss"] for record in metrics if "eval/loss" in record}
+    state = read_checkpoint(tmp_path / "run" / "checkpoint-8").state
+    seen = {step: loss for step, loss in losses.items() if step < 8}  # the last one comes after the last save
+    assert (state.best_step, state.best_loss) == (min(seen, key=seen.get), min(seen.values()))
+    assert state.best_step < 7, "or the newest would be the best as well"
+    names = {path.name for path in list_checkpoints(tmp_path / "run")}
+    assert names == {f"checkpoint-{state.best_step}", "checkpoint-7", "checkpoint-8"}
 
 
 def test_packing_is_refused_for_a_family_that_carries_a_state_from_sample_to_sample(pools, tmp_path):

@@ -59,8 +59,8 @@ def accumulation_steps(config: RunConfig, world_size: int) -> int:
     """Micro-batches each rank runs per optimizer step: global batch / (micro-batch x ranks).
 
     Raises:
-        UserError: that is not a whole number; names the nearest global batch sizes and the micro-batch sizes
-            that would do.
+        UserError: that is not a whole number; names the nearest global batch sizes, and the micro-batch sizes and
+            numbers of ranks that would do.
     """
     total, micro = config.train.global_batch_size, config.train.per_device_train_batch_size
     per_round = micro * world_size
@@ -70,6 +70,9 @@ def accumulation_steps(config: RunConfig, world_size: int) -> int:
     if total % world_size == 0:
         sizes = [size for size in range(1, total // world_size + 1) if total // world_size % size == 0]
         remedies.append(f"train.per_device_train_batch_size {_choices(sizes)}")
+    if total % micro == 0:
+        counts = [count for count in range(1, total // micro + 1) if total // micro % count == 0]
+        remedies.append(f"{_choices(counts)} ranks")
     raise UserError(
         f"train.global_batch_size: {total} is not a multiple of {per_round}, train.per_device_train_batch_size "
         f"{micro} x {world_size} {'rank' if world_size == 1 else 'ranks'}; legal: {', or '.join(remedies)}"

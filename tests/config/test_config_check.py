@@ -214,21 +214,22 @@ def test_accumulation_steps(load, world_size, micro, steps):
             2,
             3,
             "train.global_batch_size: 16 is not a multiple of 6, train.per_device_train_batch_size 2 x 3 ranks; "
-            "legal: train.global_batch_size 12 or 18",
+            "legal: train.global_batch_size 12 or 18, or 1, 2, 4 or 8 ranks",
         ),
         (
             24,
             4,
             4,
             "train.global_batch_size: 24 is not a multiple of 16, train.per_device_train_batch_size 4 x 4 ranks; "
-            "legal: train.global_batch_size 16 or 32, or train.per_device_train_batch_size 1, 2, 3 or 6",
+            "legal: train.global_batch_size 16 or 32, or train.per_device_train_batch_size 1, 2, 3 or 6, "
+            "or 1, 2, 3 or 6 ranks",
         ),
         (
             8,
             1,
             16,
             "train.global_batch_size: 8 is not a multiple of 16, train.per_device_train_batch_size 1 x 16 ranks; "
-            "legal: train.global_batch_size 16",
+            "legal: train.global_batch_size 16, or 1, 2, 4 or 8 ranks",
         ),
     ],
 )
