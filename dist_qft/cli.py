@@ -233,6 +233,10 @@ def report(error: DistQFTError) -> None:
     clear that rank away with the message unsaid. The launcher's SIGTERM ends the wait; without one they speak, too.
     """
     if error.rank_prefix is None and _local_rank() != "0":
+        from dist_qft.preemption import StopSignal
+
+        if StopSignal.arrived:  # the launcher clears ranks away: the first one has spoken
+            return
         signal.signal(signal.SIGTERM, lambda *_: os._exit(error.exit_code))
         time.sleep(FIRST_RANK_SECONDS)
     where = f"{error.rank_prefix}: " if error.rank_prefix else ""

@@ -18,7 +18,12 @@ class StopSignal:
     """Context in which SIGTERM and SIGUSR1 only set a flag. Torch is not imported before it is needed.
 
     A step is never interrupted: ranks agree through the step's own reduction, elsewhere through `agreed`.
+
+    Attributes:
+        arrived: whether any of these signals has ever come to this process.
     """
+
+    arrived = False
 
     def __init__(self) -> None:
         self.requested = False
@@ -70,7 +75,7 @@ class StopSignal:
             os.close(reader)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        self.requested = True
+        self.requested = StopSignal.arrived = True
 
 
 def _leave_on_signal(reader: int) -> None:

@@ -10,6 +10,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from datetime import datetime, timedelta
+from itertools import takewhile
 from pathlib import Path
 
 import psutil
@@ -48,8 +49,8 @@ class Job:
         self.cluster, self.folder = cluster, folder
         self.run_dir = folder / "run"
         ours = {"VIRTUAL_ENV": sys.prefix, "PYTHONPATH": str(REPOSITORY), "LOGS": str(folder / "logs")}
-        options = [word for word in words if word.startswith("--") and not word.startswith("--resume")]
-        rest = [word for word in words if word not in options]
+        options = list(takewhile(lambda word: word.startswith("--"), words))
+        rest = words[len(options) :]
         submit = ["sbatch", "--parsable", f"--output={folder}/slurm.out", *options, f"slurm/{script}.sbatch", *rest]
         self.number = cluster.run(*submit, env={**ours, "OMP_NUM_THREADS": "1", **variables}, cwd=REPOSITORY)
 

@@ -50,7 +50,8 @@ def test_every_benchmark_runs_in_small(bench, name):
     assert report["benchmark"] == name
     ours = [side for side in report["sides"] if "PEFT" not in side["name"]]
     assert [side["error"] for side in ours] == [None] * len(ours)
-    assert all(value > 0 for side in ours for value in side["metrics"].values())
+    sent = ("wire_bytes", "counted_bytes", "bound_bytes")  # nothing where there is one rank
+    assert all(value > 0 for side in ours for key, value in side["metrics"].items() if key not in sent)
     assert all(row["ours"] is not None for row in report["comparisons"])
     assert f"{name}: compared" in out
     if name == "step":

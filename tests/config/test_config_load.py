@@ -150,7 +150,7 @@ def test_all_faults_at_once_each_with_its_line(write):
             "unknown key 'train.gradient_accumulation_steps': it is derived: train.global_batch_size / "
             "(train.per_device_train_batch_size x number of ranks)",
         ),
-        ("checkpoint: {zzz: 8}", "unknown key 'checkpoint.zzz', allowed here: keep_best, save_steps, save_total_limit"),
+        ("checkpoint: {zzz: 8}", "unknown key 'checkpoint.zzz', allowed here: save_steps, save_total_limit, keep_best"),
         ("evaluation: {steps: 8}", "unknown key 'evaluation.steps', did you mean 'evaluation.eval_steps'?"),
         ("evalution: {eval_steps: 8}", "unknown key 'evalution', did you mean 'evaluation'?"),
         ("3: 8", "key 3 is not a string"),
