@@ -84,16 +84,14 @@ def merged_rows(
     format: Format, packed: Mapping[str, Tensor], shape: Shape, adapter: TileAdapter | None
 ) -> Iterator[Tensor]:
     """A packed weight, plus its adapter's dW if it has one: chunks of rows, float64, in order."""
-    device = next(iter(packed.values())).device
-    whole = None if format.row_local else format.dequantize(packed, shape, torch.float32)
-    for rows in row_chunks(shape, device, format.row_alignment):
-        if whole is None:
-            chunk = format.slice_rows(packed, rows.start, rows.stop)
-            weight = format.dequantize(chunk, (rows.stop - rows.start, shape[1]), torch.float32)
-        else:
-            weight = whole[rows]
+    if format.row_local:
+        pieces = format.row_pieces(packed, shape, torch.float32)
+    else:
+        whole = format.dequantize(packed, shape, torch.float32)
+        pieces = ((rows, whole[rows]) for rows in row_chunks(shape, whole.device, format.row_alignment))
+    for rows, weight in pieces:
         exact = weight.double()
-        yield exact if adapter is None else exact + update_rows(adapter, rows.start, rows.stop).to(device)
+        yield exact if adapter is None else exact + update_rows(adapter, rows.start, rows.stop).to(exact.device)
 
 
 def merged_weight(

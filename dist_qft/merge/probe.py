@@ -108,6 +108,13 @@ class _AsWritten:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._format, name)
 
+    row_pieces = Format.row_pieces  # of what would be written, by `dequantize` below
+
+    @property
+    def row_local(self) -> bool:
+        """An adapter's dW belongs to the rows of a whole weight: some rows alone do not say which they are."""
+        return self._adapter is None and self._format.row_local
+
     def dequantize(self, packed: Mapping[str, Tensor], shape: Shape, dtype: torch.dtype) -> Tensor:
         if self._new is None:
             return merged_weight(self._format, packed, shape, self._adapter, self._dtype).to(dtype)

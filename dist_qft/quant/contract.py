@@ -91,6 +91,17 @@ class Format(ABC):
             views[name] = tensor[start // rows : stop // rows]
         return views
 
+    def row_pieces(
+        self, packed: Mapping[str, Tensor], shape: Shape, dtype: torch.dtype
+    ) -> Iterator[tuple[slice, Tensor]]:
+        """The weight in ranges of rows of bounded size, each dequantized when it is asked for.
+
+        Only for a `row_local` format.
+        """
+        for rows in row_chunks(shape, next(iter(packed.values())).device, self.row_alignment):
+            part = self.slice_rows(packed, rows.start, rows.stop)
+            yield rows, self.dequantize(part, (rows.stop - rows.start, shape[1]), dtype)
+
 
 class BlockFormat(Format):
     """A format whose arithmetic is ours, written for one chunk of rows in float32."""

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx, once_differentiable
 
-from dist_qft.quant.contract import CPU_CHUNK, Format, Shape, row_chunks
+from dist_qft.quant.contract import CPU_CHUNK, Format, Shape
 
 
 class FrozenWeight(nn.Module):
@@ -103,10 +103,7 @@ class FrozenLinear(FrozenWeight):
 
     def pieces(self) -> Iterator[tuple[slice, Tensor]]:
         """The weight in ranges of rows, each dequantized when it is asked for; only for what is `in_pieces`."""
-        packed = self._packed_in_use()
-        for rows in row_chunks(self.weight_shape, torch.device("cpu"), self.format.row_alignment):
-            part = self.format.slice_rows(packed, rows.start, rows.stop)
-            yield rows, self.format.dequantize(part, (rows.stop - rows.start, self.in_features), self.dtype)
+        return self.format.row_pieces(self._packed_in_use(), self.weight_shape, self.dtype)
 
     @property
     def in_pieces(self) -> bool:

@@ -1,6 +1,7 @@
 """The arithmetic of folding, against float64 and against adapters' exact dW."""
 
 import itertools
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -8,9 +9,11 @@ import torch
 
 from dist_qft.errors import UserError
 from dist_qft.merge.fold import Difference, merged_weight, require_finite, update_rows
+from dist_qft.merge.probe import as_written
 from dist_qft.methods.folding import folded, folding_obstacle, tile_rows
 from dist_qft.methods.schedule import TileSettings
 from dist_qft.methods.tile_adapter import TileAdapter, exact_dW, tile_values
+from dist_qft.quant import contract, frozen
 from dist_qft.quant.affine4 import Affine4
 from dist_qft.quant.dense import Dense
 from dist_qft.quant.frozen import FrozenLinear
@@ -137,3 +140,26 @@ def test_zeros_beyond_float16_are_refused():
     zero = torch.zeros(OUT * 4, dtype=torch.float16)
     with pytest.raises(UserError, match=r"^q: zero \+ dW leaves the range of torch.float16; merge --to dense"):
         require_finite(folded(zero, 0, 4, (1, 32), adapter)[0], "q")
+
+
+@pytest.mark.parametrize("adapted", [True, False])
+@pytest.mark.parametrize(("new", "dtype"), [(None, torch.bfloat16), (NF4(64), None)])
+def test_a_layer_larger_than_a_piece_computes_with_the_weight_that_would_be_written(monkeypatch, adapted, new, dtype):
+    """A forward pass takes large weights a few rows at a time; an adapter's rows must be those of the whole."""
+    format = Affine4((1, 32))
+    layer = FrozenLinear(IN, OUT, format, False, torch.float32, "cpu")
+    packed = format.quantize(random_weight())
+    for name, tensor in packed.items():
+        layer.register_parameter(name, torch.nn.Parameter(tensor, requires_grad=False))
+    adapter = random_adapter(pool=4, repeat=8) if adapted else None
+    expected = merged_weight(format, packed, (OUT, IN), adapter, dtype or torch.float32).float()
+    if new is not None:
+        expected = new.dequantize(new.quantize(expected), (OUT, IN), torch.float32)
+    x = torch.randn(3, IN, generator=torch.Generator().manual_seed(5))
+    for module in (contract, frozen):
+        monkeypatch.setattr(module, "CPU_CHUNK", 100 * IN)
+    assert layer.in_pieces
+    base = SimpleNamespace(linears={"layer": layer}, tables=dict)
+    parts = SimpleNamespace(base=base, adapters=SimpleNamespace(by_path={"layer": adapter} if adapted else {}))
+    with as_written(parts, {"layer": new} if new else {}, dtype):
+        torch.testing.assert_close(layer(x), x @ expected.T, rtol=1e-5, atol=1e-5)
