@@ -66,8 +66,8 @@ def make_plan(config: RunConfig, world_size: int) -> dict[str, Any]:
     shards = 1 if engine == "replicated" else world_size
     reshard = flat or config.sharding.reshard_after_forward
     passes = int(trainables.backward_through_base) + int(reshard)  # that gather the layers
-    twice = head_outputs(config.task) == 0 and (flat or not base.tied)  # embedding, and once more as a head or for it
-    gathered = _gather_bytes(base, shards, passes=passes, head=twice, flat=flat)
+    head_gathered = head_outputs(config.task) == 0 and (flat or not base.tied)  # beside the embedding
+    gathered = _gather_bytes(base, shards, passes=passes, head=head_gathered, flat=flat)
     return {
         "model": {
             "path": config.model.path,

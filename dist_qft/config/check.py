@@ -68,11 +68,9 @@ def accumulation_steps(config: RunConfig, world_size: int) -> int:
         return total // per_round
     remedies = [f"train.global_batch_size {_nearest_multiples(total, per_round)}"]
     if total % world_size == 0:
-        sizes = [size for size in range(1, total // world_size + 1) if total // world_size % size == 0]
-        remedies.append(f"train.per_device_train_batch_size {_choices(sizes)}")
+        remedies.append(f"train.per_device_train_batch_size {_choices(_divisors(total // world_size))}")
     if total % micro == 0:
-        counts = [count for count in range(1, total // micro + 1) if total // micro % count == 0]
-        remedies.append(f"{_choices(counts)} ranks")
+        remedies.append(f"{_choices(_divisors(total // micro))} ranks")
     raise UserError(
         f"train.global_batch_size: {total} is not a multiple of {per_round}, train.per_device_train_batch_size "
         f"{micro} x {world_size} {'rank' if world_size == 1 else 'ranks'}; legal: {', or '.join(remedies)}"
@@ -273,6 +271,10 @@ def _merge_warnings(config: RunConfig) -> Iterator[str]:
 def _nearest_multiples(value: int, of: int) -> str:
     below = value // of * of
     return f"{below} or {below + of}" if below else str(of)
+
+
+def _divisors(number: int) -> list[int]:
+    return [divisor for divisor in range(1, number + 1) if number % divisor == 0]
 
 
 def _choices(values: list[int]) -> str:

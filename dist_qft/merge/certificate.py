@@ -65,7 +65,8 @@ def write_certificate(
     `fingerprint` is the base's.
     """
     result = recipe.request.path
-    path = result / _IN_FOLDER if written.is_dir() else _beside(result)
+    in_folder = written.is_dir()
+    path = result / _IN_FOLDER if in_folder else _beside(result)
     lossless = is_lossless(recipe, findings)
     content = {
         "version": _VERSION,
@@ -74,7 +75,7 @@ def write_certificate(
         "kind": recipe.kind,
         "target": recipe.request.target,
         "dtype": recipe.request.dtype if recipe.kind == "dense" else None,
-        "result": {"path": _relative(result, path), "sha256": _digests(result.name, written)},
+        "result": {"path": _relative(result, path), "sha256": file_digests(written, result.name)},
         "base": {"path": _base_path(origin.config, path), "fingerprint": fingerprint},
         "adapter": {
             "path": _relative(origin.checkpoint, path),
@@ -89,7 +90,7 @@ def write_certificate(
         "probe": findings.probe,
         "versions": {name: version(name) for name in ("dist-qft", "torch", "transformers")},
     }
-    write_text(written / _IN_FOLDER if written.is_dir() else path, json.dumps(content, indent=1) + "\n")
+    write_text(written / _IN_FOLDER if in_folder else path, json.dumps(content, indent=1) + "\n")
     return content
 
 
@@ -155,15 +156,11 @@ def summary(recipe: Recipe, findings: Findings, lossless: bool) -> str:
     )
 
 
-def file_digests(result: Path) -> dict[str, str]:
-    """SHA-256 of the result's files by name, its certificate excepted."""
-    return _digests(result.name, result)
-
-
-def _digests(name: str, result: Path) -> dict[str, str]:
-    if not result.is_dir():
-        return {name: sha256_of(result)}
-    return {file.name: sha256_of(file) for file in sorted(result.iterdir()) if file.name != _IN_FOLDER}
+def file_digests(written: Path, name: str) -> dict[str, str]:
+    """SHA-256 of a result's files by name, its certificate excepted; a result that is one file is called `name`."""
+    if not written.is_dir():
+        return {name: sha256_of(written)}
+    return {file.name: sha256_of(file) for file in sorted(written.iterdir()) if file.name != _IN_FOLDER}
 
 
 def _beside(result: Path) -> Path:

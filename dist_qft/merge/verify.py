@@ -58,7 +58,7 @@ def verify(path: Path, device: torch.device) -> Verified:
     result = place.parent / said["result"]["path"]
     if not result.exists():
         raise UserError(f"{place}: there is no '{result}'")
-    digests = file_digests(result)
+    digests = file_digests(result, result.name)
     for name in sorted(set(digests) | set(said["result"]["sha256"])):
         if digests.get(name) != said["result"]["sha256"].get(name):
             raise CorruptFileError(f"{result}: '{name}' is not the file that was certified")
