@@ -1,6 +1,6 @@
 """From a config to live parts: what training, evaluation, generation and merging all begin with."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -19,6 +19,7 @@ from dist_qft.config.zero_file import read_zero_options
 from dist_qft.data.dataset import TokenDataset
 from dist_qft.errors import Preempted, UserError
 from dist_qft.forward import BaseForward, Forward
+from dist_qft.memory import keep_one_heap, return_freed_memory_between
 from dist_qft.methods.adapter_plan import AdapterPlan, stored_adapters
 from dist_qft.methods.folding import folding_obstacle
 from dist_qft.methods.qst.cached_forward import CachedForward
@@ -154,7 +155,7 @@ def assemble(
         offload=sharding.offload,
         zero_options=read_zero_options(config),
     )
-    materialize(skeleton, source or open_source(config.model), engine, device)
+    materialize(skeleton, source or open_source(config.model), engine, device, poll)
     if skeleton.tied and head_outputs(config.task) == 0:
         engine.keep_until_head(skeleton.embedding)
     return attach_trainables(config, skeleton, engine, plan, device)
@@ -170,11 +171,21 @@ def attach_trainables(
     return Assembled(base, engine, adapters, make_task(config.task, base, device))
 
 
-def materialize(skeleton: BaseModel, source: TensorSource, engine: Engine, device: torch.device) -> None:
-    """Let the engine take the skeleton, and load its weights. Collective."""
+def materialize(
+    skeleton: BaseModel,
+    source: TensorSource,
+    engine: Engine,
+    device: torch.device,
+    poll: Callable[[], None] | None = None,
+) -> None:
+    """Let the engine take the skeleton, and load its weights. Collective; `poll` is that of `load_base`."""
     engine.shard(skeleton.units, device)
+    if device.type == "cpu":
+        keep_one_heap()
+        if engine.name != "replicated":
+            return_freed_memory_between(skeleton.units.layers)
     _move_buffers(skeleton, device)
-    load_base(skeleton, source, engine, device)
+    load_base(skeleton, source, engine, device, poll)
 
 
 def adapter_config(config: RunConfig, base: BaseModel, plan: Plan) -> dict:

@@ -8,15 +8,18 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 from tiny_model import save_tiny_model, tiny_llama_config
 from transformers import LlamaConfig
 
+from dist_qft.assemble import assemble, plan_trainables
 from dist_qft.base_model.load import load_base
 from dist_qft.base_model.skeleton import build_skeleton
 from dist_qft.base_model.sources import SafetensorsSource
-from dist_qft.config.schema import ModelConfig, QuantizationConfig
-from dist_qft.errors import CorruptFileError, DistQFTError, UserError
+from dist_qft.config.schema import ModelConfig, QuantizationConfig, RunConfig
+from dist_qft.errors import CorruptFileError, DistQFTError, Preempted, UserError
+from dist_qft.preemption import StopSignal
 from dist_qft.sharding.engine import make_engine, parameter_owners
 
 CPU = torch.device("cpu")
@@ -33,6 +36,27 @@ def load(path: Path, engine_name: str = "fsdp", quantization: dict[str, Any] = A
 
 def fingerprint(**arguments: Any) -> str:
     return load(**arguments)[0].fingerprint
+
+
+def loaded_until_stopped(path: Path, stop_on: int) -> str:
+    """What a rank is told when one of them has got a signal before the base is loaded."""
+    config = RunConfig.model_validate(
+        {"output_dir": "unused", "model": {"path": str(path)}, "method": {"name": "qlora"}}
+    )
+    skeleton = build_skeleton(config.model, config.quantization, torch.float32)
+    stop = StopSignal()
+    stop.requested = dist.get_rank() == stop_on
+    try:
+        assemble(config, skeleton, plan_trainables(config, skeleton), CPU, stop=stop)
+    except Preempted as error:
+        return str(error)
+    return "loaded"
+
+
+def test_a_signal_ends_the_loading_on_all_ranks(pools, tiny_llama):
+    assert set(pools[2].run(loaded_until_stopped, path=tiny_llama, stop_on=1)) == {
+        "stopped by a signal while the base was loaded; start it again"
+    }
 
 
 # --- the fingerprint -------------------------------------------------------------------------------------------------
