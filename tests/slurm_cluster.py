@@ -119,6 +119,10 @@ class SlurmCluster:
             time.sleep(0.2)
         return job
 
+    def log(self, daemon: str) -> str:
+        """A daemon's last words."""
+        return (self.folder / "log" / f"{daemon}.out").read_text()[-3000:]
+
     def _daemon(self, name: str, *command: str) -> None:
         with open(self.folder / "log" / f"{name}.out", "wb") as log:
             self._daemons.append(

@@ -128,17 +128,17 @@ def test_a_stopped_job_saves_restarts_and_ends_with_the_undisturbed_adapter(
 
 
 def test_before_its_time_limit_a_job_saves_and_is_requeued(cluster, config, undisturbed, tmp_path):
-    job = Job(cluster, tmp_path, "--signal=B:USR1@60", str(config), f"output_dir={tmp_path}/run")
+    job = Job(cluster, tmp_path, "--signal=B:USR1@150", str(config), f"output_dir={tmp_path}/run")
     job.await_checkpoint(10)
-    # Slurm looks at limits twice a minute: the ranks are held until it has.
+    # Slurm looks at limits twice a minute, later on a busy machine: the ranks are held until it has.
     ranks = [rank_of(job, rank) for rank in range(RANKS)]
     for rank in ranks:
         rank.suspend()
-    soon = datetime.now() + timedelta(seconds=90)
+    soon = datetime.now() + timedelta(seconds=180)
     cluster.run("scontrol", "update", f"JobId={job.number}", f"EndTime={soon:%Y-%m-%dT%H:%M:%S}")
-    deadline = time.monotonic() + 80
+    deadline = time.monotonic() + 170
     while not all(pending(rank, signal.SIGUSR1) for rank in ranks):
-        assert time.monotonic() < deadline, job.output()
+        assert time.monotonic() < deadline, f"{job.output()}\n{cluster.log('slurmctld')}"
         time.sleep(0.1)
     for rank in ranks:
         rank.resume()
