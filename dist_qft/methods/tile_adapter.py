@@ -19,6 +19,7 @@ from torch import nn
 
 from dist_qft.errors import UserError
 from dist_qft.methods.schedule import TileSettings
+from dist_qft.methods.tiles import add_repeated, sum_neighbours
 
 
 class TileAdapter(nn.Module):
@@ -60,8 +61,7 @@ class TileAdapter(nn.Module):
     def delta(self, x: torch.Tensor) -> torch.Tensor:
         """One value per tile of outputs: (..., d_in) -> (..., d_out / k), computed in x's dtype."""
         settings = self.settings
-        if settings.pool > 1:
-            x = x.unflatten(-1, (-1, settings.pool)).sum(-1)  # the mean's 1 / p is in tile_scale
+        x = sum_neighbours(x, settings.pool)  # the mean's 1 / p is in tile_scale
         x = F.dropout(x, settings.dropout, self.training)
         # Scaled here, on the narrowest activation.
         update = F.linear(x, self.A.to(x.dtype)) * settings.tile_scale
@@ -69,7 +69,7 @@ class TileAdapter(nn.Module):
 
     def add_to(self, y: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
         """The adapted output (..., d_out) in y's dtype, from the base's output y and its input x (..., d_in)."""
-        return self._spread(y, self.delta(x).to(y.dtype))
+        return add_repeated(y, self.delta(x).to(y.dtype), self.settings.repeat)
 
     def add_gradient_to(self, y: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
         """y as it is, with the gradient that `add_to` would give A and B; y must have dW in it by other means.
@@ -78,13 +78,7 @@ class TileAdapter(nn.Module):
         exact one. x gets its gradient from y alone.
         """
         delta = self.delta(x.detach()).to(y.dtype)
-        return self._spread(y, delta - delta.detach())
-
-    def _spread(self, y: torch.Tensor, delta: torch.Tensor) -> torch.Tensor:
-        if self.settings.repeat == 1:
-            return y + delta
-        # Broadcasting over a view of y repeats delta without a (..., d_out) copy of it.
-        return (y.unflatten(-1, (-1, self.settings.repeat)) + delta.unsqueeze(-1)).flatten(-2)
+        return add_repeated(y, delta - delta.detach(), self.settings.repeat)
 
 
 @torch.no_grad()

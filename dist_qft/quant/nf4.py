@@ -122,6 +122,7 @@ class NF4(Format):
         return absmax.add_(packed["absmax_offset"])
 
 
+@cache
 def _bitsandbytes() -> ModuleType:
     """bitsandbytes.functional, imported at first use: it costs seconds, which `validate` need not pay."""
     # On AVX512-BF16 machines the import warns that an optional inference kernel, unused here, is not installed.

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from dist_qft.errors import UserError
 from dist_qft.methods.schedule import TileSettings
 from dist_qft.methods.tile_adapter import TileAdapter, exact_dW, lora_factors, tile_values
+from dist_qft.methods.tiles import add_repeated, sum_neighbours
 
 D_IN, D_OUT, RANK, ALPHA = 32, 48, 3, 5.0
 METHODS = {
@@ -232,3 +233,28 @@ def test_any_tile_adapter_is_its_dW(pool, repeat, tiles_in, tiles_out, inner, ra
     torch.testing.assert_close(adapter.add_to(y, x), y + x @ exact_dW(adapter).T, rtol=1e-10, atol=1e-10)
     assert adapter.settings.parameters == sum(parameter.numel() for parameter in adapter.parameters())
     assert TileSettings.from_dict(adapter.settings.to_dict()) == adapter.settings
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 4, 6, 8, 16])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_pooling_and_repeating_are_their_plain_forms(count, dtype):
+    """Forward and backward, beside repeat_interleave and a sum in float64."""
+    generator = torch.Generator().manual_seed(count)
+    x, y = (torch.randn(3, 5, 48, generator=generator).to(dtype).requires_grad_() for _ in range(2))
+    values = torch.randn(3, 5, 48 // count, generator=generator).to(dtype).requires_grad_()
+    ours = [sum_neighbours(x, count), add_repeated(y, values, count)]
+    exact = [
+        x.double().unflatten(-1, (-1, count)).sum(-1),
+        y.double() + values.double().repeat_interleave(count, dim=-1),
+    ]
+    tolerance = {torch.float64: 1e-14, torch.float32: 1e-6, torch.bfloat16: 8e-3}[dtype]
+    for mine, reference in zip(ours, exact, strict=True):
+        assert mine.dtype == dtype
+        torch.testing.assert_close(mine.double(), reference, rtol=tolerance, atol=tolerance)
+        weights = torch.randn(reference.shape, generator=generator).to(dtype)
+        found = torch.autograd.grad((mine * weights).sum(), (x, y, values), allow_unused=True)
+        wanted = torch.autograd.grad((reference * weights).sum(), (x, y, values), allow_unused=True)
+        assert [value is None for value in found] == [value is None for value in wanted]
+        for gradient, expected in zip(found, wanted, strict=True):
+            if expected is not None:
+                torch.testing.assert_close(gradient, expected, rtol=tolerance, atol=tolerance)
