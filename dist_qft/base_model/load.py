@@ -28,7 +28,8 @@ from dist_qft.quant.frozen import FrozenEmbedding, FrozenLinear
 from dist_qft.sharding.engine import Engine
 
 _CHUNK = 1 << 18  # weights read and quantized at a time: bounds the temporaries to some MiB
-_POLL_EVERY = 7  # matrices: about a decoder layer
+_A_LAYER = 7  # matrices, about; after so many freed memory is given back and signals are heeded
+_LARGE = 1 << 22  # weights: after such a matrix, too
 
 
 class Fingerprint:
@@ -88,9 +89,11 @@ def load_base(
     fingerprint = Fingerprint()
     modules: dict[str, FrozenLinear | FrozenEmbedding] = {**base.linears, **base.tables()}
     for count, (path, module) in enumerate(modules.items()):
-        if poll is not None and count % _POLL_EVERY == 0:
+        if poll is not None and count % _A_LAYER == 0:
             poll()
         _load_packed(names[f"{path}.weight"], path, module, source, engine, fingerprint)
+        if count % _A_LAYER == 0 or math.prod(module.weight_shape) > _LARGE:
+            return_freed_memory()
     for name, parameter in base.dense_parameters():
         first, stop = engine.rows(parameter)
         rows = source.read(names[name], (first, stop))
@@ -120,7 +123,6 @@ def _load_packed(
             engine.store(parameter, offset, packed[key].to(parameter.dtype))
             own = _own_elements(packed[key], offset, parameter, engine)
             fingerprint.add(f"{path}.{key} {list(engine.shape(parameter))} {label}", *own)
-    return_freed_memory()
 
 
 def _quantized_rows(name: str, first: int, stop: int, format: Format, source: TensorSource) -> dict[str, Tensor]:

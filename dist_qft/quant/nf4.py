@@ -16,6 +16,7 @@ from torch import Tensor
 
 from dist_qft.errors import UserError
 from dist_qft.quant.contract import Format, PackedShapes, Shape, finite_rows, row_chunks
+from dist_qft.quant.nf4_codes import quantize_blocks
 
 # bitsandbytes also takes 2048 and 4096, but dequantizes them on AVX-512 machines through torch.compile, anew for each
 # shape and half a minute each.
@@ -80,6 +81,9 @@ class NF4(Format):
         absmax = torch.empty((out_features, in_features // self.block), dtype=torch.float32, device=weight.device)
         for rows in row_chunks((out_features, in_features), weight.device):
             chunk = finite_rows(weight, rows, where)
+            if chunk.device.type == "cpu":
+                codes[rows], absmax[rows] = quantize_blocks(chunk, self.block, _codebook)
+                continue
             chunk_codes, state = bnb.quantize_4bit(chunk, blocksize=self.block, quant_type="nf4")
             codes[rows] = chunk_codes.view(-1, in_features // 2)
             absmax[rows] = state.absmax.view(-1, in_features // self.block)
@@ -130,6 +134,10 @@ def _bitsandbytes() -> ModuleType:
     import bitsandbytes.functional
 
     return bitsandbytes.functional
+
+
+def _codebook() -> Tensor:
+    return _bitsandbytes().get_4bit_type("nf4", "cpu")
 
 
 @cache

@@ -96,3 +96,27 @@ def test_refuses_blocks_that_cross_rows_naming_the_legal_ones():
 def test_bitsandbytes_is_not_imported_before_it_is_needed():
     program = "import sys, dist_qft.quant.formats, dist_qft.quant.frozen; sys.exit('bitsandbytes' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0
+
+
+def test_codes_at_the_boundaries_are_bitsandbytes_bit_for_bit():
+    """Code values, the boundaries between them and the ends of the table's intervals, with their float neighbours."""
+    values = bnb.get_4bit_type("nf4", "cpu")
+    intervals = torch.arange(-(2**15), 2**15 + 1, dtype=torch.float64).div(2**15).float()
+    hard = torch.cat([values, (values[1:] + values[:-1]) / 2, intervals, torch.tensor([1e-40, -1e-40, 1e-30, -0.0])])
+    ends = torch.tensor([-2.0, 2.0])
+    hard = torch.cat([hard, *(torch.nextafter(hard, end.expand_as(hard)) for end in ends)]).clamp_(-1, 1)
+    for block, size in ((32, 1.0), (64, 1.0), (64, 0.0371), (32, 3e38), (32, 1e-38), (1024, 1e-42)):
+        each = block - 1  # a block's largest comes first: it decides about the rest
+        filled = torch.cat([hard, hard.new_zeros(-len(hard) % each)]).view(-1, each) * size
+        weight = torch.cat([torch.full((len(filled), 1), size), filled], dim=1)
+        codes, state = bnb.quantize_4bit(weight, blocksize=block, quant_type="nf4")
+        packed = NF4(block).quantize(weight)
+        assert torch.equal(packed["codes"].flatten(), codes.flatten())
+        assert torch.equal(packed["absmax"].flatten(), state.absmax)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_many_weights_are_bitsandbytes_bit_for_bit(seed):
+    weight = weight_of(1024, 1536, seed)
+    codes, _ = bnb.quantize_4bit(weight, blocksize=64, quant_type="nf4")
+    assert torch.equal(NF4(64).quantize(weight)["codes"].flatten(), codes.flatten())
