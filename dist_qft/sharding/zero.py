@@ -7,8 +7,11 @@ decoder layer is gathered as one ("leaf module"), a vocabulary table and each mo
 
 What one micro-batch gathers, for N ranks and sizes in bytes, each tensor's elements rounded up to a multiple of N:
 
-    forward   (N-1)/N * (embedding + sum(layers) + rest + head)   head = embedding again when tied
+    forward   (N-1)/N * (embedding + sum(layers) + rest + head)   head = nothing when tied
     backward  (N-1)/N * (sum(layers) + rest)
+
+A tied table stays gathered from its embedding to its use as a head (`keep_until_head`; without that it is gathered
+again).
 
 DeepSpeed's defaults keep a gathered parameter whole when it is small, or used again within 1e9 elements: on most models
 that undoes the sharding, so both thresholds are 0 here. Its prefetch also keeps what it passes over, and is
@@ -31,6 +34,7 @@ from dist_qft.errors import UserError
 from dist_qft.sharding.engine import Traffic, Units, parameter_owners
 
 AllGather = Callable[..., Any]
+_UNTIL_HEAD = -1  # the id of no module, among those that use a parameter
 
 
 class ZeroEngine:
@@ -74,13 +78,15 @@ class ZeroEngine:
             set_z3_leaf_module(layer, True)
         inside = set(units.root.modules())
         prefetched = self._elements(self.prefetch_bytes)
+        # The unit in use, and beside it a table that is kept until the head.
+        in_use = max(map(_elements_of, units.layers)) + max(map(_elements_of, units.tables))
         self._zero = DeepSpeedZeRoOffload(
             nn.ModuleList([units.root, *(table for table in units.tables if table not in inside)]),
             timers=NoopTimer(),
             ds_config=config,
             overlap_comm=self.options.get("overlap_comm", prefetched > 0),
             prefetch_bucket_size=prefetched,
-            max_live_parameters=prefetched + max(_elements_of(unit) for unit in [*units.layers, *units.tables]),
+            max_live_parameters=prefetched + in_use,
             max_reuse_distance=0,
             param_persistence_threshold=0,
         )
@@ -135,7 +141,18 @@ class ZeroEngine:
             parameter.ds_persist = True
 
     def keep_until_head(self, table: nn.Module) -> None:
-        pass
+        def hold(table: nn.Module, ids: tuple[Tensor], options: dict[str, Any]) -> None:
+            for parameter in table.parameters():
+                parameter.ds_active_sub_modules.add(_UNTIL_HEAD)
+
+        def let_go(table: nn.Module, ids: tuple[Tensor], options: dict[str, Any], output: object) -> None:
+            if options.get("use") is not None:  # as a head a table is called with `use`
+                for parameter in table.parameters():
+                    parameter.ds_active_sub_modules.discard(_UNTIL_HEAD)
+
+        # In front of DeepSpeed's hook behind the call, which frees what no module is using.
+        table.register_forward_pre_hook(hold, with_kwargs=True)
+        table.register_forward_hook(let_go, prepend=True, with_kwargs=True)
 
     def resident_bytes(self) -> int:
         return sum(parameter.ds_tensor.nbytes for parameter in self._parameters)
