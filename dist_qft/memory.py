@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-_TRIMS_PER_PASS = 4
+_TRIMS_PER_PASS = 5
 _M_ARENA_MAX = -8  # malloc.h
 
 

@@ -63,8 +63,12 @@ class TileAdapter(nn.Module):
         settings = self.settings
         x = sum_neighbours(x, settings.pool)  # the mean's 1 / p is in tile_scale
         x = F.dropout(x, settings.dropout, self.training)
-        # Scaled here, on the narrowest activation.
-        update = F.linear(x, self.A.to(x.dtype)) * settings.tile_scale
+        # Scaled where the activation is narrowest.
+        outputs, inputs = self.A.shape
+        if inputs < outputs:
+            update = F.linear(x * settings.tile_scale, self.A.to(x.dtype))
+        else:
+            update = F.linear(x, self.A.to(x.dtype)) * settings.tile_scale
         return update if self.B is None else F.linear(update, self.B.to(x.dtype))
 
     def add_to(self, y: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
