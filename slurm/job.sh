@@ -25,20 +25,19 @@ export MASTER_ADDR MASTER_PORT=$((10000 + SLURM_JOB_ID % 20000))
 run_step() { # [srun's options] COMMAND...: runs it to its end, passes on the warning before the time limit, sets code
   echo "attempt $attempt of job $job on $SLURM_JOB_NODELIST: logs in $logs"
   # Slurm's own TERM (requeue, scancel, time limit) reaches the ranks by itself; this script has to outlive it.
-  local woken reasons final
-  trap 'woken=true; scancel --signal=USR1 "$SLURM_JOB_ID"' USR1
-  trap 'woken=true' TERM CONT
+  local pid reasons final
+  trap 'scancel --signal=USR1 "$SLURM_JOB_ID"' USR1
+  trap : TERM CONT
   # Every task sees all GPUs of its node, however they were asked for: a rank takes that of its local number.
   unset SLURM_GPUS_PER_TASK
   # --wait: where one task has ended, the others have so long to say what they saw.
   srun --wait=120 --unbuffered --output="$logs/task-%t.log" \
     ${SLURM_GPUS_ON_NODE:+--gres="gpu:$SLURM_GPUS_ON_NODE"} "$@" 2>"$logs/srun.log" &
-  until
-    woken=false
-    wait $!
-    code=$?
-    [[ $woken == false ]]
-  do :; done
+  pid=$!
+  # A signal ends `wait`, sometimes the next one as well, but not srun; srun's own code is there to be asked for again.
+  while wait "$pid"; kill -0 "$pid" 2>/dev/null; do :; done
+  wait "$pid"
+  code=$?
 
   # srun's code is the largest one. What a task met by itself counts for more than that its peers lost it.
   cat "$logs/srun.log" >&2

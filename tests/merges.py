@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from whole_runs import pool_world
 
-from dist_qft.assemble import Assembled, adapter_config, assemble, plan_trainables
+from dist_qft.assemble import Assembled, adapter_config, assemble, check_fingerprint, plan_trainables
 from dist_qft.base_model.skeleton import build_skeleton
 from dist_qft.checkpoint import TrainerState, write_checkpoint
 from dist_qft.config.schema import RunConfig
@@ -59,13 +59,19 @@ def write_random_adapters(config: RunConfig, size: float = 0.05) -> Path:
 def merge_run(
     source: Path, target: str, path: Path, stop_on: int | None = None, **options: Any
 ) -> dict[str, Any] | None:
-    """The certificate on rank 0. `stop_on` is a rank that behaves as if it had got SIGTERM."""
+    """The certificate on rank 0. `stop_on` is a rank that gets SIGTERM, as it were, when the base has been loaded."""
     options = {"overwrite": False, "requantize": None, "dtype": "float32", **options}
     world = pool_world()
     inputs = gather_inputs(MergeRequest.checked(target, path, **options), find_checkpoint(source), world)
     stop = StopSignal()
-    stop.requested = world.rank == stop_on
-    return execute_merge(inputs, stop)
+
+    def check_and_stop(*arguments: Any) -> None:
+        check_fingerprint(*arguments)
+        stop.requested = world.rank == stop_on
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(run, "check_fingerprint", check_and_stop)
+        return execute_merge(inputs, stop)
 
 
 def measured_merge(source: Path, target: str, path: Path) -> dict[str, int]:
