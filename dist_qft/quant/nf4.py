@@ -1,7 +1,8 @@
 """`nf4`: the 4-bit NormalFloat of QLoRA (arXiv 2305.14314, section 3), by the kernels of bitsandbytes.
 
-Every bit is what `bitsandbytes.functional.quantize_4bit` computes. What differs is the storage: plain named tensors,
-not a `Params4bit` with a quantization state aside, so the constants are sharded as the codes are.
+Every bit is what `bitsandbytes.functional.quantize_4bit` computes, on CPUs by a faster way (`nf4_codes`). What differs
+is the storage: plain named tensors, not a `Params4bit` with a quantization state aside, so the constants are sharded as
+the codes are.
 """
 
 import logging
