@@ -18,17 +18,13 @@ _M_ARENA_MAX = -8  # malloc.h
 
 def return_freed_memory() -> None:
     """Give freed memory back to the system: glibc keeps blocks of up to 32 MiB, which add up to several shards."""
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if trim is not None:
-        trim(0)
+    _ask_glibc("malloc_trim", 0)
 
 
 def keep_one_heap() -> None:
     """Let threads that start from now on share the main thread's heap; by default each may have its own, with its own
     holes."""
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is not None:
-        mallopt(_M_ARENA_MAX, 1)
+    _ask_glibc("mallopt", _M_ARENA_MAX, 1)
 
 
 def return_freed_memory_between(layers: Sequence[nn.Module]) -> None:
@@ -44,3 +40,10 @@ def return_freed_memory_between(layers: Sequence[nn.Module]) -> None:
 
     for layer in layers[every - 1 :: every]:
         layer.register_forward_hook(trim)
+
+
+def _ask_glibc(name: str, *arguments: int) -> None:
+    """Call a function of the C library, if this one has it."""
+    function = getattr(ctypes.CDLL(None), name, None)
+    if function is not None:
+        function(*arguments)

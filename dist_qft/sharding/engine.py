@@ -94,6 +94,11 @@ class Engine(Protocol):
         """To be called after each backward pass: free what the engine could not free within it."""
 
 
+def called_as_head(options: Mapping[str, Any]) -> bool:
+    """Whether a vocabulary table is called, with these keyword arguments, as a head and not as an embedding."""
+    return options.get("use") is not None
+
+
 def parameter_owners(units: Units) -> list[tuple[nn.Module, str]]:
     """(module, attribute) of every parameter of the units, each once, in a fixed order."""
     seen: set[int] = set()

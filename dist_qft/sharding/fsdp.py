@@ -29,7 +29,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.utils.hooks import RemovableHandle
 
-from dist_qft.sharding.engine import Traffic, Units, parameter_owners
+from dist_qft.sharding.engine import Traffic, Units, called_as_head, parameter_owners
 
 # torch 2.12 renamed the call; both move one flat tensor per rank into one output.
 _all_gather_flat = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -152,8 +152,8 @@ def _rows_per_rank(parameter: nn.Parameter) -> int:
 
 
 def _free_after_head(table: FSDPModule, ids: tuple[Tensor], options: dict[str, Any], output: object) -> None:
-    """Forward hook: as a head a table is called with `use`, and is then done with."""
-    if options.get("use") is not None:
+    """Forward hook: a table that was used as the head is done with."""
+    if called_as_head(options):
         table.reshard()
 
 

@@ -31,7 +31,7 @@ from torch import Tensor, nn
 
 from dist_qft.collectives import agreed
 from dist_qft.errors import UserError
-from dist_qft.sharding.engine import Traffic, Units, parameter_owners
+from dist_qft.sharding.engine import Traffic, Units, called_as_head, parameter_owners
 
 AllGather = Callable[..., Any]
 _UNTIL_HEAD = -1  # the id of no module, among those that use a parameter
@@ -146,7 +146,7 @@ class ZeroEngine:
                 parameter.ds_active_sub_modules.add(_UNTIL_HEAD)
 
         def let_go(table: nn.Module, ids: tuple[Tensor], options: dict[str, Any], output: object) -> None:
-            if options.get("use") is not None:  # as a head a table is called with `use`
+            if called_as_head(options):
                 for parameter in table.parameters():
                     parameter.ds_active_sub_modules.discard(_UNTIL_HEAD)
 
