@@ -38,10 +38,10 @@ def make_plan(config: RunConfig, world_size: int) -> dict[str, Any]:
     * base_bytes_per_rank: what the fullest rank holds. With `fsdp` each packed tensor is cut on dim 0 into parts
       of ceil(rows / N) rows, with `zero` into parts of ceil(elements / N); with `replicated` it is all of base_bytes.
     * gather_bytes_per_micro_batch: what one rank receives, by the formula of `dist_qft.sharding.fsdp`:
-      (N-1)/N * (embedding + LM head + 2 * rest), the rest once without resharding. A tied table counts once, with
-      `zero` twice; the LM head not at all if the task has a head of its own. `zero` always reshards. 0 with
-      `replicated`. Where nothing flows back through the base (qst) the rest counts once, or not at all without
-      resharding: it then stays.
+      (N-1)/N * (embedding + LM head + 2 * rest), the rest once without resharding. A tied table counts once,
+      the LM head not at all if the task has a head of its own. `zero` always reshards. 0 with `replicated`. Where
+      nothing flows back through the base (qst) the rest counts once, or not at all without resharding: it then
+      stays.
     * gather_bytes_per_step: that times the accumulation steps.
     * reduce_bytes_per_step: 4 * trainable parameters, the fp32 gradient buffer without its small header.
     * checkpoint_bytes: adapter (fp32) and optimizer state.
@@ -66,7 +66,7 @@ def make_plan(config: RunConfig, world_size: int) -> dict[str, Any]:
     shards = 1 if engine == "replicated" else world_size
     reshard = flat or config.sharding.reshard_after_forward
     passes = int(trainables.backward_through_base) + int(reshard)  # that gather the layers
-    head_gathered = head_outputs(config.task) == 0 and (flat or not base.tied)  # beside the embedding
+    head_gathered = head_outputs(config.task) == 0 and not base.tied  # beside the embedding
     gathered = _gather_bytes(base, shards, passes=passes, head=head_gathered, flat=flat)
     return {
         "model": {

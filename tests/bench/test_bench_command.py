@@ -50,8 +50,9 @@ def test_every_benchmark_runs_in_small(bench, name):
     assert report["benchmark"] == name
     ours = [side for side in report["sides"] if "PEFT" not in side["name"]]
     assert [side["error"] for side in ours] == [None] * len(ours)
-    sent = ("wire_bytes", "counted_bytes", "bound_bytes")  # nothing where there is one rank
-    assert all(value > 0 for side in ours for key, value in side["metrics"].items() if key not in sent)
+    # One rank sends nothing; three small layers fit into memory that the process has to spare.
+    may_be_zero = {"wire_bytes", "counted_bytes", "bound_bytes", "peak_bytes", "held_bytes", "training_peak_bytes"}
+    assert all(value > 0 for side in ours for key, value in side["metrics"].items() if key not in may_be_zero)
     assert all(row["ours"] is not None for row in report["comparisons"])
     assert f"{name}: compared" in out
     if name == "step":
