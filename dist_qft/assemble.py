@@ -19,7 +19,7 @@ from dist_qft.config.zero_file import read_zero_options
 from dist_qft.data.dataset import TokenDataset
 from dist_qft.errors import Preempted, UserError
 from dist_qft.forward import BaseForward, Forward
-from dist_qft.memory import keep_one_heap, return_freed_memory_between
+from dist_qft.memory import keep_one_heap
 from dist_qft.methods.adapter_plan import AdapterPlan, stored_adapters
 from dist_qft.methods.folding import folding_obstacle
 from dist_qft.methods.qst.cached_forward import CachedForward
@@ -185,8 +185,6 @@ def materialize(
     engine.shard(skeleton.units, device)
     if device.type == "cpu":
         keep_one_heap()
-        if engine.name != "replicated":
-            return_freed_memory_between(skeleton.units.layers)
     _move_buffers(skeleton, device)
     load_base(skeleton, source, engine, device, poll)
 

@@ -9,7 +9,6 @@ since the same steps are about to be reported again.
 
 import contextlib
 import json
-import os
 import socket
 import sys
 import threading
@@ -21,6 +20,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from dist_qft.errors import SetupError
+from dist_qft.publish import write_text
 
 METRICS_FILE = "metrics.jsonl"
 EVENTS_FOLDER = "runs"
@@ -157,6 +157,4 @@ def _drop_after(metrics: Path, step: int) -> None:
             with contextlib.suppress(ValueError, KeyError, TypeError):
                 if line.endswith("\n") and json.loads(line)["step"] <= step:
                     kept.append(line)
-    temporary = metrics.with_name(f".tmp-{metrics.name}")
-    temporary.write_text("".join(kept), encoding="utf-8")
-    os.replace(temporary, metrics)
+    write_text(metrics, "".join(kept))

@@ -1,7 +1,6 @@
 """The run in figures: the opening lines, and `summary.json` at the end."""
 
 import json
-import os
 import resource
 import sys
 import time
@@ -13,8 +12,8 @@ import torch
 
 from dist_qft.checkpoint import Checkpoint
 from dist_qft.collectives import maximum
-from dist_qft.errors import SetupError
 from dist_qft.monitor import EVENTS_FOLDER
+from dist_qft.publish import write_text
 
 if TYPE_CHECKING:
     from dist_qft.training_run import TrainingRun
@@ -98,7 +97,7 @@ class Summary:
             "versions": {name: version(name) for name in ("dist-qft", "torch", "transformers", "bitsandbytes")},
         }
         path = run.output_dir / SUMMARY_FILE
-        _replace(path, json.dumps(summary, indent=1) + "\n")
+        write_text(path, json.dumps(summary, indent=1) + "\n")
         run.monitor.hparams(
             {
                 **run.config.method.model_dump(),
@@ -114,14 +113,3 @@ class Summary:
 
     def _per_step(self, total: int) -> int | None:
         return total // self.steps if self.steps else None
-
-
-def _replace(path: Path, text: str) -> None:
-    """Put a file in place at once: whoever reads it finds the old text or the new one, never a part."""
-    temporary = path.with_name(f".tmp-{path.name}")
-    try:
-        temporary.write_text(text)
-        os.replace(temporary, path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise SetupError(f"{path}: cannot write the summary: {error.strerror}") from error

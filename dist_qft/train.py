@@ -26,7 +26,7 @@ from dist_qft.base_model.skeleton import build_skeleton
 from dist_qft.base_model.sources import open_source
 from dist_qft.checkpoint import require_space, require_writable
 from dist_qft.collectives import require_agreement, told_by
-from dist_qft.config.check import accumulation_steps
+from dist_qft.config.check import accumulation_steps, config_warnings
 from dist_qft.config.schema import RunConfig
 from dist_qft.crash import crash_report
 from dist_qft.data.prepare import prepare
@@ -73,6 +73,7 @@ def gather_inputs(
     require_writable(output_dir)
     resume = resume_after_restart(output_dir, resume, os.environ)
     checkpoint, notes = choose_checkpoint(output_dir, resume)
+    notes += [f"warning: {warning}" for warning in config_warnings(config)]
 
     # The model's shape and the plan of the trainables; no weight is read.
     dtype = compute_dtype(config.train.precision, device)

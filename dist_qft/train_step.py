@@ -55,7 +55,6 @@ def train_step(
     started = time.perf_counter()
     trainables.begin_step()
     forward.begin_step(micro_batches)
-    loss_sum = torch.zeros((), device=device)
     for batch in micro_batches:
         if batch is micro_batches[-1]:
             trainables.reduce_during_backward()
@@ -64,13 +63,12 @@ def train_step(
         loss, _ = task.loss(forward(batch), batch)
         loss.backward()
         engine.after_backward()
-        loss_sum += loss.detach()
+        trainables.end_micro_batch(loss.detach())
     if device.type == "cuda":
         torch.cuda.synchronize(device)  # kernels are only launched so far: their time is not the reduction's
     computed = time.perf_counter()
     totals = trainables.reduce(
         tokens=sum(batch.num_targets for batch in micro_batches),
-        loss_sum=loss_sum,
         step=step + 1,
         check_digest=check_digest,
         stop=stop.requested,

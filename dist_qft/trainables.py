@@ -13,6 +13,9 @@ Layout of the gradient buffer (fp32 lanes):
 Last parameter first, because backward finishes the last layer first: the first buckets can leave while
 backward is still running. All that ranks must agree on each step (is anything non-finite, do the replicas
 still match, has anyone been asked to stop) rides in the header: there is no second collective to forget.
+
+That is the reduction `fast`. With a `FixedTree`, the reduction `invariant`, every micro-batch's buffer is a leaf of the
+tree instead, header included, and the sum has the same bits on any number of ranks; nothing leaves during backward.
 """
 
 import math
@@ -27,6 +30,7 @@ from torch import Tensor, nn
 
 from dist_qft.digest import positional_digest
 from dist_qft.errors import NumericError
+from dist_qft.fixed_tree import FixedTree
 
 # Sums in fp32 are exact up to 2^24. Split like this, counts and digests of up to 4096 ranks stay below.
 _TOKEN_BASE = 4096  # two lanes count up to 2^36 tokens per step
@@ -68,6 +72,7 @@ class Trainables:
         bucket_bytes: size of the slices that are reduced while backward still runs.
         group: a process group of its own, so that these reductions and the engine's gathers need no common order.
         report_size: numbers each rank may send along with a step.
+        tree: sums the micro-batches in an order that the number of ranks does not change; its group is `group`.
     """
 
     def __init__(
@@ -77,12 +82,13 @@ class Trainables:
         bucket_bytes: int,
         group: dist.ProcessGroup | None = None,
         report_size: int = 0,
+        tree: FixedTree | None = None,
     ) -> None:
         self.named = list(reversed(list(named)))
         device = self.named[0][1].device
         self.count = sum(parameter.numel() for _, parameter in self.named)
         self.values = nn.Parameter(torch.empty(self.count, device=device))
-        self._group, self._report_size = group, report_size
+        self._group, self._report_size, self._tree = group, report_size, tree
         self._world, self._rank = dist.get_world_size(group), dist.get_rank(group)
         # One allocation for gradients and header: the last bucket takes the header along.
         lanes = _FIXED_LANES + self._world * (1 + report_size)
@@ -117,7 +123,7 @@ class Trainables:
 
     @property
     def bytes_per_reduction(self) -> int:
-        """What one step puts through the all-reduce: 4 bytes per trainable, and the header."""
+        """What one step reduces: 4 bytes per trainable, and the header."""
         return self._reduced.nbytes
 
     @torch.no_grad()
@@ -130,6 +136,8 @@ class Trainables:
         self._reduced.zero_()
         self._launched = 0
         self._reducing = False
+        if self._tree is not None:
+            self._tree.clear()
 
     def reduce_during_backward(self) -> None:
         """Announce that the coming backward is the step's last: its buckets may leave as they fill."""
@@ -137,8 +145,21 @@ class Trainables:
         for bucket in self._buckets:
             bucket.missing = bucket.members
 
+    @torch.no_grad()
+    def end_micro_batch(self, loss_sum: float | Tensor) -> None:
+        """Count the loss of the micro-batch whose backward has run: the sum over its target tokens."""
+        self._header[_LOSS] += loss_sum
+        if self._tree is not None and not self._reducing:  # the last one waits for the rest of the header
+            self._add_leaf(self._tree)
+            self._reduced.zero_()
+
+    def _add_leaf(self, tree: FixedTree) -> None:
+        self._mark_bad(self.values.grad.sum())
+        self._mark_bad(self._header[_LOSS])
+        tree.add(self._reduced)
+
     def _arrived(self, index: int, _: Tensor) -> None:
-        if not self._reducing:
+        if not self._reducing or self._tree is not None:
             return
         self._buckets[index].missing -= 1
         # Strictly in order, so that every rank issues the same sequence; the last one waits for the header.
@@ -165,7 +186,6 @@ class Trainables:
         self,
         *,
         tokens: int,
-        loss_sum: float | Tensor,
         step: int,
         check_digest: bool = False,
         stop: bool = False,
@@ -174,7 +194,7 @@ class Trainables:
         """Finish the step's reduction and turn the summed gradient into the mean over target tokens.
 
         Args:
-            tokens, loss_sum: this rank's sums over its micro-batches of the step.
+            tokens: this rank's sum over its micro-batches of the step.
             step: for messages.
             check_digest: also compare the replicas' values, and stop if they differ.
             stop: this rank was asked to stop.
@@ -183,12 +203,13 @@ class Trainables:
         Raises:
             NumericError: on every rank, at the same step, if a gradient or loss is not finite or replicas differ.
         """
-        self._fill_header(tokens, loss_sum, check_digest, stop, report)
-        while self._launched < len(self._buckets):
-            self._launch()
-        for work in self._pending:
-            work.wait()
-        self._pending.clear()
+        self._fill_header(tokens, check_digest, stop, report)
+        if self._tree is not None:
+            self._add_leaf(self._tree)
+            self._tree.total(self._reduced)
+            self.reduced_bytes += self._reduced.nbytes
+        else:
+            self._finish_buckets()
         self._reducing = False
         self.rounds += 1
         lanes = self._header.tolist()
@@ -203,14 +224,18 @@ class Trainables:
         by_rank = [reports[rank * size : (rank + 1) * size] for rank in range(self._world)]
         return StepTotals(total, lanes[_LOSS], lanes[_STOP] > 0, by_rank)
 
-    def _fill_header(
-        self, tokens: int, loss_sum: float | Tensor, check_digest: bool, stop: bool, report: Sequence[float]
-    ) -> None:
+    def _finish_buckets(self) -> None:
+        self._mark_bad(self._header[_LOSS])
+        while self._launched < len(self._buckets):
+            self._launch()
+        for work in self._pending:
+            work.wait()
+        self._pending.clear()
+
+    def _fill_header(self, tokens: int, check_digest: bool, stop: bool, report: Sequence[float]) -> None:
         header = self._header
         header[_TOKENS_HIGH], header[_TOKENS_LOW] = divmod(tokens, _TOKEN_BASE)
-        header[_LOSS] = loss_sum
         header[_STOP] = float(stop)
-        self._mark_bad(header[_LOSS])
         if check_digest:
             pieces = _digest_pieces(self.values.data)
             header[_DIGEST] = torch.cat([pieces, pieces * pieces])

@@ -15,11 +15,12 @@ from dist_qft.tokenizer import load_tokenizer
 
 
 def find_checkpoint(path: str | Path) -> Checkpoint:
-    """The checkpoint at `path`, or the newest one that verifies if `path` is a run's folder.
+    """The checkpoint at `path`, or the newest one if `path` is a run's folder.
 
     Raises:
         UserError: there is none.
-        CorruptFileError: it, or every one, fails verification.
+        CorruptFileError: it fails verification. An older one is taken only by its own name: nobody shall take it for
+            what the run ended with.
     """
     folder = Path(path)
     if not folder.is_dir():
@@ -27,8 +28,9 @@ def find_checkpoint(path: str | Path) -> Checkpoint:
     if (folder / TRAINER_STATE).is_file():
         return read_checkpoint(folder)
     newest, refused = newest_valid(folder)
-    if newest is None and refused:
-        raise CorruptFileError(refused[0])
+    if refused:
+        remedy = f"; the newest that verifies is {newest}" if newest else ""
+        raise CorruptFileError(f"{refused[0]}{remedy}")
     if newest is None:
         raise UserError(f"'{folder}' holds no checkpoint")
     return read_checkpoint(newest)

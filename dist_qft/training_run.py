@@ -14,6 +14,7 @@ from dist_qft.config.load import CONFIG_FILE, save_config
 from dist_qft.data.batches import Batches, eval_batches
 from dist_qft.errors import Preempted, SetupError
 from dist_qft.evaluate import HeldOut, held_out_loss
+from dist_qft.fixed_tree import FixedTree
 from dist_qft.generate import answer
 from dist_qft.manifest import remove_leftovers
 from dist_qft.monitor import Monitor
@@ -48,9 +49,13 @@ class TrainingRun:
         )
         # A group of its own: these reductions and the engine's gathers need no common order.
         self._group = dist.new_group()
-        bucket_bytes = int(config.sharding.bucket_megabytes * 2**20)
+        invariant = config.sharding.reduction == "invariant"
         self.trainables = Trainables(
-            parts.named_tensors(), bucket_bytes=bucket_bytes, group=self._group, report_size=REPORT_SIZE
+            parts.named_tensors(),
+            bucket_bytes=int(config.sharding.bucket_megabytes * 2**20),
+            group=self._group,
+            report_size=REPORT_SIZE,
+            tree=FixedTree(self.batches.accumulation, self._group) if invariant else None,
         )
         self.side_group = SideGroup(config.sharding.rank0_timeout_seconds)
         self.optimizer = make_optimizer(config.train, self.trainables.values)

@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from dist_qft.errors import NumericError
+from dist_qft.fixed_tree import FixedTree
 from dist_qft.trainables import Trainables, _pieces_agree
 
 WIDTH = 6
@@ -19,6 +20,7 @@ COUNT = LAYERS * (WIDTH * WIDTH + WIDTH)
 LANES = 4 + 2 * 16  # tokens (2), loss, stop; the digest's pieces and their squares
 
 each_world = pytest.mark.parametrize("world", [2, 4])
+each_reduction = pytest.mark.parametrize("reduction", ["fast", "invariant"])
 
 
 def build(seed: int = 0) -> nn.Sequential:
@@ -39,9 +41,13 @@ def summed_loss(net: nn.Module, tokens: Tensor) -> Tensor:
     return (net(tokens) - 0.3).square().sum()
 
 
-def make(seed: int = 0, bucket_bytes: int = 300, **settings: Any) -> tuple[nn.Sequential, Trainables]:
+def make(
+    seed: int = 0, bucket_bytes: int = 300, micro_batches: int | None = None, **settings: Any
+) -> tuple[nn.Sequential, Trainables]:
+    """With `micro_batches` they are summed in a fixed tree."""
     net = build(seed)
-    return net, Trainables(list(net.named_parameters()), bucket_bytes=bucket_bytes, **settings)
+    tree = FixedTree(micro_batches) if micro_batches else None
+    return net, Trainables(list(net.named_parameters()), bucket_bytes=bucket_bytes, tree=tree, **settings)
 
 
 @contextmanager
@@ -90,9 +96,10 @@ def three_steps(bucket_bytes: int, own_group: bool) -> dict[str, Any]:
                 if micro == 2:
                     trainables.reduce_during_backward()
                 summed_loss(net, tokens_of(rank, micro, 5)).backward()
+                trainables.end_micro_batch(1.0)
                 passes.append(list(events))
                 events.clear()
-            trainables.reduce(tokens=15, loss_sum=1.0, step=step, report=(0.0, 0.0))
+            trainables.reduce(tokens=15, step=step, report=(0.0, 0.0))
             steps.append({"passes": passes, "after": list(events)})
             events.clear()
     return {
@@ -142,26 +149,27 @@ def test_bucket_sizes(pools, bucket_bytes, buckets):
 # --- what comes out --------------------------------------------------------------------------------------------------
 
 
-def gradients(counts: list[list[int | None]]) -> dict[str, Any]:
+def gradients(counts: list[list[int | None]], reduction: str) -> dict[str, Any]:
     """One step; `counts[rank]` are the tokens of its micro-batches. None: no forward pass at all."""
     rank = dist.get_rank()
-    net, trainables = make()
+    net, trainables = make(micro_batches=len(counts[0]) if reduction == "invariant" else None)
     places = [parameter.grad.data_ptr() for parameter in net.parameters()]
     trainables.begin_step()
-    loss_sum = torch.zeros(())
     for micro, count in enumerate(counts[rank]):
         if micro + 1 == len(counts[rank]):
             trainables.reduce_during_backward()
+        loss = torch.zeros(())
         if count is not None:
             loss = summed_loss(net, tokens_of(rank, micro, count))
             loss.backward()
-            loss_sum += loss.detach()
-    totals = trainables.reduce(tokens=sum(filter(None, counts[rank])), loss_sum=loss_sum, step=1)
+        trainables.end_micro_batch(loss.detach())
+    totals = trainables.reduce(tokens=sum(filter(None, counts[rank])), step=1)
     assert [parameter.grad.data_ptr() for parameter in net.parameters()] == places, "a gradient left the buffer"
     found = {name: parameter.grad.clone() for name, parameter in net.named_parameters()}
     return {"gradients": found, "tokens": totals.tokens, "loss_sum": totals.loss_sum}
 
 
+@each_reduction
 @pytest.mark.parametrize(
     "counts",
     [
@@ -175,8 +183,8 @@ def gradients(counts: list[list[int | None]]) -> dict[str, Any]:
     ],
     ids=str,
 )
-def test_gradient_is_the_mean_over_all_tokens_of_all_ranks(pools, counts):
-    results = pools[len(counts)].run(gradients, counts=counts)
+def test_gradient_is_the_mean_over_all_tokens_of_all_ranks(pools, counts, reduction):
+    results = pools[len(counts)].run(gradients, counts=counts, reduction=reduction)
     net = build().double()
     pieces = [(r, m, n) for r, micros in enumerate(counts) for m, n in enumerate(micros) if n]
     tokens = torch.cat([tokens_of(*piece).double() for piece in pieces])
@@ -194,7 +202,7 @@ def many_tokens(counts: list[int]) -> tuple[int, float]:
     _, trainables = make()
     trainables.begin_step()
     trainables.values.grad.fill_(1.0)
-    totals = trainables.reduce(tokens=counts[dist.get_rank()], loss_sum=0.0, step=1)
+    totals = trainables.reduce(tokens=counts[dist.get_rank()], step=1)
     return totals.tokens, trainables.values.grad[0].item()
 
 
@@ -206,34 +214,35 @@ def test_token_counts_beyond_float32_are_exact(pools, counts):
         assert gradient == pytest.approx(len(counts) / max(total, 1), rel=1e-6)
 
 
-def passengers(stopping: int | None) -> tuple[bool, list[list[float]]]:
+def passengers(stopping: int | None, reduction: str) -> tuple[bool, list[list[float]]]:
     rank = dist.get_rank()
-    _, trainables = make(report_size=2)
+    _, trainables = make(report_size=2, micro_batches=1 if reduction == "invariant" else None)
     seen = []
     for step in range(2):
         trainables.begin_step()
         report = (1000.5 + rank, step / 4)
-        seen.append(trainables.reduce(tokens=1, loss_sum=0.0, step=step, stop=rank == stopping, report=report))
+        seen.append(trainables.reduce(tokens=1, step=step, stop=rank == stopping, report=report))
     return seen[-1].stop, seen[-1].reports
 
 
 @each_world
+@each_reduction
 @pytest.mark.parametrize("stopping", [None, 0, 1])
-def test_stop_and_reports_ride_along(pools, world, stopping):
+def test_stop_and_reports_ride_along(pools, world, stopping, reduction):
     expected = (stopping is not None, [[1000.5 + rank, 0.25] for rank in range(world)])
-    assert pools[world].run(passengers, stopping=stopping) == [expected] * world
+    assert pools[world].run(passengers, stopping=stopping, reduction=reduction) == [expected] * world
 
 
 # --- non-finite numbers ----------------------------------------------------------------------------------------------
 
 
-def poisoned(where: str, values: list[float]) -> tuple[tuple[str, int] | None, bool, bool]:
-    """One micro-batch, then the last with `values[rank]` in one gradient element, or in the loss.
+def poisoned(where: str, values: list[float], reduction: str = "fast") -> tuple[tuple[str, int] | None, bool, bool]:
+    """A micro-batch with `values[rank]` in one gradient element, or in the loss; in a tree a good one follows.
 
     Returns what was raised, whether the values stayed as they were, and whether all gradients are finite.
     """
     rank = dist.get_rank()
-    net, trainables = make()
+    net, trainables = make(micro_batches=2 if reduction == "invariant" else None)
     before = trainables.values.detach().clone()
     loss_sum = torch.tensor(values[rank] if where == "loss" else 1.0)
     if where != "loss":
@@ -243,28 +252,39 @@ def poisoned(where: str, values: list[float]) -> tuple[tuple[str, int] | None, b
             gradient.view(-1)[3] = values[rank]
             return gradient
 
-        dict(net.named_parameters())[where].register_hook(poison)
+        hook = dict(net.named_parameters())[where].register_hook(poison)
     trainables.begin_step()
+    if reduction == "invariant":
+        summed_loss(net, tokens_of(rank, 0, 5)).backward()
+        trainables.end_micro_batch(loss_sum)
+        loss_sum = torch.tensor(1.0)
+        if where != "loss":
+            hook.remove()
     trainables.reduce_during_backward()
     summed_loss(net, tokens_of(rank, 0, 5)).backward()
-    raised = outcome(lambda: trainables.reduce(tokens=5, loss_sum=loss_sum, step=7))
+    trainables.end_micro_batch(loss_sum)
+    raised = outcome(lambda: trainables.reduce(tokens=5, step=7))
     return raised, torch.equal(before, trainables.values), bool(trainables.values.grad.isfinite().all())
 
 
 @each_world
+@each_reduction
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
 @pytest.mark.parametrize("where", ["0.bias", "4.weight", "6.bias"])
-def test_one_bad_element_on_one_rank_stops_all(pools, world, bad, where):
+def test_one_bad_element_on_one_rank_stops_all(pools, world, bad, where, reduction):
     values = [0.5] * world
     values[world - 1] = bad
     text = f"step 7: non-finite gradient on rank {world - 1}, first in {where}; nothing was updated"
-    assert pools[world].run(poisoned, where=where, values=values) == [((text, 6), True, False)] * world
+    results = pools[world].run(poisoned, where=where, values=values, reduction=reduction)
+    assert results == [((text, 6), True, False)] * world
 
 
-def test_bad_losses_and_several_ranks_are_named(pools):
+@each_reduction
+def test_bad_losses_and_several_ranks_are_named(pools, reduction):
     values = [float("nan"), 1.0, float("inf"), 1.0]
     text = "step 7: non-finite gradient on rank 0, 2, first in the loss; nothing was updated"
-    assert pools[4].run(poisoned, where="loss", values=values) == [((text, 6), True, True)] * 4
+    results = pools[4].run(poisoned, where="loss", values=values, reduction=reduction)
+    assert results == [((text, 6), True, True)] * 4
 
 
 def test_overflow_in_the_sum_alone_is_nobodys_fault(pools):
@@ -292,7 +312,8 @@ def drift(kind: str, victim: int, seeds: list[int], broadcast: bool) -> list[tup
         trainables.begin_step()
         trainables.reduce_during_backward()
         summed_loss(net, tokens_of(rank, step, 5)).backward()
-        raised.append(outcome(lambda: trainables.reduce(tokens=5, loss_sum=1.0, step=step, check_digest=check)))  # noqa: B023
+        trainables.end_micro_batch(1.0)
+        raised.append(outcome(lambda: trainables.reduce(tokens=5, step=step, check_digest=check)))  # noqa: B023
         trainables.values.data.sub_(trainables.values.grad, alpha=0.01)
     return raised
 
@@ -330,7 +351,7 @@ def perturbed_at_once(kind: str) -> tuple[str, int] | None:
     net, trainables = make()
     trainables.begin_step()
     perturb(kind, dist.get_rank(), 1, net, trainables)
-    return outcome(lambda: trainables.reduce(tokens=1, loss_sum=0.0, step=2, check_digest=True))
+    return outcome(lambda: trainables.reduce(tokens=1, step=2, check_digest=True))
 
 
 @each_world

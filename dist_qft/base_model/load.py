@@ -28,8 +28,7 @@ from dist_qft.quant.frozen import FrozenEmbedding, FrozenLinear
 from dist_qft.sharding.engine import Engine
 
 _CHUNK = 1 << 18  # weights read and quantized at a time: bounds the temporaries to some MiB
-_A_LAYER = 7  # matrices, about; after so many freed memory is given back and signals are heeded
-_LARGE = 1 << 22  # weights: after such a matrix, too
+_LARGE = 1 << 22  # weights: freed memory is given back after such a matrix, and after each decoder layer
 
 
 class Fingerprint:
@@ -83,17 +82,19 @@ def load_base(
 ) -> None:
     """Fill a skeleton that `engine` has sharded; sets `base.fingerprint`. Collective.
 
-    poll: called now and then, at the same points on all ranks; what it raises ends the loading.
+    poll: called after each decoder layer, by all ranks alike; what it raises ends the loading.
     """
     names = check_names(base, source)
     fingerprint = Fingerprint()
     modules: dict[str, FrozenLinear | FrozenEmbedding] = {**base.linears, **base.tables()}
-    for count, (path, module) in enumerate(modules.items()):
-        if poll is not None and count % _A_LAYER == 0:
-            poll()
+    depths = [base.depth_of(path) for path in modules]
+    for (path, module), depth, next_depth in zip(modules.items(), depths, [*depths[1:], None], strict=True):
         _load_packed(names[f"{path}.weight"], path, module, source, engine, fingerprint)
-        if count % _A_LAYER == 0 or math.prod(module.weight_shape) > _LARGE:
+        layer_done = depth != next_depth
+        if layer_done or math.prod(module.weight_shape) > _LARGE:
             return_freed_memory()
+        if layer_done and poll is not None:
+            poll()
     for name, parameter in base.dense_parameters():
         first, stop = engine.rows(parameter)
         rows = source.read(names[name], (first, stop))

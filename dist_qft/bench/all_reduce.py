@@ -1,7 +1,7 @@
 """`bench all-reduce`: reducing the gradients of one step, ours beside DDP, on the same tensors.
 
 The loss is the sum of all parameters, so that little but the reduction takes time. With and without accumulation, on
-the machine's own loopback and, where it can be slowed down, on a link of 200 Mbit/s.
+the machine's own loopback and, where it can be slowed down, on a link of 200 Mbit/s. With both of our reductions.
 """
 
 from contextlib import nullcontext
@@ -15,6 +15,7 @@ from dist_qft.bench.measuring import Memory, measure_steps
 from dist_qft.bench.options import Options
 from dist_qft.bench.processes import can_slow_down, common_settings, run_side
 from dist_qft.bench.report import Comparison, Report, compare
+from dist_qft.fixed_tree import FixedTree
 from dist_qft.trainables import Trainables
 
 BUCKET_MEGABYTES = 25  # DDP's default, and ours
@@ -30,13 +31,15 @@ def run(options: Options) -> Report:
     comparisons: list[Comparison] = []
     for link, megabits in links.items():
         for count in (1, 4):
-            names = [f"{side}, {link}, {count} micro-batches" for side in ("ours", "DDP")]
-            for name, kind in zip(names, ("reduce-ours", "reduce-peer"), strict=True):
-                wanted = settings | {"accumulation": count}
+            names = {side: f"{side}, {link}, {count} micro-batches" for side in ("ours", "ours, invariant", "DDP")}
+            for side, name in names.items():
+                wanted = settings | {"accumulation": count, "invariant": "invariant" in side}
+                kind = "reduce-peer" if side == "DDP" else "reduce-ours"
                 sides[name] = run_side(name, kind, wanted, ranks=options.ranks, link_megabits=megabits)
-            bound = sides[names[0]].metrics.get("bound_bytes")
-            comparisons.append(compare(sides, "seconds", *names))
-            comparisons.append(compare(sides, "wire_bytes", *names, bound))
+            for name in list(names.values())[:-1]:
+                comparisons.append(compare(sides, "seconds", name, names["DDP"]))
+                bound = sides[name].metrics.get("bound_bytes")
+                comparisons.append(compare(sides, "wire_bytes", name, names["DDP"], bound))
     notes = [] if "slow link" in links else ["no slow link: this machine does not let us slow its network down"]
     if "slow link" in links:
         notes.append(f"slow link: {SLOW_MEGABITS} Mbit/s, shared by both directions (tc, token bucket)")
@@ -48,15 +51,19 @@ def ours(settings: dict[str, Any]) -> dict[str, float]:
     device = torch.device(settings["device"])
     model, memory = _parameters(settings, device), Memory(device)
     named = list(model.named_parameters())
-    trainables = Trainables(named, bucket_bytes=BUCKET_MEGABYTES * 2**20, group=dist.new_group())
+    group = dist.new_group()
+    tree = FixedTree(settings["accumulation"], group) if settings["invariant"] else None
+    trainables = Trainables(named, bucket_bytes=BUCKET_MEGABYTES * 2**20, group=group, tree=tree)
 
     def step(number: int) -> None:
         trainables.begin_step()
         for index in range(settings["accumulation"]):
             if index == settings["accumulation"] - 1:
                 trainables.reduce_during_backward()
-            model().backward()
-        trainables.reduce(tokens=1, loss_sum=0.0, step=number)
+            loss = model()
+            loss.backward()
+            trainables.end_micro_batch(loss.detach())
+        trainables.reduce(tokens=1, step=number)
 
     bound = 2 * (dist.get_world_size() - 1) * 4 * trainables.count
     return measure_steps(step, settings["steps"], memory, device) | {"bound_bytes": bound}

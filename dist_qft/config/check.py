@@ -7,8 +7,9 @@ Types and ranges of single settings are in `schema`; what depends on layer sizes
 from collections.abc import Iterator
 
 from dist_qft.config.faults import Fault, value_fault
-from dist_qft.config.schema import MethodConfig, QuantizationConfig, RunConfig, ScheduleRule, ShardingConfig
+from dist_qft.config.schema import MethodConfig, QuantizationConfig, RunConfig, ScheduleRule, Section, ShardingConfig
 from dist_qft.config.zero_file import zero_file_faults
+from dist_qft.divisors import divisors, either, nearest_multiples
 from dist_qft.errors import UserError
 from dist_qft.methods.schedule import effective, method_defaults
 
@@ -43,15 +44,17 @@ def config_warnings(config: RunConfig) -> list[str]:
     """What is allowed but probably not meant: settings without effect, and adapters that cannot merge exactly."""
     train, sharding = config.train, config.sharding
     warnings = list(_merge_warnings(config))
-    if train.max_steps is not None and "num_train_epochs" in train.model_fields_set:
+    if train.max_steps is not None and _changed(train, "num_train_epochs"):
         warnings.append("train.num_train_epochs: no effect, train.max_steps is set")
-    if train.warmup_steps is not None and "warmup_ratio" in train.model_fields_set:
+    if train.warmup_steps is not None and _changed(train, "warmup_ratio"):
         warnings.append("train.warmup_ratio: no effect, train.warmup_steps is set")
     if config.method.cache == "disk" and train.max_steps is None and train.num_train_epochs <= 1:
         warnings.append("method.cache: written and never read, train.num_train_epochs is 1 or less")
     for name, engine in _ENGINE_SETTINGS.items():
-        if sharding.engine != engine and name in sharding.model_fields_set:
+        if sharding.engine != engine and _changed(sharding, name):
             warnings.append(f"sharding.{name}: no effect with engine {sharding.engine}")
+    if sharding.reduction != "fast" and _changed(sharding, "bucket_megabytes"):
+        warnings.append(f"sharding.bucket_megabytes: no effect with reduction {sharding.reduction}")
     return warnings
 
 
@@ -66,11 +69,11 @@ def accumulation_steps(config: RunConfig, world_size: int) -> int:
     per_round = micro * world_size
     if total % per_round == 0:
         return total // per_round
-    remedies = [f"train.global_batch_size {_nearest_multiples(total, per_round)}"]
+    remedies = [f"train.global_batch_size {either(nearest_multiples(total, per_round))}"]
     if total % world_size == 0:
-        remedies.append(f"train.per_device_train_batch_size {_choices(_divisors(total // world_size))}")
+        remedies.append(f"train.per_device_train_batch_size {either(divisors(total // world_size))}")
     if total % micro == 0:
-        remedies.append(f"{_choices(_divisors(total // micro))} ranks")
+        remedies.append(f"{either(divisors(total // micro))} ranks")
     raise UserError(
         f"train.global_batch_size: {total} is not a multiple of {per_round}, train.per_device_train_batch_size "
         f"{micro} x {world_size} {'rank' if world_size == 1 else 'ranks'}; legal: {', or '.join(remedies)}"
@@ -185,7 +188,7 @@ def _train_faults(config: RunConfig) -> Iterator[Fault]:
         yield value_fault(
             ("train", "global_batch_size"),
             f"{total} is not a multiple of train.per_device_train_batch_size {micro}; "
-            f"nearest: {_nearest_multiples(total, micro)}",
+            f"nearest: {either(nearest_multiples(total, micro))}",
         )
     if train.warmup_steps and train.max_steps and train.warmup_steps >= train.max_steps:
         yield value_fault(
@@ -213,6 +216,11 @@ def _evaluation_faults(config: RunConfig) -> Iterator[Fault]:
         yield value_fault(("checkpoint", "keep_best"), "nothing to compare; set evaluation.eval_steps")
 
 
+def _changed(section: Section, setting: str) -> bool:
+    """Whether a setting is not its default; that it was given says nothing, since a saved config names them all."""
+    return getattr(section, setting) != type(section).model_fields[setting].default
+
+
 def merge_obstacle(config: RunConfig) -> str | None:
     """Why what this config trains cannot be merged into the base at all, and what to do instead."""
     if config.method.name == "qst":
@@ -230,10 +238,10 @@ def _merge_faults(config: RunConfig) -> Iterator[Fault]:
     if merge.at_end is not None and (obstacle := merge_obstacle(config)):
         yield value_fault(("merge", "at_end"), obstacle)
     elif merge.at_end is None:
-        for key, field in type(merge).model_fields.items():
-            if getattr(merge, key) != field.default:  # a saved config names every setting
+        for key in type(merge).model_fields:
+            if _changed(merge, key):
                 yield value_fault(("merge", key), "no effect without merge.at_end; set that or remove this")
-    elif merge.at_end != "dense" and merge.dtype != type(merge).model_fields["dtype"].default:
+    elif merge.at_end != "dense" and _changed(merge, "dtype"):
         yield value_fault(("merge", "dtype"), f"no effect with merge.at_end {merge.at_end}; only dense has it")
 
 
@@ -264,19 +272,5 @@ def _merge_warnings(config: RunConfig) -> Iterator[str]:
             if value % size:
                 yield (
                     f"{key}.{factor}: {value} is not a multiple of {size}, blocks of [{block_out}, {block_in}] cross "
-                    f"tiles and the merge is not exact; nearest: {_nearest_multiples(value, size)}"
+                    f"tiles and the merge is not exact; nearest: {either(nearest_multiples(value, size))}"
                 )
-
-
-def _nearest_multiples(value: int, of: int) -> str:
-    below = value // of * of
-    return f"{below} or {below + of}" if below else str(of)
-
-
-def _divisors(number: int) -> list[int]:
-    return [divisor for divisor in range(1, number + 1) if number % divisor == 0]
-
-
-def _choices(values: list[int]) -> str:
-    *most, last = map(str, values)
-    return f"{', '.join(most)} or {last}" if most else last

@@ -144,7 +144,10 @@ class ShardingConfig(Section):
     )
     offload: bool = Field(False, description="zero, CUDA: keep each rank's part of the base in host memory")
     deepspeed_config: Text | None = Field(None, description="zero: a DeepSpeed JSON file, merged into what we set")
-    bucket_megabytes: Annotated[float, Field(gt=0)] = Field(25.0, description="gradient all-reduce bucket")
+    reduction: Literal["fast", "invariant"] = Field(
+        "fast", description="of gradients; invariant: in an order that gives the same bits on any number of ranks"
+    )
+    bucket_megabytes: Annotated[float, Field(gt=0)] = Field(25.0, description="fast: gradient all-reduce bucket")
     digest_steps: NonNegative = Field(10, description="compare the replicas' digests every so many steps; 0 is never")
     timeout_seconds: Positive = Field(600, description="a collective that takes longer ends the run")
     rank0_timeout_seconds: Positive = Field(

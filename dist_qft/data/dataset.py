@@ -6,7 +6,6 @@ No Python object per sample: millions of samples cost what their tokens cost, 5 
 
 import hashlib
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -20,6 +19,7 @@ from safetensors.numpy import save_file
 from dist_qft.data.packing import pack
 from dist_qft.data.tokens import TokenSequence
 from dist_qft.errors import CorruptFileError
+from dist_qft.publish import publishing
 
 FORMAT_VERSION = 1  # of the file and of the way to its tokens: raise it and every cache is rebuilt
 _DTYPES = {"tokens": np.int32, "targets": np.bool_, "row_offsets": np.int64, "segment_starts": np.int64}
@@ -110,10 +110,7 @@ class TokenDataset:
         return {name: np.ascontiguousarray(getattr(self, name)) for name in names}
 
     def save(self, path: Path) -> None:
-        """Writes a temporary file beside `path`, syncs and renames it, so that `path` is whole or absent.
-
-        One writer at a time. OSError if there is no space or the folder is not writable.
-        """
+        """Writes the file, whole or not at all. SetupError if there is no space or the folder is not writable."""
         metadata = {
             "version": FORMAT_VERSION,
             "digest": self.digest,
@@ -121,21 +118,11 @@ class TokenDataset:
             "packed_length": self.packed_length,
             "report": self.report,
         }
-        temporary = path.with_name(f".tmp-{path.name}")
-        try:
-            save_file(self._arrays(), temporary, metadata={"token_dataset": json.dumps(metadata)})
-            with temporary.open("rb") as stream:
-                os.fsync(stream.fileno())
-            temporary.replace(path)
-        except SafetensorError as error:  # what the library makes of a full disk
-            raise OSError(str(error)) from None
-        finally:
-            temporary.unlink(missing_ok=True)
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
+        with publishing(path, overwrite=True) as temporary:
+            try:
+                save_file(self._arrays(), temporary, metadata={"token_dataset": json.dumps(metadata)})
+            except SafetensorError as error:  # what the library makes of a full disk
+                raise OSError(str(error)) from None
 
     @classmethod
     def load(cls, path: Path) -> "TokenDataset":

@@ -87,8 +87,8 @@ def _save(prepared: Prepared, train_path: Path, eval_path: Path) -> None:
         prepared.train.save(train_path)
         if prepared.eval is not None:
             prepared.eval.save(eval_path)
-    except OSError as error:
-        raise SetupError(f"data.cache_dir: cannot write {train_path.parent}: {error.strerror or error}") from None
+    except SetupError as error:
+        raise SetupError(f"data.cache_dir: {error}") from None
 
 
 def _cache_key(

@@ -41,10 +41,14 @@ def open_source(dataset: DatasetConfig, key: str) -> Source:
     """
     if dataset.path == STDLIB_DOCS:
         return _open_stdlib_docs(dataset, key)
-    path = Path(os.path.expanduser(dataset.path))  # which, unlike Path's own, leaves an unknown user alone
-    if os.path.exists(path) or path.suffix in READERS or dataset.path.startswith((".", "/", "~")):
-        return _open_files(dataset, path, key)
-    return _open_hub(dataset, key)
+    path = _local_path(dataset)
+    return _open_hub(dataset, key) if path is None else _open_files(dataset, path, key)
+
+
+def require_local_files(dataset: DatasetConfig, key: str) -> None:
+    """Refuse files of this machine that are missing or empty, without reading them. Elsewhere nothing is asked."""
+    if dataset.path != STDLIB_DOCS and (path := _local_path(dataset)) is not None:
+        find_files(path, f"{key}.path")
 
 
 def load_records(dataset: DatasetConfig, source: Source, key: str, counts: Counter[str]) -> Iterator[LocatedRecord]:
@@ -57,6 +61,12 @@ def load_records(dataset: DatasetConfig, source: Source, key: str, counts: Count
         yield located
     if not counts["read"]:
         raise UserError(f"{key}.path: {dataset.path} holds no records ({counts['blank_lines']} blank lines)")
+
+
+def _local_path(dataset: DatasetConfig) -> Path | None:
+    path = Path(os.path.expanduser(dataset.path))  # which, unlike Path's own, leaves an unknown user alone
+    local = os.path.exists(path) or path.suffix in READERS or dataset.path.startswith((".", "/", "~"))
+    return path if local else None
 
 
 def _open_files(dataset: DatasetConfig, path: Path, key: str) -> Source:

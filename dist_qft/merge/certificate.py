@@ -17,8 +17,8 @@ from dist_qft.errors import CorruptFileError, UserError
 from dist_qft.manifest import sha256_of
 from dist_qft.merge.fold import Difference
 from dist_qft.merge.probe import LogitDifference
-from dist_qft.merge.publish import write_text
 from dist_qft.merge.recipe import Recipe
+from dist_qft.publish import write_text
 
 _IN_FOLDER = "certificate.json"
 _VERSION = 1

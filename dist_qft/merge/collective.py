@@ -19,10 +19,10 @@ from dist_qft.collectives import agreed, maximum
 from dist_qft.errors import DistQFTError, Preempted, SetupError
 from dist_qft.memory import return_freed_memory
 from dist_qft.merge.fold import Difference, require_finite
-from dist_qft.merge.publish import publishing, refused_write
 from dist_qft.merge.recipe import Recipe
 from dist_qft.methods.folding import folded, folding_tensor
 from dist_qft.preemption import StopSignal
+from dist_qft.publish import publishing, refused_write
 from dist_qft.quant.frozen import FrozenWeight
 
 

@@ -16,7 +16,7 @@ from dist_qft.checkpoint import ADAPTER_MODEL, TRAINER_STATE, Checkpoint
 from dist_qft.collectives import require_agreement, told_by
 from dist_qft.config.check import merge_obstacle
 from dist_qft.config.schema import MergeTarget, RunConfig
-from dist_qft.errors import UserError
+from dist_qft.errors import CorruptFileError, UserError
 from dist_qft.manifest import sha256_of
 from dist_qft.merge.certificate import Findings, Origin, write_certificate
 from dist_qft.merge.collective import Writer, fold_base, total_difference, write_result
@@ -64,10 +64,13 @@ def run_merge(
     """Merge the adapters of a run (its newest checkpoint) or of one checkpoint into a result.
 
     Raises:
-        UserError: the target cannot hold the merged model, the result exists, or the adapter is another base's;
-            all but the last is said before any weight is read.
+        UserError: the target cannot hold the merged model, the result exists, the checkpoint is torn, or the adapter
+            is another base's; all but the last is said before any weight is read.
     """
-    checkpoint = find_checkpoint(source)
+    try:
+        checkpoint = find_checkpoint(source)
+    except CorruptFileError as error:  # the wrong source, as another base's adapter is: name another
+        raise UserError(str(error)) from error
     run = checkpoint.path.parent if (Path(source) / TRAINER_STATE).is_file() else Path(source)
     path = output or default_path(run, target)
     request = MergeRequest.checked(target, path, overwrite=overwrite, requantize=requantize, dtype=dtype)

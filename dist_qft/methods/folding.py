@@ -11,6 +11,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from dist_qft.divisors import either
 from dist_qft.methods.schedule import TileSettings
 from dist_qft.methods.tile_adapter import TileAdapter
 from dist_qft.quant.affine4 import Affine4
@@ -45,7 +46,7 @@ def _obstacle(path: str, layer: FrozenLinear, settings: TileSettings) -> str | N
         if value % block:
             legal = [factor for factor in range(block, size + 1, block) if size % factor == 0]
             nearest = sorted(sorted(legal, key=lambda factor: abs(factor - value))[:2])
-            faults.append(f"{knob} {value} is not a multiple of {block} (nearest legal: {_either(nearest)})")
+            faults.append(f"{knob} {value} is not a multiple of {block} (nearest legal: {either(nearest)})")
     return f"blocks of {list(found[1])} cross the tiles of {path}: {'; '.join(faults)}" if faults else None
 
 
@@ -103,7 +104,3 @@ def _to_float16(exact: Tensor) -> Tensor:
     bits -= (single.double().abs() > exact.abs()).int()  # towards zero: one step less in magnitude, whatever the sign
     bits |= (single.double() != exact).int()
     return single.half()
-
-
-def _either(values: list[int]) -> str:
-    return " or ".join(map(str, values))

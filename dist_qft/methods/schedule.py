@@ -13,6 +13,7 @@ from typing import Any, Literal
 from pydantic import Field, ValidationError, model_validator
 
 from dist_qft.config.schema import Fraction, MethodConfig, MethodName, Positive, ScheduleRule, Section
+from dist_qft.divisors import either, nearest_divisors
 from dist_qft.errors import UserError
 
 # What shapes each method's tile, its default, and the sizes of a layer that it must divide.
@@ -248,16 +249,10 @@ def _indivisible(name: MethodName, drafts: list[_Draft]) -> list[str]:
     lines = []
     for (key, factor, dimensions, sizes, kind), paths in cases.items():
         named = " and ".join(f"{dimension} {size}" for dimension, size in zip(dimensions, sizes, strict=True))
-        nearest = " or ".join(map(str, _nearest_divisors(factor, math.gcd(*sizes))))
+        nearest = either(nearest_divisors(math.gcd(*sizes), factor))
         where = paths[0] if len(paths) == 1 else f"{paths[0]} and {len(paths) - 1} more {kind}"
         lines.append(f"{key}: {factor} does not divide {named} of {where}; nearest that does: {nearest}")
     return lines
-
-
-def _nearest_divisors(factor: int, size: int) -> list[int]:
-    """The largest divisor of `size` below `factor`, then the smallest above it if there is one."""
-    divisors = [divisor for divisor in range(1, size + 1) if size % divisor == 0]
-    return [max(d for d in divisors if d < factor), *[d for d in divisors if d > factor][:1]]
 
 
 def _tile_factors(values: dict[str, Any]) -> tuple[int, int, int]:

@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from dist_qft.divisors import either, nearest_divisors
 from dist_qft.errors import UserError
 from dist_qft.quant.contract import (
     BlockFormat,
@@ -19,7 +20,6 @@ from dist_qft.quant.contract import (
     Shape,
     float16_constants,
     inverse_scale,
-    nearest_divisors,
 )
 
 GGUF_BLOCK = 32
@@ -57,7 +57,7 @@ class Affine4(BlockFormat):
         faults = []
         for side, size, block in zip(("out_features", "in_features"), shape, self.block, strict=True):
             if size % block:
-                nearest = " or ".join(map(str, nearest_divisors(size, block)))
+                nearest = either(nearest_divisors(size, block))
                 faults.append(f"{block} does not divide {side} {size} (nearest: {nearest})")
         if shape[1] % 2:
             faults.append(f"in_features {shape[1]} is odd, two codes share a byte")

@@ -189,10 +189,3 @@ def inverse_scale(scale: Tensor) -> Tensor:
     """1 / scale in float32, and 0 where that is not finite: a constant block has only zero codes."""
     inverse = 1.0 / scale
     return inverse.masked_fill_(torch.isinf(inverse), 0.0)
-
-
-def nearest_divisors(size: int, wanted: int) -> list[int]:
-    """The divisors of `size` next to `wanted`, below and above."""
-    below = next(divisor for divisor in range(min(wanted, size), 0, -1) if size % divisor == 0)
-    above = next(divisor for divisor in range(min(wanted, size), size + 1) if size % divisor == 0)
-    return sorted({below, above})

@@ -29,6 +29,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.utils.hooks import RemovableHandle
 
+from dist_qft.memory import return_freed_memory_between
 from dist_qft.sharding.engine import Traffic, Units, called_as_head, parameter_owners
 
 # torch 2.12 renamed the call; both move one flat tensor per rank into one output.
@@ -86,6 +87,8 @@ class FsdpEngine:
             part = nn.Parameter(torch.empty_like(getattr(module, name), device=device), requires_grad=False)
             module.register_parameter(name, part)
             self._parameters.append(part)
+        if device.type == "cpu":
+            return_freed_memory_between(units.layers)
 
     def shape(self, parameter: nn.Parameter) -> torch.Size:
         return parameter.shape

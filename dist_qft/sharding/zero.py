@@ -31,6 +31,7 @@ from torch import Tensor, nn
 
 from dist_qft.collectives import agreed
 from dist_qft.errors import UserError
+from dist_qft.memory import return_freed_memory_between
 from dist_qft.sharding.engine import Traffic, Units, called_as_head, parameter_owners
 
 AllGather = Callable[..., Any]
@@ -94,6 +95,8 @@ class ZeroEngine:
             # The recorded order of modules starts anew with each pass through the decoder, before its own hooks.
             begin = self._zero.get_param_coordinator().reset_step
             units.root.register_forward_pre_hook(lambda *_: begin(), prepend=True)
+        if device.type == "cpu":
+            return_freed_memory_between(units.layers)
 
     def shape(self, parameter: nn.Parameter) -> torch.Size:
         return parameter.ds_shape

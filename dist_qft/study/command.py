@@ -7,7 +7,7 @@ from pathlib import Path
 
 from dist_qft.errors import UserError
 from dist_qft.study.rows import Row, expand
-from dist_qft.study.run import outcome_of, run_in_processes, run_rows
+from dist_qft.study.run import outcome_of, require_data, run_in_processes, run_rows
 from dist_qft.study.settings import Study, load_study
 from dist_qft.world import World
 
@@ -70,6 +70,7 @@ def _require_one(given: dict[str, bool]) -> None:
 def _one(rows: Sequence[Row], number: int, retry_failed: bool) -> int:
     if not 0 <= number < len(rows):
         raise UserError(f"--row: got {number}, the study has runs 0 to {len(rows) - 1}")
+    require_data([rows[number]], retry_failed=retry_failed)
     run_rows(rows, [number], retry_failed=retry_failed)
     return outcome_of(rows[number])
 
@@ -78,6 +79,7 @@ def _all(path: Path, study: Study, rows: Sequence[Row], jobs: int, retry_failed:
     """All runs, then the report; the exit code of the first run that failed."""
     if write_report:
         _require_report_packages()
+    require_data(rows, retry_failed=retry_failed)
     if jobs > 1:
         if World.from_environment().world_size > 1:
             raise UserError("--jobs: several ranks were started already; allowed with them is 1")

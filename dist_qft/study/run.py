@@ -21,6 +21,7 @@ import filelock
 import torch
 
 from dist_qft.checkpoint import BaseEvaluation, list_checkpoints
+from dist_qft.data.sources import require_local_files
 from dist_qft.errors import DistQFTError, PeerLostError, Preempted, SetupError, UserError
 from dist_qft.manifest import remove_folder
 from dist_qft.preemption import StopSignal
@@ -64,6 +65,18 @@ def run_rows(rows: Sequence[Row], numbers: Sequence[int], *, retry_failed: bool)
                     _tell(number, len(rows), row, result)
             if stop.requested:
                 raise Preempted("stopped by a signal between two runs; start the study again to go on")
+
+
+def require_data(rows: Sequence[Row], *, retry_failed: bool) -> None:
+    """Refuse files of training or held-out text that are missing, before any of the runs that are to be done starts."""
+    parts = {}
+    for row in rows:
+        data = row.config.data
+        if data is not None and _wanted(row, retry_failed):
+            parts |= {("data.train", data.train.path): data.train}
+            parts |= {("data.eval", data.eval.path): data.eval} if data.eval else {}
+    for (key, _), dataset in parts.items():
+        require_local_files(dataset, key)
 
 
 def run_in_processes(study_file: Path, jobs: int, *, retry_failed: bool) -> None:

@@ -191,7 +191,7 @@ def test_allowed_neighbours_of_the_refused(load):
             ],
         ),
         (
-            ["sharding={engine: replicated, reshard_after_forward: true}"],
+            ["sharding={engine: replicated, reshard_after_forward: false}"],
             ["sharding.reshard_after_forward: no effect with engine replicated"],
         ),
     ],

@@ -158,3 +158,13 @@ def test_options_that_ask_for_what_there_is_not(tiny_llama, tmp_path, words, mes
         found = command.finish()
     assert found.code == 2
     assert message in found.err and found.err.count("\n") == 1
+
+
+@pytest.mark.parametrize("words", [[], ["--jobs", "2"], ["--row", "1"]], ids=str)
+def test_a_missing_text_is_refused_before_any_run(tiny_llama, tmp_path, words):
+    texts = [str(tmp_path / "data.jsonl"), "no.jsonl"]
+    path = write_study(tmp_path, tiny_llama, presets=None, seeds=[0], axes={"data.train.path": texts})
+    with Command("study", path, *words) as command:
+        found = command.finish()
+    assert (found.code, found.err) == (2, "error: data.train.path: no such file or folder: no.jsonl\n")
+    assert not (tmp_path / "out").exists()

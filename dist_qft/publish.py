@@ -1,9 +1,9 @@
-"""A result appears under its name complete, or not at all."""
+"""A file or folder appears under its name complete, or not at all."""
 
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from dist_qft.errors import SetupError
@@ -37,9 +37,9 @@ def publishing(final: Path, overwrite: bool) -> Iterator[Path]:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a small text file under a temporary name and rename it, replacing what is there."""
+    """Write a text file as UTF-8, replacing what is there at once: whoever reads it finds the old text or the new."""
     with publishing(path, overwrite=True) as temporary:
-        temporary.write_text(text)
+        temporary.write_text(text, encoding="utf-8")
 
 
 def refused_write(final: Path, error: OSError) -> SetupError:
@@ -50,7 +50,7 @@ def refused_write(final: Path, error: OSError) -> SetupError:
 
 def _rename(temporary: Path, final: Path) -> None:
     replaced = None
-    if final.is_dir():
+    if final.is_dir() and temporary.is_dir():
         # A folder cannot be renamed onto another: the old one steps aside first.
         replaced = temporary.with_name(f"{temporary.name}-replaced")
         os.rename(final, replaced)
@@ -66,7 +66,9 @@ def _sync(path: Path) -> None:
 
 
 def _remove(path: Path) -> None:
+    """As far as the system lets us: what went wrong before is what matters."""
     if path.is_dir():
         shutil.rmtree(path, ignore_errors=True)
     else:
-        path.unlink(missing_ok=True)
+        with suppress(OSError):
+            path.unlink()

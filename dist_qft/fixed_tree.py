@@ -1,0 +1,118 @@
+"""A sum over micro-batches whose bits do not depend on how many ranks computed them.
+
+Adding floating-point numbers in another order gives other bits: a rank's micro-batches first and then the ranks' sums
+is one order on two ranks and another on four. Here micro-batch j of the step's M is leaf j of a binary tree that M
+alone determines:
+
+    node (level, index) = node (level - 1, 2 index) + node (level - 1, 2 index + 1)
+
+where a right child that lies beyond M is left out. Rank r of N computes the leaves [r M/N, (r + 1) M/N) and adds up
+what of the tree lies within; a few nodes remain, just one where M/N is a power of two. Then every rank receives all
+nodes for 1/N of the vector, finishes the tree there, and the ranks gather the parts. With one node per rank that puts
+as many bytes on the wire as a ring all-reduce.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.nn.functional import pad
+
+
+@dataclass(frozen=True)
+class Node:
+    """The subtree over the leaves [index 2^level, (index + 1) 2^level)."""
+
+    level: int
+    index: int
+
+    @property
+    def first_leaf(self) -> int:
+        return self.index << self.level
+
+    @property
+    def parent(self) -> "Node":
+        return Node(self.level + 1, self.index // 2)
+
+    @property
+    def children(self) -> tuple["Node", "Node"]:
+        return Node(self.level - 1, 2 * self.index), Node(self.level - 1, 2 * self.index + 1)
+
+
+def nodes_within(first: int, stop: int) -> list[Node]:
+    """The largest subtrees that together have the leaves first to stop - 1, from left to right."""
+    nodes = []
+    while first < stop:
+        level = (stop - first).bit_length() - 1
+        if first:
+            level = min(level, (first & -first).bit_length() - 1)  # where a subtree may begin
+        nodes.append(Node(level, first >> level))
+        first += 1 << level
+    return nodes
+
+
+class FixedTree:
+    """Sums vectors, one per micro-batch, over all micro-batches of all ranks.
+
+    Args:
+        micro_batches: those of each rank in one step, M/N.
+        group: the process group of the exchange.
+    """
+
+    def __init__(self, micro_batches: int, group: dist.ProcessGroup | None = None) -> None:
+        self._group, self._rank, self._world = group, dist.get_rank(group), dist.get_world_size(group)
+        self._leaves = micro_batches * self._world
+        self._nodes = [nodes_within(rank * micro_batches, (rank + 1) * micro_batches) for rank in range(self._world)]
+        self._first_leaf = self._rank * micro_batches
+        self._next_leaf = self._first_leaf
+        self._sums: list[tuple[Node, Tensor]] = []
+
+    def clear(self) -> None:
+        """Forget what was added since the last `total`."""
+        self._sums.clear()
+        self._next_leaf = self._first_leaf
+
+    def add(self, vector: Tensor) -> None:
+        """Add the next micro-batch's vector, which is copied."""
+        node, value = Node(0, self._next_leaf), vector
+        self._next_leaf += 1
+        while self._sums and node.index % 2 and self._sums[-1][0] == Node(node.level, node.index - 1):
+            _, left = self._sums.pop()
+            node, value = node.parent, left.add_(value)
+        self._sums.append((node, value.clone() if value is vector else value))
+
+    def total(self, out: Tensor) -> None:
+        """Write the whole tree's sum into `out`, a vector like those that were added. Collective."""
+        own = self._nodes[self._rank]
+        assert [node for node, _ in self._sums] == own, "not every micro-batch was added"
+        part = -(-out.numel() // self._world)
+        padding = part * self._world - out.numel()
+        sent = out.new_empty(self._world, len(own), part)  # by receiver
+        for place, (_, value) in enumerate(self._sums):
+            sent[:, place] = pad(value, (0, padding)).view(self._world, part)
+        self.clear()
+        counts = [len(nodes) for nodes in self._nodes]
+        received = out.new_empty(sum(counts), part)
+        dist.all_to_all_single(
+            received.view(-1),
+            sent.view(-1),
+            [count * part for count in counts],
+            [len(own) * part] * self._world,
+            group=self._group,
+        )
+        summed = self._finish(dict(zip((node for nodes in self._nodes for node in nodes), received, strict=True)))
+        gathered = list(out.new_empty(self._world, part))
+        dist.all_gather(gathered, summed, group=self._group)
+        out.copy_(torch.cat(gathered)[: out.numel()])
+
+    def _finish(self, sums: dict[Node, Tensor]) -> Tensor:
+        """The root's sum, from those of subtrees that together have all leaves; uses them up."""
+
+        def value(node: Node) -> Tensor:
+            if node in sums:
+                return sums[node]
+            left, right = node.children
+            return value(left).add_(value(right)) if right.first_leaf < self._leaves else value(left)
+
+        return value(Node((self._leaves - 1).bit_length(), 0))
