@@ -14,6 +14,9 @@ from dist_qft.errors import DistQFTError, PeerLostError, UserError
 from dist_qft.neighbours import Neighbours
 from dist_qft.rollcall import RollCall
 
+# torch 2.12 renamed the call; both move one flat tensor per rank into one output.
+all_gather_flat = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+
 
 def require_agreement(facts: Mapping[str, str], device: torch.device) -> None:
     """Stop every rank, before anything heavy, if the ranks were started with different inputs. Collective.

@@ -14,10 +14,10 @@ as many bytes on the wire as a ring all-reduce.
 
 from dataclasses import dataclass
 
-import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.nn.functional import pad
+
+from dist_qft.collectives import all_gather_flat
 
 
 @dataclass(frozen=True)
@@ -69,31 +69,28 @@ class FixedTree:
         self._sums: list[tuple[Node, Tensor]] = []
 
     def clear(self) -> None:
-        """Forget what was added since the last `total`."""
+        """Forget what was added since the last `reduce`."""
         self._sums.clear()
         self._next_leaf = self._first_leaf
 
     def add(self, vector: Tensor) -> None:
-        """Add the next micro-batch's vector, which is copied."""
-        node, value = Node(0, self._next_leaf), vector
-        self._next_leaf += 1
-        while self._sums and node.index % 2 and self._sums[-1][0] == Node(node.level, node.index - 1):
-            _, left = self._sums.pop()
-            node, value = node.parent, left.add_(value)
+        """Add the next micro-batch's vector, which is copied; the last one's goes to `reduce`."""
+        node, value = self._joined(vector)
         self._sums.append((node, value.clone() if value is vector else value))
 
-    def total(self, out: Tensor) -> None:
-        """Write the whole tree's sum into `out`, a vector like those that were added. Collective."""
+    def reduce(self, vector: Tensor) -> None:
+        """Add the last micro-batch's vector, and put the sum over all micro-batches in its place. Collective."""
+        self._sums.append(self._joined(vector))
         own = self._nodes[self._rank]
         assert [node for node, _ in self._sums] == own, "not every micro-batch was added"
-        part = -(-out.numel() // self._world)
-        padding = part * self._world - out.numel()
-        sent = out.new_empty(self._world, len(own), part)  # by receiver
+        part = -(-vector.numel() // self._world)
+        sent = vector.new_empty(self._world, len(own), part)  # by receiver; the last one's is filled up
         for place, (_, value) in enumerate(self._sums):
-            sent[:, place] = pad(value, (0, padding)).view(self._world, part)
+            for receiver, piece in enumerate(value.split(part)):
+                sent[receiver, place, : piece.numel()] = piece
         self.clear()
         counts = [len(nodes) for nodes in self._nodes]
-        received = out.new_empty(sum(counts), part)
+        received = vector.new_empty(sum(counts), part)
         dist.all_to_all_single(
             received.view(-1),
             sent.view(-1),
@@ -101,10 +98,20 @@ class FixedTree:
             [len(own) * part] * self._world,
             group=self._group,
         )
-        summed = self._finish(dict(zip((node for nodes in self._nodes for node in nodes), received, strict=True)))
-        gathered = list(out.new_empty(self._world, part))
-        dist.all_gather(gathered, summed, group=self._group)
-        out.copy_(torch.cat(gathered)[: out.numel()])
+        nodes = (node for of_rank in self._nodes for node in of_rank)
+        summed = self._finish(dict(zip(nodes, received, strict=True)))
+        whole = vector.new_empty(self._world * part)
+        all_gather_flat(whole, summed, group=self._group)
+        vector.copy_(whole[: vector.numel()])
+
+    def _joined(self, vector: Tensor) -> tuple[Node, Tensor]:
+        """The next leaf, added to the sums of the subtrees that it completes."""
+        node, value = Node(0, self._next_leaf), vector
+        self._next_leaf += 1
+        while self._sums and node.index % 2 and self._sums[-1][0] == Node(node.level, node.index - 1):
+            _, left = self._sums.pop()
+            node, value = node.parent, left.add_(value)
+        return node, value
 
     def _finish(self, sums: dict[Node, Tensor]) -> Tensor:
         """The root's sum, from those of subtrees that together have all leaves; uses them up."""

@@ -149,14 +149,12 @@ class Trainables:
     def end_micro_batch(self, loss_sum: float | Tensor) -> None:
         """Count the loss of the micro-batch whose backward has run: the sum over its target tokens."""
         self._header[_LOSS] += loss_sum
-        if self._tree is not None and not self._reducing:  # the last one waits for the rest of the header
-            self._add_leaf(self._tree)
-            self._reduced.zero_()
-
-    def _add_leaf(self, tree: FixedTree) -> None:
-        self._mark_bad(self.values.grad.sum())
-        self._mark_bad(self._header[_LOSS])
-        tree.add(self._reduced)
+        if self._tree is not None:
+            self._mark_bad(self.values.grad.sum())
+            self._mark_bad(self._header[_LOSS])
+            if not self._reducing:  # the last one waits for the rest of the header
+                self._tree.add(self._reduced)
+                self._reduced.zero_()
 
     def _arrived(self, index: int, _: Tensor) -> None:
         if not self._reducing or self._tree is not None:
@@ -205,8 +203,7 @@ class Trainables:
         """
         self._fill_header(tokens, check_digest, stop, report)
         if self._tree is not None:
-            self._add_leaf(self._tree)
-            self._tree.total(self._reduced)
+            self._tree.reduce(self._reduced)
             self.reduced_bytes += self._reduced.nbytes
         else:
             self._finish_buckets()

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import test_losses_agree
 import torch
 import torch.distributed as dist
 from qst_models import qst_config
@@ -18,13 +19,14 @@ from dist_qft.fixed_tree import FixedTree, Node, nodes_within
 
 MICRO_BATCHES = 12  # 1, 2, 3 and 4 ranks share them equally
 METHODS = {
-    "qlora": {
-        "method": {"name": "qlora", "pool": None, "repeat": None, "dropout": 0.1},
-        "quantization": {"linear": "nf4", "block": [64]},
+    **test_losses_agree.METHODS,
+    "qlora, dropout": {
+        "method": {"name": "qlora", "dropout": 0.1, **test_losses_agree.UNTILED},
+        "quantization": test_losses_agree.NF4,
     },
-    "qahira, merge-aware": {"method": {"merge_aware": True}},
     "qst": {},
 }
+TESTED = ["qlora, dropout", "qahira, merge-aware", "qst"]  # all of them: tests/measure_invariance.py
 
 
 @pytest.fixture(scope="module")
@@ -77,9 +79,11 @@ def summed_twice(count: int, size: int) -> list[Tensor]:
     for step in range(2):
         tree.add(leaves[-1])  # of a step that was given up
         tree.clear()
-        for leaf in leaves[dist.get_rank() * share : (dist.get_rank() + 1) * share]:
-            tree.add(leaf * (step + 1))
-        tree.total(out)
+        *first, last = leaves[dist.get_rank() * share : (dist.get_rank() + 1) * share] * (step + 1)
+        for leaf in first:
+            tree.add(leaf)
+        out.copy_(last)
+        tree.reduce(out)
         totals.append(out.clone())
     return totals
 
@@ -114,7 +118,7 @@ def run(pool: RankPool, model: Path, folder: Path, method: str, engine: str, **t
     return losses[0], adapter_digest(config.output_dir)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", TESTED)
 def test_any_world_and_engine_write_the_same_adapter(worlds, tiny_llama, tmp_path, method):
     layouts = [(1, "replicated"), (2, "fsdp"), (3, "fsdp"), (4, "fsdp"), (2, "zero")]
     runs = {

@@ -29,11 +29,9 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.utils.hooks import RemovableHandle
 
+from dist_qft.collectives import all_gather_flat
 from dist_qft.memory import return_freed_memory_between
 from dist_qft.sharding.engine import Traffic, Units, called_as_head, parameter_owners
-
-# torch 2.12 renamed the call; both move one flat tensor per rank into one output.
-_all_gather_flat = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
 
 class CountedAllGather:
@@ -54,7 +52,7 @@ class CountedAllGather:
     ) -> dist.Work | None:
         started = time.perf_counter()
         on_cpu = output_tensor.device.type == "cpu"
-        work = _all_gather_flat(output_tensor, input_tensor, group=group, async_op=async_op or on_cpu)
+        work = all_gather_flat(output_tensor, input_tensor, group=group, async_op=async_op or on_cpu)
         if on_cpu:
             work.wait()
         self.traffic.add(output_tensor.nbytes - input_tensor.nbytes, time.perf_counter() - started)
