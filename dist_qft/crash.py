@@ -21,6 +21,8 @@ from dist_qft.errors import DistQFTError, PeerLostError
 
 CRASH_FOLDER = "crash"
 
+_PACKAGE = Path(__file__).parent
+
 
 @contextlib.contextmanager
 def crash_report(output_dir: Path, rank: int, world_size: int, doing: Callable[[], str]) -> Iterator[None]:
@@ -37,12 +39,15 @@ def crash_report(output_dir: Path, rank: int, world_size: int, doing: Callable[[
 
 
 def last_collective(error: BaseException) -> str:
-    """What was called when a collective failed, such as "all_reduce in reduce (trainables.py:214)"."""
-    frames = traceback.extract_tb(_root(error).__traceback__)
-    called = next((frame.name for frame in reversed(frames) if frame.filename.endswith("distributed_c10d.py")), None)
-    ours = [frame for frame in frames if "dist_qft" in Path(frame.filename).parts and "torch" not in frame.filename]
-    place = f"{ours[-1].name} ({Path(ours[-1].filename).name}:{ours[-1].lineno})" if ours else None
-    return " in ".join(part for part in (called, place) if part) or "a collective"
+    """What was called when a collective failed, such as "all_reduce in Trainables.reduce (trainables.py:214)"."""
+    called, ours = [], []
+    for frame, line in traceback.walk_tb(_root(error).__traceback__):
+        code, file = frame.f_code, Path(frame.f_code.co_filename)
+        if file.name == "distributed_c10d.py":
+            called = [code.co_name]
+        elif _PACKAGE in file.parents:
+            ours = [f"{code.co_qualname} ({file.name}:{line})"]
+    return " in ".join([*called, *ours]) or "a collective"
 
 
 def _root(error: BaseException) -> BaseException:
