@@ -11,4 +11,5 @@ ruff format --check .
 # Many tests run several ranks at a time: one thread each keeps them from fighting over the cores, and the results the
 # same on every machine. No test may need the network.
 export OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
+unset PYTHONDONTWRITEBYTECODE # hundreds of processes start, and should not each compile the package
 exec pytest "$@"
