@@ -27,6 +27,7 @@ from functools import partial
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from dist_qft.digest import positional_digest
 from dist_qft.errors import NumericError
@@ -98,6 +99,7 @@ class Trainables:
         self.spans: dict[str, tuple[int, int]] = {}
         self._buckets: list[_Bucket] = []
         self._pending: list[dist.Work] = []
+        self._hooks: list[RemovableHandle] = []
         self._launched = 0
         self._reducing = False
         self.reduced_bytes = 0
@@ -117,7 +119,8 @@ class Trainables:
                 self._buckets.append(_Bucket(start, stop, 0, 0))
             bucket = self._buckets[-1]
             bucket.stop, bucket.members = stop, bucket.members + 1
-            parameter.register_post_accumulate_grad_hook(partial(self._arrived, len(self._buckets) - 1))
+            hook = partial(self._arrived, len(self._buckets) - 1)
+            self._hooks.append(parameter.register_post_accumulate_grad_hook(hook))
             start = stop
         self._buckets[-1].stop = self._reduced.numel()
 
@@ -130,6 +133,11 @@ class Trainables:
     def broadcast(self) -> None:
         """Give every rank rank 0's values: replicas that start different train different models."""
         dist.broadcast(self.values.data, src=0, group=self._group)
+
+    def close(self) -> None:
+        """Let go of the parameters: what they hold of us is hidden from Python's garbage collector."""
+        for hook in self._hooks:
+            hook.remove()
 
     def begin_step(self) -> None:
         """Zero the gradients and the header; forget the last step's reduction."""

@@ -140,6 +140,7 @@ class TrainingRun:
             self.saver.close()
         self.monitor.close()
         self.side_group.close()
+        self.trainables.close()
         dist.destroy_process_group(self._group)  # each keeps threads that wake up a hundred times a second
 
     def evaluate(self, which: str) -> HeldOut | None:

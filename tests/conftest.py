@@ -1,6 +1,7 @@
 """Fixtures that every test may use: pools of ranks, a small model with its tokenizer, the real SmolLM2."""
 
 import os
+import signal
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,6 +17,9 @@ from tiny_gguf import save_tiny_gguf
 from tiny_model import save_tiny_model
 
 from dist_qft.cli import main
+
+# A shell's background job ignores interrupts, and so would the runs that tests interrupt.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")

@@ -1,5 +1,6 @@
 """A run as a whole: what it leaves behind, and what a number gone wrong does to it."""
 
+import gc
 import json
 import math
 from functools import partial
@@ -10,12 +11,13 @@ import torch
 from outcomes import Outcome, attempt
 from tiny_model import VOCABULARY, save_tiny_model, tiny_config
 from transformers import Lfm2Config
-from whole_runs import adapter_digest
+from whole_runs import adapter_digest, train, train_only
 
 from dist_qft.checkpoint import fault_in, list_checkpoints, read_checkpoint
 from dist_qft.config.load import CONFIG_FILE, load_config
 from dist_qft.monitor import METRICS_FILE
 from dist_qft.summary import SUMMARY_FILE
+from dist_qft.trainables import Trainables
 from dist_qft.training_run import TrainingRun
 
 
@@ -52,6 +54,29 @@ def disturb_replica(run: TrainingRun) -> None:
 def undisturbed(pools, tiny_llama, tmp_path_factory) -> tuple[Path, list[Outcome]]:
     config = tiny_config(tiny_llama, tmp_path_factory.mktemp("undisturbed") / "run", train={"max_steps": 6})
     return Path(config.output_dir), pools[2].run(attempt, config=config)
+
+
+def left_behind(config) -> tuple[int, int]:
+    """Live `Trainables`, and threads that serve process groups, before and after a run."""
+
+    def count() -> int:
+        gc.collect()
+        names = [path.read_text().strip() for path in Path("/proc/self/task").glob("*/comm")]
+        return sum(isinstance(each, Trainables) for each in gc.get_objects()) + names.count("gloo_tcp_loop")
+
+    before = count()
+    train(config)
+    return before, count()
+
+
+@pytest.mark.parametrize("engine", ["fsdp", "zero", "replicated"])
+def test_a_run_leaves_no_buffer_and_no_process_group_behind(pools, tiny_llama, tmp_path, engine):
+    """A study does dozens of runs in one process."""
+    config = tiny_config(tiny_llama, tmp_path / "first" / "run", sharding={"engine": engine})
+    pools[2].run(train_only, config=config)  # what the first run of an engine makes once
+    again = tiny_config(tiny_llama, tmp_path / "second" / "run", sharding={"engine": engine})
+    for before, after in pools[2].run(left_behind, config=again):
+        assert after == before
 
 
 def test_keep_best_keeps_the_checkpoint_of_the_lowest_held_out_loss_beside_the_newest(pools, tiny_llama, tmp_path):

@@ -24,6 +24,11 @@ def train(config: RunConfig, resume: str | None = None) -> TrainingRun:
     return execute_run(inputs, StopSignal())
 
 
+def train_only(config: RunConfig) -> None:
+    """A run whose parts stay where it was: they cannot be sent to the test."""
+    train(config)
+
+
 def train_losses(config: RunConfig, resume: str | None = None) -> list[float]:
     """The loss of every step of the run so far."""
     return [entry["loss"] for entry in train(config, resume).state.history]

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from commands import Command, Finished
 from tiny_model import tiny_config
-from whole_runs import adapter_digest, train
+from whole_runs import adapter_digest, train_only
 
 from dist_qft.checkpoint import fault_in, list_checkpoints, read_checkpoint
 from dist_qft.config.load import save_config
@@ -94,7 +94,3 @@ def test_a_cut_link_ends_both_hosts_in_time_and_the_run_goes_on_when_it_is_back(
     ip("-n", hosts[0], "link", "set", "wire", "up")
     assert [done.code for done in train_on(hosts, config, "--resume", "auto", meanwhile=lambda: None)] == [0, 0]
     assert outcome(run) == outcome(tmp_path / "undisturbed")
-
-
-def train_only(config) -> None:
-    train(config)
