@@ -17,7 +17,7 @@ import pytest
 from commands import Command
 from qst_models import qst_config
 from tiny_model import tiny_config
-from whole_runs import adapter_digest, train_only
+from whole_runs import adapter_digest, train
 
 from dist_qft.checkpoint import ADAPTER_MODEL, OPTIMIZER, TRAINER_STATE, fault_in, list_checkpoints, read_checkpoint
 from dist_qft.config.load import save_config
@@ -196,6 +196,11 @@ def state_of(run: Path) -> tuple[str, str, list[dict[str, float]]]:
     return adapter_digest(run), state.data_chain, state.history
 
 
+def train_undisturbed(config):
+    train(config)
+    return state_of(Path(config.output_dir))
+
+
 @pytest.fixture(scope="module")
 def undisturbed(pools, tiny_llama, tmp_path_factory) -> Callable[[str, str], tuple[Path, tuple]]:
     """The config of an engine and method, and what a run of it ends with when nothing happens."""
@@ -213,7 +218,7 @@ def undisturbed(pools, tiny_llama, tmp_path_factory) -> Callable[[str, str], tup
             make_config = qst_config if method == "qst" else tiny_config
             config = make_config(tiny_llama, folder / "run", **sections, **METHODS[method])
             save_config(config, folder / "run.yaml")
-            known[engine, method] = folder / "run.yaml", pools[2].run(train_only, config=config)[0]
+            known[engine, method] = folder / "run.yaml", pools[2].run(train_undisturbed, config=config)[0]
         return known[engine, method]
 
     return get
