@@ -219,11 +219,14 @@ def version() -> None:
 
 def main() -> None:
     """Run the command line and exit: with a `DistQFTError`'s own code and one message, 130 on an interrupt."""
+    code = 0
     try:
         app(prog_name="dist-qft")
     except DistQFTError as error:
         report(error)
-        sys.exit(error.exit_code)
+        code = error.exit_code
+    # Outside, where the error is gone: its frames hold process groups, which must not outlive the interpreter.
+    sys.exit(code)
 
 
 def report(error: DistQFTError) -> None:
