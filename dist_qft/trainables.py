@@ -119,8 +119,9 @@ class Trainables:
                 self._buckets.append(_Bucket(start, stop, 0, 0))
             bucket = self._buckets[-1]
             bucket.stop, bucket.members = stop, bucket.members + 1
-            hook = partial(self._arrived, len(self._buckets) - 1)
-            self._hooks.append(parameter.register_post_accumulate_grad_hook(hook))
+            if self._tree is None:
+                hook = partial(self._arrived, len(self._buckets) - 1)
+                self._hooks.append(parameter.register_post_accumulate_grad_hook(hook))
             start = stop
         self._buckets[-1].stop = self._reduced.numel()
 
@@ -157,15 +158,15 @@ class Trainables:
     def end_micro_batch(self, loss_sum: float | Tensor) -> None:
         """Count the loss of the micro-batch whose backward has run: the sum over its target tokens."""
         self._header[_LOSS] += loss_sum
+        self._mark_bad(self._header[_LOSS])
         if self._tree is not None:
             self._mark_bad(self.values.grad.sum())
-            self._mark_bad(self._header[_LOSS])
             if not self._reducing:  # the last one waits for the rest of the header
                 self._tree.add(self._reduced)
                 self._reduced.zero_()
 
     def _arrived(self, index: int, _: Tensor) -> None:
-        if not self._reducing or self._tree is not None:
+        if not self._reducing:
             return
         self._buckets[index].missing -= 1
         # Strictly in order, so that every rank issues the same sequence; the last one waits for the header.
@@ -230,7 +231,6 @@ class Trainables:
         return StepTotals(total, lanes[_LOSS], lanes[_STOP] > 0, by_rank)
 
     def _finish_buckets(self) -> None:
-        self._mark_bad(self._header[_LOSS])
         while self._launched < len(self._buckets):
             self._launch()
         for work in self._pending:

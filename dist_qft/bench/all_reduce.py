@@ -20,6 +20,8 @@ from dist_qft.trainables import Trainables
 
 BUCKET_MEGABYTES = 25  # DDP's default, and ours
 SLOW_MEGABITS = 200
+# Side -> the worker's benchmark, and whether with the invariant reduction; the peer last.
+SIDES = {"ours": ("reduce-ours", False), "ours, invariant": ("reduce-ours", True), "DDP": ("reduce-peer", False)}
 
 
 def run(options: Options) -> Report:
@@ -31,15 +33,14 @@ def run(options: Options) -> Report:
     comparisons: list[Comparison] = []
     for link, megabits in links.items():
         for count in (4,) if options.quick else (1, 4):
-            names = {side: f"{side}, {link}, {count} micro-batches" for side in ("ours", "ours, invariant", "DDP")}
-            for side, name in names.items():
-                wanted = settings | {"accumulation": count, "invariant": "invariant" in side}
-                kind = "reduce-peer" if side == "DDP" else "reduce-ours"
+            names = [f"{side}, {link}, {count} micro-batches" for side in SIDES]
+            for name, (kind, invariant) in zip(names, SIDES.values(), strict=True):
+                wanted = settings | {"accumulation": count, "invariant": invariant}
                 sides[name] = run_side(name, kind, wanted, ranks=options.ranks, link_megabits=megabits)
-            for name in list(names.values())[:-1]:
-                comparisons.append(compare(sides, "seconds", name, names["DDP"]))
-                bound = sides[name].metrics.get("bound_bytes")
-                comparisons.append(compare(sides, "wire_bytes", name, names["DDP"], bound))
+            *own, ddp = names
+            for name in own:
+                comparisons.append(compare(sides, "seconds", name, ddp))
+                comparisons.append(compare(sides, "wire_bytes", name, ddp, sides[name].metrics.get("bound_bytes")))
     notes = [] if "slow link" in links else ["no slow link: this machine does not let us slow its network down"]
     if "slow link" in links:
         notes.append(f"slow link: {SLOW_MEGABITS} Mbit/s, shared by both directions (tc, token bucket)")

@@ -16,6 +16,7 @@ import torch
 
 from dist_qft.data.dataset import Row, TokenDataset
 from dist_qft.data.formats import IGNORE_INDEX
+from dist_qft.divisors import either, nearest_multiples
 from dist_qft.errors import UserError
 
 PAD_MULTIPLE = 8  # row lengths are rounded up to it: matrix kernels like it
@@ -76,12 +77,10 @@ class Batches:
     ) -> None:
         per_round = micro_batch_size * world_size
         if global_batch_size % per_round:
-            below = global_batch_size - global_batch_size % per_round
-            legal = f"{below} or {below + per_round}" if below else f"{per_round}"
             raise UserError(
                 f"train.global_batch_size: {global_batch_size} is no multiple of "
                 f"train.per_device_train_batch_size ({micro_batch_size}) x ranks ({world_size}) = {per_round}; "
-                f"nearest allowed: {legal}"
+                f"nearest allowed: {either(nearest_multiples(global_batch_size, per_round))}"
             )
         self.dataset = dataset
         self.seed = seed

@@ -72,9 +72,11 @@ def require_data(rows: Sequence[Row], *, retry_failed: bool) -> None:
     parts = {}
     for row in rows:
         data = row.config.data
-        if data is not None and _wanted(row, retry_failed):
-            parts |= {("data.train", data.train.path): data.train}
-            parts |= {("data.eval", data.eval.path): data.eval} if data.eval else {}
+        if data is None or not _wanted(row, retry_failed):
+            continue
+        for key, dataset in (("data.train", data.train), ("data.eval", data.eval)):
+            if dataset is not None:
+                parts[key, dataset.path] = dataset
     for (key, _), dataset in parts.items():
         require_local_files(dataset, key)
 
