@@ -34,8 +34,8 @@ run_step() { # [srun's options] COMMAND...: runs it to its end, passes on the wa
   srun --wait=120 --unbuffered --output="$logs/task-%t.log" \
     ${SLURM_GPUS_ON_NODE:+--gres="gpu:$SLURM_GPUS_ON_NODE"} "$@" 2>"$logs/srun.log" &
   pid=$!
-  # A signal ends `wait`, sometimes the next one as well, but not srun; srun's own code is there to be asked for again.
-  while wait "$pid"; kill -0 "$pid" 2>/dev/null; do :; done
+  # Not one long `wait`: of two signals close together (Slurm sends CONT before its warning) bash 5.2's often loses one.
+  while kill -0 "$pid" 2>/dev/null; do sleep 0.5; done
   wait "$pid"
   code=$?
 

@@ -8,7 +8,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import datetime, timedelta
 from itertools import takewhile
 from pathlib import Path
@@ -44,14 +44,14 @@ class Job:
     """A submitted batch script; its logs and its run are in `folder`."""
 
     def __init__(
-        self, cluster: SlurmCluster, folder: Path, *words: str, script: str = "train", **variables: str
+        self, cluster: SlurmCluster, folder: Path, *words: str, script: str = "slurm/train.sbatch", **variables: str
     ) -> None:
         self.cluster, self.folder = cluster, folder
         self.run_dir = folder / "run"
         ours = {"VIRTUAL_ENV": sys.prefix, "PYTHONPATH": str(REPOSITORY), "LOGS": str(folder / "logs")}
         options = list(takewhile(lambda word: word.startswith("--"), words))
         rest = words[len(options) :]
-        submit = ["sbatch", "--parsable", f"--output={folder}/slurm.out", *options, f"slurm/{script}.sbatch", *rest]
+        submit = ["sbatch", "--parsable", f"--output={folder}/slurm.out", *options, script, *rest]
         self.number = cluster.run(*submit, env={**ours, "OMP_NUM_THREADS": "1", **variables}, cwd=REPOSITORY)
 
     def await_checkpoint(self, step: int) -> None:
@@ -130,7 +130,7 @@ def test_a_stopped_job_saves_restarts_and_ends_with_the_undisturbed_adapter(
 def test_before_its_time_limit_a_job_saves_and_is_requeued(cluster, config, undisturbed, tmp_path):
     job = Job(cluster, tmp_path, "--signal=B:USR1@150", str(config), f"output_dir={tmp_path}/run")
     job.await_checkpoint(10)
-    # Slurm looks at limits twice a minute, later on a busy machine: the ranks are held until it has.
+    # Slurm looks at limits twice a minute: the ranks are held until it has.
     ranks = [rank_of(job, rank) for rank in range(RANKS)]
     for rank in ranks:
         rank.suspend()
@@ -149,6 +149,30 @@ def test_before_its_time_limit_a_job_saves_and_is_requeued(cluster, config, undi
     assert (state["JobState"], state["Restarts"]) == ("COMPLETED", "1"), job.output()
     assert job.attempts() == [75, 0]
     assert digest_and_history(job.run_dir) == undisturbed
+
+
+def test_every_warning_reaches_the_ranks(cluster, tmp_path):
+    """Slurm sends CONT right before its warning, and bash's `wait` loses every seventh of such pairs."""
+    rank = "trap 'echo warned' USR1; echo ready; while :; do sleep 0.05; done"
+    script = tmp_path / "job.sbatch"
+    script.write_text(f'#!/usr/bin/env bash\nsource slurm/job.sh\nrun_step --ntasks=1 bash -c "{rank}"\n')
+    job = Job(cluster, tmp_path, "--nodes=1", "--job-name=warned", script=str(script))
+    log = tmp_path / "logs" / job.number / "attempt-0" / "task-0.log"
+
+    def await_line(number: int) -> None:
+        deadline = time.monotonic() + 30
+        while not log.exists() or log.read_text().count("\n") < number:
+            assert time.monotonic() < deadline, f"warning {number - 1} was lost"
+            time.sleep(0.02)
+
+    await_line(1)
+    batch = process_of(job, lambda each: each.cmdline()[-1].endswith("/slurm_script"))
+    for warning in range(20):
+        batch.send_signal(signal.SIGCONT)
+        batch.send_signal(signal.SIGUSR1)
+        await_line(warning + 2)
+    cluster.run("scancel", job.number)
+    job.finish()
 
 
 def pending(process: psutil.Process, number: signal.Signals) -> bool:
@@ -178,18 +202,17 @@ def test_a_killed_rank_is_a_failure_and_the_job_tries_again(cluster, config, und
 
 
 def rank_of(job: Job, rank: int) -> psutil.Process:
+    return process_of(job, lambda each: each.environ().get("RANK") == str(rank) and "dist_qft" in each.cmdline())
+
+
+def process_of(job: Job, wanted: Callable[[psutil.Process], bool]) -> psutil.Process:
     for process in psutil.process_iter():
         try:
-            env = process.environ()
-            if (
-                env.get("SLURM_JOB_ID") == job.number
-                and env.get("RANK") == str(rank)
-                and "dist_qft" in process.cmdline()
-            ):
+            if process.environ().get("SLURM_JOB_ID") == job.number and wanted(process):
                 return process
         except psutil.Error:
             continue
-    raise AssertionError(f"no rank {rank} of job {job.number}")
+    raise AssertionError(f"no such process of job {job.number}")
 
 
 def test_a_mistake_is_not_tried_again_and_other_failures_only_so_often(cluster, config, tmp_path):
@@ -217,8 +240,10 @@ def test_an_array_study_runs_two_rows_at_a_time_and_a_failed_row_stops_no_other(
     )
     with Command("study", study, "--count") as command:
         assert command.finish().out.strip() == "4"
-    array = Job(cluster, tmp_path, "--array=0-3%2", str(study), script="study")
-    report = Job(cluster, tmp_path, f"--dependency=afterany:{array.number}", str(study), "--report", script="study")
+    array = Job(cluster, tmp_path, "--array=0-3%2", str(study), script="slurm/study.sbatch")
+    report = Job(
+        cluster, tmp_path, f"--dependency=afterany:{array.number}", str(study), "--report", script="slurm/study.sbatch"
+    )
     most = 0
     while cluster.job(report.number)["JobState"] == "PENDING":
         running = cluster.run(
