@@ -12,9 +12,8 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from dist_qft.assemble import compute_dtype, materialize
-from dist_qft.base_model.quantized_folder import stored_quantization
 from dist_qft.base_model.skeleton import BaseModel, build_skeleton
-from dist_qft.base_model.sources import open_source
+from dist_qft.base_model.stored import open_source, stored_quantization
 from dist_qft.checkpoint import TRAINER_STATE, Checkpoint, list_checkpoints
 from dist_qft.config.schema import ModelConfig, ShardingConfig
 from dist_qft.errors import UserError

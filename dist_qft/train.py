@@ -23,7 +23,7 @@ from dist_qft.assemble import (
 )
 from dist_qft.base_model.load import check_names
 from dist_qft.base_model.skeleton import build_skeleton
-from dist_qft.base_model.sources import open_source
+from dist_qft.base_model.stored import open_source
 from dist_qft.checkpoint import require_space, require_writable
 from dist_qft.collectives import require_agreement, told_by
 from dist_qft.config.check import accumulation_steps, config_warnings

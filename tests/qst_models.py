@@ -17,7 +17,7 @@ from transformers import (
 
 from dist_qft.base_model.load import load_base
 from dist_qft.base_model.skeleton import BaseModel, build_skeleton
-from dist_qft.base_model.sources import open_source
+from dist_qft.base_model.stored import open_source
 from dist_qft.config.schema import MethodConfig, ModelConfig, QuantizationConfig, RunConfig
 from dist_qft.methods.qst.network import SideNetwork
 from dist_qft.methods.qst.plan import plan_side_network

@@ -20,14 +20,16 @@ from torch import Tensor, nn
 
 from dist_qft.base_model.skeleton import BaseModel
 from dist_qft.base_model.sources import TensorSource
+from dist_qft.base_model.stored import check_stored_formats
 from dist_qft.digest import positional_digest
 from dist_qft.errors import UserError
 from dist_qft.memory import return_freed_memory
-from dist_qft.quant.contract import Format
 from dist_qft.quant.frozen import FrozenEmbedding, FrozenLinear
 from dist_qft.sharding.engine import Engine
 
-_CHUNK = 1 << 18  # weights read and quantized at a time: bounds the temporaries to some MiB
+# Weights taken at a time: bounds the temporaries to some MiB.
+_QUANTIZED = 1 << 18
+_READ = 1 << 21  # as the file holds them
 _LARGE = 1 << 22  # weights: freed memory is given back after such a matrix, and after each decoder layer
 
 
@@ -52,8 +54,10 @@ def check_names(base: BaseModel, source: TensorSource) -> dict[str, str]:
     """Model tensor name -> source tensor name, for all the base needs.
 
     Raises:
-        UserError: missing tensors, or a vocabulary or layer of another shape; before anything is read.
+        UserError: missing tensors, a vocabulary or layer of another shape, weights that are quantized in another way;
+            before anything is read.
     """
+    check_stored_formats(source, base.linears, base.tables())
     stored = source.names()
     prefix = base.model.base_model_prefix + "."
     found, missing = {}, []
@@ -114,25 +118,21 @@ def _load_packed(
     engine: Engine,
     fingerprint: Fingerprint,
 ) -> None:
-    """Quantize the rows this rank keeps of one matrix and hand them to the engine."""
+    """Hand the rows that this rank keeps of one matrix to the engine, quantized unless the file has them so."""
     label = json.dumps(module.format.describe(), sort_keys=True)
-    for first, stop in _row_ranges(module, *_rows_needed(module, engine)):
-        packed = _quantized_rows(name, first, stop, module.format, source)
+    held = source.holds(name, module.format)
+    for first, stop in _row_ranges(module, *_rows_needed(module, engine), _READ if held else _QUANTIZED):
+        if held:
+            packed = source.read_packed(name, module.format, (first, stop))
+        else:
+            where = f"{source.where}: rows {first} to {stop} of tensor '{name}'"
+            packed = module.format.quantize(source.read(name, (first, stop)), where)
         for key, parameter in module.packed().items():
             per_entry = module.format.rows_per_entry(key)
             offset = 0 if per_entry is None else first // per_entry
             engine.store(parameter, offset, packed[key].to(parameter.dtype))
             own = _own_elements(packed[key], offset, parameter, engine)
             fingerprint.add(f"{path}.{key} {list(engine.shape(parameter))} {label}", *own)
-
-
-def _quantized_rows(name: str, first: int, stop: int, format: Format, source: TensorSource) -> dict[str, Tensor]:
-    """Packed tensors of some rows; the file's own blocks if it holds this very format."""
-    packed = source.read_packed(name, format, (first, stop))
-    if packed is not None:
-        return packed
-    where = f"{source.where}: rows {first} to {stop} of tensor '{name}'"
-    return format.quantize(source.read(name, (first, stop)), where)
 
 
 def _own_elements(rows: Tensor, first: int, parameter: nn.Parameter, engine: Engine) -> tuple[Tensor, int]:
@@ -143,12 +143,12 @@ def _own_elements(rows: Tensor, first: int, parameter: nn.Parameter, engine: Eng
     return rows.reshape(-1)[start - offset : max(end, start) - offset], start
 
 
-def _row_ranges(module: FrozenLinear | FrozenEmbedding, first: int, stop: int) -> list[tuple[int, int]]:
-    """The rows first..stop in pieces that can be quantized alone; one empty piece if there are none."""
+def _row_ranges(module: FrozenLinear | FrozenEmbedding, first: int, stop: int, weights: int) -> list[tuple[int, int]]:
+    """The rows first..stop in pieces of so many weights that can stand alone; one empty piece if there are none."""
     if not module.format.row_local or first == stop:
         return [(first, stop)]
     align = module.format.row_alignment
-    step = max(1, _CHUNK // (module.weight_shape[1] * align)) * align
+    step = max(1, weights // (module.weight_shape[1] * align)) * align
     return [(start, min(start + step, stop)) for start in range(first, stop, step)]
 
 

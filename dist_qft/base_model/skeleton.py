@@ -14,9 +14,10 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
+from dist_qft.base_model.bitsandbytes_folder import is_nf4
 from dist_qft.base_model.family import check_logits, disable_dropout, logit_map, packed_mask
 from dist_qft.base_model.head import OutputHead
-from dist_qft.base_model.quantized_folder import check_stored_formats
+from dist_qft.base_model.stored import check_stored_formats, comes_quantized, open_source
 from dist_qft.collectives import agreed
 from dist_qft.config.schema import ModelConfig, QuantizationConfig
 from dist_qft.errors import UserError
@@ -127,7 +128,8 @@ def read_model_config(model: ModelConfig) -> tuple[PretrainedConfig, bool]:
     """The model's configuration and whether it comes from a GGUF file. Reads headers only.
 
     Raises:
-        UserError: no such path, no config.json, or a model type transformers does not know.
+        UserError: no such path, no config.json, a model type transformers does not know, or weights that are quantized
+            in a way that cannot be read.
     """
     path = Path(model.path)
     try:
@@ -139,10 +141,25 @@ def read_model_config(model: ModelConfig) -> tuple[PretrainedConfig, bool]:
             raise UserError(f"model.path: '{path}' has no config.json; need a Hugging Face folder or a .gguf file")
         if not path.exists() and (model.path.count("/") != 1 or model.path.startswith((".", "/", "~"))):
             raise UserError(f"model.path: no such file or folder '{model.path}', and it is not a Hub id (owner/name)")
-        return AutoConfig.from_pretrained(model.path, revision=model.revision), False
+        return _without_quantization(AutoConfig.from_pretrained(model.path, revision=model.revision), model.path), False
     except (OSError, ValueError, KeyError) as error:
         first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(f"model.path: cannot read the configuration of '{model.path}': {first_line}") from error
+
+
+def _without_quantization(config: PretrainedConfig, path: str) -> PretrainedConfig:
+    """The configuration of the same model as floats: how its files hold it is `stored.py`'s business."""
+    found = getattr(config, "quantization_config", None)
+    if found is not None:
+        if not is_nf4(found):
+            kind = found.get("bnb_4bit_quant_type") if found.get("load_in_4bit") else None
+            words = [found.get("quant_method", "a method without a name"), kind]
+            raise UserError(
+                f"model.path: '{path}' is already quantized by {' '.join(filter(None, words))}; "
+                "need 16-bit or 32-bit weights, nf4 of bitsandbytes, or GGUF"
+            )
+        del config.quantization_config
+    return config
 
 
 def build_skeleton(model: ModelConfig, quantization: QuantizationConfig, dtype: torch.dtype) -> BaseModel:
@@ -155,8 +172,6 @@ def build_skeleton(model: ModelConfig, quantization: QuantizationConfig, dtype: 
         UserError: unknown model type, a decoder we cannot take apart, or a shape a format cannot hold.
     """
     config, from_gguf = read_model_config(model)
-    if getattr(config, "quantization_config", None) is not None:
-        raise UserError(f"model.path: '{model.path}' is already quantized; need 16-bit or 32-bit weights, or GGUF")
     disable_dropout(config)
     causal = _build_on_meta(config, model, dtype)
     decoder = causal.get_decoder()
@@ -173,7 +188,8 @@ def build_skeleton(model: ModelConfig, quantization: QuantizationConfig, dtype: 
     base = BaseModel(causal, config, decoder, list(layers), linears, embedding, head, dtype)
     _require_all_in_units(base)
     base.notes += _unquantized(base)
-    check_stored_formats(Path(model.path), {**linears, **base.tables()})
+    if comes_quantized(Path(model.path)):
+        check_stored_formats(open_source(model), linears, base.tables())
     if from_gguf and quantization.linear == "nf4":
         base.notes.append("the GGUF file's 4-bit weights are dequantized and quantized again to nf4")
     return base

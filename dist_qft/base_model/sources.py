@@ -14,7 +14,6 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from dist_qft.config.schema import ModelConfig
 from dist_qft.errors import CorruptFileError, UserError
 from dist_qft.quant.affine4 import Affine4, affine4_from_q4_1
 from dist_qft.quant.contract import Format
@@ -40,8 +39,11 @@ class TensorSource(Protocol):
     def read(self, name: str, rows: Rows = None) -> Tensor:
         """Rows of one tensor as floats, in the file's own float type; to be read, not written to nor kept."""
 
-    def read_packed(self, name: str, format: Format, rows: Rows = None) -> dict[str, Tensor] | None:
-        """The packed tensors of some rows, if the file holds just these; None if they must be quantized from `read`."""
+    def holds(self, name: str, format: Format) -> bool:
+        """Whether the file has the tensor in this very format, to be had by `read_packed`, or it must be quantized."""
+
+    def read_packed(self, name: str, format: Format, rows: Rows = None) -> dict[str, Tensor]:
+        """The packed tensors of some rows (multiples of the format's `row_alignment`; all if not `row_local`)."""
 
 
 class SafetensorsSource:
@@ -94,8 +96,11 @@ class SafetensorsSource:
         with safe_open(self._files[name], "pt") as file:
             return file.get_tensor(name) if rows is None else file.get_slice(name)[rows[0] : rows[1]]
 
-    def read_packed(self, name: str, format: Format, rows: Rows = None) -> dict[str, Tensor] | None:
-        return None
+    def holds(self, name: str, format: Format) -> bool:
+        return False
+
+    def read_packed(self, name: str, format: Format, rows: Rows = None) -> dict[str, Tensor]:
+        raise NotImplementedError("a plain folder holds nothing packed")
 
 
 class GgufSource:
@@ -156,9 +161,12 @@ class GgufSource:
             values = values.reshape(-1)
         return torch.from_numpy(values.copy())
 
-    def read_packed(self, name: str, format: Format, rows: Rows = None) -> dict[str, Tensor] | None:
-        kind, convert = GGUF_TWINS.get(format, (None, None))
-        return convert(torch.from_numpy(self._raw_rows(name, rows))) if self.kind(name) == kind else None
+    def holds(self, name: str, format: Format) -> bool:
+        return format in GGUF_TWINS and GGUF_TWINS[format][0] == self.kind(name)
+
+    def read_packed(self, name: str, format: Format, rows: Rows = None) -> dict[str, Tensor]:
+        _, convert = GGUF_TWINS[format]
+        return convert(torch.from_numpy(self._raw_rows(name, rows)))
 
     def row_order(self, name: str) -> np.ndarray | None:
         """For Hugging Face's row i the index of the row in the file; None if they are the same."""
@@ -204,25 +212,3 @@ def gguf_names(architecture: str, blocks: int) -> dict[str, str]:
         if base is not None:
             names.update({f"{module}.{suffix}": f"{base}.{suffix}" for suffix in ("weight", "bias")})
     return names
-
-
-def open_source(model: ModelConfig) -> TensorSource:
-    """The weights of `model.path`; a Hub id is downloaded to (or found in) the Hugging Face cache."""
-    from dist_qft.base_model.quantized_folder import QuantizedSource, is_quantized_folder
-
-    path = Path(model.path)
-    if path.suffix == ".gguf":
-        return GgufSource(path)
-    if is_quantized_folder(path):
-        return QuantizedSource(path)
-    if path.is_dir():
-        return SafetensorsSource(path)
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-
-    try:
-        patterns = ["*.safetensors", "*.json"]
-        folder = snapshot_download(model.path, revision=model.revision, allow_patterns=patterns)
-    except (HfHubHTTPError, LocalEntryNotFoundError) as error:
-        raise UserError(f"model.path: cannot fetch '{model.path}' from the Hub: {error}") from error
-    return SafetensorsSource(Path(folder))

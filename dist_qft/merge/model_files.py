@@ -13,9 +13,6 @@ from dist_qft.tokenizer import load_tokenizer
 def write_model_files(folder: Path, model: ModelConfig, base: BaseModel, dtype: torch.dtype) -> None:
     """Write what `from_pretrained` needs besides the weights, whose float type is `dtype`."""
     config, _ = read_model_config(model)
-    # Says how the base's own file was packed, which is not how the result is.
-    if hasattr(config, "quantization_config"):
-        del config.quantization_config
     config.dtype = dtype
     config.architectures = [type(base.model).__name__]
     config.save_pretrained(folder)

@@ -22,7 +22,7 @@ from dist_qft.quant.nf4_codes import quantize_blocks
 # bitsandbytes also takes 2048 and 4096, but dequantizes them on AVX-512 machines through torch.compile, anew for each
 # shape and half a minute each.
 BLOCKS = (32, 64, 128, 256, 512, 1024)
-_CONSTANT_BLOCK = 256  # block constants that share an 8-bit scale
+CONSTANT_BLOCK = 256  # block constants that share an 8-bit scale
 _KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -67,7 +67,7 @@ class NF4(Format):
         blocks = out_features * in_features // self.block
         return codes | {
             "absmax_codes": ((blocks,), torch.uint8),
-            "absmax_absmax": ((-(-blocks // _CONSTANT_BLOCK),), torch.float32),
+            "absmax_absmax": ((-(-blocks // CONSTANT_BLOCK),), torch.float32),
             "absmax_offset": ((1,), torch.float32),
         }
 
@@ -83,7 +83,7 @@ class NF4(Format):
         for rows in row_chunks((out_features, in_features), weight.device):
             chunk = finite_rows(weight, rows, where)
             if chunk.device.type == "cpu":
-                codes[rows], absmax[rows] = quantize_blocks(chunk, self.block, _codebook)
+                codes[rows], absmax[rows] = quantize_blocks(chunk, self.block, codebook)
                 continue
             chunk_codes, state = bnb.quantize_4bit(chunk, blocksize=self.block, quant_type="nf4")
             codes[rows] = chunk_codes.view(-1, in_features // 2)
@@ -93,7 +93,7 @@ class NF4(Format):
         absmax = absmax.flatten()
         offset = absmax.mean()
         absmax_codes, state = bnb.quantize_blockwise(
-            absmax - offset, code=_dynamic_map(weight.device), blocksize=_CONSTANT_BLOCK
+            absmax - offset, code=dynamic_map(weight.device), blocksize=CONSTANT_BLOCK
         )
         return {
             "codes": codes,
@@ -122,7 +122,7 @@ class NF4(Format):
             return packed["absmax"]
         codes = packed["absmax_codes"]
         absmax = _bitsandbytes().dequantize_blockwise(
-            codes, absmax=packed["absmax_absmax"], code=_dynamic_map(codes.device), blocksize=_CONSTANT_BLOCK
+            codes, absmax=packed["absmax_absmax"], code=dynamic_map(codes.device), blocksize=CONSTANT_BLOCK
         )
         return absmax.add_(packed["absmax_offset"])
 
@@ -137,12 +137,14 @@ def _bitsandbytes() -> ModuleType:
     return bitsandbytes.functional
 
 
-def _codebook() -> Tensor:
+@cache
+def codebook() -> Tensor:
+    """The 16 values of the 4-bit type, float32."""
     return _bitsandbytes().get_4bit_type("nf4", "cpu")
 
 
 @cache
-def _dynamic_map(device: torch.device) -> Tensor:
+def dynamic_map(device: torch.device) -> Tensor:
     """The 256 values of the 8-bit dynamic type (arXiv 2110.02861) that store the double-quantized constants."""
     return _bitsandbytes().create_dynamic_map().to(device)
 

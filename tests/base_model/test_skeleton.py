@@ -365,8 +365,8 @@ def test_a_checkpoint_that_is_already_quantized(folder_of, tmp_path):
     config = json.loads((folder_of("llama") / "config.json").read_text())
     config["quantization_config"] = {"quant_method": "gptq", "bits": 4}
     (tmp_path / "config.json").write_text(json.dumps(config))
-    expected = f"model.path: '{tmp_path}' is already quantized; need 16-bit or 32-bit weights, or GGUF"
-    assert refused(tmp_path) == expected
+    needed = "need 16-bit or 32-bit weights, nf4 of bitsandbytes, or GGUF"
+    assert refused(tmp_path) == f"model.path: '{tmp_path}' is already quantized by gptq; {needed}"
 
 
 def test_an_attention_that_the_family_lacks(folder_of, tmp_path):

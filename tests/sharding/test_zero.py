@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from dist_qft.base_model.load import load_base
 from dist_qft.base_model.skeleton import BaseModel, build_skeleton
-from dist_qft.base_model.sources import open_source
+from dist_qft.base_model.stored import open_source
 from dist_qft.config.schema import ModelConfig, QuantizationConfig
 from dist_qft.errors import UserError
 from dist_qft.loss import token_loss

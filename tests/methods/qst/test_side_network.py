@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from dist_qft.base_model.skeleton import BaseModel
-from dist_qft.base_model.sources import open_source
+from dist_qft.base_model.stored import open_source
 from dist_qft.config.schema import MethodConfig, ModelConfig
 from dist_qft.errors import UserError
 from dist_qft.loss import token_loss

@@ -1,0 +1,154 @@
+"""A Hugging Face folder whose linear layers bitsandbytes has quantized to nf4, read byte for byte.
+
+Beside each such `<name>.weight` lie (bitsandbytes' `QuantState.as_dict(packed=True)`)
+
+    .quant_state.bitsandbytes__nf4      JSON as uint8: shape, blocksize; with double quantization nested_offset, ...
+    .absmax, .quant_map                 float32: a constant per block; the 16 values of the codes
+    .nested_absmax, .nested_quant_map   with double quantization: the same for the constants, which then are uint8
+
+and the weight itself is a column of codes, in whatever dtype (`bnb_4bit_quant_storage`) their bytes were dressed.
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dist_qft.base_model.sources import Rows, SafetensorsSource
+from dist_qft.config.schema import QuantizationConfig
+from dist_qft.errors import CorruptFileError, UserError
+from dist_qft.quant.contract import Format
+from dist_qft.quant.nf4 import BLOCKS, CONSTANT_BLOCK, NF4, codebook, dynamic_map
+
+METHOD = "bitsandbytes"
+_STATE = ".quant_state.bitsandbytes__nf4"
+
+
+def is_nf4(quantization: dict[str, Any]) -> bool:
+    """Whether a config.json's `quantization_config` speaks of weights that can be read here."""
+    kind = quantization.get("bnb_4bit_quant_type")
+    return quantization.get("quant_method") == METHOD and bool(quantization.get("load_in_4bit")) and kind == "nf4"
+
+
+def is_bitsandbytes_folder(path: Path) -> bool:
+    try:
+        found = json.loads((path / "config.json").read_bytes()).get("quantization_config")
+    except (OSError, ValueError, AttributeError):
+        return False
+    return isinstance(found, dict) and is_nf4(found)
+
+
+@dataclass(frozen=True)
+class _Stored:
+    """A quantized weight: its format, its shape, and with double quantization the mean of its constants."""
+
+    format: NF4
+    shape: tuple[int, int]
+    offset: float
+
+
+class BitsAndBytesSource:
+    """The weights of such a folder; those that bitsandbytes left as floats are read as in any other.
+
+    `formats` is what `Format.describe` says of the quantized ones, by module path.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.where = str(folder)
+        self._files = SafetensorsSource(folder)
+        states = [name for name in self._files.names() if name.endswith(_STATE)]
+        self._stored = {name.removesuffix(_STATE): self._state(name) for name in sorted(states)}
+        if not self._stored:
+            raise UserError(f"{folder}: config.json promises {METHOD}' nf4, but no tensor is stored in it")
+        self.formats: dict[str, dict[str, Any]] = {
+            name.removesuffix(".weight"): stored.format.describe() for name, stored in self._stored.items()
+        }
+
+    def names(self) -> set[str]:
+        """All but what belongs to a quantized weight."""
+        return {name for name in self._files.names() if name.rpartition(".weight.")[0] + ".weight" not in self._stored}
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self._stored[name].shape if name in self._stored else self._files.shape(name)
+
+    def read(self, name: str, rows: Rows = None) -> Tensor:
+        if name not in self._stored:
+            return self._files.read(name, rows)
+        stored = self._stored[name]
+        first, stop = rows or (0, stored.shape[0])
+        start = first if stored.format.row_local else 0
+        packed = self.read_packed(name, stored.format, rows if stored.format.row_local else None)
+        height = packed["codes"].shape[0]
+        return stored.format.dequantize(packed, (height, stored.shape[1]), torch.float32)[first - start : stop - start]
+
+    def holds(self, name: str, format: Format) -> bool:
+        return name in self._stored and self._stored[name].format == format
+
+    def read_packed(self, name: str, format: Format, rows: Rows = None) -> dict[str, Tensor]:
+        stored = self._stored[name]
+        out_features, in_features = stored.shape
+        first, stop = rows or (0, out_features)
+        blocks = in_features // stored.format.block
+        packed = {"codes": self._part(name, first, stop, in_features // 2)}
+        constants = self._part(f"{name}.absmax", first, stop, blocks)
+        self._require_values(f"{name}.quant_map", codebook())
+        if not stored.format.double_quant:
+            self._require_finite(name, constants)
+            return packed | {"absmax": constants}
+        self._require_values(f"{name}.nested_quant_map", dynamic_map(torch.device("cpu")))
+        scales = self._files.read(f"{name}.nested_absmax")
+        offset = torch.tensor([stored.offset], dtype=torch.float32)
+        self._require_finite(name, torch.cat([scales, offset]))
+        return packed | {"absmax_codes": constants.flatten(), "absmax_absmax": scales, "absmax_offset": offset}
+
+    def section(self) -> QuantizationConfig:
+        """The config section that changes no weight; `exempt` are the layers' matrices that are still floats."""
+        format = next(iter(self._stored.values())).format
+        others = [name for name in self._files.names() - set(self._stored) if name.endswith(".weight")]
+        others = [name for name in others if len(self.shape(name)) == 2 and any(map(str.isdigit, name.split(".")))]
+        return QuantizationConfig(
+            linear="nf4",
+            block=None if format == NF4(double_quant=format.double_quant) else [format.block],
+            double_quant=format.double_quant,
+            embedding="dense",
+            exempt=sorted(name.removesuffix(".weight") for name in others),
+        )
+
+    def _state(self, name: str) -> _Stored:
+        where = f"{self.where}: '{name}'"
+        try:
+            state = json.loads(bytes(self._files.read(name).tolist()))
+            rows, columns = state["shape"]
+            block, twice = state["blocksize"], "nested_blocksize" in state
+            if block not in BLOCKS:
+                raise UserError(f"{where}: blocks of {block!r}, need one of {', '.join(map(str, BLOCKS))}")
+            if twice and state["nested_blocksize"] != CONSTANT_BLOCK:
+                raise UserError(f"{where}: constants in blocks of {state['nested_blocksize']}, need {CONSTANT_BLOCK}")
+            stored = _Stored(NF4(block, twice), (rows, columns), float(state["nested_offset"]) if twice else 0.0)
+        except (ValueError, KeyError, TypeError) as error:
+            raise CorruptFileError(f"{where}: not a description of a quantized weight: {error!r}") from error
+        stored.format.check(stored.shape, where)
+        return stored
+
+    def _part(self, name: str, first: int, stop: int, width: int) -> Tensor:
+        """(stop - first, width) of a tensor whose bytes, or whose constants, lie row after row."""
+        length = self._files.shape(name)[0]
+        weight = self._stored[name.removesuffix(".absmax")]
+        # Codes may be dressed as wider numbers: so many to an element of the file.
+        per_element, rest = divmod(weight.shape[0] * width, length)
+        if rest or width % per_element:
+            raise CorruptFileError(f"{self.where}: tensor '{name}' has {length} elements, which is no multiple of rows")
+        elements = self._files.read(name, (first * width // per_element, stop * width // per_element))
+        elements = elements if per_element == 1 else elements.flatten().view(torch.uint8)
+        return elements.reshape(stop - first, width)
+
+    def _require_values(self, name: str, values: Tensor) -> None:
+        if not torch.equal(self._files.read(name), values):
+            raise UserError(f"{self.where}: '{name}' is not the code of this version of {METHOD}")
+
+    def _require_finite(self, name: str, constants: Tensor) -> None:
+        if not torch.isfinite(constants).all():
+            raise UserError(f"{self.where}: tensor '{name}' holds a value that is not finite")
