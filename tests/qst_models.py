@@ -19,8 +19,10 @@ from dist_qft.base_model.load import load_base
 from dist_qft.base_model.skeleton import BaseModel, build_skeleton
 from dist_qft.base_model.stored import open_source
 from dist_qft.config.schema import MethodConfig, ModelConfig, QuantizationConfig, RunConfig
+from dist_qft.loaded import open_model
 from dist_qft.methods.qst.network import SideNetwork
 from dist_qft.methods.qst.plan import plan_side_network
+from dist_qft.methods.qst.pruning import start_from_base
 from dist_qft.sharding.replicated import ReplicatedEngine
 
 _SIZES = {
@@ -83,6 +85,19 @@ def side_network(base: BaseModel, **settings: object) -> SideNetwork:
     side = plan_side_network(method, base).build(seed=0)
     side.attach(base.model)
     return side
+
+
+def not_pruned_from(path: Path) -> list[str]:
+    """The matrices that are not every fourth row and column of a base that comes quantized. Needs a process group."""
+    base = open_model(path, torch.device("cpu"))
+    side = side_network(base)
+    start_from_base(side, base, open_source(ModelConfig(path=str(path))))
+    narrow = {f"model.{name}": parameter for name, parameter in side.decoder.named_parameters()}
+    wide = {
+        f"{name}.weight": layer.format.dequantize(layer.packed(), layer.weight_shape, torch.float32)
+        for name, layer in base.linears.items()
+    }
+    return [name for name, weight in wide.items() if not torch.equal(narrow[name], weight[::4, ::4])]
 
 
 def perturb(side: SideNetwork) -> None:

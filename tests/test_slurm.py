@@ -152,7 +152,7 @@ def test_before_its_time_limit_a_job_saves_and_is_requeued(cluster, config, undi
 
 
 def test_every_warning_reaches_the_ranks(cluster, tmp_path):
-    """Slurm sends CONT right before its warning, and bash's `wait` loses every seventh of such pairs."""
+    """Slurm sends CONT right before its warning, and bash 5.2's `wait` loses the second of one such pair in ten."""
     rank = "trap 'echo warned' USR1; echo ready; while :; do sleep 0.05; done"
     script = tmp_path / "job.sbatch"
     script.write_text(f'#!/usr/bin/env bash\nsource slurm/job.sh\nrun_step --ntasks=1 bash -c "{rank}"\n')

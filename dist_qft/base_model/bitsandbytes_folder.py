@@ -75,14 +75,9 @@ class BitsAndBytesSource:
         return self._stored[name].shape if name in self._stored else self._files.shape(name)
 
     def read(self, name: str, rows: Rows = None) -> Tensor:
-        if name not in self._stored:
-            return self._files.read(name, rows)
-        stored = self._stored[name]
-        first, stop = rows or (0, stored.shape[0])
-        start = first if stored.format.row_local else 0
-        packed = self.read_packed(name, stored.format, rows if stored.format.row_local else None)
-        height = packed["codes"].shape[0]
-        return stored.format.dequantize(packed, (height, stored.shape[1]), torch.float32)[first - start : stop - start]
+        if name in self._stored:
+            raise UserError(f"{self.where}: '{name}' is stored as nf4 and is not quantized anew")
+        return self._files.read(name, rows)
 
     def holds(self, name: str, format: Format) -> bool:
         return name in self._stored and self._stored[name].format == format

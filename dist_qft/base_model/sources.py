@@ -37,7 +37,10 @@ class TensorSource(Protocol):
         """Shape of one tensor, without reading it."""
 
     def read(self, name: str, rows: Rows = None) -> Tensor:
-        """Rows of one tensor as floats, in the file's own float type; to be read, not written to nor kept."""
+        """Rows of one tensor as floats, in the file's own float type; to be read, not written to nor kept.
+
+        Raises UserError for a tensor that must not be quantized once more than it is (`holds` says in which format).
+        """
 
     def holds(self, name: str, format: Format) -> bool:
         """Whether the file has the tensor in this very format, to be had by `read_packed`, or it must be quantized."""

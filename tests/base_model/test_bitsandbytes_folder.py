@@ -9,10 +9,11 @@ from typing import Any
 import bitsandbytes
 import pytest
 import torch
+from qst_models import not_pruned_from
 from safetensors.torch import load_file, save_file
 from tiny_model import tiny_config
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel
-from whole_runs import train, train_losses
+from whole_runs import train_losses
 
 import dist_qft
 from dist_qft.base_model.load import load_base
@@ -20,6 +21,7 @@ from dist_qft.base_model.skeleton import build_skeleton
 from dist_qft.base_model.stored import open_source, stored_quantization
 from dist_qft.config.schema import ModelConfig, QuantizationConfig
 from dist_qft.errors import CorruptFileError, UserError
+from dist_qft.quant.nf4 import NF4
 from dist_qft.sharding.engine import make_engine
 
 CPU = torch.device("cpu")
@@ -36,6 +38,7 @@ VARIANTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 }
 IDS = torch.arange(3, 40)[None]
 WEIGHT = "model.layers.1.mlp.up_proj.weight"
+DOWN = "model.layers.1.mlp.down_proj.weight"
 STATE = f"{WEIGHT}.quant_state.bitsandbytes__nf4"
 
 
@@ -92,14 +95,20 @@ def test_as_it_lies_there_it_gives_the_logits_of_transformers(folders, name):
 
 
 @pytest.mark.parametrize("name", VARIANTS)
-def test_floats_read_from_it_are_the_weights_of_transformers(folders, name):
+def test_its_weights_are_those_of_bitsandbytes_bit_for_bit_and_rows_are_rows_of_the_whole(folders, name):
     source = open_source(ModelConfig(path=str(folders[name])))
-    expected = dequantized(folders[name]).model.layers[1].mlp.down_proj.weight.detach()
-    name = "model.layers.1.mlp.down_proj.weight"
-    assert source.shape(name) == (64, 128)
-    assert torch.equal(source.read(name), expected)
-    assert torch.equal(source.read(name, (5, 9)), expected[5:9])
-    assert source.read(name, (5, 5)).shape == (0, 128)
+    format = NF4(double_quant="twice" in name)
+    assert source.shape(DOWN) == (64, 128)
+    assert source.holds(DOWN, format) and not source.holds(DOWN, NF4(double_quant=not format.double_quant))
+    packed = source.read_packed(DOWN, format)
+    expected = dequantized(folders[name]).model.layers[1].mlp.down_proj.weight
+    assert torch.equal(format.dequantize(packed, (64, 128), torch.float32), expected)
+    if format.row_local:
+        for first, stop in ((0, 1), (5, 9), (7, 7), (63, 64)):
+            part = source.read_packed(DOWN, format, (first, stop))
+            assert all(torch.equal(part[key], packed[key][first:stop]) for key in packed)
+    with pytest.raises(UserError, match="is stored as nf4 and is not quantized anew"):
+        source.read(DOWN)
 
 
 def test_a_run_on_it_is_the_run_on_the_floats(pools, folders, tiny_llama, tmp_path):
@@ -113,20 +122,9 @@ def test_a_run_on_it_is_the_run_on_the_floats(pools, folders, tiny_llama, tmp_pa
     assert torch.equal(dist_qft.load(tmp_path / "there").logits(IDS), moved)
 
 
-def test_a_side_network_pruned_from_it_starts(pools, folders, tmp_path):
-    method = {"name": "qst", "init": "pruned", "reduction": 4, "rank": 8}
-    config = tiny_config(
-        folders["once"],
-        tmp_path / "run",
-        method=method,
-        train={"max_steps": 1},
-        quantization={"linear": "nf4", "block": [64]},
-    )
-    assert [run is not None for run in pools[1].run(_trained, config=config)] == [True]
-
-
-def _trained(config) -> bool:
-    return bool(train(config).state.history)
+@pytest.mark.parametrize("name", ["twice", "exempt"])
+def test_a_side_network_can_be_pruned_from_it(pools, folders, name):
+    assert pools[1].run(not_pruned_from, path=folders[name]) == [[]]
 
 
 # --- refusals --------------------------------------------------------------------------------------------------------

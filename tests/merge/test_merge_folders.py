@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 from merges import GGUF_RUN, merge_run
+from qst_models import not_pruned_from
 from safetensors.torch import load_file
 from tiny_model import tiny_config
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -55,6 +56,10 @@ def test_quantized_folder_is_the_base_of_the_next_run(pools, quantized, tmp_path
     assert len(state) == 2 and not torch.equal(start, tuned)
     pools[2].run(merge_run, source=run, target="quantized", path=again)
     assert (dist_qft.load(again).logits(IDS) - tuned).abs().max() < 5e-3 * tuned.abs().max()
+
+
+def test_a_side_network_can_be_pruned_from_a_quantized_folder(pools, quantized):
+    assert pools[1].run(not_pruned_from, path=quantized[1]) == [[]]
 
 
 def train_state(config) -> list[dict]:
