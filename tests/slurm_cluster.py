@@ -19,7 +19,7 @@ CPUS = 4
 _PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "scontrol", "scancel", "squeue", "sinfo", "unshare")
 _PATH = f"{os.environ['PATH']}:/usr/sbin:/sbin"
 _LONGEST = 80  # characters of the folder: sockets below it may have 108
-_START_SECONDS = 60
+_START_SECONDS = 30
 _UTS = (
     """hostname "$1"; mount -t tmpfs -o mode=1777 tmpfs /dev/shm; mount --bind "$2" /etc/hosts; shift 2; exec "$@" """
 )

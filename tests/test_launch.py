@@ -103,7 +103,7 @@ def await_ranks(launcher: "subprocess.Popen[str]") -> None:
 
 def test_ranks_meet_and_success_is_silent(start) -> None:
     launcher = start("--", "meet", "--resume", "auto")
-    output, errors = launcher.communicate(timeout=120)
+    output, errors = launcher.communicate(timeout=90)
     threads = max(1, len(os.sched_getaffinity(0)) // 2)
     assert output.splitlines() == [f"torchrun True 11.0 {threads} ['--resume', 'auto']"] * 2
     assert errors == ""
@@ -113,21 +113,21 @@ def test_ranks_meet_and_success_is_silent(start) -> None:
 def test_code_of_the_rank_that_failed_and_not_of_its_peer_reaches_the_shell(start) -> None:
     """Rank 1 fails with 6, so rank 0 loses its peer and ends with 4; rank 1's message is the last word."""
     launcher = start("--", "fail")
-    _, errors = launcher.communicate(timeout=120)
+    _, errors = launcher.communicate(timeout=90)
     assert errors.splitlines() == ["out of luck"]
     assert launcher.returncode == 6
 
 
 def test_killed_rank_is_named(start) -> None:
     launcher = start("--", "fall")
-    _, errors = launcher.communicate(timeout=120)
+    _, errors = launcher.communicate(timeout=90)
     assert errors.splitlines() == ["dist_qft.launch: rank 1 was killed by SIGKILL"]
     assert launcher.returncode == 128 + signal.SIGKILL
 
 
 def test_what_all_ranks_refuse_is_told_once_however_late_the_first_rank_is(start) -> None:
     launcher = start("--", "refuse")
-    _, errors = launcher.communicate(timeout=120)
+    _, errors = launcher.communicate(timeout=60)
     assert errors == "error: no such file\n"
     assert launcher.returncode == 2
 
@@ -136,7 +136,7 @@ def test_saved_and_preempted_reaches_the_shell(start) -> None:
     launcher = start("--", "save")
     await_ranks(launcher)
     launcher.send_signal(signal.SIGTERM)
-    _, errors = launcher.communicate(timeout=120)
+    _, errors = launcher.communicate(timeout=30)
     assert errors == ""
     assert launcher.returncode == 75
 
@@ -145,7 +145,7 @@ def test_ranks_that_do_not_leave_are_killed(start) -> None:
     launcher = start("--shutdown-timeout", "1", "--", "deaf")
     await_ranks(launcher)
     launcher.send_signal(signal.SIGUSR1)
-    _, errors = launcher.communicate(timeout=120)
+    _, errors = launcher.communicate(timeout=30)
     killed, named = errors.splitlines()
     assert killed == "dist_qft.launch: killing the ranks still there after 1 s of grace"
     assert named in [f"dist_qft.launch: rank {rank} was killed by SIGKILL" for rank in (0, 1)]
@@ -180,7 +180,7 @@ def run_script(*arguments: str, **variables: str) -> "subprocess.CompletedProces
         **variables,
     }
     command = ["bash", str(REPOSITORY / "launch/torchrun.sh"), *arguments]
-    return subprocess.run(command, env=environment, cwd=REPOSITORY, capture_output=True, text=True, timeout=120)
+    return subprocess.run(command, env=environment, cwd=REPOSITORY, capture_output=True, text=True, timeout=60)
 
 
 def test_script_needs_a_config_and_a_place_among_the_nodes() -> None:
@@ -210,7 +210,7 @@ def test_dry_run_prints_the_command_and_asks_rank_0_of_the_whole_world(start) ->
     assert result.returncode == 2
 
     launcher = start("--nnodes", "4", "--", "train", "--dry-run")
-    output, _ = launcher.communicate(timeout=120)
+    output, _ = launcher.communicate(timeout=60)
     assert output.splitlines()[1:] == ["rank 0 of 8"]
     assert launcher.returncode == 0
 

@@ -135,14 +135,14 @@ def test_a_killed_rank_ends_the_job_and_the_run_goes_on_from_its_checkpoint(
     processes = job.processes()
     victim = job.rank(1)
     victim.send_signal(signal.SIGKILL)
-    assert job.process.wait(timeout=120) != 0
+    assert job.process.wait(timeout=60) != 0
     log = job.log.read_text()
     if launcher == "mpich":  # names a process, so that the ranks' processes are listed at the start
         assert f"rank 1 = {victim.pid}@" in log
         assert f"PID {victim.pid} RUNNING AT" in log
     else:
         assert re.search(r"rank 1 (is gone|was killed)|process rank 1 with PID", log)
-    assert psutil.wait_procs(processes, timeout=30)[1] == []
+    assert psutil.wait_procs(processes, timeout=5)[1] == []
     assert losses_in(run)[:4] == pytest.approx(reference[:4], rel=1e-4)
 
     if launcher not in MORE_THAN_TORCHRUN:

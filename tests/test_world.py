@@ -271,5 +271,5 @@ def test_two_slurm_ranks_meet() -> None:
         env = environment | SLURM_ONE_NODE | job | {"SLURM_PROCID": rank, "SLURM_LOCALID": rank}
         command = [sys.executable, "-c", RANK_PROGRAM]
         processes.append(subprocess.Popen(command, env=env, stdout=subprocess.PIPE, text=True))
-    outputs = [process.communicate(timeout=120)[0] for process in processes]
+    outputs = [process.communicate(timeout=90)[0] for process in processes]
     assert outputs == ["slurm 0 11.0\n", "slurm 1 11.0\n"]

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dist_qft.base_model.sources import Rows, SafetensorsSource
+from dist_qft.base_model.sources import Rows, SafetensorsSource, require_finite
 from dist_qft.config.schema import QuantizationConfig
 from dist_qft.errors import CorruptFileError, UserError
 from dist_qft.quant.contract import Format
@@ -59,6 +59,7 @@ class BitsAndBytesSource:
     def __init__(self, folder: Path) -> None:
         self.where = str(folder)
         self._files = SafetensorsSource(folder)
+        self._known_codes: set[str] = set()  # weights whose maps were compared; they are read in many pieces
         states = [name for name in self._files.names() if name.endswith(_STATE)]
         self._stored = {name.removesuffix(_STATE): self._state(name) for name in sorted(states)}
         if not self._stored:
@@ -84,29 +85,27 @@ class BitsAndBytesSource:
 
     def read_packed(self, name: str, format: Format, rows: Rows = None) -> dict[str, Tensor]:
         stored = self._stored[name]
+        self._require_known_codes(name)
         out_features, in_features = stored.shape
-        first, stop = rows or (0, out_features)
-        blocks = in_features // stored.format.block
-        packed = {"codes": self._part(name, first, stop, in_features // 2)}
-        constants = self._part(f"{name}.absmax", first, stop, blocks)
-        self._require_values(f"{name}.quant_map", codebook())
+        rows = rows or (0, out_features)
+        packed = {"codes": self._rows_of(name, out_features, rows, in_features // 2)}
+        constants = self._rows_of(f"{name}.absmax", out_features, rows, in_features // stored.format.block)
         if not stored.format.double_quant:
-            self._require_finite(name, constants)
+            require_finite(self, name, constants)
             return packed | {"absmax": constants}
-        self._require_values(f"{name}.nested_quant_map", dynamic_map(torch.device("cpu")))
         scales = self._files.read(f"{name}.nested_absmax")
         offset = torch.tensor([stored.offset], dtype=torch.float32)
-        self._require_finite(name, torch.cat([scales, offset]))
+        require_finite(self, name, torch.cat([scales, offset]))
         return packed | {"absmax_codes": constants.flatten(), "absmax_absmax": scales, "absmax_offset": offset}
 
     def section(self) -> QuantizationConfig:
         """The config section that changes no weight; `exempt` are the layers' matrices that are still floats."""
         format = next(iter(self._stored.values())).format
-        others = [name for name in self._files.names() - set(self._stored) if name.endswith(".weight")]
+        others = [name for name in self.names() - self._stored.keys() if name.endswith(".weight")]
         others = [name for name in others if len(self.shape(name)) == 2 and any(map(str.isdigit, name.split(".")))]
         return QuantizationConfig(
             linear="nf4",
-            block=None if format == NF4(double_quant=format.double_quant) else [format.block],
+            block=None if format.block == NF4.block else [format.block],
             double_quant=format.double_quant,
             embedding="dense",
             exempt=sorted(name.removesuffix(".weight") for name in others),
@@ -128,22 +127,25 @@ class BitsAndBytesSource:
         stored.format.check(stored.shape, where)
         return stored
 
-    def _part(self, name: str, first: int, stop: int, width: int) -> Tensor:
-        """(stop - first, width) of a tensor whose bytes, or whose constants, lie row after row."""
+    def _rows_of(self, name: str, height: int, rows: tuple[int, int], width: int) -> Tensor:
+        """Some rows of a tensor that holds `height` rows of `width` bytes, or constants, one after another."""
         length = self._files.shape(name)[0]
-        weight = self._stored[name.removesuffix(".absmax")]
         # Codes may be dressed as wider numbers: so many to an element of the file.
-        per_element, rest = divmod(weight.shape[0] * width, length)
+        per_element, rest = divmod(height * width, length)
         if rest or width % per_element:
             raise CorruptFileError(f"{self.where}: tensor '{name}' has {length} elements, which is no multiple of rows")
-        elements = self._files.read(name, (first * width // per_element, stop * width // per_element))
+        elements = self._files.read(name, (rows[0] * width // per_element, rows[1] * width // per_element))
         elements = elements if per_element == 1 else elements.flatten().view(torch.uint8)
-        return elements.reshape(stop - first, width)
+        return elements.reshape(rows[1] - rows[0], width)
 
-    def _require_values(self, name: str, values: Tensor) -> None:
-        if not torch.equal(self._files.read(name), values):
-            raise UserError(f"{self.where}: '{name}' is not the code of this version of {METHOD}")
-
-    def _require_finite(self, name: str, constants: Tensor) -> None:
-        if not torch.isfinite(constants).all():
-            raise UserError(f"{self.where}: tensor '{name}' holds a value that is not finite")
+    def _require_known_codes(self, name: str) -> None:
+        """Refuse a weight whose codes, or whose constants' codes, do not mean what they mean here."""
+        if name in self._known_codes:
+            return
+        maps = {"quant_map": codebook()}
+        if self._stored[name].format.double_quant:
+            maps["nested_quant_map"] = dynamic_map(torch.device("cpu"))
+        for suffix, values in maps.items():
+            if not torch.equal(self._files.read(f"{name}.{suffix}"), values):
+                raise UserError(f"{self.where}: '{name}.{suffix}' is not the code of this version of {METHOD}")
+        self._known_codes.add(name)

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from dist_qft.base_model.skeleton import BaseModel
-from dist_qft.base_model.sources import TensorSource
+from dist_qft.base_model.sources import TensorSource, require_finite
 from dist_qft.base_model.stored import check_stored_formats
 from dist_qft.digest import positional_digest
 from dist_qft.errors import UserError
@@ -102,8 +102,7 @@ def load_base(
     for name, parameter in base.dense_parameters():
         first, stop = engine.rows(parameter)
         rows = source.read(names[name], (first, stop))
-        if not torch.isfinite(rows).all():
-            raise UserError(f"{source.where}: tensor '{names[name]}' holds a value that is not finite")
+        require_finite(source, names[name], rows)
         engine.store(parameter, first, rows.to(parameter.dtype))
         own = _own_elements(rows.float(), first, parameter, engine)
         fingerprint.add(f"{name} {list(engine.shape(parameter))} dense", *own)

@@ -38,7 +38,8 @@ class QuantizedSource:
 
     def __init__(self, folder: Path) -> None:
         self.where = str(folder)
-        self._weights = _manifest(folder)["weights"]
+        manifest = _manifest(folder)
+        self._weights, self._section = manifest["weights"], manifest.get("quantization")
         self.formats: dict[str, dict[str, Any]] = {path: entry["format"] for path, entry in self._weights.items()}
         self._files = SafetensorsSource(folder)
 
@@ -70,6 +71,13 @@ class QuantizedSource:
             packed[key] = self._files.read(f"{path}.{key}", span)
         return packed
 
+    def section(self) -> QuantizationConfig:
+        """The config section from which the folder's formats came."""
+        try:
+            return QuantizationConfig.model_validate(self._section)
+        except ValidationError as error:
+            raise CorruptFileError(f"{self.where}/{QUANTIZATION_FILE}: not a quantization section: {error}") from error
+
 
 def manifest_of(quantization: QuantizationConfig, weights: Mapping[str, tuple[Format, tuple[int, int]]]) -> dict:
     """The content of quantization.json; `weights` gives format and shape of every packed weight by module path."""
@@ -81,14 +89,6 @@ def manifest_of(quantization: QuantizationConfig, weights: Mapping[str, tuple[Fo
             for path, (format, shape) in weights.items()
         },
     }
-
-
-def stored_section(folder: Path) -> QuantizationConfig:
-    """The config section from which the folder's formats came."""
-    try:
-        return QuantizationConfig.model_validate(_manifest(folder)["quantization"])
-    except ValidationError as error:
-        raise CorruptFileError(f"{folder / QUANTIZATION_FILE}: not a quantization section: {error}") from error
 
 
 def _manifest(folder: Path) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from transformers.utils import logging as transformers_logging
 from dist_qft.base_model.bitsandbytes_folder import is_nf4
 from dist_qft.base_model.family import check_logits, disable_dropout, logit_map, packed_mask
 from dist_qft.base_model.head import OutputHead
-from dist_qft.base_model.stored import check_stored_formats, comes_quantized, open_source
+from dist_qft.base_model.stored import check_stored_formats, packed_source
 from dist_qft.collectives import agreed
 from dist_qft.config.schema import ModelConfig, QuantizationConfig
 from dist_qft.errors import UserError
@@ -188,8 +188,8 @@ def build_skeleton(model: ModelConfig, quantization: QuantizationConfig, dtype: 
     base = BaseModel(causal, config, decoder, list(layers), linears, embedding, head, dtype)
     _require_all_in_units(base)
     base.notes += _unquantized(base)
-    if comes_quantized(Path(model.path)):
-        check_stored_formats(open_source(model), linears, base.tables())
+    if (source := packed_source(Path(model.path))) is not None:
+        check_stored_formats(source, linears, base.tables())
     if from_gguf and quantization.linear == "nf4":
         base.notes.append("the GGUF file's 4-bit weights are dequantized and quantized again to nf4")
     return base

@@ -197,6 +197,12 @@ class GgufSource:
         return raw if order is None else raw[wanted - start]
 
 
+def require_finite(source: TensorSource, name: str, values: Tensor) -> None:
+    """Raise UserError if the values that were read of a tensor are not all finite."""
+    if not torch.isfinite(values).all():
+        raise UserError(f"{source.where}: tensor '{name}' holds a value that is not finite")
+
+
 def gguf_names(architecture: str, blocks: int) -> dict[str, str]:
     """Hugging Face tensor name -> GGUF tensor name for a decoder of `blocks` layers."""
     import gguf

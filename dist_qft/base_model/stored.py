@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from dist_qft.base_model.bitsandbytes_folder import BitsAndBytesSource, is_bitsandbytes_folder
-from dist_qft.base_model.quantized_folder import QuantizedSource, is_quantized_folder, stored_section
+from dist_qft.base_model.quantized_folder import QuantizedSource, is_quantized_folder
 from dist_qft.base_model.sources import GgufSource, SafetensorsSource, TensorSource
 from dist_qft.config.schema import ModelConfig, QuantizationConfig
 from dist_qft.errors import UserError
@@ -18,13 +18,15 @@ def open_source(model: ModelConfig) -> TensorSource:
     path = Path(model.path)
     if path.suffix == ".gguf":
         return GgufSource(path)
-    return _open_folder(path if path.is_dir() else _downloaded(model))
+    folder = path if path.is_dir() else _downloaded(model)
+    return packed_source(folder) or SafetensorsSource(folder)
 
 
-def _open_folder(folder: Path) -> TensorSource:
+def packed_source(folder: Path) -> QuantizedSource | BitsAndBytesSource | None:
+    """The weights of a folder that we or bitsandbytes quantized; None for any other."""
     if is_quantized_folder(folder):
         return QuantizedSource(folder)
-    return BitsAndBytesSource(folder) if is_bitsandbytes_folder(folder) else SafetensorsSource(folder)
+    return BitsAndBytesSource(folder) if is_bitsandbytes_folder(folder) else None
 
 
 def _downloaded(model: ModelConfig) -> Path:
@@ -38,29 +40,26 @@ def _downloaded(model: ModelConfig) -> Path:
         raise UserError(f"model.path: cannot fetch '{model.path}' from the Hub: {error}") from error
 
 
-def comes_quantized(folder: Path) -> bool:
-    """Whether a folder holds weights that we or bitsandbytes quantized."""
-    return is_quantized_folder(folder) or is_bitsandbytes_folder(folder)
-
-
 def check_stored_formats(
     source: TensorSource, linears: Mapping[str, FrozenWeight], tables: Mapping[str, FrozenWeight]
 ) -> None:
     """Refuse to hold a quantized folder's weights in other formats than they have: it would quantize them twice."""
     if not isinstance(source, QuantizedSource | BitsAndBytesSource):
         return
-    folder, stored, weights, free = Path(source.where), source.formats, {**linears, **tables}, set()
+    weights, free = {**linears, **tables}, set()
     if isinstance(source, BitsAndBytesSource):  # it leaves the tables as floats, for us to hold as the config says
         weights, free = dict(linears), {"embedding"}
-        if packed := [path for path in tables if path in stored]:
-            raise UserError(f"model.path: '{folder}' holds {packed[0]} as nf4; embedding and LM head must be floats")
+        if packed := [path for path in tables if path in source.formats]:
+            raise UserError(
+                f"model.path: '{source.where}' holds {packed[0]} as nf4; embedding and LM head must be floats"
+            )
     for path, weight in weights.items():
-        wanted, found = weight.format.describe(), stored.get(path, {"name": "dense"})
+        wanted, found = weight.format.describe(), source.formats.get(path, {"name": "dense"})
         if wanted != found:
-            section = stored_quantization(folder)
+            section = source.section()
             keys = {"linear": section.linear} | section.model_dump(exclude_defaults=True, exclude=free)
             raise UserError(
-                f"quantization: {path} would be {_words(wanted)}, but '{folder}' holds it as {_words(found)}; "
+                f"quantization: {path} would be {_words(wanted)}, but '{source.where}' holds it as {_words(found)}; "
                 f"set the section to {json.dumps(keys)}"
             )
 
@@ -71,13 +70,10 @@ def stored_quantization(path: Path) -> QuantizationConfig:
     `path` is a folder that we or bitsandbytes quantized, a GGUF file (Q4_1 and Q8_0 stay packed, all else is dense), or
     a Hugging Face folder.
     """
-    if is_quantized_folder(path):
-        return stored_section(path)
-    if is_bitsandbytes_folder(path):
-        return BitsAndBytesSource(path).section()
     if path.suffix == ".gguf":
         return _gguf_section(GgufSource(path))
-    return QuantizationConfig(linear="dense", embedding="dense")
+    source = packed_source(path)
+    return QuantizationConfig(linear="dense", embedding="dense") if source is None else source.section()
 
 
 def _gguf_section(source: GgufSource) -> QuantizationConfig:

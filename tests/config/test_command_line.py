@@ -141,11 +141,11 @@ def test_the_first_rank_of_a_node_speaks_and_the_launcher_ends_the_others(variab
 
     other, first = start("1"), start("0")
     said = "error: absent.yaml: cannot read the config: No such file or directory\n"
-    assert (first.communicate(timeout=120)[1], first.returncode) == (said, 2)
+    assert (first.communicate(timeout=30)[1], first.returncode) == (said, 2)
     while not catches(other, signal.SIGTERM):  # it has failed, too
         time.sleep(0.01)
     other.terminate()
-    assert (other.communicate(timeout=120)[1], other.returncode) == ("", 2)
+    assert (other.communicate(timeout=30)[1], other.returncode) == ("", 2)
 
 
 def test_where_no_launcher_ends_it_a_rank_speaks_for_itself_in_the_end(shell, monkeypatch):
@@ -188,7 +188,7 @@ def test_interrupt_exits_with_130(tmp_path):
     child = subprocess.Popen([sys.executable, "-m", "dist_qft", "train", pipe], stderr=subprocess.PIPE, text=True)
     with open(pipe, "w"):  # opens once the child reads it, so the child is past its imports
         child.send_signal(signal.SIGINT)
-        assert child.wait(timeout=120) == 130
+        assert child.wait(timeout=60) == 130
     assert "Traceback" not in child.stderr.read()
 
 
