@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from dist_qft.base_model.load import load_base
 from dist_qft.base_model.skeleton import BaseModel
 from dist_qft.base_model.sources import TensorSource
-from dist_qft.base_model.stored import open_source
+from dist_qft.base_model.weight_files import open_source
 from dist_qft.checkpoint import Checkpoint
 from dist_qft.collectives import agreed
 from dist_qft.config.schema import RunConfig

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from dist_qft.assemble import assemble, compute_dtype, plan_trainables
 from dist_qft.base_model.skeleton import BaseModel, build_skeleton
+from dist_qft.base_model.tokenizer import load_tokenizer
 from dist_qft.checkpoint import list_checkpoints
 from dist_qft.collectives import told_by
 from dist_qft.config.schema import RunConfig
@@ -21,7 +22,6 @@ from dist_qft.errors import Preempted, UserError
 from dist_qft.forward import BaseForward
 from dist_qft.preemption import StopSignal
 from dist_qft.task import CausalLM, Task
-from dist_qft.tokenizer import load_tokenizer
 from dist_qft.trained import find_checkpoint, open_trained
 from dist_qft.world import World, connect, device_for
 

@@ -23,7 +23,8 @@ from dist_qft.assemble import (
 )
 from dist_qft.base_model.load import check_names
 from dist_qft.base_model.skeleton import build_skeleton
-from dist_qft.base_model.stored import open_source
+from dist_qft.base_model.tokenizer import load_tokenizer
+from dist_qft.base_model.weight_files import open_source
 from dist_qft.checkpoint import require_space, require_writable
 from dist_qft.collectives import require_agreement, told_by
 from dist_qft.config.check import accumulation_steps, config_warnings
@@ -37,7 +38,6 @@ from dist_qft.methods.trainable import Plan
 from dist_qft.preemption import StopSignal
 from dist_qft.resume import changed_settings, check_trajectory, choose_checkpoint, resume_after_restart
 from dist_qft.run_inputs import LoadedBase, RunInputs
-from dist_qft.tokenizer import load_tokenizer
 from dist_qft.training_run import TrainingRun
 from dist_qft.world import World, connect, device_for
 

@@ -17,7 +17,7 @@ from transformers import (
 
 from dist_qft.base_model.load import load_base
 from dist_qft.base_model.skeleton import BaseModel, build_skeleton
-from dist_qft.base_model.stored import open_source
+from dist_qft.base_model.weight_files import open_source
 from dist_qft.config.schema import MethodConfig, ModelConfig, QuantizationConfig, RunConfig
 from dist_qft.loaded import open_model
 from dist_qft.methods.qst.network import SideNetwork

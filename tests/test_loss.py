@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from dist_qft.loss import IGNORED, LogitMap, slice_rows, summed_cross_entropy, token_loss
+from dist_qft.base_model.loss import IGNORED, LogitMap, slice_rows, summed_cross_entropy, token_loss
 
 MAPS = {
     "plain": LogitMap(),

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.masking_utils import create_causal_mask
 
+from dist_qft.base_model.loss import LogitMap
 from dist_qft.errors import UserError
-from dist_qft.loss import LogitMap
 
 _SCALE_KEYS = {"logit_scale": 1, "logits_scaling": -1}  # config key -> exponent
 _CAP_KEY = "final_logit_softcapping"

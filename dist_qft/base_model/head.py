@@ -7,7 +7,7 @@ around its call: for a tied head that is the embedding's, called a second time.
 import torch
 from torch import Tensor, nn
 
-from dist_qft.loss import LogitMap, slice_rows, summed_cross_entropy
+from dist_qft.base_model.loss import LogitMap, slice_rows, summed_cross_entropy
 from dist_qft.quant.frozen import FrozenEmbedding
 
 

@@ -17,7 +17,7 @@ from transformers.utils import logging as transformers_logging
 from dist_qft.base_model.bitsandbytes_folder import is_nf4
 from dist_qft.base_model.family import check_logits, disable_dropout, logit_map, packed_mask
 from dist_qft.base_model.head import OutputHead
-from dist_qft.base_model.stored import check_stored_formats, packed_source
+from dist_qft.base_model.weight_files import check_stored_formats, packed_source
 from dist_qft.collectives import agreed
 from dist_qft.config.schema import ModelConfig, QuantizationConfig
 from dist_qft.errors import UserError

@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor
 
+from dist_qft.base_model.loss import IGNORED
 from dist_qft.data.batches import MicroBatch
-from dist_qft.loss import IGNORED
 
 
 def random_ids(vocabulary: int, rows: int, length: int, index: int) -> Tensor:

@@ -8,7 +8,7 @@ import torch.distributed as dist
 
 from dist_qft.assemble import materialize
 from dist_qft.base_model.skeleton import build_skeleton
-from dist_qft.base_model.stored import open_source
+from dist_qft.base_model.weight_files import open_source
 from dist_qft.bench.measuring import Memory, synchronize
 from dist_qft.bench.models import dense_folder
 from dist_qft.bench.options import Options

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from dist_qft.base_model.load import check_names
 from dist_qft.base_model.skeleton import BaseModel
-from dist_qft.base_model.stored import open_source
+from dist_qft.base_model.weight_files import open_source
 from dist_qft.config.schema import ModelConfig
 from dist_qft.merge.collective import frozen_weights
 from dist_qft.merge.fold import Difference

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from dist_qft.assemble import Assembled
-from dist_qft.base_model.sources import GGUF_TWINS, GgufSource
+from dist_qft.base_model.gguf_file import GGUF_TWINS, GgufSource
 from dist_qft.merge.collective import frozen_weights
 from dist_qft.merge.fold import Difference, merged_weight
 from dist_qft.merge.recipe import GGUF_FORMAT, Recipe

@@ -6,8 +6,8 @@ import torch
 from transformers import GenerationConfig
 
 from dist_qft.base_model.skeleton import BaseModel, read_model_config
+from dist_qft.base_model.tokenizer import load_tokenizer
 from dist_qft.config.schema import ModelConfig
-from dist_qft.tokenizer import load_tokenizer
 
 
 def write_model_files(folder: Path, model: ModelConfig, base: BaseModel, dtype: torch.dtype) -> None:

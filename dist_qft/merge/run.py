@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from dist_qft.assemble import Assembled, assemble, check_fingerprint, compute_dtype
 from dist_qft.base_model.skeleton import BaseModel, build_skeleton
+from dist_qft.base_model.tokenizer import load_tokenizer
 from dist_qft.checkpoint import ADAPTER_MODEL, TRAINER_STATE, Checkpoint
 from dist_qft.collectives import require_agreement, told_by
 from dist_qft.config.check import merge_obstacle
@@ -31,7 +32,6 @@ from dist_qft.methods.adapter_plan import AdapterPlan, stored_adapters
 from dist_qft.methods.schedule import TileSettings
 from dist_qft.preemption import StopSignal
 from dist_qft.run_inputs import RunInputs
-from dist_qft.tokenizer import load_tokenizer
 from dist_qft.trained import config_of, find_checkpoint
 from dist_qft.world import World, connect, device_for
 

@@ -18,7 +18,7 @@ from whole_runs import train_losses
 import dist_qft
 from dist_qft.base_model.load import load_base
 from dist_qft.base_model.skeleton import build_skeleton
-from dist_qft.base_model.stored import open_source, stored_quantization
+from dist_qft.base_model.weight_files import open_source, stored_quantization
 from dist_qft.config.schema import ModelConfig, QuantizationConfig
 from dist_qft.errors import CorruptFileError, UserError
 from dist_qft.quant.nf4 import NF4

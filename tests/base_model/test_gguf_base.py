@@ -9,10 +9,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from dist_qft.base_model.gguf_file import GgufSource
 from dist_qft.base_model.load import load_base
 from dist_qft.base_model.skeleton import BaseModel, build_skeleton
-from dist_qft.base_model.sources import GgufSource
-from dist_qft.base_model.stored import open_source
+from dist_qft.base_model.weight_files import open_source
 from dist_qft.config.schema import ModelConfig, QuantizationConfig
 from dist_qft.errors import CorruptFileError, UserError
 from dist_qft.quant.affine4 import Affine4, q4_1_from_affine4

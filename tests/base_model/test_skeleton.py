@@ -30,11 +30,11 @@ from transformers import (
 )
 
 from dist_qft.base_model.load import load_base
+from dist_qft.base_model.loss import token_loss
 from dist_qft.base_model.skeleton import BaseModel, build_skeleton
 from dist_qft.base_model.sources import SafetensorsSource
 from dist_qft.config.schema import ModelConfig, QuantizationConfig
 from dist_qft.errors import UserError
-from dist_qft.loss import token_loss
 from dist_qft.sharding.replicated import ReplicatedEngine
 
 VOCABULARY = 131

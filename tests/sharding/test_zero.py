@@ -12,11 +12,11 @@ from tiny_model import save_tiny_model, tiny_llama_config
 from torch import Tensor, nn
 
 from dist_qft.base_model.load import load_base
+from dist_qft.base_model.loss import token_loss
 from dist_qft.base_model.skeleton import BaseModel, build_skeleton
-from dist_qft.base_model.stored import open_source
+from dist_qft.base_model.weight_files import open_source
 from dist_qft.config.schema import ModelConfig, QuantizationConfig
 from dist_qft.errors import UserError
-from dist_qft.loss import token_loss
 from dist_qft.sharding.engine import Engine, Units, make_engine, parameter_owners
 
 CPU = torch.device("cpu")

@@ -10,11 +10,11 @@ from qst_models import FAMILIES, family_folder, load_whole, perturb, side_networ
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
+from dist_qft.base_model.loss import token_loss
 from dist_qft.base_model.skeleton import BaseModel
-from dist_qft.base_model.stored import open_source
+from dist_qft.base_model.weight_files import open_source
 from dist_qft.config.schema import MethodConfig, ModelConfig
 from dist_qft.errors import UserError
-from dist_qft.loss import token_loss
 from dist_qft.methods.qst.network import SideNetwork
 from dist_qft.methods.qst.plan import plan_side_network
 from dist_qft.methods.qst.pruning import start_from_base

@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from dist_qft.base_model.bitsandbytes_folder import BitsAndBytesSource, is_bitsandbytes_folder
+from dist_qft.base_model.gguf_file import GgufSource
 from dist_qft.base_model.quantized_folder import QuantizedSource, is_quantized_folder
-from dist_qft.base_model.sources import GgufSource, SafetensorsSource, TensorSource
+from dist_qft.base_model.sources import SafetensorsSource, TensorSource
 from dist_qft.config.schema import ModelConfig, QuantizationConfig
 from dist_qft.errors import UserError
 from dist_qft.quant.frozen import FrozenWeight
