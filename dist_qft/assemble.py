@@ -15,8 +15,8 @@ from dist_qft.base_model.sources import TensorSource
 from dist_qft.base_model.weight_files import open_source
 from dist_qft.checkpoint import Checkpoint
 from dist_qft.collectives import agreed
+from dist_qft.config.deepspeed_file import read_zero_options
 from dist_qft.config.schema import RunConfig
-from dist_qft.config.zero_file import read_zero_options
 from dist_qft.data.dataset import TokenDataset
 from dist_qft.errors import Preempted, UserError
 from dist_qft.forward import BaseForward, Forward

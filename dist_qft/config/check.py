@@ -6,12 +6,12 @@ Types and ranges of single settings are in `schema`; what depends on layer sizes
 
 from collections.abc import Iterator
 
+from dist_qft.config.deepspeed_file import zero_file_faults
+from dist_qft.config.factors import effective, method_defaults
 from dist_qft.config.faults import Fault, value_fault
 from dist_qft.config.schema import MethodConfig, QuantizationConfig, RunConfig, ScheduleRule, Section, ShardingConfig
-from dist_qft.config.zero_file import zero_file_faults
 from dist_qft.divisors import divisors, either, nearest_multiples
 from dist_qft.errors import UserError
-from dist_qft.methods.schedule import effective, method_defaults
 
 _BLOCK_FORM = {"nf4": (1, "one length such as [64]"), "affine4": (2, "[b_out, b_in] such as [1, 32]")}
 _FACTORS = ("balance", "pool", "repeat")

@@ -12,18 +12,10 @@ from typing import Any, Literal
 
 from pydantic import Field, ValidationError, model_validator
 
+from dist_qft.config.factors import FACTORS, given_factors, method_defaults, tile_factors
 from dist_qft.config.schema import Fraction, MethodConfig, MethodName, Positive, ScheduleRule, Section
 from dist_qft.divisors import either, nearest_divisors
 from dist_qft.errors import UserError
-
-# What shapes each method's tile, its default, and the sizes of a layer that it must divide.
-_FACTORS: dict[MethodName, dict[str, tuple[int, tuple[str, ...]]]] = {
-    "qlora": {},
-    "qbara": {"balance": (2, ("in_features", "out_features"))},
-    "qalora": {"pool": (32, ("in_features",))},
-    "qahira": {"pool": (4, ("in_features",)), "repeat": (8, ("out_features",))},
-}
-_KNOBS = ("rank", "alpha", "balance", "pool", "repeat")
 
 # A parent module's name decides the group (self_attn.dense and mlp.dense differ); the layer's own name
 # decides where the parent says nothing (OPT's fc1 and fc2 sit directly in the decoder layer).
@@ -136,16 +128,6 @@ def layer_group(path: str) -> str | None:
     return next((group for group, names in _GROUP_LAYERS.items() if name in names), None)
 
 
-def method_defaults(name: MethodName) -> dict[str, int]:
-    """The tile factors that a method uses, with their defaults; a factor that is not a key is not used."""
-    return {knob: default for knob, (default, _) in _FACTORS[name].items()}
-
-
-def effective(method: MethodConfig) -> tuple[int, int, int]:
-    """(pool, repeat, balance) of a layer that no schedule rule touches."""
-    return _tile_factors({**method_defaults(method.name), **_given(method)})
-
-
 def plan_adapters(method: MethodConfig, layers: list[LinearShape]) -> dict[str, TileSettings]:
     """Settings of every adapter by layer path, in the order of `layers` (model order).
 
@@ -158,8 +140,8 @@ def plan_adapters(method: MethodConfig, layers: list[LinearShape]) -> dict[str, 
     """
     if not layers:
         raise UserError("method.targets: the model has no linear layer that could carry an adapter")
-    _refuse_unused(method.name, _given(method), "method")
-    values = {**method_defaults(method.name), **_given(method)}
+    _refuse_unused(method.name, given_factors(method), "method")
+    values = {**method_defaults(method.name), **given_factors(method)}
     keys = {knob: f"method.{knob}" for knob in values}
     targets = _select(method.targets, layers, "method.targets")
     drafts = [_Draft(layer, dict(values), dict(keys)) for layer in targets]
@@ -174,13 +156,8 @@ def plan_adapters(method: MethodConfig, layers: list[LinearShape]) -> dict[str, 
     return {draft.layer.path: _settings(method, draft) for draft in drafts}
 
 
-def _given(section: MethodConfig | ScheduleRule) -> dict[str, Any]:
-    """The knobs that a config section sets."""
-    return {knob: value for knob in _KNOBS if (value := getattr(section, knob)) is not None}
-
-
 def _refuse_unused(name: MethodName, knobs: Iterable[str], key: str) -> None:
-    used = ["rank", "alpha", *_FACTORS[name]]
+    used = ["rank", "alpha", *FACTORS[name]]
     for knob in knobs:
         if knob not in used:
             raise UserError(f"{key}.{knob}: {name} does not use it; {name} has {', '.join(used)}")
@@ -207,11 +184,11 @@ def _select(selectors: str | list[str], layers: list[LinearShape], key: str) -> 
 
 def _apply(rule: ScheduleRule, key: str, name: MethodName, drafts: list[_Draft], layers: list[LinearShape]) -> None:
     """Write one rule's settings into the drafts that it selects."""
-    knobs = _given(rule)
+    knobs = given_factors(rule)
     sets_skip = "skip" in rule.model_fields_set
     _refuse_unused(name, knobs, key)
     if not knobs and not sets_skip:
-        raise UserError(f"{key}: the rule sets nothing; give {', '.join(['rank', 'alpha', *_FACTORS[name]])} or skip")
+        raise UserError(f"{key}: the rule sets nothing; give {', '.join(['rank', 'alpha', *FACTORS[name]])} or skip")
     if knobs and rule.skip:
         raise UserError(f"{key}: skip leaves no use for {', '.join(knobs)}; give one or the other")
     selected = set(_select(rule.layers, layers, f"{key}.layers")) & _in_depth(rule.depth, layers, f"{key}.depth")
@@ -240,7 +217,7 @@ def _indivisible(name: MethodName, drafts: list[_Draft]) -> list[str]:
     """One line for each kind of layer (same type, sizes and setting) with a size that a factor does not divide."""
     cases: dict[tuple[str, int, tuple[str, ...], tuple[int, ...], str], list[str]] = {}
     for draft in drafts:
-        for knob, (_, dimensions) in _FACTORS[name].items():
+        for knob, (_, dimensions) in FACTORS[name].items():
             factor = draft.values[knob]
             sizes = tuple(getattr(draft.layer, dimension) for dimension in dimensions)
             if math.gcd(*sizes) % factor:
@@ -255,14 +232,8 @@ def _indivisible(name: MethodName, drafts: list[_Draft]) -> list[str]:
     return lines
 
 
-def _tile_factors(values: dict[str, Any]) -> tuple[int, int, int]:
-    """(pool, repeat, balance): Q-BaRA's balance is both factors, what a method does not use is 1."""
-    balance = values.get("balance", 1)
-    return values.get("pool", balance), values.get("repeat", balance), balance
-
-
 def _settings(method: MethodConfig, draft: _Draft) -> TileSettings:
-    pool, repeat, balance = _tile_factors(draft.values)
+    pool, repeat, balance = tile_factors(draft.values)
     return TileSettings(
         in_features=draft.layer.in_features,
         out_features=draft.layer.out_features,

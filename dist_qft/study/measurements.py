@@ -11,8 +11,8 @@ from statistics import fmean, stdev
 
 from scipy import stats
 
+from dist_qft.config.factors import effective
 from dist_qft.config.schema import MethodConfig
-from dist_qft.methods.schedule import effective
 from dist_qft.study.presets import REFERENCE, Variant, value_label
 from dist_qft.study.results import Outcome
 

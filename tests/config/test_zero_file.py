@@ -5,8 +5,8 @@ import json
 import pytest
 
 from dist_qft.config.check import config_warnings
+from dist_qft.config.deepspeed_file import read_zero_options
 from dist_qft.config.load import load_config
-from dist_qft.config.zero_file import read_zero_options
 from dist_qft.errors import UserError
 
 

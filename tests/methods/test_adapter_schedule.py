@@ -6,15 +6,10 @@ import sys
 
 import pytest
 
+from dist_qft.config.factors import effective, method_defaults
 from dist_qft.config.schema import MethodConfig, ScheduleRule
 from dist_qft.errors import UserError
-from dist_qft.methods.schedule import (
-    LinearShape,
-    TileSettings,
-    effective,
-    method_defaults,
-    plan_adapters,
-)
+from dist_qft.methods.schedule import LinearShape, TileSettings, plan_adapters
 
 # name: (in_features, out_features)
 LLAMA_7B = {
