@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from dist_qft.launch import main
+from dist_qft.launch.__main__ import main
 
 REPOSITORY = Path(__file__).parent.parent
 
@@ -75,7 +75,7 @@ elif what == "deaf":
     wait()
 """
 
-LAUNCHER = "import sys; from dist_qft.launch import main; sys.exit(main(module='ranks'))"
+LAUNCHER = "import sys; from dist_qft.launch.__main__ import main; sys.exit(main(module='ranks'))"
 
 
 @pytest.fixture

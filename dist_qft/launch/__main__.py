@@ -34,8 +34,8 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, P
 from torch.distributed.elastic.rendezvous import RendezvousError
 from torch.distributed.run import determine_local_world_size, get_args_parser, parse_min_max_nnodes, run
 
-from dist_qft.agent import ending, first_failure, use_our_agent
 from dist_qft.errors import DistQFTError, SetupError, UserError
+from dist_qft.launch.agent import ending, first_failure, use_our_agent
 
 _DEFAULTS = {
     "nproc_per_node": "auto",
