@@ -15,7 +15,7 @@ from dist_qft.checkpoint import ADAPTER_MODEL
 from dist_qft.config.schema import RunConfig
 from dist_qft.errors import CorruptFileError, UserError
 from dist_qft.manifest import sha256_of
-from dist_qft.merge.fold import Difference
+from dist_qft.merge.difference import Difference
 from dist_qft.merge.probe import LogitDifference
 from dist_qft.merge.recipe import Recipe
 from dist_qft.publish import write_text

@@ -18,7 +18,8 @@ from dist_qft.base_model.skeleton import BaseModel
 from dist_qft.collectives import agreed, maximum
 from dist_qft.errors import DistQFTError, Preempted, SetupError
 from dist_qft.memory import return_freed_memory
-from dist_qft.merge.fold import Difference, require_finite
+from dist_qft.merge.difference import Difference
+from dist_qft.merge.merged_weight import require_finite
 from dist_qft.merge.recipe import Recipe
 from dist_qft.methods.folding import folded, folding_tensor
 from dist_qft.preemption import StopSignal

@@ -10,7 +10,6 @@ import torch
 from dist_qft.base_model.skeleton import BaseModel
 from dist_qft.config.schema import MergeTarget, QuantizationConfig, RunConfig
 from dist_qft.errors import UserError
-from dist_qft.merge.peft import require_low_rank
 from dist_qft.methods.folding import folding_obstacle
 from dist_qft.methods.schedule import TileSettings
 from dist_qft.quant.affine4 import Affine4
@@ -150,3 +149,20 @@ def _require_q4_1(recipe: Recipe, base: BaseModel, tiles: Mapping[str, TileSetti
                 f"--to gguf: {path} is {format.describe()}, and GGUF's Q4_1 holds affine4 with block [1, 32] only; "
                 "train with quantization.linear: affine4, block: [1, 32], or merge --to quantized"
             )
+
+
+def lora_rank(settings: TileSettings) -> int:
+    """Rank of the LoRA that equals this adapter."""
+    if settings.inner is not None:
+        return settings.inner
+    return min(settings.out_features // settings.repeat, settings.in_features // settings.pool)
+
+
+def require_low_rank(path: str, settings: TileSettings) -> None:
+    """Refuse an adapter whose LoRA pair would hold as many numbers as dW itself."""
+    rank, rows, columns = lora_rank(settings), settings.out_features, settings.in_features
+    if rank * (rows + columns) >= rows * columns:
+        raise UserError(
+            f"--to peft: dW of {path} has rank {rank}, a LoRA of that rank is no smaller than the {rows} x {columns} "
+            "matrix itself; merge --to dense or quantized"
+        )

@@ -21,13 +21,13 @@ from dist_qft.errors import CorruptFileError, UserError
 from dist_qft.manifest import sha256_of
 from dist_qft.merge.certificate import Findings, Origin, write_certificate
 from dist_qft.merge.collective import Writer, fold_base, total_difference, write_result
-from dist_qft.merge.dense import DenseForm
-from dist_qft.merge.fold import Difference
-from dist_qft.merge.folder import FolderWriter
-from dist_qft.merge.peft import PeftWriter, lora_difference, lora_twin
+from dist_qft.merge.difference import Difference
 from dist_qft.merge.probe import as_written, compare_logits, logits_of, probe_ids
-from dist_qft.merge.quantized import PackedForm
 from dist_qft.merge.recipe import MergeRequest, Recipe, make_recipe, require_free
+from dist_qft.merge.writers.dense import DenseForm
+from dist_qft.merge.writers.folder import FolderWriter
+from dist_qft.merge.writers.peft import PeftWriter, lora_difference, lora_twin
+from dist_qft.merge.writers.quantized import PackedForm
 from dist_qft.methods.adapter_plan import AdapterPlan, stored_adapters
 from dist_qft.methods.schedule import TileSettings
 from dist_qft.preemption import StopSignal
@@ -180,7 +180,7 @@ def _merge_weights(
 def _weights_writer(parts: Assembled, recipe: Recipe, config: RunConfig) -> Writer:
     target: MergeTarget = recipe.request.target
     if target == "gguf":
-        from dist_qft.merge.gguf import GgufWriter
+        from dist_qft.merge.writers.gguf import GgufWriter
 
         return GgufWriter(parts, recipe, Path(config.model.path))
     form = DenseForm(parts, recipe) if target == "dense" else PackedForm(parts, recipe)

@@ -12,9 +12,10 @@ from dist_qft.errors import CorruptFileError, UserError
 from dist_qft.loaded import LoadedModel, open_model, open_tuned
 from dist_qft.manifest import sha256_of
 from dist_qft.merge.certificate import file_digests, read_certificate
-from dist_qft.merge.fold import Difference, merged_weight
-from dist_qft.merge.peft import lora_difference, read_lora
+from dist_qft.merge.difference import Difference
+from dist_qft.merge.merged_weight import merged_weight
 from dist_qft.merge.probe import LogitDifference, compare_logits, logits_of
+from dist_qft.merge.writers.peft import lora_difference, read_lora
 from dist_qft.methods.folding import folded, folding_tensor
 from dist_qft.world import World, connect, device_for
 

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from dist_qft.errors import UserError
-from dist_qft.merge.fold import Difference, merged_weight, require_finite, update_rows
+from dist_qft.merge.difference import Difference
+from dist_qft.merge.merged_weight import merged_weight, require_finite, update_rows
 from dist_qft.merge.probe import as_written
 from dist_qft.methods.folding import folded, folding_obstacle, tile_rows
 from dist_qft.methods.schedule import TileSettings

@@ -15,7 +15,7 @@ import dist_qft
 from dist_qft.base_model.skeleton import build_skeleton
 from dist_qft.config.schema import ModelConfig, QuantizationConfig
 from dist_qft.errors import CorruptFileError, UserError
-from dist_qft.merge.safetensors_folder import SafetensorsFolder
+from dist_qft.merge.writers.safetensors_folder import SafetensorsFolder
 
 IDS = torch.tensor([[5, 40, 77, 120, 33, 9, 201, 60, 12, 300], list(range(10, 20))])
 NF4 = {"linear": "nf4", "block": [64]}

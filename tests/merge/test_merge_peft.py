@@ -10,7 +10,8 @@ from transformers import AutoModelForCausalLM
 
 import dist_qft
 from dist_qft.errors import UserError
-from dist_qft.merge.peft import equal_lora, lora_rank, require_low_rank
+from dist_qft.merge.recipe import lora_rank, require_low_rank
+from dist_qft.merge.writers.peft import equal_lora
 from dist_qft.methods.schedule import TileSettings
 from dist_qft.methods.tile_adapter import TileAdapter, exact_dW
 

@@ -6,9 +6,10 @@ from torch import Tensor
 
 from dist_qft.assemble import Assembled
 from dist_qft.merge.collective import frozen_weights
-from dist_qft.merge.fold import Difference, merged_rows
+from dist_qft.merge.difference import Difference
+from dist_qft.merge.merged_weight import merged_rows
 from dist_qft.merge.recipe import Recipe
-from dist_qft.merge.safetensors_folder import Entry
+from dist_qft.merge.writers.safetensors_folder import Entry
 
 
 class DenseForm:

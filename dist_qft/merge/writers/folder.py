@@ -12,9 +12,9 @@ from dist_qft.base_model.skeleton import BaseModel
 from dist_qft.base_model.weight_files import open_source
 from dist_qft.config.schema import ModelConfig
 from dist_qft.merge.collective import frozen_weights
-from dist_qft.merge.fold import Difference
-from dist_qft.merge.model_files import write_model_files
-from dist_qft.merge.safetensors_folder import Entry, SafetensorsFolder
+from dist_qft.merge.difference import Difference
+from dist_qft.merge.writers.model_files import write_model_files
+from dist_qft.merge.writers.safetensors_folder import Entry, SafetensorsFolder
 
 
 class WeightForm(Protocol):

@@ -18,7 +18,8 @@ from torch import Tensor
 from dist_qft.assemble import Assembled
 from dist_qft.base_model.gguf_file import GGUF_TWINS, GgufSource
 from dist_qft.merge.collective import frozen_weights
-from dist_qft.merge.fold import Difference, merged_weight
+from dist_qft.merge.difference import Difference
+from dist_qft.merge.merged_weight import merged_weight
 from dist_qft.merge.recipe import GGUF_FORMAT, Recipe
 from dist_qft.quant.affine4 import q4_1_from_affine4
 

@@ -14,9 +14,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from dist_qft.errors import CorruptFileError, UserError
-from dist_qft.merge.fold import Difference
-from dist_qft.merge.safetensors_folder import SafetensorsFolder
+from dist_qft.errors import CorruptFileError
+from dist_qft.merge.difference import Difference
+from dist_qft.merge.writers.safetensors_folder import SafetensorsFolder
 from dist_qft.methods.attach import AdapterSet
 from dist_qft.methods.folding import tile_rows
 from dist_qft.methods.schedule import TileSettings
@@ -25,23 +25,6 @@ from dist_qft.methods.tile_adapter import TileAdapter, lora_factors
 CONFIG_FILE = "adapter_config.json"
 _STEM = "adapter_model"
 _PREFIX = "base_model.model."
-
-
-def lora_rank(settings: TileSettings) -> int:
-    """Rank of the LoRA that equals this adapter."""
-    if settings.inner is not None:
-        return settings.inner
-    return min(settings.out_features // settings.repeat, settings.in_features // settings.pool)
-
-
-def require_low_rank(path: str, settings: TileSettings) -> None:
-    """Refuse an adapter whose LoRA pair would hold as many numbers as dW itself."""
-    rank, rows, columns = lora_rank(settings), settings.out_features, settings.in_features
-    if rank * (rows + columns) >= rows * columns:
-        raise UserError(
-            f"--to peft: dW of {path} has rank {rank}, a LoRA of that rank is no smaller than the {rows} x {columns} "
-            "matrix itself; merge --to dense or quantized"
-        )
 
 
 @torch.no_grad()
