@@ -19,15 +19,11 @@ from dist_qft.config.deepspeed_file import read_zero_options
 from dist_qft.config.schema import RunConfig
 from dist_qft.data.dataset import TokenDataset
 from dist_qft.errors import Preempted, UserError
-from dist_qft.forward import BaseForward, Forward
 from dist_qft.memory import keep_one_heap
-from dist_qft.methods.adapter_plan import AdapterPlan, stored_adapters
-from dist_qft.methods.folding import folding_obstacle
+from dist_qft.methods.forward import BaseForward, Forward
 from dist_qft.methods.qst.cached_forward import CachedForward
 from dist_qft.methods.qst.hidden_cache import CacheLayout, HiddenCache, require_space
-from dist_qft.methods.qst.plan import SidePlan, plan_side_network, stored_side_network
 from dist_qft.methods.qst.pruning import start_from_base
-from dist_qft.methods.schedule import LinearShape, plan_adapters
 from dist_qft.methods.trainable import Plan, TrainableSet
 from dist_qft.preemption import StopSignal
 from dist_qft.sharding.engine import Engine, make_engine
@@ -62,37 +58,6 @@ def compute_dtype(setting: str, device: torch.device) -> torch.dtype:
     if setting == "auto":
         return torch.bfloat16 if device.type == "cuda" else torch.float32
     return {"float32": torch.float32, "bfloat16": torch.bfloat16}[setting]
-
-
-def linear_shapes(base: BaseModel) -> list[LinearShape]:
-    """The base's linear layers as the method's schedule sees them, in model order."""
-    return [
-        LinearShape(path, layer.in_features, layer.out_features, base.depth_of(path))
-        for path, layer in base.linears.items()
-    ]
-
-
-def plan_trainables(config: RunConfig, base: BaseModel) -> Plan:
-    """What the config's method trains beside this base; from shapes alone. UserError if it does not fit."""
-    if config.method.name == "qst":
-        return plan_side_network(config.method, base)
-    plan = AdapterPlan(plan_adapters(config.method, linear_shapes(base)))
-    if config.method.merge_aware and (obstacle := folding_obstacle(plan, base.linears)):
-        raise UserError(f"method.merge_aware: no exact merge: {obstacle}")
-    return plan
-
-
-def stored_plan(checkpoint: Checkpoint, base: BaseModel) -> Plan:
-    """What a checkpoint holds, to be put beside this base. UserError if it is nothing of ours or does not fit."""
-    stored, where = checkpoint.adapter_config, str(checkpoint.path)
-    match stored.get("peft_type"):
-        case AdapterPlan.peft_type:
-            return stored_adapters(stored, where)
-        case SidePlan.peft_type:
-            return stored_side_network(stored, base, where)
-        case other:
-            allowed = f"'{AdapterPlan.peft_type}' or '{SidePlan.peft_type}'"
-            raise UserError(f"{where}: peft_type is '{other}', need {allowed}")
 
 
 def start_fresh(config: RunConfig, parts: Assembled) -> None:

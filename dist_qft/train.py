@@ -18,7 +18,6 @@ from dist_qft.assemble import (
     check_cache,
     check_fingerprint,
     compute_dtype,
-    plan_trainables,
     start_fresh,
 )
 from dist_qft.base_model.load import check_names
@@ -34,6 +33,7 @@ from dist_qft.data.prepare import prepare
 from dist_qft.errors import UserError
 from dist_qft.merge.recipe import require_free
 from dist_qft.merge.run import merge_at_end, recipe_at_end
+from dist_qft.methods.plans import plan_trainables
 from dist_qft.methods.trainable import Plan
 from dist_qft.preemption import StopSignal
 from dist_qft.resume import changed_settings, check_trajectory, choose_checkpoint, resume_after_restart

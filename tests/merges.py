@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from whole_runs import pool_world
 
-from dist_qft.assemble import Assembled, adapter_config, assemble, check_fingerprint, plan_trainables
+from dist_qft.assemble import Assembled, adapter_config, assemble, check_fingerprint
 from dist_qft.base_model.skeleton import build_skeleton
 from dist_qft.checkpoint import TrainerState, write_checkpoint
 from dist_qft.config.schema import RunConfig
@@ -18,6 +18,7 @@ from dist_qft.merge.certificate import Origin
 from dist_qft.merge.collective import write_result
 from dist_qft.merge.recipe import MergeRequest
 from dist_qft.merge.run import execute_merge, gather_inputs
+from dist_qft.methods.plans import plan_trainables
 from dist_qft.preemption import StopSignal
 from dist_qft.trained import find_checkpoint
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from dist_qft.assemble import assemble, plan_trainables
+from dist_qft.assemble import assemble
 from dist_qft.base_model.skeleton import build_skeleton
 from dist_qft.bench.measuring import Memory, synchronize
 from dist_qft.bench.models import dense_folder
@@ -21,6 +21,7 @@ from dist_qft.bench.report import Report, compare
 from dist_qft.bench.step import run_config
 from dist_qft.merge.collective import fold_base
 from dist_qft.merge.recipe import MergeRequest, make_recipe
+from dist_qft.methods.plans import plan_trainables
 
 
 def run(options: Options) -> Report:

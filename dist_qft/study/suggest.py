@@ -10,11 +10,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 
-from dist_qft.assemble import compute_dtype, plan_trainables
+from dist_qft.assemble import compute_dtype
 from dist_qft.base_model.skeleton import build_skeleton
 from dist_qft.config.load import change_config, save_config
 from dist_qft.config.schema import RunConfig
 from dist_qft.errors import SetupError, UserError
+from dist_qft.methods.plans import plan_trainables
 from dist_qft.plan import planned_device
 from dist_qft.study.measurements import Estimate, Subject, measure
 from dist_qft.study.presets import REFERENCE, Variant

@@ -13,12 +13,13 @@ from safetensors.torch import load_file, save_file
 from tiny_model import save_tiny_model, tiny_llama_config
 from transformers import LlamaConfig
 
-from dist_qft.assemble import assemble, plan_trainables
+from dist_qft.assemble import assemble
 from dist_qft.base_model.load import load_base
 from dist_qft.base_model.skeleton import build_skeleton
 from dist_qft.base_model.sources import SafetensorsSource
 from dist_qft.config.schema import ModelConfig, QuantizationConfig, RunConfig
 from dist_qft.errors import CorruptFileError, DistQFTError, Preempted, UserError
+from dist_qft.methods.plans import plan_trainables
 from dist_qft.preemption import StopSignal
 from dist_qft.sharding.engine import make_engine, parameter_owners
 

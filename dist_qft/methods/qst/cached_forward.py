@@ -8,7 +8,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from dist_qft.data.batches import MicroBatch
-from dist_qft.forward import Forward
+from dist_qft.methods.forward import Forward
 from dist_qft.methods.qst.hidden_cache import HiddenCache
 from dist_qft.methods.qst.network import SideNetwork
 
