@@ -19,7 +19,7 @@ from dist_qft.checkpoint import TRAINER_STATE, Checkpoint, list_checkpoints
 from dist_qft.config.schema import ModelConfig, ShardingConfig
 from dist_qft.errors import UserError
 from dist_qft.generate import answer
-from dist_qft.methods.attach import AdapterSet
+from dist_qft.methods.adapters.attach import AdapterSet
 from dist_qft.sharding.engine import make_engine
 from dist_qft.trained import config_of, find_checkpoint, open_trained
 from dist_qft.world import World, connect

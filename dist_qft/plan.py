@@ -20,9 +20,9 @@ from dist_qft.assemble import compute_dtype
 from dist_qft.base_model.skeleton import BaseModel, build_skeleton
 from dist_qft.config.check import accumulation_steps, config_warnings
 from dist_qft.config.schema import RunConfig, TrainConfig
+from dist_qft.methods.adapters.schedule import LinearShape, TileSettings, layer_type
 from dist_qft.methods.plans import linear_shapes, plan_trainables
 from dist_qft.methods.qst.plan import SidePlan
-from dist_qft.methods.schedule import LinearShape, TileSettings, layer_type
 from dist_qft.quant.contract import Format
 from dist_qft.quant.frozen import FrozenWeight
 from dist_qft.sharding.engine import parameter_owners

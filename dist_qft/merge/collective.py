@@ -21,7 +21,7 @@ from dist_qft.memory import return_freed_memory
 from dist_qft.merge.difference import Difference
 from dist_qft.merge.merged_weight import require_finite
 from dist_qft.merge.recipe import Recipe
-from dist_qft.methods.folding import folded, folding_tensor
+from dist_qft.methods.adapters.exact_fold import folded, folding_tensor
 from dist_qft.preemption import StopSignal
 from dist_qft.publish import publishing, refused_write
 from dist_qft.quant.frozen import FrozenWeight

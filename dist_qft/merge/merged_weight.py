@@ -1,7 +1,7 @@
-"""Adding an adapter to a layer's own weight: dW by rows, the inexact merges, and how far results are from exact sums.
+"""Arithmetic on one layer: its weight plus the adapter's dW by rows, and the merges that round.
 
-The exact fold itself is `dist_qft.methods.folding`. Here is arithmetic on one layer; which rank holds which rows, and
-where results go, is `collective` and the writers.
+The exact fold is `dist_qft.methods.adapters.exact_fold`. Which rank holds which rows, and where results go, is
+`collective` and the writers.
 """
 
 from collections.abc import Iterator, Mapping
@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from dist_qft.errors import UserError
-from dist_qft.methods.folding import tile_rows
-from dist_qft.methods.tile_adapter import TileAdapter
+from dist_qft.methods.adapters.exact_fold import tile_rows
+from dist_qft.methods.adapters.tile_adapter import TileAdapter
 from dist_qft.quant.contract import Format, Shape, row_chunks
 
 

@@ -10,8 +10,8 @@ import torch
 from dist_qft.base_model.skeleton import BaseModel
 from dist_qft.config.schema import MergeTarget, QuantizationConfig, RunConfig
 from dist_qft.errors import UserError
-from dist_qft.methods.folding import folding_obstacle
-from dist_qft.methods.schedule import TileSettings
+from dist_qft.methods.adapters.exact_fold import folding_obstacle
+from dist_qft.methods.adapters.schedule import TileSettings
 from dist_qft.quant.affine4 import Affine4
 from dist_qft.quant.contract import Format
 from dist_qft.quant.formats import linear_format

@@ -28,8 +28,8 @@ from dist_qft.merge.writers.dense import DenseForm
 from dist_qft.merge.writers.folder import FolderWriter
 from dist_qft.merge.writers.peft import PeftWriter, lora_difference, lora_twin
 from dist_qft.merge.writers.quantized import PackedForm
-from dist_qft.methods.adapter_plan import AdapterPlan, stored_adapters
-from dist_qft.methods.schedule import TileSettings
+from dist_qft.methods.adapters.adapter_plan import AdapterPlan, stored_adapters
+from dist_qft.methods.adapters.schedule import TileSettings
 from dist_qft.preemption import StopSignal
 from dist_qft.run_inputs import RunInputs
 from dist_qft.trained import config_of, find_checkpoint

@@ -16,7 +16,7 @@ from dist_qft.merge.difference import Difference
 from dist_qft.merge.merged_weight import merged_weight
 from dist_qft.merge.probe import LogitDifference, compare_logits, logits_of
 from dist_qft.merge.writers.peft import lora_difference, read_lora
-from dist_qft.methods.folding import folded, folding_tensor
+from dist_qft.methods.adapters.exact_fold import folded, folding_tensor
 from dist_qft.world import World, connect, device_for
 
 _RELATIVE = 0.05  # another machine or thread count sums in another order

@@ -4,10 +4,10 @@ from dist_qft.base_model.skeleton import BaseModel
 from dist_qft.checkpoint import Checkpoint
 from dist_qft.config.schema import RunConfig
 from dist_qft.errors import UserError
-from dist_qft.methods.adapter_plan import AdapterPlan, stored_adapters
-from dist_qft.methods.folding import folding_obstacle
+from dist_qft.methods.adapters.adapter_plan import AdapterPlan, stored_adapters
+from dist_qft.methods.adapters.exact_fold import folding_obstacle
+from dist_qft.methods.adapters.schedule import LinearShape, plan_adapters
 from dist_qft.methods.qst.plan import SidePlan, plan_side_network, stored_side_network
-from dist_qft.methods.schedule import LinearShape, plan_adapters
 from dist_qft.methods.trainable import Plan
 
 

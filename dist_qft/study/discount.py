@@ -11,7 +11,7 @@ from itertools import groupby
 from typing import Any, Literal
 
 from dist_qft.errors import UserError
-from dist_qft.methods.schedule import LinearShape, TileSettings, layer_type
+from dist_qft.methods.adapters.schedule import LinearShape, TileSettings, layer_type
 from dist_qft.study.groups import Group, trainables_of
 
 # Of the reference's trainables. Rows of one discount then differ by twice that at most: 1 percent.

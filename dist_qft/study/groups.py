@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from dist_qft.errors import UserError
-from dist_qft.methods.schedule import LinearShape, TileSettings, layer_group, layer_type
+from dist_qft.methods.adapters.schedule import LinearShape, TileSettings, layer_group, layer_type
 
 TYPES = ("attention", "mlp")
 THIRDS = ("early", "middle", "late")

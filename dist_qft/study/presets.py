@@ -10,7 +10,7 @@ from typing import Any
 
 from dist_qft.config.schema import MethodConfig
 from dist_qft.errors import UserError
-from dist_qft.methods.schedule import LinearShape, TileSettings
+from dist_qft.methods.adapters.schedule import LinearShape, TileSettings
 from dist_qft.study.discount import discount_rules
 from dist_qft.study.groups import Group, depth_groups, group_named
 from dist_qft.study.settings import EqualDiscount, Preset, TypePreset

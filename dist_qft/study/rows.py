@@ -19,7 +19,7 @@ from dist_qft.base_model.skeleton import BaseModel, build_skeleton
 from dist_qft.config.load import change_config
 from dist_qft.config.schema import RunConfig
 from dist_qft.errors import UserError
-from dist_qft.methods.adapter_plan import AdapterPlan
+from dist_qft.methods.adapters.adapter_plan import AdapterPlan
 from dist_qft.methods.plans import linear_shapes, plan_trainables
 from dist_qft.methods.trainable import Plan
 from dist_qft.plan import planned_device

@@ -19,7 +19,7 @@ from dist_qft.data.prepare import prepare
 from dist_qft.evaluate import held_out_loss
 from dist_qft.loaded import open_tuned
 from dist_qft.merge.probe import as_written, compare_logits, logits_of, probe_ids
-from dist_qft.methods.folding import folded, folding_tensor
+from dist_qft.methods.adapters.exact_fold import folded, folding_tensor
 from dist_qft.quant.formats import linear_format
 from dist_qft.sharding.engine import make_engine
 from dist_qft.task import CausalLM

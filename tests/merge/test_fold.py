@@ -11,9 +11,9 @@ from dist_qft.errors import UserError
 from dist_qft.merge.difference import Difference
 from dist_qft.merge.merged_weight import merged_weight, require_finite, update_rows
 from dist_qft.merge.probe import as_written
-from dist_qft.methods.folding import folded, folding_obstacle, tile_rows
-from dist_qft.methods.schedule import TileSettings
-from dist_qft.methods.tile_adapter import TileAdapter, exact_dW, tile_values
+from dist_qft.methods.adapters.exact_fold import folded, folding_obstacle, tile_rows
+from dist_qft.methods.adapters.schedule import TileSettings
+from dist_qft.methods.adapters.tile_adapter import TileAdapter, exact_dW, tile_values
 from dist_qft.quant import contract, frozen
 from dist_qft.quant.affine4 import Affine4
 from dist_qft.quant.dense import Dense

@@ -49,7 +49,7 @@ def test_only_m_fields_of_adapted_tensors_change(pools, make_run, tiny_gguf, tmp
 
 def test_zeros_are_the_old_ones_plus_dW(merged, tiny_gguf, gguf_run):
     """By gguf's reader, the permutation of q and k undone here; dW by the adapters' own float64 formula."""
-    from dist_qft.methods.tile_adapter import tile_values
+    from dist_qft.methods.adapters.tile_adapter import tile_values
 
     path, certificate = merged
     before, after = tensors_of(tiny_gguf), tensors_of(path)

@@ -12,8 +12,8 @@ import dist_qft
 from dist_qft.errors import UserError
 from dist_qft.merge.recipe import lora_rank, require_low_rank
 from dist_qft.merge.writers.peft import equal_lora
-from dist_qft.methods.schedule import TileSettings
-from dist_qft.methods.tile_adapter import TileAdapter, exact_dW
+from dist_qft.methods.adapters.schedule import TileSettings
+from dist_qft.methods.adapters.tile_adapter import TileAdapter, exact_dW
 
 IDS = torch.tensor([[5, 40, 77, 120, 33, 9, 201, 60, 12, 300]])
 NF4 = {"linear": "nf4", "block": [64]}

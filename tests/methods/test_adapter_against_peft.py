@@ -7,9 +7,9 @@ import torch
 from torch import nn
 
 from dist_qft.config.schema import MethodConfig
-from dist_qft.methods.attach import AdapterSet
-from dist_qft.methods.schedule import LinearShape, TileSettings, plan_adapters
-from dist_qft.methods.tile_adapter import lora_factors
+from dist_qft.methods.adapters.attach import AdapterSet
+from dist_qft.methods.adapters.schedule import LinearShape, TileSettings, plan_adapters
+from dist_qft.methods.adapters.tile_adapter import lora_factors
 
 D_IN, D_OUT, RANK, ALPHA = 128, 64, 4, 10.0
 

@@ -9,7 +9,7 @@ import pytest
 from dist_qft.config.factors import effective, method_defaults
 from dist_qft.config.schema import MethodConfig, ScheduleRule
 from dist_qft.errors import UserError
-from dist_qft.methods.schedule import LinearShape, TileSettings, plan_adapters
+from dist_qft.methods.adapters.schedule import LinearShape, TileSettings, plan_adapters
 
 # name: (in_features, out_features)
 LLAMA_7B = {
@@ -267,5 +267,5 @@ def test_damaged_settings_are_refused(changes, message):
 
 def test_planning_needs_no_torch():
     """`validate` plans from a config.json alone and must start quickly."""
-    code = "import sys, dist_qft.methods.schedule; sys.exit('torch' in sys.modules)"
+    code = "import sys, dist_qft.methods.adapters.schedule; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -6,7 +6,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from dist_qft.config.schema import MethodConfig
-from dist_qft.methods.schedule import LinearShape, layer_group, plan_adapters
+from dist_qft.methods.adapters.schedule import LinearShape, layer_group, plan_adapters
 
 FAMILIES = {
     "llama": {},

@@ -6,9 +6,9 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from dist_qft.errors import UserError
-from dist_qft.methods.attach import AdapterSet
-from dist_qft.methods.schedule import TileSettings
-from dist_qft.methods.tile_adapter import TileAdapter, exact_dW
+from dist_qft.methods.adapters.attach import AdapterSet
+from dist_qft.methods.adapters.schedule import TileSettings
+from dist_qft.methods.adapters.tile_adapter import TileAdapter, exact_dW
 
 WIDTH = 16
 PATHS = ["layers.0.self_attn.q_proj", "layers.0.mlp.up_proj", "layers.1.self_attn.q_proj", "layers.1.mlp.up_proj"]

@@ -10,10 +10,10 @@ from whole_runs import train
 
 from dist_qft.config.load import load_config
 from dist_qft.errors import UserError
-from dist_qft.methods.attach import AdapterSet
-from dist_qft.methods.folding import folded
-from dist_qft.methods.schedule import TileSettings
-from dist_qft.methods.tile_adapter import TileAdapter, tile_values
+from dist_qft.methods.adapters.attach import AdapterSet
+from dist_qft.methods.adapters.exact_fold import folded
+from dist_qft.methods.adapters.schedule import TileSettings
+from dist_qft.methods.adapters.tile_adapter import TileAdapter, tile_values
 from dist_qft.quant.affine4 import Affine4
 from dist_qft.quant.frozen import FrozenLinear
 

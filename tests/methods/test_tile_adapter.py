@@ -10,9 +10,9 @@ from torch import nn
 from torch.nn import functional as F
 
 from dist_qft.errors import UserError
-from dist_qft.methods.schedule import TileSettings
-from dist_qft.methods.tile_adapter import TileAdapter, exact_dW, lora_factors, tile_values
-from dist_qft.methods.tiles import add_repeated, sum_neighbours
+from dist_qft.methods.adapters.schedule import TileSettings
+from dist_qft.methods.adapters.tile_adapter import TileAdapter, exact_dW, lora_factors, tile_values
+from dist_qft.methods.adapters.tiles import add_repeated, sum_neighbours
 
 D_IN, D_OUT, RANK, ALPHA = 32, 48, 3, 5.0
 METHODS = {

@@ -6,7 +6,7 @@ import pytest
 
 from dist_qft.config.schema import MethodConfig
 from dist_qft.errors import UserError
-from dist_qft.methods.schedule import LinearShape, plan_adapters
+from dist_qft.methods.adapters.schedule import LinearShape, plan_adapters
 from dist_qft.study.discount import discount_rules
 from dist_qft.study.groups import depth_groups, group_named, kept_shares
 

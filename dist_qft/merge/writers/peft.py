@@ -17,10 +17,10 @@ from torch import Tensor
 from dist_qft.errors import CorruptFileError
 from dist_qft.merge.difference import Difference
 from dist_qft.merge.writers.safetensors_folder import SafetensorsFolder
-from dist_qft.methods.attach import AdapterSet
-from dist_qft.methods.folding import tile_rows
-from dist_qft.methods.schedule import TileSettings
-from dist_qft.methods.tile_adapter import TileAdapter, lora_factors
+from dist_qft.methods.adapters.attach import AdapterSet
+from dist_qft.methods.adapters.exact_fold import tile_rows
+from dist_qft.methods.adapters.schedule import TileSettings
+from dist_qft.methods.adapters.tile_adapter import TileAdapter, lora_factors
 
 CONFIG_FILE = "adapter_config.json"
 _STEM = "adapter_model"

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from dist_qft.divisors import either
-from dist_qft.methods.schedule import TileSettings
-from dist_qft.methods.tile_adapter import TileAdapter
+from dist_qft.methods.adapters.schedule import TileSettings
+from dist_qft.methods.adapters.tile_adapter import TileAdapter
 from dist_qft.quant.affine4 import Affine4
 from dist_qft.quant.contract import Format
 from dist_qft.quant.dense import Dense

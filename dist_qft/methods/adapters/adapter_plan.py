@@ -3,8 +3,8 @@
 from collections.abc import Mapping
 from typing import Any
 
-from dist_qft.methods.attach import AdapterSet
-from dist_qft.methods.schedule import TileSettings
+from dist_qft.methods.adapters.attach import AdapterSet
+from dist_qft.methods.adapters.schedule import TileSettings
 
 
 class AdapterPlan(dict[str, TileSettings]):

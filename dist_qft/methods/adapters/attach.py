@@ -14,9 +14,9 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from dist_qft.errors import UserError
-from dist_qft.methods.folding import with_folded_zeros
-from dist_qft.methods.schedule import TileSettings
-from dist_qft.methods.tile_adapter import TileAdapter
+from dist_qft.methods.adapters.exact_fold import with_folded_zeros
+from dist_qft.methods.adapters.schedule import TileSettings
+from dist_qft.methods.adapters.tile_adapter import TileAdapter
 from dist_qft.methods.trainable import HookedTrainables
 from dist_qft.quant.contract import Format
 from dist_qft.quant.frozen import FrozenLinear

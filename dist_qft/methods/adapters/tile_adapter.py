@@ -18,8 +18,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from dist_qft.errors import UserError
-from dist_qft.methods.schedule import TileSettings
-from dist_qft.methods.tiles import add_repeated, sum_neighbours
+from dist_qft.methods.adapters.schedule import TileSettings
+from dist_qft.methods.adapters.tiles import add_repeated, sum_neighbours
 
 
 class TileAdapter(nn.Module):
