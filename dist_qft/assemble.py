@@ -14,7 +14,6 @@ from dist_qft.base_model.skeleton import BaseModel
 from dist_qft.base_model.sources import TensorSource
 from dist_qft.base_model.weight_files import open_source
 from dist_qft.checkpoint import Checkpoint
-from dist_qft.collectives import agreed
 from dist_qft.config.deepspeed_file import read_zero_options
 from dist_qft.config.schema import RunConfig
 from dist_qft.data.dataset import TokenDataset
@@ -25,7 +24,8 @@ from dist_qft.methods.qst.cached_forward import CachedForward
 from dist_qft.methods.qst.hidden_cache import CacheLayout, HiddenCache, require_space
 from dist_qft.methods.qst.pruning import start_from_base
 from dist_qft.methods.trainable import Plan, TrainableSet
-from dist_qft.preemption import StopSignal
+from dist_qft.ranks.collectives import agreed
+from dist_qft.ranks.preemption import StopSignal
 from dist_qft.sharding.engine import Engine, make_engine
 from dist_qft.task import Task, head_outputs, make_task
 
@@ -51,13 +51,6 @@ class Assembled:
         of_task = {name: tensors[name] for name, _ in self.task.named_tensors() if name in tensors}
         self.task.load_tensors(of_task)
         self.adapters.load_tensors({name: tensor for name, tensor in tensors.items() if name not in of_task})
-
-
-def compute_dtype(setting: str, device: torch.device) -> torch.dtype:
-    """The dtype of activations: `auto` is bfloat16 on CUDA and float32 on CPUs (most have no bf16 units)."""
-    if setting == "auto":
-        return torch.bfloat16 if device.type == "cuda" else torch.float32
-    return {"float32": torch.float32, "bfloat16": torch.bfloat16}[setting]
 
 
 def start_fresh(config: RunConfig, parts: Assembled) -> None:

@@ -58,13 +58,13 @@ def train(
     settings = _load(config, overrides)
     if dry_run:
         from dist_qft.plan import make_plan, print_plan
-        from dist_qft.world import World
+        from dist_qft.ranks.world import World
 
         world = World.from_environment(os.environ)
         if world.rank == 0:
             print_plan(make_plan(settings, world.world_size))
         return
-    from dist_qft.preemption import StopSignal
+    from dist_qft.ranks.preemption import StopSignal
 
     with StopSignal() as stop:  # before the imports below, which take seconds
         from dist_qft.train import run_training
@@ -236,7 +236,7 @@ def report(error: DistQFTError) -> None:
     clear that rank away with the message unsaid. The launcher's SIGTERM ends the wait; without one they speak, too.
     """
     if error.rank_prefix is None and _local_rank() != "0":
-        from dist_qft.preemption import StopSignal
+        from dist_qft.ranks.preemption import StopSignal
 
         if StopSignal.arrived:  # the launcher clears ranks away: the first one has spoken
             return

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch.distributed as dist
 from torch import Tensor
 
-from dist_qft.collectives import all_gather_flat
+from dist_qft.ranks.collectives import all_gather_flat
 
 
 @dataclass(frozen=True)

@@ -5,10 +5,11 @@ import torch.distributed as dist
 from transformers import PreTrainedTokenizerBase
 
 from dist_qft.base_model.skeleton import BaseModel
-from dist_qft.collectives import told_by
 from dist_qft.errors import UserError
+from dist_qft.ranks.collectives import told_by
+from dist_qft.ranks.device import device_for
+from dist_qft.ranks.world import World, connect
 from dist_qft.trained import config_of, find_checkpoint, open_trained
-from dist_qft.world import World, connect, device_for
 
 
 @torch.no_grad()

@@ -11,12 +11,10 @@ from collections import Counter
 from collections.abc import Iterable
 from typing import Any
 
-import torch
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from dist_qft.assemble import compute_dtype
 from dist_qft.base_model.skeleton import BaseModel, build_skeleton
 from dist_qft.config.check import accumulation_steps, config_warnings
 from dist_qft.config.schema import RunConfig, TrainConfig
@@ -25,6 +23,7 @@ from dist_qft.methods.plans import linear_shapes, plan_trainables
 from dist_qft.methods.qst.plan import SidePlan
 from dist_qft.quant.contract import Format
 from dist_qft.quant.frozen import FrozenWeight
+from dist_qft.ranks.device import compute_dtype, planned_device
 from dist_qft.sharding.engine import parameter_owners
 from dist_qft.task import head_outputs
 
@@ -52,7 +51,7 @@ def make_plan(config: RunConfig, world_size: int) -> dict[str, Any]:
             or a batch that does not divide over the ranks.
     """
     accumulation = accumulation_steps(config, world_size)
-    dtype = compute_dtype(config.train.precision, planned_device(config))
+    dtype = compute_dtype(config.train.precision, planned_device(config.sharding.device))
     base = build_skeleton(config.model, config.quantization, dtype)
     trainables = plan_trainables(config, base)
     if isinstance(trainables, SidePlan):
@@ -112,14 +111,6 @@ def print_plan(plan: dict[str, Any], *, as_json: bool = False) -> None:
     console.print(_rows_table("base", plan["base_formats"]))
     for warning in plan["warnings"]:
         console.print(f"warning: {warning}", markup=False, soft_wrap=True)
-
-
-def planned_device(config: RunConfig) -> torch.device:
-    """The device the run would use; unlike the run's own choice, a plan for GPUs needs none."""
-    setting = config.sharding.device
-    if setting == "auto":
-        setting = "cuda" if torch.cuda.is_available() else "cpu"
-    return torch.device(setting)
 
 
 def _base_tensors(base: BaseModel) -> list[Tensor]:

@@ -16,9 +16,9 @@ from dist_qft.config.schema import RunConfig
 from dist_qft.data.prepare import Prepared
 from dist_qft.merge.recipe import Recipe
 from dist_qft.methods.trainable import Plan
+from dist_qft.ranks.world import World
 from dist_qft.sharding.engine import Engine
 from dist_qft.summary import summarized_steps
-from dist_qft.world import World
 
 
 @dataclass(frozen=True)

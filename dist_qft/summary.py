@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING
 import torch
 
 from dist_qft.checkpoint import Checkpoint
-from dist_qft.collectives import maximum
 from dist_qft.monitor import EVENTS_FOLDER
 from dist_qft.publish import write_text
+from dist_qft.ranks.collectives import maximum
 
 if TYPE_CHECKING:
     from dist_qft.training_run import TrainingRun

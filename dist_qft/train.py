@@ -11,35 +11,28 @@ from pathlib import Path
 
 import torch
 
-from dist_qft.assemble import (
-    assemble,
-    attach_trainables,
-    check_adapter,
-    check_cache,
-    check_fingerprint,
-    compute_dtype,
-    start_fresh,
-)
+from dist_qft.assemble import assemble, attach_trainables, check_adapter, check_cache, check_fingerprint, start_fresh
 from dist_qft.base_model.load import check_names
 from dist_qft.base_model.skeleton import build_skeleton
 from dist_qft.base_model.tokenizer import load_tokenizer
 from dist_qft.base_model.weight_files import open_source
 from dist_qft.checkpoint import require_space, require_writable
-from dist_qft.collectives import require_agreement, told_by
 from dist_qft.config.check import accumulation_steps, config_warnings
 from dist_qft.config.schema import RunConfig
-from dist_qft.crash import crash_report
 from dist_qft.data.prepare import prepare
 from dist_qft.errors import UserError
 from dist_qft.merge.recipe import require_free
 from dist_qft.merge.run import merge_at_end, recipe_at_end
 from dist_qft.methods.plans import plan_trainables
 from dist_qft.methods.trainable import Plan
-from dist_qft.preemption import StopSignal
+from dist_qft.ranks.collectives import require_agreement, told_by
+from dist_qft.ranks.crash import crash_report
+from dist_qft.ranks.device import compute_dtype, device_for
+from dist_qft.ranks.preemption import StopSignal
+from dist_qft.ranks.world import World, connect
 from dist_qft.resume import changed_settings, check_trajectory, choose_checkpoint, resume_after_restart
 from dist_qft.run_inputs import LoadedBase, RunInputs
 from dist_qft.training_run import TrainingRun
-from dist_qft.world import World, connect, device_for
 
 
 def run_training(config: RunConfig, resume: str | None = None, stop: StopSignal | None = None) -> None:

@@ -9,7 +9,6 @@ import torch.distributed as dist
 
 from dist_qft.assemble import Assembled, adapter_config, make_forward
 from dist_qft.checkpoint import BaseEvaluation, TrainerState
-from dist_qft.collectives import SideGroup
 from dist_qft.config.load import CONFIG_FILE, save_config
 from dist_qft.data.batches import Batches, eval_batches
 from dist_qft.errors import Preempted, SetupError
@@ -19,7 +18,8 @@ from dist_qft.generate import answer
 from dist_qft.manifest import remove_leftovers
 from dist_qft.monitor import Monitor
 from dist_qft.optimizer import load_optimizer_tensors, make_optimizer, optimizer_tensors
-from dist_qft.preemption import StopSignal
+from dist_qft.ranks.collectives import SideGroup
+from dist_qft.ranks.preemption import StopSignal
 from dist_qft.resume import chain_samples
 from dist_qft.run_inputs import RunInputs
 from dist_qft.saving import Saver

@@ -21,7 +21,7 @@ from torch import nn
 from whole_runs import pool_world
 
 from dist_qft.config.schema import RunConfig
-from dist_qft.preemption import StopSignal
+from dist_qft.ranks.preemption import StopSignal
 from dist_qft.train import execute_run, gather_inputs
 from dist_qft.training_run import TrainingRun
 

@@ -16,10 +16,10 @@ import torch
 
 from dist_qft.assemble import assemble
 from dist_qft.config.load import load_config
-from dist_qft.preemption import StopSignal
+from dist_qft.ranks.preemption import StopSignal
+from dist_qft.ranks.world import World, connect
 from dist_qft.train import gather_inputs
 from dist_qft.training_run import TrainingRun
-from dist_qft.world import World, connect
 
 STEPS = 10
 

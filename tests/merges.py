@@ -19,7 +19,7 @@ from dist_qft.merge.collective import write_result
 from dist_qft.merge.recipe import MergeRequest
 from dist_qft.merge.run import execute_merge, gather_inputs
 from dist_qft.methods.plans import plan_trainables
-from dist_qft.preemption import StopSignal
+from dist_qft.ranks.preemption import StopSignal
 from dist_qft.trained import find_checkpoint
 
 # A config's sections for adapters that merge exactly into a GGUF file.

@@ -10,8 +10,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from dist_qft.collectives import agreed, maximum, require_agreement, told_by
 from dist_qft.errors import DistQFTError, NumericError, PeerLostError, UserError
+from dist_qft.ranks.collectives import agreed, maximum, require_agreement, told_by
 
 CPU = torch.device("cpu")
 

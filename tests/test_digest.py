@@ -5,8 +5,8 @@ from itertools import pairwise
 import pytest
 import torch
 
-from dist_qft import digest
-from dist_qft.digest import positional_digest
+from dist_qft.ranks import digest
+from dist_qft.ranks.digest import positional_digest
 
 DTYPES = [torch.uint8, torch.int8, torch.float16, torch.bfloat16, torch.float32, torch.int64, torch.float64]
 WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}

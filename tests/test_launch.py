@@ -38,7 +38,7 @@ if what in ("place", "train"):
     say("rank", rank, "of", os.environ["WORLD_SIZE"])
 elif what == "meet":
     import torch, torch.distributed as dist
-    from dist_qft.world import World, connect, device_for
+    from dist_qft.ranks.world import World, connect, device_for
     world = World.from_environment()
     with connect(world, device_for(world, "cpu"), timeout_seconds=60):
         total = torch.tensor([10.0 ** world.rank])
@@ -46,7 +46,7 @@ elif what == "meet":
         say(world.launcher, world.single_node, total.item(), os.environ["OMP_NUM_THREADS"], sys.argv[2:])
 elif what == "fail":
     import torch, torch.distributed as dist
-    from dist_qft.world import World, connect
+    from dist_qft.ranks.world import World, connect
     code = 4
     with connect(World.from_environment(), torch.device("cpu"), timeout_seconds=60), contextlib.suppress(RuntimeError):
         dist.barrier()

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 from ranks import RankPool
 
-from dist_qft import mpi
-from dist_qft.collectives import SideGroup
 from dist_qft.errors import PeerLostError, UserError
+from dist_qft.ranks import mpi
+from dist_qft.ranks.collectives import SideGroup
 
 REPOSITORY = Path(__file__).parent.parent
 PROGRAMS = Path(sys.prefix)
@@ -21,7 +21,7 @@ OPENMPI = {"OMPI_COMM_WORLD_RANK": "1", "OMPI_COMM_WORLD_SIZE": "2"}
 
 RANKS = """
 import os, sys, time
-from dist_qft import mpi
+from dist_qft.ranks import mpi
 from dist_qft.errors import PeerLostError
 
 env = mpi.with_meeting_point(os.environ)

@@ -8,10 +8,10 @@ import torch.distributed as dist
 
 from dist_qft.checkpoint import ADAPTER_MODEL, list_checkpoints
 from dist_qft.config.schema import RunConfig
-from dist_qft.preemption import StopSignal
+from dist_qft.ranks.preemption import StopSignal
+from dist_qft.ranks.world import World
 from dist_qft.train import execute_run, gather_inputs
 from dist_qft.training_run import TrainingRun
-from dist_qft.world import World
 
 
 def pool_world() -> World:

@@ -18,11 +18,11 @@ from dist_qft.base_model.bitsandbytes_folder import is_nf4
 from dist_qft.base_model.family import check_logits, disable_dropout, logit_map, packed_mask
 from dist_qft.base_model.head import OutputHead
 from dist_qft.base_model.weight_files import check_stored_formats, packed_source
-from dist_qft.collectives import agreed
 from dist_qft.config.schema import ModelConfig, QuantizationConfig
 from dist_qft.errors import UserError
 from dist_qft.quant.formats import Format, embedding_format, linear_format
 from dist_qft.quant.frozen import FrozenEmbedding, FrozenLinear
+from dist_qft.ranks.collectives import agreed
 from dist_qft.sharding.engine import Units
 
 

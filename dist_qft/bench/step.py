@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from dist_qft.assemble import Assembled, assemble, compute_dtype
+from dist_qft.assemble import Assembled, assemble
 from dist_qft.base_model.skeleton import build_skeleton
 from dist_qft.bench.batches import micro_batch, random_ids
 from dist_qft.bench.measuring import Memory, measure_steps
@@ -25,7 +25,8 @@ from dist_qft.config.schema import RunConfig
 from dist_qft.methods.forward import BaseForward
 from dist_qft.methods.plans import plan_trainables
 from dist_qft.optimizer import make_optimizer
-from dist_qft.preemption import StopSignal
+from dist_qft.ranks.device import compute_dtype
+from dist_qft.ranks.preemption import StopSignal
 from dist_qft.train_step import REPORT_SIZE, train_step
 from dist_qft.trainables import Trainables
 

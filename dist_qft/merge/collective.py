@@ -15,16 +15,16 @@ from torch import Tensor
 
 from dist_qft.assemble import Assembled
 from dist_qft.base_model.skeleton import BaseModel
-from dist_qft.collectives import agreed, maximum
 from dist_qft.errors import DistQFTError, Preempted, SetupError
 from dist_qft.memory import return_freed_memory
 from dist_qft.merge.difference import Difference
 from dist_qft.merge.merged_weight import require_finite
 from dist_qft.merge.recipe import Recipe
 from dist_qft.methods.adapters.exact_fold import folded, folding_tensor
-from dist_qft.preemption import StopSignal
 from dist_qft.publish import publishing, refused_write
 from dist_qft.quant.frozen import FrozenWeight
+from dist_qft.ranks.collectives import agreed, maximum
+from dist_qft.ranks.preemption import StopSignal
 
 
 class Writer(Protocol):

@@ -10,11 +10,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from dist_qft.assemble import Assembled, assemble, check_fingerprint, compute_dtype
+from dist_qft.assemble import Assembled, assemble, check_fingerprint
 from dist_qft.base_model.skeleton import BaseModel, build_skeleton
 from dist_qft.base_model.tokenizer import load_tokenizer
 from dist_qft.checkpoint import ADAPTER_MODEL, TRAINER_STATE, Checkpoint
-from dist_qft.collectives import require_agreement, told_by
 from dist_qft.config.check import merge_obstacle
 from dist_qft.config.schema import MergeTarget, RunConfig
 from dist_qft.errors import CorruptFileError, UserError
@@ -30,10 +29,12 @@ from dist_qft.merge.writers.peft import PeftWriter, lora_difference, lora_twin
 from dist_qft.merge.writers.quantized import PackedForm
 from dist_qft.methods.adapters.adapter_plan import AdapterPlan, stored_adapters
 from dist_qft.methods.adapters.schedule import TileSettings
-from dist_qft.preemption import StopSignal
+from dist_qft.ranks.collectives import require_agreement, told_by
+from dist_qft.ranks.device import compute_dtype, device_for
+from dist_qft.ranks.preemption import StopSignal
+from dist_qft.ranks.world import World, connect
 from dist_qft.run_inputs import RunInputs
 from dist_qft.trained import config_of, find_checkpoint
-from dist_qft.world import World, connect, device_for
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,8 @@ from dist_qft.merge.merged_weight import merged_weight
 from dist_qft.merge.probe import LogitDifference, compare_logits, logits_of
 from dist_qft.merge.writers.peft import lora_difference, read_lora
 from dist_qft.methods.adapters.exact_fold import folded, folding_tensor
-from dist_qft.world import World, connect, device_for
+from dist_qft.ranks.device import device_for
+from dist_qft.ranks.world import World, connect
 
 _RELATIVE = 0.05  # another machine or thread count sums in another order
 _OF_LARGEST = 1e-4  # of the largest logit

@@ -13,8 +13,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from dist_qft.collectives import agreed
 from dist_qft.errors import UserError
+from dist_qft.ranks.collectives import agreed
 
 
 @dataclass(frozen=True)

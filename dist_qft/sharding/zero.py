@@ -29,9 +29,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from dist_qft.collectives import agreed
 from dist_qft.errors import UserError
 from dist_qft.memory import return_freed_memory_between
+from dist_qft.ranks.collectives import agreed
 from dist_qft.sharding.engine import Traffic, Units, called_as_head, parameter_owners
 
 AllGather = Callable[..., Any]

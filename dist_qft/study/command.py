@@ -6,10 +6,10 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from dist_qft.errors import UserError
+from dist_qft.ranks.world import World
 from dist_qft.study.rows import Row, expand
 from dist_qft.study.run import outcome_of, require_data, run_in_processes, run_rows
 from dist_qft.study.settings import Study, load_study
-from dist_qft.world import World
 
 REPORT_PACKAGES = ("matplotlib", "scipy")
 

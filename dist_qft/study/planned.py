@@ -13,11 +13,10 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from dist_qft.assemble import compute_dtype
 from dist_qft.base_model.skeleton import BaseModel, build_skeleton
 from dist_qft.config.schema import RunConfig
-from dist_qft.plan import planned_device
 from dist_qft.quant.frozen import FrozenLinear
+from dist_qft.ranks.device import compute_dtype, planned_device
 from dist_qft.study.groups import THIRDS, TYPES
 from dist_qft.study.results import Outcome, collect
 from dist_qft.study.rows import Row
@@ -75,7 +74,7 @@ def _time_needed(rows: Sequence[Row], outcomes: Sequence[Outcome]) -> str:
 
 def _estimate(config: RunConfig) -> float:
     """Seconds for the training steps of a run, from one decoder layer's linear layers on one micro-batch."""
-    device = planned_device(config)
+    device = planned_device(config.sharding.device)
     if device.type == "cuda" and not torch.cuda.is_available():
         device = torch.device("cpu")
     base = build_skeleton(config.model, config.quantization, compute_dtype(config.train.precision, device))

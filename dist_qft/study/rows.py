@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 
-from dist_qft.assemble import compute_dtype
 from dist_qft.base_model.skeleton import BaseModel, build_skeleton
 from dist_qft.config.load import change_config
 from dist_qft.config.schema import RunConfig
@@ -22,7 +21,7 @@ from dist_qft.errors import UserError
 from dist_qft.methods.adapters.adapter_plan import AdapterPlan
 from dist_qft.methods.plans import linear_shapes, plan_trainables
 from dist_qft.methods.trainable import Plan
-from dist_qft.plan import planned_device
+from dist_qft.ranks.device import compute_dtype, planned_device
 from dist_qft.study.groups import kept_shares
 from dist_qft.study.presets import REFERENCE, Variant, preset_variants
 from dist_qft.study.settings import Study, axis_labels
@@ -168,7 +167,7 @@ class _Skeletons:
         self._known: dict[str, BaseModel] = {}
 
     def get(self, config: RunConfig) -> BaseModel:
-        dtype: torch.dtype = compute_dtype(config.train.precision, planned_device(config))
+        dtype: torch.dtype = compute_dtype(config.train.precision, planned_device(config.sharding.device))
         key = f"{config.model} {config.quantization} {dtype}"
         if key not in self._known:
             self._known[key] = build_skeleton(config.model, config.quantization, dtype)

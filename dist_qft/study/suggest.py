@@ -10,13 +10,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 
-from dist_qft.assemble import compute_dtype
 from dist_qft.base_model.skeleton import build_skeleton
 from dist_qft.config.load import change_config, save_config
 from dist_qft.config.schema import RunConfig
 from dist_qft.errors import SetupError, UserError
 from dist_qft.methods.plans import plan_trainables
-from dist_qft.plan import planned_device
+from dist_qft.ranks.device import compute_dtype, planned_device
 from dist_qft.study.measurements import Estimate, Subject, measure
 from dist_qft.study.presets import REFERENCE, Variant
 from dist_qft.study.results import collect
@@ -63,7 +62,7 @@ def write_suggestions(study: Study, rows: Sequence[Row], budget: int) -> None:
 def _best(subject: Subject, config: RunConfig, budget: int) -> tuple[list[_Change], int, RunConfig]:
     """The combination with the lowest predicted cost within the budget; of equals the smaller."""
     base = build_skeleton(
-        config.model, config.quantization, compute_dtype(config.train.precision, planned_device(config))
+        config.model, config.quantization, compute_dtype(config.train.precision, planned_device(config.sharding.device))
     )
     found = []
     smallest = None

@@ -20,7 +20,7 @@ from dist_qft.base_model.sources import SafetensorsSource
 from dist_qft.config.schema import ModelConfig, QuantizationConfig, RunConfig
 from dist_qft.errors import CorruptFileError, DistQFTError, Preempted, UserError
 from dist_qft.methods.plans import plan_trainables
-from dist_qft.preemption import StopSignal
+from dist_qft.ranks.preemption import StopSignal
 from dist_qft.sharding.engine import make_engine, parameter_owners
 
 CPU = torch.device("cpu")

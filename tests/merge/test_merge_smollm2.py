@@ -20,7 +20,7 @@ from dist_qft.config.schema import RunConfig
 from dist_qft.merge.probe import logits_of, probe_ids
 from dist_qft.merge.recipe import MergeRequest
 from dist_qft.merge.run import gather_inputs, merge
-from dist_qft.preemption import StopSignal
+from dist_qft.ranks.preemption import StopSignal
 
 
 def merged_with_live_logits(config: RunConfig, path: Path) -> tuple[dict, torch.Tensor]:

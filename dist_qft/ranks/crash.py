@@ -21,7 +21,7 @@ from dist_qft.errors import DistQFTError, PeerLostError
 
 CRASH_FOLDER = "crash"
 
-_PACKAGE = Path(__file__).parent
+_PACKAGE = Path(__file__).parents[1]
 
 
 @contextlib.contextmanager

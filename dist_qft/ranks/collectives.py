@@ -8,11 +8,11 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-from dist_qft import mpi
-from dist_qft.crash import last_collective
 from dist_qft.errors import DistQFTError, PeerLostError, UserError
-from dist_qft.neighbours import Neighbours
-from dist_qft.rollcall import RollCall
+from dist_qft.ranks import mpi
+from dist_qft.ranks.crash import last_collective
+from dist_qft.ranks.heartbeat import RollCall
+from dist_qft.ranks.neighbours import Neighbours
 
 # torch 2.12 renamed the call; both move one flat tensor per rank into one output.
 all_gather_flat = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor

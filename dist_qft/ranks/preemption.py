@@ -46,7 +46,7 @@ class StopSignal:
         """Whether any rank was asked to stop. Collective, of one number over the default group's CPU side."""
         import torch
 
-        from dist_qft.collectives import maximum
+        from dist_qft.ranks.collectives import maximum
 
         return maximum(float(self.requested), torch.device("cpu")) > 0
 

@@ -16,8 +16,8 @@ from typing import Literal, NamedTuple
 import torch
 import torch.distributed as dist
 
-from dist_qft import mpi
 from dist_qft.errors import SetupError, UserError
+from dist_qft.ranks import mpi
 
 Launcher = Literal["torchrun", "environment", "openmpi", "mpich", "slurm", "single"]
 
@@ -231,25 +231,6 @@ def _master_port(env: Mapping[str, str]) -> int:
     if job is None:
         return _DEFAULT_PORT
     return 10000 + zlib.crc32(job.encode()) % 20000  # below 32768, where Linux hands out ports of its own accord
-
-
-def device_for(world: World, setting: Literal["auto", "cpu", "cuda"]) -> torch.device:
-    """The device of this rank: its own GPU (index `local_rank`), or the CPU.
-
-    Raises:
-        SetupError: "cuda" without a GPU, or more ranks on this node than GPUs.
-    """
-    gpus = 0 if setting == "cpu" else torch.cuda.device_count()
-    if gpus == 0 and setting == "cuda":
-        raise SetupError("sharding.device: cuda was asked for, but PyTorch finds no CUDA device here; use auto or cpu")
-    if gpus == 0:
-        return torch.device("cpu")
-    if world.local_rank >= gpus:
-        raise SetupError(
-            f"rank {world.rank} is number {world.local_rank + 1} of {world.local_world_size} ranks on this node, which"
-            f" sees {gpus} GPUs: start one rank per GPU, and let every rank see all of them"
-        )
-    return torch.device("cuda", world.local_rank)
 
 
 @contextmanager

@@ -1,0 +1,1 @@
+"""Who the ranks are, how they meet, agree and stop, and how a lost one is noticed."""
