@@ -18,7 +18,6 @@ from dist_qft.config.deepspeed_file import read_zero_options
 from dist_qft.config.schema import RunConfig
 from dist_qft.data.dataset import TokenDataset
 from dist_qft.errors import Preempted, UserError
-from dist_qft.memory import keep_one_heap
 from dist_qft.methods.forward import BaseForward, Forward
 from dist_qft.methods.qst.cached_forward import CachedForward
 from dist_qft.methods.qst.hidden_cache import CacheLayout, HiddenCache, require_space
@@ -26,7 +25,9 @@ from dist_qft.methods.qst.pruning import start_from_base
 from dist_qft.methods.trainable import Plan, TrainableSet
 from dist_qft.ranks.collectives import agreed
 from dist_qft.ranks.preemption import StopSignal
-from dist_qft.sharding.engine import Engine, make_engine
+from dist_qft.sharding.engine import Engine
+from dist_qft.sharding.engines import make_engine
+from dist_qft.sharding.host_memory import keep_one_heap
 from dist_qft.task import Task, head_outputs, make_task
 
 # Measured on CPUs: with 64 the step takes 5 % more time and 100 MiB more (docs/performance.md).

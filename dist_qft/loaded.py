@@ -22,7 +22,7 @@ from dist_qft.generate import answer
 from dist_qft.methods.adapters.attach import AdapterSet
 from dist_qft.ranks.device import compute_dtype
 from dist_qft.ranks.world import World, connect
-from dist_qft.sharding.engine import make_engine
+from dist_qft.sharding.engines import make_engine
 from dist_qft.trained import config_of, find_checkpoint, open_trained
 
 _TIMEOUT_SECONDS = 600

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from dist_qft.memory import return_freed_memory, return_freed_memory_between
+from dist_qft.sharding.host_memory import return_freed_memory, return_freed_memory_between
 
 BLOCK = 64 * 1024  # below every threshold from which glibc maps a block by itself
 COUNT = 2048

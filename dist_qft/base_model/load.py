@@ -22,10 +22,10 @@ from dist_qft.base_model.skeleton import BaseModel
 from dist_qft.base_model.sources import TensorSource, require_finite
 from dist_qft.base_model.weight_files import check_stored_formats
 from dist_qft.errors import UserError
-from dist_qft.memory import return_freed_memory
 from dist_qft.quant.frozen import FrozenEmbedding, FrozenLinear
 from dist_qft.ranks.digest import positional_digest
 from dist_qft.sharding.engine import Engine
+from dist_qft.sharding.host_memory import return_freed_memory
 
 # Weights taken at a time: bounds the temporaries to some MiB.
 _QUANTIZED = 1 << 18

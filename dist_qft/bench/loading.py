@@ -16,7 +16,7 @@ from dist_qft.bench.peers_step import compute_dtype, quantized_model
 from dist_qft.bench.processes import common_settings, run_side
 from dist_qft.bench.report import Report, compare
 from dist_qft.config.schema import ModelConfig, QuantizationConfig
-from dist_qft.sharding.engine import make_engine
+from dist_qft.sharding.engines import make_engine
 
 
 def run(options: Options) -> Report:

@@ -16,7 +16,6 @@ from torch import Tensor
 from dist_qft.assemble import Assembled
 from dist_qft.base_model.skeleton import BaseModel
 from dist_qft.errors import DistQFTError, Preempted, SetupError
-from dist_qft.memory import return_freed_memory
 from dist_qft.merge.difference import Difference
 from dist_qft.merge.merged_weight import require_finite
 from dist_qft.merge.recipe import Recipe
@@ -25,6 +24,7 @@ from dist_qft.publish import publishing, refused_write
 from dist_qft.quant.frozen import FrozenWeight
 from dist_qft.ranks.collectives import agreed, maximum
 from dist_qft.ranks.preemption import StopSignal
+from dist_qft.sharding.host_memory import return_freed_memory
 
 
 class Writer(Protocol):

@@ -29,9 +29,9 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.utils.hooks import RemovableHandle
 
-from dist_qft.memory import return_freed_memory_between
 from dist_qft.ranks.collectives import all_gather_flat
 from dist_qft.sharding.engine import Traffic, Units, called_as_head, parameter_owners
+from dist_qft.sharding.host_memory import return_freed_memory_between
 
 
 class CountedAllGather:

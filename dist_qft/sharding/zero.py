@@ -30,9 +30,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from dist_qft.errors import UserError
-from dist_qft.memory import return_freed_memory_between
 from dist_qft.ranks.collectives import agreed
 from dist_qft.sharding.engine import Traffic, Units, called_as_head, parameter_owners
+from dist_qft.sharding.host_memory import return_freed_memory_between
 
 AllGather = Callable[..., Any]
 _UNTIL_HEAD = -1  # the id of no module, among those that use a parameter

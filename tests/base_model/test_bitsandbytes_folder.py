@@ -22,7 +22,7 @@ from dist_qft.base_model.weight_files import open_source, stored_quantization
 from dist_qft.config.schema import ModelConfig, QuantizationConfig
 from dist_qft.errors import CorruptFileError, UserError
 from dist_qft.quant.nf4 import NF4
-from dist_qft.sharding.engine import make_engine
+from dist_qft.sharding.engines import make_engine
 
 CPU = torch.device("cpu")
 # Name -> what bitsandbytes is told, and the section that means the same here.

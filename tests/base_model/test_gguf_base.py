@@ -17,7 +17,7 @@ from dist_qft.config.schema import ModelConfig, QuantizationConfig
 from dist_qft.errors import CorruptFileError, UserError
 from dist_qft.quant.affine4 import Affine4, q4_1_from_affine4
 from dist_qft.quant.q8_0 import Q8_0, gguf_from_q8_0
-from dist_qft.sharding.engine import make_engine
+from dist_qft.sharding.engines import make_engine
 
 CPU = torch.device("cpu")
 HEADS = {"attn_q": 9, "attn_k": 3}

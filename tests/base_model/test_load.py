@@ -21,7 +21,8 @@ from dist_qft.config.schema import ModelConfig, QuantizationConfig, RunConfig
 from dist_qft.errors import CorruptFileError, DistQFTError, Preempted, UserError
 from dist_qft.methods.plans import plan_trainables
 from dist_qft.ranks.preemption import StopSignal
-from dist_qft.sharding.engine import make_engine, parameter_owners
+from dist_qft.sharding.engine import parameter_owners
+from dist_qft.sharding.engines import make_engine
 
 CPU = torch.device("cpu")
 AFFINE4 = {"linear": "affine4", "block": [8, 4]}

@@ -22,7 +22,7 @@ from dist_qft.merge.probe import as_written, compare_logits, logits_of, probe_id
 from dist_qft.methods.adapters.exact_fold import folded, folding_tensor
 from dist_qft.quant.formats import linear_format
 from dist_qft.ranks.world import World, connect
-from dist_qft.sharding.engine import make_engine
+from dist_qft.sharding.engines import make_engine
 from dist_qft.task import CausalLM
 from dist_qft.trained import find_checkpoint
 

@@ -15,7 +15,8 @@ from dist_qft.base_model.skeleton import BaseModel, build_skeleton
 from dist_qft.base_model.sources import SafetensorsSource
 from dist_qft.config.schema import ModelConfig, QuantizationConfig
 from dist_qft.errors import UserError
-from dist_qft.sharding.engine import Engine, Units, make_engine, parameter_owners
+from dist_qft.sharding.engine import Engine, Units, parameter_owners
+from dist_qft.sharding.engines import make_engine
 
 CPU = torch.device("cpu")
 
