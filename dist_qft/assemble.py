@@ -13,7 +13,6 @@ from dist_qft.base_model.load import load_base
 from dist_qft.base_model.skeleton import BaseModel
 from dist_qft.base_model.sources import TensorSource
 from dist_qft.base_model.weight_files import open_source
-from dist_qft.checkpoint import Checkpoint
 from dist_qft.config.deepspeed_file import read_zero_options
 from dist_qft.config.schema import RunConfig
 from dist_qft.data.dataset import TokenDataset
@@ -28,6 +27,7 @@ from dist_qft.ranks.preemption import StopSignal
 from dist_qft.sharding.engine import Engine
 from dist_qft.sharding.engines import make_engine
 from dist_qft.sharding.host_memory import keep_one_heap
+from dist_qft.storage.checkpoint import Checkpoint
 from dist_qft.task import Task, head_outputs, make_task
 
 # Measured on CPUs: with 64 the step takes 5 % more time and 100 MiB more (docs/performance.md).

@@ -13,7 +13,6 @@ from torch import Tensor
 from dist_qft.assemble import assemble
 from dist_qft.base_model.skeleton import BaseModel, build_skeleton
 from dist_qft.base_model.tokenizer import load_tokenizer
-from dist_qft.checkpoint import list_checkpoints
 from dist_qft.config.schema import RunConfig
 from dist_qft.data.batches import MicroBatch, eval_batches
 from dist_qft.data.prepare import prepare
@@ -24,6 +23,7 @@ from dist_qft.ranks.collectives import told_by
 from dist_qft.ranks.device import compute_dtype, device_for
 from dist_qft.ranks.preemption import StopSignal
 from dist_qft.ranks.world import World, connect
+from dist_qft.storage.checkpoint import list_checkpoints
 from dist_qft.task import CausalLM, Task
 from dist_qft.trained import find_checkpoint, open_trained
 

@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from dist_qft.errors import SetupError
-from dist_qft.publish import write_text
+from dist_qft.storage.atomic import write_text
 
 METRICS_FILE = "metrics.jsonl"
 EVENTS_FOLDER = "runs"

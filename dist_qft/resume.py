@@ -4,9 +4,9 @@ import hashlib
 from collections.abc import Mapping
 from pathlib import Path
 
-from dist_qft.checkpoint import Checkpoint, fault_in, list_checkpoints, newest_valid, read_checkpoint
 from dist_qft.config.schema import RunConfig, TrainConfig
 from dist_qft.errors import CorruptFileError, UserError
+from dist_qft.storage.checkpoint import Checkpoint, fault_in, list_checkpoints, newest_valid, read_checkpoint
 
 _FIXED = ("seed", "global_batch_size", "optim")  # train settings without which it is not the same run
 _CHOICES = "continue with --resume auto, or choose another folder"

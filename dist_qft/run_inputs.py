@@ -11,13 +11,13 @@ from transformers import PreTrainedTokenizerBase
 
 from dist_qft.base_model.skeleton import BaseModel
 from dist_qft.base_model.sources import TensorSource
-from dist_qft.checkpoint import BaseEvaluation, Checkpoint
 from dist_qft.config.schema import RunConfig
 from dist_qft.data.prepare import Prepared
 from dist_qft.merge.recipe import Recipe
 from dist_qft.methods.trainable import Plan
 from dist_qft.ranks.world import World
 from dist_qft.sharding.engine import Engine
+from dist_qft.storage.checkpoint import BaseEvaluation, Checkpoint
 from dist_qft.summary import summarized_steps
 
 

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from dist_qft.checkpoint import Checkpoint
 from dist_qft.monitor import EVENTS_FOLDER
-from dist_qft.publish import write_text
 from dist_qft.ranks.collectives import maximum
+from dist_qft.storage.atomic import write_text
+from dist_qft.storage.checkpoint import Checkpoint
 
 if TYPE_CHECKING:
     from dist_qft.training_run import TrainingRun

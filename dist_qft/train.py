@@ -16,7 +16,6 @@ from dist_qft.base_model.load import check_names
 from dist_qft.base_model.skeleton import build_skeleton
 from dist_qft.base_model.tokenizer import load_tokenizer
 from dist_qft.base_model.weight_files import open_source
-from dist_qft.checkpoint import require_space, require_writable
 from dist_qft.config.check import accumulation_steps, config_warnings
 from dist_qft.config.schema import RunConfig
 from dist_qft.data.prepare import prepare
@@ -32,6 +31,7 @@ from dist_qft.ranks.preemption import StopSignal
 from dist_qft.ranks.world import World, connect
 from dist_qft.resume import changed_settings, check_trajectory, choose_checkpoint, resume_after_restart
 from dist_qft.run_inputs import LoadedBase, RunInputs
+from dist_qft.storage.checkpoint import require_space, require_writable
 from dist_qft.training_run import TrainingRun
 
 

@@ -9,11 +9,11 @@ from transformers import PreTrainedTokenizerBase
 from dist_qft.assemble import Assembled, assemble, check_fingerprint
 from dist_qft.base_model.skeleton import build_skeleton
 from dist_qft.base_model.tokenizer import load_tokenizer
-from dist_qft.checkpoint import TRAINER_STATE, Checkpoint, newest_valid, read_checkpoint
 from dist_qft.config.schema import RunConfig
 from dist_qft.errors import CorruptFileError, UserError
 from dist_qft.methods.plans import stored_plan
 from dist_qft.ranks.device import compute_dtype
+from dist_qft.storage.checkpoint import TRAINER_STATE, Checkpoint, newest_valid, read_checkpoint
 
 
 def find_checkpoint(path: str | Path) -> Checkpoint:

@@ -11,7 +11,6 @@ from whole_runs import pool_world
 
 from dist_qft.assemble import Assembled, adapter_config, assemble, check_fingerprint
 from dist_qft.base_model.skeleton import build_skeleton
-from dist_qft.checkpoint import TrainerState, write_checkpoint
 from dist_qft.config.schema import RunConfig
 from dist_qft.merge import run
 from dist_qft.merge.certificate import Origin
@@ -20,6 +19,7 @@ from dist_qft.merge.recipe import MergeRequest
 from dist_qft.merge.run import execute_merge, gather_inputs
 from dist_qft.methods.plans import plan_trainables
 from dist_qft.ranks.preemption import StopSignal
+from dist_qft.storage.checkpoint import TrainerState, write_checkpoint
 from dist_qft.trained import find_checkpoint
 
 # A config's sections for adapters that merge exactly into a GGUF file.

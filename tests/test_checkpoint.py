@@ -17,7 +17,10 @@ import pytest
 import torch
 
 import dist_qft
-from dist_qft.checkpoint import (
+from dist_qft.errors import CorruptFileError, SetupError, UserError
+from dist_qft.resume import choose_checkpoint
+from dist_qft.storage.atomic import remove_leftovers
+from dist_qft.storage.checkpoint import (
     ADAPTER_CONFIG,
     ADAPTER_MODEL,
     OPTIMIZER,
@@ -32,9 +35,7 @@ from dist_qft.checkpoint import (
     require_writable,
     write_checkpoint,
 )
-from dist_qft.errors import CorruptFileError, SetupError, UserError
-from dist_qft.manifest import MANIFEST, publish_folder, remove_leftovers
-from dist_qft.resume import choose_checkpoint
+from dist_qft.storage.manifest import MANIFEST, publish_folder
 
 FILES = (ADAPTER_CONFIG, ADAPTER_MODEL, OPTIMIZER, TRAINER_STATE)
 

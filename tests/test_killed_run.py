@@ -11,10 +11,10 @@ from commands import Command
 from tiny_model import tiny_config
 from whole_runs import adapter_digest, train
 
-from dist_qft.checkpoint import fault_in, list_checkpoints, read_checkpoint
 from dist_qft.config.load import save_config
 from dist_qft.config.schema import RunConfig
 from dist_qft.monitor import METRICS_FILE
+from dist_qft.storage.checkpoint import fault_in, list_checkpoints, read_checkpoint
 
 STEPS = 40
 

@@ -18,7 +18,7 @@ from ruamel.yaml import YAML
 from tiny_model import tiny_config
 from whole_runs import train_losses
 
-from dist_qft.checkpoint import TRAINER_STATE, newest_valid
+from dist_qft.storage.checkpoint import TRAINER_STATE, newest_valid
 
 REPOSITORY = Path(__file__).parent.parent
 PROGRAMS = Path(sys.prefix)

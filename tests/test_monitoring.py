@@ -15,9 +15,9 @@ from outcomes import Outcome, attempt
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tiny_model import tiny_config
 
-from dist_qft.checkpoint import list_checkpoints
 from dist_qft.errors import SetupError
 from dist_qft.monitor import EVENTS_FOLDER, METRICS_FILE, Monitor
+from dist_qft.storage.checkpoint import list_checkpoints
 from dist_qft.summary import SUMMARY_FILE
 
 STEPS = 12

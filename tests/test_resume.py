@@ -12,11 +12,11 @@ from outcomes import Outcome, attempt
 from tiny_model import save_tiny_model, tiny_config, tiny_llama_config, write_data
 from whole_runs import adapter_digest
 
-from dist_qft.checkpoint import ADAPTER_MODEL, list_checkpoints, read_checkpoint
 from dist_qft.config.schema import RunConfig
 from dist_qft.errors import UserError
 from dist_qft.monitor import EVENTS_FOLDER
 from dist_qft.ranks.world import World
+from dist_qft.storage.checkpoint import ADAPTER_MODEL, list_checkpoints, read_checkpoint
 from dist_qft.summary import SUMMARY_FILE
 from dist_qft.train import gather_inputs
 from dist_qft.training_run import TrainingRun

@@ -20,8 +20,8 @@ from slurm_cluster import SlurmCluster, missing
 from tiny_model import tiny_config
 from whole_runs import adapter_digest
 
-from dist_qft.checkpoint import fault_in, list_checkpoints, read_checkpoint
 from dist_qft.config.load import save_config
+from dist_qft.storage.checkpoint import fault_in, list_checkpoints, read_checkpoint
 
 REPOSITORY = Path(__file__).parent.parent
 STEPS = 60

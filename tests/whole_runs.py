@@ -6,10 +6,10 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from dist_qft.checkpoint import ADAPTER_MODEL, list_checkpoints
 from dist_qft.config.schema import RunConfig
 from dist_qft.ranks.preemption import StopSignal
 from dist_qft.ranks.world import World
+from dist_qft.storage.checkpoint import ADAPTER_MODEL, list_checkpoints
 from dist_qft.train import execute_run, gather_inputs
 from dist_qft.training_run import TrainingRun
 

@@ -19,7 +19,7 @@ from safetensors.numpy import save_file
 from dist_qft.data.packing import pack
 from dist_qft.data.tokens import TokenSequence
 from dist_qft.errors import CorruptFileError
-from dist_qft.publish import publishing
+from dist_qft.storage.atomic import publishing
 
 FORMAT_VERSION = 1  # of the file and of the way to its tokens: raise it and every cache is rebuilt
 _DTYPES = {"tokens": np.int32, "targets": np.bool_, "row_offsets": np.int64, "segment_starts": np.int64}

@@ -16,7 +16,7 @@ from dist_qft.config.schema import DatasetConfig
 from dist_qft.data import stdlib_docs
 from dist_qft.data.files import READERS, LocatedRecord, find_files, read_file
 from dist_qft.errors import UserError
-from dist_qft.manifest import sha256_of
+from dist_qft.storage.manifest import sha256_of
 
 STDLIB_DOCS = "stdlib-docs"
 

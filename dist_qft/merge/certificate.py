@@ -11,14 +11,14 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from dist_qft.checkpoint import ADAPTER_MODEL
 from dist_qft.config.schema import RunConfig
 from dist_qft.errors import CorruptFileError, UserError
-from dist_qft.manifest import sha256_of
 from dist_qft.merge.difference import Difference
 from dist_qft.merge.probe import LogitDifference
 from dist_qft.merge.recipe import Recipe
-from dist_qft.publish import write_text
+from dist_qft.storage.atomic import write_text
+from dist_qft.storage.checkpoint import ADAPTER_MODEL
+from dist_qft.storage.manifest import sha256_of
 
 _IN_FOLDER = "certificate.json"
 _VERSION = 1

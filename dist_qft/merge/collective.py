@@ -20,11 +20,11 @@ from dist_qft.merge.difference import Difference
 from dist_qft.merge.merged_weight import require_finite
 from dist_qft.merge.recipe import Recipe
 from dist_qft.methods.adapters.exact_fold import folded, folding_tensor
-from dist_qft.publish import publishing, refused_write
 from dist_qft.quant.frozen import FrozenWeight
 from dist_qft.ranks.collectives import agreed, maximum
 from dist_qft.ranks.preemption import StopSignal
 from dist_qft.sharding.host_memory import return_freed_memory
+from dist_qft.storage.atomic import publishing, refused_write
 
 
 class Writer(Protocol):

@@ -13,11 +13,9 @@ from transformers import PreTrainedTokenizerBase
 from dist_qft.assemble import Assembled, assemble, check_fingerprint
 from dist_qft.base_model.skeleton import BaseModel, build_skeleton
 from dist_qft.base_model.tokenizer import load_tokenizer
-from dist_qft.checkpoint import ADAPTER_MODEL, TRAINER_STATE, Checkpoint
 from dist_qft.config.check import merge_obstacle
 from dist_qft.config.schema import MergeTarget, RunConfig
 from dist_qft.errors import CorruptFileError, UserError
-from dist_qft.manifest import sha256_of
 from dist_qft.merge.certificate import Findings, Origin, write_certificate
 from dist_qft.merge.collective import Writer, fold_base, total_difference, write_result
 from dist_qft.merge.difference import Difference
@@ -34,6 +32,8 @@ from dist_qft.ranks.device import compute_dtype, device_for
 from dist_qft.ranks.preemption import StopSignal
 from dist_qft.ranks.world import World, connect
 from dist_qft.run_inputs import RunInputs
+from dist_qft.storage.checkpoint import ADAPTER_MODEL, TRAINER_STATE, Checkpoint
+from dist_qft.storage.manifest import sha256_of
 from dist_qft.trained import config_of, find_checkpoint
 
 

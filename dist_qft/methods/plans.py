@@ -1,7 +1,6 @@
 """What trains beside a base: from the config, or from a checkpoint, to a plan of trainables. The family's door."""
 
 from dist_qft.base_model.skeleton import BaseModel
-from dist_qft.checkpoint import Checkpoint
 from dist_qft.config.schema import RunConfig
 from dist_qft.errors import UserError
 from dist_qft.methods.adapters.adapter_plan import AdapterPlan, stored_adapters
@@ -9,6 +8,7 @@ from dist_qft.methods.adapters.exact_fold import folding_obstacle
 from dist_qft.methods.adapters.schedule import LinearShape, plan_adapters
 from dist_qft.methods.qst.plan import SidePlan, plan_side_network, stored_side_network
 from dist_qft.methods.trainable import Plan
+from dist_qft.storage.checkpoint import Checkpoint
 
 
 def linear_shapes(base: BaseModel) -> list[LinearShape]:

@@ -11,11 +11,12 @@ from dataclasses import asdict
 from pathlib import Path
 
 from dist_qft.errors import SetupError, UserError
+from dist_qft.storage.atomic import write_text
 from dist_qft.study.figures import draw_all
 from dist_qft.study.findings import Finding, find
 from dist_qft.study.measurements import measure
 from dist_qft.study.page import make_page
-from dist_qft.study.results import Outcome, as_csv, as_json, collect, write_text
+from dist_qft.study.results import Outcome, as_csv, as_json, collect
 from dist_qft.study.rows import Row
 from dist_qft.study.settings import Study
 

@@ -3,14 +3,14 @@
 import csv
 import io
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dist_qft.errors import CorruptFileError, SetupError
+from dist_qft.errors import CorruptFileError
 from dist_qft.evaluate import HeldOut
+from dist_qft.storage.atomic import write_text
 from dist_qft.study.groups import THIRDS, TYPES
 from dist_qft.study.rows import Row
 
@@ -82,17 +82,6 @@ def read_result(folder: Path) -> Result | None:
 def write_result(folder: Path, result: Result) -> None:
     """Put the result in place, whole or not at all."""
     write_text(folder / RESULT_FILE, json.dumps(asdict(result), indent=1) + "\n")
-
-
-def write_text(path: Path, text: str) -> None:
-    """Put a file in place at once: whoever reads it finds the old text or the new one."""
-    temporary = path.with_name(f".tmp-{path.name}-{os.getpid()}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(text, encoding="utf-8")
-        os.replace(temporary, path)
-    except OSError as error:
-        raise SetupError(f"{path}: cannot write: {error.strerror}") from error
 
 
 @dataclass(frozen=True)

@@ -20,14 +20,14 @@ from typing import TYPE_CHECKING
 import filelock
 import torch
 
-from dist_qft.checkpoint import BaseEvaluation, list_checkpoints
 from dist_qft.data.sources import require_local_files
 from dist_qft.errors import DistQFTError, PeerLostError, Preempted, SetupError, UserError
-from dist_qft.manifest import remove_folder
 from dist_qft.ranks.device import device_for
 from dist_qft.ranks.preemption import StopSignal
 from dist_qft.ranks.world import World, connect
 from dist_qft.run_inputs import LoadedBase
+from dist_qft.storage.atomic import remove_folder
+from dist_qft.storage.checkpoint import BaseEvaluation, list_checkpoints
 from dist_qft.study.results import Result, read_result, write_result
 from dist_qft.study.rows import Row
 from dist_qft.train import execute_run, gather_inputs

@@ -19,9 +19,16 @@ from qst_models import qst_config
 from tiny_model import tiny_config
 from whole_runs import adapter_digest, train
 
-from dist_qft.checkpoint import ADAPTER_MODEL, OPTIMIZER, TRAINER_STATE, fault_in, list_checkpoints, read_checkpoint
 from dist_qft.config.load import save_config
-from dist_qft.manifest import MANIFEST
+from dist_qft.storage.checkpoint import (
+    ADAPTER_MODEL,
+    OPTIMIZER,
+    TRAINER_STATE,
+    fault_in,
+    list_checkpoints,
+    read_checkpoint,
+)
+from dist_qft.storage.manifest import MANIFEST
 
 STEPS = 16
 KILLED = 128 + signal.SIGKILL

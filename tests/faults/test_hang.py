@@ -8,9 +8,9 @@ import psutil
 from commands import Command
 from tiny_model import tiny_config
 
-from dist_qft.checkpoint import fault_in, list_checkpoints
 from dist_qft.config.load import save_config
 from dist_qft.ranks.crash import CRASH_FOLDER
+from dist_qft.storage.checkpoint import fault_in, list_checkpoints
 
 RANKS, STOPPED, TIMEOUT_SECONDS = 3, 1, 40
 

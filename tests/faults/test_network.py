@@ -12,8 +12,8 @@ from commands import Command, Finished
 from tiny_model import tiny_config
 from whole_runs import adapter_digest, train_only
 
-from dist_qft.checkpoint import fault_in, list_checkpoints, read_checkpoint
 from dist_qft.config.load import save_config
+from dist_qft.storage.checkpoint import fault_in, list_checkpoints, read_checkpoint
 
 STEPS, TIMEOUT_SECONDS = 24, 30
 ADDRESSES = ("10.213.0.1", "10.213.0.2")

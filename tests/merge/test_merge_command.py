@@ -11,11 +11,11 @@ from qst_models import METHOD as QST
 from tiny_model import tiny_config
 from whole_runs import train
 
-from dist_qft.checkpoint import ADAPTER_MODEL, list_checkpoints
 from dist_qft.config.load import load_config
 from dist_qft.errors import UserError
-from dist_qft.manifest import MANIFEST
 from dist_qft.merge.run import recipe_at_end
+from dist_qft.storage.checkpoint import ADAPTER_MODEL, list_checkpoints
+from dist_qft.storage.manifest import MANIFEST
 
 NF4_RUN = {
     "quantization": {"linear": "nf4", "block": [64]},

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from dist_qft.errors import SetupError
-from dist_qft.publish import publishing
+from dist_qft.storage.atomic import publishing
 
 # The product's own command, killed just before its n-th gather or its rename.
 KILLED = """

@@ -15,12 +15,12 @@ from transformers import AutoModelForCausalLM
 from whole_runs import pool_world
 
 import dist_qft
-from dist_qft.checkpoint import read_checkpoint
 from dist_qft.config.schema import RunConfig
 from dist_qft.merge.probe import logits_of, probe_ids
 from dist_qft.merge.recipe import MergeRequest
 from dist_qft.merge.run import gather_inputs, merge
 from dist_qft.ranks.preemption import StopSignal
+from dist_qft.storage.checkpoint import read_checkpoint
 
 
 def merged_with_live_logits(config: RunConfig, path: Path) -> tuple[dict, torch.Tensor]:

@@ -9,10 +9,10 @@ import torch
 from merges import GGUF_RUN, digests, merge_run
 
 import dist_qft
-from dist_qft.checkpoint import ADAPTER_MODEL, list_checkpoints
 from dist_qft.errors import CorruptFileError, UserError
 from dist_qft.merge.certificate import certificate_path
 from dist_qft.merge.verify import run_verify
+from dist_qft.storage.checkpoint import ADAPTER_MODEL, list_checkpoints
 
 NF4_RUN = {
     "quantization": {"linear": "nf4", "block": [64]},

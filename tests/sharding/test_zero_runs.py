@@ -8,7 +8,7 @@ from tiny_model import tiny_config
 from torch import Tensor
 from whole_runs import adapter_digest, train, train_losses
 
-from dist_qft.checkpoint import list_checkpoints, read_checkpoint
+from dist_qft.storage.checkpoint import list_checkpoints, read_checkpoint
 
 
 def four_steps(model: Path, folder: Path, engine: str, resume: str | None = None) -> str:

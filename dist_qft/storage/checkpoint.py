@@ -21,17 +21,17 @@ import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
-from pydantic import TypeAdapter, ValidationError
+from pydantic import Field, TypeAdapter, ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
-from dist_qft import manifest
-from dist_qft.config.schema import NonNegative
 from dist_qft.errors import CorruptFileError, SetupError, UserError
-from dist_qft.manifest import publish_folder, remove_folder, temporary_name
+from dist_qft.storage import manifest
+from dist_qft.storage.atomic import remove_folder, temporary_name
+from dist_qft.storage.manifest import publish_folder
 
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_MODEL = "adapter_model.safetensors"
@@ -42,6 +42,7 @@ _FILES = (ADAPTER_CONFIG, ADAPTER_MODEL, OPTIMIZER, TRAINER_STATE)
 _NAME = re.compile(r"checkpoint-(\d+)")
 
 _T = TypeVar("_T")
+NonNegative = Annotated[int, Field(ge=0)]
 
 
 @dataclass(frozen=True)

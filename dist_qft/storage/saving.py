@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
-from dist_qft.checkpoint import TrainerState, prune, write_checkpoint
+from dist_qft.storage.checkpoint import TrainerState, prune, write_checkpoint
 
 
 class Saver:

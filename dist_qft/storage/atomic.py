@@ -2,12 +2,14 @@
 
 import os
 import shutil
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from dist_qft.errors import SetupError
-from dist_qft.manifest import sync_entry, temporary_name, temporary_prefix
+
+_TEMPORARY = ".tmp-"  # what a kill may leave behind begins with it
 
 
 @contextmanager
@@ -72,3 +74,38 @@ def _remove(path: Path) -> None:
     else:
         with suppress(OSError):
             path.unlink()
+
+
+def temporary_name(final: Path) -> Path:
+    """A name beside `final` that no reader takes for a finished one and that `remove_leftovers` knows."""
+    return final.parent / f"{temporary_prefix(final)}{uuid.uuid4().hex[:8]}"
+
+
+def temporary_prefix(final: Path) -> str:
+    """What all temporary names of `final` begin with."""
+    return f"{_TEMPORARY}{final.name}-"
+
+
+def remove_folder(folder: Path) -> None:
+    """Remove a published folder; renamed first, so that it is never seen with only some of its files."""
+    doomed = temporary_name(folder)
+    try:
+        os.rename(folder, doomed)
+    except OSError as error:
+        raise SetupError(f"{folder}: cannot remove the folder: {error.strerror}") from error
+    shutil.rmtree(doomed, ignore_errors=True)
+
+
+def remove_leftovers(parent: Path) -> None:
+    """Remove what interrupted writes left behind; only while nobody writes."""
+    for leftover in parent.glob(f"{_TEMPORARY}*"):
+        shutil.rmtree(leftover, ignore_errors=True)
+
+
+def sync_entry(path: Path) -> None:
+    """Have the system write what it holds of a file, or of a folder's list of names."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -7,7 +7,6 @@ moment leaves either nothing of it or all of it. What stands in the files is not
 import hashlib
 import os
 import shutil
-import uuid
 from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Literal
@@ -15,10 +14,9 @@ from typing import Literal
 from pydantic import BaseModel, ValidationError
 
 from dist_qft.errors import CorruptFileError, SetupError
+from dist_qft.storage.atomic import sync_entry, temporary_name
 
 MANIFEST = "manifest.json"
-
-_TEMPORARY = ".tmp-"  # what a kill may leave behind begins with it
 
 
 class _Entry(BaseModel):
@@ -98,32 +96,6 @@ def sha256_of(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def remove_folder(folder: Path) -> None:
-    """Remove a published folder; renamed first, so that it is never seen with only some of its files."""
-    doomed = temporary_name(folder)
-    try:
-        os.rename(folder, doomed)
-    except OSError as error:
-        raise SetupError(f"{folder}: cannot remove the folder: {error.strerror}") from error
-    shutil.rmtree(doomed, ignore_errors=True)
-
-
-def remove_leftovers(parent: Path) -> None:
-    """Remove what interrupted writes left behind; only while nobody writes."""
-    for leftover in parent.glob(f"{_TEMPORARY}*"):
-        shutil.rmtree(leftover, ignore_errors=True)
-
-
-def temporary_name(final: Path) -> Path:
-    """A name beside `final` that no reader takes for a finished one and that `remove_leftovers` knows."""
-    return final.parent / f"{temporary_prefix(final)}{uuid.uuid4().hex[:8]}"
-
-
-def temporary_prefix(final: Path) -> str:
-    """What all temporary names of `final` begin with."""
-    return f"{_TEMPORARY}{final.name}-"
-
-
 def _write(folder: Path, name: str, data: bytes) -> _Entry:
     try:
         with open(folder / name, "wb") as file:
@@ -136,12 +108,3 @@ def _write(folder: Path, name: str, data: bytes) -> _Entry:
             f"{folder.parent}: cannot write {name}, {len(data)} bytes, with {free} bytes free: {error.strerror}"
         ) from error
     return _Entry(size=len(data), sha256=hashlib.sha256(data).hexdigest())
-
-
-def sync_entry(path: Path) -> None:
-    """Have the system write what it holds of a file, or of a folder's list of names."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
