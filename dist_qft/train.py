@@ -29,10 +29,10 @@ from dist_qft.ranks.crash import crash_report
 from dist_qft.ranks.device import compute_dtype, device_for
 from dist_qft.ranks.preemption import StopSignal
 from dist_qft.ranks.world import World, connect
-from dist_qft.resume import changed_settings, check_trajectory, choose_checkpoint, resume_after_restart
-from dist_qft.run_inputs import LoadedBase, RunInputs
 from dist_qft.storage.checkpoint import require_space, require_writable
-from dist_qft.training_run import TrainingRun
+from dist_qft.training.resume import changed_settings, check_trajectory, choose_checkpoint, resume_after_restart
+from dist_qft.training.run_inputs import LoadedBase, RunInputs
+from dist_qft.training.training_run import TrainingRun
 
 
 def run_training(config: RunConfig, resume: str | None = None, stop: StopSignal | None = None) -> None:

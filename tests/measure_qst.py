@@ -23,7 +23,7 @@ from whole_runs import pool_world
 from dist_qft.config.schema import RunConfig
 from dist_qft.ranks.preemption import StopSignal
 from dist_qft.train import execute_run, gather_inputs
-from dist_qft.training_run import TrainingRun
+from dist_qft.training.training_run import TrainingRun
 
 ROWS, GLOBAL_BATCH, LENGTH, EPOCHS = 8, 4, 192, 4
 METHODS = {

@@ -12,9 +12,9 @@ from dist_qft.assemble import assemble
 from dist_qft.config.schema import RunConfig
 from dist_qft.errors import DistQFTError
 from dist_qft.ranks.preemption import StopSignal
-from dist_qft.run_inputs import RunInputs
 from dist_qft.train import execute_run, gather_inputs
-from dist_qft.training_run import TrainingRun
+from dist_qft.training.run_inputs import RunInputs
+from dist_qft.training.training_run import TrainingRun
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,6 @@ import torch
 
 import dist_qft
 from dist_qft.errors import CorruptFileError, SetupError, UserError
-from dist_qft.resume import choose_checkpoint
 from dist_qft.storage.atomic import remove_leftovers
 from dist_qft.storage.checkpoint import (
     ADAPTER_CONFIG,
@@ -36,6 +35,7 @@ from dist_qft.storage.checkpoint import (
     write_checkpoint,
 )
 from dist_qft.storage.manifest import MANIFEST, publish_folder
+from dist_qft.training.resume import choose_checkpoint
 
 FILES = (ADAPTER_CONFIG, ADAPTER_MODEL, OPTIMIZER, TRAINER_STATE)
 

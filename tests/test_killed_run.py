@@ -13,8 +13,8 @@ from whole_runs import adapter_digest, train
 
 from dist_qft.config.load import save_config
 from dist_qft.config.schema import RunConfig
-from dist_qft.monitor import METRICS_FILE
 from dist_qft.storage.checkpoint import fault_in, list_checkpoints, read_checkpoint
+from dist_qft.training.monitor import METRICS_FILE
 
 STEPS = 40
 

@@ -16,9 +16,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tiny_model import tiny_config
 
 from dist_qft.errors import SetupError
-from dist_qft.monitor import EVENTS_FOLDER, METRICS_FILE, Monitor
 from dist_qft.storage.checkpoint import list_checkpoints
-from dist_qft.summary import SUMMARY_FILE
+from dist_qft.training.monitor import EVENTS_FOLDER, METRICS_FILE, Monitor
+from dist_qft.training.run_inputs import SUMMARY_FILE
 
 STEPS = 12
 PROMPT = "Say [b]cat[/b] :smile:"

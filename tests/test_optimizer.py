@@ -9,7 +9,7 @@ from torch import nn
 
 from dist_qft.config.schema import TrainConfig
 from dist_qft.errors import CorruptFileError, SetupError, UserError
-from dist_qft.optimizer import (
+from dist_qft.training.optimizer import (
     clip_gradient,
     learning_rate,
     load_optimizer_tensors,

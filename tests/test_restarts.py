@@ -9,8 +9,8 @@ from tiny_model import tiny_config
 from whole_runs import adapter_digest
 
 from dist_qft.config.load import save_config
-from dist_qft.resume import resume_after_restart
 from dist_qft.storage.checkpoint import list_checkpoints, read_checkpoint
+from dist_qft.training.resume import resume_after_restart
 
 STEPS = 24
 SECTIONS = {"train": {"max_steps": STEPS}, "checkpoint": {"save_steps": 4, "save_total_limit": 20}}

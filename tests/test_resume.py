@@ -14,12 +14,12 @@ from whole_runs import adapter_digest
 
 from dist_qft.config.schema import RunConfig
 from dist_qft.errors import UserError
-from dist_qft.monitor import EVENTS_FOLDER
 from dist_qft.ranks.world import World
 from dist_qft.storage.checkpoint import ADAPTER_MODEL, list_checkpoints, read_checkpoint
-from dist_qft.summary import SUMMARY_FILE
 from dist_qft.train import gather_inputs
-from dist_qft.training_run import TrainingRun
+from dist_qft.training.monitor import EVENTS_FOLDER
+from dist_qft.training.run_inputs import SUMMARY_FILE
+from dist_qft.training.training_run import TrainingRun
 
 STEPS = 20  # of 8 samples; the data has 60, so epochs end within steps 8 and 15
 

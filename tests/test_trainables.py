@@ -11,8 +11,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from dist_qft.errors import NumericError
-from dist_qft.fixed_tree import FixedTree
-from dist_qft.trainables import Trainables, _pieces_agree
+from dist_qft.training.fixed_tree import FixedTree
+from dist_qft.training.trainables import Trainables, _pieces_agree
 
 WIDTH = 6
 LAYERS = 4

@@ -16,11 +16,11 @@ from transformers import Lfm2Config
 from whole_runs import adapter_digest, train, train_only
 
 from dist_qft.config.load import CONFIG_FILE, load_config
-from dist_qft.monitor import METRICS_FILE
 from dist_qft.storage.checkpoint import fault_in, list_checkpoints, read_checkpoint
-from dist_qft.summary import SUMMARY_FILE
-from dist_qft.trainables import Trainables
-from dist_qft.training_run import TrainingRun
+from dist_qft.training.monitor import METRICS_FILE
+from dist_qft.training.run_inputs import SUMMARY_FILE
+from dist_qft.training.trainables import Trainables
+from dist_qft.training.training_run import TrainingRun
 
 
 def read_summary(run_dir: Path) -> dict[str, object]:

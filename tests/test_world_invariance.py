@@ -15,7 +15,7 @@ from torch import Tensor
 from whole_runs import adapter_digest, train_losses
 
 from dist_qft.config.check import config_warnings
-from dist_qft.fixed_tree import FixedTree, Node, nodes_within
+from dist_qft.training.fixed_tree import FixedTree, Node, nodes_within
 
 MICRO_BATCHES = 12  # 1, 2, 3 and 4 ranks share them equally
 METHODS = {

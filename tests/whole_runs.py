@@ -11,7 +11,7 @@ from dist_qft.ranks.preemption import StopSignal
 from dist_qft.ranks.world import World
 from dist_qft.storage.checkpoint import ADAPTER_MODEL, list_checkpoints
 from dist_qft.train import execute_run, gather_inputs
-from dist_qft.training_run import TrainingRun
+from dist_qft.training.training_run import TrainingRun
 
 
 def pool_world() -> World:

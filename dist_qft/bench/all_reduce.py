@@ -15,8 +15,8 @@ from dist_qft.bench.measuring import Memory, measure_steps
 from dist_qft.bench.options import Options
 from dist_qft.bench.processes import can_slow_down, common_settings, run_side
 from dist_qft.bench.report import Comparison, Report, compare
-from dist_qft.fixed_tree import FixedTree
-from dist_qft.trainables import Trainables
+from dist_qft.training.fixed_tree import FixedTree
+from dist_qft.training.trainables import Trainables
 
 BUCKET_MEGABYTES = 25  # DDP's default, and ours
 SLOW_MEGABITS = 200

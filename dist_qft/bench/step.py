@@ -24,11 +24,11 @@ from dist_qft.bench.report import Comparison, Report, Side, compare
 from dist_qft.config.schema import RunConfig
 from dist_qft.methods.forward import BaseForward
 from dist_qft.methods.plans import plan_trainables
-from dist_qft.optimizer import make_optimizer
 from dist_qft.ranks.device import compute_dtype
 from dist_qft.ranks.preemption import StopSignal
-from dist_qft.train_step import REPORT_SIZE, train_step
-from dist_qft.trainables import Trainables
+from dist_qft.training.optimizer import make_optimizer
+from dist_qft.training.train_step import REPORT_SIZE, train_step
+from dist_qft.training.trainables import Trainables
 
 METHODS = {
     "qlora": {"method": {"name": "qlora"}, "quantization": {"linear": "nf4", "block": [64]}},

@@ -31,10 +31,10 @@ from dist_qft.ranks.collectives import require_agreement, told_by
 from dist_qft.ranks.device import compute_dtype, device_for
 from dist_qft.ranks.preemption import StopSignal
 from dist_qft.ranks.world import World, connect
-from dist_qft.run_inputs import RunInputs
 from dist_qft.storage.checkpoint import ADAPTER_MODEL, TRAINER_STATE, Checkpoint
 from dist_qft.storage.manifest import sha256_of
 from dist_qft.trained import config_of, find_checkpoint
+from dist_qft.training.run_inputs import RunInputs
 
 
 @dataclass(frozen=True)

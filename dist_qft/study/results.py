@@ -15,7 +15,7 @@ from dist_qft.study.groups import THIRDS, TYPES
 from dist_qft.study.rows import Row
 
 if TYPE_CHECKING:
-    from dist_qft.training_run import TrainingRun
+    from dist_qft.training.training_run import TrainingRun
 
 RESULT_FILE = "result.json"
 

@@ -25,15 +25,15 @@ from dist_qft.errors import DistQFTError, PeerLostError, Preempted, SetupError, 
 from dist_qft.ranks.device import device_for
 from dist_qft.ranks.preemption import StopSignal
 from dist_qft.ranks.world import World, connect
-from dist_qft.run_inputs import LoadedBase
 from dist_qft.storage.atomic import remove_folder
 from dist_qft.storage.checkpoint import BaseEvaluation, list_checkpoints
 from dist_qft.study.results import Result, read_result, write_result
 from dist_qft.study.rows import Row
 from dist_qft.train import execute_run, gather_inputs
+from dist_qft.training.run_inputs import LoadedBase
 
 if TYPE_CHECKING:
-    from dist_qft.training_run import TrainingRun
+    from dist_qft.training.training_run import TrainingRun
 
 LOG_FILE = "log.txt"
 

@@ -5,28 +5,18 @@ import resource
 import sys
 import time
 from importlib.metadata import version
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 
-from dist_qft.monitor import EVENTS_FOLDER
 from dist_qft.ranks.collectives import maximum
 from dist_qft.storage.atomic import write_text
 from dist_qft.storage.checkpoint import Checkpoint
+from dist_qft.training.monitor import EVENTS_FOLDER
+from dist_qft.training.run_inputs import SUMMARY_FILE
 
 if TYPE_CHECKING:
-    from dist_qft.training_run import TrainingRun
-
-SUMMARY_FILE = "summary.json"
-
-
-def summarized_steps(output_dir: Path) -> int | None:
-    """At how many steps the run that wrote the folder's summary ended; None if there is no summary."""
-    try:
-        return json.loads((output_dir / SUMMARY_FILE).read_bytes())["steps"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
+    from dist_qft.training.training_run import TrainingRun
 
 
 class Summary:

@@ -12,20 +12,20 @@ from dist_qft.config.load import CONFIG_FILE, save_config
 from dist_qft.data.batches import Batches, eval_batches
 from dist_qft.errors import Preempted, SetupError
 from dist_qft.evaluate import HeldOut, held_out_loss
-from dist_qft.fixed_tree import FixedTree
 from dist_qft.generate import answer
-from dist_qft.monitor import Monitor
-from dist_qft.optimizer import load_optimizer_tensors, make_optimizer, optimizer_tensors
 from dist_qft.ranks.collectives import SideGroup
 from dist_qft.ranks.preemption import StopSignal
-from dist_qft.resume import chain_samples
-from dist_qft.run_inputs import RunInputs
 from dist_qft.storage.atomic import remove_leftovers
 from dist_qft.storage.checkpoint import BaseEvaluation, TrainerState
 from dist_qft.storage.saving import Saver
-from dist_qft.summary import Summary
-from dist_qft.train_step import REPORT_SIZE, StepResult, train_step
-from dist_qft.trainables import Trainables
+from dist_qft.training.fixed_tree import FixedTree
+from dist_qft.training.monitor import Monitor
+from dist_qft.training.optimizer import load_optimizer_tensors, make_optimizer, optimizer_tensors
+from dist_qft.training.resume import chain_samples
+from dist_qft.training.run_inputs import RunInputs
+from dist_qft.training.summary import Summary
+from dist_qft.training.train_step import REPORT_SIZE, StepResult, train_step
+from dist_qft.training.trainables import Trainables
 
 
 class TrainingRun:

@@ -30,8 +30,8 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from dist_qft.errors import NumericError
-from dist_qft.fixed_tree import FixedTree
 from dist_qft.ranks.digest import positional_digest
+from dist_qft.training.fixed_tree import FixedTree
 
 # Sums in fp32 are exact up to 2^24. Split like this, counts and digests of up to 4096 ranks stay below.
 _TOKEN_BASE = 4096  # two lanes count up to 2^36 tokens per step

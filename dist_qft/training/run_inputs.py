@@ -1,5 +1,6 @@
 """All that is known of a run before any weight is read and any rank has met another."""
 
+import json
 import math
 import platform
 from dataclasses import dataclass
@@ -18,7 +19,8 @@ from dist_qft.methods.trainable import Plan
 from dist_qft.ranks.world import World
 from dist_qft.sharding.engine import Engine
 from dist_qft.storage.checkpoint import BaseEvaluation, Checkpoint
-from dist_qft.summary import summarized_steps
+
+SUMMARY_FILE = "summary.json"
 
 
 @dataclass(frozen=True)
@@ -98,3 +100,11 @@ class RunInputs:
             return train.max_steps, train.max_steps * train.global_batch_size
         samples = math.ceil(train.num_train_epochs * len(self.data.train))
         return math.ceil(samples / train.global_batch_size), samples
+
+
+def summarized_steps(output_dir: Path) -> int | None:
+    """At how many steps the run that wrote the folder's summary ended; None if there is no summary."""
+    try:
+        return json.loads((output_dir / SUMMARY_FILE).read_bytes())["steps"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
