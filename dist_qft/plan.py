@@ -25,7 +25,7 @@ from dist_qft.quant.contract import Format
 from dist_qft.quant.frozen import FrozenWeight
 from dist_qft.ranks.device import compute_dtype, planned_device
 from dist_qft.sharding.engine import parameter_owners
-from dist_qft.task import head_outputs
+from dist_qft.tuned_model.task import head_outputs
 
 # The packed tensor that has one entry for each block, whatever the format.
 _PER_BLOCK = ("absmax", "absmax_codes", "scale")

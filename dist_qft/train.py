@@ -11,7 +11,6 @@ from pathlib import Path
 
 import torch
 
-from dist_qft.assemble import assemble, attach_trainables, check_adapter, check_cache, check_fingerprint, start_fresh
 from dist_qft.base_model.load import check_names
 from dist_qft.base_model.skeleton import build_skeleton
 from dist_qft.base_model.tokenizer import load_tokenizer
@@ -33,6 +32,8 @@ from dist_qft.storage.checkpoint import require_space, require_writable
 from dist_qft.training.resume import changed_settings, check_trajectory, choose_checkpoint, resume_after_restart
 from dist_qft.training.run_inputs import LoadedBase, RunInputs
 from dist_qft.training.training_run import TrainingRun
+from dist_qft.tuned_model.assemble import assemble, attach_trainables, check_cache, start_fresh
+from dist_qft.tuned_model.trained import check_adapter, check_fingerprint
 
 
 def run_training(config: RunConfig, resume: str | None = None, stop: StopSignal | None = None) -> None:

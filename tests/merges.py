@@ -9,7 +9,6 @@ import torch
 import torch.distributed as dist
 from whole_runs import pool_world
 
-from dist_qft.assemble import Assembled, adapter_config, assemble, check_fingerprint
 from dist_qft.base_model.skeleton import build_skeleton
 from dist_qft.config.schema import RunConfig
 from dist_qft.merge import run
@@ -20,7 +19,8 @@ from dist_qft.merge.run import execute_merge, gather_inputs
 from dist_qft.methods.plans import plan_trainables
 from dist_qft.ranks.preemption import StopSignal
 from dist_qft.storage.checkpoint import TrainerState, write_checkpoint
-from dist_qft.trained import find_checkpoint
+from dist_qft.tuned_model.assemble import Assembled, assemble
+from dist_qft.tuned_model.trained import adapter_config, check_fingerprint, find_checkpoint
 
 # A config's sections for adapters that merge exactly into a GGUF file.
 GGUF_RUN = {

@@ -8,13 +8,13 @@ from io import StringIO
 import torch
 from whole_runs import pool_world
 
-from dist_qft.assemble import assemble
 from dist_qft.config.schema import RunConfig
 from dist_qft.errors import DistQFTError
 from dist_qft.ranks.preemption import StopSignal
 from dist_qft.train import execute_run, gather_inputs
 from dist_qft.training.run_inputs import RunInputs
 from dist_qft.training.training_run import TrainingRun
+from dist_qft.tuned_model.assemble import assemble
 
 
 @dataclass(frozen=True)

@@ -19,11 +19,11 @@ from dist_qft.base_model.load import load_base
 from dist_qft.base_model.skeleton import BaseModel, build_skeleton
 from dist_qft.base_model.weight_files import open_source
 from dist_qft.config.schema import MethodConfig, ModelConfig, QuantizationConfig, RunConfig
-from dist_qft.loaded import open_model
 from dist_qft.methods.qst.network import SideNetwork
 from dist_qft.methods.qst.plan import plan_side_network
 from dist_qft.methods.qst.pruning import start_from_base
 from dist_qft.sharding.replicated import ReplicatedEngine
+from dist_qft.tuned_model.loaded import open_model
 
 _SIZES = {
     "hidden_size": 64,

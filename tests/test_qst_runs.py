@@ -11,17 +11,17 @@ from ranks import RankPool
 from tiny_model import tiny_config
 from whole_runs import adapter_digest, train, train_losses
 
-from dist_qft.assemble import assemble
 from dist_qft.base_model.skeleton import build_skeleton
 from dist_qft.config.schema import RunConfig
 from dist_qft.data.batches import eval_batches
 from dist_qft.errors import UserError
-from dist_qft.evaluate import held_out_loss
 from dist_qft.plan import make_plan
 from dist_qft.ranks.device import compute_dtype
 from dist_qft.sharding.engine import parameter_owners
 from dist_qft.storage.checkpoint import list_checkpoints
-from dist_qft.trained import config_of, find_checkpoint, open_trained
+from dist_qft.tuned_model.assemble import assemble
+from dist_qft.tuned_model.held_out import held_out_loss
+from dist_qft.tuned_model.trained import config_of, find_checkpoint, open_trained
 
 
 @pytest.fixture(scope="module")

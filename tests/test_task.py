@@ -17,7 +17,7 @@ from dist_qft.data.batches import collate
 from dist_qft.data.prepare import prepare
 from dist_qft.errors import UserError
 from dist_qft.plan import make_plan
-from dist_qft.task import Labelling
+from dist_qft.tuned_model.task import Labelling
 
 TASK = TaskConfig(name="classification", labels=["cat", "dog", "sea"])
 METHODS = {

@@ -6,7 +6,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from dist_qft.assemble import materialize
 from dist_qft.base_model.skeleton import build_skeleton
 from dist_qft.base_model.weight_files import open_source
 from dist_qft.bench.measuring import Memory, synchronize
@@ -17,6 +16,7 @@ from dist_qft.bench.processes import common_settings, run_side
 from dist_qft.bench.report import Report, compare
 from dist_qft.config.schema import ModelConfig, QuantizationConfig
 from dist_qft.sharding.engines import make_engine
+from dist_qft.tuned_model.assemble import materialize
 
 
 def run(options: Options) -> Report:

@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 
-from dist_qft.assemble import assemble
 from dist_qft.base_model.skeleton import build_skeleton
 from dist_qft.bench.measuring import Memory, synchronize
 from dist_qft.bench.models import dense_folder
@@ -22,6 +21,7 @@ from dist_qft.bench.step import run_config
 from dist_qft.merge.collective import fold_base
 from dist_qft.merge.recipe import MergeRequest, make_recipe
 from dist_qft.methods.plans import plan_trainables
+from dist_qft.tuned_model.assemble import assemble
 
 
 def run(options: Options) -> Report:

@@ -13,7 +13,6 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from dist_qft.assemble import Assembled, assemble
 from dist_qft.base_model.skeleton import build_skeleton
 from dist_qft.bench.batches import micro_batch, random_ids
 from dist_qft.bench.measuring import Memory, measure_steps
@@ -29,6 +28,7 @@ from dist_qft.ranks.preemption import StopSignal
 from dist_qft.training.optimizer import make_optimizer
 from dist_qft.training.train_step import REPORT_SIZE, train_step
 from dist_qft.training.trainables import Trainables
+from dist_qft.tuned_model.assemble import Assembled, assemble
 
 METHODS = {
     "qlora": {"method": {"name": "qlora"}, "quantization": {"linear": "nf4", "block": [64]}},

@@ -13,7 +13,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from dist_qft.assemble import Assembled
 from dist_qft.base_model.skeleton import BaseModel
 from dist_qft.errors import DistQFTError, Preempted, SetupError
 from dist_qft.merge.difference import Difference
@@ -25,6 +24,7 @@ from dist_qft.ranks.collectives import agreed, maximum
 from dist_qft.ranks.preemption import StopSignal
 from dist_qft.sharding.host_memory import return_freed_memory
 from dist_qft.storage.atomic import publishing, refused_write
+from dist_qft.tuned_model.assemble import Assembled
 
 
 class Writer(Protocol):

@@ -10,13 +10,13 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from dist_qft.assemble import Assembled
 from dist_qft.base_model.skeleton import BaseModel
 from dist_qft.merge.collective import frozen_weights
 from dist_qft.merge.merged_weight import merged_weight
 from dist_qft.methods.adapters.tile_adapter import TileAdapter
 from dist_qft.quant.contract import Format, Shape
 from dist_qft.sharding.host_memory import return_freed_memory
+from dist_qft.tuned_model.assemble import Assembled
 
 PROBE_TOKENS = 64
 _TEXT = (

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from dist_qft.assemble import Assembled, assemble, check_fingerprint
 from dist_qft.base_model.skeleton import BaseModel, build_skeleton
 from dist_qft.base_model.tokenizer import load_tokenizer
 from dist_qft.config.check import merge_obstacle
@@ -33,8 +32,9 @@ from dist_qft.ranks.preemption import StopSignal
 from dist_qft.ranks.world import World, connect
 from dist_qft.storage.checkpoint import ADAPTER_MODEL, TRAINER_STATE, Checkpoint
 from dist_qft.storage.manifest import sha256_of
-from dist_qft.trained import config_of, find_checkpoint
 from dist_qft.training.run_inputs import RunInputs
+from dist_qft.tuned_model.assemble import Assembled, assemble
+from dist_qft.tuned_model.trained import check_fingerprint, config_of, find_checkpoint
 
 
 @dataclass(frozen=True)

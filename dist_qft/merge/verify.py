@@ -8,7 +8,6 @@ import torch
 
 from dist_qft.base_model.skeleton import BaseModel
 from dist_qft.errors import CorruptFileError, UserError
-from dist_qft.loaded import LoadedModel, open_model, open_tuned
 from dist_qft.merge.certificate import file_digests, read_certificate
 from dist_qft.merge.difference import Difference
 from dist_qft.merge.merged_weight import merged_weight
@@ -19,6 +18,7 @@ from dist_qft.ranks.device import device_for
 from dist_qft.ranks.world import World, connect
 from dist_qft.storage.checkpoint import ADAPTER_MODEL, read_checkpoint
 from dist_qft.storage.manifest import sha256_of
+from dist_qft.tuned_model.loaded import LoadedModel, open_model, open_tuned
 
 _RELATIVE = 0.05  # another machine or thread count sums in another order
 _OF_LARGEST = 1e-4  # of the largest logit

@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dist_qft.errors import CorruptFileError
-from dist_qft.evaluate import HeldOut
 from dist_qft.storage.atomic import write_text
 from dist_qft.study.groups import THIRDS, TYPES
 from dist_qft.study.rows import Row
+from dist_qft.tuned_model.held_out import HeldOut
 
 if TYPE_CHECKING:
     from dist_qft.training.training_run import TrainingRun

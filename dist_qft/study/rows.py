@@ -25,7 +25,7 @@ from dist_qft.ranks.device import compute_dtype, planned_device
 from dist_qft.study.groups import kept_shares
 from dist_qft.study.presets import REFERENCE, Variant, preset_variants
 from dist_qft.study.settings import Study, axis_labels
-from dist_qft.task import head_outputs
+from dist_qft.tuned_model.task import head_outputs
 
 RUNS_FOLDER = "runs"
 

@@ -10,9 +10,9 @@ from dist_qft.data.batches import MicroBatch
 from dist_qft.methods.forward import Forward
 from dist_qft.ranks.preemption import StopSignal
 from dist_qft.sharding.engine import Engine
-from dist_qft.task import Task
 from dist_qft.training.optimizer import clip_gradient, learning_rate
 from dist_qft.training.trainables import Trainables
+from dist_qft.tuned_model.task import Task
 
 
 @dataclass(frozen=True)

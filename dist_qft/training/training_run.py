@@ -7,12 +7,9 @@ import psutil
 import torch
 import torch.distributed as dist
 
-from dist_qft.assemble import Assembled, adapter_config, make_forward
 from dist_qft.config.load import CONFIG_FILE, save_config
 from dist_qft.data.batches import Batches, eval_batches
 from dist_qft.errors import Preempted, SetupError
-from dist_qft.evaluate import HeldOut, held_out_loss
-from dist_qft.generate import answer
 from dist_qft.ranks.collectives import SideGroup
 from dist_qft.ranks.preemption import StopSignal
 from dist_qft.storage.atomic import remove_leftovers
@@ -26,6 +23,10 @@ from dist_qft.training.run_inputs import RunInputs
 from dist_qft.training.summary import Summary
 from dist_qft.training.train_step import REPORT_SIZE, StepResult, train_step
 from dist_qft.training.trainables import Trainables
+from dist_qft.tuned_model.answer import answer
+from dist_qft.tuned_model.assemble import Assembled, make_forward
+from dist_qft.tuned_model.held_out import HeldOut, held_out_loss
+from dist_qft.tuned_model.trained import adapter_config
 
 
 class TrainingRun:

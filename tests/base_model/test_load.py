@@ -13,7 +13,6 @@ from safetensors.torch import load_file, save_file
 from tiny_model import save_tiny_model, tiny_llama_config
 from transformers import LlamaConfig
 
-from dist_qft.assemble import assemble
 from dist_qft.base_model.load import load_base
 from dist_qft.base_model.skeleton import build_skeleton
 from dist_qft.base_model.sources import SafetensorsSource
@@ -23,6 +22,7 @@ from dist_qft.methods.plans import plan_trainables
 from dist_qft.ranks.preemption import StopSignal
 from dist_qft.sharding.engine import parameter_owners
 from dist_qft.sharding.engines import make_engine
+from dist_qft.tuned_model.assemble import assemble
 
 CPU = torch.device("cpu")
 AFFINE4 = {"linear": "affine4", "block": [8, 4]}

@@ -12,19 +12,19 @@ from pathlib import Path
 
 import torch
 
-from dist_qft.assemble import Assembled
 from dist_qft.config.load import load_config
 from dist_qft.data.batches import eval_batches
 from dist_qft.data.prepare import prepare
-from dist_qft.evaluate import held_out_loss
-from dist_qft.loaded import open_tuned
 from dist_qft.merge.probe import as_written, compare_logits, logits_of, probe_ids
 from dist_qft.methods.adapters.exact_fold import folded, folding_tensor
 from dist_qft.quant.formats import linear_format
 from dist_qft.ranks.world import World, connect
 from dist_qft.sharding.engines import make_engine
-from dist_qft.task import CausalLM
-from dist_qft.trained import find_checkpoint
+from dist_qft.tuned_model.assemble import Assembled
+from dist_qft.tuned_model.held_out import held_out_loss
+from dist_qft.tuned_model.loaded import open_tuned
+from dist_qft.tuned_model.task import CausalLM
+from dist_qft.tuned_model.trained import find_checkpoint
 
 CPU = torch.device("cpu")
 

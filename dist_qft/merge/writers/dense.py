@@ -4,12 +4,12 @@ from collections.abc import Iterator, Mapping
 
 from torch import Tensor
 
-from dist_qft.assemble import Assembled
 from dist_qft.merge.collective import frozen_weights
 from dist_qft.merge.difference import Difference
 from dist_qft.merge.merged_weight import merged_rows
 from dist_qft.merge.recipe import Recipe
 from dist_qft.merge.writers.safetensors_folder import Entry
+from dist_qft.tuned_model.assemble import Assembled
 
 
 class DenseForm:

@@ -15,13 +15,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dist_qft.assemble import Assembled
 from dist_qft.base_model.gguf_file import GGUF_TWINS, GgufSource
 from dist_qft.merge.collective import frozen_weights
 from dist_qft.merge.difference import Difference
 from dist_qft.merge.merged_weight import merged_weight
 from dist_qft.merge.recipe import GGUF_FORMAT, Recipe
 from dist_qft.quant.affine4 import q4_1_from_affine4
+from dist_qft.tuned_model.assemble import Assembled
 
 _BLOCK_BYTES = 20  # of Q4_1: float16 d, float16 m, 32 codes
 _M = slice(2, 4)

@@ -6,7 +6,6 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import Tensor
 
-from dist_qft.assemble import Assembled
 from dist_qft.base_model.quantized_folder import QUANTIZATION_FILE, WEIGHTS_NAME, manifest_of
 from dist_qft.merge.collective import frozen_weights
 from dist_qft.merge.difference import Difference
@@ -14,6 +13,7 @@ from dist_qft.merge.merged_weight import merged_weight
 from dist_qft.merge.recipe import Recipe
 from dist_qft.merge.writers.safetensors_folder import Entry
 from dist_qft.quant.contract import Format
+from dist_qft.tuned_model.assemble import Assembled
 
 
 class PackedForm:

@@ -6,14 +6,16 @@ import torch
 from pydantic import ValidationError
 from transformers import PreTrainedTokenizerBase
 
-from dist_qft.assemble import Assembled, assemble, check_fingerprint
-from dist_qft.base_model.skeleton import build_skeleton
+from dist_qft.base_model.skeleton import BaseModel, build_skeleton
 from dist_qft.base_model.tokenizer import load_tokenizer
 from dist_qft.config.schema import RunConfig
 from dist_qft.errors import CorruptFileError, UserError
 from dist_qft.methods.plans import stored_plan
+from dist_qft.methods.trainable import Plan
+from dist_qft.ranks.collectives import agreed
 from dist_qft.ranks.device import compute_dtype
 from dist_qft.storage.checkpoint import TRAINER_STATE, Checkpoint, newest_valid, read_checkpoint
+from dist_qft.tuned_model.assemble import Assembled, assemble
 
 
 def find_checkpoint(path: str | Path) -> Checkpoint:
@@ -57,3 +59,37 @@ def open_trained(
     parts.load_tensors(checkpoint.trainables)
     parts.adapters.eval()
     return parts, tokenizer
+
+
+def adapter_config(config: RunConfig, base: BaseModel, plan: Plan) -> dict:
+    """What an adapter file must say about itself to be loaded, checked and merged later."""
+    return {
+        "peft_type": plan.peft_type,
+        "format_version": 1,
+        "method": config.method.name,
+        "base_model_name_or_path": config.model.path,
+        "base_fingerprint": base.fingerprint,
+        **plan.describe(),
+        "run_config": config.model_dump(),
+    }
+
+
+def check_adapter(checkpoint: Checkpoint, plan: Plan) -> None:
+    """Refuse a checkpoint whose trainables are not those of the config; before the base is loaded."""
+    found = checkpoint.adapter_config
+    if found.get("peft_type") != plan.peft_type:
+        raise UserError(f"{checkpoint.path}: peft_type is {found.get('peft_type')!r}, need {plan.peft_type!r}")
+    if difference := plan.difference(found):
+        raise UserError(f"{checkpoint.path}: {difference}")
+
+
+def check_fingerprint(checkpoint: Checkpoint, base: BaseModel) -> None:
+    """Refuse an adapter that was trained on another base, or on another quantization of it. Alike on all ranks."""
+    expected = str(checkpoint.adapter_config.get("base_fingerprint"))
+    if expected != base.fingerprint:
+        raise agreed(
+            UserError(
+                f"{checkpoint.path}: trained on base {expected[:16]}..., "
+                f"this base is {base.fingerprint[:16]}... (another model or another quantization)"
+            )
+        )

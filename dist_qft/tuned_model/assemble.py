@@ -16,19 +16,17 @@ from dist_qft.base_model.weight_files import open_source
 from dist_qft.config.deepspeed_file import read_zero_options
 from dist_qft.config.schema import RunConfig
 from dist_qft.data.dataset import TokenDataset
-from dist_qft.errors import Preempted, UserError
+from dist_qft.errors import Preempted
 from dist_qft.methods.forward import BaseForward, Forward
 from dist_qft.methods.qst.cached_forward import CachedForward
 from dist_qft.methods.qst.hidden_cache import CacheLayout, HiddenCache, require_space
 from dist_qft.methods.qst.pruning import start_from_base
 from dist_qft.methods.trainable import Plan, TrainableSet
-from dist_qft.ranks.collectives import agreed
 from dist_qft.ranks.preemption import StopSignal
 from dist_qft.sharding.engine import Engine
 from dist_qft.sharding.engines import make_engine
 from dist_qft.sharding.host_memory import keep_one_heap
-from dist_qft.storage.checkpoint import Checkpoint
-from dist_qft.task import Task, head_outputs, make_task
+from dist_qft.tuned_model.task import Task, head_outputs, make_task
 
 # Measured on CPUs: with 64 the step takes 5 % more time and 100 MiB more (docs/performance.md).
 _LOSS_CHUNK_MEGABYTES = {"cuda": 64.0, "cpu": 8.0}
@@ -147,40 +145,6 @@ def materialize(
         keep_one_heap()
     _move_buffers(skeleton, device)
     load_base(skeleton, source, engine, device, poll)
-
-
-def adapter_config(config: RunConfig, base: BaseModel, plan: Plan) -> dict:
-    """What an adapter file must say about itself to be loaded, checked and merged later."""
-    return {
-        "peft_type": plan.peft_type,
-        "format_version": 1,
-        "method": config.method.name,
-        "base_model_name_or_path": config.model.path,
-        "base_fingerprint": base.fingerprint,
-        **plan.describe(),
-        "run_config": config.model_dump(),
-    }
-
-
-def check_adapter(checkpoint: Checkpoint, plan: Plan) -> None:
-    """Refuse a checkpoint whose trainables are not those of the config; before the base is loaded."""
-    found = checkpoint.adapter_config
-    if found.get("peft_type") != plan.peft_type:
-        raise UserError(f"{checkpoint.path}: peft_type is {found.get('peft_type')!r}, need {plan.peft_type!r}")
-    if difference := plan.difference(found):
-        raise UserError(f"{checkpoint.path}: {difference}")
-
-
-def check_fingerprint(checkpoint: Checkpoint, base: BaseModel) -> None:
-    """Refuse an adapter that was trained on another base, or on another quantization of it. Alike on all ranks."""
-    expected = str(checkpoint.adapter_config.get("base_fingerprint"))
-    if expected != base.fingerprint:
-        raise agreed(
-            UserError(
-                f"{checkpoint.path}: trained on base {expected[:16]}..., "
-                f"this base is {base.fingerprint[:16]}... (another model or another quantization)"
-            )
-        )
 
 
 def _move_buffers(base: BaseModel, device: torch.device) -> None:

@@ -11,19 +11,19 @@ import torch.distributed as dist
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from dist_qft.assemble import materialize
 from dist_qft.base_model.skeleton import BaseModel, build_skeleton
 from dist_qft.base_model.tokenizer import load_tokenizer
 from dist_qft.base_model.weight_files import open_source, stored_quantization
 from dist_qft.config.schema import ModelConfig, ShardingConfig
 from dist_qft.errors import UserError
-from dist_qft.generate import answer
 from dist_qft.methods.adapters.attach import AdapterSet
 from dist_qft.ranks.device import compute_dtype
 from dist_qft.ranks.world import World, connect
 from dist_qft.sharding.engines import make_engine
 from dist_qft.storage.checkpoint import TRAINER_STATE, Checkpoint, list_checkpoints
-from dist_qft.trained import config_of, find_checkpoint, open_trained
+from dist_qft.tuned_model.answer import answer
+from dist_qft.tuned_model.assemble import materialize
+from dist_qft.tuned_model.trained import config_of, find_checkpoint, open_trained
 
 _TIMEOUT_SECONDS = 600
 
