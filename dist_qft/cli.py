@@ -117,8 +117,8 @@ def generate(
     base: Annotated[bool, typer.Option("--base", help="Also show the base model's answers.")] = False,
 ) -> None:
     """Answer prompts with a fine-tuned or merged model."""
-    from dist_qft.generate import run_generation
-    from dist_qft.tuned_model.loaded import is_model, run_model
+    from dist_qft.generate import run_generation, run_model
+    from dist_qft.tuned_model.loaded import is_model
 
     if not is_model(Path(run)):
         run_generation(run, prompt, max_new_tokens, base)

@@ -1,10 +1,13 @@
 """`dist-qft generate`: answers of a base with its adapters, or of a merged model."""
 
+from collections.abc import Sequence
+
 from dist_qft.errors import UserError
 from dist_qft.ranks.collectives import told_by
 from dist_qft.ranks.device import device_for
 from dist_qft.ranks.world import World, connect
 from dist_qft.tuned_model.answer import answer
+from dist_qft.tuned_model.loaded import load_model
 from dist_qft.tuned_model.trained import config_of, find_checkpoint, open_trained
 
 
@@ -33,3 +36,11 @@ def run_generation(path: str, prompts: list[str], max_new_tokens: int, base: boo
                 label = len(answers) > 1
                 for which, text in answers.items():
                     print(f"[{which}] {text}" if label else text, flush=True)
+
+
+def run_model(path: str, prompts: Sequence[str], max_new_tokens: int) -> None:
+    """Print a merged model's answers; the same on every rank, so rank 0 alone works."""
+    if World.from_environment().rank == 0:
+        model = load_model(path)
+        for prompt in prompts:
+            print(model.generate(prompt, max_new_tokens), flush=True)

@@ -1,1 +1,1 @@
-"""A base with its trainables and its task, ready to run: assembled for training, or opened from what a run has saved."""
+"""A base with its trainables and its task, ready to run: assembled for training, or opened from a saved run."""

@@ -13,7 +13,7 @@ from dist_qft.data.batches import MicroBatch
 from dist_qft.errors import Preempted
 from dist_qft.methods.forward import BaseForward
 from dist_qft.ranks.preemption import StopSignal
-from dist_qft.task import CausalLM, Task
+from dist_qft.tuned_model.task import CausalLM, Task
 
 
 @dataclass(frozen=True)

@@ -71,14 +71,6 @@ def load_model(path: str | Path, device: str | torch.device = "cpu") -> LoadedMo
         return open_tuned(find_checkpoint(path), device)
 
 
-def run_model(path: str, prompts: Sequence[str], max_new_tokens: int) -> None:
-    """Print a merged model's answers; the same on every rank, so rank 0 alone works."""
-    if World.from_environment().rank == 0:
-        model = load_model(path)
-        for prompt in prompts:
-            print(model.generate(prompt, max_new_tokens), flush=True)
-
-
 def is_model(path: Path) -> bool:
     """Whether a path holds a model and not a run or checkpoint."""
     if path.suffix == ".gguf":
