@@ -3,7 +3,7 @@
 import os
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -12,11 +12,11 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ["HF_HUB_OFFLINE"] = "1"
 
-from ranks import RankPool
-from tiny_gguf import save_tiny_gguf
-from tiny_model import save_tiny_model
-
 from dist_qft.cli import main
+from tests.support.merges import GGUF_RUN, write_random_adapters
+from tests.support.rank_pool import RankPool
+from tests.support.tiny_gguf import save_tiny_gguf
+from tests.support.tiny_model import save_tiny_model, tiny_config
 
 # A shell's background job ignores interrupts, and so would the runs that tests interrupt.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -70,3 +70,20 @@ def shell(monkeypatch, capsys):
         return stop.value.code, output.out, output.err
 
     return run_main
+
+
+@pytest.fixture(scope="session")
+def make_run(pools: dict[int, RankPool], tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """`make_run(model, **sections)`: the folder of a run whose only checkpoint holds random adapters."""
+
+    def make(model: Path, size: float = 0.05, **sections: dict) -> Path:
+        folder = tmp_path_factory.mktemp("merge") / "run"
+        pools[1].run(write_random_adapters, config=tiny_config(model, folder, **sections), size=size)
+        return folder
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def gguf_run(make_run: Callable[..., Path], tiny_gguf: Path) -> Path:
+    return make_run(tiny_gguf, **GGUF_RUN)

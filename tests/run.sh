@@ -1,9 +1,15 @@
 #!/usr/bin/env bash
-# The test command: installs what is missing, then ruff and pytest. Arguments go to pytest: tests/run.sh -k merge
+# The test command: installs what is missing, then ruff and pytest.
+#   tests/run.sh                     everything
+#   tests/run.sh unit|ranks|whole    one tier: single functions; pools of ranks; launchers, faults, Slurm and SmolLM2
+# Further arguments go to pytest: tests/run.sh unit -k merge
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/../launch/environment.sh"
 prepare_environment
 "$ROOT/launch/get_smollm2.sh"
+
+tiers=()
+while [[ ${1:-} == unit || ${1:-} == ranks || ${1:-} == whole ]]; do tiers+=("tests/$1") && shift; done
 
 cd "$ROOT"
 ruff check .
@@ -12,4 +18,4 @@ ruff format --check .
 # same on every machine. No test may need the network.
 export OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
 unset PYTHONDONTWRITEBYTECODE # hundreds of processes start, and should not each compile the package
-exec pytest "$@"
+exec pytest --durations=25 "${tiers[@]}" "$@"

@@ -1,0 +1,241 @@
+"""Folders that bitsandbytes quantized, as they are on the Hub: the same base, byte for byte, as quantized here."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import bitsandbytes
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel
+
+import dist_qft
+from dist_qft.base_model.load import load_base
+from dist_qft.base_model.skeleton import build_skeleton
+from dist_qft.base_model.weight_files import open_source, stored_quantization
+from dist_qft.config.schema import ModelConfig, QuantizationConfig
+from dist_qft.errors import CorruptFileError, UserError
+from dist_qft.quant.nf4 import NF4
+from dist_qft.sharding.engines import make_engine
+from tests.support.qst_models import not_pruned_from
+from tests.support.tiny_model import tiny_config
+from tests.support.whole_runs import train_losses
+
+CPU = torch.device("cpu")
+# Name -> what bitsandbytes is told, and the section that means the same here.
+VARIANTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "once": ({}, {}),
+    "twice": ({"bnb_4bit_use_double_quant": True}, {"double_quant": True}),
+    "twice, dressed": (
+        {"bnb_4bit_use_double_quant": True, "bnb_4bit_quant_storage": torch.float32},
+        {"double_quant": True},
+    ),
+    "dressed": ({"bnb_4bit_quant_storage": torch.bfloat16}, {}),
+    "exempt": ({"llm_int8_skip_modules": ["lm_head", "o_proj"]}, {"exempt": ["o_proj"]}),
+}
+IDS = torch.arange(3, 40)[None]
+WEIGHT = "model.layers.1.mlp.up_proj.weight"
+DOWN = "model.layers.1.mlp.down_proj.weight"
+STATE = f"{WEIGHT}.quant_state.bitsandbytes__nf4"
+
+
+def quantize(source: Path, folder: Path, **settings: Any) -> Path:
+    """What a user of transformers does to have such a folder."""
+    how = BitsAndBytesConfig(load_in_4bit=True, **({"bnb_4bit_quant_type": "nf4"} | settings))
+    AutoModelForCausalLM.from_pretrained(source, quantization_config=how).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(source).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def folders(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    to = tmp_path_factory.mktemp("bitsandbytes")
+    return {name: quantize(tiny_llama, to / name, **settings) for name, (settings, _) in VARIANTS.items()}
+
+
+def loaded(path: Path, engine_name: str, quantization: dict[str, Any], skeleton: Path | None = None) -> str:
+    model = ModelConfig(path=str(path))
+    base = build_skeleton(ModelConfig(path=str(skeleton or path)), QuantizationConfig(**quantization), torch.float32)
+    engine = make_engine(engine_name)
+    engine.shard(base.units, CPU)
+    load_base(base, open_source(model), engine, CPU)
+    return base.fingerprint
+
+
+@pytest.mark.parametrize(("world", "engine"), [(1, "replicated"), (2, "fsdp"), (2, "zero"), (4, "fsdp")])
+@pytest.mark.parametrize("name", VARIANTS)
+def test_it_is_the_base_that_is_quantized_here(pools, folders, tiny_llama, name, world, engine):
+    section = VARIANTS[name][1]
+    here = pools[world].run(loaded, path=tiny_llama, engine_name=engine, quantization=section)
+    assert pools[world].run(loaded, path=folders[name], engine_name=engine, quantization=section) == here
+
+
+def dequantized(folder: Path) -> PreTrainedModel:
+    """The model as transformers and bitsandbytes read it, every weight as float32."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    for path, module in list(model.named_modules()):
+        if isinstance(module, bitsandbytes.nn.Linear4bit):
+            state = module.weight.quant_state
+            state.dtype = torch.float32
+            dense = torch.nn.Linear(module.in_features, module.out_features, bias=False)
+            dense.weight.data = bitsandbytes.functional.dequantize_4bit(module.weight.data, state)
+            model.set_submodule(path, dense)
+    return model
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_as_it_lies_there_it_gives_the_logits_of_transformers(folders, name):
+    with torch.no_grad():
+        expected = dequantized(folders[name])(IDS).logits
+    found = dist_qft.load(folders[name]).logits(IDS)
+    assert (found - expected).abs().max() <= 1e-5 * expected.abs().max()
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_its_weights_are_those_of_bitsandbytes_bit_for_bit_and_rows_are_rows_of_the_whole(folders, name):
+    source = open_source(ModelConfig(path=str(folders[name])))
+    format = NF4(double_quant="twice" in name)
+    assert source.shape(DOWN) == (64, 128)
+    assert source.holds(DOWN, format) and not source.holds(DOWN, NF4(double_quant=not format.double_quant))
+    packed = source.read_packed(DOWN, format)
+    expected = dequantized(folders[name]).model.layers[1].mlp.down_proj.weight
+    assert torch.equal(format.dequantize(packed, (64, 128), torch.float32), expected)
+    if format.row_local:
+        for first, stop in ((0, 1), (5, 9), (7, 7), (63, 64)):
+            part = source.read_packed(DOWN, format, (first, stop))
+            assert all(torch.equal(part[key], packed[key][first:stop]) for key in packed)
+    with pytest.raises(UserError, match="is stored as nf4 and is not quantized anew"):
+        source.read(DOWN)
+
+
+def test_a_run_on_it_is_the_run_on_the_floats(pools, folders, tiny_llama, tmp_path):
+    def config(name: str, model: Path):
+        return tiny_config(model, tmp_path / name, quantization={"linear": "nf4", "block": [64], "double_quant": True})
+
+    here = pools[2].run(train_losses, config=config("here", tiny_llama))
+    assert pools[2].run(train_losses, config=config("there", folders["twice"])) == here
+    # The adapters of one go on the other.
+    moved = dist_qft.load(tmp_path / "here").logits(IDS)
+    assert torch.equal(dist_qft.load(tmp_path / "there").logits(IDS), moved)
+
+
+@pytest.mark.parametrize("name", ["twice", "exempt"])
+def test_a_side_network_can_be_pruned_from_it(pools, folders, name):
+    assert pools[1].run(not_pruned_from, path=folders[name]) == [[]]
+
+
+# --- refusals --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "section", "words"),
+    [
+        ("once", {"linear": "affine4"}, ("affine4 [1, 32]", "nf4 64", '{"linear": "nf4"}')),
+        ("once", {"double_quant": True}, ("nf4 64 double quant", "nf4 64", '{"linear": "nf4"}')),
+        ("twice", {}, ("nf4 64", "nf4 64 double quant", '{"linear": "nf4", "double_quant": true}')),
+        ("once", {"exempt": ["q_proj"]}, ("dense", "nf4 64", '{"linear": "nf4"}')),
+    ],
+)
+def test_other_formats_than_its_own_are_refused(folders, name, section, words):
+    wanted, found, keys = words
+    assert refusal(folders[name], section) == (
+        f"quantization: model.layers.0.self_attn.q_proj would be {wanted}, but '{folders[name]}' holds it as {found}; "
+        f"set the section to {keys}"
+    )
+
+
+def test_layers_that_it_left_as_floats_must_be_exempt(folders):
+    told = refusal(folders["exempt"], {})
+    assert "model.layers.0.self_attn.o_proj would be nf4 64, but " in told and " holds it as dense; " in told
+    exempt = [f"model.layers.{depth}.self_attn.o_proj" for depth in range(3)]
+    assert told.endswith(f"set the section to {json.dumps({'linear': 'nf4', 'exempt': exempt})}")
+    assert stored_quantization(folders["exempt"]).exempt == exempt
+    assert refusal(folders["exempt"], {"exempt": exempt}) is None
+
+
+def test_what_a_skeleton_could_not_know_is_refused_before_anything_is_read(pools, folders, tiny_llama):
+    """As for a Hub id, whose files are not there yet when the configuration is read."""
+    with pytest.raises(
+        AssertionError, match=r"UserError: quantization: .* would be nf4 64, but .* as nf4 64 double quant"
+    ):
+        pools[1].run(loaded, path=folders["twice"], engine_name="replicated", quantization={}, skeleton=tiny_llama)
+
+
+def test_quantizations_that_are_not_nf4_are_refused_by_the_configuration(tiny_llama, tmp_path):
+    fp4 = quantize(tiny_llama, tmp_path / "fp4", bnb_4bit_quant_type="fp4")
+    assert refusal(fp4, {}) == (
+        f"model.path: '{fp4}' is already quantized by bitsandbytes fp4; "
+        "need 16-bit or 32-bit weights, nf4 of bitsandbytes, or GGUF"
+    )
+
+
+def test_a_quantized_head_is_refused(tiny_llama, tmp_path):
+    folder = quantize(tiny_llama, tmp_path / "head", llm_int8_skip_modules=["o_proj"])
+    assert refusal(folder, {"exempt": ["o_proj"]}) == (
+        f"model.path: '{folder}' holds lm_head as nf4; embedding and LM head must be floats"
+    )
+
+
+def refusal(folder: Path, section: dict[str, Any]) -> str | None:
+    try:
+        build_skeleton(ModelConfig(path=str(folder)), QuantizationConfig(**section), torch.float32)
+    except UserError as error:
+        return str(error)
+    return None
+
+
+def state_with(tensors: dict[str, torch.Tensor], **changes: Any) -> None:
+    state = json.loads(bytes(tensors[STATE].tolist())) | changes
+    tensors[STATE] = torch.tensor(list(json.dumps(state).encode()), dtype=torch.uint8)
+
+
+def without_states(tensors: dict[str, torch.Tensor]) -> None:
+    for name in [name for name in tensors if ".quant_state." in name]:
+        del tensors[name]
+
+
+def spoiled(tensors: dict[str, torch.Tensor], name: str, value: float) -> None:
+    tensors[f"{WEIGHT}.{name}"][3] = value
+
+
+@pytest.mark.parametrize(
+    ("name", "damage", "error", "message"),
+    [
+        ("once", lambda t: state_with(t, shape=[128]), CorruptFileError, "not a description of a quantized weight"),
+        ("once", lambda t: state_with(t, blocksize="64"), UserError, "blocks of '64', need one of 32, 64,"),
+        (
+            "once",
+            lambda t: t.update({STATE: t[STATE][:9]}),
+            CorruptFileError,
+            "not a description of a quantized weight",
+        ),
+        ("once", lambda t: state_with(t, blocksize=48), UserError, "blocks of 48, need one of 32, 64,"),
+        (
+            "once",
+            lambda t: t.update({WEIGHT: t[WEIGHT][:-1].clone()}),
+            CorruptFileError,
+            "which is no multiple of rows",
+        ),
+        ("once", lambda t: state_with(t, shape=[64, 128]), UserError, "is [64, 128], the configuration says [128, 64]"),
+        ("once", without_states, UserError, "no tensor is stored in it"),
+        ("once", lambda t: spoiled(t, "quant_map", 0.5), UserError, "is not the code of this version"),
+        ("once", lambda t: spoiled(t, "absmax", torch.nan), UserError, "holds a value that is not finite"),
+        ("twice", lambda t: state_with(t, nested_blocksize=128), UserError, "constants in blocks of 128, need 256"),
+        ("twice", lambda t: state_with(t, nested_offset=torch.inf), UserError, "holds a value that is not finite"),
+        ("twice", lambda t: spoiled(t, "nested_quant_map", 0.5), UserError, "is not the code of this version"),
+    ],
+)
+def test_damage_is_named(
+    pools, folders, tmp_path, name: str, damage: Callable[[dict[str, torch.Tensor]], Any], error, message
+):
+    folder = tmp_path / "damaged"
+    shutil.copytree(folders[name], folder)
+    tensors = load_file(folder / "model.safetensors")
+    damage(tensors)
+    save_file(tensors, folder / "model.safetensors")
+    with pytest.raises(error) as refused:
+        dist_qft.load(folder)
+    assert message in str(refused.value) and str(folder) in str(refused.value)

@@ -1,0 +1,167 @@
+"""Quantized and dense result folders, as their readers see them, and the files below them."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import dist_qft
+from dist_qft.base_model.skeleton import build_skeleton
+from dist_qft.config.schema import ModelConfig, QuantizationConfig
+from dist_qft.errors import CorruptFileError, UserError
+from dist_qft.merge.writers.safetensors_folder import SafetensorsFolder
+from tests.support.merges import GGUF_RUN, merge_run
+from tests.support.qst_models import not_pruned_from
+from tests.support.tiny_model import tiny_config
+from tests.support.whole_runs import train
+
+IDS = torch.tensor([[5, 40, 77, 120, 33, 9, 201, 60, 12, 300], list(range(10, 20))])
+NF4 = {"linear": "nf4", "block": [64]}
+UNTILED = {"rank": 4, "pool": None, "repeat": None}
+
+
+@pytest.fixture(scope="module")
+def quantized(pools, make_run, tiny_llama, tmp_path_factory):
+    """(run, folder): QA-HiRA on 8 x 4 blocks with one layer type kept dense, merged on two ranks."""
+    run = make_run(tiny_llama, quantization={"linear": "affine4", "block": [8, 4], "exempt": ["o_proj"]})
+    folder = tmp_path_factory.mktemp("quantized") / "merged"
+    pools[2].run(merge_run, source=run, target="quantized", path=folder)
+    return run, folder
+
+
+def test_quantized_folder_gives_the_logits_of_the_tuned_model(quantized):
+    run, folder = quantized
+    live, merged = dist_qft.load(run), dist_qft.load(folder)
+    assert (merged.logits(IDS) - live.logits(IDS)).abs().max() < 5e-3 * live.logits(IDS).abs().max()
+    for path, layer in live.base.linears.items():
+        for name, tensor in layer.packed().items():
+            if name not in ("zero", "weight"):
+                assert torch.equal(tensor, merged.base.linears[path].packed()[name])
+    prompts = ["Say cat 3:", "the quiet sea"]
+    answers = merged.generate(prompts, max_new_tokens=4)
+    assert answers == [merged.generate(prompt, max_new_tokens=4) for prompt in prompts]
+    assert merged.tokenizer.chat_template == live.tokenizer.chat_template
+
+
+def test_quantized_folder_is_the_base_of_the_next_run(pools, quantized, tmp_path):
+    """Training starts at the merged model, and its own merge builds on the first one."""
+    _, folder = quantized
+    quantization = json.loads((folder / "quantization.json").read_text())["quantization"]
+    run, again = tmp_path / "next", tmp_path / "again"
+    config = tiny_config(folder, run, quantization=quantization, train={"max_steps": 2})
+    state = pools[2].run(train_state, config=config)[0]
+    start, tuned = dist_qft.load(folder).logits(IDS), dist_qft.load(run).logits(IDS)
+    assert len(state) == 2 and not torch.equal(start, tuned)
+    pools[2].run(merge_run, source=run, target="quantized", path=again)
+    assert (dist_qft.load(again).logits(IDS) - tuned).abs().max() < 5e-3 * tuned.abs().max()
+
+
+def test_a_side_network_can_be_pruned_from_a_quantized_folder(pools, quantized):
+    assert pools[1].run(not_pruned_from, path=quantized[1]) == [[]]
+
+
+def train_state(config) -> list[dict]:
+    return train(config).state.history
+
+
+def test_other_formats_than_the_folders_are_refused(quantized):
+    _, folder = quantized
+    with pytest.raises(UserError) as refusal:
+        build_skeleton(ModelConfig(path=str(folder)), QuantizationConfig(linear="affine4"), torch.float32)
+    assert str(refusal.value) == (
+        "quantization: model.layers.0.self_attn.q_proj would be affine4 [1, 32], "
+        f"but '{folder}' holds it as affine4 [8, 4]; "
+        'set the section to {"linear": "affine4", "block": [8, 4], "exempt": ["o_proj"]}'
+    )
+
+
+def test_a_reader_that_does_not_know_the_formats_finds_no_weights(quantized):
+    with pytest.raises(OSError, match=r"model\.safetensors"):
+        AutoModelForCausalLM.from_pretrained(quantized[1])
+
+
+@pytest.mark.parametrize("damage", ["{", '{"version": 1, "weights": {"a": {"shape": [1]}}}', '{"version": 1}'])
+def test_a_damaged_description_is_named(quantized, tmp_path, damage):
+    (tmp_path / "config.json").write_bytes((quantized[1] / "config.json").read_bytes())
+    (tmp_path / "quantization.json").write_text(damage)
+    with pytest.raises(CorruptFileError, match=r"quantization\.json: not a "):
+        dist_qft.load(tmp_path)
+
+
+@pytest.mark.parametrize("requantize", ["nf4", "affine4"])
+def test_requantized_folder_holds_every_linear_in_the_new_format(pools, make_run, tiny_llama, tmp_path, requantize):
+    method = {"name": "qlora", **UNTILED, "targets": ["q_proj", "down_proj"]}
+    run = make_run(tiny_llama, size=0.2, quantization=NF4, method=method)
+    path = tmp_path / "merged"
+    certificate = pools[2].run(merge_run, source=run, target="quantized", path=path, requantize=requantize)[0]
+    merged = dist_qft.load(path)
+    assert {layer.format.name for layer in merged.base.linears.values()} == {requantize}
+    difference = float((merged.logits(IDS) - dist_qft.load(run).logits(IDS)).abs().max())
+    assert not certificate["lossless"] and certificate["weights"]["mean_difference"] > 1e-3
+    assert difference == pytest.approx(certificate["logits"]["maximum"], rel=1)
+
+
+@pytest.mark.parametrize("method", ["qlora", "qbara", "qalora", "qahira"])
+def test_dense_folder_loads_in_hugging_face_with_the_tuned_logits(pools, make_run, tiny_llama, tmp_path, method):
+    sections = {
+        "qlora": {"method": {"name": "qlora", **UNTILED}, "quantization": NF4},
+        "qbara": {"method": {"name": "qbara", **UNTILED}, "quantization": NF4},
+        "qalora": {"method": {"name": "qalora", "rank": 4, "pool": 32, "repeat": None}},
+        "qahira": {},
+    }[method]
+    run = make_run(tiny_llama, **sections)
+    certificate = pools[2].run(merge_run, source=run, target="dense", path=tmp_path / "dense")[0]
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "dense")
+    assert model.dtype == torch.float32 and certificate["lossless"]
+    with torch.no_grad():
+        logits = model.eval()(IDS).logits
+    torch.testing.assert_close(logits, dist_qft.load(run).logits(IDS), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(logits, dist_qft.load(tmp_path / "dense").logits(IDS), rtol=1e-4, atol=1e-5)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "dense")
+    assert tokenizer("the cat").input_ids == AutoTokenizer.from_pretrained(tiny_llama)("the cat").input_ids
+    assert tokenizer.chat_template == AutoTokenizer.from_pretrained(tiny_llama).chat_template
+    assert (tmp_path / "dense" / "generation_config.json").is_file()
+
+
+def test_dense_folder_of_a_gguf_base(pools, gguf_run, tmp_path):
+    certificate = pools[1].run(merge_run, source=gguf_run, target="dense", path=tmp_path / "d", dtype="bfloat16")[0]
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "d")
+    assert model.dtype == torch.bfloat16 and not certificate["lossless"]
+    live = dist_qft.load(gguf_run).logits(IDS)
+    with torch.no_grad():
+        logits = model.float().eval()(IDS).logits
+    difference = float((logits - live).abs().max())
+    assert difference == pytest.approx(certificate["logits"]["maximum"], rel=0.5)
+    assert GGUF_RUN["method"]["name"] == certificate["adapter"]["method"]
+
+
+def test_tensors_written_in_any_order_and_in_rows_are_read_back(tmp_path):
+    tensors = {
+        "a": torch.arange(15, dtype=torch.uint8).view(5, 3),
+        "b": torch.randn(4, 3).half(),
+        "c": torch.randn(7),
+        "d": torch.randn(2, 5).bfloat16(),
+        "e": torch.arange(-3, 4, dtype=torch.int8),
+    }
+    entries = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()}
+    files = SafetensorsFolder(tmp_path, "model", entries, shard_bytes=55)
+    for name in ("e", "c", "b", "a"):
+        files.write(name, tensors[name])
+    files.write("d", tensors["d"][:1])
+    with pytest.raises(ValueError, match="'d' was not written completely"):
+        files.finish()
+    files.write("d", tensors["d"][1:])
+    with pytest.raises(ValueError, match="'d' is longer than it was declared to be"):
+        files.write("d", tensors["d"][1:])
+    files.finish()
+    index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
+    assert index["metadata"]["total_size"] == sum(tensor.nbytes for tensor in tensors.values())
+    names = sorted(set(index["weight_map"].values()))
+    assert names == ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]
+    found = {}
+    for name in names:
+        found |= load_file(tmp_path / name)
+    assert found.keys() == tensors.keys()
+    assert all(torch.equal(found[name], tensor) for name, tensor in tensors.items())

@@ -1,0 +1,146 @@
+"""Merged GGUF files: which bytes change, and whether independent readers see the model that was trained."""
+
+from pathlib import Path
+
+import gguf
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+import dist_qft
+from tests.support.merges import GGUF_RUN, merge_run
+from tests.support.tiny_gguf import metadata_of, save_tiny_gguf, tensors_of
+
+IDS = torch.tensor([[5, 40, 77, 120, 33, 9, 201, 60, 12, 300]])
+PARTIAL = {"method": {**GGUF_RUN["method"], "targets": ["q_proj", "k_proj", "down_proj"]}}
+
+
+def hugging_face_logits(path: Path) -> torch.Tensor:
+    """Logits by transformers' own GGUF loader, which undoes the row permutation itself."""
+    model = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
+    with torch.no_grad():
+        return model.eval()(IDS).logits
+
+
+@pytest.fixture(scope="module")
+def merged(pools, gguf_run, tmp_path_factory) -> tuple[Path, dict]:
+    path = tmp_path_factory.mktemp("merged") / "merged.gguf"
+    return path, pools[2].run(merge_run, source=gguf_run, target="gguf", path=path)[0]
+
+
+def test_only_m_fields_of_adapted_tensors_change(pools, make_run, tiny_gguf, tmp_path):
+    path = tmp_path / "merged.gguf"
+    run = make_run(tiny_gguf, **{**GGUF_RUN, **PARTIAL})
+    pools[2].run(merge_run, source=run, target="gguf", path=path)
+    before, after = tiny_gguf.read_bytes(), path.read_bytes()
+    allowed = np.zeros(len(before), dtype=bool)
+    for tensor in gguf.GGUFReader(tiny_gguf).tensors:
+        if any(part in tensor.name for part in ("attn_q.", "attn_k.", "ffn_down.")):
+            assert tensor.tensor_type == gguf.GGMLQuantizationType.Q4_1
+            start = int(tensor.data_offset)
+            block = np.arange(tensor.n_bytes) % 20
+            allowed[start : start + tensor.n_bytes] = (block == 2) | (block == 3)
+    changed = np.frombuffer(before, np.uint8) != np.frombuffer(after, np.uint8)
+    assert len(before) == len(after)
+    assert not (changed & ~allowed).any()
+    assert changed.sum() > 0.4 * allowed.sum()
+
+
+def test_zeros_are_the_old_ones_plus_dW(merged, tiny_gguf, gguf_run):
+    """By gguf's reader, the permutation of q and k undone here; dW by the adapters' own float64 formula."""
+    from dist_qft.methods.adapters.tile_adapter import tile_values
+
+    path, certificate = merged
+    before, after = tensors_of(tiny_gguf), tensors_of(path)
+    tuned = dist_qft.load(gguf_run)
+    largest = 0.0
+    for name, stored, heads in (("q_proj", "attn_q", 4), ("k_proj", "attn_k", 2), ("v_proj", "attn_v", None)):
+        update = tile_values(tuned.adapters.by_path[f"model.layers.1.self_attn.{name}"]).numpy()
+        if heads:  # rotary halves: (heads, 2, n) in the model, (heads, n, 2) in the file
+            update = update.reshape(heads, 2, -1, update.shape[1]).swapaxes(1, 2).reshape(update.shape)
+        old, new = (
+            raw[f"blk.1.{stored}.weight"][1].reshape(update.shape[0], -1, 20)[:, :, 2:4].copy().view("<f2")[..., 0]
+            for raw in (before, after)
+        )
+        exact = old.astype(np.float64) + update
+        distance = np.abs(new.astype(np.float64) - exact)
+        assert (distance <= 0.5 * np.spacing(np.abs(new)).astype(np.float64)).all()
+        assert (new != old).mean() > 0.9
+        largest = max(largest, distance.max())
+    assert 0 < largest <= certificate["weights"]["max_difference"]
+
+
+def test_independent_loader_gives_the_logits_of_the_tuned_model(merged, gguf_run, tiny_gguf):
+    """No further apart than other roundings of the zeros would be: half a step, in random directions."""
+    path, certificate = merged
+    tuned = dist_qft.load(gguf_run)
+    live, independent = tuned.logits(IDS), hugging_face_logits(path)
+    torch.testing.assert_close(dist_qft.load(path).logits(IDS), independent, rtol=1e-5, atol=1e-5)
+    difference = float((independent - live).abs().max())
+    generator = torch.Generator().manual_seed(0)
+    explained = []
+    for _ in range(4):
+        other = dist_qft.load(path)
+        for layer in other.base.linears.values():
+            step = torch.from_numpy(np.spacing(np.abs(layer.zero.numpy()))).float()
+            noise = (torch.rand(step.shape, generator=generator) - 0.5) * step
+            layer.zero.data = layer.zero.float() + noise  # kept in float32: no second rounding
+            layer._packed_dtypes["zero"] = torch.float32
+        explained.append(float((other.logits(IDS) - independent).abs().max()))
+    assert 0 < difference <= 1.5 * max(explained)
+    assert certificate["lossless"] and certificate["weights"]["max_float16_steps"] <= 0.5
+    assert float((hugging_face_logits(tiny_gguf) - live).abs().max()) > 30 * difference, "the adapters change nothing"
+
+
+def test_qalora_merges_as_exactly(pools, make_run, tiny_gguf, tmp_path):
+    method = {"name": "qalora", "pool": 32, "repeat": None, "rank": 4}
+    run = make_run(tiny_gguf, size=0.2, **{**GGUF_RUN, "method": method})
+    path = tmp_path / "merged.gguf"
+    certificate = pools[2].run(merge_run, source=run, target="gguf", path=path)[0]
+    live = dist_qft.load(run).logits(IDS)
+    assert certificate["weights"]["max_float16_steps"] <= 0.5
+    assert (hugging_face_logits(path) - live).abs().max() < 0.01 * live.abs().max()
+
+
+def test_a_dense_file_comes_back_with_adapted_layers_as_q4_1(pools, make_run, tmp_path):
+    source = save_tiny_gguf(tmp_path / "tiny.F16.gguf", linears="F16", tables="F16")
+    sections = {"quantization": {**GGUF_RUN["quantization"], "embedding": "dense"}}
+    run = make_run(source, **{**GGUF_RUN, **sections})
+    path = tmp_path / "merged.gguf"
+    certificate = pools[2].run(merge_run, source=run, target="gguf", path=path)[0]
+    before, after = tensors_of(source), tensors_of(path)
+    assert before.keys() == after.keys()
+    kinds = {name: kind for name, (kind, _) in after.items()}
+    assert {kinds[name] for name in kinds if "attn_q." in name or ("ffn_" in name and "norm" not in name)} == {"Q4_1"}
+    for name, (kind, raw) in before.items():
+        if kinds[name] != "Q4_1":
+            assert kind == kinds[name] and np.array_equal(raw, after[name][1]), name
+    old, new = metadata_of(source), metadata_of(path)
+    assert {key for key in old | new if old.get(key) != new.get(key)} <= {"general.file_type"}
+    assert new["general.file_type"] == gguf.LlamaFileType.MOSTLY_Q4_1
+    live = dist_qft.load(run).logits(IDS)
+    assert certificate["lossless"], certificate["summary"]
+    assert (hugging_face_logits(path) - live).abs().max() < 0.01 * live.abs().max()
+
+
+def test_an_untouched_tensor_that_the_run_held_otherwise_is_told(pools, make_run, tmp_path):
+    source = save_tiny_gguf(tmp_path / "tiny.gguf", tables="F16")
+    run = make_run(source, **GGUF_RUN)  # embedding and head held as q8_0
+    certificate = pools[1].run(merge_run, source=run, target="gguf", path=tmp_path / "merged.gguf")[0]
+    assert not certificate["lossless"]
+    assert certificate["notes"] == ["the file keeps its own model.embed_tokens (F16, held as q8_0) and 1 more"]
+    assert tensors_of(source)["token_embd.weight"][0] == tensors_of(tmp_path / "merged.gguf")["token_embd.weight"][0]
+
+
+def test_lora_can_be_quantized_into_a_gguf_file_with_its_error_printed(pools, make_run, tiny_gguf, tmp_path):
+    method = {"name": "qlora", "pool": None, "repeat": None, "rank": 4}
+    run = make_run(tiny_gguf, size=0.2, **{**GGUF_RUN, "method": method})
+    path = tmp_path / "merged.gguf"
+    certificate = pools[1].run(merge_run, source=run, target="gguf", path=path, requantize="affine4")[0]
+    assert certificate["kind"] == "requantized" and not certificate["lossless"]
+    live = dist_qft.load(run).logits(IDS)
+    difference = float((hugging_face_logits(path) - live).abs().max())
+    assert difference > 100 * float((hugging_face_logits(path) - dist_qft.load(path).logits(IDS)).abs().max())
+    assert difference == pytest.approx(certificate["logits"]["maximum"], rel=1)
+    assert metadata_of(path) == metadata_of(tiny_gguf)

@@ -1,0 +1,146 @@
+"""The base's hidden states on disk: the same training as without, stale and torn entries, and no room."""
+
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from dist_qft.config.schema import RunConfig
+from dist_qft.errors import UserError
+from dist_qft.methods.qst.hidden_cache import CacheLayout, HiddenCache, require_space
+from dist_qft.methods.qst.network import BaseStates
+from tests.support.qst_models import qst_config
+from tests.support.whole_runs import adapter_digest, train
+
+LAYOUT = CacheLayout(depth=3, width=8, out_width=8, pool="none", dtype=torch.bfloat16)
+LENGTHS = np.array([5, 9, 2])
+CPU = torch.device("cpu")
+
+
+def open_cache(folder: Path, **changes: str) -> HiddenCache:
+    return HiddenCache(folder, LAYOUT, LENGTHS, **{"base": "b", "data": "d", **changes})
+
+
+def random_states(rows: int, length: int) -> BaseStates:
+    generator = torch.Generator().manual_seed(rows)
+    layers = [torch.randn(rows, length, 8, generator=generator).bfloat16() for _ in range(3)]
+    return BaseStates(layers, torch.randn(rows, length, 8, generator=generator).bfloat16())
+
+
+def assert_row(cache: HiddenCache, row: int, states: BaseStates, place: int) -> None:
+    found, tokens = cache.read([row], (1, 16), CPU), LENGTHS[row]
+    for own, given in zip([*found.layers, found.last], [*states.layers, states.last], strict=True):
+        assert torch.equal(own[0, :tokens], given[place, :tokens])
+        assert not own[0, tokens:].any()
+
+
+def test_rows_come_back_bit_for_bit_in_another_process_or_order(tmp_path):
+    cache, states = open_cache(tmp_path), random_states(2, 16)
+    cache.write([2, 0], states)
+    assert [cache.has(row) for row in range(3)] == [True, False, True]
+    again = open_cache(tmp_path)
+    assert again.filled == 2
+    assert [again.has(row) for row in range(3)] == [True, False, True]
+    assert_row(again, 2, states, 0)
+    assert_row(again, 0, states, 1)
+
+
+def test_what_is_there_is_not_written_again(tmp_path):
+    cache, states = open_cache(tmp_path), random_states(1, 16)
+    cache.write([1], states)
+    cache.write([1], random_states(3, 16))
+    assert_row(cache, 1, states, 0)
+
+
+@pytest.mark.parametrize("position", [0, 100, -1])
+def test_a_torn_row_is_not_there_and_can_be_written_anew(tmp_path, position):
+    states = random_states(1, 16)
+    open_cache(tmp_path).write([1], states)
+    path = tmp_path / "states.bin"
+    start, size = 5 * LAYOUT.per_token * 2, 9 * LAYOUT.per_token * 2
+    with open(path, "r+b") as file:
+        file.seek(start + position % size)
+        byte = file.read(1)
+        file.seek(-1, os.SEEK_CUR)
+        file.write(bytes([byte[0] ^ 4]))
+    cache = open_cache(tmp_path)
+    assert not cache.has(1)
+    cache.write([1], states)
+    assert_row(open_cache(tmp_path), 1, states, 0)
+
+
+@pytest.mark.parametrize("change", [{"base": "other"}, {"data": "other"}])
+def test_a_cache_of_something_else_is_discarded(tmp_path, change):
+    open_cache(tmp_path).write([0], random_states(1, 16))
+    assert open_cache(tmp_path).filled == 1
+    assert open_cache(tmp_path, **change).filled == 0
+    assert open_cache(tmp_path).filled == 0
+
+
+def test_no_room(tmp_path):
+    with pytest.raises(UserError) as refusal:
+        require_space(tmp_path / "run" / "hidden_cache", 2**60)
+    assert refusal.value.exit_code == 2
+    text = str(refusal.value)
+    assert text.startswith(f"method.cache: needs 1,073,741,824.0 GiB in '{tmp_path}/run/hidden_cache', ")
+    assert "\n" not in text
+    assert not (tmp_path / "run").exists()
+    with pytest.raises(UserError, match=r"method\.cache: needs"):  # the disk filled up in between
+        HiddenCache(tmp_path / "late", LAYOUT, np.array([2**50]), base="b", data="d")
+    assert not (tmp_path / "late" / "states.bin").exists()
+
+
+def epochs_config(model: Path, folder: Path, cache: str, **sections: dict) -> RunConfig:
+    """60 rows in steps of 8 over more than 2 epochs, so that steps straddle epochs."""
+    method = {"cache": cache, **sections.pop("method", {})}
+    return qst_config(model, folder, train={"max_steps": 17, **sections.pop("train", {})}, method=method, **sections)
+
+
+def losses_and_gathers(config: RunConfig, resume: str | None = None) -> tuple[list[float], list[int]]:
+    """Loss of each step, and bytes of the base that its training gathered."""
+    run = train(config, resume)
+    lines = (Path(config.output_dir) / "metrics.jsonl").read_text().splitlines()
+    steps = [line for line in map(json.loads, lines) if "train/loss" in line]
+    return [entry["loss"] for entry in run.state.history], [int(step["traffic/gathered_bytes"]) for step in steps]
+
+
+@pytest.mark.parametrize("downsample", ["adapter", "avgpool"])
+def test_training_from_the_cache_is_training(pools, tiny_llama, tmp_path, downsample):
+    rank = {"downsample": downsample} | ({} if downsample == "adapter" else {"downsample_rank": None})
+    plain = epochs_config(tiny_llama, tmp_path / "plain", "none", method=rank)
+    cached = epochs_config(tiny_llama, tmp_path / "cached", "disk", method=rank)
+    expected, _ = pools[2].run(losses_and_gathers, config=plain)[0]
+    losses, gathered = pools[2].run(losses_and_gathers, config=cached)[0]
+    assert losses == pytest.approx(expected, rel=1e-5)
+    # 60 rows are 7.5 steps: the eighth still needs the base, the ninth gathers the head for the last time.
+    assert len(set(gathered[:8])) == 1
+    assert 0 < gathered[8] < gathered[0]
+    assert gathered[9:] == [0] * 8
+
+
+def test_another_world_reads_what_this_one_wrote_and_a_torn_row_runs_the_base_again(pools, tiny_llama, tmp_path):
+    config = epochs_config(tiny_llama, tmp_path / "run", "disk")
+    expected, _ = pools[2].run(losses_and_gathers, config=config)[0]
+    states = tmp_path / "run" / "hidden_cache" / "states.bin"
+    with open(states, "r+b") as file:
+        file.seek(states.stat().st_size // 2)
+        file.write(b"torn")
+    for checkpoint in (tmp_path / "run").glob("checkpoint-*"):
+        checkpoint.rename(tmp_path / checkpoint.name)
+    (tmp_path / "run" / "metrics.jsonl").unlink()
+    losses, gathered = pools[4].run(losses_and_gathers, config=epochs_config(tiny_llama, tmp_path / "run", "disk"))[0]
+    assert losses == pytest.approx(expected, rel=1e-5)
+    assert sum(amount > gathered[-1] for amount in gathered) <= 2  # the head's gather, and the torn row's step
+
+
+def test_resume_in_the_middle_of_an_epoch_is_exact(pools, tiny_llama, tmp_path):
+    def config(name: str, steps: int) -> RunConfig:
+        return epochs_config(tiny_llama, tmp_path / name, "disk", train={"max_steps": steps})
+
+    pools[2].run(losses_and_gathers, config=config("whole", 14))
+    for steps in (4, 11, 14):  # inside the first epoch, inside the second
+        pools[2].run(losses_and_gathers, config=config("parts", steps), resume="auto")
+    assert adapter_digest(tmp_path / "whole") == adapter_digest(tmp_path / "parts")

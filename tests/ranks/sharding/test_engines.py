@@ -1,0 +1,279 @@
+"""Engines on real ranks: every bit survives, nothing is held or sent twice, and the traffic is what it says it is."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from dist_qft.base_model.load import load_base
+from dist_qft.base_model.loss import token_loss
+from dist_qft.base_model.skeleton import BaseModel, build_skeleton
+from dist_qft.base_model.sources import SafetensorsSource
+from dist_qft.config.schema import ModelConfig, QuantizationConfig
+from dist_qft.errors import UserError
+from dist_qft.sharding.engine import Engine, Units, parameter_owners
+from dist_qft.sharding.engines import make_engine
+from tests.support.tiny_model import save_tiny_model, tiny_llama_config
+
+CPU = torch.device("cpu")
+
+# Sizes that four ranks do not divide, fewer rows than ranks, vectors, and every dtype a format stores.
+SHAPES = {
+    "codes": ((9, 5), torch.uint8),
+    "signed": ((1, 7), torch.int8),
+    "scale": ((3, 2), torch.float16),
+    "absmax": ((6,), torch.float32),
+    "offset": ((1,), torch.float32),
+    "weight": ((5, 4), torch.bfloat16),
+    "even": ((8, 3), torch.uint8),
+}
+
+
+class Holder(nn.Module):
+    """Parameters on meta; its call returns the bytes of all of them, as the engine shows them at that time."""
+
+    def __init__(self, shapes: dict[str, tuple[tuple[int, ...], torch.dtype]]) -> None:
+        super().__init__()
+        for name, (shape, dtype) in shapes.items():
+            empty = torch.empty(shape, dtype=dtype, device="meta")
+            self.register_parameter(name, nn.Parameter(empty, requires_grad=False))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        return x, {name: as_bytes(parameter) for name, parameter in self.named_parameters(recurse=False)}
+
+
+class Root(Holder):
+    def __init__(self, layers: int) -> None:
+        super().__init__({"norm": ((5,), torch.float32)})
+        self.table = Holder(SHAPES)
+        self.layers = nn.ModuleList(Holder(SHAPES) for _ in range(layers))
+
+    def forward(self, x: Tensor) -> list[dict[str, Tensor]]:
+        return [unit(x)[1] for unit in [self.table, *self.layers]] + [super().forward(x)[1]]
+
+
+def as_bytes(tensor: Tensor) -> Tensor:
+    return tensor.detach().clone().contiguous().view(-1).view(torch.uint8)
+
+
+def content(index: int, parameter: nn.Parameter) -> Tensor:
+    """Random bits, among them NaNs, infinities and signed zeros."""
+    generator = torch.Generator().manual_seed(index)
+    size = parameter.element_size()
+    count = parameter.numel() * size
+    bits = torch.randint(0, 256, (count,), dtype=torch.uint8, generator=generator)
+    if parameter.dtype.is_floating_point:
+        bits[:size] = 0xFF  # a NaN with all payload bits set
+        bits[-size:] = torch.tensor([0] * (size - 1) + [0x80], dtype=torch.uint8)  # -0.0
+    return bits.view(parameter.dtype).view(parameter.shape)
+
+
+def filled(engine: Engine) -> tuple[Root, list[tuple[nn.Module, str]]]:
+    root = Root(layers=2)
+    engine.shard(Units(tables=[root.table], layers=list(root.layers), root=root), CPU)
+    owners = parameter_owners(Units([root.table], list(root.layers), root))
+    for index, (module, name) in enumerate(owners):
+        parameter = getattr(module, name)
+        first, stop = engine.rows(parameter)
+        whole = content(index, parameter)
+        # More rows than this rank keeps, as a loader may have read them.
+        first = max(0, first - 1)
+        engine.store(parameter, first, whole[first : stop + 1])
+    return root, owners
+
+
+def round_trip(name: str) -> dict[str, Any]:
+    engine = make_engine(name)
+    root, owners = filled(engine)
+    parameters = [getattr(module, attribute) for module, attribute in owners]
+    expected = [as_bytes(content(i, parameter)) for i, parameter in enumerate(parameters)]
+    rows = [engine.rows(parameter) for parameter in parameters]
+    for (first, stop), parameter in zip(rows, parameters, strict=True):
+        assert tuple(engine.local(parameter).shape) == (stop - first, *parameter.shape[1:])
+
+    gathered = [engine.gather(parameter) for parameter in parameters]
+    if dist.get_rank() == 0:
+        assert all(torch.equal(as_bytes(g), e) for g, e in zip(gathered, expected, strict=True)), "gather changed a bit"
+        for copy in gathered:
+            copy.zero_()  # the base below does not notice
+    else:
+        assert gathered == [None] * len(parameters)
+
+    shown = root(torch.zeros(1))
+    for (module, attribute), bits in zip(owners, expected, strict=True):
+        unit = [root.table, *root.layers, root].index(module)
+        assert torch.equal(shown[unit][attribute], bits), "a forward pass saw other bits"
+    total = sum(parameter.nbytes for parameter in parameters)
+    return {"rows": rows, "resident": engine.resident_bytes(), "total": total}
+
+
+@pytest.mark.parametrize("world", [1, 2, 4])
+@pytest.mark.parametrize("name", ["fsdp", "replicated"])
+def test_every_bit_survives_storing_gathering_and_calling(pools, world, name):
+    results = pools[world].run(round_trip, name=name)
+    for parameter in range(len(results[0]["rows"])):
+        ranges = [result["rows"][parameter] for result in results]
+        if name == "replicated":
+            assert ranges == [ranges[0]] * world
+        else:
+            assert [stop for _, stop in ranges[:-1]] == [first for first, _ in ranges[1:]], (
+                "rows left out or kept twice"
+            )
+    if name == "replicated":
+        assert [result["resident"] for result in results] == [results[0]["total"]] * world
+
+
+def test_unknown_engine():
+    with pytest.raises(UserError, match=r"sharding\.engine: got 'ddp', need 'fsdp', 'zero' or 'replicated'") as raised:
+        make_engine("ddp")
+    assert raised.value.exit_code == 2
+
+
+# --- a real base -----------------------------------------------------------------------------------------------------
+
+
+QUANTIZATION = QuantizationConfig(linear="affine4", block=[8, 4])
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> dict[bool, Path]:
+    """By whether embedding and head are tied: vocabulary and widths that 4 does not divide."""
+    settings = {"vocab_size": 331, "hidden_size": 64, "intermediate_size": 72}
+    return {
+        tied: save_tiny_model(
+            tmp_path_factory.mktemp("tied" if tied else "untied"),
+            tiny_llama_config(tie_word_embeddings=tied, **settings),
+        )
+        for tied in (True, False)
+    }
+
+
+def open_base(path: Path, engine: Engine) -> BaseModel:
+    base = build_skeleton(ModelConfig(path=str(path)), QUANTIZATION, torch.float32)
+    engine.shard(base.units, CPU)
+    load_base(base, SafetensorsSource(path), engine, CPU)
+    if base.tied:
+        engine.keep_until_head(base.embedding)
+    return base
+
+
+def adapt(base: BaseModel) -> nn.Parameter:
+    """One trainable number per linear layer, hooked on from outside, so that backward has somewhere to go."""
+    gain = nn.Parameter(torch.full((len(base.linears),), 1.0))
+    for i, linear in enumerate(base.linears.values()):
+        linear.register_forward_hook(lambda module, args, y, i=i: y * gain[i])
+    return gain
+
+
+def micro_batch(seed: int) -> tuple[Tensor, Tensor]:
+    tokens = torch.randint(0, 300, (2, 9), generator=torch.Generator().manual_seed(seed))
+    return tokens, torch.arange(9).expand(2, -1)
+
+
+def loss_of(base: BaseModel, seed: int) -> Tensor:
+    tokens, positions = micro_batch(seed)
+    return token_loss(base.hidden_states(tokens, positions), tokens.roll(-1, 1), base.head.loss)
+
+
+def padded_unit_bytes(base: BaseModel, world: int) -> dict[str, int]:
+    """Bytes of each unit with dim 0 rounded up, computed from the skeleton's global shapes."""
+
+    def padded(module: nn.Module) -> int:
+        return sum(
+            -(-p.shape[0] // world) * world * (p[0].nbytes if p.dim() > 1 else p.element_size())
+            for p in module.parameters()
+        )
+
+    parts = {"tables": [padded(t) for t in base.units.tables], "layers": sum(padded(layer) for layer in base.layers)}
+    inside = parts["layers"] + padded(base.embedding)
+    return {**parts, "root": padded(base.decoder) - inside}
+
+
+def traffic(path: Path, reshard: bool, checkpointing: bool) -> dict[str, Any]:
+    """Bytes gathered in (forward, backward) of two training passes, two evaluations, two more training passes."""
+    engine = make_engine("fsdp", reshard_after_forward=reshard)
+    base = open_base(path, engine)
+    adapt(base)
+    if checkpointing:
+        base.model.gradient_checkpointing_enable({"use_reentrant": False})
+        base.model.train()
+    loaded, log = engine.resident_bytes(), []
+    for seed, training in enumerate([True, True, False, False, True, True]):
+        before = engine.traffic.gathered_bytes
+        with torch.set_grad_enabled(training):
+            loss = loss_of(base, seed)
+        between = engine.traffic.gathered_bytes
+        if training:
+            loss.backward()
+        log.append((between - before, engine.traffic.gathered_bytes - between))
+    skeleton = build_skeleton(ModelConfig(path=str(path)), QUANTIZATION, torch.float32)
+    return {
+        "log": log,
+        "units": padded_unit_bytes(skeleton, dist.get_world_size()),
+        "loaded": loaded,
+        "resident": engine.resident_bytes(),
+    }
+
+
+@pytest.mark.parametrize(
+    ("world", "reshard", "tied", "checkpointing"),
+    [
+        (1, True, True, False),
+        (2, True, True, False),
+        (2, True, False, False),
+        (2, False, True, False),
+        (2, False, False, False),
+        (2, True, False, True),
+        (4, True, True, False),
+        (4, False, False, True),
+    ],
+)
+def test_traffic_is_the_docstrings_formula_and_memory_one_share(pools, models, world, reshard, tied, checkpointing):
+    for found in pools[world].run(traffic, path=models[tied], reshard=reshard, checkpointing=checkpointing):
+        units = found["units"]
+        tables = sum(units["tables"]) * (world - 1) // world  # a tied one is in the list once, and gathered once
+        body = (units["layers"] + units["root"]) * (world - 1) // world
+        if reshard:
+            training, evaluation = (tables + body, body), (tables + body, 0)
+            assert found["log"] == [training, training, evaluation, evaluation, training, training]
+        else:
+            whole, layers_are_there = (tables + body, 0), (tables, 0)
+            assert found["log"] == [whole, whole, whole, layers_are_there, layers_are_there, whole]
+        share = (sum(units["tables"]) + units["layers"] + units["root"]) // world
+        assert found["loaded"] <= found["resident"] == share  # FSDP2 pads in the first forward pass
+
+
+# --- uses that are not one forward, one backward ----------------------------------------------------------------------
+
+
+def interleaved(path: Path, engine_name: str, reshard: bool, disturb: bool) -> list[float]:
+    """Losses and gradients of three steps; `disturb` evaluates and generates in between, and runs two forward passes
+    before one backward pass."""
+    base = open_base(path, make_engine(engine_name, reshard_after_forward=reshard))
+    gain = adapt(base)
+    numbers = []
+    for step in range(3):
+        gain.grad = None
+        if disturb:
+            (loss_of(base, 2 * step) + loss_of(base, 2 * step + 1)).backward()
+            with torch.no_grad():
+                loss_of(base, 50)
+                tokens = torch.tensor([[1, 2, 3]])
+                base.model.generate(tokens, attention_mask=torch.ones_like(tokens), max_new_tokens=2, do_sample=False)
+        else:
+            for seed in (2 * step, 2 * step + 1):
+                loss_of(base, seed).backward()
+        numbers += gain.grad.tolist()
+        gain.data.sub_(gain.grad, alpha=1e-3)
+    return numbers
+
+
+@pytest.mark.parametrize(("world", "reshard"), [(2, True), (2, False), (4, True)])
+def test_evaluation_generation_and_two_forwards_disturb_nothing(pools, models, world, reshard):
+    arguments = {"path": models[True], "reshard": reshard}
+    expected = pools[1].run(interleaved, engine_name="replicated", disturb=False, **arguments)[0]
+    for numbers in pools[world].run(interleaved, engine_name="fsdp", disturb=True, **arguments):
+        assert numbers == pytest.approx(expected, rel=1e-4, abs=1e-5)

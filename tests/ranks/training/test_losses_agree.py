@@ -1,0 +1,55 @@
+"""The central promise: neither engine, nor world size, nor accumulation changes what is learned."""
+
+from pathlib import Path
+
+import pytest
+
+from tests.support.rank_pool import RankPool
+from tests.support.tiny_model import tiny_config
+from tests.support.whole_runs import METHODS, train_losses
+
+ENGINES = [(2, "fsdp", 2), (4, "fsdp", 1), (2, "replicated", 4), (2, "zero", 2), (4, "zero", 1)]
+
+
+@pytest.fixture(scope="module")
+def reference(pools: dict[int, RankPool], tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory):
+    """Losses of each method on one rank with the whole base, in one micro-batch per step."""
+    losses = {}
+
+    def get(method: str) -> list[float]:
+        if method not in losses:
+            folder = tmp_path_factory.mktemp("reference")
+            losses[method] = _losses(pools[1], tiny_llama, folder, method, "replicated", 8)
+        return losses[method]
+
+    return get
+
+
+def _losses(
+    pool: RankPool, model: Path, folder: Path, method: str, engine: str, micro: int, **more: dict
+) -> list[float]:
+    sections = dict(METHODS[method])
+    sections["sharding"] = {"engine": engine}
+    sections["train"] = {"per_device_train_batch_size": micro, "max_steps": 10, **more}
+    results = pool.run(train_losses, config=tiny_config(model, folder / "run", **sections))
+    assert all(result == results[0] for result in results), "ranks report different losses"
+    return results[0]
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(("world", "engine", "micro"), ENGINES)
+def test_losses_equal_the_reference(pools, reference, tiny_llama, tmp_path, method, world, engine, micro):
+    losses = _losses(pools[world], tiny_llama, tmp_path, method, engine, micro)
+    assert losses == pytest.approx(reference(method), rel=1e-4)
+    assert losses[-1] < losses[0]
+
+
+@pytest.mark.parametrize("micro", [1, 2, 4])
+def test_accumulation_does_not_change_the_losses(pools, reference, tiny_llama, tmp_path, micro):
+    losses = _losses(pools[2], tiny_llama, tmp_path, "qahira", "fsdp", micro)
+    assert losses == pytest.approx(reference("qahira"), rel=1e-4)
+
+
+def test_activation_checkpointing_does_not_change_the_losses(pools, reference, tiny_llama, tmp_path):
+    losses = _losses(pools[2], tiny_llama, tmp_path, "qahira", "fsdp", 2, gradient_checkpointing=True)
+    assert losses == pytest.approx(reference("qahira"), rel=1e-4)

@@ -1,0 +1,120 @@
+"""`sharding.reduction: invariant`: the bits of a run do not depend on the number of ranks, nor on the engine."""
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from dist_qft.config.check import config_warnings
+from dist_qft.training.fixed_tree import FixedTree, Node, nodes_within
+from tests.support.invariance import invariant_run
+from tests.support.rank_pool import RankPool
+from tests.support.tiny_model import tiny_config
+
+TESTED = ["qlora, dropout", "qahira, merge-aware", "qst"]  # all of them: benchmarks/invariance.py
+
+
+@pytest.fixture(scope="module")
+def worlds(pools: dict[int, RankPool]) -> Iterator[dict[int, RankPool]]:
+    """Pools of 1 to 4 ranks."""
+    three = RankPool(3)
+    yield {**pools, 3: three}
+    three.close()
+
+
+# --- the tree --------------------------------------------------------------------------------------------------------
+
+
+def leaves_of(node: Node, count: int) -> range:
+    return range(node.first_leaf, min(node.first_leaf + 2**node.level, count))
+
+
+@pytest.mark.parametrize("world", range(1, 9))
+@pytest.mark.parametrize("micro_batches", [1, 2, 3, 4, 5, 7, 8, 12, 33])
+def test_the_ranks_subtrees_have_every_leaf_once(world, micro_batches):
+    count = world * micro_batches
+    found = []
+    for rank in range(world):
+        nodes = nodes_within(rank * micro_batches, (rank + 1) * micro_batches)
+        assert len(nodes) == 1 or micro_batches & (micro_batches - 1), "a power of two is one subtree"
+        assert len(nodes) <= 2 * micro_batches.bit_length()
+        found += [leaf for node in nodes for leaf in leaves_of(node, count)]
+    assert found == list(range(count))
+
+
+def vectors(count: int, size: int) -> Tensor:
+    """Of very different magnitudes, so that nearly every order of adding gives other bits."""
+    generator = torch.Generator().manual_seed(size)
+    return torch.randn(count, size, generator=generator) * 10.0 ** torch.randint(-3, 4, (count, 1), generator=generator)
+
+
+def by_the_definition(leaves: Tensor) -> Tensor:
+    """The tree's sum, written down as pairs that are added level by level."""
+    values = list(leaves)
+    while len(values) > 1:
+        pairs = [values[i : i + 2] for i in range(0, len(values), 2)]
+        values = [pair[0] + pair[1] if len(pair) == 2 else pair[0] for pair in pairs]
+    return values[0]
+
+
+def summed_twice(count: int, size: int) -> list[Tensor]:
+    share = count // dist.get_world_size()
+    tree, out = FixedTree(share), torch.empty(size)
+    leaves, totals = vectors(count, size), []
+    for step in range(2):
+        tree.add(leaves[-1])  # of a step that was given up
+        tree.clear()
+        *first, last = leaves[dist.get_rank() * share : (dist.get_rank() + 1) * share] * (step + 1)
+        for leaf in first:
+            tree.add(leaf)
+        out.copy_(last)
+        tree.reduce(out)
+        totals.append(out.clone())
+    return totals
+
+
+@pytest.mark.parametrize("size", [1, 3, 1001])
+@pytest.mark.parametrize(("count", "world"), [(12, n) for n in (1, 2, 3, 4)] + [(1, 1), (20, 4), (21, 3), (64, 2)])
+def test_sums_have_the_definitions_bits(worlds, count, world, size):
+    expected = by_the_definition(vectors(count, size))
+    for once, twice in worlds[world].run(summed_twice, count=count, size=size):
+        assert torch.equal(once, expected)
+        assert torch.equal(twice, 2 * expected)  # exact: a power of two
+
+
+# --- whole runs ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", TESTED)
+def test_any_world_and_engine_write_the_same_adapter(worlds, tiny_llama, tmp_path, method):
+    layouts = [(1, "replicated"), (2, "fsdp"), (3, "fsdp"), (4, "fsdp"), (2, "zero")]
+    runs = {
+        (world, engine): invariant_run(worlds[world], tiny_llama, tmp_path / f"{engine}{world}", method, engine)
+        for world, engine in layouts
+    }
+    assert len({digest for _, digest in runs.values()}) == 1, runs
+    assert all(losses == runs[layouts[0]][0] for losses, _ in runs.values())
+
+
+def test_resuming_on_other_worlds_changes_no_bit(worlds, tiny_llama, tmp_path):
+    whole = invariant_run(worlds[2], tiny_llama, tmp_path / "whole", "qahira, merge-aware", "fsdp")
+    for steps, world, engine in [(2, 3, "fsdp"), (3, 1, "replicated"), (5, 4, "fsdp"), (6, 2, "replicated")]:
+        found = invariant_run(
+            worlds[world], tiny_llama, tmp_path / "chain", "qahira, merge-aware", engine, max_steps=steps, resume="auto"
+        )
+    assert found == whole
+
+
+def test_the_fast_reduction_does_not_do_that(worlds, tiny_llama, tmp_path):
+    digests = {
+        invariant_run(worlds[world], tiny_llama, tmp_path / str(world), "qlora", "replicated", reduction="fast")[1]
+        for world in (1, 2, 3)
+    }
+    assert len(digests) == 3
+
+
+def test_settings_of_the_other_reduction_are_warned_of(tmp_path):
+    config = tiny_config(tmp_path, tmp_path / "run", sharding={"reduction": "invariant", "bucket_megabytes": 4.0})
+    assert "sharding.bucket_megabytes: no effect with reduction invariant" in config_warnings(config)

@@ -1,0 +1,135 @@
+"""A small Llama as a GGUF file, written with the gguf library alone: its weights, metadata and tokenizer."""
+
+import json
+from pathlib import Path
+
+import gguf
+import numpy as np
+import torch
+from transformers import LlamaForCausalLM
+
+from tests.support.tiny_model import CHATML, tiny_llama_config, tiny_tokenizer
+
+_MODULES = {
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+    "input_layernorm": "attn_norm",
+    "post_attention_layernorm": "ffn_norm",
+}
+_OUTER = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
+
+
+def save_tiny_gguf(path: Path, linears: str = "Q4_1", tables: str = "Q8_0") -> Path:
+    """Random weights from a fixed seed; `linears` and `tables` are GGUF types."""
+    config = tiny_llama_config()
+    torch.manual_seed(1)
+    weights = LlamaForCausalLM(config).state_dict()
+    writer = gguf.GGUFWriter(path, "llama")
+    _add_metadata(writer, config)
+    for name, tensor in weights.items():
+        module = name.removesuffix(".weight")
+        kind = "F32" if tensor.dim() == 1 else tables if module in _OUTER else linears
+        values = _interleaved(module, tensor, config).float().numpy()
+        kind = gguf.GGMLQuantizationType[kind]
+        writer.add_tensor(_stored_name(module), gguf.quants.quantize(values, kind), raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def save_random_gguf(path: Path, layers: int, hidden: int, intermediate: int) -> Path:
+    """Any number of bytes: Q4_1 linears of random codes, scales that keep activations finite, a small vocabulary."""
+    config = tiny_llama_config(
+        num_hidden_layers=layers, hidden_size=hidden, intermediate_size=intermediate, num_key_value_heads=4
+    )
+    with torch.device("meta"):
+        shapes = {name: tensor.shape for name, tensor in LlamaForCausalLM(config).state_dict().items()}
+    writer = gguf.GGUFWriter(path, "llama", use_temp_file=True)
+    _add_metadata(writer, config)
+    generator = np.random.default_rng(0)
+    for name, shape in shapes.items():
+        module = name.removesuffix(".weight")
+        if len(shape) == 1:
+            writer.add_tensor(_stored_name(module), np.ones(shape, np.float32))
+        elif module in _OUTER:
+            values = generator.standard_normal(shape, np.float32)
+            q8_0 = gguf.GGMLQuantizationType.Q8_0
+            writer.add_tensor(_stored_name(module), gguf.quants.quantize(values, q8_0), raw_dtype=q8_0)
+        else:
+            blocks = generator.integers(0, 256, (shape[0], shape[1] // 32, 20), np.uint8)
+            scale = np.float16(0.1 / hidden**0.5)
+            blocks[:, :, :4] = np.array([scale, -7.5 * scale], "<f2").view(np.uint8)
+            raw = blocks.reshape(shape[0], -1)
+            writer.add_tensor(_stored_name(module), raw, raw_dtype=gguf.GGMLQuantizationType.Q4_1)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def _add_metadata(writer: gguf.GGUFWriter, config) -> None:
+    writer.add_name("tiny")
+    writer.add_file_type(gguf.LlamaFileType.MOSTLY_Q4_1)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_rope_freq_base(10000.0)
+    writer.add_vocab_size(config.vocab_size)
+    writer.add_rope_dimension_count(config.hidden_size // config.num_attention_heads)
+    tokenizer = tiny_tokenizer()
+    tokens = sorted(tokenizer.get_vocab().items(), key=lambda item: item[1])
+    special = set(tokenizer.all_special_tokens)
+    normal, control = gguf.TokenType.NORMAL, gguf.TokenType.CONTROL
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("default")
+    writer.add_token_list([token for token, _ in tokens])
+    writer.add_token_types([control if token in special else normal for token, _ in tokens])
+    writer.add_token_merges(_merges(tokenizer))
+    writer.add_bos_token_id(tokenizer.bos_token_id)
+    writer.add_eos_token_id(tokenizer.eos_token_id)
+    writer.add_pad_token_id(tokenizer.pad_token_id)
+    writer.add_chat_template(CHATML)
+
+
+def _merges(tokenizer) -> list[str]:
+    merges = json.loads(tokenizer.backend_tokenizer.to_str())["model"]["merges"]
+    return [merge if isinstance(merge, str) else " ".join(merge) for merge in merges]
+
+
+def _stored_name(module: str) -> str:
+    if module in _OUTER:
+        return f"{_OUTER[module]}.weight"
+    _, _, block, part = module.split(".", 3)
+    return f"blk.{block}.{_MODULES[part]}.weight"
+
+
+def _interleaved(module: str, weight: torch.Tensor, config) -> torch.Tensor:
+    """Rows of q and k as llama.cpp's converter stores them: the two rotary halves of a head alternate."""
+    heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}.get(module.split(".")[-1])
+    if heads is None:
+        return weight
+    rows, columns = weight.shape
+    return weight.view(heads, 2, rows // heads // 2, columns).transpose(1, 2).reshape(rows, columns)
+
+
+def tensors_of(path: Path) -> dict[str, tuple[str, np.ndarray]]:
+    """GGUF type and raw bytes of every tensor, by the independent reader."""
+    reader = gguf.GGUFReader(path)
+    return {t.name: (t.tensor_type.name, np.array(t.data).view(np.uint8).copy()) for t in reader.tensors}
+
+
+def metadata_of(path: Path) -> dict[str, object]:
+    reader = gguf.GGUFReader(path)
+    return {name: field.contents() for name, field in reader.fields.items() if not name.startswith("GGUF.")}

@@ -1,0 +1,137 @@
+"""From a study file to runs: which they are, what they are called, how many values each trains."""
+
+import pytest
+
+from dist_qft.study.rows import expand
+from dist_qft.study.settings import load_study
+from tests.support.study_files import PRESETS, write_study
+
+LAYERS, WIDTH, KV, FFN = 3, 64, 32, 128  # of the tiny Llama
+SIZES = {
+    "attention": [(WIDTH, WIDTH), (WIDTH, KV), (WIDTH, KV), (WIDTH, WIDTH)],
+    "mlp": [(WIDTH, FFN), (WIDTH, FFN), (FFN, WIDTH)],
+}
+
+
+def rows_of(folder, model, **keys):
+    return expand(load_study(write_study(folder, model, **keys)))
+
+
+def by_formula(kind: str, rank: int, pool: int = 1) -> int:
+    """Trainables of all layers of a kind: r (d_in / pool + d_out)."""
+    return LAYERS * sum(rank * (d_in // pool + d_out) for d_in, d_out in SIZES[kind])
+
+
+def test_every_count_equals_the_formula(tiny_llama, tmp_path):
+    reference = by_formula("attention", 4) + by_formula("mlp", 4)
+    expected = {"reference": reference}
+    for rank in (1, 2):
+        expected[f"rank_by_type attention {rank}"] = by_formula("attention", rank) + by_formula("mlp", 4)
+        expected[f"rank_by_type mlp {rank}"] = by_formula("attention", 4) + by_formula("mlp", rank)
+    for depth in ("early", "middle", "late"):
+        expected[f"rank_by_depth {depth} 1"] = reference * 2 // 3 + reference // 3 // 4
+    for balance in (1, 4):
+        expected |= {f"balance_by_type {group} {balance}": reference for group in ("attention", "mlp")}
+        expected |= {f"balance_by_depth {depth} {balance}": reference for depth in ("early", "middle", "late")}
+    rows = rows_of(tmp_path, tiny_llama)
+    assert {str(row.variants[0]): row.trainables for row in rows} == expected
+    assert len(rows) == 2 * len(expected) == 36
+    assert [row.config.train.seed for row in rows[:4]] == [0, 1, 0, 1]
+
+
+@pytest.mark.parametrize(
+    ("method", "trainables"),
+    [
+        (
+            {"name": "qalora", "rank": 4, "alpha": 4, "pool": 16},
+            by_formula("attention", 4, 16) + by_formula("mlp", 2, 16),
+        ),
+        ({"name": "qlora", "rank": 4, "alpha": 4}, by_formula("attention", 4) + by_formula("mlp", 2)),
+    ],
+)
+def test_other_methods(tiny_llama, tmp_path, method, trainables):
+    presets = [{"preset": "rank_by_type", "values": [2], "groups": ["mlp"]}]
+    rows = rows_of(tmp_path, tiny_llama, method=method, presets=presets)
+    assert rows[2].trainables == trainables
+
+
+def test_a_tile_is_what_qahira_has_instead_of_a_rank(tiny_llama, tmp_path):
+    presets = [{"preset": "balance_by_type", "values": [[8, 16]], "groups": ["mlp"]}]
+    rows = rows_of(tmp_path, tiny_llama, method={"name": "qahira"}, presets=presets, seeds=[0])
+    attention = LAYERS * sum(d_in * d_out // 32 for d_in, d_out in SIZES["attention"])
+    assert rows[1].trainables == attention + LAYERS * sum(d_in * d_out // 128 for d_in, d_out in SIZES["mlp"])
+    assert str(rows[1].variants[0]) == "balance_by_type mlp 8x16"
+
+
+def test_a_rank_keeps_the_scale_unless_told_otherwise(tiny_llama, tmp_path):
+    presets = [{"preset": "rank_by_type", "values": [1], "keep": keep} for keep in ("scale", "alpha")]
+    rules = [row.config.method.schedule[0] for row in rows_of(tmp_path, tiny_llama, presets=presets, seeds=[0])[1:]]
+    assert [(rule.layers, rule.rank, rule.alpha) for rule in rules] == [
+        ("attention", 1, 1.0),
+        ("mlp", 1, 1.0),
+        ("attention", 1, None),
+        ("mlp", 1, None),
+    ]
+
+
+def test_equal_settings_are_one_run_however_they_are_spelt(tiny_llama, tmp_path):
+    presets = [
+        {"preset": "rank_by_type", "values": [4, 2]},  # 4 is the reference's own
+        {"preset": "rank_by_type", "values": [2], "groups": ["mlp"]},
+        {"preset": "rank_by_depth", "values": [4]},
+    ]
+    rows = rows_of(tmp_path, tiny_llama, presets=presets, seeds=[0])
+    assert [[str(variant) for variant in row.variants] for row in rows] == [
+        ["reference", "rank_by_type attention 4", "rank_by_type mlp 4"]
+        + [f"rank_by_depth {depth} 4" for depth in ("early", "middle", "late")],
+        ["rank_by_type attention 2"],
+        ["rank_by_type mlp 2"],
+    ]
+
+
+def test_names_stay_when_the_study_grows_and_change_with_any_setting(tiny_llama, tmp_path):
+    for name in ("small", "grown", "longer"):
+        (tmp_path / name).mkdir()
+    small = rows_of(tmp_path / "small", tiny_llama, presets=PRESETS[:1], seeds=[1])
+    grown = rows_of(tmp_path / "grown", tiny_llama, seeds=[0, 1])
+    # The data file lies elsewhere: the only setting that differs.
+    moved = {"data.train.path": small[0].config.data.train.path}
+    grown_same_data = rows_of(tmp_path / "grown", tiny_llama, seeds=[0, 1], set=moved)
+    assert {row.name for row in small} <= {row.name for row in grown_same_data}
+    assert {row.name for row in small}.isdisjoint({row.name for row in grown})
+    longer = rows_of(
+        tmp_path / "longer", tiny_llama, set={**moved, "train.max_steps": 3}, presets=PRESETS[:1], seeds=[1]
+    )
+    assert {row.name for row in small}.isdisjoint({row.name for row in longer})
+    assert len({row.name for row in [*grown, *longer]}) == len(grown) + len(longer)
+    assert all(row.folder.name == row.name for row in grown)
+
+
+def test_axes_are_crossed_and_presets_may_be_for_some_only(tiny_llama, tmp_path):
+    axes = {
+        "train.learning_rate": [1e-3, 2e-3],
+        "method": {"qbara": {}, "qalora": {"method": {"name": "qalora", "rank": 4, "alpha": 4, "pool": 16}}},
+    }
+    presets = [{"preset": "balance_by_type", "values": [8], "when": {"method": "qalora"}}]
+    rows = rows_of(tmp_path, tiny_llama, axes=axes, presets=presets, seeds=[0])
+    assert [(*row.subject.values(), str(row.variants[0])) for row in rows] == [
+        ("0.001", "qbara", "reference"),
+        ("0.001", "qalora", "reference"),
+        ("0.001", "qalora", "balance_by_type attention 8"),
+        ("0.001", "qalora", "balance_by_type mlp 8"),
+        ("0.002", "qbara", "reference"),
+        ("0.002", "qalora", "reference"),
+        ("0.002", "qalora", "balance_by_type attention 8"),
+        ("0.002", "qalora", "balance_by_type mlp 8"),
+    ]
+    assert {row.config.train.learning_rate for row in rows} == {1e-3, 2e-3}
+
+
+def test_a_base_is_shared_by_runs_that_load_the_same(tiny_llama, tmp_path):
+    axes = {"quantization.block": [[8, 4], [1, 32]], "train.learning_rate": [1e-3, 2e-3]}
+    rows = rows_of(tmp_path, tiny_llama, axes=axes, presets=None, seeds=[0])
+    assert [rows[0].base_key == row.base_key for row in rows] == [True, True, False, False]
+    side_rows = rows_of(
+        tmp_path, tiny_llama, method={"name": "qst"}, axes={"method.reduction": [4, 8]}, presets=None, seeds=[0]
+    )
+    assert len({row.base_key for row in side_rows}) == len(side_rows) == 2

@@ -1,0 +1,170 @@
+"""Studies that cannot work: one line with place, what was given and what is allowed; exit code 2; nothing written."""
+
+import re
+
+import pytest
+
+from dist_qft.errors import UserError
+from dist_qft.study.rows import expand
+from dist_qft.study.settings import load_study
+from tests.support.commands import Command
+from tests.support.study_files import write_study
+
+MLP = "need one of attention, mlp, early, middle, late, q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj"
+QAHIRA = {"name": "qahira"}
+QLORA = {"name": "qlora", "rank": 4}
+
+
+def rank(**changes):
+    return [{"preset": "rank_by_type", "values": [1], **changes}]
+
+
+def depth(**changes):
+    return [{"preset": "rank_by_depth", "values": [1], **changes}]
+
+
+def discount(**changes):
+    return [{"preset": "equal_discount", "discount": 0.2, **changes}]
+
+
+CASES = {
+    "axis with an unknown key": (
+        {"axes": {"method.rnk": [1, 2]}},
+        "axes.method.rnk: unknown key 'method.rnk', did you mean 'method.rank'?",
+    ),
+    "axis with an unknown key under a label": (
+        {"axes": {"text": {"a": {"data.trian.path": "x"}}}},
+        "axes.text.a: unknown key 'data.trian', did you mean 'data.train'?",
+    ),
+    "axis with a wrong value": (
+        {"axes": {"train.max_steps": [2, "many"]}},
+        "axes.train.max_steps: train.max_steps: got 'many' (str), need an integer > 0",
+    ),
+    "set with an unknown key": ({"set": {"train.sed": 1}}, "set: unknown key 'train.sed', did you mean 'train.seed'?"),
+    "empty values": ({"presets": rank(values=[])}, "presets.0.values: got [], need a list with at least 1 item"),
+    "empty axis": ({"axes": {"train.seed": []}}, "axes.train.seed: the grid is empty, need at least one value"),
+    "no seed": ({"seeds": []}, "seeds: got [], need a list with at least 1 item"),
+    "a seed twice": ({"seeds": [1, 1]}, "seeds: got [1, 1], each seed once"),
+    "nothing varies": ({"presets": None}, "nothing varies: need axes or presets"),
+    "unknown preset": (
+        {"presets": [{"preset": "rank_by_tipe", "values": [1]}]},
+        "presets.0.preset: got 'rank_by_tipe', need one of rank_by_type, balance_by_type, alpha_by_type, "
+        "rank_by_depth, balance_by_depth, equal_discount",
+    ),
+    "preset without a name": ({"presets": [{"values": [1]}]}, "presets.0: missing 'preset', need one of rank_by_type"),
+    "unknown key in a preset": (
+        {"presets": rank(value=[1])},
+        "unknown key 'presets.0.value', did you mean 'values'?",
+    ),
+    "unknown key": ({"sedes": [1]}, "unknown key 'sedes', did you mean 'seeds'?"),
+    "missing key": ({"base": None}, "base: missing"),
+    "depth outside the model": (
+        {"presets": depth(depths={"top": [2, 3]})},
+        "presets.0: method.schedule.0.depth: got [2, 3], need first <= last <= 2, the last decoder layer",
+    ),
+    "more parts than layers": ({"presets": depth(depths=4)}, "presets.0: got 4 parts, the model has 3 decoder layers"),
+    "a group that matches nothing": (
+        {"presets": rank(groups=["query"])},
+        f"presets.0: 'query' matches no layer; {MLP}",
+    ),
+    "a discount that is too large": (
+        {"presets": discount(discount=0.5, groups=["attention"])},
+        "presets.0: a discount of 0.5 of the trainables is 6,144, attention has 5,376 of 12,288",
+    ),
+    "a discount of everything": (
+        {"presets": discount(discount=1.0)},
+        "presets.0.discount: got 1.0, need less than 1",
+    ),
+    "ranks that are none": ({"presets": rank(values=[1.5])}, "presets.0.values: got 1.5, need whole numbers"),
+    "a rank for qahira": (
+        {"method": QAHIRA, "presets": rank()},
+        "presets.0: qahira has no rank in any shape; vary its tile with balance_by_type or balance_by_depth",
+    ),
+    "a number for qahira's tile": (
+        {"method": QAHIRA, "presets": [{"preset": "balance_by_type", "values": [4]}]},
+        "presets.0: got 4, qahira needs [repeat, pool]",
+    ),
+    "a balancing factor for qlora": (
+        {"method": QLORA, "presets": [{"preset": "balance_by_type", "values": [4]}]},
+        "presets.0: qlora has no balancing factor; qbara has, and with balance 1 it is qlora",
+    ),
+    "a factor that does not divide": (
+        {"presets": [{"preset": "balance_by_type", "values": [48]}]},
+        "presets.0: method.schedule.0.balance: 48 does not divide in_features 64",
+    ),
+    "an unknown axis in when": (
+        {"presets": rank(when={"txt": "a"}), "axes": {"train.seed": [1]}},
+        "presets.0.when: got 'txt', need an axis (train.seed)",
+    ),
+    "an unknown label in when": (
+        {"presets": rank(when={"train.weight_decay": "a"}), "axes": {"train.weight_decay": [0.0, 0.1]}},
+        "presets.0.when: got 'a', need one of 0.0, 0.1",
+    ),
+    "two combinations with one meaning": (
+        {"axes": {"text": {"a": {}, "b": {"train.max_steps": 2}}}},
+        "axes: b has the settings of a",
+    ),
+    "adapters for a side network": (
+        {"method": {"name": "qst"}},
+        "presets.0: rank_by_type varies adapters, qst has none",
+    ),
+}
+
+
+@pytest.mark.parametrize(("keys", "message"), CASES.values(), ids=CASES)
+def test_refused_before_any_run(tiny_llama, tmp_path, keys, message):
+    path = write_study(tmp_path, tiny_llama, **keys)
+    with pytest.raises(UserError) as refusal:
+        expand(load_study(path))
+    found = str(refusal.value)
+    assert re.match(re.escape(str(path)) + r"(:\d+)?: " + re.escape(message), found), found
+    assert "\n" not in found
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_place_is_the_line_of_the_preset(tiny_llama, tmp_path):
+    presets = [*rank(), *depth(depths={"top": [2, 3]})]
+    path = write_study(tmp_path, tiny_llama, presets=presets)
+    lines = path.read_text().splitlines()
+    line = next(number for number, text in enumerate(lines, 1) if text.strip() == "- preset: rank_by_depth")
+    with pytest.raises(UserError, match=re.escape(f"{path}:{line}: presets.1: method.schedule.0.depth: got [2, 3]")):
+        expand(load_study(path))
+
+
+def test_the_shell_sees_one_line_and_exit_code_2(tiny_llama, tmp_path):
+    path = write_study(tmp_path, tiny_llama, axes={"method.rnk": [1, 2]})
+    with Command("study", path) as command:
+        found = command.finish()
+    line = next(number for number, text in enumerate(path.read_text().splitlines(), 1) if "method.rnk" in text)
+    assert (found.code, found.out) == (2, "")
+    assert found.err == (
+        f"error: {path}:{line}: axes.method.rnk: unknown key 'method.rnk', did you mean 'method.rank'?\n"
+    )
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--plan", "--row", "3"], "--plan and --row: allowed is one of them"),
+        (["--row", "36"], "--row: got 36, the study has runs 0 to 35"),
+        (["--suggest", "1000"], "--suggest: 36 of 36 runs are not done; finish the study first"),
+        (["--report"], "nothing to report: none of the 0 runs that are done is a reference"),
+    ],
+)
+def test_options_that_ask_for_what_there_is_not(tiny_llama, tmp_path, words, message):
+    path = write_study(tmp_path, tiny_llama)
+    with Command("study", path, *words) as command:
+        found = command.finish()
+    assert found.code == 2
+    assert message in found.err and found.err.count("\n") == 1
+
+
+@pytest.mark.parametrize("words", [[], ["--jobs", "2"], ["--row", "1"]], ids=str)
+def test_a_missing_text_is_refused_before_any_run(tiny_llama, tmp_path, words):
+    texts = [str(tmp_path / "data.jsonl"), "no.jsonl"]
+    path = write_study(tmp_path, tiny_llama, presets=None, seeds=[0], axes={"data.train.path": texts})
+    with Command("study", path, *words) as command:
+        found = command.finish()
+    assert (found.code, found.err) == (2, "error: data.train.path: no such file or folder: no.jsonl\n")
+    assert not (tmp_path / "out").exists()

@@ -1,0 +1,96 @@
+"""Two hosts, each a network namespace of its own, and the link between them cut in the middle of training."""
+
+import os
+import re
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from dist_qft.config.load import save_config
+from dist_qft.storage.checkpoint import fault_in, list_checkpoints, read_checkpoint
+from tests.support.commands import Command, Finished
+from tests.support.tiny_model import tiny_config
+from tests.support.whole_runs import adapter_digest, train_only
+
+STEPS, TIMEOUT_SECONDS = 24, 30
+ADDRESSES = ("10.213.0.1", "10.213.0.2")
+
+
+def ip(*words: str) -> None:
+    subprocess.run(["ip", *words], check=True, capture_output=True)
+
+
+@pytest.fixture
+def hosts() -> Iterator[list[str]]:
+    """Names of two namespaces that see each other through `wire` and nothing else."""
+    names = [f"dist-qft-{os.getpid()}-{host}" for host in range(2)]
+    try:
+        try:
+            for name in names:
+                ip("netns", "add", name)
+            ip("link", "add", "wire", "netns", names[0], "type", "veth", "peer", "name", "wire", "netns", names[1])
+            for name, address in zip(names, ADDRESSES, strict=True):
+                ip("-n", name, "address", "add", f"{address}/24", "dev", "wire")
+                ip("-n", name, "link", "set", "lo", "up")
+                ip("-n", name, "link", "set", "wire", "up")
+        except (OSError, subprocess.CalledProcessError) as error:
+            pytest.skip(f"no network namespaces here: {getattr(error, 'stderr', b'') or error}")
+        yield names
+    finally:
+        for name in names:
+            subprocess.run(["ip", "netns", "delete", name], capture_output=True)
+
+
+def train_on(hosts: list[str], config: Path, *words: str, meanwhile: Callable[[], None]) -> list[Finished]:
+    """One rank on each host; `meanwhile` happens while they run."""
+    common = ["PET_NNODES=2", f"PET_MASTER_ADDR={ADDRESSES[0]}", "PET_MASTER_PORT=29533", "GLOO_SOCKET_IFNAME=wire"]
+    starts = [("ip", "netns", "exec", h, "env", *common, f"PET_NODE_RANK={node}") for node, h in enumerate(hosts)]
+    with (
+        Command("train", config, *words, ranks=1, wrapper=starts[0]) as first,
+        Command("train", config, *words, ranks=1, wrapper=starts[1]) as second,
+    ):
+        meanwhile()
+        return [first.finish(), second.finish()]
+
+
+def outcome(run: Path) -> tuple[str, list[dict[str, float]]]:
+    return adapter_digest(run), read_checkpoint(run / f"checkpoint-{STEPS}").state.history
+
+
+def test_a_cut_link_ends_both_hosts_in_time_and_the_run_goes_on_when_it_is_back(pools, tiny_llama, tmp_path, hosts):
+    sections = {
+        "train": {"max_steps": STEPS},
+        "checkpoint": {"save_steps": 2},
+        "sharding": {"timeout_seconds": TIMEOUT_SECONDS},
+    }
+    undisturbed = tiny_config(tiny_llama, tmp_path / "undisturbed", **sections)
+    pools[2].run(train_only, config=undisturbed)
+    config, run = tmp_path / "run.yaml", tmp_path / "run"
+    save_config(tiny_config(tiny_llama, run, **sections), config)
+    cut_at = 0.0
+
+    def cut() -> None:
+        nonlocal cut_at
+        deadline = time.monotonic() + 120
+        while not list_checkpoints(run):
+            assert time.monotonic() < deadline
+            time.sleep(0.005)
+        ip("-n", hosts[0], "link", "set", "wire", "down")
+        cut_at = time.monotonic()
+
+    ended = train_on(hosts, config, meanwhile=cut)
+    seconds = time.monotonic() - cut_at
+    for rank, done in enumerate(ended):
+        assert done.code == 4, done.err
+        told = re.search(rf"error: rank {rank}: step \d+: rank {1 - rank} does not answer", done.err)
+        assert told and "Traceback" not in done.err, done.err
+    assert seconds < 3 * TIMEOUT_SECONDS
+    saved = list_checkpoints(run)
+    assert saved and [fault_in(path) for path in saved] == [None] * len(saved)
+
+    ip("-n", hosts[0], "link", "set", "wire", "up")
+    assert [done.code for done in train_on(hosts, config, "--resume", "auto", meanwhile=lambda: None)] == [0, 0]
+    assert outcome(run) == outcome(tmp_path / "undisturbed")

@@ -1,0 +1,61 @@
+"""`dist-qft bench`: what it refuses, and each benchmark in small; real processes on a model of three layers."""
+
+import json
+
+import pytest
+
+from dist_qft.bench.command import BENCHMARKS
+from tests.support.commands import Command
+
+NAMES = "step, loading, frozen-layer, all-reduce, merge, scaling"
+
+
+@pytest.fixture(scope="module")
+def bench(tmp_path_factory):
+    """Run a benchmark with --quick; returns its report and what it printed."""
+    folder = tmp_path_factory.mktemp("bench")
+
+    def run(name: str) -> tuple[dict, str]:
+        path = folder / f"{name}.jsonl"
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("DIST_QFT_CACHE", str(folder))
+            with Command("bench", name, "--quick", "--json", path) as command:
+                done = command.finish()
+        assert done.code == 0, done.err
+        (line,) = path.read_text().splitlines()
+        return json.loads(line), done.out
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["nothing"], f"bench: got 'nothing', need one of {NAMES}"),
+        ([], f"bench: needs a NAME or --all; names: {NAMES}"),
+        (["step", "--all"], "bench: got 'step' and --all, which has every benchmark; leave one out"),
+        (["step", "--device", "tpu"], "--device: got 'tpu', need cpu or cuda"),
+        (["step", "--json", "/nowhere/x.jsonl"], "--json: there is no folder '/nowhere'"),
+    ],
+)
+def test_refusals_are_one_line(words, message):
+    with Command("bench", *words) as command:
+        done = command.finish()
+    assert (done.code, done.err.strip().splitlines()[-1]) == (2, f"error: {message}")
+
+
+@pytest.mark.parametrize("name", BENCHMARKS)
+def test_every_benchmark_runs_in_small(bench, name):
+    report, out = bench(name)
+    assert report["benchmark"] == name
+    ours = [side for side in report["sides"] if "PEFT" not in side["name"]]
+    assert [side["error"] for side in ours] == [None] * len(ours)
+    # One rank sends nothing; three small layers fit into memory that the process has to spare.
+    may_be_zero = {"wire_bytes", "counted_bytes", "bound_bytes", "peak_bytes", "held_bytes", "training_peak_bytes"}
+    assert all(value > 0 for side in ours for key, value in side["metrics"].items() if key not in may_be_zero)
+    assert all(row["ours"] is not None for row in report["comparisons"])
+    assert f"{name}: compared" in out
+    if name == "step":
+        # At the network interface, headers and barriers included: the stated lower bound and next to nothing more.
+        (wire,) = [row["ratio"] for row in report["comparisons"] if row["what"].startswith("wire MB")]
+        assert 1.0 <= wire < 1.03

@@ -1,0 +1,119 @@
+"""Runs that die for real: killed, told to stop, out of disk; and what the shell, the disk and the next start see."""
+
+import json
+import re
+import shutil
+import signal
+from pathlib import Path
+
+import pytest
+
+from dist_qft.config.load import save_config
+from dist_qft.config.schema import RunConfig
+from dist_qft.storage.checkpoint import fault_in, list_checkpoints, read_checkpoint
+from dist_qft.training.monitor import METRICS_FILE
+from tests.support.commands import Command
+from tests.support.tiny_model import tiny_config
+from tests.support.whole_runs import adapter_digest, train
+
+STEPS = 40
+
+
+def write_config(config: RunConfig) -> Path:
+    path = Path(config.output_dir).parent / "run.yaml"
+    save_config(config, path)
+    return path
+
+
+def train_and_digest(config: RunConfig) -> tuple[str, str, list[dict[str, float]]]:
+    run = train(config)
+    return adapter_digest(config.output_dir), run.state.data_chain, run.state.history
+
+
+def last_step(output_dir: Path) -> int:
+    metrics = output_dir / METRICS_FILE
+    lines = metrics.read_text().splitlines(keepends=True) if metrics.exists() else []
+    return max((json.loads(line)["step"] for line in lines if line.endswith("\n")), default=0)
+
+
+def steps_told(text: str) -> list[int]:
+    return [int(line.split("/")[0].removeprefix("step ")) for line in text.splitlines() if line.startswith("step ")]
+
+
+def test_killed_stopped_and_resumed_is_byte_for_byte_the_undisturbed_run(pools, tiny_llama, tmp_path):
+    changes = {"train": {"max_steps": STEPS}, "checkpoint": {"save_steps": 10}, "data": {"eval_samples": 6}}
+    undisturbed = tiny_config(tiny_llama, tmp_path / "undisturbed", **changes)
+    expected = pools[2].run(train_and_digest, config=undisturbed)[0]
+    config = tiny_config(tiny_llama, tmp_path / "run", **changes)
+    output_dir, path = Path(config.output_dir), write_config(config)
+
+    with Command("train", path, ranks=2) as command:
+        command.wait_until(lambda: list_checkpoints(output_dir) != [])
+        command.rank(1).send_signal(signal.SIGKILL)
+        killed = command.finish()
+    assert killed.code == 128 + signal.SIGKILL
+    assert killed.err.count("error: rank 0: ") == 1 and "rank 1 is gone" in killed.err
+    assert "Traceback" not in killed.err
+    assert steps_told(killed.err) == list(range(1, last_step(output_dir) + 1)), "each step is told once"
+    assert all(fault_in(path) is None for path in list_checkpoints(output_dir))
+
+    newest = list_checkpoints(output_dir)[-1]
+    first = read_checkpoint(newest).state.step
+    with Command("train", path, "--resume", "auto", ranks=2) as command:
+        command.wait_until(lambda: last_step(output_dir) >= first + 3)
+        command.rank(1).send_signal(signal.SIGTERM)
+        stopped = command.finish()
+    assert stopped.code == 75
+    newest = list_checkpoints(output_dir)[-1]
+    step = read_checkpoint(newest).state.step
+    assert first + 3 < step < STEPS
+    errors = [line for line in stopped.err.splitlines() if line.startswith("error:")]
+    assert errors == [f"error: stopped by a signal after step {step}, which is saved; continue with --resume auto"]
+    assert steps_told(stopped.err) == list(range(first + 1, step + 1))
+
+    with Command("train", path, "--resume", "auto", ranks=2) as command:
+        done = command.finish()
+    assert done.code == 0, done.err
+    assert f"resuming from {newest} at step {step}" in done.err
+    state = read_checkpoint(output_dir / f"checkpoint-{STEPS}").state
+    assert (adapter_digest(output_dir), state.data_chain, state.history) == expected
+    metrics = [json.loads(line) for line in (output_dir / METRICS_FILE).read_text().splitlines()]
+    assert [record["step"] for record in metrics if "train/loss" in record] == list(range(1, STEPS + 1))
+    assert [record["step"] for record in metrics if "base/loss" in record] == [0], "the base is evaluated once"
+
+
+def test_an_interrupt_ends_the_run_without_a_traceback(tiny_llama, tmp_path):
+    path = write_config(tiny_config(tiny_llama, tmp_path / "run", train={"max_steps": 4000}))
+    with Command("train", path) as command:
+        command.wait_until(lambda: last_step(tmp_path / "run") >= 2)
+        command.process.send_signal(signal.SIGINT)
+        interrupted = command.finish()
+    assert interrupted.code == 130
+    assert steps_told(interrupted.err)[:2] == [1, 2]
+    assert "Traceback" not in interrupted.err and "error" not in interrupted.err
+
+
+def test_rank_0_out_of_disk_while_saving_ends_all_ranks_and_keeps_the_last_checkpoint(tiny_llama, tmp_path):
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    config = tiny_config(tiny_llama, disk / "run", train={"max_steps": 20}, checkpoint={"save_steps": 1})
+    path = tmp_path / "run.yaml"
+    save_config(config, path)
+    # The data set is written into `disk` by tiny_config, which the small disk will hide.
+    held = tmp_path / "held"
+    shutil.copytree(disk, held)
+    mount = f"mount -t tmpfs -o size=200k tmpfs {disk} && cp -r {held}/. {disk}"
+    # Nobody outside the namespace sees the small disk: what is left on it is copied out.
+    script = f'{mount} || exit 99; "$@"; code=$?; cp -r {disk}/run {tmp_path}/left; exit $code'
+    with Command("train", path, ranks=2, wrapper=("unshare", "-rm", "sh", "-c", script, "sh")) as command:
+        failed = command.finish()
+    if failed.code in (1, 99) and "Traceback" not in failed.err:
+        pytest.skip(f"no private mounts here: {failed.err.strip()}")
+    assert failed.code == 3, failed.err
+    told = [line for line in failed.err.splitlines() if line.startswith("error: rank 0: ")]
+    assert len(told) == 1 and "No space left on device" in told[0]
+    assert re.search("error: rank 1: .*is gone", failed.err)
+    assert "Traceback" not in failed.err
+    left = tmp_path / "left"
+    assert [fault_in(path) for path in list_checkpoints(left)] == [None, None]
+    assert not list(left.glob(".tmp-*"))

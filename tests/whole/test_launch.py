@@ -1,0 +1,222 @@
+"""The launcher with real processes: what reaches the shell when ranks end, fail, are killed or are told to stop.
+
+A small module stands in for `dist_qft` as what the ranks run; all else is what users start.
+"""
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from dist_qft.launch.__main__ import main
+
+REPOSITORY = Path(__file__).parents[2]
+
+RANKS = """
+import contextlib, os, signal, sys, time
+
+def stop(number, frame):
+    sys.exit(75)
+
+def say(*words):
+    sys.stdout.write(" ".join(map(str, words)) + "\\n")  # in one piece: torchrun's ranks share an unbuffered stream
+
+def wait():
+    say("waiting")
+    time.sleep(60)
+
+def leave(code):
+    # At once: while Python tidied up, the peer would notice and might end first.
+    sys.stdout.flush()
+    os._exit(code)
+
+rank, what = int(os.environ["RANK"]), sys.argv[1]
+if what in ("place", "train"):
+    say("rank", rank, "of", os.environ["WORLD_SIZE"])
+elif what == "meet":
+    import torch, torch.distributed as dist
+    from dist_qft.ranks.device import device_for
+    from dist_qft.ranks.world import World, connect
+    world = World.from_environment()
+    with connect(world, device_for(world, "cpu"), timeout_seconds=60):
+        total = torch.tensor([10.0 ** world.rank])
+        dist.all_reduce(total)
+        say(world.launcher, world.single_node, total.item(), os.environ["OMP_NUM_THREADS"], sys.argv[2:])
+elif what == "fail":
+    import torch, torch.distributed as dist
+    from dist_qft.ranks.world import World, connect
+    code = 4
+    with connect(World.from_environment(), torch.device("cpu"), timeout_seconds=60), contextlib.suppress(RuntimeError):
+        dist.barrier()
+        if rank == 1:
+            print("out of luck", file=sys.stderr)
+            code = 6
+        else:
+            dist.barrier()
+    leave(code)
+elif what == "fall":
+    if rank == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    wait()
+elif what == "refuse":
+    from dist_qft.cli import report
+    from dist_qft.errors import UserError
+    time.sleep(1.0 if rank == 0 else 0.0)
+    error = UserError("no such file")
+    report(error)
+    leave(error.exit_code)
+elif what == "save":
+    signal.signal(signal.SIGTERM, stop)
+    wait()
+elif what == "deaf":
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    wait()
+"""
+
+LAUNCHER = "import sys; from dist_qft.launch.__main__ import main; sys.exit(main(module='ranks'))"
+
+
+@pytest.fixture
+def start(tmp_path: Path):
+    """Starts the launcher with two ranks; ends what a failed test left behind."""
+    (tmp_path / "ranks.py").write_text(RANKS)
+    env = {key: value for key, value in os.environ.items() if key not in ("OMP_NUM_THREADS", "RANK", "WORLD_SIZE")}
+    env["PYTHONPATH"] = f"{tmp_path}:{REPOSITORY}"
+    started: list[subprocess.Popen[str]] = []
+
+    def popen(*arguments: str) -> "subprocess.Popen[str]":
+        command = [sys.executable, "-c", LAUNCHER, "--nproc-per-node", "2", *arguments]
+        process = subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        started.append(process)
+        return process
+
+    yield popen
+    for process in started:
+        process.kill()
+
+
+def await_ranks(launcher: "subprocess.Popen[str]") -> None:
+    assert [launcher.stdout.readline() for _ in range(2)] == ["waiting\n"] * 2
+
+
+def test_ranks_meet_and_success_is_silent(start) -> None:
+    launcher = start("--", "meet", "--resume", "auto")
+    output, errors = launcher.communicate(timeout=90)
+    threads = max(1, len(os.sched_getaffinity(0)) // 2)
+    assert output.splitlines() == [f"torchrun True 11.0 {threads} ['--resume', 'auto']"] * 2
+    assert errors == ""
+    assert launcher.returncode == 0
+
+
+def test_code_of_the_rank_that_failed_and_not_of_its_peer_reaches_the_shell(start) -> None:
+    """Rank 1 fails with 6, so rank 0 loses its peer and ends with 4; rank 1's message is the last word."""
+    launcher = start("--", "fail")
+    _, errors = launcher.communicate(timeout=90)
+    assert errors.splitlines() == ["out of luck"]
+    assert launcher.returncode == 6
+
+
+def test_killed_rank_is_named(start) -> None:
+    launcher = start("--", "fall")
+    _, errors = launcher.communicate(timeout=90)
+    assert errors.splitlines() == ["dist_qft.launch: rank 1 was killed by SIGKILL"]
+    assert launcher.returncode == 128 + signal.SIGKILL
+
+
+def test_what_all_ranks_refuse_is_told_once_however_late_the_first_rank_is(start) -> None:
+    launcher = start("--", "refuse")
+    _, errors = launcher.communicate(timeout=60)
+    assert errors == "error: no such file\n"
+    assert launcher.returncode == 2
+
+
+def test_saved_and_preempted_reaches_the_shell(start) -> None:
+    launcher = start("--", "save")
+    await_ranks(launcher)
+    launcher.send_signal(signal.SIGTERM)
+    _, errors = launcher.communicate(timeout=30)
+    assert errors == ""
+    assert launcher.returncode == 75
+
+
+def test_ranks_that_do_not_leave_are_killed(start) -> None:
+    launcher = start("--shutdown-timeout", "1", "--", "deaf")
+    await_ranks(launcher)
+    launcher.send_signal(signal.SIGUSR1)
+    _, errors = launcher.communicate(timeout=30)
+    killed, named = errors.splitlines()
+    assert killed == "dist_qft.launch: killing the ranks still there after 1 s of grace"
+    assert named in [f"dist_qft.launch: rank {rank} was killed by SIGKILL" for rank in (0, 1)]
+    assert launcher.returncode == 128 + signal.SIGKILL
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["config.yaml", "--", "train"], "unexpected argument 'config.yaml' before '--'; usage: python -m dist_qft"),
+        (["--nproc-per-node", "0", "--", "train"], "--nproc-per-node 0, --nnodes 1:1: at least 1 of each is needed"),
+        (["--nproc-per-node", "two", "--", "train"], "Unsupported nproc_per_node value: two"),
+        (["--nnodes", "2:1", "--", "train"], "--nnodes 2:1: at least 1 of each is needed"),
+        (["--nnodes", "1:2:3", "--", "train"], 'nnodes=1:2:3 is not in "MIN:MAX" format'),
+        (["--signals-to-handle", "SIGTERM,SIGFOO", "--", "train"], "there is no signal 'SIGFOO'"),
+    ],
+)
+def test_bad_options_are_one_line_and_exit_code_2(arguments: list[str], message: str, capfd) -> None:
+    assert main(arguments) == 2
+    errors = capfd.readouterr().err
+    assert errors.startswith("dist_qft.launch: ")
+    assert message in errors
+    assert errors.count("\n") == 1
+
+
+def run_script(*arguments: str, **variables: str) -> "subprocess.CompletedProcess[str]":
+    """launch/torchrun.sh with this interpreter in the place of the user's active environment."""
+    environment = {key: value for key, value in os.environ.items() if key not in ("NNODES", "NPROC_PER_NODE")}
+    environment |= {
+        "VIRTUAL_ENV": sys.prefix,
+        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+        **variables,
+    }
+    command = ["bash", str(REPOSITORY / "launch/torchrun.sh"), *arguments]
+    return subprocess.run(command, env=environment, cwd=REPOSITORY, capture_output=True, text=True, timeout=60)
+
+
+def test_script_needs_a_config_and_a_place_among_the_nodes() -> None:
+    for arguments, variables, message in (
+        ([], {}, "torchrun.sh: the first argument must be a config file; usage: launch/torchrun.sh CONFIG"),
+        (["--dry-run"], {}, "torchrun.sh: the first argument must be a config file; usage: launch/torchrun.sh CONFIG"),
+        (["c.yaml"], {"NNODES": "2"}, "torchrun.sh: NNODES=2 also needs NODE_RANK and MASTER_ADDR; usage: "),
+    ):
+        result = run_script(*arguments, **variables)
+        assert result.stderr.startswith(message)
+        assert result.stderr.count("\n") == 1
+        assert result.returncode == 2
+
+
+def test_dry_run_prints_the_command_and_asks_rank_0_of_the_whole_world(start) -> None:
+    """The script, the launcher and one process in a row; that process runs the real program, which misses the file."""
+    nodes = {"NNODES": "2", "NODE_RANK": "1", "MASTER_ADDR": "node0"}
+    result = run_script("no such.yaml", "train.seed=1", "--resume", "auto", "--dry-run", NPROC_PER_NODE="3", **nodes)
+    # The interpreter may be called python or python3: what counts is the environment it belongs to.
+    interpreter, command = result.stdout.strip().split(" ", 1)
+    assert Path(interpreter).parent == Path(sys.executable).parent
+    assert command == (
+        "-m dist_qft.launch --nproc-per-node 3 --nnodes 2 --node-rank 1 --master-addr node0"
+        " --master-port 29500 -- train 'no such.yaml' train.seed=1 --resume auto"
+    )
+    assert "no such.yaml" in result.stderr
+    assert result.returncode == 2
+
+    launcher = start("--nnodes", "4", "--", "train", "--dry-run")
+    output, _ = launcher.communicate(timeout=60)
+    assert output.splitlines()[1:] == ["rank 0 of 8"]
+    assert launcher.returncode == 0
+
+
+@pytest.mark.parametrize("script", sorted(REPOSITORY.glob("launch/*.sh")), ids=lambda path: path.name)
+def test_scripts_parse_and_stay_short(script: Path) -> None:
+    subprocess.run(["bash", "-n", str(script)], check=True)
+    assert len(script.read_text().splitlines()) < 50

@@ -1,0 +1,74 @@
+"""The launcher starts ranks again: what for, how often, and that the run then goes on where it was."""
+
+import signal
+from pathlib import Path
+
+import pytest
+
+from dist_qft.config.load import save_config
+from dist_qft.storage.checkpoint import list_checkpoints, read_checkpoint
+from dist_qft.training.resume import resume_after_restart
+from tests.support.commands import Command
+from tests.support.tiny_model import tiny_config
+from tests.support.whole_runs import adapter_digest
+
+STEPS = 24
+SECTIONS = {"train": {"max_steps": STEPS}, "checkpoint": {"save_steps": 4, "save_total_limit": 20}}
+
+
+@pytest.fixture
+def config(tiny_llama: Path, tmp_path: Path) -> Path:
+    save_config(tiny_config(tiny_llama, tmp_path / "run", **SECTIONS), tmp_path / "run.yaml")
+    return tmp_path / "run.yaml"
+
+
+def digest_and_history(run: Path) -> tuple[str, str, list[dict[str, float]]]:
+    state = read_checkpoint(run / f"checkpoint-{STEPS}").state
+    return adapter_digest(run), state.data_chain, state.history
+
+
+def test_a_lost_rank_restarts_the_group_which_ends_with_the_undisturbed_adapter(config, tmp_path, monkeypatch):
+    with Command("train", config, f"output_dir={tmp_path}/undisturbed", ranks=2) as command:
+        assert command.finish().code == 0
+    monkeypatch.setenv("PET_MAX_RESTARTS", "2")
+    with Command("train", config, ranks=2) as command:
+        command.wait_until(lambda: len(list_checkpoints(tmp_path / "run")) > 0)
+        command.rank(1).send_signal(signal.SIGKILL)
+        done = command.finish()
+    assert done.code == 0, done.err
+    assert "dist_qft.launch: rank 1 was killed by SIGKILL; starting again, 1 more restarts left" in done.err
+    assert "resuming from " in done.err
+    assert digest_and_history(tmp_path / "run") == digest_and_history(tmp_path / "undisturbed")
+
+
+def test_a_signal_and_a_mistake_end_the_run_whatever_restarts_are_left(config, tmp_path, monkeypatch):
+    monkeypatch.setenv("PET_MAX_RESTARTS", "3")
+    with Command("train", config, "train.max_steps=5000", ranks=2) as command:
+        command.wait_until(lambda: len(list_checkpoints(tmp_path / "run")) > 0)
+        command.process.send_signal(signal.SIGTERM)
+        stopped = command.finish()
+    assert (stopped.code, stopped.err.count("stopped by a signal after step")) == (75, 1), stopped.err
+    with Command("train", config, "train.seed=7", ranks=2) as command:  # another run than the one in the folder
+        refused = command.finish()
+    assert refused.code == 2
+    assert refused.err.count("train.seed was 0, the config says 7") == 1
+    assert "starting again" not in stopped.err + refused.err
+
+
+@pytest.mark.parametrize(
+    ("env", "resume", "saved", "expected"),
+    [
+        ({}, None, True, None),
+        ({"SLURM_RESTART_COUNT": "0"}, None, True, None),
+        ({"SLURM_RESTART_COUNT": "2"}, None, True, "auto"),
+        ({"SLURM_RESTART_COUNT": "2"}, "elsewhere/checkpoint-3", True, "auto"),
+        ({"SLURM_RESTART_COUNT": "2"}, "elsewhere/checkpoint-3", False, "elsewhere/checkpoint-3"),
+        ({"TORCHELASTIC_MAX_RESTARTS": "0"}, None, True, None),
+        ({"TORCHELASTIC_MAX_RESTARTS": "3"}, None, True, "auto"),
+        ({"TORCHELASTIC_MAX_RESTARTS": "3"}, None, False, None),
+    ],
+)
+def test_what_resume_means_in_a_restart(tmp_path, env, resume, saved, expected):
+    if saved:
+        (tmp_path / "checkpoint-5").mkdir()
+    assert resume_after_restart(tmp_path, resume, env) == expected

@@ -1,0 +1,282 @@
+"""The batch scripts on a real Slurm of two nodes: training, and all that can end a job before its time."""
+
+import json
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from datetime import datetime, timedelta
+from itertools import takewhile
+from pathlib import Path
+
+import psutil
+import pytest
+
+from dist_qft.config.load import save_config
+from dist_qft.storage.checkpoint import fault_in, list_checkpoints, read_checkpoint
+from tests.support.commands import Command
+from tests.support.slurm_cluster import SlurmCluster, missing
+from tests.support.tiny_model import tiny_config
+from tests.support.whole_runs import adapter_digest
+
+REPOSITORY = Path(__file__).parents[2]
+STEPS = 60
+RANKS = 4  # as the scripts' own headers say: 2 nodes x 2 tasks
+
+pytestmark = pytest.mark.skipif(missing() is not None, reason=str(missing()))
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[SlurmCluster]:
+    folder = Path(tempfile.mkdtemp(prefix="slurm-"))
+    cluster = SlurmCluster(folder)
+    cluster.start()
+    yield cluster
+    cluster.stop()
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+class Job:
+    """A submitted batch script; its logs and its run are in `folder`."""
+
+    def __init__(
+        self, cluster: SlurmCluster, folder: Path, *words: str, script: str = "slurm/train.sbatch", **variables: str
+    ) -> None:
+        self.cluster, self.folder = cluster, folder
+        self.run_dir = folder / "run"
+        ours = {"VIRTUAL_ENV": sys.prefix, "PYTHONPATH": str(REPOSITORY), "LOGS": str(folder / "logs")}
+        options = list(takewhile(lambda word: word.startswith("--"), words))
+        rest = words[len(options) :]
+        submit = ["sbatch", "--parsable", f"--output={folder}/slurm.out", *options, script, *rest]
+        self.number = cluster.run(*submit, env={**ours, "OMP_NUM_THREADS": "1", **variables}, cwd=REPOSITORY)
+
+    def await_checkpoint(self, step: int) -> None:
+        deadline = time.monotonic() + 120
+        while not any(int(path.name.split("-")[1]) >= step for path in list_checkpoints(self.run_dir)):
+            assert time.monotonic() < deadline, self.output()
+            time.sleep(0.02)
+
+    def finish(self, *states: str) -> dict[str, str]:
+        return self.cluster.wait(self.number, *states)
+
+    def output(self) -> str:
+        return (self.folder / "slurm.out").read_text()
+
+    def attempts(self) -> list[int]:
+        records = (self.folder / "logs" / self.number / "attempts").read_text()
+        return [int(code) for code in re.findall(r"exit code (\d+)", records)]
+
+
+@pytest.fixture(scope="module")
+def config(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("slurm")
+    sections = {"train": {"max_steps": STEPS}, "checkpoint": {"save_steps": 5, "save_total_limit": 100}}
+    save_config(tiny_config(tiny_llama, folder / "run", **sections), folder / "run.yaml")
+    return folder / "run.yaml"
+
+
+@pytest.fixture(scope="module")
+def undisturbed(config: Path) -> tuple[str, list[dict[str, float]]]:
+    """Digest of the final adapter and history of the same config under torchrun, without Slurm."""
+    with Command("train", config, ranks=RANKS) as command:
+        done = command.finish()
+    assert done.code == 0, done.err
+    return digest_and_history(config.parent / "run")
+
+
+def digest_and_history(run_dir: Path) -> tuple[str, list[dict[str, float]]]:
+    assert all(fault_in(path) is None for path in list_checkpoints(run_dir))
+    return adapter_digest(run_dir), read_checkpoint(list_checkpoints(run_dir)[-1]).state.history
+
+
+@pytest.mark.parametrize("starter", ["torchrun", "srun"])
+def test_two_nodes_train_to_completion_with_the_losses_of_torchrun(cluster, config, undisturbed, tmp_path, starter):
+    job = Job(cluster, tmp_path, str(config), f"output_dir={tmp_path}/run", STARTER=starter)
+    state = job.finish()
+    assert (state["JobState"], state["ExitCode"], state["Restarts"]) == ("COMPLETED", "0:0", "0"), job.output()
+    assert digest_and_history(job.run_dir) == undisturbed
+    summary = json.loads((job.run_dir / "summary.json").read_text())
+    assert summary["world_size"] == RANKS
+    logs = tmp_path / "logs" / job.number / "attempt-0"
+    told = [f"[default0]:step {STEPS}/{STEPS}" in path.read_text() for path in sorted(logs.glob("task-*.log"))]
+    if starter == "torchrun":
+        assert told == [True, False]
+        assert len(list(logs.glob("node-?/*/attempt_0/?/stderr.log"))) == RANKS, "one log per rank"
+    else:
+        assert len(told) == RANKS
+
+
+@pytest.mark.parametrize(("end", "starter"), [("requeue", "torchrun"), ("term", "srun")])
+def test_a_stopped_job_saves_restarts_and_ends_with_the_undisturbed_adapter(
+    cluster, config, undisturbed, tmp_path, end, starter
+):
+    job = Job(cluster, tmp_path, str(config), f"output_dir={tmp_path}/run", STARTER=starter)
+    job.await_checkpoint(10)
+    cluster.run(*(["scontrol", "requeue"] if end == "requeue" else ["scancel", "--signal=TERM"]), job.number)
+    cluster.wait(job.number, "PENDING")
+    saved = read_checkpoint(list_checkpoints(job.run_dir)[-1]).state.step
+    assert 10 <= saved < STEPS
+    assert f"error: stopped by a signal after step {saved}, which is saved" in job.output()
+    state = job.finish()
+    assert (state["JobState"], state["Restarts"]) == ("COMPLETED", "1"), job.output()
+    assert job.attempts() == [75, 0]
+    assert digest_and_history(job.run_dir) == undisturbed
+
+
+def test_before_its_time_limit_a_job_saves_and_is_requeued(cluster, config, undisturbed, tmp_path):
+    job = Job(cluster, tmp_path, "--signal=B:USR1@150", str(config), f"output_dir={tmp_path}/run")
+    job.await_checkpoint(10)
+    # Slurm looks at limits twice a minute: the ranks are held until it has.
+    ranks = [rank_of(job, rank) for rank in range(RANKS)]
+    for rank in ranks:
+        rank.suspend()
+    soon = datetime.now() + timedelta(seconds=180)
+    cluster.run("scontrol", "update", f"JobId={job.number}", f"EndTime={soon:%Y-%m-%dT%H:%M:%S}")
+    deadline = time.monotonic() + 170
+    while not all(pending(rank, signal.SIGUSR1) for rank in ranks):
+        assert time.monotonic() < deadline, f"{job.output()}\n{cluster.log('slurmctld')}"
+        time.sleep(0.1)
+    for rank in ranks:
+        rank.resume()
+    cluster.wait(job.number, "PENDING")
+    assert "error: stopped by a signal after step" in job.output()
+    cluster.run("scontrol", "update", f"JobId={job.number}", "TimeLimit=60")
+    state = job.finish()
+    assert (state["JobState"], state["Restarts"]) == ("COMPLETED", "1"), job.output()
+    assert job.attempts() == [75, 0]
+    assert digest_and_history(job.run_dir) == undisturbed
+
+
+def test_every_warning_reaches_the_ranks(cluster, tmp_path):
+    """Slurm sends CONT right before its warning, and bash 5.2's `wait` loses the second of one such pair in ten."""
+    rank = "trap 'echo warned' USR1; echo ready; while :; do sleep 0.05; done"
+    script = tmp_path / "job.sbatch"
+    script.write_text(f'#!/usr/bin/env bash\nsource slurm/job.sh\nrun_step --ntasks=1 bash -c "{rank}"\n')
+    job = Job(cluster, tmp_path, "--nodes=1", "--job-name=warned", script=str(script))
+    log = tmp_path / "logs" / job.number / "attempt-0" / "task-0.log"
+
+    def await_line(number: int) -> None:
+        deadline = time.monotonic() + 30
+        while not log.exists() or log.read_text().count("\n") < number:
+            assert time.monotonic() < deadline, f"warning {number - 1} was lost"
+            time.sleep(0.02)
+
+    await_line(1)
+    batch = process_of(job, lambda each: each.cmdline()[-1].endswith("/slurm_script"))
+    for warning in range(20):
+        batch.send_signal(signal.SIGCONT)
+        batch.send_signal(signal.SIGUSR1)
+        await_line(warning + 2)
+    cluster.run("scancel", job.number)
+    job.finish()
+
+
+def pending(process: psutil.Process, number: signal.Signals) -> bool:
+    """Whether a signal waits for a process that is stopped."""
+    status = Path(f"/proc/{process.pid}/status").read_text()
+    return bool(int(re.search(r"ShdPnd:\s*(\w+)", status)[1], 16) >> (number - 1) & 1)
+
+
+def test_scancel_saves_and_is_the_end(cluster, config, tmp_path):
+    job = Job(cluster, tmp_path, str(config), f"output_dir={tmp_path}/run", "train.max_steps=5000")
+    job.await_checkpoint(5)
+    cluster.run("scancel", job.number)
+    state = job.finish()
+    assert (state["JobState"], state["Restarts"]) == ("CANCELLED", "0")
+    assert job.attempts() == [75]
+    assert "what happens next was decided elsewhere" in job.output()
+
+
+def test_a_killed_rank_is_a_failure_and_the_job_tries_again(cluster, config, undisturbed, tmp_path):
+    job = Job(cluster, tmp_path, str(config), f"output_dir={tmp_path}/run")
+    job.await_checkpoint(10)
+    rank_of(job, 3).send_signal(signal.SIGKILL)
+    state = job.finish()
+    assert (state["JobState"], state["Restarts"]) == ("COMPLETED", "1"), job.output()
+    assert job.attempts() == [128 + signal.SIGKILL, 0]
+    assert digest_and_history(job.run_dir) == undisturbed
+
+
+def rank_of(job: Job, rank: int) -> psutil.Process:
+    return process_of(job, lambda each: each.environ().get("RANK") == str(rank) and "dist_qft" in each.cmdline())
+
+
+def process_of(job: Job, wanted: Callable[[psutil.Process], bool]) -> psutil.Process:
+    for process in psutil.process_iter():
+        try:
+            if process.environ().get("SLURM_JOB_ID") == job.number and wanted(process):
+                return process
+        except psutil.Error:
+            continue
+    raise AssertionError(f"no such process of job {job.number}")
+
+
+def test_a_mistake_is_not_tried_again_and_other_failures_only_so_often(cluster, config, tmp_path):
+    (tmp_path / "typo").mkdir()
+    typo = Job(cluster, tmp_path / "typo", str(config), "train.learning_rat=1")
+    state = typo.finish()
+    assert (state["JobState"], state["ExitCode"], state["Restarts"]) == ("FAILED", "2:0", "0")
+    told = "error: command line: train.learning_rat=1: unknown key 'train.learning_rat'"
+    assert told in typo.output() and "trying again would not help" in typo.output()
+
+    job = Job(cluster, tmp_path, str(config), "sharding.device=cuda", STARTER="srun", MAX_FAILURES="2")
+    state = job.finish()
+    assert (state["JobState"], state["ExitCode"], state["Restarts"]) == ("FAILED", "3:0", "1")
+    assert "2 attempts failed, the last with exit code 3: giving up" in job.output()
+    assert "PyTorch finds no CUDA device here" in job.output()
+
+
+def test_an_array_study_runs_two_rows_at_a_time_and_a_failed_row_stops_no_other(cluster, tiny_llama, tmp_path):
+    pytest.importorskip("dist_qft.study")
+    from tests.support.study_files import write_study
+
+    axes = {"train.learning_rate": [1e-3, 1e30, 2e-3, 3e-3]}  # the second one ends in numbers that are not finite
+    study = write_study(
+        tmp_path, tiny_llama, axes=axes, presets=None, seeds=[0], train={"max_steps": 3, "max_grad_norm": None}
+    )
+    with Command("study", study, "--count") as command:
+        assert command.finish().out.strip() == "4"
+    array = Job(cluster, tmp_path, "--array=0-3%2", str(study), script="slurm/study.sbatch")
+    report = Job(
+        cluster, tmp_path, f"--dependency=afterany:{array.number}", str(study), "--report", script="slurm/study.sbatch"
+    )
+    most = 0
+    while cluster.job(report.number)["JobState"] == "PENDING":
+        running = cluster.run(
+            "squeue", "-h", "-r", "-t", "RUNNING", "-j", array.number, "-o", "%K", check=False
+        ).split()
+        most = max(most, len(running))
+        time.sleep(0.1)
+    assert report.finish()["JobState"] == "COMPLETED", report.output()
+    assert most == 2
+    states = [cluster.job(f"{array.number}_{row}") for row in range(4)]
+    assert [state["JobState"] for state in states].count("COMPLETED") == 3
+    assert [state["ExitCode"] for state in states].count("6:0") == 1
+    assert "Runs that failed" in (tmp_path / "out" / "report" / "report.html").read_text()
+
+
+@pytest.mark.parametrize(
+    ("script", "words", "message"),
+    [
+        ("train", [], "dist-qft: the first argument must be a config file; usage: sbatch slurm/train.sbatch CONFIG"),
+        ("merge", ["--to"], "dist-qft-merge: the first argument must be a run"),
+        ("study", ["s.yaml"], "dist-qft-study: without --array only --report makes sense"),
+    ],
+)
+def test_a_scripts_refusals_are_one_line_and_exit_code_2(cluster, tmp_path, script, words, message):
+    command = ["sbatch", "--wait", f"--output={tmp_path}/out", "--nodes=1", f"slurm/{script}.sbatch", *words]
+    done = subprocess.run(
+        command, env={**cluster.environment, "LOGS": f"{tmp_path}/logs", "VIRTUAL_ENV": sys.prefix}, cwd=REPOSITORY
+    )
+    assert done.returncode == 2
+    output = (tmp_path / "out").read_text()
+    assert message in output and output.count("\n") == 1
+
+
+@pytest.mark.parametrize("path", sorted((REPOSITORY / "slurm").iterdir()), ids=lambda path: path.name)
+def test_scripts_parse(path):
+    subprocess.run(["bash", "-n", str(path)], check=True)
