@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from dist_qft.errors import DistQFTError, UserError
+from dist_qft.ranks.launchers import local_rank_text
 
 if TYPE_CHECKING:
     from dist_qft.config.schema import RunConfig
@@ -29,10 +30,7 @@ app = typer.Typer(
 # Overrides may be written as options (--train.learning_rate 1e-4), which typer cannot know.
 OVERRIDABLE = {"ignore_unknown_options": True}
 
-# The rank on its node, before there is a process group to ask: torchrun, Slurm, Open MPI, MPICH.
-LOCAL_RANK_VARIABLES = ("LOCAL_RANK", "SLURM_LOCALID", "OMPI_COMM_WORLD_LOCAL_RANK", "MPI_LOCALRANKID")
-
-# How long the other ranks of a node leave the word to its first one.
+# How long the other ranks of a node wait for local rank 0 to print an error.
 FIRST_RANK_SECONDS = 10.0
 
 Config = Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML file.", show_default=False)]
@@ -223,22 +221,20 @@ def main() -> None:
     try:
         app(prog_name="dist-qft")
     except DistQFTError as error:
-        report(error)
+        print_error(error)
         code = error.exit_code
     # Outside, where the error is gone: its frames hold process groups, which must not outlive the interpreter.
     sys.exit(code)
 
 
-def report(error: DistQFTError) -> None:
-    """Print an expected failure once per node, or from each rank that `rank_prefix` marks as having its own.
+def print_error(error: DistQFTError) -> None:
+    """Print an expected failure: once per node, or from each rank whose own it is (`rank_prefix` is set then).
 
-    The first rank of a node speaks for all. The others wait: by leaving first they would have the launcher
-    clear that rank away with the message unsaid. The launcher's SIGTERM ends the wait; without one they speak, too.
+    Only local rank 0 prints an error that all ranks have. The other ranks wait up to FIRST_RANK_SECONDS, because a
+    launcher that sees one of them exit may kill rank 0 before it has printed. If no SIGTERM comes they print too.
     """
-    if error.rank_prefix is None and _local_rank() != "0":
-        from dist_qft.ranks.preemption import StopSignal
-
-        if StopSignal.arrived:  # the launcher clears ranks away: the first one has spoken
+    if error.rank_prefix is None and local_rank_text() != "0":
+        if error.after_signal:  # the launcher is ending the ranks already: local rank 0 has printed
             return
         signal.signal(signal.SIGTERM, lambda *_: os._exit(error.exit_code))
         time.sleep(FIRST_RANK_SECONDS)
@@ -246,10 +242,6 @@ def report(error: DistQFTError) -> None:
     first, *rest = f"{where}{error}".splitlines()
     # One write: lines of several ranks must not mix.
     sys.stderr.write("\n       ".join([f"error: {first}", *rest]) + "\n")
-
-
-def _local_rank() -> str:
-    return next((os.environ[name] for name in LOCAL_RANK_VARIABLES if name in os.environ), "0")
 
 
 def _load(config: Path, words: list[str] | None) -> "RunConfig":

@@ -10,13 +10,15 @@ class DistQFTError(Exception):
 
     Attributes:
         exit_code: what the shell sees.
-        everywhere: every rank raises this error at the same point, so one of them tells it.
-        rank_prefix: set on an error that this rank alone met after the process group existed.
+        everywhere: every rank raises this error at the same point, so one of them prints it.
+        rank_prefix: "rank N" on an error that this rank alone met after the ranks had connected.
+        after_signal: a signal had asked this process to stop before the error was raised.
     """
 
     exit_code = 1
     everywhere = False
     rank_prefix: str | None = None
+    after_signal = False
 
 
 class UserError(DistQFTError):

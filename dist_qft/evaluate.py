@@ -10,7 +10,7 @@ from dist_qft.data.batches import eval_batches
 from dist_qft.data.prepare import prepare
 from dist_qft.errors import UserError
 from dist_qft.methods.plans import plan_trainables
-from dist_qft.ranks.collectives import told_by
+from dist_qft.ranks.collectives import peer_loss_reported
 from dist_qft.ranks.device import compute_dtype, device_for
 from dist_qft.ranks.world import World, connect
 from dist_qft.storage.checkpoint import list_checkpoints
@@ -38,7 +38,7 @@ def run_evaluation(config: RunConfig, checkpoint_path: str | None, as_json: bool
     data = prepare(config.data, load_tokenizer(config.model), skeleton.vocab_size, cache_dir, config.task)
     with (
         connect(world, device, config.sharding.timeout_seconds),
-        told_by(world.rank, lambda: "evaluation"),
+        peer_loss_reported(world.rank, lambda: "evaluation"),
     ):
         if checkpoint is None:
             parts = assemble(config, skeleton, plan_trainables(config, skeleton), device)

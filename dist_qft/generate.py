@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from dist_qft.errors import UserError
-from dist_qft.ranks.collectives import told_by
+from dist_qft.ranks.collectives import peer_loss_reported
 from dist_qft.ranks.device import device_for
 from dist_qft.ranks.world import World, connect
 from dist_qft.tuned_model.answer import answer
@@ -21,7 +21,7 @@ def run_generation(path: str, prompts: list[str], max_new_tokens: int, base: boo
     device = device_for(world, config.sharding.device)
     with (
         connect(world, device, config.sharding.timeout_seconds),
-        told_by(world.rank, lambda: "generation"),
+        peer_loss_reported(world.rank, lambda: "generation"),
     ):
         parts, tokenizer = open_trained(checkpoint, config, device)
         for prompt in prompts:

@@ -23,7 +23,7 @@ from dist_qft.merge.recipe import require_free
 from dist_qft.merge.run import merge_at_end, recipe_at_end
 from dist_qft.methods.plans import plan_trainables
 from dist_qft.methods.trainable import Plan
-from dist_qft.ranks.collectives import require_agreement, told_by
+from dist_qft.ranks.collectives import peer_loss_reported, require_same_inputs
 from dist_qft.ranks.crash import crash_report
 from dist_qft.ranks.device import compute_dtype, device_for
 from dist_qft.ranks.preemption import StopSignal
@@ -116,9 +116,9 @@ def execute_run(inputs: RunInputs, stop: StopSignal) -> TrainingRun | None:
         return run.doing if run else "start-up"
 
     world = inputs.world
-    with crash_report(inputs.output_dir, world.rank, world.world_size, doing), told_by(world.rank, doing):
+    with crash_report(inputs.output_dir, world.rank, world.world_size, doing), peer_loss_reported(world.rank, doing):
         # Do all ranks mean the same run?
-        require_agreement(inputs.facts(), inputs.device)
+        require_same_inputs(inputs.must_match(), inputs.device)
         if inputs.finished:
             _tell_finished(inputs)
             return None

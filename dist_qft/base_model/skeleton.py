@@ -22,7 +22,7 @@ from dist_qft.config.schema import ModelConfig, QuantizationConfig
 from dist_qft.errors import UserError
 from dist_qft.quant.formats import Format, embedding_format, linear_format
 from dist_qft.quant.frozen import FrozenEmbedding, FrozenLinear
-from dist_qft.ranks.collectives import agreed
+from dist_qft.ranks.collectives import everywhere
 from dist_qft.sharding.engine import Units
 
 
@@ -119,7 +119,7 @@ class BaseModel:
         tolerance = 1e-4 if self.dtype == torch.float32 else 1e-2
         if (states[0, 2:] - states[1, 2:]).abs().max() > tolerance * states.abs().max():
             kind = self.config.model_type
-            raise agreed(
+            raise everywhere(
                 UserError(f"data.packing: model type '{kind}' cannot keep packed samples apart; set it to false")
             )
 

@@ -20,7 +20,7 @@ from dist_qft.merge.merged_weight import require_finite
 from dist_qft.merge.recipe import Recipe
 from dist_qft.methods.adapters.exact_fold import folded, folding_tensor
 from dist_qft.quant.frozen import FrozenWeight
-from dist_qft.ranks.collectives import agreed, maximum
+from dist_qft.ranks.collectives import everywhere, maximum
 from dist_qft.ranks.preemption import StopSignal
 from dist_qft.sharding.host_memory import return_freed_memory
 from dist_qft.storage.atomic import publishing, refused_write
@@ -148,10 +148,10 @@ def _together(target: Path, stop: StopSignal, device: torch.device) -> Iterator[
         failure = error
     worst = maximum(2.0 if failure else float(stop.requested), device)
     if isinstance(failure, OSError):
-        raise agreed(refused_write(target, failure)) from failure
+        raise everywhere(refused_write(target, failure)) from failure
     if failure:
-        raise agreed(failure)
+        raise everywhere(failure)
     if worst == 2.0:
-        raise agreed(SetupError(f"{target}: rank 0 could not write it and says why"))
+        raise everywhere(SetupError(f"{target}: rank 0 could not write it and says why"))
     if worst == 1.0:
         raise Preempted(f"stopped by a signal; '{target}' was not written, run the merge again")

@@ -26,7 +26,7 @@ from dist_qft.merge.writers.peft import PeftWriter, lora_difference, lora_twin
 from dist_qft.merge.writers.quantized import PackedForm
 from dist_qft.methods.adapters.adapter_plan import AdapterPlan, stored_adapters
 from dist_qft.methods.adapters.schedule import TileSettings
-from dist_qft.ranks.collectives import require_agreement, told_by
+from dist_qft.ranks.collectives import peer_loss_reported, require_same_inputs
 from dist_qft.ranks.device import compute_dtype, device_for
 from dist_qft.ranks.preemption import StopSignal
 from dist_qft.ranks.world import World, connect
@@ -50,8 +50,8 @@ class MergeInputs:
     plan: AdapterPlan
     checkpoint: Checkpoint
 
-    def facts(self) -> dict[str, str]:
-        """What all ranks must have in common before they start together."""
+    def must_match(self) -> dict[str, str]:
+        """Inputs that must be the same on all ranks, by name."""
         return {
             "merge request": str(self.recipe.request),
             "config": self.config.model_dump_json(),
@@ -102,8 +102,8 @@ def gather_inputs(request: MergeRequest, checkpoint: Checkpoint, world: World) -
 
 def execute_merge(inputs: MergeInputs, stop: StopSignal) -> dict[str, Any] | None:
     """Load the base, put the adapters on, merge; the process group exists. Collective; see `merge`."""
-    with told_by(inputs.world.rank, lambda: "the merge"):
-        require_agreement(inputs.facts(), inputs.device)
+    with peer_loss_reported(inputs.world.rank, lambda: "the merge"):
+        require_same_inputs(inputs.must_match(), inputs.device)
         parts = assemble(inputs.config, inputs.skeleton, inputs.plan, inputs.device, stop=stop)
         check_fingerprint(inputs.checkpoint, parts.base)
         parts.load_tensors(inputs.checkpoint.trainables)

@@ -11,25 +11,25 @@ import torch.distributed as dist
 from dist_qft.errors import DistQFTError, PeerLostError, UserError
 from dist_qft.ranks import mpi
 from dist_qft.ranks.crash import last_collective
-from dist_qft.ranks.heartbeat import RollCall
-from dist_qft.ranks.neighbours import Neighbours
+from dist_qft.ranks.heartbeat import Heartbeat
+from dist_qft.ranks.local_peers import LocalPeers
 
 # torch 2.12 renamed the call; both move one flat tensor per rank into one output.
 all_gather_flat = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
 
-def require_agreement(facts: Mapping[str, str], device: torch.device) -> None:
-    """Stop every rank, before anything heavy, if the ranks were started with different inputs. Collective.
+def require_same_inputs(inputs: Mapping[str, str], device: torch.device) -> None:
+    """Stop every rank, before the base is loaded, if the ranks were started with different inputs. Collective.
 
     Args:
-        facts: name -> text that must be the same on all ranks (config, data digest, versions, ...).
+        inputs: name -> text that must be the same on all ranks (config, data digest, versions, ...).
 
     Raises:
-        UserError: on all ranks, naming the fact and which ranks differ from rank 0.
+        UserError: on all ranks, naming the input and the ranks that differ from rank 0.
     """
-    names = sorted(facts)
-    # Not pickled objects: a fixed-size tensor of digests, whatever the peers may send.
-    own = torch.tensor([_short_digest(facts[name]) for name in names], device=device)
+    names = sorted(inputs)
+    # Digests in a tensor of fixed size instead of pickled objects: unpickling would run what a peer sends.
+    own = torch.tensor([_short_digest(inputs[name]) for name in names], device=device)
     everyone = [torch.empty_like(own) for _ in range(dist.get_world_size())]
     dist.all_gather(everyone, own)
     for index, name in enumerate(names):
@@ -37,11 +37,11 @@ def require_agreement(facts: Mapping[str, str], device: torch.device) -> None:
         odd = [rank for rank, digest in enumerate(digests) if digest != digests[0]]
         if odd:
             ranks = ", ".join(map(str, odd))
-            raise agreed(UserError(f"ranks were started with different {name}: rank {ranks} differs from rank 0"))
+            raise everywhere(UserError(f"ranks were started with different {name}: rank {ranks} differs from rank 0"))
 
 
-def agreed(error: DistQFTError) -> DistQFTError:
-    """Mark an error that every rank raises at the same point: it is told once, not once per rank."""
+def everywhere(error: DistQFTError) -> DistQFTError:
+    """Mark an error that every rank raises at the same point: it is printed once, not once per rank."""
     error.everywhere = True
     return error
 
@@ -80,20 +80,20 @@ class SideGroup:
 
 
 @contextmanager
-def told_by(rank: int, doing: Callable[[], str]) -> Iterator[None]:
-    """Inside, a failed collective becomes PeerLostError, and errors of this rank alone carry its number.
+def peer_loss_reported(rank: int, doing: Callable[[], str]) -> Iterator[None]:
+    """Inside, a failed collective becomes PeerLostError, and errors of this rank alone get its number.
 
     Collective if there is a process group.
 
     Args:
-        doing: what the run is at, for the message, such as "step 12".
+        doing: returns the rank's present activity for the message, such as "step 12".
     """
-    neighbours: Neighbours | None = None
-    roll_call: RollCall | None = None
+    local_peers: LocalPeers | None = None
+    heartbeat: Heartbeat | None = None
     try:
         if dist.is_initialized():
-            neighbours = Neighbours()
-            roll_call = RollCall(dist.get_rank(), dist.get_world_size(), doing)
+            local_peers = LocalPeers()
+            heartbeat = Heartbeat(dist.get_rank(), dist.get_world_size(), doing)
         yield
     except DistQFTError as error:
         if not error.everywhere:
@@ -103,14 +103,14 @@ def told_by(rank: int, doing: Callable[[], str]) -> Iterator[None]:
         if not _is_collective_failure(error):
             raise
         reason = str(error).strip().splitlines()[0]
-        what = roll_call.culprit(set(neighbours.ended())) if neighbours and roll_call else None
+        what = heartbeat.lost_rank(set(local_peers.ended())) if local_peers and heartbeat else None
         what = what or "another rank is gone or did not answer in time"
         lost = PeerLostError(f"{doing()}: {what}; {last_collective(error)} failed ({reason})")
         lost.rank_prefix = f"rank {rank}"
         raise lost from error
     finally:
-        if roll_call is not None:
-            roll_call.close()
+        if heartbeat is not None:
+            heartbeat.close()
 
 
 def _is_collective_failure(error: RuntimeError) -> bool:

@@ -15,15 +15,11 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from dist_qft.errors import PeerLostError, UserError
+from dist_qft.ranks.launchers import ENVIRONMENT, MPI_LAUNCHERS
 
 if TYPE_CHECKING:
     from mpi4py import MPI
 
-# The variables of rank, world size, local rank and local world size: Open MPI, MPICH and its derivatives.
-_LAUNCHERS = {
-    "openmpi": tuple(f"OMPI_COMM_WORLD_{what}" for what in ("RANK", "SIZE", "LOCAL_RANK", "LOCAL_SIZE")),
-    "mpich": ("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS"),
-}
 _TEXT_BYTES = 256
 _POLL_SECONDS = 0.02
 
@@ -38,11 +34,11 @@ def with_meeting_point(env: Mapping[str, str]) -> Mapping[str, str]:
     Raises:
         UserError: mpi4py is missing or finds no MPI library, or its library is not the launcher's.
     """
-    launcher = next((name for name, names in _LAUNCHERS.items() if names[0] in env and names[1] in env), None)
-    if launcher is None or "MASTER_ADDR" in env or "RANK" in env or env[_LAUNCHERS[launcher][1]] == "1":
+    names = next((names for names in MPI_LAUNCHERS if names.rank in env and names.world_size in env), None)
+    if names is None or "MASTER_ADDR" in env or ENVIRONMENT.rank in env or env[names.world_size] == "1":
         return env
+    launcher, rank_name, size_name, local_rank_name, local_size_name = names
     world = _communicator(launcher)
-    rank_name, size_name, local_rank_name, local_size_name = _LAUNCHERS[launcher]
     if (env[rank_name], env[size_name]) != (str(world.rank), str(world.size)):
         raise UserError(
             f"two sources disagree: {rank_name}={env[rank_name]} {size_name}={env[size_name]} ({launcher}), but mpi4py"

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from threading import Thread
 from types import FrameType, TracebackType
 
-from dist_qft.errors import Preempted
+from dist_qft.errors import DistQFTError, Preempted
 
 _SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 _EARLY = "stopped by a signal before the run began; start it again"
@@ -17,13 +17,10 @@ _EARLY = "stopped by a signal before the run began; start it again"
 class StopSignal:
     """Context in which SIGTERM and SIGUSR1 only set a flag. Torch is not imported before it is needed.
 
-    A step is never interrupted: ranks agree through the step's own reduction, elsewhere through `agreed`.
+    A step is never interrupted: ranks agree through the step's own reduction, elsewhere through `any_rank`.
 
-    Attributes:
-        arrived: whether any of these signals has ever come to this process.
+    Errors of ours that leave the context after a signal are marked `after_signal`.
     """
-
-    arrived = False
 
     def __init__(self) -> None:
         self.requested = False
@@ -36,13 +33,15 @@ class StopSignal:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        if isinstance(error, DistQFTError):
+            error.after_signal = self.requested
         # A rank that leaves because another was told to stop may get its own signal late, on its way out.
         if isinstance(error, Preempted):
             return
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
-    def agreed(self) -> bool:
+    def any_rank(self) -> bool:
         """Whether any rank was asked to stop. Collective, of one number over the default group's CPU side."""
         import torch
 
@@ -75,7 +74,7 @@ class StopSignal:
             os.close(reader)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        self.requested = StopSignal.arrived = True
+        self.requested = True
 
 
 def _leave_on_signal(reader: int) -> None:

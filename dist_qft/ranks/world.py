@@ -11,15 +11,14 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 
 from dist_qft.errors import SetupError, UserError
 from dist_qft.ranks import mpi
-
-Launcher = Literal["torchrun", "environment", "openmpi", "mpich", "slurm", "single"]
+from dist_qft.ranks.launchers import LAUNCHERS, TORCHRUN, Launcher, RankVariables
 
 _LOOPBACK = ("127.0.0.1", "localhost", "::1")
 _DEFAULT_PORT = 29500  # torch.distributed's own
@@ -74,36 +73,10 @@ class World:
         return cls(inner.rank, inner.world_size, local_rank, local_world_size, address, port, launcher)
 
 
-class _Variables(NamedTuple):
-    """The names under which a launcher tells a process its place."""
-
-    launcher: Launcher
-    rank: str
-    world_size: str
-    local_rank: str
-    local_world_size: str
-
-
-# The innermost first. "environment" is DeepSpeed's launcher, or variables set by hand.
-_LAUNCHERS = (
-    _Variables("environment", "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"),
-    _Variables(
-        "openmpi",
-        "OMPI_COMM_WORLD_RANK",
-        "OMPI_COMM_WORLD_SIZE",
-        "OMPI_COMM_WORLD_LOCAL_RANK",
-        "OMPI_COMM_WORLD_LOCAL_SIZE",
-    ),
-    _Variables("mpich", "PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS"),
-    _Variables("slurm", "SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID", "SLURM_STEP_TASKS_PER_NODE"),
-)
-_TORCHRUN = _LAUNCHERS[0]._replace(launcher="torchrun")
-
-
 class _Claim(NamedTuple):
     """What one launcher says of this process; None where it says nothing."""
 
-    variables: _Variables
+    variables: RankVariables
     rank: int
     world_size: int
     local_rank: int | None
@@ -123,8 +96,8 @@ def _claims(env: Mapping[str, str]) -> list[_Claim]:
         env = {**env, "LOCAL_WORLD_SIZE": env["LOCAL_SIZE"]}  # DeepSpeed's name for it
     if "TORCHELASTIC_RUN_ID" in env:
         # srun or mpirun may have started the torchrun agents in any arrangement: what is outside says nothing.
-        return [_claim(env, _TORCHRUN)]
-    present = [names for names in _LAUNCHERS if names.rank in env or names.world_size in env]
+        return [_claim(env, TORCHRUN)]
+    present = [names for names in LAUNCHERS if names.rank in env or names.world_size in env]
     return [_claim(env, names) for names in present if names.launcher != "slurm" or _in_slurm_step(env)]
 
 
@@ -133,7 +106,7 @@ def _in_slurm_step(env: Mapping[str, str]) -> bool:
     return "SLURM_STEP_ID" in env and _number(env, "SLURM_STEP_ID") < _FIRST_SPECIAL_STEP
 
 
-def _claim(env: Mapping[str, str], names: _Variables) -> _Claim:
+def _claim(env: Mapping[str, str], names: RankVariables) -> _Claim:
     rank, world_size = _number(env, names.rank), _number(env, names.world_size)
     if rank >= world_size:
         raise UserError(f"{names.rank}={rank} must be less than {names.world_size}={world_size}")

@@ -5,7 +5,7 @@ from importlib.util import find_spec
 from typing import Any
 
 from dist_qft.errors import UserError
-from dist_qft.ranks.collectives import agreed
+from dist_qft.ranks.collectives import everywhere
 from dist_qft.sharding.engine import Engine
 
 
@@ -29,7 +29,7 @@ def make_engine(
     if name == "zero":
         if find_spec("deepspeed") is None:
             remedy = "pip install 'dist-qft[deepspeed]'"
-            raise agreed(UserError(f"sharding.engine: zero needs DeepSpeed, which is not installed; {remedy}"))
+            raise everywhere(UserError(f"sharding.engine: zero needs DeepSpeed, which is not installed; {remedy}"))
         from dist_qft.sharding.zero import ZeroEngine
 
         return ZeroEngine(prefetch_bytes=prefetch_bytes, offload=offload, options=zero_options)

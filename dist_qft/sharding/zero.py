@@ -30,7 +30,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from dist_qft.errors import UserError
-from dist_qft.ranks.collectives import agreed
+from dist_qft.ranks.collectives import everywhere
 from dist_qft.sharding.engine import Traffic, Units, called_as_head, parameter_owners
 from dist_qft.sharding.host_memory import return_freed_memory_between
 
@@ -60,7 +60,7 @@ class ZeroEngine:
 
     def shard(self, units: Units, device: torch.device) -> None:
         if self.offload and device.type == "cpu":
-            raise agreed(UserError("sharding.offload: the base is in host memory already on a CPU; remove it"))
+            raise everywhere(UserError("sharding.offload: the base is in host memory already on a CPU; remove it"))
         start_deepspeed(device)
         from deepspeed.runtime.zero.parameter_offload import DeepSpeedZeRoOffload
         from deepspeed.runtime.zero.partition_parameters import Init

@@ -69,8 +69,8 @@ class RunInputs:
     def output_dir(self) -> Path:
         return Path(self.config.output_dir)
 
-    def facts(self) -> dict[str, str]:
-        """What all ranks must have in common before they start together."""
+    def must_match(self) -> dict[str, str]:
+        """Inputs that must be the same on all ranks, by name."""
         state = self.checkpoint.state if self.checkpoint else None
         return {
             "config": self.config.model_dump_json(),

@@ -105,7 +105,7 @@ def assemble(
     """
 
     def poll() -> None:
-        if stop is not None and stop.agreed():
+        if stop is not None and stop.any_rank():
             raise Preempted("stopped by a signal while the base was loaded; start it again")
 
     sharding = config.sharding

@@ -57,7 +57,7 @@ def held_out_loss(
     sums = torch.zeros(2, dtype=torch.float64, device=device)
     predictions, labels = [], []
     for batch in batches:
-        if stop is not None and stop.agreed():
+        if stop is not None and stop.any_rank():
             raise Preempted("stopped by a signal during an evaluation")
         loss, predicted = task.loss(forward(batch), batch)
         sums[0] += loss

@@ -12,7 +12,7 @@ from dist_qft.config.schema import RunConfig
 from dist_qft.errors import CorruptFileError, UserError
 from dist_qft.methods.plans import stored_plan
 from dist_qft.methods.trainable import Plan
-from dist_qft.ranks.collectives import agreed
+from dist_qft.ranks.collectives import everywhere
 from dist_qft.ranks.device import compute_dtype
 from dist_qft.storage.checkpoint import TRAINER_STATE, Checkpoint, newest_valid, read_checkpoint
 from dist_qft.tuned_model.assemble import Assembled, assemble
@@ -87,7 +87,7 @@ def check_fingerprint(checkpoint: Checkpoint, base: BaseModel) -> None:
     """Refuse an adapter that was trained on another base, or on another quantization of it. Alike on all ranks."""
     expected = str(checkpoint.adapter_config.get("base_fingerprint"))
     if expected != base.fingerprint:
-        raise agreed(
+        raise everywhere(
             UserError(
                 f"{checkpoint.path}: trained on base {expected[:16]}..., "
                 f"this base is {base.fingerprint[:16]}... (another model or another quantization)"

@@ -62,11 +62,11 @@ elif what == "fall":
         os.kill(os.getpid(), signal.SIGKILL)
     wait()
 elif what == "refuse":
-    from dist_qft.cli import report
+    from dist_qft.cli import print_error
     from dist_qft.errors import UserError
     time.sleep(1.0 if rank == 0 else 0.0)
     error = UserError("no such file")
-    report(error)
+    print_error(error)
     leave(error.exit_code)
 elif what == "save":
     signal.signal(signal.SIGTERM, stop)

@@ -11,37 +11,37 @@ import torch
 import torch.distributed as dist
 
 from dist_qft.errors import DistQFTError, NumericError, PeerLostError, UserError
-from dist_qft.ranks.collectives import agreed, maximum, require_agreement, told_by
+from dist_qft.ranks.collectives import everywhere, maximum, peer_loss_reported, require_same_inputs
 
 CPU = torch.device("cpu")
 
 
-def agreement(facts: list[dict[str, str]]) -> tuple[str, int, bool] | None:
+def require(inputs: list[dict[str, str]]) -> tuple[str, int, bool] | None:
     try:
-        require_agreement(facts[dist.get_rank()], CPU)
+        require_same_inputs(inputs[dist.get_rank()], CPU)
     except UserError as error:
         return str(error), error.exit_code, error.everywhere
     return None
 
 
 @pytest.mark.parametrize("world", [1, 2, 4])
-def test_equal_facts_pass(pools, world):
-    facts = [{"config": "x" * 1000, "data": ""}] * world
-    assert pools[world].run(agreement, facts=facts) == [None] * world
+def test_equal_inputs_pass(pools, world):
+    inputs = [{"config": "x" * 1000, "data": ""}] * world
+    assert pools[world].run(require, inputs=inputs) == [None] * world
 
 
-def test_the_first_fact_that_differs_is_named_with_its_ranks(pools):
-    facts = [
+def test_the_first_input_that_differs_is_named_with_its_ranks(pools):
+    inputs = [
         {"config": "a", "data": "d"},
         {"config": "a", "data": "e"},
         {"config": "b", "data": "e"},
         {"config": "a", "data": "d"},
     ]
     text = "ranks were started with different config: rank 2 differs from rank 0"
-    assert pools[4].run(agreement, facts=facts) == [(text, 2, True)] * 4
-    facts[2] = facts[1]
+    assert pools[4].run(require, inputs=inputs) == [(text, 2, True)] * 4
+    inputs[2] = inputs[1]
     text = "ranks were started with different data: rank 1, 2 differs from rank 0"
-    assert pools[4].run(agreement, facts=facts) == [(text, 2, True)] * 4
+    assert pools[4].run(require, inputs=inputs) == [(text, 2, True)] * 4
 
 
 def largest(values: list[float]) -> float:
@@ -57,7 +57,7 @@ def test_maximum(pools, values):
 
 
 def told(error: DistQFTError) -> DistQFTError:
-    with pytest.raises(DistQFTError) as raised, told_by(3, lambda: "step 12"):
+    with pytest.raises(DistQFTError) as raised, peer_loss_reported(3, lambda: "step 12"):
         raise error
     return raised.value
 
@@ -67,14 +67,14 @@ def test_an_error_of_one_rank_carries_its_number():
     assert (str(error), error.rank_prefix) == ("no such file", "rank 3")
 
 
-@pytest.mark.parametrize("error", [agreed(UserError("ranks differ")), NumericError("step 4: replicas differ")])
+@pytest.mark.parametrize("error", [everywhere(UserError("ranks differ")), NumericError("step 4: replicas differ")])
 def test_an_error_of_all_ranks_is_told_once(error):
     assert told(error).rank_prefix is None
 
 
 def test_other_errors_are_left_alone():
     for error in (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), ValueError("gloo"), KeyboardInterrupt()):
-        with pytest.raises(type(error)) as raised, told_by(0, lambda: "step 1"):
+        with pytest.raises(type(error)) as raised, peer_loss_reported(0, lambda: "step 1"):
             raise error
         assert raised.value is error
 
@@ -86,7 +86,7 @@ def _lonely(rank: int, store: str, fate: str, pipe) -> None:
     group = dist.new_group(timeout=timedelta(seconds=2))  # short only once both are there
     steps = 0
     try:
-        with told_by(rank, lambda: f"step {steps}"):
+        with peer_loss_reported(rank, lambda: f"step {steps}"):
             for steps in range(1, 10):
                 if rank == 1 and steps == 3:
                     os.kill(os.getpid(), signal.SIGKILL if fate == "killed" else signal.SIGSTOP)

@@ -11,14 +11,15 @@ from pathlib import Path
 import pytest
 
 from dist_qft import __version__, cli
-from dist_qft.cli import LOCAL_RANK_VARIABLES, report
+from dist_qft.cli import print_error
 from dist_qft.errors import NumericError
+from dist_qft.ranks.launchers import LAUNCHERS
 
 
 @pytest.fixture(autouse=True)
 def no_launcher(monkeypatch):
-    for name in LOCAL_RANK_VARIABLES:
-        monkeypatch.delenv(name, raising=False)
+    for names in LAUNCHERS:
+        monkeypatch.delenv(names.local_rank, raising=False)
 
 
 @pytest.fixture
@@ -132,7 +133,7 @@ def catches(process: "subprocess.Popen[str]", number: signal.Signals) -> bool:
     return bool(int(mask, 16) >> (number - 1) & 1)
 
 
-@pytest.mark.parametrize("variable", LOCAL_RANK_VARIABLES)
+@pytest.mark.parametrize("variable", [names.local_rank for names in LAUNCHERS])
 def test_the_first_rank_of_a_node_speaks_and_the_launcher_ends_the_others(variable, tmp_path):
     def start(rank: str) -> "subprocess.Popen[str]":
         command = [sys.executable, "-m", "dist_qft", "validate", "absent.yaml"]
@@ -159,7 +160,7 @@ def test_an_error_of_one_rank_is_told_by_that_rank(monkeypatch, capsys):
     monkeypatch.setenv("LOCAL_RANK", "3")
     own = NumericError("step 5: gradient is nan\nfirst in model.layers.0")
     own.rank_prefix = "rank 3"
-    report(own)
+    print_error(own)
     assert capsys.readouterr().err == "error: rank 3: step 5: gradient is nan\n       first in model.layers.0\n"
 
 

@@ -1,6 +1,7 @@
-"""The other ranks' processes on this machine: which of them ended, for the message about a lost peer.
+"""The processes of the other ranks on this machine, and which of them have ended.
 
-Not every launcher says which rank was killed, and a broken connection does not say whose it was.
+For the message about a lost peer: not every launcher says which rank was killed, and a broken connection does not say
+which rank was at its other end.
 """
 
 import os
@@ -15,8 +16,8 @@ import torch.distributed as dist
 _GRACE_SECONDS = 0.5  # a killed process closes its connections a little before it counts as ended
 
 
-class Neighbours:
-    """The ranks that share this rank's machine. Making one is collective."""
+class LocalPeers:
+    """The other ranks on this machine. Construction is collective."""
 
     def __init__(self) -> None:
         own = torch.tensor([zlib.crc32(socket.gethostname().encode()), os.getpid()])
