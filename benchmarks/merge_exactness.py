@@ -33,7 +33,7 @@ CPU = torch.device("cpu")
 def folded_zeros(parts: Assembled, *, rounded: bool) -> Iterator[None]:
     """Inside, the base has the merged zeros: in float16, or as the exact sums in float32."""
     before = {}
-    for path, adapter in parts.adapters.by_path.items():
+    for path, adapter in parts.trainables.by_path.items():
         layer = parts.base.linears[path]
         name, block = folding_tensor(layer.format)
         assert name == "zero", "this script compares merges of affine4 layers"

@@ -69,7 +69,7 @@ def measure(config: RunConfig) -> dict[str, float]:
 
     def step(run: TrainingRun):
         gathered, started = run.engine.traffic.gathered_bytes, time.perf_counter()
-        trainables = run.trainables.values.untyped_storage().data_ptr()
+        trainables = run.flat.values.untyped_storage().data_ptr()
         kept: dict[int, int] = {}  # bytes by storage; all are alive at once, a step being one micro-batch
 
         def pack(tensor: torch.Tensor) -> torch.Tensor:

@@ -33,7 +33,7 @@ def main(path: str, rounds: int, *changes: str) -> None:
         with connect(world, device, 600):
             run = TrainingRun(inputs, assemble(config, inputs.skeleton, inputs.plan, device, inputs.source), stop)
             run.prepare()
-            run.adapters.train()
+            run.parts.trainables.train()
             seconds: dict[bool, list[float]] = {True: [], False: []}
             for count in range(2 * rounds):
                 saves = count % 2 == 0

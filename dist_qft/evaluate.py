@@ -46,7 +46,7 @@ def run_evaluation(config: RunConfig, checkpoint_path: str | None, as_json: bool
             parts, _ = open_trained(checkpoint, config, device)
         micro = config.train.per_device_train_batch_size
         batches = eval_batches(data.eval, micro, world.rank, world.world_size)
-        with parts.adapters.disabled():
+        with parts.trainables.disabled():
             results = {"base": held_out_loss(parts.base, batches, device, parts.task)}
         if checkpoint is not None:
             results["tuned"] = held_out_loss(parts.base, batches, device, parts.task)

@@ -27,7 +27,7 @@ def run_generation(path: str, prompts: list[str], max_new_tokens: int, base: boo
         for prompt in prompts:
             answers = {}
             if base:
-                with parts.adapters.disabled():
+                with parts.trainables.disabled():
                     answers["base"] = answer(
                         parts.base, tokenizer, prompt, max_new_tokens=max_new_tokens, device=device
                     )

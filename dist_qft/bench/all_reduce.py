@@ -16,7 +16,7 @@ from dist_qft.bench.options import Options
 from dist_qft.bench.processes import can_slow_down, common_settings, run_side
 from dist_qft.bench.report import Comparison, Report, compare
 from dist_qft.training.fixed_tree import FixedTree
-from dist_qft.training.trainables import Trainables
+from dist_qft.training.flat_parameters import FlatParameters
 
 BUCKET_MEGABYTES = 25  # DDP's default, and ours
 SLOW_MEGABITS = 200
@@ -54,19 +54,19 @@ def ours(settings: dict[str, Any]) -> dict[str, float]:
     named = list(model.named_parameters())
     group = dist.new_group()
     tree = FixedTree(settings["accumulation"], group) if settings["invariant"] else None
-    trainables = Trainables(named, bucket_bytes=BUCKET_MEGABYTES * 2**20, group=group, tree=tree)
+    flat = FlatParameters(named, bucket_bytes=BUCKET_MEGABYTES * 2**20, group=group, tree=tree)
 
     def step(number: int) -> None:
-        trainables.begin_step()
+        flat.begin_step()
         for index in range(settings["accumulation"]):
             if index == settings["accumulation"] - 1:
-                trainables.reduce_during_backward()
+                flat.reduce_during_backward()
             loss = model()
             loss.backward()
-            trainables.end_micro_batch(loss.detach())
-        trainables.reduce(tokens=1, step=number)
+            flat.end_micro_batch(loss.detach())
+        flat.reduce(tokens=1, step=number)
 
-    bound = 2 * (dist.get_world_size() - 1) * 4 * trainables.count
+    bound = 2 * (dist.get_world_size() - 1) * 4 * flat.count
     return measure_steps(step, settings["steps"], memory, device) | {"bound_bytes": bound}
 
 

@@ -25,9 +25,9 @@ from dist_qft.methods.forward import BaseForward
 from dist_qft.methods.plans import plan_trainables
 from dist_qft.ranks.device import compute_dtype
 from dist_qft.ranks.preemption import StopSignal
+from dist_qft.training.flat_parameters import FlatParameters
 from dist_qft.training.optimizer import make_optimizer
-from dist_qft.training.train_step import REPORT_SIZE, train_step
-from dist_qft.training.trainables import Trainables
+from dist_qft.training.train_step import RANK_STATS, train_step
 from dist_qft.tuned_model.assemble import Assembled, assemble
 
 METHODS = {
@@ -127,19 +127,19 @@ def ours(settings: dict[str, Any]) -> dict[str, float]:
     tables = sum(map(_bytes_of, skeleton.units.tables))
     rest = _bytes_of(skeleton.units.root) - _bytes_of(skeleton.embedding)
     parts = assemble(config, skeleton, plan_trainables(config, skeleton), device)
-    trainables = Trainables(
+    flat = FlatParameters(
         parts.named_tensors(),
         bucket_bytes=int(config.sharding.bucket_megabytes * 2**20),
         group=dist.new_group(),
-        report_size=REPORT_SIZE,
+        rank_stats_size=RANK_STATS,
     )
-    trainables.broadcast()
-    step = _stepper(config, parts, trainables, settings, device)
-    gathered, reduced = parts.engine.traffic.gathered_bytes, trainables.reduced_bytes
+    flat.broadcast()
+    step = _stepper(config, parts, flat, settings, device)
+    gathered, reduced = parts.engine.traffic.gathered_bytes, flat.reduced_bytes
     found = measure_steps(step, settings["steps"], memory, device)
     world, done = dist.get_world_size(), settings["steps"] + 2
     gathered = (parts.engine.traffic.gathered_bytes - gathered) / done
-    reduced = (trainables.reduced_bytes - reduced) / done
+    reduced = (flat.reduced_bytes - reduced) / done
     sharded = config.sharding.engine != "replicated"
     tokens = settings["rows"] * settings["length"] * settings["accumulation"] * world
     return found | {
@@ -183,12 +183,12 @@ def _bytes_of(unit: nn.Module) -> int:
 
 
 def _stepper(
-    config: RunConfig, parts: Assembled, trainables: Trainables, settings: dict[str, Any], device: torch.device
+    config: RunConfig, parts: Assembled, flat: FlatParameters, settings: dict[str, Any], device: torch.device
 ) -> Callable[[int], None]:
-    optimizer = make_optimizer(config.train, trainables.values)
+    optimizer = make_optimizer(config.train, flat.values)
     forward, stop = BaseForward(parts.base, device), StopSignal()
     count, rank = settings["accumulation"], dist.get_rank()
-    parts.adapters.train()
+    parts.trainables.train()
     batches = [
         micro_batch(random_ids(parts.base.vocab_size, settings["rows"], settings["length"], index), index)
         for index in range(rank * count, (rank + 1) * count)
@@ -199,7 +199,7 @@ def _stepper(
             forward,
             parts.task,
             parts.engine,
-            trainables,
+            flat,
             optimizer,
             config.train,
             batches,

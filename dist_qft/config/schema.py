@@ -111,8 +111,11 @@ class DataConfig(Section):
 class TrainConfig(Section):
     max_steps: Positive | None = Field(None, description="optimizer steps; wins over num_train_epochs")
     num_train_epochs: Annotated[float, Field(gt=0)] = 1.0
-    global_batch_size: Positive = Field(16, description="samples per optimizer step, over all ranks")
-    per_device_train_batch_size: Positive = Field(1, description="samples per micro-batch")
+    global_batch_size: Positive = Field(
+        16,
+        description="rows per optimizer step, over all ranks; a row is a sample, or with data.packing several samples",
+    )
+    per_device_train_batch_size: Positive = Field(1, description="rows per micro-batch")
     learning_rate: Annotated[float, Field(gt=0)] = 2e-4
     lr_scheduler_type: Literal["constant", "linear", "cosine"] = "constant"
     warmup_ratio: Fraction = 0.03

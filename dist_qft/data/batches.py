@@ -1,7 +1,7 @@
-"""The order of samples, and the micro-batches that one rank takes of it.
+"""The order of rows, and the micro-batches that one rank takes of it.
 
 Everything is a pure function of (seed, epoch, global position): nothing is shuffled in place and nothing is stored, so
-a run resumes at any step, on any number of ranks, with the samples it would have had.
+a run resumes at any step, on any number of ranks, with the rows it would have had.
 
 Step s takes the global positions [s G, (s + 1) G), where G is the global batch size, cut into micro-batches of m rows.
 Micro-batch j of a step is the same on every world size; rank r of W takes the accumulation steps
@@ -57,7 +57,9 @@ def order(seed: int, epoch: int, num_rows: int) -> np.ndarray:
 
 
 class Batches:
-    """Training micro-batches of rank `rank` of `world_size`, for `total_samples` samples (rows) in all.
+    """Training micro-batches of rank `rank` of `world_size`, for `total_rows` rows in all.
+
+    A row is one sample, or with packing several.
 
     Position p is row order(seed, p // n)[p % n] of the n rows. The last step is filled up with empty rows without
     targets, so that every rank runs the same number of forward passes.
@@ -73,7 +75,7 @@ class Batches:
         micro_batch_size: int,
         rank: int,
         world_size: int,
-        total_samples: int,
+        total_rows: int,
     ) -> None:
         per_round = micro_batch_size * world_size
         if global_batch_size % per_round:
@@ -88,22 +90,22 @@ class Batches:
         self.micro_batch_size = micro_batch_size
         self.accumulation = global_batch_size // per_round
         self.rank = rank
-        self.total_samples = total_samples
+        self.total_rows = total_rows
 
     def __len__(self) -> int:
         """Optimizer steps."""
-        return -(-self.total_samples // self.global_batch_size)
+        return -(-self.total_rows // self.global_batch_size)
 
-    def sample_ids(self, step: int) -> list[int]:
+    def row_ids(self, step: int) -> list[int]:
         """The rows of `step` over all ranks, in global order; what the data hash chain covers."""
         if not 0 <= step < len(self):
             raise IndexError(f"step {step} of {len(self)}")
         first = step * self.global_batch_size
-        return [self._row_id(p) for p in range(first, min(first + self.global_batch_size, self.total_samples))]
+        return [self._row_id(p) for p in range(first, min(first + self.global_batch_size, self.total_rows))]
 
     def micro_batches(self, step: int) -> list[MicroBatch]:
         """This rank's micro-batches of `step`: `accumulation` of them, in order."""
-        row_ids = self.sample_ids(step)
+        row_ids = self.row_ids(step)
         size = self.micro_batch_size
         indices = range(self.rank * self.accumulation, (self.rank + 1) * self.accumulation)
         return [collate(self.dataset, row_ids[j * size : (j + 1) * size], size, j) for j in indices]

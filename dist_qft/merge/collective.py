@@ -64,7 +64,7 @@ def frozen_weights(base: BaseModel) -> dict[str, FrozenWeight]:
 def fold_base(parts: Assembled, recipe: Recipe) -> Difference:
     """Fold every adapter that folds exactly, in place, into the part of the base that this rank holds."""
     difference = Difference()
-    for path, adapter in parts.adapters.by_path.items():
+    for path, adapter in parts.trainables.by_path.items():
         if not recipe.folds(path):
             continue
         layer = parts.base.linears[path]

@@ -84,7 +84,7 @@ def as_written(parts: Assembled, formats: Mapping[str, Format], dtype: torch.dty
         formats: linear layers that are quantized again, and to what.
         dtype: for all other weights: dequantize, add dW, round to this; None leaves them alone.
     """
-    adapters = parts.adapters.by_path
+    adapters = parts.trainables.by_path
     before = {}
     for path, weight in frozen_weights(parts.base).items():
         if path in formats or dtype is not None:

@@ -141,7 +141,7 @@ def merge(
     """
     started = time.perf_counter()
     parts.base.model.eval()
-    parts.adapters.eval()
+    parts.trainables.eval()
     ids = probe_ids(tokenizer)
     live = logits_of(parts.base, ids, device)
     if recipe.kind == "lora":
@@ -172,7 +172,7 @@ def _merge_weights(
     """Fold in place what folds; the logits of the base as it will be written, and who writes it."""
     parts.engine.release()  # or layers that are still gathered would keep their old zeros
     difference = fold_base(parts, recipe)
-    with parts.adapters.disabled(), as_written(parts, recipe.formats, recipe.dtype):
+    with parts.trainables.disabled(), as_written(parts, recipe.formats, recipe.dtype):
         logits = logits_of(parts.base, ids, device)
     parts.engine.release()
     return logits, difference, _weights_writer(parts, recipe, origin.config)
@@ -192,9 +192,9 @@ def _export_lora(
     parts: Assembled, origin: Origin, ids: list[int], device: torch.device
 ) -> tuple[Tensor, Difference, Writer]:
     """The adapters as plain LoRAs, the logits with these in their place, and who writes them."""
-    lora = lora_twin(parts.adapters)
+    lora = lora_twin(parts.trainables)
     lora.attach(parts.base.model)
-    with parts.adapters.disabled():
+    with parts.trainables.disabled():
         logits = logits_of(parts.base, ids, device)
     lora.detach()
-    return logits, lora_difference(parts.adapters, lora), PeftWriter(lora, origin.config.model.path)
+    return logits, lora_difference(parts.trainables, lora), PeftWriter(lora, origin.config.model.path)

@@ -39,7 +39,7 @@ def crash_report(output_dir: Path, rank: int, world_size: int, doing: Callable[[
 
 
 def last_collective(error: BaseException) -> str:
-    """What was called when a collective failed, such as "all_reduce in Trainables.reduce (trainables.py:214)"."""
+    """Name the call that failed in a collective, such as "all_reduce in FlatParameters.reduce (x.py:214)"."""
     called, ours = [], []
     for frame, line in traceback.walk_tb(_root(error).__traceback__):
         code, file = frame.f_code, Path(frame.f_code.co_filename)

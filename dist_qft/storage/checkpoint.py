@@ -5,7 +5,7 @@ A checkpoint is a folder `checkpoint-<step>` with
     adapter_config.json        what the trainables are and which base they belong to
     adapter_model.safetensors  the trainables
     optimizer.safetensors      the optimizer's moments
-    trainer_state.json         step, samples seen, data digest and chain, loss history, resolved config
+    trainer_state.json         step, rows seen, data digest and chain, loss history, resolved config
     manifest.json              size and SHA-256 of every other file
 
 It is published whole (manifest.py), and only then are old ones removed. Reading verifies the manifest first, so a
@@ -23,7 +23,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
-from pydantic import Field, TypeAdapter, ValidationError
+from pydantic import AliasChoices, Field, TypeAdapter, ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
@@ -60,7 +60,9 @@ class TrainerState:
     """Where a run stands. No RNG state: every random draw is a function of (seed, step, position).
 
     Attributes:
-        data_chain: hash chain over the ids of all samples used so far, in order.
+        rows_seen: rows of the data used so far, over all ranks. A row is a sample, or with packing several samples.
+            Checkpoints before format 2 call it `samples_seen`.
+        data_chain: hash chain over the ids of all rows used so far, in order.
         world_size: of the run that wrote it, for the record; any other may resume.
         history: step (1-based), loss, lr and grad_norm of every step so far.
         base_eval: None if there is no held-out data.
@@ -69,7 +71,7 @@ class TrainerState:
     """
 
     step: NonNegative = 0
-    samples_seen: NonNegative = 0
+    rows_seen: Annotated[NonNegative, Field(validation_alias=AliasChoices("rows_seen", "samples_seen"))] = 0
     data_digest: str = ""
     data_chain: str = ""
     world_size: int = 1

@@ -51,7 +51,7 @@ class Result:
         """The record of a run that came to its end."""
         return cls(
             row.name,
-            trainables=run.trainables.count,
+            trainables=run.flat.count,
             base=_figures(run.base_eval),
             tuned=_figures(run.tuned_eval),
             eval_tokens=run.tuned_eval.tokens if run.tuned_eval else 0,

@@ -167,8 +167,8 @@ class _Runner:
                 remove_folder(path)
             inputs = gather_inputs(config, "auto", self._world, self._device, self._loaded_for(row))
         run = execute_run(inputs, self._stop)
-        if run.trainables.count != row.trainables:
-            raise AssertionError(f"{row.name} trains {run.trainables.count} values, the formula says {row.trainables}")
+        if run.flat.count != row.trainables:
+            raise AssertionError(f"{row.name} trains {run.flat.count} values, the formula says {row.trainables}")
         self._keep_base(row, run)
         if self._world.rank == 0:
             for path in list_checkpoints(row.folder):
@@ -187,7 +187,7 @@ class _Runner:
         if run.state.base_eval is not None:
             self._evaluations[_evaluation_key(row)] = run.state.base_eval
         if row.base_key != row.config.output_dir:
-            run.adapters.detach()
+            run.parts.trainables.detach()
             inputs, parts = run.inputs, run.parts
             self._loaded = LoadedBase(inputs.tokenizer, parts.base, inputs.source, parts.engine, None)
 

@@ -79,9 +79,9 @@ def check_trajectory(checkpoint: Checkpoint, config: RunConfig, data_digest: str
     if state.step > total_steps:
         key = "num_train_epochs" if config.train.max_steps is None else "max_steps"
         raise UserError(f"{path}: is at step {state.step}, beyond the {total_steps} steps that train.{key} asks for")
-    if state.step < total_steps and state.samples_seen != state.step * config.train.global_batch_size:
+    if state.step < total_steps and state.rows_seen != state.step * config.train.global_batch_size:
         raise UserError(
-            f"{path}: ended with an incomplete batch, after {state.samples_seen} samples in {state.step} steps of "
+            f"{path}: ended with an incomplete batch, after {state.rows_seen} rows in {state.step} steps of "
             f"{config.train.global_batch_size}; a longer run would have filled it, so it cannot be continued"
         )
 
@@ -101,7 +101,7 @@ def _saved_settings(checkpoint: Checkpoint) -> dict[str, object]:
     return settings if isinstance(settings, dict) else {}
 
 
-def chain_samples(chain: str, sample_ids: list[int]) -> str:
-    """Extend the hash chain over the ids of all samples used so far, in order."""
-    text = chain + ":" + ",".join(map(str, sample_ids))
+def chain_rows(chain: str, row_ids: list[int]) -> str:
+    """Extend the hash chain over the ids of all rows used so far, in order."""
+    text = chain + ":" + ",".join(map(str, row_ids))
     return hashlib.sha256(text.encode()).hexdigest()

@@ -90,16 +90,16 @@ class RunInputs:
         return trained and merged and steps == summarized_steps(self.output_dir)
 
     def length(self) -> tuple[int, int]:
-        """Optimizer steps and samples of the run.
+        """Optimizer steps and data rows of the run.
 
-        `max_steps` uses whole batches; otherwise the run ends with the last epoch's last sample, and the places
+        `max_steps` uses whole batches; otherwise the run ends with the last epoch's last row, and the places
         left over in its last batch stay empty.
         """
         train = self.config.train
         if train.max_steps is not None:
             return train.max_steps, train.max_steps * train.global_batch_size
-        samples = math.ceil(train.num_train_epochs * len(self.data.train))
-        return math.ceil(samples / train.global_batch_size), samples
+        rows = math.ceil(train.num_train_epochs * len(self.data.train))
+        return math.ceil(rows / train.global_batch_size), rows
 
 
 def summarized_steps(output_dir: Path) -> int | None:

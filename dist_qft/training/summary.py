@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from dist_qft.data.dataset import TokenDataset
 from dist_qft.ranks.collectives import maximum
 from dist_qft.storage.atomic import write_text
 from dist_qft.storage.checkpoint import Checkpoint
@@ -37,9 +38,9 @@ class Summary:
         lines = [
             f"base {config.model.path}: {run.engine.resident_bytes() / 2**20:.1f} MiB on this rank "
             f"({run.engine.name}, {run.world.world_size} ranks), fingerprint {run.base.fingerprint[:16]}",
-            f"{config.method.name}: {run.trainables.count:,} trainable parameters in {run.inputs.plan.summary()}; "
-            f"one reduction of {run.trainables.bytes_per_reduction:,} bytes per step",
-            f"data: {len(run.data.train):,} rows, {run.data.train.report['target_tokens']:,} target tokens; "
+            f"{config.method.name}: {run.flat.count:,} trainable parameters in {run.inputs.plan.summary()}; "
+            f"one reduction of {run.flat.bytes_per_reduction:,} bytes per step",
+            f"data: {_rows(run.data.train)}, {run.data.train.report['target_tokens']:,} target tokens; "
             f"{run.total_steps} steps of {config.train.global_batch_size} "
             f"= {config.train.per_device_train_batch_size} x {accumulation} x {run.world.world_size} ranks",
         ]
@@ -75,10 +76,10 @@ class Summary:
             "tuned_eval_metrics": run.tuned_eval.metrics if run.tuned_eval else {},
             "eval_tokens": run.tuned_eval.tokens if run.tuned_eval else 0,
             "final_train_loss": run.state.history[-1]["loss"],
-            "trainable_parameters": run.trainables.count,
+            "trainable_parameters": run.flat.count,
             "base_bytes_per_rank": int(base_bytes),
             "gather_bytes_per_step": self._per_step(self.gathered_bytes),
-            "reduce_bytes_per_step": self._per_step(run.trainables.reduced_bytes),
+            "reduce_bytes_per_step": self._per_step(run.flat.reduced_bytes),
             "tokens_per_second": self.tokens / self.step_seconds if self.steps else None,
             "peak_rss_bytes": int(peak_rss),
             "peak_device_bytes": int(peak_device) if run.device.type == "cuda" else None,
@@ -103,3 +104,9 @@ class Summary:
 
     def _per_step(self, total: int) -> int | None:
         return total // self.steps if self.steps else None
+
+
+def _rows(data: TokenDataset) -> str:
+    """How many rows a data set has and, if it is packed, how many samples these hold."""
+    rows = f"{len(data):,} rows"
+    return rows if data.packed_length is None else f"{len(data.segment_starts):,} samples packed into {rows}"

@@ -16,13 +16,13 @@ from dist_qft.storage.atomic import remove_leftovers
 from dist_qft.storage.checkpoint import BaseEvaluation, TrainerState
 from dist_qft.storage.saving import Saver
 from dist_qft.training.fixed_tree import FixedTree
+from dist_qft.training.flat_parameters import FlatParameters
 from dist_qft.training.monitor import Monitor
 from dist_qft.training.optimizer import load_optimizer_tensors, make_optimizer, optimizer_tensors
-from dist_qft.training.resume import chain_samples
+from dist_qft.training.resume import chain_rows
 from dist_qft.training.run_inputs import RunInputs
 from dist_qft.training.summary import Summary
-from dist_qft.training.train_step import REPORT_SIZE, StepResult, train_step
-from dist_qft.training.trainables import Trainables
+from dist_qft.training.train_step import RANK_STATS, StepResult, train_step
 from dist_qft.tuned_model.answer import answer
 from dist_qft.tuned_model.assemble import Assembled, make_forward
 from dist_qft.tuned_model.held_out import HeldOut, held_out_loss
@@ -36,9 +36,9 @@ class TrainingRun:
         config, world = inputs.config, inputs.world
         self.inputs, self.stop = inputs, stop
         self.config, self.world, self.device = config, world, inputs.device
-        self.parts, self.base, self.engine, self.adapters = parts, parts.base, parts.engine, parts.adapters
+        self.parts, self.base, self.engine = parts, parts.base, parts.engine
         self.data, self.output_dir = inputs.data, inputs.output_dir
-        self.total_steps, total_samples = inputs.length()
+        self.total_steps, total_rows = inputs.length()
         self.batches = Batches(
             self.data.train,
             seed=config.train.seed,
@@ -46,20 +46,20 @@ class TrainingRun:
             micro_batch_size=config.train.per_device_train_batch_size,
             rank=world.rank,
             world_size=world.world_size,
-            total_samples=total_samples,
+            total_rows=total_rows,
         )
         # A group of its own: these reductions and the engine's gathers need no common order.
         self._group = dist.new_group()
         invariant = config.sharding.reduction == "invariant"
-        self.trainables = Trainables(
+        self.flat = FlatParameters(
             parts.named_tensors(),
             bucket_bytes=int(config.sharding.bucket_megabytes * 2**20),
             group=self._group,
-            report_size=REPORT_SIZE,
+            rank_stats_size=RANK_STATS,
             tree=FixedTree(self.batches.accumulation, self._group) if invariant else None,
         )
         self.side_group = SideGroup(config.sharding.rank0_timeout_seconds)
-        self.optimizer = make_optimizer(config.train, self.trainables.values)
+        self.optimizer = make_optimizer(config.train, self.flat.values)
         self.forward = make_forward(config, parts, inputs.plan, self.data.train, self.device)
         checkpoint = inputs.checkpoint
         self.state = checkpoint.state if checkpoint else TrainerState(data_digest=self.data.train.digest)
@@ -83,8 +83,8 @@ class TrainingRun:
         checkpoint = self.inputs.checkpoint
         if checkpoint is not None:
             self.parts.load_tensors(checkpoint.trainables)
-            load_optimizer_tensors(self.optimizer, self.trainables.values, checkpoint.optimizer, str(checkpoint.path))
-        self.trainables.broadcast()
+            load_optimizer_tensors(self.optimizer, self.flat.values, checkpoint.optimizer, str(checkpoint.path))
+        self.flat.broadcast()
         if self.config.train.gradient_checkpointing:
             self.base.model.gradient_checkpointing_enable({"use_reentrant": False})
             self.base.model.train()
@@ -103,7 +103,7 @@ class TrainingRun:
         if (self.inputs.checkpoint is not None or known) and digest == (known.data_digest if known else None):
             self.base_eval = HeldOut(known.loss, known.tokens, known.metrics) if known else None
             return
-        with self.adapters.disabled():
+        with self.parts.trainables.disabled():
             self.base_eval = held_out = self.evaluate("base")
             self._sample("base")
         if held_out is not None:
@@ -115,7 +115,7 @@ class TrainingRun:
         Raises:
             Preempted: a signal came; the state is saved.
         """
-        self.adapters.train()
+        self.parts.trainables.train()
         self.monitor.start()
         self._evaluate_if_due()  # one that a signal cut short
         while self.state.step < self.total_steps:
@@ -141,7 +141,7 @@ class TrainingRun:
             self.saver.close()
         self.monitor.close()
         self.side_group.close()
-        self.trainables.close()
+        self.flat.close()
         dist.destroy_process_group(self._group)  # each keeps threads that wake up a hundred times a second
 
     def evaluate(self, which: str) -> HeldOut | None:
@@ -149,7 +149,7 @@ class TrainingRun:
         if self.data.eval is None:
             return None
         doing, self.doing = self.doing, "evaluation"
-        self.adapters.eval()
+        self.parts.trainables.eval()
         batches = eval_batches(
             self.data.eval,
             self.config.train.per_device_train_batch_size,
@@ -160,7 +160,7 @@ class TrainingRun:
             held_out = held_out_loss(self.base, batches, self.device, self.parts.task, self.stop)
         except Preempted:
             self._leave()
-        self.adapters.train()
+        self.parts.trainables.train()
         self.doing = doing
         tag = "base" if which == "base" else "eval"
         values = {"loss": held_out.loss, **held_out.figures}
@@ -177,7 +177,7 @@ class TrainingRun:
             self.saver.start(
                 adapter_config=adapter_config(self.config, self.base, self.inputs.plan),
                 trainables=dict(self.parts.named_tensors()),
-                optimizer=optimizer_tensors(self.optimizer, self.trainables.values),
+                optimizer=optimizer_tensors(self.optimizer, self.flat.values),
                 state=self.state,
             )
 
@@ -218,7 +218,7 @@ class TrainingRun:
             self.saver.check()
         started = time.perf_counter()
         gathered, gather_seconds = self.engine.traffic.gathered_bytes, self.engine.traffic.seconds
-        reduced = self.trainables.reduced_bytes
+        reduced = self.flat.reduced_bytes
         micro_batches = self.batches.micro_batches(step)
         data_seconds = time.perf_counter() - started
         digest_steps = config.sharding.digest_steps
@@ -228,7 +228,7 @@ class TrainingRun:
             self.forward,
             self.parts.task,
             self.engine,
-            self.trainables,
+            self.flat,
             self.optimizer,
             config.train,
             micro_batches,
@@ -238,9 +238,9 @@ class TrainingRun:
             stop=self.stop,
             memory_mebibytes=self._memory_bytes() / 2**20,
         )
-        ids = self.batches.sample_ids(step)
-        self.state.data_chain = chain_samples(self.state.data_chain, ids)
-        self.state.samples_seen += len(ids)
+        ids = self.batches.row_ids(step)
+        self.state.data_chain = chain_rows(self.state.data_chain, ids)
+        self.state.rows_seen += len(ids)
         self.state.step = step + 1
         seconds = time.perf_counter() - started
         self.state.history.append(
@@ -250,7 +250,7 @@ class TrainingRun:
         if (step + 1) % config.train.logging_steps == 0 or step + 1 == self.total_steps:
             traffic = {
                 "traffic/gathered_bytes": self.engine.traffic.gathered_bytes - gathered,
-                "traffic/reduced_bytes": self.trainables.reduced_bytes - reduced,
+                "traffic/reduced_bytes": self.flat.reduced_bytes - reduced,
                 "time/gather(s)": self.engine.traffic.seconds - gather_seconds,
                 "time/data(s)": data_seconds,
                 "time/step(s)": seconds,
@@ -262,18 +262,18 @@ class TrainingRun:
     def _log(self, result: StepResult, traffic: dict[str, float], seconds: float) -> None:
         step = self.state.step
         tokens_per_second = result.tokens / seconds
-        compute = [seconds for _, seconds in result.reports]
+        compute = [seconds for _, seconds in result.rank_stats]
         values = {
             "train/loss": result.loss,
             "train/learning_rate": result.learning_rate,
             "train/grad_norm": result.grad_norm,
-            "train/epoch": self.state.samples_seen / len(self.data.train),
+            "train/epoch": self.state.rows_seen / len(self.data.train),
             "train/target_tokens": result.tokens,
             "train/target_tokens_per_second": tokens_per_second,
             "time/compute(s)": result.compute_seconds,
             "time/reduce(s)": result.reduce_seconds,
             "time/straggler_gap(s)": max(compute) - min(compute),
-            **{f"memory/rank{rank}(MiB)": memory for rank, (memory, _) in enumerate(result.reports)},
+            **{f"memory/rank{rank}(MiB)": memory for rank, (memory, _) in enumerate(result.rank_stats)},
             **traffic,
         }
         self.monitor.scalars(step, values)
@@ -294,7 +294,7 @@ class TrainingRun:
             raise SetupError(f"{path}: cannot write the config: {error.strerror}") from error
 
     def _sample(self, which: str) -> None:
-        self.adapters.eval()
+        self.parts.trainables.eval()
         for prompt in self.config.evaluation.prompts:
             text = answer(
                 self.base,
@@ -305,4 +305,4 @@ class TrainingRun:
             )
             self.monitor.text(self.state.step, f"answer/{which}", f"{prompt}\n\n{text}")
             self.monitor.say(f"{which}: {prompt}\n    {text}")
-        self.adapters.train()
+        self.parts.trainables.train()

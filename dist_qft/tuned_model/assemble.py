@@ -38,18 +38,18 @@ class Assembled:
 
     base: BaseModel
     engine: Engine
-    adapters: TrainableSet
+    trainables: TrainableSet
     task: Task
 
     def named_tensors(self) -> list[tuple[str, nn.Parameter]]:
         """Every trainable in the order of the forward pass."""
-        return [*self.adapters.named_tensors(), *self.task.named_tensors()]
+        return [*self.trainables.named_tensors(), *self.task.named_tensors()]
 
     def load_tensors(self, tensors: Mapping[str, Tensor]) -> None:
         """Copy values into the trainables; UserError unless names and shapes are those of `named_tensors`."""
         of_task = {name: tensors[name] for name, _ in self.task.named_tensors() if name in tensors}
         self.task.load_tensors(of_task)
-        self.adapters.load_tensors({name: tensor for name, tensor in tensors.items() if name not in of_task})
+        self.trainables.load_tensors({name: tensor for name, tensor in tensors.items() if name not in of_task})
 
 
 def start_fresh(config: RunConfig, parts: Assembled) -> None:
@@ -58,7 +58,7 @@ def start_fresh(config: RunConfig, parts: Assembled) -> None:
     On rank 0 alone: the others' trainables are made equal to its own before they are used.
     """
     if config.method.init == "pruned" and dist.get_rank() == 0:
-        start_from_base(parts.adapters, parts.base, open_source(config.model))
+        start_from_base(parts.trainables, parts.base, open_source(config.model))
 
 
 def make_forward(config: RunConfig, parts: Assembled, plan: Plan, data: TokenDataset, device: torch.device) -> Forward:
@@ -71,7 +71,7 @@ def make_forward(config: RunConfig, parts: Assembled, plan: Plan, data: TokenDat
     cache = HiddenCache(folder, layout, data.lengths, base=base.fingerprint, data=data.digest)
     base.notes.append(f"hidden-state cache {folder}: {cache.filled:,} of {len(data):,} rows are there")
     keep_head = partial(parts.engine.keep_gathered, base.units.tables[-1])  # all that a cached step needs of the base
-    return CachedForward(through_base, parts.adapters, cache, device, keep_head)
+    return CachedForward(through_base, parts.trainables, cache, device, keep_head)
 
 
 def check_cache(config: RunConfig, plan: Plan, base: BaseModel, data: TokenDataset) -> list[str]:

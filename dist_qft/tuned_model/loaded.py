@@ -97,7 +97,7 @@ def open_tuned(checkpoint: Checkpoint, device: torch.device, base_path: str | No
     if base_path is not None:
         changes["model"] = config.model.model_copy(update={"path": base_path})
     parts, tokenizer = open_trained(checkpoint, config.model_copy(update=changes), device)
-    return LoadedModel(parts.base, tokenizer, parts.adapters, device)
+    return LoadedModel(parts.base, tokenizer, parts.trainables, device)
 
 
 @contextmanager

@@ -57,7 +57,7 @@ def open_trained(
     parts = assemble(config, skeleton, stored_plan(checkpoint, skeleton), device)
     check_fingerprint(checkpoint, parts.base)
     parts.load_tensors(checkpoint.trainables)
-    parts.adapters.eval()
+    parts.trainables.eval()
     return parts, tokenizer
 
 

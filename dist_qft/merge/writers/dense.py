@@ -20,7 +20,7 @@ class DenseForm:
     def __init__(self, parts: Assembled, recipe: Recipe) -> None:
         self.dtype, self.difference = recipe.dtype, Difference()
         self._weights = frozen_weights(parts.base)
-        self._adapters = parts.adapters.by_path
+        self._adapters = parts.trainables.by_path
 
     def entries(self, path: str) -> dict[str, Entry]:
         return {f"{path}.weight": (self._weights[path].weight_shape, self.dtype)}

@@ -35,7 +35,7 @@ class GgufWriter:
         self._path = source
         self._source = GgufSource(source)
         self._weights = frozen_weights(parts.base)
-        self._adapters = parts.adapters.by_path
+        self._adapters = parts.trainables.by_path
         self._patches = all(self._is_q4_1(path) for path in recipe.tiles)
         self._output: PatchedFile | RewrittenFile | None = None
 

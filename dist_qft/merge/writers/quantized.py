@@ -24,7 +24,7 @@ class PackedForm:
     def __init__(self, parts: Assembled, recipe: Recipe) -> None:
         self.recipe, self.dtype, self.difference = recipe, parts.base.dtype, Difference()
         self._weights = frozen_weights(parts.base)
-        self._adapters = parts.adapters.by_path
+        self._adapters = parts.trainables.by_path
 
     def entries(self, path: str) -> dict[str, Entry]:
         shapes = self._format(path).packed_shapes(self._weights[path].weight_shape)

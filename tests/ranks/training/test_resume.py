@@ -99,7 +99,7 @@ def test_a_torn_newest_checkpoint_costs_its_steps_and_nothing_else(pools, tiny_l
 
 def signal_rank_1(run: TrainingRun) -> None:
     """SIGTERM reaches rank 1 in the middle of its seventh backward pass."""
-    _, parameter = run.adapters.named_tensors()[0]
+    _, parameter = run.parts.trainables.named_tensors()[0]
 
     def strike(_: torch.Tensor) -> None:
         if run.world.rank == 1 and run.state.step == 6:
@@ -189,7 +189,7 @@ def test_a_run_that_ended_within_a_batch_cannot_be_extended(pools, tiny_llama, t
     outcome = pools[1].run(attempt, config=config)[0]
     assert len(outcome.history) == 2, "12 samples in batches of 8"
     longer = changed(config, tmp_path / "run", "train", num_train_epochs=0.5)
-    assert "ended with an incomplete batch, after 12 samples in 2 steps of 8" in refusal(longer, "auto")
+    assert "ended with an incomplete batch, after 12 rows in 2 steps of 8" in refusal(longer, "auto")
 
 
 def test_a_changed_learning_rate_is_allowed_and_said(pools, stopped, run_dir):

@@ -13,9 +13,9 @@ from transformers import Lfm2Config
 
 from dist_qft.config.load import CONFIG_FILE, load_config
 from dist_qft.storage.checkpoint import fault_in, list_checkpoints, read_checkpoint
+from dist_qft.training.flat_parameters import FlatParameters
 from dist_qft.training.monitor import METRICS_FILE
 from dist_qft.training.run_inputs import SUMMARY_FILE
-from dist_qft.training.trainables import Trainables
 from dist_qft.training.training_run import TrainingRun
 from tests.support.outcomes import Outcome, attempt
 from tests.support.rank_pool import RankPool
@@ -29,7 +29,7 @@ def read_summary(run_dir: Path) -> dict[str, object]:
 
 def spoil_gradient(run: TrainingRun, rank: int, step: int, value: float) -> None:
     """One element of one gradient of one rank becomes `value` at one step."""
-    _, parameter = run.adapters.named_tensors()[5]
+    _, parameter = run.parts.trainables.named_tensors()[5]
 
     def spoil(gradient: torch.Tensor) -> torch.Tensor:
         if (run.world.rank, run.state.step + 1) == (rank, step):
@@ -42,7 +42,7 @@ def spoil_gradient(run: TrainingRun, rank: int, step: int, value: float) -> None
 
 def disturb_replica(run: TrainingRun) -> None:
     """One bit of one value of rank 1 flips, at its third step."""
-    _, parameter = run.adapters.named_tensors()[7]
+    _, parameter = run.parts.trainables.named_tensors()[7]
 
     def flip(_: torch.Tensor) -> None:
         if (run.world.rank, run.state.step + 1) == (1, 3):
@@ -59,12 +59,12 @@ def undisturbed(pools, tiny_llama, tmp_path_factory) -> tuple[Path, list[Outcome
 
 
 def left_behind(config) -> tuple[int, int]:
-    """Live `Trainables`, and threads that serve process groups, before and after a run."""
+    """Live `FlatParameters`, and threads that serve process groups, before and after a run."""
 
     def count() -> int:
         gc.collect()
         names = [path.read_text().strip() for path in Path("/proc/self/task").glob("*/comm")]
-        return sum(isinstance(each, Trainables) for each in gc.get_objects()) + names.count("gloo_tcp_loop")
+        return sum(isinstance(each, FlatParameters) for each in gc.get_objects()) + names.count("gloo_tcp_loop")
 
     before = count()
     train(config)

@@ -53,7 +53,7 @@ def test_order_is_a_permutation_that_never_changes():
 def test_every_sample_once_an_epoch():
     dataset = make_dataset([3] * 10)
     batches = make_batches(dataset, global_batch=4, total=30)
-    ids = [i for step in range(len(batches)) for i in batches.sample_ids(step)]
+    ids = [i for step in range(len(batches)) for i in batches.row_ids(step)]
     assert len(ids) == 30
     for epoch in range(3):
         assert ids[10 * epoch : 10 * epoch + 10] == order(3, epoch, 10).tolist()
@@ -76,15 +76,15 @@ def test_same_global_order_for_every_world_size(micro):
 def test_any_step_alone_equals_the_step_in_a_run():
     dataset = make_dataset([3] * 7)
     run = make_batches(dataset, total=40)
-    ids = [run.sample_ids(step) for step in range(len(run))]
+    ids = [run.row_ids(step) for step in range(len(run))]
     for step in reversed(range(len(run))):
-        assert make_batches(dataset, total=40).sample_ids(step) == ids[step]
+        assert make_batches(dataset, total=40).row_ids(step) == ids[step]
 
 
 def test_last_step_is_filled_with_empty_rows():
     dataset = make_dataset([3] * 10)
     micro_batches = global_rows(dataset, 2, step=1, global_batch=8, micro=2, total=11)
-    expected = [50 * i + 1 for i in make_batches(dataset, global_batch=8, total=11).sample_ids(1)]
+    expected = [50 * i + 1 for i in make_batches(dataset, global_batch=8, total=11).row_ids(1)]
     assert len(expected) == 3
     assert [first_tokens(m) for m in micro_batches] == [expected[:2], [expected[2], None], [None, None], [None, None]]
     assert [m.num_targets for m in micro_batches] == [4, 2, 0, 0]

@@ -48,7 +48,7 @@ def save(output_dir: Path, step: int) -> Path:
         adapter_config={"peft_type": "DIST_QFT_TILE", "tiles": {"layer": {"rank": 2}}},
         trainables={"layer.A": torch.randn(2, 8, generator=generator), "layer.B": torch.randn(8, 2)},
         optimizer={"step": torch.tensor(float(step)), "exp_avg": torch.randn(32, generator=generator)},
-        state=TrainerState(step=step, samples_seen=8 * step, data_chain="ab", history=[{"step": step, "loss": 0.1}]),
+        state=TrainerState(step=step, rows_seen=8 * step, data_chain="ab", history=[{"step": step, "loss": 0.1}]),
     )
 
 
@@ -76,6 +76,15 @@ def test_what_is_written_is_what_is_read(tmp_path):
     assert {key: tensor.view(torch.int32).tolist() for key, tensor in found.optimizer.items()} == {
         key: tensor.view(torch.int32).tolist() for key, tensor in moments.items()
     }
+
+
+def test_a_checkpoint_that_calls_its_rows_samples_is_read(run_dir):
+    """Checkpoints of the first format say `samples_seen`."""
+    files = {name: (run_dir / "checkpoint-2" / name).read_bytes() for name in FILES}
+    old = files[TRAINER_STATE].replace(b'"rows_seen"', b'"samples_seen"')
+    assert old != files[TRAINER_STATE]
+    publish_folder(run_dir / "checkpoint-3", {**files, TRAINER_STATE: old}.items())
+    assert read_checkpoint(run_dir / "checkpoint-3").state.rows_seen == 16
 
 
 def test_the_manifest_lists_size_and_sha256_of_every_other_file(run_dir):

@@ -107,7 +107,7 @@ def losses_of(path: Path) -> tuple[float, float]:
 
     data = prepare(config.data, tokenizer, parts.base.vocab_size, Path(config.data.cache_dir))
     batches = eval_batches(data.eval, 2, torch.distributed.get_rank(), torch.distributed.get_world_size())
-    with parts.adapters.disabled():
+    with parts.trainables.disabled():
         base = held_out_loss(parts.base, batches, torch.device("cpu")).loss
     return base, held_out_loss(parts.base, batches, torch.device("cpu")).loss
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from dist_qft.errors import NumericError
 from dist_qft.training.fixed_tree import FixedTree
-from dist_qft.training.trainables import Trainables, _pieces_agree
+from dist_qft.training.flat_parameters import FlatParameters, _pieces_agree
 
 WIDTH = 6
 LAYERS = 4
@@ -43,11 +43,11 @@ def summed_loss(net: nn.Module, tokens: Tensor) -> Tensor:
 
 def make(
     seed: int = 0, bucket_bytes: int = 300, micro_batches: int | None = None, **settings: Any
-) -> tuple[nn.Sequential, Trainables]:
+) -> tuple[nn.Sequential, FlatParameters]:
     """With `micro_batches` they are summed in a fixed tree."""
     net = build(seed)
     tree = FixedTree(micro_batches) if micro_batches else None
-    return net, Trainables(list(net.named_parameters()), bucket_bytes=bucket_bytes, tree=tree, **settings)
+    return net, FlatParameters(list(net.named_parameters()), bucket_bytes=bucket_bytes, tree=tree, **settings)
 
 
 @contextmanager
@@ -83,7 +83,7 @@ def three_steps(bucket_bytes: int, own_group: bool) -> dict[str, Any]:
     """Three steps of three micro-batches; the all-reduces of each backward pass and of each `reduce`."""
     rank = dist.get_rank()
     group = dist.new_group() if own_group else None
-    net, trainables = make(bucket_bytes=bucket_bytes, group=group, report_size=2)
+    net, trainables = make(bucket_bytes=bucket_bytes, group=group, rank_stats_size=2)
     events: list = []
     for name, parameter in trainables.named:
         parameter.register_post_accumulate_grad_hook(lambda _, name=name: events.append(("gradient", name)))
@@ -99,7 +99,7 @@ def three_steps(bucket_bytes: int, own_group: bool) -> dict[str, Any]:
                 trainables.end_micro_batch(1.0)
                 passes.append(list(events))
                 events.clear()
-            trainables.reduce(tokens=15, step=step, report=(0.0, 0.0))
+            trainables.reduce(tokens=15, step=step, rank_stats=(0.0, 0.0))
             steps.append({"passes": passes, "after": list(events)})
             events.clear()
     return {
@@ -216,13 +216,13 @@ def test_token_counts_beyond_float32_are_exact(pools, counts):
 
 def passengers(stopping: int | None, reduction: str) -> tuple[bool, list[list[float]]]:
     rank = dist.get_rank()
-    _, trainables = make(report_size=2, micro_batches=1 if reduction == "invariant" else None)
+    _, trainables = make(rank_stats_size=2, micro_batches=1 if reduction == "invariant" else None)
     seen = []
     for step in range(2):
         trainables.begin_step()
         report = (1000.5 + rank, step / 4)
-        seen.append(trainables.reduce(tokens=1, step=step, stop=rank == stopping, report=report))
-    return seen[-1].stop, seen[-1].reports
+        seen.append(trainables.reduce(tokens=1, step=step, stop=rank == stopping, rank_stats=report))
+    return seen[-1].stop, seen[-1].rank_stats
 
 
 @each_world
@@ -318,7 +318,7 @@ def drift(kind: str, victim: int, seeds: list[int], broadcast: bool) -> list[tup
     return raised
 
 
-def perturb(kind: str, rank: int, victim: int, net: nn.Sequential, trainables: Trainables) -> None:
+def perturb(kind: str, rank: int, victim: int, net: nn.Sequential, trainables: FlatParameters) -> None:
     words = trainables.values.data.view(torch.int32)
     if kind == "bit" and rank == victim:
         net[4].weight.data.view(torch.int32)[1, 2] ^= 1

@@ -8,7 +8,7 @@ number of ranks nor the accumulation changes the gradient.
 Layout of the gradient buffer (fp32 lanes):
 
     [ gradients, last parameter first | header ]
-    header = tokens / 4096, tokens % 4096, loss, stop, digest pieces, their squares, bad by rank, report by rank
+    header = tokens / 4096, tokens % 4096, loss, stop, digest pieces, their squares, bad by rank, stats by rank
 
 Last parameter first, because backward finishes the last layer first: the first buckets can leave while
 backward is still running. All that ranks must agree on each step (is anything non-finite, do the replicas
@@ -48,13 +48,13 @@ class StepTotals:
     """What one step's reduction brought, equal on all ranks.
 
     `tokens` and `loss_sum` are sums over ranks and micro-batches; `stop` says that some rank was asked to stop;
-    `reports[rank]` are the numbers that rank sent about itself.
+    `rank_stats[rank]` are the numbers that rank sent about itself.
     """
 
     tokens: int
     loss_sum: float
     stop: bool
-    reports: list[list[float]]
+    rank_stats: list[list[float]]
 
 
 @dataclass
@@ -65,14 +65,14 @@ class _Bucket:
     members: int
 
 
-class Trainables:
+class FlatParameters:
     """Replicated parameters in a flat buffer, reduced once per optimizer step.
 
     Args:
         named: (name, parameter) in model order; every parameter fp32 and on one device.
         bucket_bytes: size of the slices that are reduced while backward still runs.
         group: a process group of its own, so that these reductions and the engine's gathers need no common order.
-        report_size: numbers each rank may send along with a step.
+        rank_stats_size: numbers each rank may send along with a step.
         tree: sums the micro-batches in an order that the number of ranks does not change; its group is `group`.
     """
 
@@ -82,17 +82,17 @@ class Trainables:
         *,
         bucket_bytes: int,
         group: dist.ProcessGroup | None = None,
-        report_size: int = 0,
+        rank_stats_size: int = 0,
         tree: FixedTree | None = None,
     ) -> None:
         self.named = list(reversed(list(named)))
         device = self.named[0][1].device
         self.count = sum(parameter.numel() for _, parameter in self.named)
         self.values = nn.Parameter(torch.empty(self.count, device=device))
-        self._group, self._report_size, self._tree = group, report_size, tree
+        self._group, self._rank_stats_size, self._tree = group, rank_stats_size, tree
         self._world, self._rank = dist.get_world_size(group), dist.get_rank(group)
         # One allocation for gradients and header: the last bucket takes the header along.
-        lanes = _FIXED_LANES + self._world * (1 + report_size)
+        lanes = _FIXED_LANES + self._world * (1 + rank_stats_size)
         self._reduced = torch.zeros(self.count + lanes, device=device)
         self.values.grad = self._reduced[: self.count]
         self._header = self._reduced[self.count :]
@@ -196,7 +196,7 @@ class Trainables:
         step: int,
         check_digest: bool = False,
         stop: bool = False,
-        report: Sequence[float] = (),
+        rank_stats: Sequence[float] = (),
     ) -> StepTotals:
         """Finish the step's reduction and turn the summed gradient into the mean over target tokens.
 
@@ -205,12 +205,12 @@ class Trainables:
             step: for messages.
             check_digest: also compare the replicas' values, and stop if they differ.
             stop: this rank was asked to stop.
-            report: `report_size` numbers about this rank.
+            rank_stats: `rank_stats_size` numbers about this rank.
 
         Raises:
             NumericError: on every rank, at the same step, if a gradient or loss is not finite or replicas differ.
         """
-        self._fill_header(tokens, check_digest, stop, report)
+        self._fill_header(tokens, check_digest, stop, rank_stats)
         if self._tree is not None:
             self._tree.reduce(self._reduced)
             self.reduced_bytes += self._reduced.nbytes
@@ -225,9 +225,9 @@ class Trainables:
         total = int(lanes[_TOKENS_HIGH]) * _TOKEN_BASE + int(lanes[_TOKENS_LOW])
         if total:
             self.values.grad.div_(total)
-        reports = lanes[_FIXED_LANES + self._world :]
-        size = self._report_size
-        by_rank = [reports[rank * size : (rank + 1) * size] for rank in range(self._world)]
+        everyone = lanes[_FIXED_LANES + self._world :]
+        size = self._rank_stats_size
+        by_rank = [everyone[rank * size : (rank + 1) * size] for rank in range(self._world)]
         return StepTotals(total, lanes[_LOSS], lanes[_STOP] > 0, by_rank)
 
     def _finish_buckets(self) -> None:
@@ -237,15 +237,15 @@ class Trainables:
             work.wait()
         self._pending.clear()
 
-    def _fill_header(self, tokens: int, check_digest: bool, stop: bool, report: Sequence[float]) -> None:
+    def _fill_header(self, tokens: int, check_digest: bool, stop: bool, rank_stats: Sequence[float]) -> None:
         header = self._header
         header[_TOKENS_HIGH], header[_TOKENS_LOW] = divmod(tokens, _TOKEN_BASE)
         header[_STOP] = float(stop)
         if check_digest:
             pieces = _digest_pieces(self.values.data)
             header[_DIGEST] = torch.cat([pieces, pieces * pieces])
-        first = _FIXED_LANES + self._world + self._rank * self._report_size
-        header[first : first + self._report_size] = torch.tensor(report, dtype=torch.float32)
+        first = _FIXED_LANES + self._world + self._rank * self._rank_stats_size
+        header[first : first + self._rank_stats_size] = torch.tensor(rank_stats, dtype=torch.float32)
 
     def _require_finite(self, lanes: list[float], step: int) -> None:
         bad = [rank for rank in range(self._world) if lanes[_FIXED_LANES + rank] > 0]
