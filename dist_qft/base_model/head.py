@@ -35,9 +35,11 @@ class OutputHead(nn.Module):
 
     def loss(self, hidden: Tensor, targets: Tensor, with_gradient: bool) -> tuple[Tensor, Tensor | None]:
         """Summed cross entropy of (tokens, dim) against (tokens,), and its gradient; no autograd inside."""
+        gradient = None
 
-        def use(table: FrozenEmbedding, states: Tensor) -> tuple[Tensor, Tensor | None]:
-            return summed_cross_entropy(
+        def use(table: FrozenEmbedding, states: Tensor) -> Tensor:
+            nonlocal gradient
+            loss, gradient = summed_cross_entropy(
                 states,
                 targets,
                 table,
@@ -45,9 +47,11 @@ class OutputHead(nn.Module):
                 slice_size=slice_rows(*states.shape, self.loss_megabytes),
                 with_gradient=with_gradient,
             )
+            return loss
 
         with torch.no_grad():
-            return self._weights[0](hidden, use=use)
+            # detach: a hook on a tied embedding may have asked for a gradient of what it returned.
+            return self._weights[0](hidden, use=use).detach(), gradient
 
 
 def _project(table: FrozenEmbedding, hidden: Tensor) -> Tensor:

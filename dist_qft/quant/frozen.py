@@ -174,12 +174,12 @@ class FrozenEmbedding(FrozenWeight):
         self.padding_idx = padding_idx
         self.output_scale = None if scale is None else torch.tensor(scale, dtype=dtype, device="cpu").item()
 
-    def forward(self, ids: Tensor, use: Callable[["FrozenEmbedding", Tensor], Any] | None = None) -> Any:
+    def forward(self, ids: Tensor, use: Callable[["FrozenEmbedding", Tensor], Tensor] | None = None) -> Tensor:
         """Rows (..., embedding_dim) of integer ids (...) in the compute dtype, without autograd.
 
-        With `use`, returns `use(self, ids)` instead: an engine gathers a module's tensors around its call, so whoever
-        else needs this table, such as a tied LM head, reads it (by `rows`) from within a call; `ids` is then whatever
-        tensor `use` works on.
+        If `use` is given, call `use(self, ids)` and return its result; `ids` is then any tensor. Engines gather this
+        module's tensors only during its forward pass, so a tied LM head must read the table (by `rows`) inside such a
+        call. The result must be one tensor, because hooks that other libraries place on an embedding expect one.
         """
         if use is not None:
             return use(self, ids)

@@ -87,6 +87,8 @@ class TrainingRun:
         self.flat.broadcast()
         if self.config.train.gradient_checkpointing:
             self.base.model.gradient_checkpointing_enable({"use_reentrant": False})
+            # transformers makes the embedding's output require a gradient, which only reentrant checkpointing needs.
+            self.base.model.disable_input_require_grads()
             self.base.model.train()
         if self.world.rank == 0:
             remove_leftovers(self.output_dir)

@@ -227,6 +227,7 @@ def traffic(path: Path, reshard: bool, checkpointing: bool) -> dict[str, Any]:
         (2, False, True, False),
         (2, False, False, False),
         (2, True, False, True),
+        (2, True, True, True),
         (4, True, True, False),
         (4, False, False, True),
     ],

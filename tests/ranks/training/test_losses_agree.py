@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from tests.support.rank_pool import RankPool
-from tests.support.tiny_model import tiny_config
+from tests.support.tiny_model import save_tiny_model, tiny_config, tiny_llama_config
 from tests.support.whole_runs import METHODS, train_losses
 
 ENGINES = [(2, "fsdp", 2), (4, "fsdp", 1), (2, "replicated", 4), (2, "zero", 2), (4, "zero", 1)]
@@ -30,7 +30,7 @@ def _losses(
 ) -> list[float]:
     sections = dict(METHODS[method])
     sections["sharding"] = {"engine": engine}
-    sections["train"] = {"per_device_train_batch_size": micro, "max_steps": 10, **more}
+    sections["train"] = {"per_device_train_batch_size": micro, "max_steps": 10} | more
     results = pool.run(train_losses, config=tiny_config(model, folder / "run", **sections))
     assert all(result == results[0] for result in results), "ranks report different losses"
     return results[0]
@@ -53,3 +53,21 @@ def test_accumulation_does_not_change_the_losses(pools, reference, tiny_llama, t
 def test_activation_checkpointing_does_not_change_the_losses(pools, reference, tiny_llama, tmp_path):
     losses = _losses(pools[2], tiny_llama, tmp_path, "qahira", "fsdp", 2, gradient_checkpointing=True)
     assert losses == pytest.approx(reference("qahira"), rel=1e-4)
+
+
+@pytest.fixture(scope="module")
+def tied_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model whose LM head is its embedding, as of most small models."""
+    return save_tiny_model(tmp_path_factory.mktemp("tied-llama"), tiny_llama_config(tie_word_embeddings=True))
+
+
+@pytest.mark.parametrize(
+    ("method", "world", "engine"),
+    [*((method, 1, "replicated") for method in METHODS), ("qahira", 2, "fsdp"), ("qlora", 2, "zero")],
+)
+def test_activation_checkpointing_with_a_tied_head(pools, tied_llama, tmp_path, method, world, engine):
+    plain, checkpointed = (
+        _losses(pools[world], tied_llama, tmp_path / str(on), method, engine, 2, max_steps=4, gradient_checkpointing=on)
+        for on in (False, True)
+    )
+    assert checkpointed == plain

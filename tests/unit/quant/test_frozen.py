@@ -8,6 +8,8 @@ from safetensors.torch import load, save
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from dist_qft.base_model.head import OutputHead
+from dist_qft.base_model.loss import LogitMap
 from dist_qft.errors import UserError
 from dist_qft.quant.formats import NF4, Q8_0, Affine4, Dense, Format
 from dist_qft.quant.frozen import FrozenEmbedding, FrozenLinear, FrozenWeight
@@ -202,6 +204,19 @@ def test_embedding_lends_its_table_within_a_call():
     embedding, hidden = embedding_of(Q8_0()), random(3, 96, seed=4)
     logits = embedding(hidden, use=lambda table, states: states @ table.rows(0, 50).T)
     assert torch.equal(logits, hidden @ embedding.dequantize().T)
+
+
+def test_hooks_of_other_libraries_meet_a_tensor():
+    """transformers asks the output of every call for a gradient; a tied head's call must survive that."""
+    embedding, hidden = embedding_of(Q8_0()), random(3, 96, seed=4)
+    head = OutputHead(embedding, None, loss_map=LogitMap())
+    targets = torch.tensor([1, 2, 3])
+    expected = head.loss(hidden, targets, with_gradient=True)
+    embedding.register_forward_hook(lambda module, inputs, output: output.requires_grad_(True))
+    loss, gradient = head.loss(hidden, targets, with_gradient=True)
+    assert not loss.requires_grad
+    assert torch.equal(loss, expected[0]) and torch.equal(gradient, expected[1])
+    assert head.loss(hidden, targets, with_gradient=False)[1] is None
 
 
 def test_embedding_refuses_ids_and_formats_it_cannot_serve():
