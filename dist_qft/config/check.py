@@ -246,7 +246,7 @@ def _merge_faults(config: RunConfig) -> Iterator[Fault]:
 
 
 def _merge_warnings(config: RunConfig) -> Iterator[str]:
-    """Adapters made for an exact merge whose base or tiles do not allow it (DESIGN section 5)."""
+    """Adapters made for an exact merge whose base or tiles do not allow it."""
     method, quantization = config.method, config.quantization
     if method.name not in ("qalora", "qahira"):
         return

@@ -87,12 +87,12 @@ def test_forward_through_a_frozen_linear_trains_every_matrix_but_not_the_base():
 
 
 def qalora_reference(x: torch.Tensor, adapter: TileAdapter) -> torch.Tensor:
-    """QA-LoRA as its released code computes it: average pool over the group, then LoRA (PAPERS D.2)."""
+    """QA-LoRA as its released code computes it: average pool over the group, then LoRA."""
     return F.linear(F.linear(nn.AvgPool1d(adapter.settings.pool)(x), adapter.A), adapter.B) * ALPHA / RANK
 
 
 def qbara_reference(x: torch.Tensor, adapter: TileAdapter) -> torch.Tensor:
-    """Q-BaRA as in arXiv 2407.17029's code: pool 2, A, B, each output copied to 2 neighbours (PAPERS A.3)."""
+    """Q-BaRA as in arXiv 2407.17029's code: pool 2, A, B, each output copied to 2 neighbours."""
     result = F.linear(F.linear(nn.AvgPool1d(2)(x), adapter.A), adapter.B)
     return result.repeat_interleave(2, dim=2) * ALPHA / RANK
 

@@ -43,7 +43,7 @@ def test_bytes_per_weight():
     shape = (4096, 4096)
     bits = {format: 8 * format.bytes_of(shape) / prod(shape) for format in FORMATS}
     assert bits[NF4()] == 4.5
-    assert bits[NF4(64, True)] == pytest.approx(4.127, abs=1e-3)  # QLoRA, section 3
+    assert bits[NF4(64, True)] == pytest.approx(4.127, abs=1e-3)  # QLoRA, arXiv 2305.14314, section 3
     assert bits[Affine4()] == bits[Affine4((8, 4))] == 5.0
     assert bits[Q8_0()] == 8.5
     assert Dense().bytes_of(shape, dense_element_size=2) == 2 * prod(shape)
