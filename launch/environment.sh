@@ -1,8 +1,8 @@
 # shellcheck shell=bash
 # Sourced by the scripts that install what they need: sets ROOT and offers prepare_environment, which makes or reuses
 # the virtual environment $VENV (default: .venv in the repository) and puts it first in PATH.
-# docs/install.md: which build of PyTorch is installed follows from the package index. Where there is no GPU, point PIP_INDEX_URL or
-# PIP_EXTRA_INDEX_URL at an index of CPU builds: the exact version in constraints.txt then takes that build, and not
+# What PyTorch is built for follows from the package index (docs/install.md). Where there is no GPU, point PIP_INDEX_URL
+# or PIP_EXTRA_INDEX_URL at an index of CPU builds: the exact version in constraints.txt then takes that build, and not
 # a newer one with gigabytes of CUDA libraries.
 
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)

@@ -1,4 +1,4 @@
-"""`pip install -c constraints.txt` finds a consistent set of versions for every build of torch, and these tests run on it.
+"""`pip install -c constraints.txt` finds versions that agree for every build of torch, and these tests run on them.
 
 uv resolves from metadata alone: pip would download the gigabytes of CUDA libraries first.
 """
