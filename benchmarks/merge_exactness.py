@@ -18,7 +18,8 @@ from dist_qft.data.prepare import prepare
 from dist_qft.merge.probe import as_written, compare_logits, logits_of, probe_ids
 from dist_qft.methods.adapters.exact_fold import folded, folding_tensor
 from dist_qft.quant.formats import linear_format
-from dist_qft.ranks.world import World, connect
+from dist_qft.ranks.connection import connect
+from dist_qft.ranks.world import World
 from dist_qft.sharding.engines import make_engine
 from dist_qft.tuned_model.assemble import Assembled
 from dist_qft.tuned_model.held_out import held_out_loss

@@ -14,8 +14,9 @@ from dist_qft.merge.merged_weight import merged_weight
 from dist_qft.merge.probe import LogitDifference, compare_logits, logits_of
 from dist_qft.merge.writers.peft import lora_difference, read_lora
 from dist_qft.methods.adapters.exact_fold import folded, folding_tensor
+from dist_qft.ranks.connection import connect
 from dist_qft.ranks.device import device_for
-from dist_qft.ranks.world import World, connect
+from dist_qft.ranks.world import World
 from dist_qft.storage.checkpoint import ADAPTER_MODEL, read_checkpoint
 from dist_qft.storage.manifest import sha256_of
 from dist_qft.tuned_model.loaded import LoadedModel, open_model, open_tuned
