@@ -15,27 +15,24 @@ import torch
 from dist_qft.config.load import load_config
 from dist_qft.data.batches import eval_batches
 from dist_qft.data.prepare import prepare
+from dist_qft.merge.live_model import LiveModel
 from dist_qft.merge.probe import as_written, compare_logits, logits_of, probe_ids
 from dist_qft.methods.adapters.exact_fold import folded, folding_tensor
 from dist_qft.quant.formats import linear_format
-from dist_qft.ranks.connection import connect
-from dist_qft.ranks.world import World
-from dist_qft.sharding.engines import make_engine
-from dist_qft.tuned_model.assemble import Assembled
+from dist_qft.ranks.world import World, connect
+from dist_qft.tuned_model.checkpointed import find_checkpoint
 from dist_qft.tuned_model.held_out import held_out_loss
-from dist_qft.tuned_model.loaded import open_tuned
-from dist_qft.tuned_model.task import CausalLM
-from dist_qft.tuned_model.trained import find_checkpoint
+from dist_qft.tuned_model.loaded_model import whole_on_this_rank
 
 CPU = torch.device("cpu")
 
 
 @contextmanager
-def folded_zeros(parts: Assembled, *, rounded: bool) -> Iterator[None]:
+def folded_zeros(model: LiveModel, *, rounded: bool) -> Iterator[None]:
     """Inside, the base has the merged zeros: in float16, or as the exact sums in float32."""
     before = {}
-    for path, adapter in parts.trainables.by_path.items():
-        layer = parts.base.linears[path]
+    for path, adapter in model.adapters.by_path.items():
+        layer = model.base.linears[path]
         name, block = folding_tensor(layer.format)
         assert name == "zero", "this script compares merges of affine4 layers"
         zero = before[layer] = layer.zero.data
@@ -53,20 +50,20 @@ def folded_zeros(parts: Assembled, *, rounded: bool) -> Iterator[None]:
 def main(config_path: str, run: str, rows: int = 32) -> None:
     config = load_config(config_path)
     with connect(World.from_environment({}), CPU, 600):
-        tuned = open_tuned(find_checkpoint(run), CPU)
-        parts = Assembled(tuned.base, make_engine("replicated"), tuned.adapters, CausalLM(tuned.base))
-        data = prepare(config.data, tuned.tokenizer, tuned.base.vocab_size, Path(run) / "data_cache")
+        parts, tokenizer = whole_on_this_rank(find_checkpoint(run), CPU)
+        tuned = LiveModel.of(parts)
+        data = prepare(config.data, tokenizer, tuned.base.vocab_size, Path(run) / "data_cache")
         batches = eval_batches(data.eval, 4, 0, 1)[: rows // 4]
-        ids = probe_ids(tuned.tokenizer)
+        ids = probe_ids(tokenizer)
         live = logits_of(tuned.base, ids, CPU)
         own = {path: tuned.base.linears[path].format for path in tuned.adapters.by_path}
         nf4 = dict.fromkeys(own, linear_format("nf4"))
         ways = {
             "live: base with adapter": None,
-            "exact sums, float32 zeros": folded_zeros(parts, rounded=False),
-            "exact fold, float16 zeros": folded_zeros(parts, rounded=True),
-            "quantized again, own format": as_written(parts, own, None),
-            "quantized again, nf4": as_written(parts, nf4, None),
+            "exact sums, float32 zeros": folded_zeros(tuned, rounded=False),
+            "exact fold, float16 zeros": folded_zeros(tuned, rounded=True),
+            "quantized again, own format": as_written(tuned, own, None),
+            "quantized again, nf4": as_written(tuned, nf4, None),
             "base without adapter": nullcontext(),
         }
         print(f"{'':28} {'max logit error':>15} {'mean':>9} {'loss':>9} {'perplexity':>11}")

@@ -5,15 +5,14 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from os import PathLike
 
-    from dist_qft.tuned_model.loaded import LoadedModel
+    from dist_qft.tuned_model.loaded_model import LoadedModel
 
 __version__ = "0.1.0"
 
 
 def load(path: "str | PathLike[str]", device: str = "cpu") -> "LoadedModel":
     """A model with `generate` and `logits`, from a run, a checkpoint, a GGUF file or a merged folder."""
-    from dist_qft.tuned_model.loaded import (
-        load_model,  # imports torch and transformers, which `import dist_qft` must not
-    )
+    # Here, because it imports torch and transformers, which `import dist_qft` must not.
+    from dist_qft.tuned_model.loaded_model import load
 
-    return load_model(path, device)
+    return load(path, device)

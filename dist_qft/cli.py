@@ -87,28 +87,19 @@ def validate(
 @app.command(name="eval", context_settings=OVERRIDABLE)
 def evaluate(
     config: Annotated[
-        Path,
-        typer.Argument(
-            metavar="CONFIG_OR_RUN", help="YAML file, or the folder of a run or checkpoint.", show_default=False
-        ),
+        Path, typer.Argument(metavar="CONFIG_OR_RUN", help="YAML file, or the folder of a run.", show_default=False)
     ],
     overrides: Overrides = None,
     checkpoint: Annotated[str | None, typer.Option(metavar="PATH", help="Checkpoint of the adapter.")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Print held-out loss and perplexity of the base and of the tuned model, side by side.
+    """Held-out loss and perplexity, base and adapter side by side."""
+    from dist_qft.config.load import CONFIG_FILE
 
-    Given a folder, its newest checkpoint is evaluated with the config that it was trained with.
-    """
-    if config.is_dir():
-        from dist_qft.evaluate import evaluate_run
+    settings = _load(config / CONFIG_FILE if config.is_dir() else config, overrides)
+    from dist_qft.evaluate import run_evaluation
 
-        evaluate_run(config, list(_overrides(overrides or [])), checkpoint, as_json)
-        return
-    settings = _load(config, overrides)
-    from dist_qft.evaluate import evaluate_config
-
-    evaluate_config(settings, checkpoint, as_json)
+    run_evaluation(settings, checkpoint, as_json)
 
 
 @app.command()
@@ -124,15 +115,15 @@ def generate(
     base: Annotated[bool, typer.Option("--base", help="Also show the base model's answers.")] = False,
 ) -> None:
     """Answer prompts with a fine-tuned or merged model."""
-    from dist_qft.generate import run_generation, run_model
-    from dist_qft.tuned_model.loaded import is_model
+    from dist_qft.generate import run_generation, run_model_generation
+    from dist_qft.tuned_model.loaded_model import holds_model
 
-    if not is_model(Path(run)):
+    if not holds_model(Path(run)):
         run_generation(run, prompt, max_new_tokens, base)
     elif base:
         raise UserError(f"--base: '{run}' is a model by itself, it has no adapters to leave out")
     else:
-        run_model(run, prompt, max_new_tokens)
+        run_model_generation(run, prompt, max_new_tokens)
 
 
 @app.command()

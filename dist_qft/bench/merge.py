@@ -19,7 +19,9 @@ from dist_qft.bench.processes import common_settings, run_side
 from dist_qft.bench.report import Report, compare
 from dist_qft.bench.step import run_config
 from dist_qft.merge.collective import fold_base
-from dist_qft.merge.recipe import MergeRequest, make_recipe
+from dist_qft.merge.live_model import LiveModel
+from dist_qft.merge.recipe import MergeRequest
+from dist_qft.merge.run import make_recipe
 from dist_qft.methods.plans import plan_trainables
 from dist_qft.tuned_model.assemble import assemble
 
@@ -46,7 +48,7 @@ def ours(settings: dict[str, Any]) -> dict[str, float]:
     parts = assemble(config, skeleton, plan, device)
     _fill([parameter for _, parameter in parts.named_tensors()])
     memory, started = Memory(device), time.perf_counter()
-    fold_base(parts, recipe)
+    fold_base(LiveModel.of(parts), recipe, device)
     synchronize(device)
     return {"seconds": time.perf_counter() - started, "peak_bytes": memory.peak}
 

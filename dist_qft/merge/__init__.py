@@ -1,6 +1,7 @@
-"""Merging trainables into the base, and the files that come out.
+"""Exports of a trained model: merged into its base, or as adapters, always with a certificate.
 
-`recipe` decides what is possible, from shapes alone; `merged_weight` is the arithmetic on one layer; `collective` walks
-over the layers with all ranks; `writers` has one file per kind of result; `certificate` states the difference between
-result and live model, and `verify` computes that again from the files; `run` is the stage itself.
+`recipe` holds the request and the decision how to carry it out, made from shapes alone. `target` is the contract of a
+kind of result; each file in `writers` that keeps it is one kind, and `targets` is the door to them. `merged_weight` is
+the arithmetic on one layer, `collective` walks over the layers with all ranks, `certificate` states the difference
+between result and live model, `verify` computes that difference again from the files, and `run` is the stage itself.
 """

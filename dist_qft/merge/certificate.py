@@ -1,27 +1,23 @@
-"""The certificate of a merge: what went in, what came out, how far apart the two are, and one line that sums it up.
+"""The certificate of a result: its inputs, its files, its distance from the live model, and one line that sums it up.
 
 JSON, beside a result that is a file (`merged.gguf.certificate.json`) or inside one that is a folder
 (`certificate.json`). Paths in it are relative to the folder that it lies in, so that run and result can move together.
 """
 
-import json
 import os
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
-from dist_qft.config.schema import RunConfig
-from dist_qft.errors import CorruptFileError, UserError
+from dist_qft.config.schema import MergeTarget, RunConfig
 from dist_qft.merge.difference import Difference
 from dist_qft.merge.probe import LogitDifference
-from dist_qft.merge.recipe import Recipe
-from dist_qft.storage.atomic import write_text
+from dist_qft.merge.recipe import Kind, Recipe
 from dist_qft.storage.checkpoint import ADAPTER_MODEL
 from dist_qft.storage.manifest import sha256_of
 
-_IN_FOLDER = "certificate.json"
-_VERSION = 1
+IN_FOLDER = "certificate.json"
+VERSION = 1
 
 # Zeros have 11 bits. A dW below their steps is rounded away or up, not merged: the certificate then says so.
 SMALL_SHARE = 0.1
@@ -38,12 +34,13 @@ class Origin:
 
 @dataclass(frozen=True)
 class Findings:
-    """What was measured.
+    """What was measured of a result.
 
     Attributes:
-        weights: the result's weights against the exact sums; for an exact merge its zeros, which differ alike.
-        logits: the result's against those of the base with its adapters, on the tokens `probe`.
-        notes: why the result is not quite what was measured, if it is not.
+        weights: distance of the result's weights from the live model's; for an exact merge that of its zeros, which
+            differ alike.
+        logits: distance of the logits that the result's reader computes from the live model's, on the tokens `probe`.
+        notes: reasons why the result is not quite the model that was measured; empty if it is.
     """
 
     weights: Difference
@@ -52,80 +49,105 @@ class Findings:
     notes: list[str]
 
 
-def certificate_path(result: Path) -> Path:
-    """Where the certificate of a result lies."""
-    return result / _IN_FOLDER if result.is_dir() else _beside(result)
+@dataclass(frozen=True)
+class ResultFiles:
+    """The result, and the SHA-256 of each of its files."""
+
+    path: str
+    sha256: dict[str, str]
 
 
-def write_certificate(
+@dataclass(frozen=True)
+class BaseUsed:
+    """The base that the adapters were trained on, and the fingerprint of its weights."""
+
+    path: str
+    fingerprint: str
+
+
+@dataclass(frozen=True)
+class AdapterUsed:
+    """The checkpoint whose adapters the result holds, and the SHA-256 of its adapter file."""
+
+    path: str
+    sha256: str
+    method: str
+    step: int
+    layers: int
+
+
+@dataclass(frozen=True)
+class WeightFigures:
+    """`Difference` in the certificate's words."""
+
+    max_difference: float
+    mean_difference: float = 0.0
+    max_float16_steps: float = 0.0
+    rounding_share_of_update: float = 0.0
+
+    @classmethod
+    def of(cls, found: Difference) -> "WeightFigures":
+        return cls(found.maximum, found.mean, found.steps, found.share_of_update)
+
+
+@dataclass(frozen=True)
+class Certificate:
+    """The content of the file. `dtype` is that of a dense result, `versions` are of the programs that wrote it."""
+
+    version: int
+    summary: str
+    lossless: bool
+    kind: Kind
+    target: MergeTarget
+    dtype: str | None
+    result: ResultFiles
+    base: BaseUsed
+    adapter: AdapterUsed
+    weights: WeightFigures
+    logits: LogitDifference
+    notes: list[str]
+    probe: list[int]
+    versions: dict[str, str]
+
+
+def make_certificate(
     recipe: Recipe, origin: Origin, fingerprint: str, findings: Findings, written: Path
-) -> dict[str, Any]:
-    """Write the certificate of a result that has no name yet but `written`, and return its content.
-
-    `fingerprint` is the base's.
-    """
+) -> Certificate:
+    """The certificate of a result that lies under a temporary name, `written`; `fingerprint` is the base's."""
     result = recipe.request.path
-    in_folder = written.is_dir()
-    path = result / _IN_FOLDER if in_folder else _beside(result)
+    place = certificate_place(result, folder=written.is_dir())
     lossless = is_lossless(recipe, findings)
-    content = {
-        "version": _VERSION,
-        "summary": summary(recipe, findings, lossless),
-        "lossless": lossless,
-        "kind": recipe.kind,
-        "target": recipe.request.target,
-        "dtype": recipe.request.dtype if recipe.kind == "dense" else None,
-        "result": {"path": _relative(result, path), "sha256": file_digests(written, result.name)},
-        "base": {"path": _base_path(origin.config, path), "fingerprint": fingerprint},
-        "adapter": {
-            "path": _relative(origin.checkpoint, path),
-            "sha256": sha256_of(origin.checkpoint / ADAPTER_MODEL),
-            "method": origin.config.method.name,
-            "step": origin.step,
-            "layers": len(recipe.tiles),
-        },
-        "weights": _weights(findings.weights),
-        "logits": asdict(findings.logits),
-        "notes": findings.notes,
-        "probe": findings.probe,
-        "versions": {name: version(name) for name in ("dist-qft", "torch", "transformers")},
-    }
-    write_text(written / _IN_FOLDER if in_folder else path, json.dumps(content, indent=1) + "\n")
-    return content
+    return Certificate(
+        version=VERSION,
+        summary=summary(recipe, findings, lossless),
+        lossless=lossless,
+        kind=recipe.kind,
+        target=recipe.request.target,
+        dtype=recipe.request.dtype if recipe.kind == "dense" else None,
+        result=ResultFiles(_relative(result, place), file_digests(written, result.name)),
+        base=BaseUsed(_base_path(origin.config, place), fingerprint),
+        adapter=AdapterUsed(
+            path=_relative(origin.checkpoint, place),
+            sha256=sha256_of(origin.checkpoint / ADAPTER_MODEL),
+            method=origin.config.method.name,
+            step=origin.step,
+            layers=len(recipe.tiles),
+        ),
+        weights=WeightFigures.of(findings.weights),
+        logits=findings.logits,
+        notes=findings.notes,
+        probe=findings.probe,
+        versions={name: version(name) for name in ("dist-qft", "torch", "transformers")},
+    )
 
 
-def read_certificate(path: Path) -> tuple[Path, dict[str, Any]]:
-    """The certificate of a result, or the one at `path` itself, and where it lies.
-
-    Raises:
-        UserError: there is none.
-        CorruptFileError: it is not of this form.
-    """
-    place = path if path.name.endswith(_IN_FOLDER) else certificate_path(path)
-    if not place.is_file():
-        raise UserError(f"'{path}' has no certificate: no file '{place}'")
-    try:
-        content = json.loads(place.read_bytes())
-        if content["version"] != _VERSION:
-            raise UserError(f"{place}: version {content['version']}, this program reads {_VERSION}")
-        for section, keys in {
-            "result": ("path", "sha256"),
-            "base": ("path", "fingerprint"),
-            "adapter": ("path", "sha256"),
-            "weights": ("max_difference",),
-            "logits": ("maximum", "largest_logit"),
-        }.items():
-            for key in keys:
-                content[section][key]
-        if not all(isinstance(token, int) for token in content["probe"]):
-            raise ValueError("probe: not token ids")
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CorruptFileError(f"{place}: not a merge certificate: {error}") from error
-    return place, content
+def certificate_place(result: Path, *, folder: bool) -> Path:
+    """The path of the certificate: inside a result that is a folder, beside one that is a file."""
+    return result / IN_FOLDER if folder else result.with_name(f"{result.name}.certificate.json")
 
 
 def is_lossless(recipe: Recipe, findings: Findings) -> bool:
-    """Whether nothing separates result and live model but a rounding that is small against what was learned."""
+    """True if the result differs from the live model only by rounding that is small relative to dW."""
     if findings.notes:
         return False
     if recipe.kind == "exact" and findings.logits.maximum > 0:  # merge-aware training leaves no distance at all
@@ -136,7 +158,7 @@ def is_lossless(recipe: Recipe, findings: Findings) -> bool:
 def summary(recipe: Recipe, findings: Findings, lossless: bool) -> str:
     """The certificate in one line."""
     weights, logits = findings.weights, findings.logits
-    what = {
+    weights_line = {
         "exact": (
             f"codes and scales unchanged, zeros within {weights.steps:.2f} of a float16 step of zero + dW, "
             f"a rounding of {weights.share_of_update:.1%} of dW"
@@ -147,7 +169,7 @@ def summary(recipe: Recipe, findings: Findings, lossless: bool) -> str:
     }[recipe.kind]
     return "; ".join(
         [
-            f"{'lossless' if lossless else 'not lossless'}: {what}",
+            f"{'lossless' if lossless else 'not lossless'}: {weights_line}",
             f"logits within {logits.maximum:.1e} of the live model's (largest {logits.largest_logit:.1f})"
             if logits.maximum > 0
             else "logits equal the live model's bit for bit",
@@ -160,20 +182,7 @@ def file_digests(written: Path, name: str) -> dict[str, str]:
     """SHA-256 of a result's files by name, its certificate excepted; a result that is one file is called `name`."""
     if not written.is_dir():
         return {name: sha256_of(written)}
-    return {file.name: sha256_of(file) for file in sorted(written.iterdir()) if file.name != _IN_FOLDER}
-
-
-def _beside(result: Path) -> Path:
-    return result.with_name(f"{result.name}.certificate.json")
-
-
-def _weights(difference: Difference) -> dict[str, float]:
-    return {
-        "max_difference": difference.maximum,
-        "mean_difference": difference.mean,
-        "max_float16_steps": difference.steps,
-        "rounding_share_of_update": difference.share_of_update,
-    }
+    return {file.name: sha256_of(file) for file in sorted(written.iterdir()) if file.name != IN_FOLDER}
 
 
 def _relative(path: Path, certificate: Path) -> str:

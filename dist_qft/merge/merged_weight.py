@@ -1,18 +1,28 @@
-"""Arithmetic on one layer: its weight plus the adapter's dW by rows, and the merges that round.
+"""Arithmetic on one layer: the weight that the live model computes with, by rows, before any rounding by a result.
 
-The exact fold is `dist_qft.methods.adapters.exact_fold`. Which rank holds which rows, and where results go, is
-`collective` and the writers.
+That weight is the dequantized one plus the adapter's dW. With `merge_aware` it is what the layer's folded zeros give:
+there the live model itself computes with rounded zeros. The exact fold is `dist_qft.methods.adapters.exact_fold`; which
+rank holds which rows, and where results go, is decided by `collective` and the writers.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from dist_qft.errors import UserError
-from dist_qft.methods.adapters.exact_fold import tile_rows
+from dist_qft.errors import NumericError, UserError
+from dist_qft.merge.difference import Difference
+from dist_qft.methods.adapters.exact_fold import tile_rows, with_folded_zeros
 from dist_qft.methods.adapters.tile_adapter import TileAdapter
 from dist_qft.quant.contract import Format, Shape, row_chunks
+
+
+class Rows(NamedTuple):
+    """Consecutive rows of one weight, float64: as the base has them, and as the live model computes with them."""
+
+    base: Tensor
+    live: Tensor
 
 
 def update_rows(adapter: TileAdapter, start: int, stop: int) -> Tensor:
@@ -23,28 +33,64 @@ def update_rows(adapter: TileAdapter, start: int, stop: int) -> Tensor:
     return tiles.repeat_interleave(pool, 1).repeat_interleave(repeat, 0)[start - top * repeat : stop - top * repeat]
 
 
-def merged_rows(
+def live_rows(
     format: Format, packed: Mapping[str, Tensor], shape: Shape, adapter: TileAdapter | None
-) -> Iterator[Tensor]:
-    """A packed weight, plus its adapter's dW if it has one: chunks of rows, float64, in order."""
+) -> Iterator[Rows]:
+    """A packed weight in chunks of rows, in order, without and with what its adapter adds."""
+    base = _dequantized(format, packed, shape)
+    if adapter is None:
+        yield from (Rows(rows, rows) for _, rows in base)
+    elif adapter.settings.merge_aware:
+        folded = _dequantized(format, with_folded_zeros(format, packed, adapter), shape)
+        yield from (Rows(before, after) for (_, before), (_, after) in zip(base, folded, strict=True))
+    else:
+        for where, rows in base:
+            yield Rows(rows, rows + update_rows(adapter, where.start, where.stop).to(rows.device))
+
+
+def live_weight(
+    format: Format, packed: Mapping[str, Tensor], shape: Shape, adapter: TileAdapter | None, dtype: torch.dtype
+) -> Tensor:
+    """The whole weight that the live model computes with, each value rounded once to `dtype`."""
+    return torch.cat([rows.live.to(dtype) for rows in live_rows(format, packed, shape, adapter)])
+
+
+def add_rows(difference: Difference, written: Tensor, exact: Iterable[Rows], adapted: bool) -> None:
+    """Count a whole written weight against its exact rows, given in order; `adapted` if these have a dW."""
+    first = 0
+    for rows in exact:
+        stop = first + len(rows.live)
+        difference.add(written[first:stop], rows.live, rows.base if adapted else None)
+        first = stop
+
+
+def _dequantized(format: Format, packed: Mapping[str, Tensor], shape: Shape) -> Iterator[tuple[slice, Tensor]]:
     if format.row_local:
         pieces = format.row_pieces(packed, shape, torch.float32)
     else:
         whole = format.dequantize(packed, shape, torch.float32)
         pieces = ((rows, whole[rows]) for rows in row_chunks(shape, whole.device, format.row_alignment))
-    for rows, weight in pieces:
-        exact = weight.double()
-        yield exact if adapter is None else exact + update_rows(adapter, rows.start, rows.stop).to(exact.device)
+    for where, rows in pieces:
+        yield where, rows.double()
 
 
-def merged_weight(
-    format: Format, packed: Mapping[str, Tensor], shape: Shape, adapter: TileAdapter | None, dtype: torch.dtype
-) -> Tensor:
-    """The whole of `merged_rows`, each value rounded to `dtype`."""
-    return torch.cat([rows.to(dtype) for rows in merged_rows(format, packed, shape, adapter)])
-
-
-def require_finite(values: Tensor, where: str) -> None:
-    """Refuse sums that left the range of the dtype they were rounded to."""
+def require_numbers(values: Tensor, where: str) -> None:
+    """Refuse weights that are NaN or infinite before they are rounded. NumericError."""
     if not torch.isfinite(values).all():
-        raise UserError(f"{where}: zero + dW leaves the range of {values.dtype}; merge --to dense can hold it")
+        raise NumericError(f"{where}: the merged weight has values that are not finite; the adapter is unusable")
+
+
+def require_range(rounded: Tensor, exact: Tensor, where: str) -> None:
+    """Refuse values that left the range of the dtype they were rounded to.
+
+    Raises:
+        UserError: the exact values are finite.
+        NumericError: they are not.
+    """
+    if torch.isfinite(rounded).all():
+        return
+    require_numbers(exact, where)
+    raise UserError(
+        f"{where}: merged values up to {float(exact.abs().max()):.3g} leave the range of "
+        f"{str(rounded.dtype).removeprefix('torch.')}; use merge --to dense with --dtype float32 or bfloat16"
+    )

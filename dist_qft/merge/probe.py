@@ -1,5 +1,6 @@
-"""A fixed piece of text, and how two models' logits on it differ: what a certificate says about behaviour."""
+"""A fixed piece of text, and how two models' logits on it differ: the certificate's figures on behaviour."""
 
+import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -11,12 +12,11 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from dist_qft.base_model.skeleton import BaseModel
-from dist_qft.merge.collective import frozen_weights
-from dist_qft.merge.merged_weight import merged_weight
+from dist_qft.merge.live_model import LiveModel
+from dist_qft.merge.merged_weight import live_weight
 from dist_qft.methods.adapters.tile_adapter import TileAdapter
-from dist_qft.quant.contract import Format, Shape
+from dist_qft.quant.contract import Format, PackedShapes, Shape
 from dist_qft.sharding.host_memory import return_freed_memory
-from dist_qft.tuned_model.assemble import Assembled
 
 PROBE_TOKENS = 64
 _TEXT = (
@@ -39,8 +39,10 @@ class LogitDifference:
     live_perplexity: float
     perplexity: float
 
-    def to_dict(self) -> dict[str, float]:
-        return asdict(self)
+    @property
+    def finite(self) -> bool:
+        """True if neither model's logits had a NaN or an infinity."""
+        return all(map(math.isfinite, asdict(self).values()))
 
 
 def probe_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -52,7 +54,7 @@ def probe_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
 def logits_of(base: BaseModel, ids: list[int], device: torch.device) -> Tensor:
     """Logits (tokens, vocabulary), float32 on the CPU. Collective if the base is sharded.
 
-    What a layer needed is given back after it: a merge must not take more than a few layers beside the shards.
+    Memory that a layer needed is given back after it: a merge must not take more than a few layers beside the shards.
     """
     hooks = [layer.register_forward_hook(lambda *_: return_freed_memory()) for layer in base.layers]
     try:
@@ -64,6 +66,7 @@ def logits_of(base: BaseModel, ids: list[int], device: torch.device) -> Tensor:
 
 
 def compare_logits(live: Tensor, other: Tensor, ids: list[int]) -> LogitDifference:
+    """The difference between two logits (tokens, vocabulary) of the same ids; NaN in one makes the figures NaN."""
     distance = (other - live).abs()
     return LogitDifference(
         maximum=float(distance.max()),
@@ -75,21 +78,21 @@ def compare_logits(live: Tensor, other: Tensor, ids: list[int]) -> LogitDifferen
 
 
 @contextmanager
-def as_written(parts: Assembled, formats: Mapping[str, Format], dtype: torch.dtype | None) -> Iterator[None]:
+def as_written(live: LiveModel, formats: Mapping[str, Format], dtype: torch.dtype | None) -> Iterator[None]:
     """Inside, the base computes with the weights that an inexact merge would write; adapters should be disabled.
 
     Each weight is converted when it is used, from the gathered tensors: no rank ever holds more than one.
 
     Args:
-        formats: linear layers that are quantized again, and to what.
-        dtype: for all other weights: dequantize, add dW, round to this; None leaves them alone.
+        formats: linear layers that are quantized again, and to which format.
+        dtype: all other weights are rounded to it, dW included; None leaves them alone.
     """
-    adapters = parts.trainables.by_path
     before = {}
-    for path, weight in frozen_weights(parts.base).items():
-        if path in formats or dtype is not None:
+    for path, weight in live.weights().items():
+        written = formats.get(path, dtype)
+        if written is not None:
             before[weight] = weight.format
-            weight.format = _AsWritten(weight.format, adapters.get(path), formats.get(path), dtype)
+            weight.format = WrittenFormat(weight.format, live.adapters.by_path.get(path), written)
     try:
         yield
     finally:
@@ -97,29 +100,56 @@ def as_written(parts: Assembled, formats: Mapping[str, Format], dtype: torch.dty
             weight.format = format
 
 
-class _AsWritten:
-    """Stands in for a weight's format and dequantizes to what would be written."""
+class WrittenFormat(Format):
+    """A format's packed tensors, read as the weight that a merge would write in their place.
 
-    def __init__(
-        self, format: Format, adapter: TileAdapter | None, new: Format | None, dtype: torch.dtype | None
-    ) -> None:
-        self._format, self._adapter, self._new, self._dtype = format, adapter, new, dtype
+    Args:
+        stored: the format of the packed tensors.
+        adapter: the layer's adapter, whose dW is added; None for a layer without one.
+        written: the result's format, or the dtype of a dense result.
+    """
 
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._format, name)
+    name = "written"
 
-    row_pieces = Format.row_pieces  # of what would be written, by `dequantize` below
+    def __init__(self, stored: Format, adapter: TileAdapter | None, written: Format | torch.dtype) -> None:
+        self._stored, self._adapter, self._written = stored, adapter, written
 
     @property
     def row_local(self) -> bool:
-        """An adapter's dW belongs to the rows of a whole weight: some rows alone do not say which they are."""
-        return self._adapter is None and self._format.row_local
+        """False with an adapter: dW belongs to rows of the whole weight, and a slice does not say which it holds."""
+        whole_only = isinstance(self._written, Format) and not self._written.row_local
+        return self._adapter is None and self._stored.row_local and not whole_only
 
-    def dequantize(self, packed: Mapping[str, Tensor], shape: Shape, dtype: torch.dtype) -> Tensor:
-        if self._new is None:
-            return merged_weight(self._format, packed, shape, self._adapter, self._dtype).to(dtype)
-        exact = merged_weight(self._format, packed, shape, self._adapter, torch.float32)
-        return self._new.dequantize(self._new.quantize(exact), shape, dtype)
+    @property
+    def row_alignment(self) -> int:
+        written = self._written.row_alignment if isinstance(self._written, Format) else 1
+        return math.lcm(self._stored.row_alignment, written)
+
+    def describe(self) -> dict[str, Any]:
+        written = self._written.describe() if isinstance(self._written, Format) else {"name": str(self._written)}
+        return {"name": self.name, "stored": self._stored.describe(), "written": written}
+
+    def check(self, shape: Shape, where: str) -> None:
+        self._stored.check(shape, where)
+
+    def packed_shapes(self, shape: Shape) -> PackedShapes:
+        return self._stored.packed_shapes(shape)
+
+    def rows_per_entry(self, tensor_name: str) -> int | None:
+        return self._stored.rows_per_entry(tensor_name)
+
+    def quantize(self, weight: Tensor, where: str = "weight") -> dict[str, Tensor]:
+        raise NotImplementedError("a written weight is only read")
+
+    def dequantize(
+        self, packed: Mapping[str, Tensor], shape: Shape, dtype: torch.dtype, out: Tensor | None = None
+    ) -> Tensor:
+        if isinstance(self._written, torch.dtype):
+            weight = live_weight(self._stored, packed, shape, self._adapter, self._written).to(dtype)
+        else:
+            exact = live_weight(self._stored, packed, shape, self._adapter, torch.float32)
+            weight = self._written.dequantize(self._written.quantize(exact), shape, dtype)
+        return weight if out is None else out.copy_(weight)
 
 
 def _perplexity(logits: Tensor, ids: list[int]) -> float:

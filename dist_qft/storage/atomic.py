@@ -1,5 +1,7 @@
 """A file or folder appears under its name complete, or not at all."""
 
+import ctypes
+import glob
 import os
 import shutil
 import uuid
@@ -9,6 +11,7 @@ from pathlib import Path
 
 from dist_qft.errors import SetupError
 
+_REPLACED = "-replaced"
 _TEMPORARY = ".tmp-"  # what a kill may leave behind begins with it
 
 
@@ -24,6 +27,7 @@ def publishing(final: Path, overwrite: bool) -> Iterator[Path]:
     temporary, prefix = temporary_name(final), temporary_prefix(final)
     try:
         final.parent.mkdir(parents=True, exist_ok=True)
+        _put_back(final)
         for entry in final.parent.iterdir():
             if entry.name.startswith(prefix):
                 _remove(entry)
@@ -52,14 +56,33 @@ def refused_write(final: Path, error: OSError) -> SetupError:
 
 def _rename(temporary: Path, final: Path) -> None:
     replaced = None
-    if final.is_dir() and temporary.is_dir():
-        # A folder cannot be renamed onto another: the old one steps aside first.
-        replaced = temporary.with_name(f"{temporary.name}-replaced")
+    if final.is_dir() and temporary.is_dir() and not _exchange(temporary, final):
+        # A folder cannot be renamed onto another: without an exchange the old one steps aside first.
+        replaced = temporary.with_name(f"{temporary.name}{_REPLACED}")
         os.rename(final, replaced)
+    if temporary.is_dir() and final.is_dir():  # exchanged: what has the temporary name now is the old folder
+        sync_entry(final.parent)
+        return
     os.replace(temporary, final)
     sync_entry(final.parent)
     if replaced is not None:
         shutil.rmtree(replaced)
+
+
+def _exchange(first: Path, second: Path) -> bool:
+    """Swap two names in one step (Linux, renameat2). False where the system or the file system cannot."""
+    call = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    if call is None:
+        return False
+    at_working_folder, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
+    return call(at_working_folder, os.fsencode(first), at_working_folder, os.fsencode(second), exchange) == 0
+
+
+def _put_back(final: Path) -> None:
+    """Give a folder its name again that stepped aside for a new one, if a kill came before that had the name."""
+    aside = sorted(final.parent.glob(f"{glob.escape(temporary_prefix(final))}*{_REPLACED}"))
+    if aside and not final.exists():
+        os.rename(aside[0], final)
 
 
 def _sync(path: Path) -> None:

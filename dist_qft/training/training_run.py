@@ -25,8 +25,8 @@ from dist_qft.training.summary import Summary
 from dist_qft.training.train_step import RANK_STATS, StepResult, train_step
 from dist_qft.tuned_model.answer import answer
 from dist_qft.tuned_model.assemble import Assembled, make_forward
+from dist_qft.tuned_model.checkpointed import adapter_config
 from dist_qft.tuned_model.held_out import HeldOut, held_out_loss
-from dist_qft.tuned_model.trained import adapter_config
 
 
 class TrainingRun:

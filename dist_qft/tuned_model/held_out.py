@@ -13,7 +13,7 @@ from dist_qft.data.batches import MicroBatch
 from dist_qft.errors import Preempted
 from dist_qft.methods.forward import BaseForward
 from dist_qft.ranks.preemption import StopSignal
-from dist_qft.tuned_model.task import CausalLM, Task
+from dist_qft.tuned_model.task import CausalLM, Task, labels_of
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,8 @@ def held_out_loss(
     task = task or CausalLM(base)
     forward = BaseForward(base, device)
     sums = torch.zeros(2, dtype=torch.float64, device=device)
-    predictions, labels = [], []
+    predictions: list[Tensor] = []
+    labels: list[Tensor] = []
     for batch in batches:
         if stop is not None and stop.any_rank():
             raise Preempted("stopped by a signal during an evaluation")
@@ -64,8 +65,9 @@ def held_out_loss(
         sums[1] += batch.num_targets
         if predicted is not None:
             predictions.append(predicted)
+            found = labels_of(batch)
             labels.append(torch.full_like(predicted, torch.nan))
-            labels[-1][: len(batch.labels)] = batch.labels.to(device)
+            labels[-1][: len(found)] = found.to(device)
     dist.all_reduce(sums)
     loss, tokens = sums.tolist()
     metrics = _metrics(task, torch.cat(predictions), torch.cat(labels)) if predictions else {}

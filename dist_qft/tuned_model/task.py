@@ -93,7 +93,7 @@ class Labelling(nn.Module):
         rows, positions = (batch.targets != IGNORED).nonzero(as_tuple=True)
         rows, positions = rows.to(hidden.device), positions.to(hidden.device)
         scores = F.linear(hidden[rows, positions].float(), self.score)
-        labels = batch.labels.to(hidden.device)
+        labels = labels_of(batch).to(hidden.device)
         if self.regression:
             best = scores.squeeze(1)
             loss = F.mse_loss(best, labels, reduction="sum")
@@ -112,6 +112,13 @@ class Labelling(nn.Module):
         table = np.zeros((count, count))  # [true, predicted]
         np.add.at(table, (labels.astype(int), predicted.astype(int)), 1)
         return {"accuracy": float(np.trace(table) / table.sum()), "matthews": _matthews(table), "f1": _f1(table)}
+
+
+def labels_of(batch: MicroBatch) -> Tensor:
+    """The labels of a micro-batch of labelled rows, (rows,) float32."""
+    if batch.labels is None:
+        raise ValueError("the micro-batch has no labels")
+    return batch.labels
 
 
 def _correlation(first: np.ndarray, second: np.ndarray) -> float:

@@ -11,15 +11,16 @@ import torch.distributed as dist
 from dist_qft.base_model.skeleton import build_skeleton
 from dist_qft.config.schema import RunConfig
 from dist_qft.merge import run
-from dist_qft.merge.certificate import Origin
+from dist_qft.merge.certificate import Certificate, Origin
 from dist_qft.merge.collective import write_result
-from dist_qft.merge.recipe import MergeRequest
-from dist_qft.merge.run import execute_merge, gather_inputs
+from dist_qft.merge.live_model import LiveModel
+from dist_qft.merge.run import execute_merge, gather_merge_inputs
+from dist_qft.merge.targets import checked_request
 from dist_qft.methods.plans import plan_trainables
 from dist_qft.ranks.preemption import StopSignal
 from dist_qft.storage.checkpoint import TrainerState, write_checkpoint
 from dist_qft.tuned_model.assemble import Assembled, assemble
-from dist_qft.tuned_model.trained import adapter_config, check_fingerprint, find_checkpoint
+from dist_qft.tuned_model.checkpointed import adapter_config, check_fingerprint, find_checkpoint
 from tests.support.whole_runs import pool_world
 
 # A config's sections for adapters that merge exactly into a GGUF file.
@@ -57,13 +58,11 @@ def write_random_adapters(config: RunConfig, size: float = 0.05) -> Path:
     return assemble_random(config, size)[1].checkpoint
 
 
-def merge_run(
-    source: Path, target: str, path: Path, stop_on: int | None = None, **options: Any
-) -> dict[str, Any] | None:
+def merge_run(source: Path, target: str, path: Path, stop_on: int | None = None, **options: Any) -> Certificate | None:
     """The certificate on rank 0. `stop_on` is a rank that gets SIGTERM, as it were, when the base has been loaded."""
     options = {"overwrite": False, "requantize": None, "dtype": "float32", **options}
     world = pool_world()
-    inputs = gather_inputs(MergeRequest.checked(target, path, **options), find_checkpoint(source), world)
+    inputs = gather_merge_inputs(checked_request(target, path, source, **options), find_checkpoint(source), world)
     stop = StopSignal()
 
     def check_and_stop(*arguments: Any) -> None:
@@ -81,8 +80,8 @@ def measured_merge(source: Path, target: str, path: Path) -> dict[str, int]:
     `base` is what the rank holds of it, `layer` the largest decoder layer. `probing` and `writing` say by how much the
     resident memory grew at most, in the forward passes and while the result was gathered and written.
     """
-    request = MergeRequest.checked(target, path, overwrite=False, requantize=None, dtype="bfloat16")
-    inputs = gather_inputs(request, find_checkpoint(source), pool_world())
+    request = checked_request(target, path, source, overwrite=False, requantize=None, dtype="bfloat16")
+    inputs = gather_merge_inputs(request, find_checkpoint(source), pool_world())
     parts = assemble(inputs.config, inputs.skeleton, inputs.plan, inputs.device)
     parts.load_tensors(inputs.checkpoint.trainables)
     origin = Origin(inputs.config, inputs.checkpoint.path, inputs.checkpoint.state.step)
@@ -92,16 +91,17 @@ def measured_merge(source: Path, target: str, path: Path) -> dict[str, int]:
         layers[depth] = layers.get(depth, 0) + weight.format.bytes_of(weight.weight_shape)
     found = {"base": parts.engine.resident_bytes(), "layer": max(layers.values())}
 
-    def watched(*arguments: Any) -> None:
+    def watched(*arguments: Any) -> Certificate | None:
         found["probing"] = _memory("VmHWM") - start
         before = _restart_peak()
-        write_result(*arguments)
+        certificate = write_result(*arguments)
         found["writing"] = _memory("VmHWM") - before
+        return certificate
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(run, "write_result", watched)
         start = _restart_peak()
-        run.merge(parts, inputs.recipe, origin, inputs.tokenizer, inputs.device, StopSignal())
+        run.export(LiveModel.of(parts), inputs.recipe, origin, inputs.tokenizer, inputs.device, StopSignal())
     return found
 
 

@@ -22,7 +22,7 @@ from dist_qft.methods.qst.network import SideNetwork
 from dist_qft.methods.qst.plan import plan_side_network
 from dist_qft.methods.qst.pruning import start_from_base
 from dist_qft.sharding.replicated import ReplicatedEngine
-from dist_qft.tuned_model.loaded import open_model
+from dist_qft.tuned_model.loaded_model import open_base
 from tests.support.tiny_model import VOCABULARY, save_tiny_model, tiny_config, tiny_llama_config
 
 _SIZES = {
@@ -89,7 +89,7 @@ def side_network(base: BaseModel, **settings: object) -> SideNetwork:
 
 def not_pruned_from(path: Path) -> list[str]:
     """The matrices that are not every fourth row and column of a base that comes quantized. Needs a process group."""
-    base = open_model(path, torch.device("cpu"))
+    base = open_base(path, torch.device("cpu"))
     side = side_network(base)
     start_from_base(side, base, open_source(ModelConfig(path=str(path))))
     narrow = {f"model.{name}": parameter for name, parameter in side.decoder.named_parameters()}

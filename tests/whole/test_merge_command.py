@@ -67,15 +67,15 @@ def test_integer_zeros_are_refused_with_the_reason(shell, gguf_run, target):
 @pytest.mark.parametrize(
     "words, message",
     [
-        (("--to", "onnx"), "--to: got 'onnx', need one of gguf, quantized, dense, peft"),
-        (("--to", "gguf", "--requantize", "int8"), "--requantize: got 'int8', need nf4 or affine4"),
+        (("--to", "onnx"), "--to: got 'onnx', must be one of gguf, quantized, dense, peft"),
+        (("--to", "gguf", "--requantize", "int8"), "--requantize: got 'int8', must be one of nf4, affine4"),
         (
             ("--to", "dense", "--requantize", "nf4"),
             "--requantize: no effect with --to dense, whose result is not quantized",
         ),
         (("--to", "gguf", "-o", "merged"), "'merged': gguf is written to a file whose name ends in .gguf"),
         (("--to", "peft", "-o", "merged.gguf"), "'merged.gguf': peft is written to a folder"),
-        (("--to", "dense", "--dtype", "fp8"), "--dtype: got 'fp8', need one of float32, bfloat16, float16"),
+        (("--to", "dense", "--dtype", "fp8"), "--dtype: got 'fp8', must be one of float32, bfloat16, float16"),
         (
             ("--to", "gguf", "--requantize", "nf4"),
             "--to gguf: model.layers.0.self_attn.q_proj is {'name': 'nf4', 'block': 64, 'double_quant': False}, and "
@@ -94,11 +94,8 @@ def test_a_merge_that_cannot_be_exact_is_refused_with_what_would_be(shell, make_
     crossing = make_run(tiny_llama, method={"name": "qahira", "pool": 2, "repeat": 4, "rank": 4})
     code, _, err = shell("merge", crossing, "--to", "quantized")
     assert code == 2
-    assert err == (
-        "error: no exact merge: blocks of [8, 4] cross the tiles of model.layers.0.self_attn.q_proj: repeat 4 is not a "
-        "multiple of 8 (nearest legal: 8 or 16); pool 2 is not a multiple of 4 (nearest legal: 4 or 8) (and 20 more "
-        "layers); --to dense, or --requantize affine4 with --to quantized, merge with an error and print it\n"
-    )
+    assert "no exact merge: blocks of [8, 4] cross the tiles of model.layers.0.self_attn.q_proj" in err
+    assert "(and 20 more layers)" in err and "--requantize affine4" in err and "--to dense" in err
     code, _, err = shell("merge", make_run(tiny_llama, **NF4_RUN), "--to", "quantized")
     assert code == 2 and "is nf4, which has no zeros to take dW; quantization.linear: affine4 has" in err
     code, _, err = shell("merge", crossing, "--to", "gguf")

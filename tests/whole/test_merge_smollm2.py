@@ -13,9 +13,11 @@ from transformers import AutoModelForCausalLM
 
 import dist_qft
 from dist_qft.config.schema import RunConfig
+from dist_qft.merge.certificate import Certificate
+from dist_qft.merge.live_model import LiveModel
 from dist_qft.merge.probe import logits_of, probe_ids
 from dist_qft.merge.recipe import MergeRequest
-from dist_qft.merge.run import gather_inputs, merge
+from dist_qft.merge.run import export, gather_merge_inputs
 from dist_qft.ranks.preemption import StopSignal
 from dist_qft.storage.checkpoint import read_checkpoint
 from tests.support.merges import GGUF_RUN, assemble_random
@@ -23,18 +25,18 @@ from tests.support.tiny_model import tiny_config
 from tests.support.whole_runs import pool_world
 
 
-def merged_with_live_logits(config: RunConfig, path: Path) -> tuple[dict, torch.Tensor]:
+def merged_with_live_logits(config: RunConfig, path: Path) -> tuple[Certificate, torch.Tensor]:
     """On rank 0 the certificate; on all the logits of base and adapters before the merge."""
     parts, origin = assemble_random(config, size=0.05)
     request = MergeRequest("gguf", path)
-    inputs = gather_inputs(request, read_checkpoint(origin.checkpoint), pool_world())
+    inputs = gather_merge_inputs(request, read_checkpoint(origin.checkpoint), pool_world())
     live = logits_of(parts.base, probe_ids(inputs.tokenizer), inputs.device)
-    return merge(parts, inputs.recipe, origin, inputs.tokenizer, inputs.device, StopSignal()), live
+    return export(LiveModel.of(parts), inputs.recipe, origin, inputs.tokenizer, inputs.device, StopSignal()), live
 
 
 class Merged(NamedTuple):
     path: Path
-    certificate: dict
+    certificate: Certificate
     live: torch.Tensor  # logits of the probe
 
 
@@ -49,15 +51,15 @@ def merged(pools, smollm2, tmp_path_factory) -> Merged:
 
 def test_only_the_zeros_differ_from_the_base_and_no_logit_from_the_live_model(merged, smollm2):
     said = merged.certificate
-    assert 0.4 < said["weights"]["max_float16_steps"] <= 0.5
-    assert said["logits"]["maximum"] == 0 and said["logits"]["perplexity"] == said["logits"]["live_perplexity"]
+    assert 0.4 < said.weights.max_float16_steps <= 0.5
+    assert said.logits.maximum == 0 and said.logits.perplexity == said.logits.live_perplexity
     before, after = np.fromfile(smollm2, np.uint8), np.fromfile(merged.path, np.uint8)
     untouched = np.ones(before.size, dtype=bool)
     adapted = [tensor for tensor in gguf.GGUFReader(smollm2).tensors if tensor.tensor_type.name == "Q4_1"]
     for tensor in adapted:
         start = int(tensor.data_offset)
         untouched[start : start + tensor.n_bytes].reshape(-1, 20)[:, 2:4] = False
-    assert len(adapted) == said["adapter"]["layers"] == 210
+    assert len(adapted) == said.adapter.layers == 210
     assert np.array_equal(before[untouched], after[untouched])
     assert (before[~untouched] != after[~untouched]).mean() > 0.4
 
@@ -66,7 +68,7 @@ def test_transformers_reads_the_tuned_model(merged):
     folder, name = merged.path.parent, merged.path.name
     model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=name, dtype=torch.float32)
     with torch.no_grad():
-        logits = model.eval()(torch.tensor([merged.certificate["probe"]])).logits[0]
+        logits = model.eval()(torch.tensor([merged.certificate.probe])).logits[0]
     assert float((logits - merged.live).abs().max()) < 1e-5 * float(merged.live.abs().max())
 
 
@@ -90,7 +92,7 @@ def llama_cpp_error(path: Path, probe: list[int], logits: torch.Tensor, lengths:
 def test_llama_cpp_runs_the_tuned_model(merged, smollm2):
     """As near to it as llama.cpp, which quantizes activations, comes to the base itself; and far from the base."""
     pytest.importorskip("xllamacpp", reason="xllamacpp, llama.cpp's binding, is not installed")
-    probe, lengths = merged.certificate["probe"], (8, 24, 48)
+    probe, lengths = merged.certificate.probe, (8, 24, 48)
     base = dist_qft.load(smollm2).logits(torch.tensor([probe]))[0]
     of_base = llama_cpp_error(smollm2, probe, base, lengths)
     of_merged = llama_cpp_error(merged.path, probe, merged.live, lengths)

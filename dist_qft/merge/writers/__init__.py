@@ -1,1 +1,1 @@
-"""Results of a merge: one file per kind, and what they share (`folder`, `safetensors_folder`, `model_files`)."""
+"""Export targets: `gguf`, `quantized`, `dense` and `peft` are one file each; the other files are shared by them."""

@@ -1,35 +1,59 @@
-"""Weights as plain floats: the form of a Hugging Face folder."""
+"""`--to dense`: a Hugging Face folder whose weights are plain floats."""
 
 from collections.abc import Iterator, Mapping
 
+import torch
 from torch import Tensor
 
-from dist_qft.merge.collective import frozen_weights
+from dist_qft.base_model.skeleton import BaseModel
+from dist_qft.config.schema import QuantizationConfig, RunConfig
 from dist_qft.merge.difference import Difference
-from dist_qft.merge.merged_weight import merged_rows
-from dist_qft.merge.recipe import Recipe
+from dist_qft.merge.live_model import LiveModel
+from dist_qft.merge.merged_weight import live_rows, require_numbers, require_range
+from dist_qft.merge.recipe import DTYPES, MergeRequest, Recipe
+from dist_qft.merge.target import Writer
+from dist_qft.merge.writers.folder import FolderWriter, require_folder
+from dist_qft.merge.writers.merged_model import MergedModel
 from dist_qft.merge.writers.safetensors_folder import Entry
-from dist_qft.tuned_model.assemble import Assembled
+from dist_qft.methods.adapters.schedule import TileSettings
+
+
+class DenseTarget(MergedModel):
+    """dequantize + dW in one float dtype; any adapter merges into it."""
+
+    name = "dense"
+    default_name = "merged-dense"
+
+    def recipe(
+        self, request: MergeRequest, config: RunConfig, base: BaseModel, tiles: Mapping[str, TileSettings]
+    ) -> Recipe:
+        require_folder(request)
+        return Recipe(request, "dense", tiles, {}, QuantizationConfig(linear="dense", embedding="dense"))
+
+    def writer(self, live: LiveModel, recipe: Recipe, config: RunConfig) -> Writer:
+        return FolderWriter(DenseForm(live, DTYPES[recipe.request.dtype]), live, config.model)
 
 
 class DenseForm:
-    """dequantize + dW, rounded once to the folder's dtype, a few rows at a time."""
+    """The live model's weights, rounded once to the folder's dtype, a few rows at a time."""
 
     stem = "model"
 
-    def __init__(self, parts: Assembled, recipe: Recipe) -> None:
-        self.dtype, self.difference = recipe.dtype, Difference()
-        self._weights = frozen_weights(parts.base)
-        self._adapters = parts.trainables.by_path
+    def __init__(self, live: LiveModel, dtype: torch.dtype) -> None:
+        self.dtype, self.difference = dtype, Difference()
+        self._weights = live.weights()
+        self._adapters = live.adapters.by_path
 
     def entries(self, path: str) -> dict[str, Entry]:
         return {f"{path}.weight": (self._weights[path].weight_shape, self.dtype)}
 
     def tensors(self, path: str, packed: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
         weight, adapter = self._weights[path], self._adapters.get(path)
-        for exact in merged_rows(weight.format, packed, weight.weight_shape, adapter):
-            rows = exact.to(self.dtype)
-            self.difference.add(rows, exact)
+        for exact in live_rows(weight.format, packed, weight.weight_shape, adapter):
+            require_numbers(exact.live, path)
+            rows = exact.live.to(self.dtype)
+            require_range(rows, exact.live, path)
+            self.difference.add(rows, exact.live, None if adapter is None else exact.base)
             yield f"{path}.weight", rows
 
     def extra_files(self) -> dict[str, str]:

@@ -8,20 +8,27 @@ import torch
 from torch import Tensor
 
 from dist_qft.base_model.load import check_names
-from dist_qft.base_model.skeleton import BaseModel
 from dist_qft.base_model.weight_files import open_source
 from dist_qft.config.schema import ModelConfig
-from dist_qft.merge.collective import frozen_weights
+from dist_qft.errors import UserError
 from dist_qft.merge.difference import Difference
+from dist_qft.merge.live_model import LiveModel
+from dist_qft.merge.recipe import MergeRequest
 from dist_qft.merge.writers.model_files import write_model_files
 from dist_qft.merge.writers.safetensors_folder import Entry, SafetensorsFolder
 
 
 class WeightForm(Protocol):
-    """How frozen weights are stored in a folder: the seam between a quantized and a dense one."""
+    """How frozen weights are stored in a folder: the seam between a quantized and a dense one.
 
-    stem: str  # of the safetensors files
-    dtype: torch.dtype  # what config.json says
+    Attributes:
+        stem: of the safetensors files' names.
+        dtype: the float type that config.json names.
+        difference: what conversions have lost so far.
+    """
+
+    stem: str
+    dtype: torch.dtype
     difference: Difference
 
     def entries(self, path: str) -> dict[str, Entry]:
@@ -34,17 +41,18 @@ class WeightForm(Protocol):
         """Text files that belong to the form, by name."""
 
 
+def require_folder(request: MergeRequest) -> None:
+    """Refuse a path that looks like a file's, for a target that writes a folder."""
+    if request.path.suffix == ".gguf":
+        raise UserError(f"'{request.path}': {request.target} is written to a folder")
+
+
 class FolderWriter:
-    """Writes one folder; see `collective.Writer`."""
+    """Writes one folder; see `target.Writer`."""
 
-    def __init__(self, form: WeightForm, base: BaseModel, model: ModelConfig) -> None:
-        self.form, self.base, self.model = form, base, model
-        self._weights = frozen_weights(base)
-        self._files: SafetensorsFolder | None = None
-
-    @property
-    def difference(self) -> Difference:
-        return self.form.difference
+    def __init__(self, form: WeightForm, live: LiveModel, model: ModelConfig) -> None:
+        self._form, self._live, self._model = form, live, model
+        self._weights = live.weights()
 
     def notes(self) -> list[str]:
         return []
@@ -52,27 +60,36 @@ class FolderWriter:
     def wanted(self, path: str) -> tuple[str, ...]:
         return tuple(self._weights[path].packed())
 
-    def begin(self, temporary: Path) -> None:
+    def open(self, temporary: Path) -> "OpenFolder":
+        base = self._live.base
         temporary.mkdir()
-        write_model_files(temporary, self.model, self.base, self.form.dtype)
-        for name, text in self.form.extra_files().items():
+        write_model_files(temporary, self._model, base, self._form.dtype)
+        for name, text in self._form.extra_files().items():
             (temporary / name).write_text(text)
-        source = open_source(self.model)
-        stored = check_names(self.base, source)
-        others = {name: source.read(stored[name]) for name, _ in self.base.dense_parameters()}
-        entries = {name: entry for path in self._weights for name, entry in self.form.entries(path).items()}
+        source = open_source(self._model)
+        stored = check_names(base, source)
+        others = {name: source.read(stored[name]) for name, _ in base.dense_parameters()}
+        entries = {name: entry for path in self._weights for name, entry in self._form.entries(path).items()}
         entries |= {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in others.items()}
-        self._files = SafetensorsFolder(temporary, self.form.stem, entries)
+        files = SafetensorsFolder(temporary, self._form.stem, entries)
         for name, tensor in others.items():
-            self._files.write(name, tensor)
+            files.write(name, tensor)
+        return OpenFolder(self._form, files)
+
+
+class OpenFolder:
+    """A folder that takes its packed weights; see `target.OpenResult`."""
+
+    def __init__(self, form: WeightForm, files: SafetensorsFolder) -> None:
+        self._form, self._files = form, files
+        self.difference = form.difference
 
     def write(self, path: str, packed: Mapping[str, Tensor]) -> None:
-        for name, rows in self.form.tensors(path, packed):
+        for name, rows in self._form.tensors(path, packed):
             self._files.write(name, rows)
 
     def finish(self) -> None:
         self._files.finish()
 
     def close(self) -> None:
-        if self._files is not None:
-            self._files.close()
+        self._files.close()

@@ -1,4 +1,4 @@
-"""A GGUF file: the base's own file with the adapted layers changed, everything else copied byte for byte.
+"""`--to gguf`: the base's own GGUF file with the adapted layers changed, everything else copied byte for byte.
 
 Where an adapted layer is Q4_1 already, as many bytes change as there are float16 `m` fields: the file is copied and
 patched in place. Where one is F16 or another type, its size changes and the whole file is written anew by the gguf
@@ -7,37 +7,76 @@ library, metadata and untouched tensors as they are. Rows of the attention's q a
 """
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import gguf
 import numpy as np
-import torch
 from torch import Tensor
 
 from dist_qft.base_model.gguf_file import GGUF_TWINS, GgufSource
-from dist_qft.merge.collective import frozen_weights
+from dist_qft.base_model.skeleton import BaseModel
+from dist_qft.config.schema import RunConfig
+from dist_qft.errors import CorruptFileError, UserError
 from dist_qft.merge.difference import Difference
-from dist_qft.merge.merged_weight import merged_weight
-from dist_qft.merge.recipe import GGUF_FORMAT, Recipe
-from dist_qft.quant.affine4 import q4_1_from_affine4
-from dist_qft.tuned_model.assemble import Assembled
+from dist_qft.merge.live_model import LiveModel
+from dist_qft.merge.recipe import MergeRequest, Recipe, quantized_recipe
+from dist_qft.merge.target import OpenResult, Writer
+from dist_qft.merge.writers.merged_model import MergedModel
+from dist_qft.merge.writers.requantize import requantized
+from dist_qft.methods.adapters.schedule import TileSettings
+from dist_qft.quant.affine4 import Affine4, q4_1_from_affine4
 
+GGUF_FORMAT = Affine4((1, 32))  # bit for bit Q4_1
 _BLOCK_BYTES = 20  # of Q4_1: float16 d, float16 m, 32 codes
 _M = slice(2, 4)
 
 
-class GgufWriter:
-    """Writes one GGUF file; see `collective.Writer`. Adapted layers are affine4 [1, 32], held or quantized anew."""
+class GgufTarget(MergedModel):
+    """The file of a GGUF base; adapted layers are affine4 [1, 32], held so or quantized anew."""
 
-    def __init__(self, parts: Assembled, recipe: Recipe, source: Path) -> None:
-        self.recipe, self.difference = recipe, Difference()
+    name = "gguf"
+    default_name = "merged.gguf"
+    requantizes = True
+
+    def recipe(
+        self, request: MergeRequest, config: RunConfig, base: BaseModel, tiles: Mapping[str, TileSettings]
+    ) -> Recipe:
+        if request.path.suffix != ".gguf":
+            raise UserError(f"'{request.path}': gguf is written to a file whose name ends in .gguf")
+        if not config.model.path.endswith(".gguf"):
+            raise UserError(
+                f"--to gguf: the base '{config.model.path}' is not a GGUF file, so metadata and tokenizer would be "
+                "missing; merge --to dense and convert that with llama.cpp's convert_hf_to_gguf.py, or train on a "
+                "GGUF file"
+            )
+        recipe = quantized_recipe(request, config, base, tiles)
+        for path in tiles:
+            format = recipe.formats.get(path, base.linears[path].format)
+            if format != GGUF_FORMAT:
+                raise UserError(
+                    f"--to gguf: {path} is {format.describe()}, and GGUF's Q4_1 holds affine4 with block [1, 32] only; "
+                    "train with quantization.linear: affine4, block: [1, 32], or merge --to quantized"
+                )
+        return recipe
+
+    def writer(self, live: LiveModel, recipe: Recipe, config: RunConfig) -> Writer:
+        return GgufWriter(live, recipe, Path(config.model.path))
+
+    def converted(self, live: LiveModel) -> Iterable[str]:
+        return live.adapters.by_path
+
+
+class GgufWriter:
+    """Writes one GGUF file; see `target.Writer`."""
+
+    def __init__(self, live: LiveModel, recipe: Recipe, source: Path) -> None:
+        self.recipe = recipe
         self._path = source
         self._source = GgufSource(source)
-        self._weights = frozen_weights(parts.base)
-        self._adapters = parts.trainables.by_path
+        self._weights = live.weights()
+        self._adapters = live.adapters.by_path
         self._patches = all(self._is_q4_1(path) for path in recipe.tiles)
-        self._output: PatchedFile | RewrittenFile | None = None
 
     def notes(self) -> list[str]:
         others = [
@@ -53,47 +92,57 @@ class GgufWriter:
             return ()
         return ("zero",) if self._only_zeros_change(path) else tuple(self._weights[path].packed())
 
-    def begin(self, temporary: Path) -> None:
+    def open(self, temporary: Path) -> OpenResult:
         if self._patches:
-            self._output = PatchedFile(self._path, temporary)
-        else:
-            in_order = [self._stored_name(path) for path in self._weights if path in self.recipe.tiles]
-            self._output = RewrittenFile(self._path, temporary, in_order)
+            return OpenGguf(self, PatchedFile(self._path, temporary))
+        in_order = [self.stored_name(path) for path in self._weights if path in self.recipe.tiles]
+        return OpenGguf(self, RewrittenFile(self._path, temporary, in_order))
 
-    def write(self, path: str, packed: Mapping[str, Tensor]) -> None:
-        order = self._source.row_order(f"{path}.weight")
-        if self._only_zeros_change(path):
-            self._output.write_zeros(self._stored_name(path), _file_rows(packed["zero"], order))
-            return
-        weight = self._weights[path]
-        if path in self.recipe.formats:
-            adapter = self._adapters.get(path)
-            exact = merged_weight(weight.format, packed, weight.weight_shape, adapter, torch.float32)
-            packed = GGUF_FORMAT.quantize(exact, path)
-            self.difference.add(GGUF_FORMAT.dequantize(packed, weight.weight_shape, torch.float32), exact)
-        raw = q4_1_from_affine4(packed, weight.weight_shape)
-        self._output.write(self._stored_name(path), _file_rows(raw, order))
-
-    def finish(self) -> None:
-        self._output.close()
-
-    def close(self) -> None:
-        if self._output is not None:
-            self._output.close()
-
-    def _stored_name(self, path: str) -> str:
+    def stored_name(self, path: str) -> str:
         return self._source.stored_name(f"{path}.weight")
+
+    def row_order(self, path: str) -> np.ndarray | None:
+        return self._source.row_order(f"{path}.weight")
+
+    def packed(self, path: str, packed: Mapping[str, Tensor], difference: Difference) -> Tensor:
+        """The layer's Q4_1 blocks, from its own packed tensors or quantized anew."""
+        weight, new = self._weights[path], self.recipe.formats.get(path)
+        if new is not None:
+            packed = requantized(weight, path, packed, self._adapters.get(path), new, difference)
+        return q4_1_from_affine4(packed, weight.weight_shape)
 
     def _is_q4_1(self, path: str) -> bool:
         return self._source.kind(f"{path}.weight") == "Q4_1"
 
     def _only_zeros_change(self, path: str) -> bool:
-        return self._is_q4_1(path) and self._patches and self.recipe.folds(path)
+        return self._patches and self.recipe.folds(path)
 
     def _held_as_stored(self, path: str) -> bool:
-        """Whether the run computed with just what the file holds; a dense weight is held as it was read."""
+        """True if the run computed with just what the file holds; a dense weight is held as it was read."""
         format, kind = self._weights[path].format, self._source.kind(f"{path}.weight")
-        return format.name == "dense" or GGUF_TWINS.get(format, ("",))[0] == kind
+        return format.name == "dense" or any(
+            format == twin and kind == stored for twin, (stored, _) in GGUF_TWINS.items()
+        )
+
+
+class OpenGguf:
+    """A GGUF file that takes its adapted layers; see `target.OpenResult`."""
+
+    def __init__(self, writer: GgufWriter, file: "PatchedFile | RewrittenFile") -> None:
+        self._writer, self._file, self.difference = writer, file, Difference()
+
+    def write(self, path: str, packed: Mapping[str, Tensor]) -> None:
+        name, order = self._writer.stored_name(path), self._writer.row_order(path)
+        if isinstance(self._file, PatchedFile) and packed.keys() == {"zero"}:
+            self._file.write_zeros(name, _file_rows(packed["zero"], order))
+        else:
+            self._file.write(name, _file_rows(self._writer.packed(path, packed, self.difference), order))
+
+    def finish(self) -> None:
+        self._file.close()
+
+    def close(self) -> None:
+        self._file.close()
 
 
 class PatchedFile:
@@ -111,7 +160,7 @@ class PatchedFile:
         if raw.nbytes != size:
             raise ValueError(f"'{name}': {raw.nbytes} bytes for a tensor of {size}")
         self._file.seek(offset)
-        self._file.write(np.ascontiguousarray(raw))
+        self._file.write(np.ascontiguousarray(raw).data)
 
     def write_zeros(self, name: str, zeros: np.ndarray) -> None:
         """Replace the `m` fields of a Q4_1 tensor; `zeros` is float16, one per block."""
@@ -130,7 +179,10 @@ class RewrittenFile:
 
     def __init__(self, source: Path, target: Path, replaced: list[str]) -> None:
         reader = gguf.GGUFReader(source)
-        architecture = reader.get_field(gguf.Keys.General.ARCHITECTURE).contents()
+        field = reader.get_field(gguf.Keys.General.ARCHITECTURE)
+        if field is None:
+            raise CorruptFileError(f"{source}: a GGUF file without '{gguf.Keys.General.ARCHITECTURE}'")
+        architecture = field.contents()
         self._writer = gguf.GGUFWriter(target, architecture, endianess=reader.endianess)
         self._copy_metadata(reader)
         tensors = {tensor.name: tensor for tensor in reader.tensors}

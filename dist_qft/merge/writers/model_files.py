@@ -23,7 +23,7 @@ def write_model_files(folder: Path, model: ModelConfig, base: BaseModel, dtype: 
 def _generation_config(model: ModelConfig, base: BaseModel) -> GenerationConfig:
     if not model.path.endswith(".gguf"):
         try:
-            return GenerationConfig.from_pretrained(model.path, revision=model.revision)
+            return GenerationConfig.from_pretrained(model.path, revision=model.revision or "main")
         except OSError:
             pass  # many models have none
     return GenerationConfig.from_model_config(base.config)

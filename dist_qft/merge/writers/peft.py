@@ -1,8 +1,8 @@
-"""A stock PEFT LoRA folder: every tile adapter rewritten as the plain LoRA pair that has the same dW.
+"""`--to peft`: a stock PEFT LoRA folder, every tile adapter rewritten as the plain LoRA pair that has the same dW.
 
 Q-BaRA's and QA-LoRA's dW is a LoRA of rank lambda * r: A' repeats A's columns (divided by p for the mean), B' repeats
 B's rows. QA-HiRA's single matrix M is one of rank min(d_out / k, d_in / p): the side with fewer tiles keeps M, the
-other becomes a fixed matrix of ones that pools or repeats.
+other becomes a fixed matrix of ones that pools or repeats. Nothing is merged: the base stays as it is.
 """
 
 import json
@@ -12,10 +12,20 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor
 
-from dist_qft.errors import CorruptFileError
+from dist_qft.base_model.skeleton import BaseModel
+from dist_qft.config.schema import RunConfig
+from dist_qft.errors import CorruptFileError, UserError
 from dist_qft.merge.difference import Difference
+from dist_qft.merge.live_model import LiveModel
+from dist_qft.merge.merged_weight import require_numbers
+from dist_qft.merge.probe import logits_of
+from dist_qft.merge.recipe import Kind, MergeRequest, Recipe
+from dist_qft.merge.target import Converted, OpenResult, Probe, Target
+from dist_qft.merge.writers.folder import require_folder
 from dist_qft.merge.writers.safetensors_folder import SafetensorsFolder
 from dist_qft.methods.adapters.attach import AdapterSet
 from dist_qft.methods.adapters.exact_fold import tile_rows
@@ -25,6 +35,58 @@ from dist_qft.methods.adapters.tile_adapter import TileAdapter, lora_factors
 CONFIG_FILE = "adapter_config.json"
 _STEM = "adapter_model"
 _PREFIX = "base_model.model."
+
+
+class PeftTarget(Target):
+    """The adapters alone, as LoRA pairs for PEFT and for servers that read its folders."""
+
+    name = "peft"
+    default_name = "merged-peft"
+
+    def recipe(
+        self, request: MergeRequest, config: RunConfig, base: BaseModel, tiles: Mapping[str, TileSettings]
+    ) -> Recipe:
+        require_folder(request)
+        for path, settings in tiles.items():
+            require_low_rank(path, settings)
+        return Recipe(request, "lora", tiles, {}, config.quantization)
+
+    def convert(self, live: LiveModel, recipe: Recipe, config: RunConfig, probe: Probe) -> Converted:
+        lora = lora_twin(live.adapters)
+        logits = _logits_with(live, lora, probe)
+        return Converted(logits, lora_difference(live.adapters, lora), PeftWriter(lora, config.model.path))
+
+    def read_back(self, result: Path, kind: Kind, live: LiveModel, probe: Probe) -> tuple[Difference, Tensor]:
+        tiles = {path: adapter.settings for path, adapter in live.adapters.by_path.items()}
+        lora = read_lora(result, tiles).to(probe.device)
+        return lora_difference(live.adapters, lora), _logits_with(live, lora, probe)
+
+
+def _logits_with(live: LiveModel, lora: AdapterSet, probe: Probe) -> Tensor:
+    """Logits of the base with other adapters in place of its own. Collective."""
+    lora.attach(live.base.model)
+    with live.adapters.disabled():
+        logits = logits_of(live.base, probe.ids, probe.device)
+    lora.detach()
+    return logits
+
+
+def lora_rank(settings: TileSettings) -> int:
+    """Rank of the LoRA that equals this adapter."""
+    if settings.inner is not None:
+        return settings.inner
+    return min(settings.out_features // settings.repeat, settings.in_features // settings.pool)
+
+
+def require_low_rank(path: str, settings: TileSettings) -> None:
+    """Refuse an adapter whose LoRA pair would hold as many numbers as dW itself."""
+    rank, rows, columns = lora_rank(settings), settings.out_features, settings.in_features
+    if rank * (rows + columns) >= rows * columns:
+        raise UserError(
+            f"--to peft: dW of {path} has rank {rank}, a LoRA of that rank is no smaller than the {rows} x {columns} "
+            "matrix itself; merge --to dense or quantized, or train without this layer (method.targets, or a schedule "
+            "rule with skip)"
+        )
 
 
 @torch.no_grad()
@@ -43,9 +105,17 @@ def equal_lora(adapter: TileAdapter) -> TileAdapter:
     # alpha / rank is what PEFT multiplies by: our own scale has the nominal rank below.
     changes = {"pool": 1, "repeat": 1, "rank": rank, "inner": rank, "alpha": old.scale * rank, "dropout": 0.0}
     twin = TileAdapter(old.model_copy(update=changes)).to(left.device)
-    twin.A.copy_(left)
-    twin.B.copy_(right)
+    first, second = factors(twin)
+    first.copy_(left)
+    second.copy_(right)
     return twin
+
+
+def factors(lora: TileAdapter) -> tuple[Tensor, Tensor]:
+    """A and B of an adapter that has both."""
+    if lora.B is None:
+        raise TypeError("a single-matrix adapter has no B")
+    return lora.A, lora.B
 
 
 def lora_twin(adapters: AdapterSet) -> AdapterSet:
@@ -59,18 +129,17 @@ def lora_difference(adapters: AdapterSet, lora: AdapterSet) -> Difference:
     difference = Difference()
     for path, adapter in adapters.by_path.items():
         old, new = adapter.settings, lora.by_path[path]
-        product = new.B.double()[:: old.repeat] @ new.A.double()[:, :: old.pool]
+        left, right = factors(new)
+        product = right.double()[:: old.repeat] @ left.double()[:, :: old.pool]
         difference.add(product * new.settings.scale, tile_rows(adapter, 0, old.out_features // old.repeat))
     return difference
 
 
 class PeftWriter:
-    """Writes one folder from plain LoRAs; see `collective.Writer`. It needs nothing of the base."""
+    """Writes one folder from plain LoRAs; see `target.Writer`. It needs nothing of the base."""
 
     def __init__(self, lora: AdapterSet, base_name: str) -> None:
-        self.difference = Difference()  # known before anything is written: see `lora_twin`
         self._adapters, self._base_name = lora.by_path, base_name
-        self._files: SafetensorsFolder | None = None
 
     def notes(self) -> list[str]:
         return []
@@ -78,7 +147,7 @@ class PeftWriter:
     def wanted(self, path: str) -> tuple[str, ...]:
         return ()
 
-    def begin(self, temporary: Path) -> None:
+    def open(self, temporary: Path) -> OpenResult:
         temporary.mkdir()
         config = peft_config({path: lora.settings for path, lora in self._adapters.items()}, self._base_name)
         (temporary / CONFIG_FILE).write_text(json.dumps(config, indent=1) + "\n")
@@ -87,20 +156,30 @@ class PeftWriter:
             for path, lora in self._adapters.items()
             for name, parameter in lora.named_parameters()
         }
-        entries = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()}
-        self._files = SafetensorsFolder(temporary, _STEM, entries, shard_bytes=sys.maxsize)  # PEFT reads one file
         for name, tensor in tensors.items():
-            self._files.write(name, tensor)
+            require_numbers(tensor, name)
+        return OpenPeft(temporary, tensors)
+
+
+class OpenPeft:
+    """A folder whose tensors are all known when it is opened; see `target.OpenResult`."""
+
+    def __init__(self, folder: Path, tensors: Mapping[str, Tensor]) -> None:
+        self.difference = Difference()  # `Converted` has all of it
+        self._tensors = tensors
+        entries = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()}
+        self._files = SafetensorsFolder(folder, _STEM, entries, shard_bytes=sys.maxsize)  # PEFT reads one file
 
     def write(self, path: str, packed: Mapping[str, Tensor]) -> None:
         raise AssertionError("nothing was wanted")
 
     def finish(self) -> None:
+        for name, tensor in self._tensors.items():
+            self._files.write(name, tensor)
         self._files.finish()
 
     def close(self) -> None:
-        if self._files is not None:
-            self._files.close()
+        self._files.close()
 
 
 def peft_config(settings: Mapping[str, TileSettings], base_name: str) -> dict:
@@ -128,8 +207,6 @@ def peft_config(settings: Mapping[str, TileSettings], base_name: str) -> dict:
 
 def read_lora(folder: Path, tiles: Mapping[str, TileSettings]) -> AdapterSet:
     """The adapters of such a folder, for a check of what was written; `tiles` gives the layers' sizes."""
-    from safetensors.torch import load_file
-
     try:
         config = json.loads((folder / CONFIG_FILE).read_bytes())
         tensors = load_file(folder / f"{_STEM}.safetensors")
@@ -142,7 +219,7 @@ def read_lora(folder: Path, tiles: Mapping[str, TileSettings]) -> AdapterSet:
         lora = AdapterSet(twins)
         own = {f"{_PREFIX}{path}.lora_{n}.weight": f"{path}.{n}" for path in twins for n in ("A", "B")}
         lora.load_tensors({own[name]: tensor for name, tensor in tensors.items()})
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         raise CorruptFileError(f"{folder}: not a LoRA folder of this merge: {error}") from error
     return lora.eval()
 

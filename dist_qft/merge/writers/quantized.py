@@ -1,19 +1,40 @@
-"""Weights as they are packed: the form of our own folder (see `base_model.quantized_folder`)."""
+"""`--to quantized`: weights as they are packed, in our own folder (see `base_model.quantized_folder`)."""
 
 import json
 from collections.abc import Iterator, Mapping
 
-import torch
 from torch import Tensor
 
 from dist_qft.base_model.quantized_folder import QUANTIZATION_FILE, WEIGHTS_NAME, manifest_of
-from dist_qft.merge.collective import frozen_weights
+from dist_qft.base_model.skeleton import BaseModel
+from dist_qft.config.schema import RunConfig
 from dist_qft.merge.difference import Difference
-from dist_qft.merge.merged_weight import merged_weight
-from dist_qft.merge.recipe import Recipe
+from dist_qft.merge.live_model import LiveModel
+from dist_qft.merge.recipe import MergeRequest, Recipe, quantized_recipe
+from dist_qft.merge.target import Writer
+from dist_qft.merge.writers.folder import FolderWriter, require_folder
+from dist_qft.merge.writers.merged_model import MergedModel
+from dist_qft.merge.writers.requantize import requantized
 from dist_qft.merge.writers.safetensors_folder import Entry
+from dist_qft.methods.adapters.schedule import TileSettings
 from dist_qft.quant.contract import Format
-from dist_qft.tuned_model.assemble import Assembled
+
+
+class QuantizedTarget(MergedModel):
+    """The base's own formats where dW folds exactly, or new ones with `--requantize`."""
+
+    name = "quantized"
+    default_name = "merged-quantized"
+    requantizes = True
+
+    def recipe(
+        self, request: MergeRequest, config: RunConfig, base: BaseModel, tiles: Mapping[str, TileSettings]
+    ) -> Recipe:
+        require_folder(request)
+        return quantized_recipe(request, config, base, tiles)
+
+    def writer(self, live: LiveModel, recipe: Recipe, config: RunConfig) -> Writer:
+        return FolderWriter(PackedForm(live, recipe), live, config.model)
 
 
 class PackedForm:
@@ -21,18 +42,20 @@ class PackedForm:
 
     stem = WEIGHTS_NAME
 
-    def __init__(self, parts: Assembled, recipe: Recipe) -> None:
-        self.recipe, self.dtype, self.difference = recipe, parts.base.dtype, Difference()
-        self._weights = frozen_weights(parts.base)
-        self._adapters = parts.trainables.by_path
+    def __init__(self, live: LiveModel, recipe: Recipe) -> None:
+        self.recipe, self.dtype, self.difference = recipe, live.base.dtype, Difference()
+        self._weights = live.weights()
+        self._adapters = live.adapters.by_path
 
     def entries(self, path: str) -> dict[str, Entry]:
         shapes = self._format(path).packed_shapes(self._weights[path].weight_shape)
         return {f"{path}.{name}": (shape, dtype or self.dtype) for name, (shape, dtype) in shapes.items()}
 
     def tensors(self, path: str, packed: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
-        if path in self.recipe.formats:
-            packed = self._requantized(path, packed)
+        new = self.recipe.formats.get(path)
+        if new is not None:
+            weight = self._weights[path]
+            packed = requantized(weight, path, packed, self._adapters.get(path), new, self.difference)
         for name, tensor in packed.items():
             yield f"{path}.{name}", tensor
 
@@ -46,10 +69,3 @@ class PackedForm:
 
     def _format(self, path: str) -> Format:
         return self.recipe.formats.get(path, self._weights[path].format)
-
-    def _requantized(self, path: str, packed: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        weight, new = self._weights[path], self.recipe.formats[path]
-        exact = merged_weight(weight.format, packed, weight.weight_shape, self._adapters.get(path), torch.float32)
-        written = new.quantize(exact, path)
-        self.difference.add(new.dequantize(written, weight.weight_shape, torch.float32), exact)
-        return written

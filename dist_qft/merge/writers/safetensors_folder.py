@@ -79,7 +79,7 @@ class SafetensorsFolder:
         if place + data.nbytes > end:
             raise ValueError(f"'{name}' is longer than it was declared to be")
         file.seek(place)
-        file.write(data)
+        file.write(data.data)
         self._places[name] = (file, place + data.nbytes, end)
 
     def finish(self) -> None:

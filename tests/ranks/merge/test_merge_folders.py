@@ -99,8 +99,8 @@ def test_requantized_folder_holds_every_linear_in_the_new_format(pools, make_run
     merged = dist_qft.load(path)
     assert {layer.format.name for layer in merged.base.linears.values()} == {requantize}
     difference = float((merged.logits(IDS) - dist_qft.load(run).logits(IDS)).abs().max())
-    assert not certificate["lossless"] and certificate["weights"]["mean_difference"] > 1e-3
-    assert difference == pytest.approx(certificate["logits"]["maximum"], rel=1)
+    assert not certificate.lossless and certificate.weights.mean_difference > 1e-3
+    assert difference == pytest.approx(certificate.logits.maximum, rel=1)
 
 
 @pytest.mark.parametrize("method", ["qlora", "qbara", "qalora", "qahira"])
@@ -114,7 +114,7 @@ def test_dense_folder_loads_in_hugging_face_with_the_tuned_logits(pools, make_ru
     run = make_run(tiny_llama, **sections)
     certificate = pools[2].run(merge_run, source=run, target="dense", path=tmp_path / "dense")[0]
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "dense")
-    assert model.dtype == torch.float32 and certificate["lossless"]
+    assert model.dtype == torch.float32 and certificate.lossless
     with torch.no_grad():
         logits = model.eval()(IDS).logits
     torch.testing.assert_close(logits, dist_qft.load(run).logits(IDS), rtol=1e-4, atol=1e-5)
@@ -128,13 +128,13 @@ def test_dense_folder_loads_in_hugging_face_with_the_tuned_logits(pools, make_ru
 def test_dense_folder_of_a_gguf_base(pools, gguf_run, tmp_path):
     certificate = pools[1].run(merge_run, source=gguf_run, target="dense", path=tmp_path / "d", dtype="bfloat16")[0]
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "d")
-    assert model.dtype == torch.bfloat16 and not certificate["lossless"]
+    assert model.dtype == torch.bfloat16 and not certificate.lossless
     live = dist_qft.load(gguf_run).logits(IDS)
     with torch.no_grad():
         logits = model.float().eval()(IDS).logits
     difference = float((logits - live).abs().max())
-    assert difference == pytest.approx(certificate["logits"]["maximum"], rel=0.5)
-    assert GGUF_RUN["method"]["name"] == certificate["adapter"]["method"]
+    assert difference == pytest.approx(certificate.logits.maximum, rel=0.5)
+    assert GGUF_RUN["method"]["name"] == certificate.adapter.method
 
 
 def test_tensors_written_in_any_order_and_in_rows_are_read_back(tmp_path):

@@ -68,7 +68,7 @@ def test_zeros_are_the_old_ones_plus_dW(merged, tiny_gguf, gguf_run):
         assert (distance <= 0.5 * np.spacing(np.abs(new)).astype(np.float64)).all()
         assert (new != old).mean() > 0.9
         largest = max(largest, distance.max())
-    assert 0 < largest <= certificate["weights"]["max_difference"]
+    assert 0 < largest <= certificate.weights.max_difference
 
 
 def test_independent_loader_gives_the_logits_of_the_tuned_model(merged, gguf_run, tiny_gguf):
@@ -89,7 +89,7 @@ def test_independent_loader_gives_the_logits_of_the_tuned_model(merged, gguf_run
             layer._packed_dtypes["zero"] = torch.float32
         explained.append(float((other.logits(IDS) - independent).abs().max()))
     assert 0 < difference <= 1.5 * max(explained)
-    assert certificate["lossless"] and certificate["weights"]["max_float16_steps"] <= 0.5
+    assert certificate.lossless and certificate.weights.max_float16_steps <= 0.5
     assert float((hugging_face_logits(tiny_gguf) - live).abs().max()) > 30 * difference, "the adapters change nothing"
 
 
@@ -99,7 +99,7 @@ def test_qalora_merges_as_exactly(pools, make_run, tiny_gguf, tmp_path):
     path = tmp_path / "merged.gguf"
     certificate = pools[2].run(merge_run, source=run, target="gguf", path=path)[0]
     live = dist_qft.load(run).logits(IDS)
-    assert certificate["weights"]["max_float16_steps"] <= 0.5
+    assert certificate.weights.max_float16_steps <= 0.5
     assert (hugging_face_logits(path) - live).abs().max() < 0.01 * live.abs().max()
 
 
@@ -120,7 +120,7 @@ def test_a_dense_file_comes_back_with_adapted_layers_as_q4_1(pools, make_run, tm
     assert {key for key in old | new if old.get(key) != new.get(key)} <= {"general.file_type"}
     assert new["general.file_type"] == gguf.LlamaFileType.MOSTLY_Q4_1
     live = dist_qft.load(run).logits(IDS)
-    assert certificate["lossless"], certificate["summary"]
+    assert certificate.lossless, certificate.summary
     assert (hugging_face_logits(path) - live).abs().max() < 0.01 * live.abs().max()
 
 
@@ -128,8 +128,8 @@ def test_an_untouched_tensor_that_the_run_held_otherwise_is_told(pools, make_run
     source = save_tiny_gguf(tmp_path / "tiny.gguf", tables="F16")
     run = make_run(source, **GGUF_RUN)  # embedding and head held as q8_0
     certificate = pools[1].run(merge_run, source=run, target="gguf", path=tmp_path / "merged.gguf")[0]
-    assert not certificate["lossless"]
-    assert certificate["notes"] == ["the file keeps its own model.embed_tokens (F16, held as q8_0) and 1 more"]
+    assert not certificate.lossless
+    assert certificate.notes == ["the file keeps its own model.embed_tokens (F16, held as q8_0) and 1 more"]
     assert tensors_of(source)["token_embd.weight"][0] == tensors_of(tmp_path / "merged.gguf")["token_embd.weight"][0]
 
 
@@ -138,9 +138,9 @@ def test_lora_can_be_quantized_into_a_gguf_file_with_its_error_printed(pools, ma
     run = make_run(tiny_gguf, size=0.2, **{**GGUF_RUN, "method": method})
     path = tmp_path / "merged.gguf"
     certificate = pools[1].run(merge_run, source=run, target="gguf", path=path, requantize="affine4")[0]
-    assert certificate["kind"] == "requantized" and not certificate["lossless"]
+    assert certificate.kind == "requantized" and not certificate.lossless
     live = dist_qft.load(run).logits(IDS)
     difference = float((hugging_face_logits(path) - live).abs().max())
     assert difference > 100 * float((hugging_face_logits(path) - dist_qft.load(path).logits(IDS)).abs().max())
-    assert difference == pytest.approx(certificate["logits"]["maximum"], rel=1)
+    assert difference == pytest.approx(certificate.logits.maximum, rel=1)
     assert metadata_of(path) == metadata_of(tiny_gguf)

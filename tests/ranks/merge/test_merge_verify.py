@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 
 import dist_qft
 from dist_qft.errors import CorruptFileError, UserError
-from dist_qft.merge.certificate import certificate_path
+from dist_qft.merge.certificate_file import certificate_path
 from dist_qft.merge.verify import run_verify
 from dist_qft.storage.checkpoint import ADAPTER_MODEL, list_checkpoints
 from tests.support.merges import GGUF_RUN, digests, merge_run
@@ -33,7 +34,7 @@ def test_certificate_names_what_went_in_and_came_out(pools, gguf_run, tmp_path):
     path = tmp_path / "merged.gguf"
     returned = pools[2].run(merge_run, source=gguf_run, target="gguf", path=path)[0]
     said = json.loads((tmp_path / "merged.gguf.certificate.json").read_text())
-    assert said == returned
+    assert said == asdict(returned)
     live = dist_qft.load(gguf_run)
     checkpoint = list_checkpoints(gguf_run)[-1]
     assert said["base"]["fingerprint"] == live.base.fingerprint
@@ -58,9 +59,9 @@ def test_every_kind_of_result_is_verified(pools, make_run, gguf_run, tiny_llama,
     run_verify(path)
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == f"{path}: files, base and adapter are those of the certificate"
-    largest = f"{certificate['weights']['max_difference']:.3e}"
+    largest = f"{certificate.weights.max_difference:.3e}"
     assert lines[1] == f"weights  max difference {largest} (certificate: {largest})"
-    assert lines[-1] == f"verified: {certificate['summary']}"
+    assert lines[-1] == f"verified: {certificate.summary}"
 
 
 def test_run_and_result_can_move_together(merged, tmp_path, capsys):

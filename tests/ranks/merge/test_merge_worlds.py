@@ -1,10 +1,11 @@
 """What a merge writes depends neither on the number of ranks nor on the engine; and ranks stop together."""
 
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 
-from dist_qft.merge.certificate import certificate_path
+from dist_qft.merge.certificate_file import certificate_path
 from tests.support.merges import GGUF_RUN, digests, merge_run
 
 # Blocks so tall that on four ranks some hold no zeros of the key and value layers (32 outputs).
@@ -47,8 +48,8 @@ def test_every_world_and_engine_writes_the_same_bytes(pools, make_run, tiny_llam
     assert all(other == found["fsdp", 1] for other in found.values()), f"{case}: results differ"
     first = certificates["fsdp", 1]
     for other in certificates.values():
-        assert other["weights"] == pytest.approx(first["weights"], rel=1e-9)
-        assert other["logits"]["maximum"] == pytest.approx(first["logits"]["maximum"], rel=1e-2)
+        assert asdict(other.weights) == pytest.approx(asdict(first.weights), rel=1e-9)
+        assert other.logits.maximum == pytest.approx(first.logits.maximum, rel=1e-2)
 
 
 def test_layers_left_gathered_are_merged_all_the_same(pools, make_run, tiny_gguf, gguf_run, tmp_path):
@@ -58,7 +59,7 @@ def test_layers_left_gathered_are_merged_all_the_same(pools, make_run, tiny_gguf
     certificate = pools[2].run(merge_run, source=run, target="gguf", path=kept)[0]
     pools[2].run(merge_run, source=gguf_run, target="gguf", path=freed)
     assert kept.read_bytes() == freed.read_bytes()
-    assert certificate["logits"]["maximum"] < 0.05
+    assert certificate.logits.maximum < 0.05
 
 
 @pytest.mark.parametrize("rank", [0, 1])

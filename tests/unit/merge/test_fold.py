@@ -9,7 +9,7 @@ import torch
 
 from dist_qft.errors import UserError
 from dist_qft.merge.difference import Difference
-from dist_qft.merge.merged_weight import merged_weight, require_finite, update_rows
+from dist_qft.merge.merged_weight import live_weight, require_range, update_rows
 from dist_qft.merge.probe import as_written
 from dist_qft.methods.adapters.exact_fold import folded, folding_obstacle, tile_rows
 from dist_qft.methods.adapters.schedule import TileSettings
@@ -109,9 +109,9 @@ def test_merged_weights_are_dequantized_weights_plus_dW(format):
     adapter = random_adapter(2, 2)
     packed = format.quantize(random_weight())
     dequantized = format.dequantize(packed, (OUT, IN), torch.float32).double()
-    merged = merged_weight(format, packed, (OUT, IN), adapter, torch.float64)
+    merged = live_weight(format, packed, (OUT, IN), adapter, torch.float64)
     torch.testing.assert_close(merged, dequantized + exact_dW(adapter), rtol=1e-13, atol=1e-15)
-    assert torch.equal(merged_weight(format, packed, (OUT, IN), None, torch.float64), dequantized)
+    assert torch.equal(live_weight(format, packed, (OUT, IN), None, torch.float64), dequantized)
 
 
 @pytest.mark.parametrize(
@@ -139,8 +139,8 @@ def test_zeros_beyond_float16_are_refused():
     adapter = random_adapter(32, 1)
     adapter.B.data.fill_(1e8)
     zero = torch.zeros(OUT * 4, dtype=torch.float16)
-    with pytest.raises(UserError, match=r"^q: zero \+ dW leaves the range of torch.float16; merge --to dense"):
-        require_finite(folded(zero, 0, 4, (1, 32), adapter)[0], "q")
+    with pytest.raises(UserError, match=r"^q: merged values up to \S+ leave the range of float16; "):
+        require_range(*folded(zero, 0, 4, (1, 32), adapter), "q")
 
 
 @pytest.mark.parametrize("adapted", [True, False])
@@ -153,14 +153,14 @@ def test_a_layer_larger_than_a_piece_computes_with_the_weight_that_would_be_writ
     for name, tensor in packed.items():
         layer.register_parameter(name, torch.nn.Parameter(tensor, requires_grad=False))
     adapter = random_adapter(pool=4, repeat=8) if adapted else None
-    expected = merged_weight(format, packed, (OUT, IN), adapter, dtype or torch.float32).float()
+    expected = live_weight(format, packed, (OUT, IN), adapter, dtype or torch.float32).float()
     if new is not None:
         expected = new.dequantize(new.quantize(expected), (OUT, IN), torch.float32)
     x = torch.randn(3, IN, generator=torch.Generator().manual_seed(5))
     for module in (contract, frozen):
         monkeypatch.setattr(module, "CPU_CHUNK", 100 * IN)
     assert layer.in_pieces
-    base = SimpleNamespace(linears={"layer": layer}, tables=dict)
-    parts = SimpleNamespace(base=base, adapters=SimpleNamespace(by_path={"layer": adapter} if adapted else {}))
+    adapters = SimpleNamespace(by_path={"layer": adapter} if adapted else {})
+    parts = SimpleNamespace(weights=lambda: {"layer": layer}, adapters=adapters)
     with as_written(parts, {"layer": new} if new else {}, dtype):
         torch.testing.assert_close(layer(x), x @ expected.T, rtol=1e-5, atol=1e-5)

@@ -14,9 +14,8 @@ import torch
 import torch.distributed as dist
 
 from dist_qft.errors import SetupError, UserError
-from dist_qft.ranks.connection import connect
 from dist_qft.ranks.device import device_for
-from dist_qft.ranks.world import World
+from dist_qft.ranks.world import World, connect
 
 
 def variables(text: str) -> dict[str, str]:
@@ -256,8 +255,7 @@ def test_no_meeting_is_one_line_and_exit_code_3(rank: int) -> None:
 RANK_PROGRAM = """
 import torch, torch.distributed as dist
 from dist_qft.ranks.device import device_for
-from dist_qft.ranks.connection import connect
-from dist_qft.ranks.world import World
+from dist_qft.ranks.world import World, connect
 world = World.from_environment()
 with connect(world, device_for(world, "cpu"), timeout_seconds=60):
     total = torch.tensor([10.0 ** world.rank])

@@ -16,8 +16,8 @@ from dist_qft.ranks.device import compute_dtype
 from dist_qft.sharding.engine import parameter_owners
 from dist_qft.storage.checkpoint import list_checkpoints
 from dist_qft.tuned_model.assemble import assemble
+from dist_qft.tuned_model.checkpointed import config_of, find_checkpoint, open_checkpointed
 from dist_qft.tuned_model.held_out import held_out_loss
-from dist_qft.tuned_model.trained import config_of, find_checkpoint, open_trained
 from tests.support.qst_models import qst_config
 from tests.support.rank_pool import RankPool
 from tests.support.tiny_model import tiny_config
@@ -102,7 +102,7 @@ def losses_of(path: Path) -> tuple[float, float]:
     """Held-out loss of base and tuned model, as `eval` computes them."""
     checkpoint = find_checkpoint(path)
     config = config_of(checkpoint)
-    parts, tokenizer = open_trained(checkpoint, config, torch.device("cpu"))
+    parts, tokenizer = open_checkpointed(checkpoint, config, torch.device("cpu"))
     from dist_qft.data.prepare import prepare
 
     data = prepare(config.data, tokenizer, parts.base.vocab_size, Path(config.data.cache_dir))

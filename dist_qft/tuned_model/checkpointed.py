@@ -1,4 +1,4 @@
-"""Opening what a run has written: its checkpoint, its config, its base with the adapters on."""
+"""A run's checkpoints: finding one, its config, and its base with the trainables on it."""
 
 from pathlib import Path
 
@@ -9,12 +9,12 @@ from transformers import PreTrainedTokenizerBase
 from dist_qft.base_model.skeleton import BaseModel, build_skeleton
 from dist_qft.base_model.tokenizer import load_tokenizer
 from dist_qft.config.schema import RunConfig
-from dist_qft.errors import CorruptFileError, UserError
+from dist_qft.errors import CorruptFileError, NumericError, UserError
 from dist_qft.methods.plans import stored_plan
 from dist_qft.methods.trainable import Plan
 from dist_qft.ranks.collectives import everywhere
 from dist_qft.ranks.device import compute_dtype
-from dist_qft.storage.checkpoint import TRAINER_STATE, Checkpoint, newest_valid, read_checkpoint
+from dist_qft.storage.checkpoint import ADAPTER_MODEL, TRAINER_STATE, Checkpoint, newest_valid, read_checkpoint
 from dist_qft.tuned_model.assemble import Assembled, assemble
 
 
@@ -40,14 +40,6 @@ def find_checkpoint(path: str | Path) -> Checkpoint:
     return read_checkpoint(newest)
 
 
-def run_folder(path: str | Path) -> Path:
-    """The run's folder, given that folder or one of its checkpoints; where its results and caches go."""
-    folder = Path(path)
-    if not (folder / TRAINER_STATE).is_file():
-        return folder
-    return folder.parent if folder.name not in ("", "..") else folder.resolve().parent
-
-
 def config_of(checkpoint: Checkpoint) -> RunConfig:
     """The config the checkpoint was trained with."""
     try:
@@ -56,10 +48,16 @@ def config_of(checkpoint: Checkpoint) -> RunConfig:
         raise CorruptFileError(f"{checkpoint.path / TRAINER_STATE}: not a config of this version: {error}") from error
 
 
-def open_trained(
+def open_checkpointed(
     checkpoint: Checkpoint, config: RunConfig, device: torch.device
 ) -> tuple[Assembled, PreTrainedTokenizerBase]:
-    """Load the base and put the checkpoint's trainables on it, ready for use. Collective."""
+    """Load the base and put the checkpoint's trainables on it, ready for use. Collective.
+
+    Raises:
+        UserError: the checkpoint belongs to another base.
+        NumericError: its trainables are not finite.
+    """
+    require_finite_trainables(checkpoint)
     tokenizer = load_tokenizer(config.model)
     skeleton = build_skeleton(config.model, config.quantization, compute_dtype(config.train.precision, device))
     parts = assemble(config, skeleton, stored_plan(checkpoint, skeleton), device)
@@ -67,6 +65,15 @@ def open_trained(
     parts.load_tensors(checkpoint.trainables)
     parts.trainables.eval()
     return parts, tokenizer
+
+
+def require_finite_trainables(checkpoint: Checkpoint) -> None:
+    """Refuse a checkpoint that holds NaN or infinite values, naming the tensor. NumericError, alike on all ranks."""
+    for name, tensor in checkpoint.trainables.items():
+        if not torch.isfinite(tensor).all():
+            raise NumericError(
+                f"{checkpoint.path / ADAPTER_MODEL}: '{name}' holds values that are not finite; the run has diverged"
+            )
 
 
 def adapter_config(config: RunConfig, base: BaseModel, plan: Plan) -> dict:

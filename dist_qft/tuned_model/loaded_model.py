@@ -1,4 +1,4 @@
-"""`dist_qft.load`: a model ready to answer, from a run, a checkpoint, or anything a merge has written."""
+"""`dist_qft.load`: a model ready to answer, from a run, a checkpoint, or a model file or folder."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -17,31 +17,36 @@ from dist_qft.base_model.weight_files import open_source, stored_quantization
 from dist_qft.config.schema import ModelConfig, ShardingConfig
 from dist_qft.errors import UserError
 from dist_qft.methods.adapters.attach import AdapterSet
-from dist_qft.ranks.connection import connect
+from dist_qft.methods.trainable import TrainableSet
 from dist_qft.ranks.device import compute_dtype
-from dist_qft.ranks.world import World
+from dist_qft.ranks.world import World, connect
 from dist_qft.sharding.engines import make_engine
 from dist_qft.storage.checkpoint import TRAINER_STATE, Checkpoint, list_checkpoints
 from dist_qft.tuned_model.answer import answer
-from dist_qft.tuned_model.assemble import materialize
-from dist_qft.tuned_model.trained import config_of, find_checkpoint, open_trained
+from dist_qft.tuned_model.assemble import Assembled, materialize
+from dist_qft.tuned_model.checkpointed import config_of, find_checkpoint, open_checkpointed
 
 _TIMEOUT_SECONDS = 600
 
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A model held whole by this process, with its tokenizer; `adapters` is None for a merged one."""
+    """A model held whole by this process, with its tokenizer; `trainables` is None for a merged one."""
 
     base: BaseModel
     tokenizer: PreTrainedTokenizerBase
-    adapters: AdapterSet | None
+    trainables: TrainableSet | None
     device: torch.device
+
+    @property
+    def adapters(self) -> AdapterSet | None:
+        """The trainables if they are tile adapters, else None."""
+        return self.trainables if isinstance(self.trainables, AdapterSet) else None
 
     @overload
     def generate(self, prompts: str, max_new_tokens: int = 64) -> str: ...
     @overload
-    def generate(self, prompts: Sequence[str], max_new_tokens: int = 64) -> list[str]: ...
+    def generate(self, prompts: list[str], max_new_tokens: int = 64) -> list[str]: ...
     def generate(self, prompts: str | Sequence[str], max_new_tokens: int = 64) -> str | list[str]:
         """Greedy answers, one by one; each prompt is a user's turn if the tokenizer has a chat template."""
         if isinstance(prompts, str):
@@ -54,7 +59,7 @@ class LoadedModel:
         return self.base.model(input_ids=input_ids.to(self.device)).logits.float()
 
 
-def load_model(path: str | Path, device: str | torch.device = "cpu") -> LoadedModel:
+def load(path: str | Path, device: str | torch.device = "cpu") -> LoadedModel:
     """Load a run's folder (its newest checkpoint), a checkpoint, a GGUF file, or a quantized or dense folder.
 
     Weights stay in the formats of their files. In a process group every rank must call this, and each holds the whole.
@@ -67,38 +72,45 @@ def load_model(path: str | Path, device: str | torch.device = "cpu") -> LoadedMo
     if not path.exists():
         raise UserError(f"no file or folder '{path}'")
     with _process_group(device):
-        if is_model(path):
-            return LoadedModel(open_model(path, device), load_tokenizer(ModelConfig(path=str(path))), None, device)
-        return open_tuned(find_checkpoint(path), device)
+        if holds_model(path):
+            return LoadedModel(open_base(path, device), load_tokenizer(ModelConfig(path=str(path))), None, device)
+        parts, tokenizer = whole_on_this_rank(find_checkpoint(path), device)
+        return LoadedModel(parts.base, tokenizer, parts.trainables, device)
 
 
-def is_model(path: Path) -> bool:
-    """Whether a path holds a model and not a run or checkpoint."""
+def holds_model(path: Path) -> bool:
+    """True if a path holds a model, False if it may hold a run or a checkpoint."""
     if path.suffix == ".gguf":
         return True
     return (path / "config.json").is_file() and not (path / TRAINER_STATE).is_file() and not list_checkpoints(path)
 
 
-def open_model(path: Path, device: torch.device) -> BaseModel:
-    """A model's files as they are, whole on this process; needs a process group. Collective."""
-    model = ModelConfig(path=str(path))
-    base = build_skeleton(model, stored_quantization(path), compute_dtype("auto", device))
+def open_base(path: Path, device: torch.device, attention: str | None = None) -> BaseModel:
+    """Load a model's files as they are, whole on this rank. Collective; needs a process group.
+
+    Args:
+        attention: as `model.attention`; None takes sdpa, or eager for a family that has no sdpa.
+    """
+    quantization, dtype = stored_quantization(path), compute_dtype("auto", device)
+    model = ModelConfig.model_validate({"path": str(path), "attention": attention or "sdpa"})
+    base = build_skeleton(model, quantization, dtype)
     materialize(base, open_source(model), make_engine("replicated"), device)
     return base
 
 
-def open_tuned(checkpoint: Checkpoint, device: torch.device, base_path: str | None = None) -> LoadedModel:
-    """A checkpoint's adapters on its base, whole on this process; needs a process group. Collective.
+def whole_on_this_rank(
+    checkpoint: Checkpoint, device: torch.device, base_path: str | None = None
+) -> tuple[Assembled, PreTrainedTokenizerBase]:
+    """Open a checkpoint on its base, whole on this rank whatever its run's engine. Collective; needs a process group.
 
     Args:
         base_path: where the base lies now, if not where it was.
     """
     config = config_of(checkpoint)
-    changes = {"sharding": ShardingConfig(engine="replicated")}
+    config = config.model_copy(update={"sharding": ShardingConfig(engine="replicated")})
     if base_path is not None:
-        changes["model"] = config.model.model_copy(update={"path": base_path})
-    parts, tokenizer = open_trained(checkpoint, config.model_copy(update=changes), device)
-    return LoadedModel(parts.base, tokenizer, parts.trainables, device)
+        config = config.model_copy(update={"model": config.model.model_copy(update={"path": base_path})})
+    return open_checkpointed(checkpoint, config, device)
 
 
 @contextmanager

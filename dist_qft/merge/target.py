@@ -1,0 +1,111 @@
+"""The contract of an export target: one kind of result, which it plans, makes and reads back.
+
+A target decides from shapes alone whether it can hold the trained model (`recipe`). With the loaded model it computes
+the logits that a reader of the result will see, and hands out a `Writer` (`convert`). For `verify` it reads the result
+again (`read_back`). Each target is one file in `writers`, listed in `targets`.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from dist_qft.base_model.skeleton import BaseModel
+from dist_qft.config.schema import MergeTarget, RunConfig
+from dist_qft.merge.difference import Difference
+from dist_qft.merge.live_model import LiveModel
+from dist_qft.merge.recipe import Kind, MergeRequest, Recipe
+from dist_qft.methods.adapters.schedule import TileSettings
+
+
+class OpenResult(Protocol):
+    """A file or folder that rank 0 has begun to write. `write` for each weight, `finish`; `close` in any case.
+
+    Attributes:
+        difference: what conversions have lost so far.
+    """
+
+    difference: Difference
+
+    def write(self, path: str, packed: Mapping[str, Tensor]) -> None:
+        """Take one weight's tensors, whole and on the CPU."""
+
+    def finish(self) -> None:
+        """Write what is left."""
+
+    def close(self) -> None:
+        """Give up open files; the temporary result is removed by the caller, who chose its name."""
+
+
+class Writer(Protocol):
+    """How one result is written. Every rank has one, to agree on what is gathered; rank 0 opens it."""
+
+    def notes(self) -> list[str]:
+        """Reasons in words why the result is not quite the model that was run; empty if there are none."""
+
+    def wanted(self, path: str) -> tuple[str, ...]:
+        """The packed tensors of this weight that `write` needs; without any, `write` is not called for it."""
+
+    def open(self, temporary: Path) -> OpenResult:
+        """Begin the file or folder under this name."""
+
+
+class Converted(NamedTuple):
+    """A model ready to be written: the logits that the result's reader will see, and the difference known so far."""
+
+    logits: Tensor
+    difference: Difference
+    writer: Writer
+
+
+@dataclass(frozen=True)
+class Probe:
+    """Token ids on which models are compared, and the device that runs them."""
+
+    ids: list[int]
+    device: torch.device
+
+
+class Target(ABC):
+    """One kind of result.
+
+    Attributes:
+        name: as in `--to` and `merge.at_end`.
+        default_name: of the result inside a run's folder; a name with a suffix is a file, any other a folder.
+        requantizes: True if `--requantize` makes sense for it.
+    """
+
+    name: ClassVar[MergeTarget]
+    default_name: ClassVar[str]
+    requantizes: ClassVar[bool] = False
+
+    @abstractmethod
+    def recipe(
+        self, request: MergeRequest, config: RunConfig, base: BaseModel, tiles: Mapping[str, TileSettings]
+    ) -> Recipe:
+        """Decide how to make this result from adapters of these tiles; `base` may be on the meta device.
+
+        Raises:
+            UserError: the result cannot hold the trained model.
+        """
+
+    @abstractmethod
+    def convert(self, live: LiveModel, recipe: Recipe, config: RunConfig, probe: Probe) -> Converted:
+        """Make the result in memory, as far as it is not made while it is written. Collective.
+
+        The live model may be changed; its adapters do not belong on it any more.
+        """
+
+    @abstractmethod
+    def read_back(self, result: Path, kind: Kind, live: LiveModel, probe: Probe) -> tuple[Difference, Tensor]:
+        """The difference of a result's weights from the live model's, and the logits that its reader sees.
+
+        The live model may be changed. Needs a process group of this process alone.
+
+        Raises:
+            CorruptFileError: the result is not one of this target, or not of this base.
+        """

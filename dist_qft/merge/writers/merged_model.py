@@ -1,0 +1,81 @@
+"""The part that targets share whose result is a whole model: fold into the base, compare with what will be written."""
+
+from abc import abstractmethod
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+
+from dist_qft.base_model.skeleton import BaseModel
+from dist_qft.config.schema import RunConfig
+from dist_qft.errors import CorruptFileError
+from dist_qft.merge.collective import fold_base
+from dist_qft.merge.difference import Difference
+from dist_qft.merge.live_model import LiveModel, frozen_weights
+from dist_qft.merge.merged_weight import add_rows, live_rows
+from dist_qft.merge.probe import as_written, logits_of
+from dist_qft.merge.recipe import Kind, Recipe
+from dist_qft.merge.target import Converted, Probe, Target, Writer
+from dist_qft.methods.adapters.exact_fold import folded, folding_tensor
+from dist_qft.methods.adapters.tile_adapter import TileAdapter
+from dist_qft.quant.frozen import FrozenLinear, FrozenWeight
+from dist_qft.tuned_model.loaded_model import open_base
+
+
+class MergedModel(Target):
+    """A target that holds the merged model's weights."""
+
+    @abstractmethod
+    def writer(self, live: LiveModel, recipe: Recipe, config: RunConfig) -> Writer:
+        """The writer of this target for a base in which everything is folded that folds exactly."""
+
+    def converted(self, live: LiveModel) -> Iterable[str]:
+        """Paths of the weights that an inexact merge writes anew: all, or those that a target overrides this with."""
+        return live.weights()
+
+    def convert(self, live: LiveModel, recipe: Recipe, config: RunConfig, probe: Probe) -> Converted:
+        live.engine.release()  # or layers that are still gathered would keep their old zeros
+        difference = fold_base(live, recipe, probe.device)
+        with live.adapters.disabled(), as_written(live, recipe.formats, recipe.dtype):
+            logits = logits_of(live.base, probe.ids, probe.device)
+        live.engine.release()
+        return Converted(logits, difference, self.writer(live, recipe, config))
+
+    def read_back(self, result: Path, kind: Kind, live: LiveModel, probe: Probe) -> tuple[Difference, torch.Tensor]:
+        written = open_base(result, probe.device, attention=attention_of(live.base))
+        difference, adapters = Difference(), live.adapters.by_path
+        if kind == "exact":
+            for path, adapter in adapters.items():
+                _add_folded(difference, path, live.base.linears[path], written.linears[path], adapter, result)
+        else:
+            old, new = live.weights(), frozen_weights(written)
+            for path in self.converted(live):
+                _add_weights(difference, old[path], new[path], adapters.get(path))
+        return difference, logits_of(written, probe.ids, probe.device)
+
+
+def attention_of(base: BaseModel) -> str:
+    """The attention implementation that a base was built with, as `model.attention` names it."""
+    return str(base.config._attn_implementation)
+
+
+def _add_weights(difference: Difference, old: FrozenWeight, new: FrozenWeight, adapter: TileAdapter | None) -> None:
+    """Count written weights against those that the live model computes with."""
+    written = new.dequantize()
+    add_rows(difference, written, live_rows(old.format, old.packed(), old.weight_shape, adapter), adapter is not None)
+
+
+def _add_folded(
+    difference: Difference, path: str, old: FrozenLinear, new: FrozenLinear, adapter: TileAdapter, where: Path
+) -> None:
+    """Count folded constants against exact sums; every other packed tensor must be the base's own."""
+    place = folding_tensor(old.format)
+    before, after = old.packed(), new.packed()
+    if place is None or before.keys() != after.keys():
+        raise CorruptFileError(f"{where}: {path} is {new.format.name}, no exact merge into {old.format.name}")
+    name, block = place
+    for other in before.keys() - {name}:
+        if not torch.equal(before[other], after[other]):
+            raise CorruptFileError(f"{where}: '{other}' of {path} is not the base's")
+    _, sums = folded(before[name].view(-1), 0, before[name].shape[1], block, adapter)
+    difference.add_fold(before[name].view(-1), after[name].view(-1), sums)
