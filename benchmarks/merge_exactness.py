@@ -19,7 +19,8 @@ from dist_qft.merge.live_model import LiveModel
 from dist_qft.merge.probe import as_written, compare_logits, logits_of, probe_ids
 from dist_qft.methods.adapters.exact_fold import folded, folding_tensor
 from dist_qft.quant.formats import linear_format
-from dist_qft.ranks.world import World, connect
+from dist_qft.ranks.connection import connect
+from dist_qft.ranks.world import World
 from dist_qft.tuned_model.checkpointed import find_checkpoint
 from dist_qft.tuned_model.held_out import held_out_loss
 from dist_qft.tuned_model.loaded_model import whole_on_this_rank

@@ -15,8 +15,9 @@ from tempfile import TemporaryDirectory
 import torch
 
 from dist_qft.config.load import load_config
+from dist_qft.ranks.connection import connect
 from dist_qft.ranks.preemption import StopSignal
-from dist_qft.ranks.world import World, connect
+from dist_qft.ranks.world import World
 from dist_qft.train import gather_inputs
 from dist_qft.training.training_run import TrainingRun
 from dist_qft.tuned_model.assemble import assemble

@@ -87,19 +87,28 @@ def validate(
 @app.command(name="eval", context_settings=OVERRIDABLE)
 def evaluate(
     config: Annotated[
-        Path, typer.Argument(metavar="CONFIG_OR_RUN", help="YAML file, or the folder of a run.", show_default=False)
+        Path,
+        typer.Argument(
+            metavar="CONFIG_OR_RUN", help="YAML file, or the folder of a run or checkpoint.", show_default=False
+        ),
     ],
     overrides: Overrides = None,
     checkpoint: Annotated[str | None, typer.Option(metavar="PATH", help="Checkpoint of the adapter.")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Held-out loss and perplexity, base and adapter side by side."""
-    from dist_qft.config.load import CONFIG_FILE
+    """Print held-out loss and perplexity of the base and of the tuned model, side by side.
 
-    settings = _load(config / CONFIG_FILE if config.is_dir() else config, overrides)
-    from dist_qft.evaluate import run_evaluation
+    Given a folder, its newest checkpoint is evaluated with the config that it was trained with.
+    """
+    if config.is_dir():
+        from dist_qft.evaluate import evaluate_run
 
-    run_evaluation(settings, checkpoint, as_json)
+        evaluate_run(config, list(_overrides(overrides or [])), checkpoint, as_json)
+        return
+    settings = _load(config, overrides)
+    from dist_qft.evaluate import evaluate_config
+
+    evaluate_config(settings, checkpoint, as_json)
 
 
 @app.command()

@@ -1,45 +1,63 @@
 """`dist-qft eval`: held-out loss and metrics of the base and of the tuned model, side by side."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 from dist_qft.base_model.skeleton import build_skeleton
 from dist_qft.base_model.tokenizer import load_tokenizer
+from dist_qft.config.load import override_config
 from dist_qft.config.schema import RunConfig
 from dist_qft.data.batches import eval_batches
-from dist_qft.data.prepare import prepare
+from dist_qft.data.prepare import Prepared, prepare
 from dist_qft.errors import UserError
 from dist_qft.methods.plans import plan_trainables
-from dist_qft.ranks.collectives import peer_loss_reported
-from dist_qft.ranks.device import compute_dtype, device_for
-from dist_qft.ranks.world import World, connect
-from dist_qft.storage.checkpoint import list_checkpoints
+from dist_qft.ranks.device import compute_dtype
+from dist_qft.ranks.session import place, session
+from dist_qft.storage.checkpoint import ADAPTER_MODEL, Checkpoint, list_checkpoints
+from dist_qft.storage.manifest import sha256_of
 from dist_qft.tuned_model.assemble import assemble
-from dist_qft.tuned_model.checkpointed import find_checkpoint, open_checkpointed
+from dist_qft.tuned_model.checkpointed import config_of, find_checkpoint, open_checkpointed, run_folder
 from dist_qft.tuned_model.held_out import HeldOut, held_out_loss
 
 
-def run_evaluation(config: RunConfig, checkpoint_path: str | None, as_json: bool) -> None:
-    """Print held-out loss and perplexity of the base and, if there is a checkpoint, of the tuned model.
+def evaluate_run(folder: Path, overrides: Sequence[str], checkpoint_path: str | None, as_json: bool) -> None:
+    """Evaluate a checkpoint in `folder` with the config it was trained with, wherever the folder lies now.
 
-    The checkpoint is the one given, or the newest in `output_dir`, or none: then the base alone is evaluated.
+    Args:
+        folder: of a run, whose newest checkpoint is taken, or of a checkpoint.
+        overrides: `key.sub=value` settings that replace those of the checkpoint.
+        checkpoint_path: another checkpoint to take.
+
+    Raises:
+        UserError: there is no checkpoint or no held-out data, or the adapter belongs to another base.
+        CorruptFileError: the checkpoint fails verification.
+    """
+    checkpoint = find_checkpoint(checkpoint_path or folder)
+    config = override_config(config_of(checkpoint), overrides)
+    _evaluate(config, checkpoint, run_folder(folder), as_json)
+
+
+def evaluate_config(config: RunConfig, checkpoint_path: str | None, as_json: bool) -> None:
+    """Evaluate what a config describes: the checkpoint given, or the newest in `output_dir`, or the base alone.
 
     Raises:
         UserError: the config names no held-out data, or the adapter belongs to another base.
     """
+    path = checkpoint_path or (config.output_dir if list_checkpoints(Path(config.output_dir)) else None)
+    _evaluate(config, find_checkpoint(path) if path else None, Path(config.output_dir), as_json)
+
+
+def _evaluate(config: RunConfig, checkpoint: Checkpoint | None, run: Path, as_json: bool) -> None:
+    """Print the figures of the base and, if there is a checkpoint, of the tuned model. `run` gets the token cache."""
     if config.data is None or (config.data.eval is None and not config.data.eval_samples):
         raise UserError("data.eval: there is no held-out data; set data.eval or data.eval_samples")
-    path = checkpoint_path or (config.output_dir if list_checkpoints(Path(config.output_dir)) else None)
-    checkpoint = find_checkpoint(path) if path else None
-    world = World.from_environment()
-    device = device_for(world, config.sharding.device)
+    world, device = place(config.sharding)
     skeleton = build_skeleton(config.model, config.quantization, compute_dtype(config.train.precision, device))
-    cache_dir = Path(config.data.cache_dir or Path(config.output_dir) / "data_cache")
+    cache_dir = Path(config.data.cache_dir or run / "data_cache")
     data = prepare(config.data, load_tokenizer(config.model), skeleton.vocab_size, cache_dir, config.task)
-    with (
-        connect(world, device, config.sharding.timeout_seconds),
-        peer_loss_reported(world.rank, lambda: "evaluation"),
-    ):
+    must_match = _must_match(config, data, checkpoint)
+    with session(config.sharding, doing="evaluation", must_match=must_match, crash_dir=run):
         if checkpoint is None:
             parts = assemble(config, skeleton, plan_trainables(config, skeleton), device)
         else:
@@ -52,6 +70,15 @@ def run_evaluation(config: RunConfig, checkpoint_path: str | None, as_json: bool
             results["tuned"] = held_out_loss(parts.base, batches, device, parts.task)
     if world.rank == 0:
         _print(results, str(checkpoint.path) if checkpoint else None, as_json)
+
+
+def _must_match(config: RunConfig, data: Prepared, checkpoint: Checkpoint | None) -> dict[str, str]:
+    """Inputs that must be the same on all ranks, by name."""
+    return {
+        "config": config.model_dump_json(),
+        "held-out data": data.eval.digest if data.eval else "",
+        "adapter": sha256_of(checkpoint.path / ADAPTER_MODEL) if checkpoint else "",
+    }
 
 
 def _print(results: dict[str, HeldOut], checkpoint: str | None, as_json: bool) -> None:

@@ -3,26 +3,37 @@
 from collections.abc import Sequence
 
 from dist_qft.errors import UserError
-from dist_qft.ranks.collectives import peer_loss_reported
-from dist_qft.ranks.device import device_for
-from dist_qft.ranks.world import World, connect
+from dist_qft.ranks.session import session
+from dist_qft.ranks.world import World
+from dist_qft.storage.checkpoint import ADAPTER_MODEL
+from dist_qft.storage.manifest import sha256_of
 from dist_qft.tuned_model.answer import answer
-from dist_qft.tuned_model.checkpointed import config_of, find_checkpoint, open_checkpointed
+from dist_qft.tuned_model.checkpointed import config_of, find_checkpoint, open_checkpointed, run_folder
 from dist_qft.tuned_model.loaded_model import load
 
 
 def run_generation(path: str, prompts: list[str], max_new_tokens: int, base: bool) -> None:
-    """Print the answers of a run's (or checkpoint's) model; with `base`, the base model's before each."""
+    """Print the tuned model's answers, on rank 0.
+
+    Args:
+        path: folder of a run, whose newest checkpoint is taken, or of a checkpoint.
+        base: print the base model's answer before each of them, too.
+
+    Raises:
+        UserError: there is no checkpoint, it answers no prompts, or its adapter belongs to another base.
+        CorruptFileError: the checkpoint fails verification.
+    """
     checkpoint = find_checkpoint(path)
     config = config_of(checkpoint)
     if config.task.name != "causal-lm":
         raise UserError(f"{checkpoint.path}: trained for {config.task.name}, it answers no prompts; use `eval`")
-    world = World.from_environment()
-    device = device_for(world, config.sharding.device)
-    with (
-        connect(world, device, config.sharding.timeout_seconds),
-        peer_loss_reported(world.rank, lambda: "generation"),
-    ):
+    must_match = {
+        "config": config.model_dump_json(),
+        "adapter": sha256_of(checkpoint.path / ADAPTER_MODEL),
+        "prompts": repr((prompts, max_new_tokens, base)),
+    }
+    run = run_folder(path)
+    with session(config.sharding, doing="generation", must_match=must_match, crash_dir=run) as (world, device):
         parts, tokenizer = open_checkpointed(checkpoint, config, device)
         for prompt in prompts:
             answers = {}

@@ -6,7 +6,7 @@ group exists, so that no rank waits in a collective for another's slow disk.
 
 import os
 import sys
-from contextlib import ExitStack, closing
+from contextlib import closing, nullcontext
 from pathlib import Path
 
 import torch
@@ -25,11 +25,11 @@ from dist_qft.merge.recipe import require_free
 from dist_qft.merge.run import export, recipe_at_end
 from dist_qft.methods.plans import plan_trainables
 from dist_qft.methods.trainable import Plan
-from dist_qft.ranks.collectives import peer_loss_reported, require_same_inputs
-from dist_qft.ranks.crash import crash_report
-from dist_qft.ranks.device import compute_dtype, device_for
+from dist_qft.ranks.activity import Activity
+from dist_qft.ranks.device import compute_dtype
 from dist_qft.ranks.preemption import StopSignal
-from dist_qft.ranks.world import World, connect
+from dist_qft.ranks.session import place, session
+from dist_qft.ranks.world import World
 from dist_qft.storage.checkpoint import require_space, require_writable
 from dist_qft.training.resume import changed_settings, check_trajectory, choose_checkpoint, resume_after_restart
 from dist_qft.training.run_inputs import LoadedBase, RunInputs
@@ -44,14 +44,13 @@ def run_training(config: RunConfig, resume: str | None = None, stop: StopSignal 
     Raises:
         DistQFTError: see `dist_qft.errors`; what is wrong with the input is said before the base is loaded.
     """
-    world = World.from_environment()
-    device = device_for(world, config.sharding.device)
-    with ExitStack() as stack:
-        stop = stop or stack.enter_context(StopSignal())
+    world, device = place(config.sharding)
+    activity = Activity()
+    with nullcontext(stop) if stop else StopSignal() as stop:
         inputs = gather_inputs(config, resume, world, device)
-        with stop.leaving_at_once():
-            stack.enter_context(connect(world, device, config.sharding.timeout_seconds))
-        execute_run(inputs, stop)
+        must_match, crash_dir = inputs.must_match(), inputs.output_dir
+        with session(config.sharding, doing=activity, must_match=must_match, crash_dir=crash_dir, stop=stop):
+            execute_run(inputs, stop, activity)
 
 
 def gather_inputs(
@@ -110,47 +109,40 @@ def _checkpoint_bytes(config: RunConfig, plan: Plan) -> int:
     return (4 + 2 * moment) * plan.parameters
 
 
-def execute_run(inputs: RunInputs, stop: StopSignal) -> TrainingRun | None:
-    """Everything that needs the other ranks; the process group exists. Collective; None if all was done before."""
-    run = None
+def execute_run(inputs: RunInputs, stop: StopSignal, activity: Activity | None = None) -> TrainingRun | None:
+    """Train, and merge if the config asks for it. Collective, in a session; returns None if all was done before."""
+    if inputs.finished:
+        _tell_finished(inputs)
+        return None
 
-    def doing() -> str:
-        return run.doing if run else "start-up"
+    # Stream the base through quantization into its shards; hook the trainables on.
+    if inputs.loaded is None:
+        parts = assemble(inputs.config, inputs.skeleton, inputs.plan, inputs.device, inputs.source, stop)
+    else:
+        parts = attach_trainables(inputs.config, inputs.skeleton, inputs.loaded.engine, inputs.plan, inputs.device)
+    if inputs.config.data.packing:
+        parts.base.require_separate_samples(inputs.device)
+    if inputs.checkpoint is not None:
+        check_fingerprint(inputs.checkpoint, parts.base)
+    else:
+        start_fresh(inputs.config, parts)
 
-    world = inputs.world
-    with crash_report(inputs.output_dir, world.rank, world.world_size, doing), peer_loss_reported(world.rank, doing):
-        # Do all ranks mean the same run?
-        require_same_inputs(inputs.must_match(), inputs.device)
-        if inputs.finished:
-            _tell_finished(inputs)
-            return None
+    # Train, evaluate, save.
+    run = TrainingRun(inputs, parts, stop)
+    if activity is not None:
+        activity.follow(lambda: run.doing)
+    with closing(run):
+        run.prepare()
+        run.evaluate_base()
+        run.train()
+        run.finish()
 
-        # Stream the base through quantization into its shards; hook the trainables on.
-        if inputs.loaded is None:
-            parts = assemble(inputs.config, inputs.skeleton, inputs.plan, inputs.device, inputs.source, stop)
-        else:
-            parts = attach_trainables(inputs.config, inputs.skeleton, inputs.loaded.engine, inputs.plan, inputs.device)
-        if inputs.config.data.packing:
-            parts.base.require_separate_samples(inputs.device)
-        if inputs.checkpoint is not None:
-            check_fingerprint(inputs.checkpoint, parts.base)
-        else:
-            start_fresh(inputs.config, parts)
-
-        # Train, evaluate, save.
-        run = TrainingRun(inputs, parts, stop)
-        with closing(run):
-            run.prepare()
-            run.evaluate_base()
-            run.train()
-            run.finish()
-
-            # Fold what was learned into the base and write it, if the config says so.
-            if inputs.recipe is not None:
-                run.doing = "the merge"
-                step = run.state.step
-                origin = Origin(inputs.config, inputs.output_dir / f"checkpoint-{step}", step)
-                export(LiveModel.of(parts), inputs.recipe, origin, inputs.tokenizer, inputs.device, stop)
+        # Fold what was learned into the base and write it, if the config says so.
+        if inputs.recipe is not None:
+            run.doing = "the merge"
+            step = run.state.step
+            origin = Origin(inputs.config, inputs.output_dir / f"checkpoint-{step}", step)
+            export(LiveModel.of(parts), inputs.recipe, origin, inputs.tokenizer, inputs.device, stop)
     return run
 
 

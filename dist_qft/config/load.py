@@ -82,6 +82,24 @@ def change_config(config: RunConfig, changes: Mapping[str, Any]) -> RunConfig:
     return changed
 
 
+def override_config(config: RunConfig, overrides: Sequence[str]) -> RunConfig:
+    """`config` with `key.sub=value` overrides, as `load_config` applies them to a file.
+
+    Raises:
+        UserError: an override cannot be applied; or, one line for each, what is wrong with the changed config.
+    """
+    if not overrides:
+        return config
+    changes = {}
+    for text in overrides:
+        try:
+            changes[text.partition("=")[0]] = _Override.parse(text).value
+        except _OverrideError as error:
+            raise UserError(f"command line: {text}: {error}") from None
+    # A config that was stored whole sets every key; those with their default value count as not set again.
+    return change_config(RunConfig.model_validate(config.model_dump(exclude_defaults=True)), changes)
+
+
 def save_config(config: RunConfig, path: str | Path) -> None:
     """Write the settings that file and overrides gave; `load_config` of that file returns an equal config."""
     yaml = _yaml()

@@ -23,14 +23,20 @@ from dist_qft.merge.target import Probe
 from dist_qft.merge.targets import TARGETS, checked_request, request_at_end
 from dist_qft.methods.adapters.adapter_plan import AdapterPlan, stored_adapters
 from dist_qft.methods.adapters.schedule import TileSettings
-from dist_qft.ranks.collectives import peer_loss_reported, require_same_inputs
 from dist_qft.ranks.device import compute_dtype, device_for
 from dist_qft.ranks.preemption import StopSignal
-from dist_qft.ranks.world import World, connect
-from dist_qft.storage.checkpoint import ADAPTER_MODEL, TRAINER_STATE, Checkpoint
+from dist_qft.ranks.session import session
+from dist_qft.ranks.world import World
+from dist_qft.storage.checkpoint import ADAPTER_MODEL, Checkpoint
 from dist_qft.storage.manifest import sha256_of
 from dist_qft.tuned_model.assemble import assemble
-from dist_qft.tuned_model.checkpointed import check_fingerprint, config_of, find_checkpoint, require_finite_trainables
+from dist_qft.tuned_model.checkpointed import (
+    check_fingerprint,
+    config_of,
+    find_checkpoint,
+    require_finite_trainables,
+    run_folder,
+)
 
 
 @dataclass(frozen=True)
@@ -69,12 +75,11 @@ def run_merge(
         checkpoint = find_checkpoint(source)
     except CorruptFileError as error:  # the wrong source, as another base's adapter is: name another
         raise UserError(str(error)) from error
-    run = checkpoint.path.parent if (Path(source) / TRAINER_STATE).is_file() else Path(source)
+    run = run_folder(source)
     request = checked_request(target, output, run, overwrite=overwrite, requantize=requantize, dtype=dtype)
-    world = World.from_environment()
-    inputs = gather_merge_inputs(request, checkpoint, world)
-    timeout = inputs.config.sharding.timeout_seconds
-    with StopSignal() as stop, connect(world, inputs.device, timeout):
+    inputs = gather_merge_inputs(request, checkpoint, World.from_environment())
+    sharding, must_match = inputs.config.sharding, inputs.must_match()
+    with StopSignal() as stop, session(sharding, doing="the merge", must_match=must_match, crash_dir=run, stop=stop):
         execute_merge(inputs, stop)
 
 
@@ -93,14 +98,12 @@ def gather_merge_inputs(request: MergeRequest, checkpoint: Checkpoint, world: Wo
 
 
 def execute_merge(inputs: MergeInputs, stop: StopSignal) -> Certificate | None:
-    """Load the base, put the adapters on, export; the process group exists. Collective; see `export`."""
-    with peer_loss_reported(inputs.world.rank, lambda: "the merge"):
-        require_same_inputs(inputs.must_match(), inputs.device)
-        parts = assemble(inputs.config, inputs.skeleton, inputs.plan, inputs.device, stop=stop)
-        check_fingerprint(inputs.checkpoint, parts.base)
-        parts.load_tensors(inputs.checkpoint.trainables)
-        origin = Origin(inputs.config, inputs.checkpoint.path, inputs.checkpoint.state.step)
-        return export(LiveModel.of(parts), inputs.recipe, origin, inputs.tokenizer, inputs.device, stop)
+    """Load the base, put the adapters on, export. Collective, in a session; see `export`."""
+    parts = assemble(inputs.config, inputs.skeleton, inputs.plan, inputs.device, stop=stop)
+    check_fingerprint(inputs.checkpoint, parts.base)
+    parts.load_tensors(inputs.checkpoint.trainables)
+    origin = Origin(inputs.config, inputs.checkpoint.path, inputs.checkpoint.state.step)
+    return export(LiveModel.of(parts), inputs.recipe, origin, inputs.tokenizer, inputs.device, stop)
 
 
 def make_recipe(request: MergeRequest, config: RunConfig, base: BaseModel, tiles: Mapping[str, TileSettings]) -> Recipe:

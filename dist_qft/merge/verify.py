@@ -14,8 +14,9 @@ from dist_qft.merge.live_model import LiveModel
 from dist_qft.merge.probe import LogitDifference, compare_logits, logits_of
 from dist_qft.merge.target import Probe
 from dist_qft.merge.targets import TARGETS
+from dist_qft.ranks.connection import connect
 from dist_qft.ranks.device import device_for
-from dist_qft.ranks.world import World, connect
+from dist_qft.ranks.world import World
 from dist_qft.storage.checkpoint import ADAPTER_MODEL, read_checkpoint
 from dist_qft.storage.manifest import sha256_of
 from dist_qft.tuned_model.loaded_model import whole_on_this_rank

@@ -1,18 +1,14 @@
-"""Small agreements between ranks, and what a broken collective means."""
+"""Small collectives: agreements between the ranks, and the wait for what rank 0 does alone."""
 
 import hashlib
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 
-from dist_qft.errors import DistQFTError, PeerLostError, UserError
+from dist_qft.errors import DistQFTError, UserError
 from dist_qft.ranks import mpi
-from dist_qft.ranks.crash import last_collective
-from dist_qft.ranks.heartbeat import Heartbeat
-from dist_qft.ranks.local_peers import LocalPeers
 
 # torch 2.12 renamed the call; both move one flat tensor per rank into one output.
 all_gather_flat = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -77,47 +73,6 @@ class SideGroup:
             dist.barrier(self._group)
         else:
             mpi.barrier(self._mpi, self.timeout_seconds)
-
-
-@contextmanager
-def peer_loss_reported(rank: int, doing: Callable[[], str]) -> Iterator[None]:
-    """Inside, a failed collective becomes PeerLostError, and errors of this rank alone get its number.
-
-    Collective if there is a process group.
-
-    Args:
-        doing: returns the rank's present activity for the message, such as "step 12".
-    """
-    local_peers: LocalPeers | None = None
-    heartbeat: Heartbeat | None = None
-    try:
-        if dist.is_initialized():
-            local_peers = LocalPeers()
-            heartbeat = Heartbeat(dist.get_rank(), dist.get_world_size(), doing)
-        yield
-    except DistQFTError as error:
-        if not error.everywhere:
-            error.rank_prefix = f"rank {rank}"
-        raise
-    except RuntimeError as error:
-        if not _is_collective_failure(error):
-            raise
-        reason = str(error).strip().splitlines()[0]
-        what = heartbeat.lost_rank(set(local_peers.ended())) if local_peers and heartbeat else None
-        what = what or "another rank is gone or did not answer in time"
-        lost = PeerLostError(f"{doing()}: {what}; {last_collective(error)} failed ({reason})")
-        lost.rank_prefix = f"rank {rank}"
-        raise lost from error
-    finally:
-        if heartbeat is not None:
-            heartbeat.close()
-
-
-def _is_collective_failure(error: RuntimeError) -> bool:
-    text = str(error)
-    return isinstance(error, dist.DistError) or any(
-        sign in text for sign in ("gloo", "Gloo", "NCCL", "Connection closed by peer", "Timed out waiting")
-    )
 
 
 def _short_digest(text: str) -> int:

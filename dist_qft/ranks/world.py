@@ -5,18 +5,12 @@ Not here: what starts the processes (launch.py, launch/*.sh), and what the ranks
 
 import os
 import re
-import socket
 import zlib
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
-from datetime import timedelta
 from typing import NamedTuple
 
-import torch
-import torch.distributed as dist
-
-from dist_qft.errors import SetupError, UserError
+from dist_qft.errors import UserError
 from dist_qft.ranks import mpi
 from dist_qft.ranks.launchers import LAUNCHERS, TORCHRUN, Launcher, RankVariables
 
@@ -204,45 +198,3 @@ def _master_port(env: Mapping[str, str]) -> int:
     if job is None:
         return _DEFAULT_PORT
     return 10000 + zlib.crc32(job.encode()) % 20000  # below 32768, where Linux hands out ports of its own accord
-
-
-@contextmanager
-def connect(world: World, device: torch.device, timeout_seconds: float) -> Iterator[None]:
-    """Join the ranks into torch.distributed's default process group, also for a world of one.
-
-    gloo serves CPU tensors and NCCL those on GPUs. `timeout_seconds` bounds the meeting and every later collective.
-
-    Raises:
-        SetupError: the ranks did not meet.
-    """
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-    if world.single_node and "lo" in (name for _, name in socket.if_nameindex()):
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # nobody outside this machine has a part in it
-    timeout = timedelta(seconds=timeout_seconds)
-    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    try:
-        store = _store(world, timeout)
-        dist.init_process_group(backend, store=store, rank=world.rank, world_size=world.world_size, timeout=timeout)
-    except (RuntimeError, ValueError) as error:
-        reason = str(error).partition("\n")[0]
-        raise SetupError(
-            f"rank {world.rank} of {world.world_size} could not meet the others at"
-            f" {world.master_address}:{world.master_port} within {timeout_seconds:g} s: {reason}"
-        ) from error
-    try:
-        yield
-    finally:
-        # After an error too: where a peer is gone, a Python that ends with the group alive often ends by SIGABRT.
-        dist.destroy_process_group()
-    mpi.finalize()
-
-
-def _store(world: World, timeout: timedelta) -> dist.Store:
-    """The key-value store through which the ranks find each other."""
-    if world.launcher == "torchrun":
-        return next(dist.rendezvous("env://", timeout=timeout))[0]  # knows whether the agent already serves a store
-    if world.world_size == 1:
-        return dist.HashStore()
-    address, port = world.master_address, world.master_port
-    return dist.TCPStore(address, port, world.world_size, is_master=world.rank == 0, timeout=timeout)

@@ -22,9 +22,14 @@ import torch
 
 from dist_qft.data.sources import require_local_files
 from dist_qft.errors import DistQFTError, PeerLostError, Preempted, SetupError, UserError
+from dist_qft.ranks.activity import Activity
+from dist_qft.ranks.collectives import require_same_inputs
+from dist_qft.ranks.connection import connect
 from dist_qft.ranks.device import device_for
+from dist_qft.ranks.peers import Peers
 from dist_qft.ranks.preemption import StopSignal
-from dist_qft.ranks.world import World, connect
+from dist_qft.ranks.session import errors_reported
+from dist_qft.ranks.world import World
 from dist_qft.storage.atomic import remove_folder
 from dist_qft.storage.checkpoint import BaseEvaluation, list_checkpoints
 from dist_qft.study.results import Result, read_result, write_result
@@ -53,8 +58,9 @@ def run_rows(rows: Sequence[Row], numbers: Sequence[int], *, retry_failed: bool)
     if not todo:
         return
     timeout = rows[todo[0]].config.sharding.timeout_seconds
-    with StopSignal() as stop, connect(world, device, timeout):
-        runner = _Runner(world, device, stop)
+    activity = Activity()
+    with StopSignal() as stop, connect(world, device, timeout, activity) as peers:
+        runner = _Runner(world, device, stop, peers, activity)
         for number in todo:
             row = rows[number]
             with _claimed(row, world) as mine:
@@ -133,8 +139,9 @@ def _claimed(row: Row, world: World) -> Iterator[bool]:
 class _Runner:
     """Runs rows in this process and keeps the base between those that can share it."""
 
-    def __init__(self, world: World, device: torch.device, stop: StopSignal) -> None:
+    def __init__(self, world: World, device: torch.device, stop: StopSignal, peers: Peers, activity: Activity) -> None:
         self._world, self._device, self._stop = world, device, stop
+        self._peers, self._activity = peers, activity
         self._loaded: LoadedBase | None = None
         self._key = ""
         self._evaluations: dict[str, BaseEvaluation] = {}
@@ -166,7 +173,9 @@ class _Runner:
             for path in list_checkpoints(row.folder):
                 remove_folder(path)
             inputs = gather_inputs(config, "auto", self._world, self._device, self._loaded_for(row))
-        run = execute_run(inputs, self._stop)
+        with errors_reported(self._peers, row.folder):
+            require_same_inputs(inputs.must_match(), self._device)
+            run = execute_run(inputs, self._stop, self._activity)
         if run.flat.count != row.trainables:
             raise AssertionError(f"{row.name} trains {run.flat.count} values, the formula says {row.trainables}")
         self._keep_base(row, run)

@@ -40,6 +40,14 @@ def find_checkpoint(path: str | Path) -> Checkpoint:
     return read_checkpoint(newest)
 
 
+def run_folder(path: str | Path) -> Path:
+    """The run's folder, given that folder or one of its checkpoints; where its results and caches go."""
+    folder = Path(path)
+    if not (folder / TRAINER_STATE).is_file():
+        return folder
+    return folder.parent if folder.name not in ("", "..") else folder.resolve().parent
+
+
 def config_of(checkpoint: Checkpoint) -> RunConfig:
     """The config the checkpoint was trained with."""
     try:

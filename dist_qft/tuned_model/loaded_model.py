@@ -18,8 +18,9 @@ from dist_qft.config.schema import ModelConfig, ShardingConfig
 from dist_qft.errors import UserError
 from dist_qft.methods.adapters.attach import AdapterSet
 from dist_qft.methods.trainable import TrainableSet
+from dist_qft.ranks.connection import connect
 from dist_qft.ranks.device import compute_dtype
-from dist_qft.ranks.world import World, connect
+from dist_qft.ranks.world import World
 from dist_qft.sharding.engines import make_engine
 from dist_qft.storage.checkpoint import TRAINER_STATE, Checkpoint, list_checkpoints
 from dist_qft.tuned_model.answer import answer

@@ -39,7 +39,8 @@ if what in ("place", "train"):
 elif what == "meet":
     import torch, torch.distributed as dist
     from dist_qft.ranks.device import device_for
-    from dist_qft.ranks.world import World, connect
+    from dist_qft.ranks.connection import connect
+    from dist_qft.ranks.world import World
     world = World.from_environment()
     with connect(world, device_for(world, "cpu"), timeout_seconds=60):
         total = torch.tensor([10.0 ** world.rank])
@@ -47,7 +48,8 @@ elif what == "meet":
         say(world.launcher, world.single_node, total.item(), os.environ["OMP_NUM_THREADS"], sys.argv[2:])
 elif what == "fail":
     import torch, torch.distributed as dist
-    from dist_qft.ranks.world import World, connect
+    from dist_qft.ranks.connection import connect
+    from dist_qft.ranks.world import World
     code = 4
     with connect(World.from_environment(), torch.device("cpu"), timeout_seconds=60), contextlib.suppress(RuntimeError):
         dist.barrier()

@@ -10,8 +10,9 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from dist_qft.errors import DistQFTError, NumericError, PeerLostError, UserError
-from dist_qft.ranks.collectives import everywhere, maximum, peer_loss_reported, require_same_inputs
+from dist_qft.errors import NumericError, PeerLostError, UserError
+from dist_qft.ranks.collectives import everywhere, maximum, require_same_inputs
+from dist_qft.ranks.peers import Peers, peer_loss_reported
 
 CPU = torch.device("cpu")
 
@@ -56,27 +57,35 @@ def test_maximum(pools, values):
 # --- errors ----------------------------------------------------------------------------------------------------------
 
 
-def told(error: DistQFTError) -> DistQFTError:
-    with pytest.raises(DistQFTError) as raised, peer_loss_reported(3, lambda: "step 12"):
-        raise error
-    return raised.value
+def reported(error: BaseException) -> tuple[str, str | None, bool]:
+    """Text and rank prefix of what comes out on this rank, and whether it is the error that went in."""
+    peers = Peers(lambda: "step 12")
+    try:
+        with peer_loss_reported(peers):
+            raise error
+    except BaseException as raised:
+        return str(raised), getattr(raised, "rank_prefix", None), raised is error
+    finally:
+        peers.close()
 
 
-def test_an_error_of_one_rank_carries_its_number():
-    error = told(UserError("no such file"))
-    assert (str(error), error.rank_prefix) == ("no such file", "rank 3")
+def test_an_error_of_one_rank_carries_its_number(pools):
+    outcomes = pools[2].run(reported, error=UserError("no such file"))
+    assert outcomes == [("no such file", f"rank {rank}", True) for rank in range(2)]
 
 
 @pytest.mark.parametrize("error", [everywhere(UserError("ranks differ")), NumericError("step 4: replicas differ")])
-def test_an_error_of_all_ranks_is_told_once(error):
-    assert told(error).rank_prefix is None
+def test_an_error_of_all_ranks_carries_none(pools, error):
+    assert pools[2].run(reported, error=error) == [(str(error), None, True)] * 2
 
 
-def test_other_errors_are_left_alone():
-    for error in (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), ValueError("gloo"), KeyboardInterrupt()):
-        with pytest.raises(type(error)) as raised, peer_loss_reported(0, lambda: "step 1"):
-            raise error
-        assert raised.value is error
+@pytest.mark.parametrize(
+    "error",
+    [RuntimeError("mat1 and mat2 shapes cannot be multiplied"), ValueError("gloo"), KeyboardInterrupt()],
+    ids=repr,
+)
+def test_other_errors_are_left_alone(pools, error):
+    assert pools[1].run(reported, error=error) == [(str(error), None, True)]
 
 
 def _lonely(rank: int, store: str, fate: str, pipe) -> None:
@@ -85,8 +94,9 @@ def _lonely(rank: int, store: str, fate: str, pipe) -> None:
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
     group = dist.new_group(timeout=timedelta(seconds=2))  # short only once both are there
     steps = 0
+    peers = Peers(lambda: f"step {steps}")
     try:
-        with peer_loss_reported(rank, lambda: f"step {steps}"):
+        with peer_loss_reported(peers):
             for steps in range(1, 10):
                 if rank == 1 and steps == 3:
                     os.kill(os.getpid(), signal.SIGKILL if fate == "killed" else signal.SIGSTOP)

@@ -121,9 +121,9 @@ def test_wrong_usage_exits_with_2(shell, words, message):
     assert message in err
 
 
-def test_eval_of_a_run_reads_the_config_in_its_folder(shell, tmp_path):
+def test_eval_of_a_folder_without_a_checkpoint_is_refused(shell, tmp_path):
     code, _, err = shell("eval", tmp_path)
-    assert (code, err) == (2, f"error: {tmp_path}/config.yaml: cannot read the config: No such file or directory\n")
+    assert (code, err) == (2, f"error: '{tmp_path}' holds no checkpoint\n")
 
 
 def catches(process: "subprocess.Popen[str]", number: signal.Signals) -> bool:

@@ -14,8 +14,9 @@ import torch
 import torch.distributed as dist
 
 from dist_qft.errors import SetupError, UserError
+from dist_qft.ranks.connection import connect
 from dist_qft.ranks.device import device_for
-from dist_qft.ranks.world import World, connect
+from dist_qft.ranks.world import World
 
 
 def variables(text: str) -> dict[str, str]:
@@ -255,7 +256,8 @@ def test_no_meeting_is_one_line_and_exit_code_3(rank: int) -> None:
 RANK_PROGRAM = """
 import torch, torch.distributed as dist
 from dist_qft.ranks.device import device_for
-from dist_qft.ranks.world import World, connect
+from dist_qft.ranks.connection import connect
+from dist_qft.ranks.world import World
 world = World.from_environment()
 with connect(world, device_for(world, "cpu"), timeout_seconds=60):
     total = torch.tensor([10.0 ** world.rank])
