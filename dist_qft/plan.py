@@ -24,7 +24,8 @@ from dist_qft.methods.qst.plan import SidePlan
 from dist_qft.quant.contract import Format
 from dist_qft.quant.frozen import FrozenWeight
 from dist_qft.ranks.device import compute_dtype, planned_device
-from dist_qft.sharding.engine import parameter_owners
+from dist_qft.sharding.engine import Engine, parameter_owners
+from dist_qft.sharding.engines import engine_of
 from dist_qft.tuned_model.task import head_outputs
 
 # The packed tensor that has one entry for each block, whatever the format.
@@ -35,13 +36,11 @@ def make_plan(config: RunConfig, world_size: int) -> dict[str, Any]:
     """The plan of `config` on `world_size` ranks as JSON-able data; every `_bytes` value is in bytes.
 
     * trainable_parameters: the adapters' or the side network's, and those of the task's own head.
-    * base_bytes_per_rank: what the fullest rank holds. With `fsdp` each packed tensor is cut on dim 0 into parts
-      of ceil(rows / N) rows, with `zero` into parts of ceil(elements / N); with `replicated` it is all of base_bytes.
-    * gather_bytes_per_micro_batch: what one rank receives, by the formula of `dist_qft.sharding.fsdp`:
-      (N-1)/N * (embedding + LM head + 2 * rest), the rest once without resharding. A tied table counts once,
-      the LM head not at all if the task has a head of its own. `zero` always reshards. 0 with `replicated`. Where
-      nothing flows back through the base (qst) the rest counts once, or not at all without resharding: it then
-      stays.
+    * base_bytes_per_rank: the bytes that the fullest rank holds, as the engine cuts each packed tensor.
+    * gather_bytes_per_micro_batch: the bytes that one rank receives: (N-1)/N * (embedding + LM head + 2 * rest), the
+      rest once if the engine does not gather it again in backward. A tied table counts once, the LM head not at all if
+      the task has a head of its own. Where no gradient flows back through the base (qst) the rest counts once, or not
+      at all if the engine keeps it gathered. 0 with `replicated`.
     * gather_bytes_per_step: that times the accumulation steps.
     * reduce_bytes_per_step: 4 * trainable parameters, the fp32 gradient buffer without its small header.
     * checkpoint_bytes: adapter (fp32) and optimizer state.
@@ -62,12 +61,10 @@ def make_plan(config: RunConfig, world_size: int) -> dict[str, Any]:
     trainable = trainables.parameters + head
     optimizer_bytes = _optimizer_bytes(config.train, trainable)
     tensors = _base_tensors(base)
-    engine, flat = config.sharding.engine, config.sharding.engine == "zero"
-    shards = 1 if engine == "replicated" else world_size
-    reshard = flat or config.sharding.reshard_after_forward
-    passes = int(trainables.backward_through_base) + int(reshard)  # that gather the layers
+    engine = engine_of(config)
+    passes = int(trainables.backward_through_base) + int(engine.gathers_in_backward)  # that gather the layers
     head_gathered = head_outputs(config.task) == 0 and not base.tied  # beside the embedding
-    gathered = _gather_bytes(base, shards, passes=passes, head=head_gathered, flat=flat)
+    gathered = _gather_bytes(base, engine, world_size, passes=passes, head=head_gathered)
     return {
         "model": {
             "path": config.model.path,
@@ -77,12 +74,12 @@ def make_plan(config: RunConfig, world_size: int) -> dict[str, Any]:
             "compute_dtype": str(base.dtype).removeprefix("torch."),
         },
         "method": config.method.name,
-        "engine": engine,
+        "engine": engine.name,
         "world_size": world_size,
         "trainable_parameters": trainable,
         **counts,
-        "base_bytes": _padded_bytes(tensors, 1),
-        "base_bytes_per_rank": _padded_bytes(tensors, shards, flat=flat) // shards,
+        "base_bytes": sum(tensor.nbytes for tensor in tensors),
+        "base_bytes_per_rank": sum(engine.part_bytes(tensor, world_size) for tensor in tensors),
         "base_formats": _format_rows(base),
         "gather_bytes_per_micro_batch": gathered,
         "gather_bytes_per_step": gathered * accumulation,
@@ -117,17 +114,15 @@ def _base_tensors(base: BaseModel) -> list[Tensor]:
     return [getattr(module, name) for module, name in parameter_owners(base.units)]
 
 
-def _padded_bytes(tensors: Iterable[Tensor], shards: int, *, flat: bool = False) -> int:
-    """Bytes of tensors whose dim 0, or if `flat` number of elements, is rounded up to a multiple of `shards`."""
-    if flat:
-        tensors = (tensor.flatten() for tensor in tensors)
-    return sum(math.ceil(tensor.shape[0] / shards) * shards * tensor[0].nbytes for tensor in tensors)
+def _gather_bytes(base: BaseModel, engine: Engine, ranks: int, *, passes: int, head: bool) -> int:
+    """Bytes that one rank receives for a micro-batch: the tables once, the rest in each of `passes`."""
 
+    def received(tensors: Iterable[Tensor]) -> int:
+        return sum(engine.received_bytes(tensor, ranks) for tensor in tensors)
 
-def _gather_bytes(base: BaseModel, shards: int, *, passes: int, head: bool, flat: bool) -> int:
-    tables = [_padded_bytes(table.parameters(), shards, flat=flat) for table in base.units.tables]
-    rest = _padded_bytes(_base_tensors(base), shards, flat=flat) - sum(tables)
-    return (tables[0] + head * tables[-1] + passes * rest) // shards * (shards - 1)
+    tables = [received(table.parameters()) for table in base.units.tables]
+    rest = received(_base_tensors(base)) - sum(tables)
+    return tables[0] + head * tables[-1] + passes * rest
 
 
 def _optimizer_bytes(train: TrainConfig, trainable: int) -> int:

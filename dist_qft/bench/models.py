@@ -7,6 +7,7 @@ shape of TinyLlama-1.1B; `tiny` is for trying the benchmarks out.
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
@@ -15,7 +16,7 @@ from dist_qft.errors import UserError
 
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
-_LLAMAS = {
+_LLAMAS: dict[str, dict[str, Any]] = {
     "tiny": {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 3, "num_attention_heads": 4}
     | {"num_key_value_heads": 2, "vocab_size": 1024},
     "llama-1b": {"hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 22, "num_attention_heads": 32}

@@ -12,10 +12,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 
 from dist_qft.bench.batches import random_ids
 from dist_qft.bench.measuring import Memory, measure_steps
+from dist_qft.sharding.engines import make_engine
 
 MAX_GRAD_NORM = 0.3  # as in ours
 
@@ -23,7 +24,7 @@ MAX_GRAD_NORM = 0.3  # as in ours
 def peer(settings: dict[str, Any]) -> dict[str, float]:
     """The step of the peer `settings["peer"]` on this rank."""
     device = torch.device(settings["device"])
-    wrap = {"ddp": _ddp, "fsdp1": _fsdp1, "fsdp2": _fsdp2, "zero3": _zero3}[settings["peer"]]
+    wrap = _WRAPPERS[settings["peer"]]
     _import_packages(settings["peer"], device)
     memory = Memory(device)
     model = peft_model(settings["model"], device, settings["rank"], in_floats=settings["peer"].startswith("fsdp"))
@@ -34,11 +35,11 @@ def peer(settings: dict[str, Any]) -> dict[str, float]:
 
 
 def compute_dtype(device: torch.device) -> torch.dtype:
-    """What ours computes in by default."""
+    """The dtype in which ours computes by default."""
     return torch.bfloat16 if device.type == "cuda" else torch.float32
 
 
-def quantized_model(folder: str, device: torch.device, *, in_floats: bool = False) -> nn.Module:
+def quantized_model(folder: str, device: torch.device, *, in_floats: bool = False) -> PreTrainedModel:
     """The folder's model with NF4 linear layers by `from_pretrained`, whole on this rank.
 
     `in_floats` stores the packed bytes as numbers of the compute dtype, which FSDP needs to shard them.
@@ -54,8 +55,8 @@ def quantized_model(folder: str, device: torch.device, *, in_floats: bool = Fals
     return AutoModelForCausalLM.from_pretrained(folder, quantization_config=quantization, dtype=dtype, device_map=place)
 
 
-def peft_model(folder: str, device: torch.device, rank: int, *, in_floats: bool = False) -> nn.Module:
-    """That model with a LoRA on every linear layer."""
+def peft_model(folder: str, device: torch.device, rank: int, *, in_floats: bool = False) -> Any:
+    """A `peft.PeftModel`: `quantized_model` with a LoRA on every linear layer."""
     from peft import LoraConfig, get_peft_model
 
     model = quantized_model(folder, device, in_floats=in_floats)
@@ -65,10 +66,15 @@ def peft_model(folder: str, device: torch.device, rank: int, *, in_floats: bool 
 
 
 class _Step:
-    """An optimizer step by hand, as a training loop without a trainer has it."""
+    """An optimizer step by hand, as a training loop without a trainer has it.
+
+    Args:
+        model: a wrapped `peft.PeftModel`; the wrapper has `no_sync`.
+        clip: clips the gradients; by default the usual function on all trained parameters.
+    """
 
     def __init__(
-        self, model: nn.Module, settings: dict[str, Any], device: torch.device, clip: Callable[[], object] | None = None
+        self, model: Any, settings: dict[str, Any], device: torch.device, clip: Callable[[], object] | None = None
     ) -> None:
         self.model = model
         self._trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -86,18 +92,18 @@ class _Step:
         self._optimizer.zero_grad()
 
 
-def _batches(model: nn.Module, settings: dict[str, Any], device: torch.device) -> list[Tensor]:
+def _batches(model: Any, settings: dict[str, Any], device: torch.device) -> list[Tensor]:
     count, rank = settings["accumulation"], dist.get_rank()
     vocabulary = model.module.config.vocab_size
     shape = settings["rows"], settings["length"]
     return [random_ids(vocabulary, *shape, index).to(device) for index in range(rank * count, (rank + 1) * count)]
 
 
-def _ddp(model: nn.Module, settings: dict[str, Any], device: torch.device) -> _Step:
+def _ddp(model: Any, settings: dict[str, Any], device: torch.device) -> _Step:
     return _Step(nn.parallel.DistributedDataParallel(model), settings, device)
 
 
-def _fsdp1(model: nn.Module, settings: dict[str, Any], device: torch.device) -> _Step:
+def _fsdp1(model: Any, settings: dict[str, Any], device: torch.device) -> _Step:
     from peft.utils.other import fsdp_auto_wrap_policy
     from torch.distributed.fsdp import FullyShardedDataParallel
 
@@ -108,7 +114,7 @@ def _fsdp1(model: nn.Module, settings: dict[str, Any], device: torch.device) -> 
     return _Step(sharded, settings, device, clip=lambda: sharded.clip_grad_norm_(MAX_GRAD_NORM))
 
 
-def _fsdp2(model: nn.Module, settings: dict[str, Any], device: torch.device) -> Callable[[int], None]:
+def _fsdp2(model: Any, settings: dict[str, Any], device: torch.device) -> _Step:
     from accelerate import Accelerator, DistributedType, FullyShardedDataParallelPlugin
 
     plugin = FullyShardedDataParallelPlugin(
@@ -119,11 +125,23 @@ def _fsdp2(model: nn.Module, settings: dict[str, Any], device: torch.device) -> 
     accelerator = Accelerator(cpu=device.type == "cpu", fsdp_plugin=plugin)
     if accelerator.distributed_type is not DistributedType.FSDP:
         raise RuntimeError(f"accelerate chose {accelerator.distributed_type}: it copies the model and shards nothing")
-    model.module = model  # where a wrapped model keeps its own
+    model.module = model  # a wrapped model has its own there, and `_batches` looks for it
     return _Step(accelerator.prepare(model), settings, device)
 
 
-def _zero3(model: nn.Module, settings: dict[str, Any], device: torch.device) -> Callable[[int], None]:
+class _DeepSpeedStep:
+    """An optimizer step by DeepSpeed's engine, which accumulates and clips by itself."""
+
+    def __init__(self, model: Any, batches: list[Tensor]) -> None:
+        self.model, self._batches = model, batches
+
+    def __call__(self, number: int) -> None:
+        for ids in self._batches:
+            self.model.backward(self.model(input_ids=ids, labels=ids).loss)
+            self.model.step()
+
+
+def _zero3(model: Any, settings: dict[str, Any], device: torch.device) -> _DeepSpeedStep:
     import deepspeed
 
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -143,15 +161,15 @@ def _zero3(model: nn.Module, settings: dict[str, Any], device: torch.device) -> 
     }
     optimizer = torch.optim.AdamW(trained, lr=2e-4, weight_decay=0.0)
     engine = deepspeed.initialize(model=model, optimizer=optimizer, config=config)[0]
-    batches = _batches(engine, settings, device)
+    return _DeepSpeedStep(engine, _batches(engine, settings, device))
 
-    def step(number: int) -> None:
-        for ids in batches:
-            engine.backward(engine(input_ids=ids, labels=ids).loss)
-            engine.step()
 
-    step.model = engine
-    return step
+_WRAPPERS: dict[str, Callable[[Any, dict[str, Any], torch.device], _Step | _DeepSpeedStep]] = {
+    "ddp": _ddp,
+    "fsdp1": _fsdp1,
+    "fsdp2": _fsdp2,
+    "zero3": _zero3,
+}
 
 
 def _import_packages(name: str, device: torch.device) -> None:
@@ -163,9 +181,7 @@ def _import_packages(name: str, device: torch.device) -> None:
     if name == "fsdp2":
         import accelerate  # noqa: F401
     if name == "zero3":
-        from dist_qft.sharding.zero import start_deepspeed
-
-        start_deepspeed(device)
+        make_engine("zero").start(device)
 
 
 def _base_bytes(model: nn.Module) -> int:

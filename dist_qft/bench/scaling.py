@@ -27,8 +27,14 @@ _METRICS = ("tokens_per_second", "training_peak_bytes")
 
 
 def _changes() -> list[dict[str, int | str]]:
-    numbers = {"ranks": (1, 4), "length": (256,), "rows": (1, 8), "rank": (4, 64)}
-    return [{key: value} for key, values in numbers.items() for value in values] + [{"layers": "attention"}]
+    values: dict[str, tuple[int | str, ...]] = {
+        "ranks": (1, 4),
+        "length": (256,),
+        "rows": (1, 8),
+        "rank": (4, 64),
+        "layers": ("attention",),
+    }
+    return [{key: value} for key, of_key in values.items() for value in of_key]
 
 
 def _measure(name: str, wanted: dict[str, int | str], options: Options) -> Side:

@@ -25,12 +25,13 @@ from dist_qft.methods.forward import BaseForward
 from dist_qft.methods.plans import plan_trainables
 from dist_qft.ranks.device import compute_dtype
 from dist_qft.ranks.preemption import StopSignal
+from dist_qft.sharding.engines import make_engine
 from dist_qft.training.flat_parameters import FlatParameters
 from dist_qft.training.optimizer import make_optimizer
 from dist_qft.training.train_step import RANK_STATS, train_step
 from dist_qft.tuned_model.assemble import Assembled, assemble
 
-METHODS = {
+METHODS: dict[str, dict[str, dict[str, Any]]] = {
     "qlora": {"method": {"name": "qlora"}, "quantization": {"linear": "nf4", "block": [64]}},
     "qbara": {"method": {"name": "qbara"}, "quantization": {"linear": "nf4", "block": [64]}},
     "qahira": {
@@ -40,7 +41,7 @@ METHODS = {
     "qalora": {"method": {"name": "qalora", "pool": 32}, "quantization": {"linear": "affine4", "block": [1, 32]}},
 }
 MEASURED = ["qlora", "qbara", "qahira"]
-ENGINES = ("fsdp", "zero", "replicated")
+ENGINES: tuple[str, ...] = ("fsdp", "zero", "replicated")
 PEERS = {
     "ddp": "PEFT, DDP",
     "fsdp1": "PEFT, FSDP1",
@@ -85,7 +86,7 @@ def _all_sides(
     peers: list[str],
     prefix: str = "",
 ) -> dict[str, Side]:
-    """Ours and the peers' in turn, so that a busy machine disturbs both."""
+    """Run our sides and the peers' in turn, so that a busy machine disturbs both."""
     ours = [("ours", f"{m}, {e}", {"method": m, "engine": e}) for m in methods for e in engines]
     theirs = [("peer", PEERS[peer], {"peer": peer}) for peer in peers]
     sides = {}
@@ -140,13 +141,12 @@ def ours(settings: dict[str, Any]) -> dict[str, float]:
     world, done = dist.get_world_size(), settings["steps"] + 2
     gathered = (parts.engine.traffic.gathered_bytes - gathered) / done
     reduced = (flat.reduced_bytes - reduced) / done
-    sharded = config.sharding.engine != "replicated"
     tokens = settings["rows"] * settings["length"] * settings["accumulation"] * world
     return found | {
         "tokens_per_second": tokens / found["seconds"],
         "base_bytes": parts.engine.resident_bytes(),
         "counted_bytes": world * gathered + 2 * (world - 1) * reduced,
-        "bound_bytes": wire_bound(tables, rest, reduced, world, settings["accumulation"] if sharded else 0),
+        "bound_bytes": wire_bound(tables, rest, reduced, world, settings["accumulation"] if gathered else 0),
     }
 
 
@@ -155,10 +155,7 @@ def _import_packages(engine: str, device: torch.device) -> None:
     import bitsandbytes  # noqa: F401
     import torch._dynamo  # noqa: F401 - by the optimizer's first step
 
-    if engine == "zero":
-        from dist_qft.sharding.zero import start_deepspeed
-
-        start_deepspeed(device)
+    make_engine(engine).start(device)
 
 
 def wire_bound(tables: int, rest: int, reduced: float, world: int, micro_batches: int) -> float:

@@ -1,4 +1,4 @@
-"""The door to sharding: what an engine promises, and which units it may gather.
+"""The contract of the engines, and the units of the base that an engine gathers.
 
 An engine owns the parameters of the frozen base and nothing else. It is given modules on the meta device,
 decides which rows of every parameter this rank keeps, allocates just those, and from then on makes the
@@ -7,10 +7,12 @@ modules callable as if they were whole. It knows neither formats nor methods; tr
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, Self
 
 import torch
 from torch import Tensor, nn
+
+from dist_qft.config.schema import RunConfig
 
 
 @dataclass(frozen=True)
@@ -45,25 +47,52 @@ class Traffic:
 
 
 class Engine(Protocol):
-    """How a frozen base lives on the ranks. `shard`, `sum_over_shards` and `gather` are collective."""
+    """How a frozen base lives on the ranks. `shard`, `sum_over_shards` and `gather` are collective.
+
+    The plan of a run asks `gathers_in_backward`, `part_bytes` and `received_bytes` of an engine that has no base yet,
+    on a machine that may have one process and none of the engine's packages.
+
+    Attributes:
+        name: `sharding.engine` of the config.
+        traffic: counts what this rank has received.
+        gathers_in_backward: whether the layers are gathered a second time, for the backward pass.
+    """
 
     name: str
     traffic: Traffic
+    gathers_in_backward: bool
+
+    @classmethod
+    def from_config(cls, config: RunConfig) -> Self:
+        """The engine with those settings of `config.sharding` that are its own."""
+
+    def part_bytes(self, whole: Tensor, ranks: int) -> int:
+        """Bytes that the fullest of `ranks` ranks keeps of `whole`, a tensor that may be on meta."""
+
+    def received_bytes(self, whole: Tensor, ranks: int) -> int:
+        """Bytes that each of `ranks` ranks receives when `whole` is gathered."""
+
+    def start(self, device: torch.device) -> None:
+        """Import the engine's packages and start them on the process group; `shard` does it, too.
+
+        Raises:
+            UserError: a package is not installed.
+        """
 
     def shard(self, units: Units, device: torch.device) -> None:
-        """Take modules on meta, allocate this rank's part of every parameter on `device`."""
+        """Take modules on meta, allocate this rank's part of every parameter on `device`. Collective."""
 
     def shape(self, parameter: nn.Parameter) -> torch.Size:
-        """The shape of the whole parameter, which an engine need not leave on the parameter itself."""
+        """The shape of the whole parameter; `parameter.shape` may be that of a part."""
 
     def rows(self, parameter: nn.Parameter) -> tuple[int, int]:
         """First and one-past-last dim-0 index that this rank must be given of `parameter`."""
 
     def span(self, parameter: nn.Parameter) -> tuple[int, int]:
-        """First and one-past-last element of `local`, counted through the whole parameter."""
+        """First and one-past-last element of this rank's part, in the whole parameter flattened."""
 
     def store(self, parameter: nn.Parameter, first: int, rows: Tensor) -> None:
-        """Keep what is this rank's of `rows`, which hold dim-0 entries `first`, `first + 1`, ... of `parameter`."""
+        """Copy this rank's part out of `rows`, the dim-0 entries `first`, `first + 1`, ... of `parameter`."""
 
     def local(self, parameter: nn.Parameter) -> Tensor:
         """This rank's part of `parameter` (a view, padding excluded), for digests and shard-wise work."""
@@ -72,26 +101,29 @@ class Engine(Protocol):
         """Sum, over the whole base, of integers that each rank computed on its own part (wrapping, in place)."""
 
     def release(self) -> None:
-        """Free what forward passes have left gathered; then every module holds the parameters that were sharded."""
+        """Free what forward passes have left gathered: every module then holds its sharded parameters again."""
 
     def gather(self, parameter: nn.Parameter) -> Tensor | None:
         """The whole parameter on rank 0 (a copy on the CPU), None elsewhere."""
 
     def keep_gathered(self, unit: nn.Module) -> None:
-        """Keep a unit whole on every rank from its next use on: for one that is all that is still used."""
+        """From its next use on, keep `unit` whole on every rank.
+
+        For a unit that is the only part of the base still needed: the LM head, once all hidden states are cached.
+        """
 
     def keep_until_head(self, table: nn.Module) -> None:
-        """Where the engine can: gather the table of embedding and head once per forward pass, not for each of them."""
+        """Gather a tied `table` once per forward pass, and not once as the embedding and once as the head."""
 
     def resident_bytes(self) -> int:
         """Bytes of base parameters this rank holds between forward passes."""
 
     def after_backward(self) -> None:
-        """To be called after each backward pass: free what the engine could not free within it."""
+        """Free what the engine could not free within the backward pass. Call it after each."""
 
 
 def called_as_head(options: Mapping[str, Any]) -> bool:
-    """Whether a vocabulary table is called, with these keyword arguments, as a head and not as an embedding."""
+    """True if these keyword arguments of a call use a vocabulary table as the LM head, not as the embedding."""
     return options.get("use") is not None
 
 

@@ -1,36 +1,42 @@
-"""The door to the engines: a name and its settings to an `Engine`; a package is imported only for its own engine."""
+"""The door to the engines: from a name, or a config, to an `Engine`. A new engine is one more entry of `ENGINES`."""
 
-from collections.abc import Mapping
-from importlib.util import find_spec
-from typing import Any
+from typing import Any, Protocol
 
+from dist_qft.config.schema import RunConfig
 from dist_qft.errors import UserError
-from dist_qft.ranks.collectives import everywhere
 from dist_qft.sharding.engine import Engine
+from dist_qft.sharding.fsdp import FsdpEngine
+from dist_qft.sharding.replicated import ReplicatedEngine
+from dist_qft.sharding.zero import ZeroEngine
 
 
-def make_engine(
-    name: str,
-    *,
-    reshard_after_forward: bool = True,
-    prefetch_bytes: int = 0,
-    offload: bool = False,
-    zero_options: Mapping[str, Any] | None = None,
-) -> Engine:
-    """The engine called `name`, with the settings that are its own; its package is imported only here."""
-    if name == "fsdp":
-        from dist_qft.sharding.fsdp import FsdpEngine
+class EngineClass(Protocol):
+    """A class whose objects are engines."""
 
-        return FsdpEngine(reshard_after_forward=reshard_after_forward)
-    if name == "replicated":
-        from dist_qft.sharding.replicated import ReplicatedEngine
+    def __call__(self, *args: Any, **options: Any) -> Engine: ...
 
-        return ReplicatedEngine()
-    if name == "zero":
-        if find_spec("deepspeed") is None:
-            remedy = "pip install 'dist-qft[deepspeed]'"
-            raise everywhere(UserError(f"sharding.engine: zero needs DeepSpeed, which is not installed; {remedy}"))
-        from dist_qft.sharding.zero import ZeroEngine
+    def from_config(self, config: RunConfig) -> Engine: ...
 
-        return ZeroEngine(prefetch_bytes=prefetch_bytes, offload=offload, options=zero_options)
-    raise UserError(f"sharding.engine: got '{name}', need 'fsdp', 'zero' or 'replicated'")
+
+# `sharding.engine` -> its class. No class imports a package of its own before `Engine.start`.
+ENGINES: dict[str, EngineClass] = {"fsdp": FsdpEngine, "zero": ZeroEngine, "replicated": ReplicatedEngine}
+
+
+def engine_of(config: RunConfig) -> Engine:
+    """The engine that `config.sharding` asks for, with its settings there."""
+    return _class_of(config.sharding.engine).from_config(config)
+
+
+def make_engine(name: str, **options: Any) -> Engine:
+    """The engine called `name`; `options` are those of its class, by default the class's own.
+
+    Raises:
+        UserError: there is no such engine.
+    """
+    return _class_of(name)(**options)
+
+
+def _class_of(name: str) -> EngineClass:
+    if name not in ENGINES:
+        raise UserError(f"sharding.engine: got '{name}', must be one of {', '.join(ENGINES)}")
+    return ENGINES[name]

@@ -19,16 +19,19 @@ next forward pass gathers the tables alone.
 
 import math
 import time
+from collections.abc import Sequence
 from itertools import pairwise
-from typing import Any
+from typing import Any, Self, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor
 from torch.utils.hooks import RemovableHandle
 
+from dist_qft.config.schema import RunConfig
 from dist_qft.ranks.collectives import all_gather_flat
 from dist_qft.sharding.engine import Traffic, Units, called_as_head, parameter_owners
 from dist_qft.sharding.host_memory import return_freed_memory_between
@@ -37,14 +40,14 @@ from dist_qft.sharding.host_memory import return_freed_memory_between
 class CountedAllGather:
     """FSDP2's all-gather with a counter of the bytes this rank receives.
 
-    Without a work to wait for, FSDP2 keeps each output until the next one has been copied out, so that streams can
-    overlap. A CPU has no streams: there the work is given back done, and one output is freed before the next is made.
+    If `__call__` returns no work, FSDP2 keeps each output until the next one has been copied out, so that streams can
+    overlap. A CPU has no streams: there the work is returned done, and one output is freed before the next is made.
     """
 
     def __init__(self, traffic: Traffic) -> None:
         self.traffic = traffic
 
-    def allocate(self, size: list[int], *, dtype: torch.dtype, device: torch.device) -> Tensor:
+    def allocate(self, size: Sequence[int | torch.SymInt], *, dtype: torch.dtype, device: torch.device) -> Tensor:
         return torch.empty(*size, dtype=dtype, device=device)
 
     def __call__(
@@ -66,20 +69,33 @@ class FsdpEngine:
 
     def __init__(self, *, reshard_after_forward: bool = True) -> None:
         self.traffic = Traffic()
-        self.reshard_after_forward = reshard_after_forward
+        self.gathers_in_backward = reshard_after_forward
         self._parameters: list[nn.Parameter] = []
         self._units: list[FSDPModule] = []
         self._freed_by_head: RemovableHandle | None = None
+
+    @classmethod
+    def from_config(cls, config: RunConfig) -> Self:
+        return cls(reshard_after_forward=config.sharding.reshard_after_forward)
+
+    def part_bytes(self, whole: Tensor, ranks: int) -> int:
+        return -(-whole.shape[0] // ranks) * whole[0].nbytes
+
+    def received_bytes(self, whole: Tensor, ranks: int) -> int:
+        return (ranks - 1) * self.part_bytes(whole, ranks)
+
+    def start(self, device: torch.device) -> None:
+        pass
 
     def shard(self, units: Units, device: torch.device) -> None:
         mesh = init_device_mesh(device.type, (dist.get_world_size(),))
         owners = parameter_owners(units)
         counter = CountedAllGather(self.traffic)
-        self._units = [*units.tables, *units.layers, units.root]
-        for unit in self._units:  # the root last: it takes what is left
-            reshard = self.reshard_after_forward or unit in units.tables
-            fully_shard(unit, mesh=mesh, reshard_after_forward=reshard)
-            unit.set_custom_all_gather(counter)
+        for unit in [*units.tables, *units.layers, units.root]:  # the root last: it takes what is left
+            reshard = self.gathers_in_backward or unit in units.tables
+            sharded = fully_shard(unit, mesh=mesh, reshard_after_forward=reshard)
+            sharded.set_custom_all_gather(cast(Any, counter))  # `AllGather`, its interface, is private
+            self._units.append(sharded)
         _order_backward_gathers(units)
         for module, name in owners:
             part = nn.Parameter(torch.empty_like(getattr(module, name), device=device), requires_grad=False)
@@ -108,7 +124,7 @@ class FsdpEngine:
             self.local(parameter)[start - begin : stop - begin].copy_(rows[start - first : stop - first])
 
     def local(self, parameter: nn.Parameter) -> Tensor:
-        return parameter.to_local()
+        return cast(DTensor, parameter).to_local()
 
     def sum_over_shards(self, parts: Tensor) -> Tensor:
         dist.all_reduce(parts)
@@ -131,12 +147,12 @@ class FsdpEngine:
         return whole[: parameter.shape[0]].cpu()
 
     def keep_gathered(self, unit: nn.Module) -> None:
-        unit.set_reshard_after_forward(False)
+        _sharded(unit).set_reshard_after_forward(False)
         if self._freed_by_head is not None:
             self._freed_by_head.remove()
 
     def keep_until_head(self, table: nn.Module) -> None:
-        table.set_reshard_after_forward(False)
+        _sharded(table).set_reshard_after_forward(False)
         self._freed_by_head = table.register_forward_hook(_free_after_head, with_kwargs=True)
 
     def resident_bytes(self) -> int:
@@ -152,16 +168,22 @@ def _rows_per_rank(parameter: nn.Parameter) -> int:
     return -(-parameter.shape[0] // dist.get_world_size())
 
 
-def _free_after_head(table: FSDPModule, ids: tuple[Tensor], options: dict[str, Any], output: object) -> None:
-    """Forward hook: a table that was used as the head is done with."""
+def _sharded(unit: nn.Module) -> FSDPModule:
+    """The unit with the methods that `fully_shard` gave it."""
+    return cast(FSDPModule, unit)
+
+
+def _free_after_head(table: nn.Module, ids: tuple[Tensor], options: dict[str, Any], output: object) -> None:
+    """Forward hook: free a table after its use as the head, its last in a forward pass."""
     if called_as_head(options):
-        table.reshard()
+        _sharded(table).reshard()
 
 
 def _order_backward_gathers(units: Units) -> None:
     """Each unit prefetches the one before it in backward; the first layer prefetches nothing."""
-    units.root.set_modules_to_backward_prefetch([units.layers[-1]])
-    for before, layer in pairwise(units.layers):
+    layers = [_sharded(layer) for layer in units.layers]
+    _sharded(units.root).set_modules_to_backward_prefetch([layers[-1]])
+    for before, layer in pairwise(layers):
         layer.set_modules_to_backward_prefetch([before])
     # An empty list means FSDP2's default order, which is the embedding; naming itself is a no-op.
-    units.layers[0].set_modules_to_backward_prefetch([units.layers[0]])
+    layers[0].set_modules_to_backward_prefetch([layers[0]])

@@ -1,9 +1,12 @@
-"""Engine `replicated`: every rank holds the whole base. For models that fit, and as the others' reference."""
+"""Engine `replicated`: every rank holds the whole base. For models that fit, and as the other engines' reference."""
+
+from typing import Self
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from dist_qft.config.schema import RunConfig
 from dist_qft.sharding.engine import Traffic, Units, parameter_owners
 
 
@@ -11,10 +14,24 @@ class ReplicatedEngine:
     """Holds the base whole on every rank; nothing of it ever crosses the network."""
 
     name = "replicated"
+    gathers_in_backward = False
 
     def __init__(self) -> None:
         self.traffic = Traffic()
         self._parameters: list[nn.Parameter] = []
+
+    @classmethod
+    def from_config(cls, config: RunConfig) -> Self:
+        return cls()
+
+    def part_bytes(self, whole: Tensor, ranks: int) -> int:
+        return whole.nbytes
+
+    def received_bytes(self, whole: Tensor, ranks: int) -> int:
+        return 0
+
+    def start(self, device: torch.device) -> None:
+        pass
 
     def shard(self, units: Units, device: torch.device) -> None:
         for module, name in parameter_owners(units):

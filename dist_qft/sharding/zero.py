@@ -1,4 +1,4 @@
-"""Engine `zero`: DeepSpeed ZeRO-3 over packed bytes. The one file that knows DeepSpeed.
+"""Engine `zero`: DeepSpeed ZeRO-3 over packed bytes. The only file of a run that imports DeepSpeed.
 
 Only the frozen base goes through ZeRO-3; trainables, their reduction and the optimizer stay ours, so of DeepSpeed this
 takes the partitioning and its hooks (`DeepSpeedZeRoOffload`) and no training engine. A parameter is cut flat, over all
@@ -14,8 +14,8 @@ A tied table stays gathered from its embedding to its use as a head (`keep_until
 again).
 
 DeepSpeed's defaults keep a gathered parameter whole when it is small, or used again within 1e9 elements: on most models
-that undoes the sharding, so both thresholds are 0 here. Its prefetch also keeps what it passes over, and is
-therefore limited to `prefetch_bytes`; with 0 there is none, and no trace of the order of modules either.
+that undoes the sharding, so both thresholds are 0 here. Its prefetch also keeps the parameters it passes over, and is
+therefore limited to `prefetch_bytes`; with 0 there is no prefetch, and DeepSpeed records no order of modules.
 """
 
 import math
@@ -23,12 +23,15 @@ import os
 import time
 import warnings
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from importlib.util import find_spec
+from typing import Any, Protocol, Self, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from dist_qft.config.deepspeed_file import read_zero_options
+from dist_qft.config.schema import RunConfig
 from dist_qft.errors import UserError
 from dist_qft.ranks.collectives import everywhere
 from dist_qft.sharding.engine import Traffic, Units, called_as_head, parameter_owners
@@ -36,6 +39,22 @@ from dist_qft.sharding.host_memory import return_freed_memory_between
 
 AllGather = Callable[..., Any]
 _UNTIL_HEAD = -1  # the id of no module, among those that use a parameter
+
+
+class _ZeroParameter(Protocol):
+    """The attributes that DeepSpeed hangs on a parameter, as far as they are used here."""
+
+    ds_shape: torch.Size
+    ds_numel: int
+    ds_numel_aligned: int  # rounded up to a multiple of the ranks
+    ds_tensor: Tensor  # this rank's part, flat; of equal size on all ranks
+    ds_persist: bool
+    ds_active_sub_modules: set[int]  # ids of the modules that are using it: it stays gathered until there is none
+    all_gather_coalesced: AllGather
+
+
+def _zero(parameter: nn.Parameter) -> _ZeroParameter:
+    return cast(_ZeroParameter, parameter)
 
 
 class ZeroEngine:
@@ -48,6 +67,7 @@ class ZeroEngine:
     """
 
     name = "zero"
+    gathers_in_backward = True
 
     def __init__(
         self, *, prefetch_bytes: int = 0, offload: bool = False, options: Mapping[str, Any] | None = None
@@ -58,10 +78,31 @@ class ZeroEngine:
         self.options = dict(options or {})
         self._parameters: list[nn.Parameter] = []
 
+    @classmethod
+    def from_config(cls, config: RunConfig) -> Self:
+        sharding = config.sharding
+        return cls(
+            prefetch_bytes=int(sharding.prefetch_megabytes * 2**20),
+            offload=sharding.offload,
+            options=read_zero_options(config),
+        )
+
+    def part_bytes(self, whole: Tensor, ranks: int) -> int:
+        return -(-whole.numel() // ranks) * whole.itemsize
+
+    def received_bytes(self, whole: Tensor, ranks: int) -> int:
+        return (ranks - 1) * self.part_bytes(whole, ranks)
+
+    def start(self, device: torch.device) -> None:
+        if find_spec("deepspeed") is None:
+            remedy = "pip install 'dist-qft[deepspeed]'"
+            raise everywhere(UserError(f"sharding.engine: zero needs DeepSpeed, which is not installed; {remedy}"))
+        _start_deepspeed(device)
+
     def shard(self, units: Units, device: torch.device) -> None:
         if self.offload and device.type == "cpu":
             raise everywhere(UserError("sharding.offload: the base is in host memory already on a CPU; remove it"))
-        start_deepspeed(device)
+        self.start(device)
         from deepspeed.runtime.zero.parameter_offload import DeepSpeedZeRoOffload
         from deepspeed.runtime.zero.partition_parameters import Init
         from deepspeed.utils import set_z3_leaf_module
@@ -99,66 +140,66 @@ class ZeroEngine:
             return_freed_memory_between(units.layers)
 
     def shape(self, parameter: nn.Parameter) -> torch.Size:
-        return parameter.ds_shape
+        return _zero(parameter).ds_shape
 
     def rows(self, parameter: nn.Parameter) -> tuple[int, int]:
         begin, end = self.span(parameter)
-        width = math.prod(parameter.ds_shape[1:])
+        width = math.prod(_zero(parameter).ds_shape[1:])
         return begin // width, -(-end // width)
 
     def span(self, parameter: nn.Parameter) -> tuple[int, int]:
-        size = parameter.ds_tensor.numel()
-        begin = min(dist.get_rank() * size, parameter.ds_numel)
-        return begin, min(begin + size, parameter.ds_numel)
+        size = _zero(parameter).ds_tensor.numel()
+        begin = min(dist.get_rank() * size, _zero(parameter).ds_numel)
+        return begin, min(begin + size, _zero(parameter).ds_numel)
 
     def store(self, parameter: nn.Parameter, first: int, rows: Tensor) -> None:
         begin, end = self.span(parameter)
-        offset = first * math.prod(parameter.ds_shape[1:])
+        offset = first * math.prod(_zero(parameter).ds_shape[1:])
         start, stop = max(begin, offset), min(end, offset + rows.numel())
         if start < stop:
             self.local(parameter)[start - begin : stop - begin].copy_(rows.reshape(-1)[start - offset : stop - offset])
 
     def local(self, parameter: nn.Parameter) -> Tensor:
         begin, end = self.span(parameter)
-        return parameter.ds_tensor[: end - begin]
+        return _zero(parameter).ds_tensor[: end - begin]
 
     def sum_over_shards(self, parts: Tensor) -> Tensor:
         dist.all_reduce(parts)
         return parts
 
     def gather(self, parameter: nn.Parameter) -> Tensor | None:
-        part = parameter.ds_tensor  # of equal size on all ranks; sent as bytes
+        part = _zero(parameter).ds_tensor  # sent as bytes
         if dist.get_rank() != 0:
             dist.gather(part.view(torch.uint8))
             return None
         world = dist.get_world_size()
         whole = part.new_empty(world * part.numel())
         dist.gather(part.view(torch.uint8), list(whole.view(torch.uint8).chunk(world)))
-        return whole[: parameter.ds_numel].view(parameter.ds_shape).cpu()
+        return whole[: _zero(parameter).ds_numel].view(_zero(parameter).ds_shape).cpu()
 
     def release(self) -> None:
         self._zero.partition_all_parameters()
 
     def keep_gathered(self, unit: nn.Module) -> None:
         for parameter in unit.parameters():
-            parameter.ds_persist = True
+            _zero(parameter).ds_persist = True
 
     def keep_until_head(self, table: nn.Module) -> None:
         def hold(table: nn.Module, ids: tuple[Tensor], options: dict[str, Any]) -> None:
             for parameter in table.parameters():
-                parameter.ds_active_sub_modules.add(_UNTIL_HEAD)
+                _zero(parameter).ds_active_sub_modules.add(_UNTIL_HEAD)
 
         def let_go(table: nn.Module, ids: tuple[Tensor], options: dict[str, Any], output: object) -> None:
             if called_as_head(options):
                 for parameter in table.parameters():
-                    parameter.ds_active_sub_modules.discard(_UNTIL_HEAD)
+                    _zero(parameter).ds_active_sub_modules.discard(_UNTIL_HEAD)
 
         # In front of DeepSpeed's hook behind the call, which frees what no module is using.
         table.register_forward_pre_hook(hold, with_kwargs=True)
         table.register_forward_hook(let_go, prepend=True, with_kwargs=True)
 
     def resident_bytes(self) -> int:
-        return sum(parameter.ds_tensor.nbytes for parameter in self._parameters)
+        return sum(_zero(parameter).ds_tensor.nbytes for parameter in self._parameters)
 
     def after_backward(self) -> None:
         # The first layer's input needs no gradient, so DeepSpeed's own hook behind its backward pass never fires.
@@ -180,10 +221,16 @@ class ZeroEngine:
         size = -(-meta.numel() // world)
         pinned = self.offload and self.options.get("offload_param", {}).get("pin_memory", True)
         part = torch.empty(size, dtype=meta.dtype, device="cpu" if self.offload else device, pin_memory=pinned)
-        part.ds_numel, part.status, part.final_location = size, PartitionedParamStatus.AVAILABLE, None
-        parameter.ds_tensor, parameter.ds_numel_aligned = part, world * size
+        for name, value in {
+            "ds_numel": size,
+            "status": PartitionedParamStatus.AVAILABLE,
+            "final_location": None,
+        }.items():
+            setattr(part, name, value)
+        zero = _zero(parameter)
+        zero.ds_tensor, zero.ds_numel_aligned = part, world * size
         free_param(parameter)
-        parameter.all_gather_coalesced = self._counted(parameter.all_gather_coalesced)
+        zero.all_gather_coalesced = self._counted(zero.all_gather_coalesced)
         return parameter
 
     def _counted(self, all_gather: AllGather) -> AllGather:
@@ -194,7 +241,7 @@ class ZeroEngine:
             parameters = list(parameters)
             started = time.perf_counter()
             handle = all_gather(parameters, **arguments)
-            received = peers * sum(parameter.ds_tensor.nbytes for parameter in parameters)
+            received = peers * sum(_zero(parameter).ds_tensor.nbytes for parameter in parameters)
             self.traffic.add(received, time.perf_counter() - started)
             return _TimedHandle(handle, self.traffic)
 
@@ -202,8 +249,8 @@ class ZeroEngine:
 
     def _elements(self, count: int) -> int:
         """Bytes in DeepSpeed's unit, elements of any dtype, by the average over the base."""
-        total = sum(parameter.ds_tensor.nbytes for parameter in self._parameters)
-        return count * sum(parameter.ds_tensor.numel() for parameter in self._parameters) // total
+        total = sum(_zero(parameter).ds_tensor.nbytes for parameter in self._parameters)
+        return count * sum(_zero(parameter).ds_tensor.numel() for parameter in self._parameters) // total
 
 
 class _TimedHandle:
@@ -219,10 +266,10 @@ class _TimedHandle:
 
 
 def _elements_of(unit: nn.Module) -> int:
-    return sum(parameter.ds_numel for parameter in unit.parameters())
+    return sum(_zero(parameter).ds_numel for parameter in unit.parameters())
 
 
-def start_deepspeed(device: torch.device) -> None:
+def _start_deepspeed(device: torch.device) -> None:
     """Import DeepSpeed for `device` and put it onto the process group that exists."""
     os.environ.setdefault("DS_ACCELERATOR", device.type)
     os.environ.setdefault("LOCAL_RANK", str(device.index or 0))  # not every launcher sets it

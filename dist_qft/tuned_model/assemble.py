@@ -13,7 +13,6 @@ from dist_qft.base_model.load import load_base
 from dist_qft.base_model.skeleton import BaseModel
 from dist_qft.base_model.sources import TensorSource
 from dist_qft.base_model.weight_files import open_source
-from dist_qft.config.deepspeed_file import read_zero_options
 from dist_qft.config.schema import RunConfig
 from dist_qft.data.dataset import TokenDataset
 from dist_qft.errors import Preempted
@@ -24,7 +23,7 @@ from dist_qft.methods.qst.pruning import start_from_base
 from dist_qft.methods.trainable import Plan, TrainableSet
 from dist_qft.ranks.preemption import StopSignal
 from dist_qft.sharding.engine import Engine
-from dist_qft.sharding.engines import make_engine
+from dist_qft.sharding.engines import engine_of
 from dist_qft.sharding.host_memory import keep_one_heap
 from dist_qft.tuned_model.task import Task, head_outputs, make_task
 
@@ -108,14 +107,7 @@ def assemble(
         if stop is not None and stop.any_rank():
             raise Preempted("stopped by a signal while the base was loaded; start it again")
 
-    sharding = config.sharding
-    engine = make_engine(
-        sharding.engine,
-        reshard_after_forward=sharding.reshard_after_forward,
-        prefetch_bytes=int(sharding.prefetch_megabytes * 2**20),
-        offload=sharding.offload,
-        zero_options=read_zero_options(config),
-    )
+    engine = engine_of(config)
     materialize(skeleton, source or open_source(config.model), engine, device, poll)
     if skeleton.tied and head_outputs(config.task) == 0:
         engine.keep_until_head(skeleton.embedding)

@@ -127,7 +127,9 @@ def test_every_bit_survives_storing_gathering_and_calling(pools, world, name):
 
 
 def test_unknown_engine():
-    with pytest.raises(UserError, match=r"sharding\.engine: got 'ddp', need 'fsdp', 'zero' or 'replicated'") as raised:
+    with pytest.raises(
+        UserError, match=r"sharding\.engine: got 'ddp', must be one of fsdp, zero, replicated"
+    ) as raised:
         make_engine("ddp")
     assert raised.value.exit_code == 2
 
@@ -250,10 +252,10 @@ def test_traffic_is_the_docstrings_formula_and_memory_one_share(pools, models, w
 # --- uses that are not one forward, one backward ----------------------------------------------------------------------
 
 
-def interleaved(path: Path, engine_name: str, reshard: bool, disturb: bool) -> list[float]:
+def interleaved(path: Path, engine_name: str, disturb: bool, **options: bool) -> list[float]:
     """Losses and gradients of three steps; `disturb` evaluates and generates in between, and runs two forward passes
     before one backward pass."""
-    base = open_base(path, make_engine(engine_name, reshard_after_forward=reshard))
+    base = open_base(path, make_engine(engine_name, **options))
     gain = adapt(base)
     numbers = []
     for step in range(3):
@@ -274,7 +276,7 @@ def interleaved(path: Path, engine_name: str, reshard: bool, disturb: bool) -> l
 
 @pytest.mark.parametrize(("world", "reshard"), [(2, True), (2, False), (4, True)])
 def test_evaluation_generation_and_two_forwards_disturb_nothing(pools, models, world, reshard):
-    arguments = {"path": models[True], "reshard": reshard}
-    expected = pools[1].run(interleaved, engine_name="replicated", disturb=False, **arguments)[0]
-    for numbers in pools[world].run(interleaved, engine_name="fsdp", disturb=True, **arguments):
+    path, options = models[True], {"reshard_after_forward": reshard}
+    expected = pools[1].run(interleaved, path=path, engine_name="replicated", disturb=False)[0]
+    for numbers in pools[world].run(interleaved, path=path, engine_name="fsdp", disturb=True, **options):
         assert numbers == pytest.approx(expected, rel=1e-4, abs=1e-5)
