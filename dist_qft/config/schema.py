@@ -105,6 +105,9 @@ class DataConfig(Section):
     overlong: Literal["truncate", "drop", "error"] = "truncate"
     packing: bool = False
     loss_on: Literal["assistant", "all"] = "assistant"
+    on_missing: Literal["error", "warn"] = Field(
+        "error", description="where the chat template leaves out what was said, such as reasoning: refuse, or warn"
+    )
     cache_dir: str | None = Field(None, description="tokenized data; default <output_dir>/data_cache")
 
 

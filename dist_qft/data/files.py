@@ -14,10 +14,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
+from dist_qft.data.records import LocatedRecord, Record
 from dist_qft.errors import UserError
-
-Record = dict[str, Any]
-LocatedRecord = tuple[Record, str]
 
 
 def find_files(path: Path, key: str) -> list[Path]:

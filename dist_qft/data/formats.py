@@ -14,53 +14,14 @@
 import json
 import reprlib
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from dist_qft.config.schema import DatasetConfig
-from dist_qft.data.files import LocatedRecord, Record
+from dist_qft.data.records import LocatedRecord, Record
+from dist_qft.data.samples import Conversation, Labelled, PromptCompletion, Sample, Text, Tokenized
 from dist_qft.errors import UserError
 
 IGNORE_INDEX = -100  # the label that PyTorch's cross entropy and Hugging Face skip
-
-
-@dataclass(frozen=True)
-class Conversation:
-    """Messages of {role, content, ...} and the tools they may call, as chat templates take them."""
-
-    messages: list[dict[str, Any]]
-    tools: list[dict[str, Any]] | None = None
-
-
-@dataclass(frozen=True)
-class PromptCompletion:
-    prompt: str
-    completion: str
-
-
-@dataclass(frozen=True)
-class Text:
-    text: str
-
-
-@dataclass(frozen=True)
-class Tokenized:
-    """Token ids, and for each whether it is to be predicted."""
-
-    input_ids: list[int]
-    targets: list[bool]
-
-
-@dataclass(frozen=True)
-class Labelled:
-    """A text, or two, and the label as the data gives it: a name, a position or a number."""
-
-    text: str
-    text_pair: str | None
-    label: Any
-
-
-Sample = Conversation | PromptCompletion | Text | Tokenized | Labelled
 
 
 class FormatFields(NamedTuple):

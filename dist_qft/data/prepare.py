@@ -17,8 +17,9 @@ from transformers import PreTrainedTokenizerBase
 from dist_qft.config.schema import DataConfig, DatasetConfig, TaskConfig
 from dist_qft.data.dataset import FORMAT_VERSION, TokenDataset
 from dist_qft.data.formats import resolve_format, to_sample
+from dist_qft.data.lengths import limit_length
 from dist_qft.data.sources import Source, load_records, open_source
-from dist_qft.data.tokens import SampleEncoder, TokenSequence, limit_length
+from dist_qft.data.tokens import SampleEncoder, TokenSequence
 from dist_qft.errors import CorruptFileError, SetupError, UserError
 
 
@@ -48,7 +49,7 @@ def prepare(
     train_source = open_source(data.train, "data.train")
     eval_source = open_source(data.eval, "data.eval") if data.eval is not None else None
     task = task or TaskConfig()
-    encoder = SampleEncoder(tokenizer, vocab_size, data.loss_on, task)
+    encoder = SampleEncoder(tokenizer, vocab_size, data.loss_on, task, on_missing=data.on_missing)
     has_eval = data.eval is not None or data.eval_samples > 0
 
     key = _cache_key(data, tokenizer, vocab_size, train_source, eval_source, task)

@@ -14,7 +14,8 @@ from pathlib import Path
 
 from dist_qft.config.schema import DatasetConfig
 from dist_qft.data import stdlib_docs
-from dist_qft.data.files import READERS, LocatedRecord, find_files, read_file
+from dist_qft.data.files import READERS, find_files, read_file
+from dist_qft.data.records import LocatedRecord
 from dist_qft.errors import UserError
 from dist_qft.storage.manifest import sha256_of
 

@@ -1,27 +1,29 @@
 """From a sample to token ids and, for each token, whether the model is trained to predict it.
 
-A conversation is rendered as text by the tokenizer's own chat template and tokenized once. Which characters belong to
-the assistant is found in the text, by rendering the conversation's prefixes, and carried over to tokens by their
-character offsets: tokenizing the turns one by one would give other tokens at their borders.
+A conversation is rendered as text and tokenized once. The characters that the assistant writes are found in that text
+(`spans`) and carried over to tokens by their character offsets: tokenizing the turns one by one would give other
+tokens at their borders.
 """
 
-import re
+import datetime
 import reprlib
 from collections import Counter
-from collections.abc import Iterable
-from dataclasses import dataclass, replace
-from typing import Any, Literal
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
 
-import jinja2
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from dist_qft.config.schema import TaskConfig
-from dist_qft.data.formats import Conversation, Labelled, PromptCompletion, Sample, Text, Tokenized
+from dist_qft.data.chat_template import ChatTemplate, template_source
+from dist_qft.data.forms import locate
 from dist_qft.data.labels import label_value
+from dist_qft.data.records import RowError
+from dist_qft.data.samples import WEIGHT, Conversation, Labelled, PromptCompletion, Sample, Text, Tokenized
+from dist_qft.data.spans import Located, Span, SpanFinder, TemplateRefusal
+from dist_qft.data.standins import Piece
 from dist_qft.errors import UserError
-
-Span = tuple[int, int]  # characters [start, end) of the rendered text
 
 
 @dataclass(frozen=True)
@@ -37,34 +39,59 @@ class TokenSequence:
     label: float | None = None
 
 
+@dataclass
+class Remarks:
+    """What the user is to know about the encoded samples: how many there were of each kind, and the first of them."""
+
+    counts: Counter[str] = field(default_factory=Counter)
+    first: dict[str, str] = field(default_factory=dict)
+
+    def add(self, remark: str, where: str) -> None:
+        self.counts[remark] += 1
+        self.first.setdefault(remark, where)
+
+
 class SampleEncoder:
     """Encodes samples with one tokenizer for a model of `vocab_size` token ids.
 
     loss_on: "assistant" predicts the assistant's turns (content and end-of-turn token, not the header), or of a
     prompt and completion the completion; "all" predicts every token.
-    task: what labelled samples are judged by.
+    task: what labelled samples are judged by. train_on: the assistant's turns that are predicted. on_missing: what
+    happens if a template leaves out what was said. today: the date that templates with a clock are told.
     """
 
     def __init__(
         self,
         tokenizer: PreTrainedTokenizerBase,
         vocab_size: int,
-        loss_on: Literal["assistant", "all"],
+        loss_on: Literal["assistant", "all"] = "assistant",
         task: TaskConfig | None = None,
+        *,
+        train_on: Literal["all-turns", "last-turn"] = "all-turns",
+        on_missing: Literal["error", "warn"] = "error",
+        today: datetime.date | None = None,
     ) -> None:
         if not tokenizer.is_fast:
             kind = type(tokenizer).__name__
-            raise UserError(
-                f"model.path: {kind} gives no character offsets; allowed: a tokenizer with a tokenizer.json"
-            )
+            raise UserError(f"model.path: got {kind}, which gives no character offsets; must have a tokenizer.json")
         self.tokenizer = tokenizer
         self.vocab_size = vocab_size
         self.loss_on = loss_on
         self.task = task or TaskConfig()
+        self.train_on = train_on
+        self.on_missing = on_missing
+        self.remarks = Remarks()
+        self._today = today or datetime.date.today()
         self._end_markers = tuple(str(token) for token in tokenizer.added_tokens_decoder.values())
+        self._finders: dict[str, SpanFinder] = {}
 
     def encode(self, sample: Sample, where: str) -> TokenSequence:
-        """Token ids and targets of `sample`; UserError naming `where` if the tokenizer or the model cannot take it."""
+        """Token ids and targets of `sample`.
+
+        Raises:
+            RowError: naming `where`, if the tokenizer, its template or the model cannot take the sample.
+            UserError: if they cannot take any such sample.
+        """
         match sample:
             case Conversation():
                 input_ids, targets = self._encode_conversation(sample, where)
@@ -79,9 +106,9 @@ class SampleEncoder:
                 return self._encode_labelled(sample, where)
         if input_ids and (min(input_ids) < 0 or max(input_ids) >= self.vocab_size):
             position = next(i for i, token in enumerate(input_ids) if not 0 <= token < self.vocab_size)
-            raise UserError(
-                f"{where}: token id {input_ids[position]} at position {position}; "
-                f"allowed: 0 to {self.vocab_size - 1}, the model's vocabulary"
+            raise RowError(
+                f"{where}: got token id {input_ids[position]} at position {position}, must be 0 to "
+                f"{self.vocab_size - 1}, the model's vocabulary"
             )
         targets[:1] = False
         return TokenSequence(np.array(input_ids, dtype=np.int32), targets)
@@ -107,59 +134,63 @@ class SampleEncoder:
         return input_ids, targets
 
     def _encode_conversation(self, sample: Conversation, where: str) -> tuple[list[int], np.ndarray]:
-        if self.tokenizer.chat_template is None:
-            raise UserError(
-                f"{where}: a conversation, but the tokenizer has no chat template; "
-                "put a chat_template.jinja beside the model, or use format prompt-completion or text"
-            )
-        text = self._render(sample, len(sample.messages), where)
-        _check_tools_rendered(sample, text, where)
-        # The template writes BOS itself if the model wants one.
-        input_ids, offsets = self._tokenize(text, where, add_special_tokens=False)
+        finder = self._finder(sample)
+        answers = {i for i, message in enumerate(sample.messages) if message["role"] == "assistant"}
+        trained = {i for i in answers if sample.messages[i].get(WEIGHT, 1) != 0}
         if self.loss_on == "all":
-            return input_ids, np.ones(len(input_ids), dtype=bool)
-        template = self.tokenizer.get_chat_template(tools=sample.tools)
-        if re.search(r"\{%-?\s*generation\s*-?%\}", template):  # its author marked the assistant's part
-            marked = self.tokenizer.apply_chat_template(
-                sample.messages, tools=sample.tools, return_dict=True, return_assistant_tokens_mask=True
-            )
-            return marked["input_ids"], np.array(marked["assistant_masks"], dtype=bool)
-        return input_ids, _in_spans(offsets, self._assistant_spans(sample, text, where))
-
-    def _assistant_spans(self, sample: Conversation, text: str, where: str) -> list[Span]:
-        """The characters of each assistant turn in `text`, from behind its header to its end-of-turn token."""
-        spans = []
-        for i, message in enumerate(sample.messages):
-            if message["role"] != "assistant":
-                continue
-            if i == 0:
-                raise UserError(f"{where}: the conversation starts with the assistant; allowed: system or user first")
-            header = self._render(sample, i, where, add_generation_prompt=True)
-            turn = self._render(sample, i + 1, where)
-            if not (text.startswith(turn) and turn.startswith(header)):
-                raise UserError(
-                    f"{where}: the chat template does not render message {i} as a continuation of those before it, so "
-                    "the assistant's tokens cannot be told; use a template with {% generation %}, or data.loss_on: all"
-                )
-            # Templates put a line break behind the end-of-turn token, where nobody generates any more.
-            stripped = turn.rstrip()
-            if len(stripped) > len(header) and stripped.endswith(self._end_markers):
-                turn = stripped
-            spans.append((len(header), len(turn)))
-        return spans
-
-    def _render(self, sample: Conversation, count: int, where: str, add_generation_prompt: bool = False) -> str:
-        """The first `count` messages as text."""
+            wanted = answers - trained
+        else:
+            trained = wanted = self._trained_turns(sample, trained)
+            if 0 in trained:
+                raise RowError(f"{where}: message 0 is the assistant's; must be a system or user message")
+        checked = {i for i in range(len(sample.messages)) if i in trained or i not in answers}
         try:
-            return self.tokenizer.apply_chat_template(
-                sample.messages[:count],
-                tools=sample.tools,
-                tokenize=False,
-                add_generation_prompt=add_generation_prompt,
+            located = locate(sample, finder, wanted, checked)
+        except TemplateRefusal as refusal:
+            raise RowError(f"{where}: {refusal}") from None
+        if located.missing:
+            self._tell_missing(located.missing, sample, where)
+        for note in located.notes:
+            self.remarks.add(note, where)
+        # The template writes BOS itself if the model wants one.
+        input_ids, offsets = self._tokenize(located.text, where, add_special_tokens=False)
+        inside = _in_spans(offsets, _all_spans(located))
+        return input_ids, ~inside if self.loss_on == "all" else inside
+
+    def _trained_turns(self, sample: Conversation, trained: set[int]) -> set[int]:
+        """The messages whose tokens are predicted: not those of a prompt, and of the last turn only if so asked."""
+        trained = {i for i in trained if i >= sample.prompt_length}
+        if self.train_on == "all-turns" or not trained:
+            return trained
+        asked = [i for i, message in enumerate(sample.messages[: max(trained)]) if message["role"] == "user"]
+        return {i for i in trained if not asked or i > asked[-1]}
+
+    def _finder(self, sample: Conversation) -> SpanFinder:
+        source = template_source(self.tokenizer, sample.tools)
+        if source is None:
+            raise UserError(
+                "model.path: the tokenizer has no chat template, and the data are conversations; "
+                "need a chat_template.jinja beside the model, or data of format prompt-completion or text"
             )
-        except (jinja2.TemplateError, TypeError, ValueError) as error:
-            reason = str(error).partition("\n")[0]
-            raise UserError(f"{where}: the chat template refuses the conversation: {reason}") from None
+        if source not in self._finders:
+            variables = {name: str(token) for name, token in self.tokenizer.special_tokens_map.items()}
+            template = ChatTemplate(source, variables, self._today)
+            self._finders[source] = SpanFinder(template, self._end_markers)
+        return self._finders[source]
+
+    def _tell_missing(self, missing: Sequence[Piece], sample: Conversation, where: str) -> None:
+        piece = missing[0]
+        if piece.message < 0:
+            key = "tools"
+        else:
+            key = f"message {piece.message} ({sample.messages[piece.message]['role']}), {piece.kind}"
+        if self.on_missing == "error":
+            raise RowError(
+                f"{where}: {key}: {reprlib.repr(piece.text)} is not in what the chat template renders; need a template "
+                "that writes it, other data, or data.on_missing: warn"
+            )
+        for kind in sorted({"tool call" if piece.kind == "function" else piece.kind for piece in missing}):
+            self.remarks.add(f"the chat template leaves out {kind}", where)
 
     def _tokenize(self, text: str, where: str, add_special_tokens: bool) -> tuple[list[int], np.ndarray]:
         """Token ids and their (n, 2) character offsets."""
@@ -167,43 +198,19 @@ class SampleEncoder:
             text.encode()
         except UnicodeEncodeError as error:
             # JSON can write half of a surrogate pair.
-            raise UserError(f"{where}: a lone surrogate {text[error.start]!a}, which is no text") from None
+            raise RowError(f"{where}: got a lone surrogate {text[error.start]!a}, must be text") from None
         encoding = self.tokenizer(
             text,
             add_special_tokens=add_special_tokens,
             return_attention_mask=False,
             return_offsets_mapping=True,
-            verbose=False,  # the length is our business, not model_max_length's
+            verbose=False,  # the length is limited later, and not to model_max_length
         )
         return encoding["input_ids"], np.array(encoding["offset_mapping"], dtype=np.int64).reshape(-1, 2)
 
 
-def limit_length(
-    sequence: TokenSequence,
-    max_length: int,
-    overlong: Literal["truncate", "drop", "error"],
-    where: str,
-    counts: Counter[str],
-) -> TokenSequence | None:
-    """`sequence`, cut from the right to `max_length` tokens; None if it is dropped, with the reason in `counts`."""
-    length = len(sequence.input_ids)
-    if not sequence.targets.any():
-        counts["dropped_no_targets"] += 1
-        return None
-    if length <= max_length:
-        return sequence
-    if overlong == "error":
-        raise UserError(
-            f"{where}: {length} tokens; allowed: data.max_length {max_length}, or data.overlong: truncate or drop"
-        )
-    if overlong == "drop":
-        counts["dropped_overlong"] += 1
-        return None
-    if not sequence.targets[:max_length].any():
-        counts["dropped_targets_cut_off"] += 1
-        return None
-    counts["truncated"] += 1
-    return replace(sequence, input_ids=sequence.input_ids[:max_length], targets=sequence.targets[:max_length])
+def _all_spans(located: Located) -> list[Span]:
+    return [span for spans in located.spans.values() for span in spans]
 
 
 def _in_spans(offsets: np.ndarray, spans: Iterable[Span]) -> np.ndarray:
@@ -216,14 +223,3 @@ def _in_spans(offsets: np.ndarray, spans: Iterable[Span]) -> np.ndarray:
     for start, end in spans:
         inside |= (offsets[:, 0] < end) & (offsets[:, 1] > start)
     return inside
-
-
-def _check_tools_rendered(sample: Conversation, text: str, where: str) -> None:
-    """Templates without support for tools skip them silently; training on such a text would teach nonsense."""
-    functions: list[dict[str, Any]] = [tool["function"] for tool in sample.tools or []]
-    functions += [call["function"] for message in sample.messages for call in message.get("tool_calls") or []]
-    for function in functions:
-        if function["name"] not in text:
-            raise UserError(
-                f"{where}: the tokenizer's chat template leaves out the tool {reprlib.repr(function['name'])}"
-            )

@@ -65,7 +65,7 @@ def test_counts_of_every_fate(run, corpus):
     assert prepared.train.pad_id == 0
     dropped = run(path, max_length=8, overlong="drop").train.report
     assert (dropped["kept"], dropped["dropped_overlong"], dropped["truncated"]) == (2, 2, 0)
-    with pytest.raises(UserError, match=r"train.jsonl:2: 12 tokens; allowed: data.max_length 8, or data.overlong"):
+    with pytest.raises(UserError, match=r"train.jsonl:2: got 12 tokens, must be at most data.max_length 8"):
         run(path, max_length=8, overlong="error")
 
 

@@ -7,7 +7,8 @@ import pytest
 from tokenizers import processors
 
 from dist_qft.data.formats import Conversation, PromptCompletion, Text, Tokenized
-from dist_qft.data.tokens import SampleEncoder, TokenSequence, limit_length
+from dist_qft.data.lengths import limit_length
+from dist_qft.data.tokens import SampleEncoder, TokenSequence
 from dist_qft.errors import UserError
 
 WHERE = "data.jsonl:7"
@@ -75,23 +76,6 @@ def test_generation_blocks_of_a_template_decide(make_tokenizer):
     assert predicted == "The capital of France is Paris."
 
 
-def test_template_that_drops_earlier_turns_is_refused(make_tokenizer):
-    template = (
-        "{% for message in messages %}<|im_start|>{{ message['role'] }}\n"
-        "{% if loop.last or message['role'] != 'assistant' %}{{ message['content'] }}{% else %}...{% endif %}"
-        "<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-    )
-    tokenizer = make_tokenizer(template)
-    assert encode(tokenizer, Conversation(TWO_TURNS[:3]))[1] == "The capital of France is Paris.<|im_end|>"
-    with pytest.raises(UserError) as caught:
-        encode(tokenizer, Conversation(TWO_TURNS))
-    assert str(caught.value) == (
-        "data.jsonl:7: the chat template does not render message 2 as a continuation of those before it, so the "
-        "assistant's tokens cannot be told; use a template with {% generation %}, or data.loss_on: all"
-    )
-    assert "is Paris" not in encode(tokenizer, Conversation(TWO_TURNS), loss_on="all")[1]
-
-
 def test_text_is_predicted_up_to_its_end_token(chatml, make_tokenizer):
     assert encode(chatml, Text("x Hello")) == ("x Hello<|im_end|>", " Hello<|im_end|>")
     # A tokenizer with BOS predicts the first word too; text that already has BOS or EOS gets no second one.
@@ -130,39 +114,25 @@ def test_tokenized_keeps_ids_and_never_predicts_the_first(chatml):
 def test_token_outside_the_vocabulary(chatml, token):
     with pytest.raises(UserError) as caught:
         SampleEncoder(chatml, 300, "assistant").encode(Tokenized([1, token], [True, True]), WHERE)
-    assert str(caught.value) == (
-        f"data.jsonl:7: token id {token} at position 1; allowed: 0 to 299, the model's vocabulary"
-    )
+    assert str(caught.value).startswith(f"{WHERE}: got token id {token} at position 1, must be 0 to 299")
     assert caught.value.exit_code == 2
 
 
 def test_tokenizer_of_a_larger_vocabulary_than_the_model(chatml):
-    with pytest.raises(UserError, match=r"^data.jsonl:7: token id \d+ at position 0; allowed: 0 to 9, the model's"):
+    with pytest.raises(UserError, match=r"^data.jsonl:7: got token id \d+ at position 0, must be 0 to 9"):
         SampleEncoder(chatml, 10, "assistant").encode(Text("Hello"), WHERE)
 
 
-RAISING = "{% if messages[0]['role'] != 'user' %}{{ raise_exception('user must come first') }}{% endif %}x"
+RAISING = "{{ raise_exception('no such conversation') }}"
+TOOL = {"type": "function", "function": {"name": "get_weather"}}
+CALL = {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "sum_up"}}]}
 REFUSED = {
-    "no template": (None, Conversation(TWO_TURNS), "a conversation, but the tokenizer has no chat template; put a"),
-    "template raises": (RAISING, Conversation(TWO_TURNS), "the chat template refuses the conversation: user must come"),
-    "assistant first": (
-        ...,
-        Conversation(TWO_TURNS[2:]),
-        "the conversation starts with the assistant; allowed: system",
-    ),
-    "lone surrogate": (..., Text("a\ud800b"), "a lone surrogate '\\ud800', which is no text"),
-    "tool left out": (
-        ...,
-        Conversation(TWO_TURNS, [{"type": "function", "function": {"name": "get_weather"}}]),
-        "the tokenizer's chat template leaves out the tool 'get_weather'",
-    ),
-    "call left out": (
-        ...,
-        Conversation(
-            [*TWO_TURNS, {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "sum_up"}}]}]
-        ),
-        "the tokenizer's chat template leaves out the tool 'sum_up'",
-    ),
+    "no template": (None, Conversation(TWO_TURNS), "model.path: the tokenizer has no chat template"),
+    "template raises": (RAISING, Conversation(TWO_TURNS), f"{WHERE}: the chat template refuses the conversation: no"),
+    "assistant first": (..., Conversation(TWO_TURNS[2:]), f"{WHERE}: message 0 is the assistant's"),
+    "lone surrogate": (..., Text("a\ud800b"), f"{WHERE}: got a lone surrogate '\\ud800'"),
+    "tool left out": (..., Conversation(TWO_TURNS, [TOOL]), f"{WHERE}: tools: 'get_weather' is not in what"),
+    "call left out": (..., Conversation([*TWO_TURNS[:4], CALL]), f"{WHERE}: message 4 (assistant), function: 'sum_up'"),
 }
 
 
@@ -171,7 +141,8 @@ def test_refusals(make_tokenizer, chatml, template, sample, message):
     tokenizer = chatml if template is ... else make_tokenizer(template)
     with pytest.raises(UserError) as caught:
         encode(tokenizer, sample)
-    assert str(caught.value).startswith(f"{WHERE}: {message}")
+    assert str(caught.value).startswith(message)
+    assert caught.value.exit_code == 2
 
 
 def test_length_policies(chatml):
@@ -185,14 +156,14 @@ def test_length_policies(chatml):
     unlabelled = TokenSequence(np.arange(3, dtype=np.int32), np.zeros(3, dtype=bool))
     assert limit_length(unlabelled, 8, "error", WHERE, counts) is None
     assert counts == {"truncated": 1, "dropped_overlong": 1, "dropped_targets_cut_off": 1, "dropped_no_targets": 1}
-    with pytest.raises(UserError, match=r"^data.jsonl:7: 10 tokens; allowed: data.max_length 8, or data.overlong"):
+    with pytest.raises(UserError, match=r"^data.jsonl:7: got 10 tokens, must be at most data.max_length 8"):
         limit_length(sequence, 8, "error", WHERE, counts)
 
 
 def test_slow_tokenizer_is_refused(tmp_path):
     from transformers import ByT5Tokenizer  # in Python all through, so without offsets
 
-    with pytest.raises(UserError, match=r"^model.path: ByT5Tokenizer gives no character offsets; allowed: a tokenizer"):
+    with pytest.raises(UserError, match=r"^model.path: got ByT5Tokenizer"):
         SampleEncoder(ByT5Tokenizer(), 384, "assistant")
 
 

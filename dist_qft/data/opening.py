@@ -1,0 +1,35 @@
+"""Where an assistant's message begins: behind the prompt with which a template asks for it."""
+
+import re
+
+_THOUGHT = r"think|thinking|thought|reasoning|THINK|THINKING"
+# A tag at the end of a generation prompt that opens or closes a block of reasoning.
+_LAST_TAG = re.compile(rf"(?:</?(?:seed:)?(?:{_THOUGHT})>|\[/?(?:{_THOUGHT})\]|<\|(?:START|END)_(?:{_THOUGHT})\|>)\s*$")
+
+
+def opening_length(gap: str, prompt: str | None, notes: set[str]) -> int | None:
+    """How much of `gap`, the text before a message's first piece, is the prompt for it; None if it cannot be told.
+
+    prompt: the text with which a template asks for this message, anchored where `gap` begins. Some prompts open or
+    close a block of reasoning that finished turns have not, or have empty. The block then belongs to the message.
+    """
+    cut = False
+    while prompt is not None:
+        tag = _LAST_TAG.search(prompt)
+        closing = _closing_tag(tag[0].strip()) if tag else None
+        if gap.startswith(prompt) and not (closing and closing in gap[len(prompt) :]):
+            if cut:
+                notes.add(
+                    "the generation prompt writes part of a block of reasoning; answers without reasoning are trained "
+                    "with the block as the template writes it, open to close"
+                )
+            return len(prompt)
+        prompt, cut = prompt[: tag.start()] if tag else None, True
+    return None
+
+
+def _closing_tag(tag: str) -> str | None:
+    """The tag that closes the block that `tag` opens; None if `tag` is a closing tag itself."""
+    if tag.startswith("<|"):
+        return tag.replace("<|START_", "<|END_") if "START" in tag else None
+    return None if tag[1] == "/" else f"{tag[0]}/{tag[1:]}"

@@ -1,0 +1,108 @@
+"""Small chat templates of our own, one for each way in which the templates of well-known models differ."""
+
+CHATML = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+# An answer behind the last question gets a block of reasoning, empty if there is none; earlier ones lose theirs.
+LAST_TURN_DIFFERS = """
+{%- set ns = namespace(last=-1) %}
+{%- for m in messages %}{% if m.role == 'user' %}{% set ns.last = loop.index0 %}{% endif %}{% endfor %}
+{%- for m in messages %}
+    {%- set content = m.content %}
+    {%- set reasoning = m.reasoning_content or '' %}
+    {%- if m.role == 'assistant' and '</think>' in content %}
+        {%- set reasoning = content.split('</think>')[0].split('<think>')[-1] %}
+        {%- set content = content.split('</think>')[-1].lstrip('\n') %}
+    {%- endif %}
+    {{- '<|im_start|>' + m.role + '\n' }}
+    {%- if m.role == 'assistant' and loop.index0 > ns.last %}
+        {{- '<think>\n' + reasoning.strip('\n') + '\n</think>\n\n' }}
+    {%- endif %}
+    {{- content }}
+    {%- for call in m.tool_calls or [] %}
+        {{- '<tool_call>\n' + call.function | tojson + '\n</tool_call>' }}
+    {%- endfor %}
+    {{- '<|im_end|>\n' }}
+{%- endfor %}
+{%- if add_generation_prompt %}{{- '<|im_start|>assistant\n' }}{% endif %}"""
+
+# Everything up to </think> is cut out of every answer.
+REASONING_CUT = (
+    "{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}<|User|>{{ m.content }}"
+    "{% elif m.role == 'assistant' %}<|Assistant|>{{ m.content.split('</think>')[-1] }}<|im_end|>"
+    "{% else %}{{ m.content }}{% endif %}{% endfor %}{% if add_generation_prompt %}<|Assistant|>{% endif %}"
+)
+
+# The prompt opens a block of reasoning that finished answers do not have.
+PROMPT_OPENS_THINK = REASONING_CUT.replace("%}<|Assistant|>{% endif %}", "%}<|Assistant|><think>\n{% endif %}")
+
+# The prompt opens a block of reasoning that every answer has.
+PROMPT_SHARES_THINK = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' %}<think>\n"
+    "{{ m.reasoning_content }}\n</think>\n\n{% endif %}{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n<think>\n{% endif %}"
+)
+
+# Contents are walked part by part; of a string nothing is written.
+PARTS_ONLY = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}: {% for part in m.content %}{% if part is mapping %}"
+    "{{ part.text }}{% endif %}{% endfor %}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant:{% endif %}"
+)
+
+# A text ends in the tokenizer's end token, once.
+END_AT_THE_END = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% else %}<|endoftext|>{% endif %}"
+)
+
+# The last answer ends in one token, earlier ones in another.
+LAST_END_DIFFERS = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}<|channel|>{{ m.content }}"
+    "{% if loop.last %}<|endoftext|>{% else %}<|im_end|>{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant{% endif %}"
+)
+
+# Roles must alternate, there is none for the system, and contents are trimmed.
+ALTERNATING = (
+    "{{ bos_token }}{% for m in messages %}{% if (m.role == 'user') != (loop.index0 % 2 == 0) %}"
+    "{{ raise_exception('roles must alternate') }}{% endif %}<|im_start|>"
+    "{{ 'model' if m.role == 'assistant' else m.role }}\n{{ m.content | trim }}<|im_end|>\n"
+    "{% endfor %}{% if add_generation_prompt %}<|im_start|>model\n{% endif %}"
+)
+
+# Its author marks what the assistant writes.
+MARKED = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' %}{% generation %}{{ m.content }}"
+    "{% for call in m.tool_calls or [] %}{{ call.function | tojson }}{% endfor %}<|im_end|>{% endgeneration %}\n"
+    "{% else %}{{ m.content }}<|im_end|>\n{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+# Tools in the system message; arguments of calls as JSON, one tag for each argument, or as text that the data give.
+TOOLS = (
+    "{% if tools %}<|im_start|>system\n{% for tool in tools %}{{ tool | tojson }}\n{% endfor %}<|im_end|>\n{% endif %}"
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}{% for call in m.tool_calls or [] %}CALL<|im_end|>"
+    "{% endfor %}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+TOOLS_AS_JSON = TOOLS.replace("CALL<|im_end|>", "<tool_call>{{ call.function | tojson }}</tool_call>")
+TOOLS_AS_TAGS = TOOLS.replace(
+    "CALL<|im_end|>",
+    "<function={{ call.function.name }}>{% for key, value in call.function.arguments.items() %}<parameter={{ key }}>\n"
+    "{{ value if value is string else value | tojson }}\n</parameter>{% endfor %}</function>",
+)
+TOOLS_AS_TEXT = TOOLS.replace(
+    "CALL<|im_end|>", "{{ '<tool_call>' + call.function.name + '\n' + call.function.arguments + '</tool_call>' }}"
+)
+
+# The system header holds the day.
+CLOCK = "<|im_start|>system\nToday Date: {{ strftime_now('%d %b %Y') }}<|im_end|>\n" + CHATML
+
+# Without special tokens of any kind.
+PLAIN = (
+    "{% for m in messages %}{% if m.role == 'user' %}### User: {{ m.content }}\n\n{% elif m.role == 'assistant' %}"
+    "### Assistant: {{ m.content }}\n\n{% else %}{{ m.content }}\n\n{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}### Assistant:{% endif %}"
+)

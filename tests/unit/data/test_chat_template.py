@@ -1,0 +1,113 @@
+"""Templates as programs: the same text as transformers renders, and limits on what they may use."""
+
+import datetime
+import resource
+import time
+
+import pytest
+
+from dist_qft.data import chat_template
+from dist_qft.data.chat_template import ChatTemplate, Request, has_clock
+from dist_qft.errors import UserError
+from tests.support import chat_templates
+
+TODAY = datetime.date(2025, 3, 9)
+MESSAGES = [
+    {"role": "user", "content": "caf\u00e9 \U0001f600 <b>\n\u2028"},
+    {"role": "assistant", "content": "yes", "tool_calls": [{"function": {"name": "f", "arguments": {"a": "\u00e9<"}}}]},
+]
+TOOL = {"type": "function", "function": {"name": "f", "parameters": {}}}
+TEMPLATES = {name: source for name, source in vars(chat_templates).items() if name.isupper()}
+
+
+def render(source, *requests, variables=None):
+    template = ChatTemplate(source, variables or {}, TODAY)
+    try:
+        return template.render(requests or [Request([{"role": "user", "content": "a"}])])
+    finally:
+        template.close()
+
+
+@pytest.mark.parametrize("source", [*TEMPLATES.values(), "{{ dict(a=1) | tojson }}{{ messages | tojson(indent=1) }}"])
+def test_the_text_is_that_of_transformers(make_tokenizer, source):
+    tokenizer = make_tokenizer(source, bos_token="<s>")
+    variables = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}
+    requests = [Request(messages, tools, prompt) for messages in (MESSAGES, MESSAGES[:1]) for tools in (None, [TOOL])
+                for prompt in (False, True)]  # fmt: skip
+    for request, rendered in zip(requests, render(source, *requests, variables=variables), strict=True):
+        try:
+            expected = tokenizer.apply_chat_template(
+                request.messages, tools=request.tools, tokenize=False, add_generation_prompt=request.prompt
+            )
+        except Exception as error:
+            assert rendered.error == str(error).partition("\n")[0]
+            continue
+        if "strftime_now" in source:
+            expected = expected.replace(datetime.date.today().strftime("%d %b %Y"), TODAY.strftime("%d %b %Y"))
+        assert (rendered.text, rendered.error) == (expected, None)
+
+
+def test_the_clock_stands_still(make_tokenizer):
+    (rendered,) = render(chat_templates.CLOCK)
+    assert "Today Date: 09 Mar 2025" in rendered.text
+    assert has_clock(make_tokenizer(chat_templates.CLOCK)) and not has_clock(make_tokenizer(None))
+
+
+@pytest.mark.parametrize(
+    "expression",
+    [
+        "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
+        "{% for i in range(99999) %}{% for j in range(99999) %}{% if 0 %}x{% endif %}{% endfor %}{% endfor %}",
+        "{{ 10 ** 100000000 }}",
+        "{{ lipsum(n=99999) }}",
+        "{% set ns = namespace(x='a') %}{% for i in range(40) %}{% set ns.x = ns.x + ns.x %}{% endfor %}",
+        "{{ '%1000000000d' % 1 }}",
+        "{{ '{:1000000000}'.format(1) }}",
+        "{{ 'a' * 20000000000 }}",
+        "{{ 'a' * 20000000 }}",
+    ],
+)
+def test_no_template_hangs_or_fills_the_memory(monkeypatch, expression):
+    monkeypatch.setattr(chat_template, "CPU_SECONDS", 1)
+    before, started = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.monotonic()
+    source = expression + "{{ messages[0].content }}"
+    try:
+        (rendered,) = render(source)
+    except UserError as error:
+        assert error.exit_code == 2
+    else:
+        assert rendered.error is not None
+    assert time.monotonic() - started < 60  # on a busy machine; alone it is 2
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200 * 2**10  # KiB
+
+
+def test_a_stopped_template_renders_again(monkeypatch):
+    monkeypatch.setattr(chat_template, "CPU_SECONDS", 1)
+    template = ChatTemplate(
+        "{% if messages[0].content == 'bomb' %}{{ 10 ** (messages | length * 10**8) }}{% endif %}fine", {}, TODAY
+    )
+    with pytest.raises(UserError, match=r"^model.path: the chat template was stopped"):
+        template.render([Request([{"role": "user", "content": "bomb"}])])
+    (rendered,) = template.render([Request([{"role": "user", "content": "a"}])])
+    assert rendered.text == "fine"
+    template.close()
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "{% if %}",
+        "{% generation %}",
+        "{{ messages.__class__ }}{{ ''.__class__.__mro__[1].__subclasses__() }}",
+        "{% import 'os' as os %}",
+        "{{ namespace(__class__=1) }}",
+        "{{ messages.append(1) }}",
+    ],
+)
+def test_bad_templates_are_refused(source):
+    try:
+        (rendered,) = render(source)
+    except UserError as error:
+        assert str(error).startswith("model.path: the chat template is not valid: ")
+    else:
+        assert rendered.error is not None or rendered.text == ""

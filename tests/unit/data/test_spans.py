@@ -1,0 +1,256 @@
+"""Which part of a conversation is trained, for templates of every kind: compared with text written by hand."""
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from dist_qft.data.samples import Conversation
+from dist_qft.data.tokens import SampleEncoder
+from dist_qft.errors import UserError
+from tests.support import chat_templates as kinds
+
+WHERE = "data.jsonl:7"
+SPECIAL = ("<think>", "</think>", "<|User|>", "<|Assistant|>", "<|channel|>")
+
+
+def user(content):
+    return {"role": "user", "content": content}
+
+
+def assistant(content, **more):
+    return {"role": "assistant", "content": content, **more}
+
+
+def call(name="get_weather", **arguments):
+    return {"type": "function", "function": {"name": name, "arguments": arguments}}
+
+
+TOOL = {"type": "function", "function": {"name": "get_weather", "parameters": {"type": "object"}}}
+AS_JSON = '{"name": "get_weather", "arguments": {"city": "Par\\"is \u00e9", "days": 2}}'
+TURNS = [user("Hi"), assistant("Hello."), user("How are you?"), assistant("Fine.")]
+THINKING = [user("Hi"), assistant("Hello.", reasoning_content="A greeting.")]
+INLINE = [user("Hi"), assistant("<think>\nA greeting.\n</think>\n\nHello.")]
+CALLS = [
+    user("Weather?"),
+    assistant("", tool_calls=[call(city='Par"is \u00e9', days=2)]),
+    user("Thanks"),
+    assistant("Sun."),
+]
+
+
+@pytest.fixture(scope="session")
+def encoder(make_tokenizer):
+    """An encoder for a template, one for each set of settings."""
+    made = {}
+
+    def get(template, **settings):
+        key = (template, *sorted(settings.items()))
+        if key not in made:
+            tokenizer = make_tokenizer(template, bos_token="<s>")
+            tokenizer.add_tokens(list(SPECIAL), special_tokens=True)
+            made[key] = SampleEncoder(tokenizer, len(tokenizer), **settings)
+        return made[key]
+
+    return get
+
+
+def trained(encoder, messages, tools=None):
+    sequence = encoder.encode(Conversation(messages, tools), WHERE)
+    return encoder.tokenizer.decode(sequence.input_ids[sequence.targets])
+
+
+TARGETS = {
+    "chatml": (kinds.CHATML, TURNS, "Hello.<|im_end|>Fine.<|im_end|>"),
+    "equal texts": (kinds.CHATML, [user("a"), assistant("a"), user("a"), assistant("a")], "a<|im_end|>a<|im_end|>"),
+    "two answers in a row": (
+        kinds.CHATML,
+        [*TURNS, assistant("Bye.")],
+        "Hello.<|im_end|>Fine.<|im_end|>Bye.<|im_end|>",
+    ),
+    "question last": (kinds.CHATML, TURNS[:3], "Hello.<|im_end|>"),
+    "empty answer": (kinds.CHATML, [user("a"), assistant("")], "<|im_end|>"),
+    "last turn differs": (
+        kinds.LAST_TURN_DIFFERS,
+        TURNS,
+        "Hello.<|im_end|><think>\n\n</think>\n\nFine.<|im_end|>",
+    ),
+    "last turn differs, reasoning": (
+        kinds.LAST_TURN_DIFFERS,
+        THINKING,
+        "<think>\nA greeting.\n</think>\n\nHello.<|im_end|>",
+    ),
+    "last turn differs, inline": (
+        kinds.LAST_TURN_DIFFERS,
+        INLINE,
+        "<think>\nA greeting.\n</think>\n\nHello.<|im_end|>",
+    ),
+    "last turn differs, calls": (
+        kinds.LAST_TURN_DIFFERS,
+        CALLS,
+        f"<tool_call>\n{AS_JSON}\n</tool_call><|im_end|><think>\n\n</think>\n\nSun.<|im_end|>",
+    ),
+    "prompt opens a block, answers have none": (kinds.PROMPT_OPENS_THINK, TURNS, "Hello.<|im_end|>Fine.<|im_end|>"),
+    "prompt opens the block": (kinds.PROMPT_SHARES_THINK, THINKING, "A greeting.\n</think>\n\nHello.<|im_end|>"),
+    "prompt opens an empty block": (
+        kinds.PROMPT_SHARES_THINK,
+        TURNS[:2],
+        "<think>\n\n</think>\n\nHello.<|im_end|>",
+    ),
+    "parts only": (kinds.PARTS_ONLY, TURNS, " Hello.<|im_end|> Fine.<|im_end|>"),
+    "end at the very end": (kinds.END_AT_THE_END, TURNS, "Hello.<|im_end|>Fine.<|im_end|>\n<|endoftext|>"),
+    "last end differs": (kinds.LAST_END_DIFFERS, TURNS, "<|channel|>Hello.<|im_end|><|channel|>Fine.<|endoftext|>"),
+    "system folded": (
+        kinds.ALTERNATING,
+        [{"role": "system", "content": "Be kind."}, *TURNS],
+        "Hello.<|im_end|>Fine.<|im_end|>",
+    ),
+    "trimmed": (kinds.ALTERNATING, [user(" a "), assistant("  b \n")], "b<|im_end|>"),
+    "marked": (kinds.MARKED, TURNS, "Hello.<|im_end|>Fine.<|im_end|>"),
+    "marked, characters of several tokens": (
+        kinds.MARKED.replace("<|im_end|>{% endgeneration %}", "{% endgeneration %}<|im_end|>"),
+        [user("a"), assistant("caf\u00e9"), user("b"), assistant("yes \U0001f600")],
+        "caf\u00e9yes \U0001f600",
+    ),
+    "no special tokens": (kinds.PLAIN, TURNS, " Hello.\n\n Fine.\n\n"),
+    "calls as json": (
+        kinds.TOOLS_AS_JSON,
+        CALLS,
+        f"<tool_call>{AS_JSON}</tool_call><|im_end|>Sun.<|im_end|>",
+    ),
+    "calls as tags": (
+        kinds.TOOLS_AS_TAGS,
+        CALLS,
+        '<function=get_weather><parameter=city>\nPar"is \u00e9\n</parameter><parameter=days>\n2\n</parameter>'
+        "</function><|im_end|>Sun.<|im_end|>",
+    ),
+    "calls as text": (
+        kinds.TOOLS_AS_TEXT,
+        CALLS,
+        '<tool_call>get_weather\n{"city": "Par\\"is \u00e9", "days": 2}</tool_call><|im_end|>Sun.<|im_end|>',
+    ),
+    "weight 0": (
+        kinds.CHATML,
+        [user("Hi"), assistant("Hello.", weight=0), *TURNS[2:]],
+        "Fine.<|im_end|>",
+    ),
+    "weight 0, marked": (kinds.MARKED, [user("Hi"), assistant("Hello.", weight=0), *TURNS[2:]], "Fine.<|im_end|>"),
+}
+
+
+@pytest.mark.parametrize(("template", "messages", "expected"), TARGETS.values(), ids=TARGETS)
+def test_targets(encoder, template, messages, expected):
+    assert trained(encoder(template), messages) == expected
+
+
+def test_last_turn(encoder):
+    calls = [*TURNS, user("Weather?"), assistant("", tool_calls=[call(city="Rome")]), assistant("Sun.")]
+    last = encoder(kinds.TOOLS_AS_JSON, train_on="last-turn")
+    assert trained(last, TURNS) == trained(last, [*TURNS, user("Bye")]) == "Fine.<|im_end|>"
+    assert trained(last, calls).endswith("</tool_call><|im_end|>Sun.<|im_end|>")
+    assert "Fine" not in trained(last, calls)
+    # What earlier turns lose does not matter then.
+    earlier = [*THINKING, *TURNS[2:]]
+    assert trained(encoder(kinds.LAST_TURN_DIFFERS, train_on="last-turn"), earlier).endswith("Fine.<|im_end|>")
+
+
+def test_loss_on_all_leaves_out_messages_of_weight_0(encoder):
+    everything = encoder(kinds.CHATML, loss_on="all")
+    text = trained(everything, [user("Hi"), assistant("Hello.", weight=0), *TURNS[2:]])
+    assert "Hello." not in text and "How are you?" in text and "Fine.<|im_end|>" in text
+
+
+MISSING = {
+    "reasoning that is cut": (kinds.REASONING_CUT, INLINE, "message 1 (assistant), content: 'A greeting.'"),
+    "reasoning of earlier turns": (
+        kinds.LAST_TURN_DIFFERS,
+        [*THINKING, *TURNS[2:]],
+        "message 1 (assistant), reasoning",
+    ),
+    "reasoning that nobody knows": (kinds.CHATML, THINKING, "message 1 (assistant), reasoning: 'A greeting.'"),
+    "calls": (kinds.CHATML, CALLS, "message 1 (assistant), function: 'get_weather'"),
+    "outside the marks": (
+        kinds.MARKED.replace("{% generation %}{{ m.content }}", "{{ m.content }}{% generation %}"),
+        TURNS,
+        "message 1 (assistant), content: 'Hello.'",
+    ),
+}
+
+
+@pytest.mark.parametrize(("template", "messages", "message"), MISSING.values(), ids=MISSING)
+def test_what_a_template_leaves_out(encoder, template, messages, message):
+    with pytest.raises(UserError) as caught:
+        trained(encoder(template), messages)
+    assert str(caught.value).startswith(f"{WHERE}: {message}")
+    assert "data.on_missing" in str(caught.value)
+    warned = encoder(template, on_missing="warn")
+    trained(warned, messages)
+    assert any("leaves out" in remark and first == WHERE for remark, first in warned.remarks.first.items())
+
+
+def test_a_template_that_changes_the_texts_is_refused(encoder):
+    shouting = kinds.CHATML.replace("{{ m.content }}", "{{ m.content | upper }}")
+    with pytest.raises(UserError, match=r"^data.jsonl:7: the chat template changes what the messages say"):
+        trained(encoder(shouting), TURNS)
+
+
+# --- everything the assistant said, and nothing else ------------------------------------------------------------------
+
+TEXT = st.text(st.sampled_from("ab \n\"'<>{}\\\u00e9\u4e2d\U0001f600"), min_size=1, max_size=12).filter(
+    lambda text: text.strip()
+)
+
+
+@st.composite
+def conversations(draw):
+    messages = [{"role": "system", "content": "S" + draw(TEXT)}] if draw(st.booleans()) else []
+    for number in range(draw(st.integers(1, 4))):
+        messages.append(user(f"U{number}:" + draw(TEXT)))
+        answer = assistant(f"A{number}:" + draw(TEXT))
+        if draw(st.booleans()):
+            answer["weight"] = draw(st.sampled_from([0, 1]))
+        messages.append(answer)
+    return messages
+
+
+@st.composite
+def conversations_with_calls(draw):
+    messages = draw(conversations())
+    for message in messages:
+        if message["role"] == "assistant" and draw(st.booleans()):
+            arguments = draw(st.dictionaries(st.sampled_from("xyz"), TEXT | st.integers() | st.booleans(), max_size=3))
+            message["tool_calls"] = [call(**arguments)]
+    return messages
+
+
+def check_targets(encoder, messages):
+    text = trained(encoder, messages)
+    position = 0
+    for message in messages:
+        said = message["content"].strip()
+        if message["role"] == "assistant" and message.get("weight", 1):
+            position = text.index(said, position) + len(said)
+        elif said:
+            assert said not in text
+
+
+@pytest.mark.parametrize(
+    "template",
+    [kinds.CHATML, kinds.LAST_TURN_DIFFERS, kinds.PROMPT_OPENS_THINK, kinds.PARTS_ONLY, kinds.END_AT_THE_END,
+     kinds.LAST_END_DIFFERS, kinds.ALTERNATING, kinds.MARKED, kinds.PLAIN, kinds.CLOCK],
+    ids=["chatml", "last turn", "think", "parts", "end", "last end", "alternating", "marked", "plain", "clock"],
+)  # fmt: skip
+@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(messages=conversations())
+def test_exactly_what_the_assistant_said_is_trained(encoder, template, messages):
+    check_targets(encoder(template), messages)
+
+
+@pytest.mark.parametrize(
+    "template",
+    [kinds.LAST_TURN_DIFFERS, kinds.TOOLS_AS_JSON, kinds.TOOLS_AS_TAGS, kinds.TOOLS_AS_TEXT, kinds.MARKED],
+    ids=["last turn", "json", "tags", "text", "marked"],
+)
+@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(messages=conversations_with_calls())
+def test_calls_are_trained_whole(encoder, template, messages):
+    check_targets(encoder(template), messages)
