@@ -4,19 +4,20 @@ The decoder stays Hugging Face's own class: only its `nn.Linear`s, its embedding
 so every family that is built of those works, and attention, norms and caches are the library's.
 """
 
-import contextlib
+import copy
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from accelerate import init_empty_weights
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
-from transformers.utils import logging as transformers_logging
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers.initialization import no_init_weights
 
-from dist_qft.base_model.bitsandbytes_folder import is_nf4
+from dist_qft.base_model.dry_run import called_linears
 from dist_qft.base_model.family import check_logits, disable_dropout, logit_map, packed_mask
 from dist_qft.base_model.head import OutputHead
+from dist_qft.base_model.model_config import library_refusal, read_model_config
 from dist_qft.base_model.weight_files import check_stored_formats, packed_source
 from dist_qft.config.schema import ModelConfig, QuantizationConfig
 from dist_qft.errors import UserError
@@ -24,6 +25,9 @@ from dist_qft.quant.formats import Format, embedding_format, linear_format
 from dist_qft.quant.frozen import FrozenEmbedding, FrozenLinear
 from dist_qft.ranks.collectives import everywhere
 from dist_qft.sharding.engine import Units
+
+_COMMON_POSITIONS = 1 << 20
+_LARGEST_BUFFERS = 1 << 30  # bytes
 
 
 @dataclass
@@ -124,44 +128,6 @@ class BaseModel:
             )
 
 
-def read_model_config(model: ModelConfig) -> tuple[PretrainedConfig, bool]:
-    """The model's configuration and whether it comes from a GGUF file. Reads headers only.
-
-    Raises:
-        UserError: no such path, no config.json, a model type transformers does not know, or weights that are quantized
-            in a way that cannot be read.
-    """
-    path = Path(model.path)
-    try:
-        if path.suffix == ".gguf":
-            if not path.is_file():
-                raise UserError(f"model.path: no file '{path}'")
-            return _quietly(AutoConfig.from_pretrained, str(path.parent), gguf_file=path.name), True
-        if path.exists() and not (path / "config.json").is_file():
-            raise UserError(f"model.path: '{path}' has no config.json; need a Hugging Face folder or a .gguf file")
-        if not path.exists() and (model.path.count("/") != 1 or model.path.startswith((".", "/", "~"))):
-            raise UserError(f"model.path: no such file or folder '{model.path}', and it is not a Hub id (owner/name)")
-        return _without_quantization(AutoConfig.from_pretrained(model.path, revision=model.revision), model.path), False
-    except (OSError, ValueError, KeyError) as error:
-        first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(f"model.path: cannot read the configuration of '{model.path}': {first_line}") from error
-
-
-def _without_quantization(config: PretrainedConfig, path: str) -> PretrainedConfig:
-    """The configuration of the same model as floats: how its files hold it is `stored.py`'s business."""
-    found = getattr(config, "quantization_config", None)
-    if found is not None:
-        if not is_nf4(found):
-            kind = found.get("bnb_4bit_quant_type") if found.get("load_in_4bit") else None
-            words = [found.get("quant_method", "a method without a name"), kind]
-            raise UserError(
-                f"model.path: '{path}' is already quantized by {' '.join(filter(None, words))}; "
-                "need 16-bit or 32-bit weights, nf4 of bitsandbytes, or GGUF"
-            )
-        del config.quantization_config
-    return config
-
-
 def build_skeleton(model: ModelConfig, quantization: QuantizationConfig, dtype: torch.dtype) -> BaseModel:
     """The base on meta, with every linear, embedding and head replaced by its frozen form.
 
@@ -174,13 +140,26 @@ def build_skeleton(model: ModelConfig, quantization: QuantizationConfig, dtype: 
     config, from_gguf = read_model_config(model)
     disable_dropout(config)
     causal = _build_on_meta(config, model, dtype)
+    with library_refusal(f"model.path: model type '{config.model_type}' cannot be taken apart"):
+        base = _take_apart(causal, config, quantization, dtype)
+    if (source := packed_source(Path(model.path))) is not None:
+        check_stored_formats(source, base.linears, base.tables())
+    if from_gguf and quantization.linear == "nf4":
+        base.notes.append("the GGUF file's 4-bit weights are dequantized and quantized again to nf4")
+    return base
+
+
+def _take_apart(
+    causal: PreTrainedModel, config: PretrainedConfig, quantization: QuantizationConfig, dtype: torch.dtype
+) -> BaseModel:
     decoder = causal.get_decoder()
     layers = getattr(decoder, "layers", None)
     if not isinstance(layers, nn.ModuleList) or causal.get_output_embeddings() is None:
         raise UserError(f"model.path: model type '{config.model_type}' is not a decoder with 'layers' and an LM head")
+    called = called_linears(causal, decoder)
     linear = linear_format(quantization.linear, quantization.block, quantization.double_quant)
     table = embedding_format(quantization.embedding)
-    linears = _freeze_linears(causal, layers, linear, quantization.exempt, dtype)
+    linears = _freeze_linears(causal, layers, linear, quantization.exempt, dtype, called)
     embedding, head = _freeze_tables(causal, table, dtype)
     causal.requires_grad_(False)
     causal.eval()
@@ -188,29 +167,54 @@ def build_skeleton(model: ModelConfig, quantization: QuantizationConfig, dtype: 
     base = BaseModel(causal, config, decoder, list(layers), linears, embedding, head, dtype)
     _require_all_in_units(base)
     base.notes += _unquantized(base)
-    if (source := packed_source(Path(model.path))) is not None:
-        check_stored_formats(source, linears, base.tables())
-    if from_gguf and quantization.linear == "nf4":
-        base.notes.append("the GGUF file's 4-bit weights are dequantized and quantized again to nf4")
     return base
 
 
 def _build_on_meta(config: PretrainedConfig, model: ModelConfig, dtype: torch.dtype) -> PreTrainedModel:
-    try:
-        # Parameters on meta, buffers real: rotary frequencies are computed, not loaded.
-        with init_empty_weights(include_buffers=False):
-            return _quietly(AutoModelForCausalLM.from_config, config, attn_implementation=model.attention, dtype=dtype)
-    except (ValueError, ImportError) as error:
-        reason = str(error).splitlines()[0]
-        if "attention implementation" in reason or "flash" in reason.lower():
-            key = f"model.attention: '{model.attention}'"
-            raise UserError(f"{key} does not work for model type '{config.model_type}'; try 'eager'") from error
-        raise UserError(f"model.path: cannot build '{config.model_type}': {reason}") from error
+    """The library's model with parameters on meta and real buffers: rotary frequencies are computed, not loaded."""
+    with library_refusal(f"model.path: cannot build '{config.model_type}'"):
+        _refuse_huge_buffers(config)
+        try:
+            # The random initialization would only be thrown away, and takes most of the time even on meta.
+            with no_init_weights(), init_empty_weights(include_buffers=False):
+                return _causal_lm(config, model.attention, dtype)
+        except (ValueError, ImportError) as error:
+            if "attention implementation" in str(error) or "flash" in str(error).lower():
+                key = f"model.attention: '{model.attention}'"
+                raise UserError(f"{key} does not work for model type '{config.model_type}'; try 'eager'") from error
+            raise
+
+
+def _causal_lm(config: PretrainedConfig, attention: str, dtype: torch.dtype) -> PreTrainedModel:
+    return AutoModelForCausalLM.from_config(config, attn_implementation=attention, dtype=dtype, trust_remote_code=False)
+
+
+def _refuse_huge_buffers(config: PretrainedConfig) -> None:
+    """Refuse a configuration whose buffers, such as tables of positions, would not fit into memory.
+
+    Only where a number of positions makes that possible, since it takes a second model, all of it on meta.
+    """
+    positions = [value for key, value in config.to_dict().items() if "position" in key or key == "n_ctx"]
+    if max((value for value in positions if isinstance(value, int)), default=0) <= _COMMON_POSITIONS:
+        return
+    with no_init_weights(), torch.device("meta"):
+        total = sum(buffer.nbytes for buffer in _causal_lm(copy.deepcopy(config), "eager", torch.float32).buffers())
+    if total > _LARGEST_BUFFERS:
+        raise UserError(
+            f"model.path: model type '{config.model_type}' with {max(positions):,} positions has tables of "
+            f"{total / 2**30:,.0f} GiB; lower the number in config.json"
+        )
 
 
 def _freeze_linears(
-    causal: PreTrainedModel, layers: nn.ModuleList, default: Format, exempt: list[str], dtype: torch.dtype
+    causal: PreTrainedModel,
+    layers: nn.ModuleList,
+    default: Format,
+    exempt: list[str],
+    dtype: torch.dtype,
+    called: set[nn.Module] | None,
 ) -> dict[str, FrozenLinear]:
+    """Replace the decoder layers' linears; those that the family's code never calls as layers (`called`) stay."""
     paths = {module: name for name, module in causal.named_modules()}
     prefix = paths[layers] + "."
     dense = linear_format("dense", None, False)
@@ -222,6 +226,8 @@ def _freeze_linears(
             continue
         matches = {pattern for pattern in exempt if path == pattern or path.rsplit(".", 1)[-1] == pattern}
         unused -= matches
+        if called is not None and module not in called:
+            continue
         chosen = dense if matches else default
         try:
             chosen.check((module.out_features, module.in_features), path)
@@ -284,12 +290,3 @@ def _unquantized(base: BaseModel) -> list[str]:
         return []
     count = sum(parameter.numel() for parameter in dense)
     return [f"{count:,} weights of the decoder layers are not in linear layers and stay unquantized"]
-
-
-def _quietly(function, *args, **kwargs):
-    """Call without transformers' progress bars and advice, which mean nothing on a meta model."""
-    level = transformers_logging.get_verbosity()
-    transformers_logging.set_verbosity_error()
-    with contextlib.ExitStack() as stack:
-        stack.callback(transformers_logging.set_verbosity, level)
-        return function(*args, **kwargs)

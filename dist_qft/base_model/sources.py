@@ -1,11 +1,14 @@
-"""Where weights come from: safetensors folders and GGUF files, read tensor by tensor, rows by rows.
+"""Where weights come from: safetensors folders and GGUF files, read tensor by tensor, part by part.
 
-A source knows names, shapes and how to read some rows; it keeps no weight in memory. Names are those of the
-Hugging Face model. What `read` returns may be a mapping of the file: as long as nobody keeps it, a rank's resident
-memory shows what it keeps.
+A source knows names, shapes and how to read some rows; it keeps no weight in memory. Names are those of the files, or
+of the Hugging Face model where a source translates them (GGUF); `model_tensors` makes the model's tensors of them.
 """
 
 import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from io import FileIO
 from pathlib import Path
 from typing import Protocol
 
@@ -16,6 +19,31 @@ from torch import Tensor
 from dist_qft.errors import CorruptFileError, UserError
 from dist_qft.quant.contract import Format
 
+_FLOATS = ("F64", "F32", "F16", "BF16")
+# Tensor types by the names that safetensors gives them; those that this torch lacks are left out.
+_DTYPES: dict[str, torch.dtype] = {
+    name: getattr(torch, attribute)
+    for name, attribute in {
+        "F64": "float64",
+        "F32": "float32",
+        "F16": "float16",
+        "BF16": "bfloat16",
+        "F8_E4M3": "float8_e4m3fn",
+        "F8_E5M2": "float8_e5m2",
+        "F8_E8M0": "float8_e8m0fnu",
+        "I64": "int64",
+        "I32": "int32",
+        "I16": "int16",
+        "I8": "int8",
+        "U64": "uint64",
+        "U32": "uint32",
+        "U16": "uint16",
+        "U8": "uint8",
+        "BOOL": "bool",
+    }.items()
+    if hasattr(torch, attribute)
+}
+
 Rows = tuple[int, int] | None  # first and one-past-last row; None is all
 
 
@@ -25,10 +53,13 @@ class TensorSource(Protocol):
     where: str
 
     def names(self) -> set[str]:
-        """Names of all tensors, as the Hugging Face model calls them."""
+        """Names of all tensors."""
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape of one tensor, without reading it."""
+
+    def is_float(self, name: str) -> bool:
+        """Whether the tensor holds floats, or weights in a format that stands for floats."""
 
     def read(self, name: str, rows: Rows = None) -> Tensor:
         """Rows of one tensor as floats, in the file's own float type; to be read, not written to nor kept.
@@ -43,55 +74,50 @@ class TensorSource(Protocol):
         """The packed tensors of some rows (multiples of the format's `row_alignment`; all if not `row_local`)."""
 
 
+@dataclass(frozen=True)
+class _Entry:
+    """Where a safetensors file holds a tensor; `start` is its first byte in the file."""
+
+    path: Path
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+
+
 class SafetensorsSource:
     """A Hugging Face folder: one safetensors file or several with an index."""
 
     def __init__(self, folder: Path) -> None:
         self.where = str(folder)
-        self._files: dict[str, Path] = {}
-        self._shapes: dict[str, tuple[int, ...]] = {}
-        for path in self._list_files(folder):
-            try:
-                with safe_open(path, "pt") as file:
-                    for name in file.keys():  # noqa: SIM118 - not a mapping
-                        if name in self._files:
-                            raise CorruptFileError(f"{path}: tensor '{name}' is also in {self._files[name].name}")
-                        self._files[name] = path
-                        self._shapes[name] = tuple(file.get_slice(name).get_shape())
-            except (SafetensorError, OSError) as error:
-                raise CorruptFileError(f"{path}: not a readable safetensors file: {error}") from error
-
-    @staticmethod
-    def _list_files(folder: Path) -> list[Path]:
-        index = folder / "model.safetensors.index.json"
-        if index.is_file():
-            try:
-                names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-            except (ValueError, KeyError, TypeError, AttributeError) as error:
-                raise CorruptFileError(f"{index}: not a safetensors index: {error}") from error
-            unsafe = [name for name in names if Path(name).name != name]
-            if unsafe:
-                raise CorruptFileError(f"{index}: file name '{unsafe[0]}' leaves the folder")
-            missing = [name for name in names if not (folder / name).is_file()]
-            if missing:
-                raise UserError(f"{index}: names {missing[0]}, which is not in the folder ({len(missing)} missing)")
-            return [folder / name for name in names]
-        single = folder / "model.safetensors"
-        files = [single] if single.is_file() else sorted(folder.glob("*.safetensors"))
-        if not files:
-            raise UserError(f"model.path: '{folder}' has no *.safetensors file (pickled .bin weights are not read)")
-        return files
+        self._entries: dict[str, _Entry] = {}
+        for path in _list_files(folder):
+            for name, entry in _read_header(path).items():
+                if name in self._entries:
+                    raise CorruptFileError(f"{path}: tensor '{name}' is also in {self._entries[name].path.name}")
+                self._entries[name] = entry
 
     def names(self) -> set[str]:
-        return set(self._files)
+        return set(self._entries)
 
     def shape(self, name: str) -> tuple[int, ...]:
-        return self._shapes[name]
+        return self._entries[name].shape
+
+    def dtype(self, name: str) -> str:
+        """The tensor's type as safetensors names it: F32, BF16, U8, ..."""
+        return self._entries[name].dtype
+
+    def is_float(self, name: str) -> bool:
+        return self._entries[name].dtype in _FLOATS
 
     def read(self, name: str, rows: Rows = None) -> Tensor:
-        # The file is opened for each read: the mapped pages leave this process together with the tensor.
-        with safe_open(self._files[name], "pt") as file:
-            return file.get_tensor(name) if rows is None else file.get_slice(name)[rows[0] : rows[1]]
+        return self.read_box(name, () if rows is None else (rows,))
+
+    def read_box(self, name: str, box: Sequence[tuple[int, int]]) -> Tensor:
+        """A part of one tensor: for each dimension the first and one past the last index; missing ones are whole."""
+        entry = self._entries[name]
+        if entry.dtype not in _DTYPES:
+            raise UserError(f"{entry.path}: tensor '{name}' is stored as {entry.dtype}, which cannot be read")
+        return _read(entry, (*box, *((0, size) for size in entry.shape[len(box) :])))
 
     def holds(self, name: str, format: Format) -> bool:
         return False
@@ -100,7 +126,93 @@ class SafetensorsSource:
         raise NotImplementedError("a plain folder holds nothing packed")
 
 
+def read_box(source: TensorSource, name: str, box: Sequence[tuple[int, int]]) -> Tensor:
+    """A part of one tensor of any source; more than that part is read only where the source knows no other way."""
+    if isinstance(source, SafetensorsSource):
+        return source.read_box(name, box)
+    part = source.read(name, box[0]) if box else source.read(name)
+    return part[(slice(None), *(slice(*span) for span in box[1:]))] if len(box) > 1 else part
+
+
 def require_finite(source: TensorSource, name: str, values: Tensor) -> None:
     """Raise UserError if the values that were read of a tensor are not all finite."""
     if not torch.isfinite(values).all():
         raise UserError(f"{source.where}: tensor '{name}' holds a value that is not finite")
+
+
+def _list_files(folder: Path) -> list[Path]:
+    """The safetensors files of a folder's model: those of its index, or all there are."""
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        names = _indexed_files(index)
+        unsafe = [name for name in names if Path(name).name != name or "\0" in name]
+        if unsafe:
+            raise CorruptFileError(f"{index}: file name '{unsafe[0][:80]}' leaves the folder")
+        there = {path.name for path in folder.iterdir()}
+        missing = [name for name in names if name not in there]
+        if missing:
+            name, count = missing[0][:80], len(missing)
+            raise UserError(f"{index}: names {name}, which is not in the folder ({count} missing)")
+        return [folder / name for name in names]
+    single = folder / "model.safetensors"
+    files = [single] if single.is_file() else sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise UserError(f"model.path: '{folder}' has no *.safetensors file (pickled .bin weights are not read)")
+    return files
+
+
+def _indexed_files(index: Path) -> list[str]:
+    """The file names of a `model.safetensors.index.json`, each once; CorruptFileError if it is none."""
+    try:
+        weight_map = json.loads(index.read_bytes())["weight_map"]
+        if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+            raise ValueError("weight_map must give a file name for each tensor")
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise CorruptFileError(f"{index}: not a safetensors index: {error}") from error
+    return sorted(set(weight_map.values()))
+
+
+def _read_header(path: Path) -> dict[str, _Entry]:
+    """What a safetensors file holds. The library checks the file; where a tensor lies in it only the header says."""
+    try:
+        with safe_open(path, "pt"):
+            pass
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(length))
+    except (SafetensorError, OSError) as error:
+        raise CorruptFileError(f"{path}: not a readable safetensors file: {error}") from error
+    return {
+        name: _Entry(path, entry["dtype"], tuple(entry["shape"]), 8 + length + entry["data_offsets"][0])
+        for name, entry in header.items()
+        if name != "__metadata__"
+    }
+
+
+def _read(entry: _Entry, box: Sequence[tuple[int, int]]) -> Tensor:
+    """A box of a tensor, with one reading for each of its contiguous pieces; of a matrix whole rows are read."""
+    dtype, shape = _DTYPES[entry.dtype], entry.shape
+    if len(shape) > 2 and any(span != (0, size) for span, size in zip(box[1:], shape[1:], strict=True)):
+        stride = math.prod(shape[1:]) * dtype.itemsize
+        inner = (_Entry(entry.path, entry.dtype, shape[1:], entry.start + i * stride) for i in range(*box[0]))
+        return torch.stack([_read(matrix, box[1:]) for matrix in inner])
+    first, stop = box[0] if box else (0, 1)
+    width = math.prod(shape[1:])
+    data = torch.empty((stop - first) * width, dtype=dtype)
+    with entry.path.open("rb", buffering=0) as file:
+        file.seek(entry.start + first * width * dtype.itemsize)
+        _fill(file, memoryview(data.view(torch.uint8).numpy()), entry.path)
+    if not box:
+        return data.view(())
+    rows = data.view(stop - first, *shape[1:])
+    return rows[:, slice(*box[1])] if len(box) == 2 else rows
+
+
+def _fill(file: FileIO, buffer: memoryview, path: Path) -> None:
+    """Read exactly as many bytes as the buffer has; the system may give fewer at a time."""
+    done = 0
+    while done < len(buffer):
+        count = file.readinto(buffer[done:])
+        if not count:
+            raise CorruptFileError(f"{path}: cut short while it was read")
+        done += count

@@ -18,7 +18,7 @@ def load_tokenizer(model: ModelConfig) -> PreTrainedTokenizerBase:
     path = Path(model.path)
     try:
         if path.suffix == ".gguf":
-            return AutoTokenizer.from_pretrained(str(path.parent), gguf_file=path.name)
+            return AutoTokenizer.from_pretrained(str(path.parent), gguf_file=path.name, trust_remote_code=False)
         # Not the default, which is to ask on the terminal.
         return AutoTokenizer.from_pretrained(model.path, revision=model.revision, trust_remote_code=False)
     except Exception as error:  # the Rust library behind it raises nothing more precise

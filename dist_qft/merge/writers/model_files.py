@@ -5,7 +5,8 @@ from pathlib import Path
 import torch
 from transformers import GenerationConfig
 
-from dist_qft.base_model.skeleton import BaseModel, read_model_config
+from dist_qft.base_model.model_config import read_model_config
+from dist_qft.base_model.skeleton import BaseModel
 from dist_qft.base_model.tokenizer import load_tokenizer
 from dist_qft.config.schema import ModelConfig
 

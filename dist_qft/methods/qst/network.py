@@ -187,7 +187,9 @@ class _Zero(nn.Module):
 def _narrow_decoder(config: PretrainedConfig) -> PreTrainedModel:
     """A decoder of the family's own class without its embeddings, randomly initialized as the family does it."""
     attention = config._attn_implementation
-    model = AutoModelForCausalLM.from_config(config, attn_implementation=attention, dtype=torch.float32)
+    model = AutoModelForCausalLM.from_config(
+        config, attn_implementation=attention, dtype=torch.float32, trust_remote_code=False
+    )
     decoder = model.get_decoder()
     for name, child in list(decoder.named_children()):
         if isinstance(child, nn.Embedding):

@@ -1,0 +1,80 @@
+"""The decoder's own code run once without data: what cannot work is refused before a weight is read.
+
+A `config.json` may pass every check of its own and still describe a decoder that fails in its first forward pass, such
+as one whose heads do not divide its width. A pass over tensors that have shapes only costs no memory and shows the
+fault. It also tells which linear layers are called as layers: a family's code may read a layer's weight instead, which
+a packed layer has not.
+"""
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
+from transformers import PreTrainedModel
+
+from dist_qft.base_model.model_config import library_refusal
+from dist_qft.errors import UserError
+
+_TOKENS = 4
+
+
+@torch.no_grad()
+def called_linears(causal: PreTrainedModel, decoder: nn.Module) -> set[nn.Module] | None:
+    """The linear layers that a forward pass of the (not yet frozen) decoder calls.
+
+    Returns None if the decoder's code depends on the values of tensors, so that it cannot run without data.
+
+    Raises:
+        UserError: the forward pass fails.
+    """
+    called: set[nn.Module] = set()
+    place = f"model.path: a decoder of model type '{causal.config.model_type}' with these sizes cannot run"
+    try:
+        with ExitStack() as stack:
+            stack.enter_context(library_refusal(place))
+            stack.enter_context(_buffers_on_meta(decoder))
+            stack.enter_context(_experts_without_data(causal))
+            for module in decoder.modules():
+                if isinstance(module, nn.Linear):
+                    hook = module.register_forward_hook(lambda layer, *_: called.add(layer))
+                    stack.callback(hook.remove)
+            stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
+            decoder(input_ids=torch.zeros(1, _TOKENS, dtype=torch.int64, device="meta"), use_cache=False)
+    except UserError as error:
+        if _needs_data(error.__cause__):
+            return None
+        raise
+    return called
+
+
+def _needs_data(cause: BaseException | None) -> bool:
+    """Whether a forward pass failed because there are no values, and not because it cannot work."""
+    kinds = (DataDependentOutputException, DynamicOutputShapeException, NotImplementedError)
+    return isinstance(cause, kinds) or "meta tensors" in str(cause)
+
+
+@contextmanager
+def _buffers_on_meta(decoder: nn.Module) -> Iterator[None]:
+    """Inside, the buffers are on meta too: torch refuses to compute with tensors of different devices."""
+    kept = [(owner, name, buffer) for owner in decoder.modules() for name, buffer in owner.named_buffers(recurse=False)]
+    for owner, name, buffer in kept:
+        setattr(owner, name, buffer.to("meta"))
+    try:
+        yield
+    finally:
+        for owner, name, buffer in kept:
+            setattr(owner, name, buffer)
+
+
+@contextmanager
+def _experts_without_data(causal: PreTrainedModel) -> Iterator[None]:
+    """Inside, mixtures compute every chosen expert by gathering its weights, which looks at no value."""
+    config = causal.config.get_text_config()
+    before = config._experts_implementation
+    config._experts_implementation = "batched_mm"
+    try:
+        yield
+    finally:
+        config._experts_implementation = before
