@@ -195,7 +195,8 @@ def _read(entry: _Entry, box: Sequence[tuple[int, int]]) -> Tensor:
     if len(shape) > 2 and any(span != (0, size) for span, size in zip(box[1:], shape[1:], strict=True)):
         stride = math.prod(shape[1:]) * dtype.itemsize
         inner = (_Entry(entry.path, entry.dtype, shape[1:], entry.start + i * stride) for i in range(*box[0]))
-        return torch.stack([_read(matrix, box[1:]) for matrix in inner])
+        matrices = [_read(matrix, box[1:]) for matrix in inner]
+        return torch.stack(matrices) if matrices else torch.empty([stop - start for start, stop in box], dtype=dtype)
     first, stop = box[0] if box else (0, 1)
     width = math.prod(shape[1:])
     data = torch.empty((stop - first) * width, dtype=dtype)

@@ -293,26 +293,3 @@ def test_a_tensor_in_two_files(odd_llama, tensors, tmp_path):
     save_file({"model.norm.weight": tensors["model.norm.weight"]}, path / "b.safetensors")
     text = refused(path, CorruptFileError, 5)
     assert text == f"{path / 'b.safetensors'}: tensor 'model.norm.weight' is also in a.safetensors"
-
-
-@pytest.mark.parametrize(
-    "text",
-    [
-        '{"weight_map": 7}',
-        '{"weight_map": null}',
-        '{"weight_map": {"a": null}}',
-        '{"weight_map": {"a": 3}}',
-        "[" * 5000,
-    ],
-    ids=lambda text: text[:30],
-)
-def test_an_index_that_is_none(odd_llama, tensors, tmp_path, text):
-    path = copied(odd_llama, tmp_path / "x", tensors)
-    (path / "model.safetensors.index.json").write_text(text)
-    assert "not a safetensors index" in refused(path, CorruptFileError, 5)
-
-
-def test_an_index_with_an_endless_name(odd_llama, tensors, tmp_path):
-    path = copied(odd_llama, tmp_path / "x", tensors)
-    (path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": "x" * 5000}}))
-    assert len(refused(path)) < 400

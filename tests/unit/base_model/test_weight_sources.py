@@ -1,0 +1,77 @@
+"""Safetensors folders read by parts, and files of a folder that are not what they should be."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from dist_qft.base_model.sources import SafetensorsSource
+from dist_qft.errors import CorruptFileError, UserError
+
+TENSORS = {
+    "scalar": torch.tensor(3.5),
+    "vector": torch.arange(7).bfloat16(),
+    "matrix": torch.arange(35.0).view(5, 7),
+    "stack": torch.arange(60).half().view(3, 4, 5),
+    "codes": torch.arange(6, dtype=torch.uint8).view(2, 3),
+    "empty": torch.empty(0, 4),
+}
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    save_file(TENSORS, tmp_path / "model.safetensors", {"format": "pt"})
+    return tmp_path
+
+
+@pytest.mark.parametrize("name", TENSORS)
+def test_whole_tensors(folder, name):
+    source = SafetensorsSource(folder)
+    found = source.read(name)
+    assert found.dtype == TENSORS[name].dtype
+    assert torch.equal(found, TENSORS[name])
+    assert source.shape(name) == tuple(TENSORS[name].shape)
+    assert source.is_float(name) == (name != "codes")
+
+
+@pytest.mark.parametrize(
+    ("name", "box"),
+    [
+        ("vector", ((2, 5),)),
+        ("matrix", ((1, 4),)),
+        ("matrix", ((1, 4), (2, 3))),
+        ("stack", ((1, 3),)),
+        ("stack", ((0, 2), (1, 3))),
+        ("stack", ((1, 2), (0, 4), (2, 5))),
+        ("stack", ((2, 2), (0, 4), (0, 5))),
+    ],
+)
+def test_boxes(folder, name, box):
+    expected = TENSORS[name][tuple(slice(*span) for span in box)]
+    assert torch.equal(SafetensorsSource(folder).read_box(name, box), expected)
+
+
+@pytest.mark.parametrize(
+    "text", ["[]", "{", '{"weight_map": 7}', '{"weight_map": null}', '{"weight_map": {"a": null}}', "[" * 5000]
+)
+def test_an_index_that_is_none(folder, text):
+    (folder / "model.safetensors.index.json").write_text(text)
+    with pytest.raises(CorruptFileError, match="not a safetensors index"):
+        SafetensorsSource(folder)
+
+
+@pytest.mark.parametrize("name", ["x" * 5000, "model-00002.safetensors"])
+def test_an_index_that_names_a_file_that_is_not_there(folder, name):
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": name}}))
+    with pytest.raises(UserError) as raised:
+        SafetensorsSource(folder)
+    assert len(str(raised.value)) < 400
+
+
+@pytest.mark.parametrize("name", ["../model.safetensors", "a\0b", "sub/model.safetensors"])
+def test_an_index_that_leaves_the_folder(folder, name):
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": name}}))
+    with pytest.raises(CorruptFileError, match="leaves the folder"):
+        SafetensorsSource(folder)
