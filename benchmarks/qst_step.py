@@ -68,7 +68,7 @@ def measure(config: RunConfig) -> dict[str, float]:
     original = TrainingRun._step
 
     def step(run: TrainingRun):
-        gathered, started = run.engine.traffic.gathered_bytes, time.perf_counter()
+        gathered, started = run.parts.engine.traffic.gathered_bytes, time.perf_counter()
         trainables = run.flat.values.untyped_storage().data_ptr()
         kept: dict[int, int] = {}  # bytes by storage; all are alive at once, a step being one micro-batch
 
@@ -85,7 +85,7 @@ def measure(config: RunConfig) -> dict[str, float]:
                 "seconds": time.perf_counter() - started,
                 "kept": sum(kept.values()),
                 "grown": memory.grown,
-                "gathered": run.engine.traffic.gathered_bytes - gathered,
+                "gathered": run.parts.engine.traffic.gathered_bytes - gathered,
             }
         )
         return result

@@ -40,11 +40,11 @@ def main(path: str, rounds: int, *changes: str) -> None:
                 saves = count % 2 == 0
                 started = time.perf_counter()
                 for step in range(STEPS):
-                    run._step()
+                    run.run_step()
                     # As in training, the thread works during the steps that follow: those belong to its round.
                     if saves and step == 0:
                         run.save()
-                run.saver.wait()
+                run.checkpoints.wait()
                 seconds[saves].append(time.perf_counter() - started)
             run.close()
     with_saves, without = (statistics.median(seconds[saves]) for saves in (True, False))

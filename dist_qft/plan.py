@@ -26,6 +26,7 @@ from dist_qft.quant.frozen import FrozenWeight
 from dist_qft.ranks.device import compute_dtype, planned_device
 from dist_qft.sharding.engine import Engine, parameter_owners
 from dist_qft.sharding.engines import engine_of
+from dist_qft.training.optimizer import checkpoint_bytes, optimizer_bytes
 from dist_qft.tuned_model.task import head_outputs
 
 # The packed tensor that has one entry for each block, whatever the format.
@@ -59,7 +60,6 @@ def make_plan(config: RunConfig, world_size: int) -> dict[str, Any]:
         counts = _adapter_counts(trainables, linear_shapes(base))
     head = head_outputs(config.task) * base.embedding.embedding_dim
     trainable = trainables.parameters + head
-    optimizer_bytes = _optimizer_bytes(config.train, trainable)
     tensors = _base_tensors(base)
     engine = engine_of(config)
     passes = int(trainables.backward_through_base) + int(engine.gathers_in_backward)  # that gather the layers
@@ -84,8 +84,8 @@ def make_plan(config: RunConfig, world_size: int) -> dict[str, Any]:
         "gather_bytes_per_micro_batch": gathered,
         "gather_bytes_per_step": gathered * accumulation,
         "reduce_bytes_per_step": 4 * trainable,
-        "optimizer_bytes": optimizer_bytes,
-        "checkpoint_bytes": 4 * trainable + optimizer_bytes,
+        "optimizer_bytes": optimizer_bytes(config.train, trainable),
+        "checkpoint_bytes": checkpoint_bytes(config.train, trainable),
         "batch": {
             "global_batch_size": config.train.global_batch_size,
             "per_device_train_batch_size": config.train.per_device_train_batch_size,
@@ -123,13 +123,6 @@ def _gather_bytes(base: BaseModel, engine: Engine, ranks: int, *, passes: int, h
     tables = [received(table.parameters()) for table in base.units.tables]
     rest = received(_base_tensors(base)) - sum(tables)
     return tables[0] + head * tables[-1] + passes * rest
-
-
-def _optimizer_bytes(train: TrainConfig, trainable: int) -> int:
-    """Two moments for each trainable: fp32, or 8 bits with an fp32 constant for every 256 (bitsandbytes)."""
-    if train.optim == "paged_adamw_8bit":
-        return 2 * (trainable + 4 * math.ceil(trainable / 256))
-    return 2 * 4 * trainable
 
 
 def _optimization(train: TrainConfig) -> dict[str, Any]:

@@ -18,24 +18,33 @@ from dist_qft.base_model.weight_files import open_source
 from dist_qft.config.check import accumulation_steps, config_warnings
 from dist_qft.config.schema import RunConfig
 from dist_qft.data.prepare import prepare
-from dist_qft.errors import UserError
+from dist_qft.errors import DistQFTError, SetupError, UserError
 from dist_qft.merge.certificate import Origin
 from dist_qft.merge.live_model import LiveModel
 from dist_qft.merge.recipe import require_free
 from dist_qft.merge.run import export, recipe_at_end
 from dist_qft.methods.plans import plan_trainables
-from dist_qft.methods.trainable import Plan
 from dist_qft.ranks.activity import Activity
+from dist_qft.ranks.collectives import on_rank_0
 from dist_qft.ranks.device import compute_dtype
 from dist_qft.ranks.preemption import StopSignal
 from dist_qft.ranks.session import place, session
 from dist_qft.ranks.world import World
-from dist_qft.storage.checkpoint import require_space, require_writable
+from dist_qft.storage.checkpoint import (
+    checkpoint_path,
+    clean_up,
+    list_checkpoints,
+    require_space,
+    require_writable,
+)
+from dist_qft.storage.lock import RUN_LOCK, FolderLock
+from dist_qft.training.optimizer import checkpoint_bytes
 from dist_qft.training.resume import changed_settings, check_trajectory, choose_checkpoint, resume_after_restart
 from dist_qft.training.run_inputs import LoadedBase, RunInputs
 from dist_qft.training.training_run import TrainingRun
 from dist_qft.tuned_model.assemble import assemble, attach_trainables, check_cache, start_fresh
 from dist_qft.tuned_model.checkpointed import check_adapter, check_fingerprint
+from dist_qft.tuned_model.task import head_outputs
 
 
 def run_training(config: RunConfig, resume: str | None = None, stop: StopSignal | None = None) -> None:
@@ -66,6 +75,7 @@ def gather_inputs(
         raise UserError("data: training needs data.train")
     output_dir = Path(config.output_dir)
     require_writable(output_dir)
+    existing = tuple(path.name for path in list_checkpoints(output_dir))
     resume = resume_after_restart(output_dir, resume, os.environ)
     checkpoint, notes = choose_checkpoint(output_dir, resume)
     notes += [f"warning: {warning}" for warning in config_warnings(config)]
@@ -74,7 +84,8 @@ def gather_inputs(
     dtype = compute_dtype(config.train.precision, device)
     skeleton = loaded.base if loaded else build_skeleton(config.model, config.quantization, dtype)
     plan = plan_trainables(config, skeleton)
-    require_space(output_dir, _checkpoint_bytes(config, plan))
+    head = head_outputs(config.task) * skeleton.embedding.embedding_dim
+    require_space(output_dir, checkpoint_bytes(config.train, plan.parameters + head))
     if checkpoint is not None:
         check_adapter(checkpoint, plan)
 
@@ -92,7 +103,7 @@ def gather_inputs(
 
     recipe = recipe_at_end(config, skeleton, plan)
     inputs = RunInputs(
-        config, world, device, tokenizer, skeleton, source, plan, data, checkpoint, recipe, notes, loaded
+        config, world, device, tokenizer, skeleton, source, plan, data, checkpoint, existing, recipe, notes, loaded
     )
     if recipe is not None and not inputs.finished:
         require_free(recipe.request)
@@ -103,50 +114,67 @@ def gather_inputs(
     return inputs
 
 
-def _checkpoint_bytes(config: RunConfig, plan: Plan) -> int:
-    """What a checkpoint takes at least: every trainable in fp32, and the optimizer's two moments."""
-    moment = 1 if config.train.optim == "paged_adamw_8bit" else 4
-    return (4 + 2 * moment) * plan.parameters
-
-
 def execute_run(inputs: RunInputs, stop: StopSignal, activity: Activity | None = None) -> TrainingRun | None:
     """Train, and merge if the config asks for it. Collective, in a session; returns None if all was done before."""
     if inputs.finished:
         _tell_finished(inputs)
         return None
 
-    # Stream the base through quantization into its shards; hook the trainables on.
-    if inputs.loaded is None:
-        parts = assemble(inputs.config, inputs.skeleton, inputs.plan, inputs.device, inputs.source, stop)
-    else:
-        parts = attach_trainables(inputs.config, inputs.skeleton, inputs.loaded.engine, inputs.plan, inputs.device)
-    if inputs.config.data.packing:
-        parts.base.require_separate_samples(inputs.device)
-    if inputs.checkpoint is not None:
-        check_fingerprint(inputs.checkpoint, parts.base)
-    else:
-        start_fresh(inputs.config, parts)
+    # One run at a time in a folder; rank 0 writes, so it holds the lock.
+    lock = on_rank_0(lambda: _lock_folder(inputs), inputs.device)
+    with nullcontext() if lock is None else lock:
+        # Stream the base through quantization into its shards; hook the trainables on.
+        if inputs.loaded is None:
+            parts = assemble(inputs.config, inputs.skeleton, inputs.plan, inputs.device, inputs.source, stop)
+        else:
+            parts = attach_trainables(inputs.config, inputs.skeleton, inputs.loaded.engine, inputs.plan, inputs.device)
+        if inputs.config.data is not None and inputs.config.data.packing:
+            parts.base.require_separate_samples(inputs.device)
+        if inputs.checkpoint is not None:
+            check_fingerprint(inputs.checkpoint, parts.base)
+        else:
+            start_fresh(inputs.config, parts)
 
-    # Train, evaluate, save.
-    run = TrainingRun(inputs, parts, stop)
-    if activity is not None:
-        activity.follow(lambda: run.doing)
-    with closing(run):
-        run.prepare()
-        run.evaluate_base()
-        run.train()
-        run.finish()
+        # Train, evaluate, save.
+        run = TrainingRun(inputs, parts, stop, lock)
+        if activity is not None:
+            activity.follow(lambda: run.doing)
+        with closing(run):
+            run.prepare()
+            run.evaluate_base()
+            run.train()
+            run.finish()
 
-        # Fold what was learned into the base and write it, if the config says so.
-        if inputs.recipe is not None:
-            run.doing = "the merge"
-            step = run.state.step
-            origin = Origin(inputs.config, inputs.output_dir / f"checkpoint-{step}", step)
-            export(LiveModel.of(parts), inputs.recipe, origin, inputs.tokenizer, inputs.device, stop)
+            # Fold what was learned into the base and write it, if the config says so.
+            if inputs.recipe is not None:
+                run.doing = "the merge"
+                step = run.state.step
+                origin = Origin(inputs.config, checkpoint_path(inputs.output_dir, step), step)
+                export(LiveModel.of(parts), inputs.recipe, origin, inputs.tokenizer, inputs.device, stop)
     return run
 
 
+def _lock_folder(inputs: RunInputs) -> FolderLock:
+    """Take the run's folder for this process, and remove what dead processes left half written in it.
+
+    Raises:
+        UserError: another run works in it.
+        SetupError: another run has worked in it since this one looked for its checkpoint.
+    """
+    output_dir = inputs.output_dir
+    output_dir.mkdir(parents=True, exist_ok=True)
+    lock = FolderLock.acquire(output_dir / RUN_LOCK, f"output_dir: '{output_dir}'")
+    try:
+        if tuple(path.name for path in list_checkpoints(output_dir)) != inputs.existing:
+            raise SetupError(f"output_dir: another run has just written to '{output_dir}'; start this one again")
+        clean_up(output_dir)
+    except DistQFTError:
+        lock.release()
+        raise
+    return lock
+
+
 def _tell_finished(inputs: RunInputs) -> None:
-    if inputs.world.rank == 0:
+    if inputs.world.rank == 0 and inputs.checkpoint is not None:
         done = f"{inputs.checkpoint.path} is the last step of this run: nothing to do"
         print(*inputs.notes, done, sep="\n", file=sys.stderr)

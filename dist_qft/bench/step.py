@@ -24,11 +24,10 @@ from dist_qft.config.schema import RunConfig
 from dist_qft.methods.forward import BaseForward
 from dist_qft.methods.plans import plan_trainables
 from dist_qft.ranks.device import compute_dtype
-from dist_qft.ranks.preemption import StopSignal
 from dist_qft.sharding.engines import make_engine
 from dist_qft.training.flat_parameters import FlatParameters
 from dist_qft.training.optimizer import make_optimizer
-from dist_qft.training.train_step import RANK_STATS, train_step
+from dist_qft.training.train_step import RANK_STATS, TrainStep
 from dist_qft.tuned_model.assemble import Assembled, assemble
 
 METHODS: dict[str, dict[str, dict[str, Any]]] = {
@@ -183,7 +182,7 @@ def _stepper(
     config: RunConfig, parts: Assembled, flat: FlatParameters, settings: dict[str, Any], device: torch.device
 ) -> Callable[[int], None]:
     optimizer = make_optimizer(config.train, flat.values)
-    forward, stop = BaseForward(parts.base, device), StopSignal()
+    training = TrainStep(BaseForward(parts.base, device), parts, flat, optimizer, config.train, settings["steps"] + 2)
     count, rank = settings["accumulation"], dist.get_rank()
     parts.trainables.train()
     batches = [
@@ -192,19 +191,6 @@ def _stepper(
     ]
 
     def step(number: int) -> None:
-        train_step(
-            forward,
-            parts.task,
-            parts.engine,
-            flat,
-            optimizer,
-            config.train,
-            batches,
-            step=number,
-            total_steps=settings["steps"] + 2,
-            check_digest=number % config.sharding.digest_steps == 0,
-            stop=stop,
-            memory_mebibytes=0.0,
-        )
+        training.run(number, batches, check_digest=number % config.sharding.digest_steps == 0)
 
     return step

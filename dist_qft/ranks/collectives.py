@@ -1,14 +1,18 @@
 """Small collectives: agreements between the ranks, and the wait for what rank 0 does alone."""
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from datetime import timedelta
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 
 from dist_qft.errors import DistQFTError, UserError
 from dist_qft.ranks import mpi
+
+_T = TypeVar("_T")
+_MESSAGE_BYTES = 2000  # of an error that rank 0 tells the others
 
 # torch 2.12 renamed the call; both move one flat tensor per rank into one output.
 all_gather_flat = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -40,6 +44,33 @@ def everywhere(error: DistQFTError) -> DistQFTError:
     """Mark an error that every rank raises at the same point: it is printed once, not once per rank."""
     error.everywhere = True
     return error
+
+
+def on_rank_0(action: Callable[[], _T], device: torch.device) -> _T | None:
+    """Run `action` on rank 0 alone and return its value there, None elsewhere. Collective.
+
+    Raises:
+        DistQFTError: the one that `action` raised, on every rank, so that all end with its exit code.
+    """
+    result, failure = None, None
+    if dist.get_rank() == 0:
+        try:
+            result = action()
+        except DistQFTError as error:
+            failure = error
+    message = torch.zeros(1 + _MESSAGE_BYTES, dtype=torch.int32, device=device)
+    if failure is not None:
+        text = str(failure).encode()[:_MESSAGE_BYTES]
+        message[: 1 + len(text)] = torch.tensor([failure.exit_code, *text], dtype=torch.int32)
+    dist.broadcast(message, src=0)
+    code, *content = message.tolist()
+    if failure is not None:
+        raise everywhere(failure)
+    if code:
+        kinds = {kind.exit_code: kind for kind in DistQFTError.__subclasses__()}
+        text = bytes(byte for byte in content if byte).decode(errors="replace")
+        raise everywhere(kinds.get(code, DistQFTError)(text))
+    return result
 
 
 def maximum(value: float, device: torch.device) -> float:

@@ -1,41 +1,53 @@
-"""A file or folder appears under its name complete, or not at all."""
+"""Put a file or folder in place complete, or not at all: the one way in which anything of ours is written.
+
+It is written under a temporary name beside its place, synced to the disk and renamed. The temporary name tells which
+process writes (`owner`), so that what a killed process leaves behind can be removed without touching what a living one
+is writing, and nothing that is not ours is ever removed.
+"""
 
 import ctypes
-import glob
+import json
+import math
 import os
+import re
 import shutil
+import time
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 from dist_qft.errors import SetupError
+from dist_qft.storage.owner import Owner
 
-_REPLACED = "-replaced"
-_TEMPORARY = ".tmp-"  # what a kill may leave behind begins with it
+# .tmp-<name>-<owner>-<random>; the old content of a replaced folder has "-replaced" behind it for a moment.
+_TEMPORARY = re.compile(r"\.tmp-(?P<name>.+)-(?P<owner>[0-9a-f]{16}-\d+-\d+)-[0-9a-f]{8}(?P<replaced>-replaced)?")
+# Earlier versions did not write the owner.
+_WITHOUT_OWNER = re.compile(r"\.tmp-(?P<name>.+)-[0-9a-f]{8}(?P<replaced>-replaced)?")
+_NAME_BYTES = 120  # of the final name in a temporary one: file systems allow 255 for all of it
+_ABANDONED_SECONDS = 24 * 3600  # unchanged for so long, a temporary of another machine counts as left behind
 
 
 @contextmanager
 def publishing(final: Path, overwrite: bool) -> Iterator[Path]:
-    """Yields a name beside `final` to write a file or folder to; on success it is synced and gets the final name.
+    """Yield a name beside `final` to write a file or folder to; on success it is synced and gets the final name.
 
-    On any failure what was written is removed; a killed process leaves it, and the next attempt removes it.
+    On any failure the temporary is removed. A killed process leaves it behind; the next attempt removes it.
 
     Raises:
         SetupError: no space, no permission, or without `overwrite` something has appeared under the final name.
     """
-    temporary, prefix = temporary_name(final), temporary_prefix(final)
+    temporary = temporary_name(final)
     try:
         final.parent.mkdir(parents=True, exist_ok=True)
-        _put_back(final)
-        for entry in final.parent.iterdir():
-            if entry.name.startswith(prefix):
-                _remove(entry)
+        remove_leftovers(final.parent, final.name)
         yield temporary
         _sync(temporary)
-        if final.exists() and not overwrite:
-            raise SetupError(f"'{final}' has appeared meanwhile; nothing was replaced")
-        _rename(temporary, final)
+        try:
+            _rename(temporary, final, overwrite)
+        except FileExistsError:
+            raise SetupError(f"{final}: it has appeared meanwhile; nothing was replaced") from None
     except OSError as error:
         raise refused_write(final, error) from error
     finally:
@@ -43,27 +55,123 @@ def publishing(final: Path, overwrite: bool) -> Iterator[Path]:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a text file as UTF-8, replacing what is there at once: whoever reads it finds the old text or the new."""
+    """Replace a text file (UTF-8) in one step: readers find the old text or the new one, never a part.
+
+    Raises:
+        SetupError: the system refuses the write.
+    """
     with publishing(path, overwrite=True) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
 
+def write_json(path: Path, value: Any) -> None:
+    """Replace a JSON file in one step; see `json_text` and `write_text`."""
+    write_text(path, json_text(value))
+
+
+def json_text(value: Any, indent: int | None = 1) -> str:
+    """`value` as valid JSON and a newline. JSON has no NaN and no infinities: they become null."""
+    return json.dumps(_finite(value), indent=indent, allow_nan=False) + "\n"
+
+
+def _finite(value: Any) -> Any:
+    match value:
+        case float():
+            return value if math.isfinite(value) else None
+        case dict():
+            return {key: _finite(each) for key, each in value.items()}
+        case list() | tuple():
+            return [_finite(each) for each in value]
+    return value
+
+
 def refused_write(final: Path, error: OSError) -> SetupError:
-    """The one line about a write that the system refused."""
+    """The error for a write that the system refused: place, reason, free space."""
     free = shutil.disk_usage(next(folder for folder in final.absolute().parents if folder.exists())).free
     return SetupError(f"{final}: cannot write: {error.strerror or error} ({free} bytes are free)")
 
 
-def _rename(temporary: Path, final: Path) -> None:
-    replaced = None
-    if final.is_dir() and temporary.is_dir() and not _exchange(temporary, final):
-        # A folder cannot be renamed onto another: without an exchange the old one steps aside first.
-        replaced = temporary.with_name(f"{temporary.name}{_REPLACED}")
-        os.rename(final, replaced)
-    if temporary.is_dir() and final.is_dir():  # exchanged: what has the temporary name now is the old folder
-        sync_entry(final.parent)
+def temporary_name(final: Path) -> Path:
+    """A new name beside `final` that tells who writes there and that no reader takes for a finished result."""
+    return final.parent / f".tmp-{_shortened(final.name)}-{Owner.current()}-{uuid.uuid4().hex[:8]}"
+
+
+def _shortened(name: str) -> str:
+    return name.encode()[:_NAME_BYTES].decode(errors="ignore")
+
+
+def remove_folder(folder: Path) -> None:
+    """Remove a published folder. It is renamed first, so that no reader finds only some of its files.
+
+    Raises:
+        SetupError: the system refuses to rename it.
+    """
+    doomed = temporary_name(folder)
+    try:
+        os.rename(folder, doomed)
+    except OSError as error:
+        raise SetupError(f"{folder}: cannot remove the folder: {error.strerror}") from error
+    shutil.rmtree(doomed, ignore_errors=True)
+
+
+def remove_leftovers(parent: Path, name: str | None = None) -> None:
+    """Remove what dead processes left half written in `parent`; with `name` only what would have become `name`.
+
+    Temporaries of living processes stay. Those of other machines, where nobody can look, go after a day without change.
+    """
+    for path in parent.iterdir():
+        match = _TEMPORARY.fullmatch(path.name)
+        # Without an owner in its name, a file is recognized as ours only by a final name of ours.
+        match = match or (_WITHOUT_OWNER.fullmatch(path.name) if name is not None else None)
+        wanted = match is not None and (name is None or match["name"] == _shortened(name))
+        if match and wanted and _is_abandoned(path, match):
+            _give_up(path, match)
+
+
+def remove_unfinished(parent: Path, names: re.Pattern[str]) -> None:
+    """Remove every temporary that would have become one of `names`; only for whoever alone may write those."""
+    for path in parent.iterdir():
+        match = _TEMPORARY.fullmatch(path.name) or _WITHOUT_OWNER.fullmatch(path.name)
+        if match and names.fullmatch(match["name"]):
+            _give_up(path, match)
+
+
+def _is_abandoned(path: Path, match: re.Match[str]) -> bool:
+    owner = Owner.parse(match.groupdict().get("owner") or "")
+    alive = owner.is_alive() if owner else None
+    if alive is not None:
+        return not alive
+    try:
+        return time.time() - path.lstat().st_mtime > _ABANDONED_SECONDS
+    except OSError:
+        return False
+
+
+def _give_up(path: Path, match: re.Match[str]) -> None:
+    """Remove a leftover; but give an old result, whose replacement died before its last rename, its name back."""
+    final = path.with_name(match["name"])
+    if match["replaced"] and not final.exists():
+        if len(match["name"].encode()) < _NAME_BYTES - 3:  # or the name may be cut
+            with suppress(OSError):
+                os.rename(path, final)
         return
-    os.replace(temporary, final)
+    _remove(path)
+
+
+def _rename(temporary: Path, final: Path, overwrite: bool) -> None:
+    """Give `temporary` its final name; FileExistsError if something has that name and must not be replaced."""
+    replaced = None
+    if not overwrite:
+        _rename_to_new(temporary, final)
+    else:
+        if final.is_dir() and temporary.is_dir():
+            if _exchange(temporary, final):  # what has the temporary name now is the old folder
+                sync_entry(final.parent)
+                return
+            # A folder cannot be renamed onto another: without an exchange the old one steps aside first.
+            replaced = temporary.with_name(f"{temporary.name}-replaced")
+            os.rename(final, replaced)
+        os.replace(temporary, final)
     sync_entry(final.parent)
     if replaced is not None:
         shutil.rmtree(replaced)
@@ -78,55 +186,51 @@ def _exchange(first: Path, second: Path) -> bool:
     return call(at_working_folder, os.fsencode(first), at_working_folder, os.fsencode(second), exchange) == 0
 
 
-def _put_back(final: Path) -> None:
-    """Give a folder its name again that stepped aside for a new one, if a kill came before that had the name."""
-    aside = sorted(final.parent.glob(f"{glob.escape(temporary_prefix(final))}*{_REPLACED}"))
-    if aside and not final.exists():
-        os.rename(aside[0], final)
+def _rename_to_new(temporary: Path, final: Path) -> None:
+    if temporary.is_dir():
+        if final.exists():
+            raise FileExistsError(final)
+        os.rename(temporary, final)  # fails on a folder that has appeared since, unless it is empty
+        return
+    try:
+        os.link(temporary, final)  # fails if the name is taken, however lately
+        temporary.unlink()
+    except FileExistsError:
+        raise
+    except OSError:  # a file system without links
+        if final.exists():
+            raise FileExistsError(final) from None
+        os.rename(temporary, final)
 
 
 def _sync(path: Path) -> None:
+    mode = 0o666 & ~_umask()
     for entry in [*path.rglob("*"), path] if path.is_dir() else [path]:
+        if entry.is_file():
+            # Some writers (safetensors) make private files, which a cache or result for several users must not be.
+            entry.chmod(mode)
         sync_entry(entry)
 
 
+def _umask() -> int:
+    """The process's umask, read without the usual set-and-restore, which other threads would notice."""
+    with suppress(OSError, StopIteration, ValueError):
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return int(next(line.split()[1] for line in lines if line.startswith("Umask:")), 8)
+    return 0o022
+
+
 def _remove(path: Path) -> None:
-    """As far as the system lets us: what went wrong before is what matters."""
-    if path.is_dir():
+    """Remove as far as the system allows; the error that led here is the one worth reporting."""
+    if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
     else:
         with suppress(OSError):
             path.unlink()
 
 
-def temporary_name(final: Path) -> Path:
-    """A name beside `final` that no reader takes for a finished one and that `remove_leftovers` knows."""
-    return final.parent / f"{temporary_prefix(final)}{uuid.uuid4().hex[:8]}"
-
-
-def temporary_prefix(final: Path) -> str:
-    """What all temporary names of `final` begin with."""
-    return f"{_TEMPORARY}{final.name}-"
-
-
-def remove_folder(folder: Path) -> None:
-    """Remove a published folder; renamed first, so that it is never seen with only some of its files."""
-    doomed = temporary_name(folder)
-    try:
-        os.rename(folder, doomed)
-    except OSError as error:
-        raise SetupError(f"{folder}: cannot remove the folder: {error.strerror}") from error
-    shutil.rmtree(doomed, ignore_errors=True)
-
-
-def remove_leftovers(parent: Path) -> None:
-    """Remove what interrupted writes left behind; only while nobody writes."""
-    for leftover in parent.glob(f"{_TEMPORARY}*"):
-        shutil.rmtree(leftover, ignore_errors=True)
-
-
 def sync_entry(path: Path) -> None:
-    """Have the system write what it holds of a file, or of a folder's list of names."""
+    """Have the system write a file, or a folder's list of names, to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

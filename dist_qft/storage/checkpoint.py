@@ -3,35 +3,37 @@
 A checkpoint is a folder `checkpoint-<step>` with
 
     adapter_config.json        what the trainables are and which base they belong to
-    adapter_model.safetensors  the trainables
+    adapter_model.safetensors  the trainables, float32
     optimizer.safetensors      the optimizer's moments
-    trainer_state.json         step, rows seen, data digest and chain, loss history, resolved config
+    trainer_state.json         step, rows seen, data digest and chain, resolved config (`trainer_state`)
     manifest.json              size and SHA-256 of every other file
 
-It is published whole (manifest.py), and only then are old ones removed. Reading verifies the manifest first, so a
-torn or altered checkpoint is refused with the file's name, and the newest one that verifies is used. Trainables are
+It is published whole (`manifest`), and only then are old ones removed. Reading verifies the manifest first, so a torn
+or altered checkpoint is refused with the file's name, and the newest one that verifies is used. Trainables are
 replicated: rank 0 writes, any world size and any engine can resume.
 
-Not here: which checkpoint a run continues from and whether it may (resume.py).
+Not here: which checkpoint a run continues from and whether it may (`training/resume`).
 """
 
 import json
 import re
 import shutil
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Any, TypeVar
 
-from pydantic import AliasChoices, Field, TypeAdapter, ValidationError
+import torch
+from pydantic import TypeAdapter, ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
 from dist_qft.errors import CorruptFileError, SetupError, UserError
 from dist_qft.storage import manifest
-from dist_qft.storage.atomic import remove_folder, temporary_name
+from dist_qft.storage.atomic import remove_folder, remove_leftovers, remove_unfinished, temporary_name
 from dist_qft.storage.manifest import publish_folder
+from dist_qft.storage.trainer_state import TrainerState
 
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_MODEL = "adapter_model.safetensors"
@@ -39,53 +41,14 @@ OPTIMIZER = "optimizer.safetensors"
 TRAINER_STATE = "trainer_state.json"
 _FILES = (ADAPTER_CONFIG, ADAPTER_MODEL, OPTIMIZER, TRAINER_STATE)
 
-_NAME = re.compile(r"checkpoint-(\d+)")
+_NAME = re.compile(r"checkpoint-(0|[1-9]\d{0,17})")
 
 _T = TypeVar("_T")
-NonNegative = Annotated[int, Field(ge=0)]
-
-
-@dataclass(frozen=True)
-class BaseEvaluation:
-    """Held-out loss of the bare base, which a resumed run need not measure again on the same data."""
-
-    data_digest: str
-    loss: float
-    tokens: int
-    metrics: dict[str, float] = field(default_factory=dict)
-
-
-@dataclass
-class TrainerState:
-    """Where a run stands. No RNG state: every random draw is a function of (seed, step, position).
-
-    Attributes:
-        rows_seen: rows of the data used so far, over all ranks. A row is a sample, or with packing several samples.
-            Checkpoints before format 2 call it `samples_seen`.
-        data_chain: hash chain over the ids of all rows used so far, in order.
-        world_size: of the run that wrote it, for the record; any other may resume.
-        history: step (1-based), loss, lr and grad_norm of every step so far.
-        base_eval: None if there is no held-out data.
-        evaluated_step: the last step after which held-out loss was measured; a signal may have cut one short.
-        best_step, best_loss: with `checkpoint.keep_best`, where held-out loss was lowest so far; else 0 and None.
-    """
-
-    step: NonNegative = 0
-    rows_seen: Annotated[NonNegative, Field(validation_alias=AliasChoices("rows_seen", "samples_seen"))] = 0
-    data_digest: str = ""
-    data_chain: str = ""
-    world_size: int = 1
-    history: list[dict[str, int | float]] = field(default_factory=list)
-    base_eval: BaseEvaluation | None = None
-    evaluated_step: NonNegative = 0
-    best_step: NonNegative = 0
-    best_loss: float | None = None
-    config: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A verified checkpoint in memory."""
+    """Everything that a checkpoint holds, and where it lies or is about to be written."""
 
     path: Path
     adapter_config: dict[str, Any]
@@ -93,45 +56,77 @@ class Checkpoint:
     optimizer: dict[str, Tensor]
     state: TrainerState
 
+    def copied(self) -> "Checkpoint":
+        """The same content on the CPU, in memory that training does not change."""
+        return replace(
+            self,
+            trainables={name: tensor.detach().to("cpu", copy=True) for name, tensor in self.trainables.items()},
+            optimizer={name: tensor.detach().to("cpu", copy=True) for name, tensor in self.optimizer.items()},
+            state=replace(self.state),
+        )
 
-def write_checkpoint(
-    output_dir: Path,
-    *,
-    adapter_config: dict[str, Any],
-    trainables: dict[str, Tensor],
-    optimizer: dict[str, Tensor],
-    state: TrainerState,
-) -> Path:
-    """Publish `checkpoint-<step>` under `output_dir`: complete and verified, or not at all.
+    def files(self) -> Iterator[tuple[str, bytes]]:
+        """Name and content of each file, one at a time: the moments of a large adapter are gigabytes."""
+        yield ADAPTER_CONFIG, (json.dumps(self.adapter_config, indent=1) + "\n").encode()
+        yield ADAPTER_MODEL, save(self.trainables)
+        yield OPTIMIZER, save(self.optimizer)
+        yield TRAINER_STATE, self.state.to_bytes()
 
-    A valid one of that step is kept as it is, a torn one is replaced.
+
+def checkpoint_path(output_dir: Path, step: int) -> Path:
+    """The folder of the checkpoint of `step`."""
+    return output_dir / f"checkpoint-{step}"
+
+
+def write_checkpoint(checkpoint: Checkpoint) -> None:
+    """Publish a checkpoint at its path: complete and verified, or not at all.
+
+    A valid one of the same run and step that is there already is kept, a torn one is replaced.
 
     Raises:
+        UserError: another run's checkpoint is there; it is not touched.
         SetupError: no space or no permission; nothing is left behind.
-        CorruptFileError: what was read back is not what was written.
+        CorruptFileError: the files read back differently from what was written, or there is nothing to write.
     """
-    if not trainables or any(tensor.numel() == 0 for tensor in trainables.values()):
-        raise CorruptFileError(f"{output_dir}: refusing to write an empty adapter file")
-    final = output_dir / f"checkpoint-{state.step}"
+    final = checkpoint.path
+    if not checkpoint.trainables or any(tensor.numel() == 0 for tensor in checkpoint.trainables.values()):
+        raise CorruptFileError(f"{final}: refusing to write an empty adapter file")
     if final.exists():
         if fault_in(final) is None:
-            return final
+            if _is_of_same_run(final, checkpoint):
+                return
+            raise UserError(
+                f"{final}: it is another run's checkpoint, which is not replaced; choose another output_dir"
+            )
         remove_folder(final)
+    publish_folder(final, checkpoint.files())
 
-    def files() -> Iterator[tuple[str, bytes]]:
-        # One at a time: the moments of a large adapter are gigabytes.
-        yield ADAPTER_CONFIG, _json_bytes(adapter_config)
-        yield ADAPTER_MODEL, save(trainables)
-        yield OPTIMIZER, save(optimizer)
-        yield TRAINER_STATE, _json_bytes(asdict(state))
 
-    publish_folder(final, files())
-    return final
+def _is_of_same_run(folder: Path, checkpoint: Checkpoint) -> bool:
+    """Whether the valid checkpoint in `folder` is what this run wrote, or would write, at this step."""
+    there = read_checkpoint(folder)
+    if there.state.run_id:
+        return there.state.run_id == checkpoint.state.run_id
+    return there.trainables.keys() == checkpoint.trainables.keys() and all(
+        torch.equal(tensor, checkpoint.trainables[name].cpu()) for name, tensor in there.trainables.items()
+    )
 
 
 def fault_in(folder: Path) -> str | None:
-    """Why this checkpoint cannot be trusted, naming the file; None if every file is as the manifest says."""
-    return manifest.fault_in(folder, _FILES)
+    """Why this checkpoint cannot be trusted, naming the file; None if every file is as the manifest says.
+
+    A folder called `checkpoint-<step>` must also hold the state of that step: its name decides which one is the newest.
+    """
+    if fault := manifest.fault_in(folder, _FILES):
+        return fault
+    named = _NAME.fullmatch(folder.name)
+    if named is None:
+        return None
+    try:
+        step = _read_state(folder).step
+    except CorruptFileError as error:
+        return str(error).removeprefix(f"{folder}/")
+    return None if step == int(named[1]) else f"{TRAINER_STATE}: is the state of step {step}, not of step {named[1]}"
 
 
 def read_checkpoint(folder: Path) -> Checkpoint:
@@ -145,13 +140,23 @@ def read_checkpoint(folder: Path) -> Checkpoint:
         raise UserError(f"no checkpoint folder '{folder}'")
     if fault := fault_in(folder):
         raise CorruptFileError(f"{folder}: {fault}")
-    return Checkpoint(
+    checkpoint = Checkpoint(
         path=folder,
         adapter_config=_parsed(folder / ADAPTER_CONFIG, TypeAdapter(dict[str, Any]).validate_json),
         trainables=_parsed(folder / ADAPTER_MODEL, load),
         optimizer=_parsed(folder / OPTIMIZER, load),
-        state=_parsed(folder / TRAINER_STATE, TypeAdapter(TrainerState).validate_json),
+        state=_read_state(folder),
     )
+    for name, tensor in checkpoint.trainables.items():
+        if tensor.dtype != torch.float32:
+            raise CorruptFileError(f"{folder / ADAPTER_MODEL}: {name}: got {tensor.dtype}, must be torch.float32")
+        if not torch.isfinite(tensor).all():
+            raise CorruptFileError(f"{folder / ADAPTER_MODEL}: {name}: holds values that are not finite")
+    return checkpoint
+
+
+def _read_state(folder: Path) -> TrainerState:
+    return _parsed(folder / TRAINER_STATE, TrainerState.from_bytes)
 
 
 def _parsed(path: Path, parse: Callable[[bytes], _T]) -> _T:
@@ -183,36 +188,55 @@ def newest_valid(output_dir: Path) -> tuple[Path | None, list[str]]:
 
 
 def prune(output_dir: Path, keep: int, best_step: int = 0) -> None:
-    """Remove all that is older than the newest `keep` valid checkpoints, but for that of `best_step`.
+    """Remove all checkpoints older than the newest `keep` valid ones, except that of `best_step`.
 
     Torn ones do not count as valid.
     """
     valid = 0
     for path in reversed(list_checkpoints(output_dir)):
         if valid == keep:
-            if path.name != f"checkpoint-{best_step}":
+            if path != checkpoint_path(output_dir, best_step):
                 remove_folder(path)
         elif fault_in(path) is None:
             valid += 1
 
 
+def clean_up(output_dir: Path) -> None:
+    """Remove what dead processes left in a run's folder; only for the process that holds the run's lock."""
+    # The lock's holder alone writes checkpoints here, so an unfinished one is left over whoever wrote it.
+    remove_unfinished(output_dir, _NAME)
+    remove_leftovers(output_dir)
+
+
 def require_writable(output_dir: Path) -> None:
-    """Make the folder and prove that files can be created in it; before anything heavy is done."""
-    probe = temporary_name(output_dir / "probe")
+    """Prove, before anything heavy is done, that files can be created in the folder.
+
+    A folder that is not there yet is not made, since the run may still be refused; the nearest folder above counts.
+
+    Raises:
+        SetupError: the system refuses that.
+        UserError: no file system allows such a name.
+    """
+    if "\0" in str(output_dir):
+        raise UserError(f"output_dir: got {str(output_dir)!r}, must be a path without NUL characters")
     try:
-        output_dir.mkdir(parents=True, exist_ok=True)
+        probe = temporary_name(_nearest_existing(output_dir) / "probe")
         probe.mkdir()
         probe.rmdir()
     except OSError as error:
-        raise UserError(f"output_dir: cannot write to '{output_dir}': {error.strerror}") from error
+        raise SetupError(f"output_dir: cannot write to '{output_dir}': {error.strerror}") from error
+
+
+def _nearest_existing(path: Path) -> Path:
+    return next(folder for folder in [path, *path.absolute().parents] if folder.exists())
 
 
 def require_space(output_dir: Path, needed: int) -> None:
-    """Refuse to start a run whose first checkpoint, of at least `needed` bytes, would not fit."""
-    free = shutil.disk_usage(output_dir).free
+    """Refuse to start a run whose first checkpoint, of at least `needed` bytes, would not fit.
+
+    Raises:
+        SetupError: with both numbers.
+    """
+    free = shutil.disk_usage(_nearest_existing(output_dir)).free
     if free < needed:
         raise SetupError(f"output_dir: '{output_dir}' has {free} bytes free, a checkpoint needs {needed}")
-
-
-def _json_bytes(value: dict[str, Any]) -> bytes:
-    return (json.dumps(value, indent=1) + "\n").encode()

@@ -1,7 +1,7 @@
-"""Folders that are published whole or not at all, and that prove it: a manifest of sizes and SHA-256 digests.
+"""Folders that prove they are whole: a manifest of the size and SHA-256 of every file.
 
-A folder is written under a temporary name, fsynced, read back and renamed, so that a kill or a full disk at any
-moment leaves either nothing of it or all of it. What stands in the files is not known here.
+A folder is written under a temporary name, read back, synced and renamed (`atomic`), so that a kill or a full disk at
+any moment leaves either nothing of it or all of it. The content of the files is not known here.
 """
 
 import hashlib
@@ -14,7 +14,7 @@ from typing import Literal
 from pydantic import BaseModel, ValidationError
 
 from dist_qft.errors import CorruptFileError, SetupError
-from dist_qft.storage.atomic import sync_entry, temporary_name
+from dist_qft.storage.atomic import publishing
 
 MANIFEST = "manifest.json"
 
@@ -35,26 +35,18 @@ class _Manifest(BaseModel):
 def publish_folder(final: Path, files: Iterable[tuple[str, bytes]]) -> None:
     """Write named files and their manifest as the folder `final`, which must not exist yet.
 
-    `files` may be a generator: a file is written before the next one is asked for, so only one is in memory.
+    `files` may be a generator: each file is written before the next is asked for, so only one is in memory.
 
     Raises:
-        SetupError: no space or no permission; nothing is left behind.
-        CorruptFileError: what was read back is not what was written.
+        SetupError: no space or no permission, or the folder has appeared meanwhile; nothing is left behind.
+        CorruptFileError: the files read back differently from what was written.
     """
-    temporary = temporary_name(final)
-    try:
-        temporary.mkdir(parents=True)
+    with publishing(final, overwrite=False) as temporary:
+        temporary.mkdir()
         manifest = _Manifest(files={name: _write(temporary, name, data) for name, data in files})
         _write(temporary, MANIFEST, manifest.to_bytes())
         if fault := fault_in(temporary, manifest.files):
             raise CorruptFileError(f"{final}: read back differently from what was written: {fault}")
-        sync_entry(temporary)
-        os.rename(temporary, final)
-        sync_entry(final.parent)
-    except OSError as error:
-        raise SetupError(f"{final}: cannot write the folder: {error.strerror}") from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def fault_in(folder: Path, names: Collection[str]) -> str | None:
@@ -86,7 +78,7 @@ def _fault_in_file(path: Path, expected: _Entry) -> str | None:
     except OSError as error:
         return f"{path.name}: {error.strerror}"
     if found != expected.sha256:
-        return f"{path.name}: SHA-256 {found[:12]}..., the manifest says {expected.sha256[:12]}..."
+        return f"{path.name}: SHA-256 {found}, the manifest says {expected.sha256}"
     return None
 
 

@@ -12,6 +12,7 @@ from dist_qft.errors import CorruptFileError
 from dist_qft.storage.atomic import write_text
 from dist_qft.study.groups import THIRDS, TYPES
 from dist_qft.study.rows import Row
+from dist_qft.training.metrics_file import read_history
 from dist_qft.tuned_model.held_out import HeldOut
 
 if TYPE_CHECKING:
@@ -27,7 +28,7 @@ class Result:
     Attributes:
         base, tuned: figure -> value on held-out data, before and after training; "loss" is in nats per target.
         eval_tokens: targets of the held-out data.
-        history: training loss of every step.
+        history: training loss of every step that was logged (`train.logging_steps`).
         seconds: what the run took here, its base's loading included if it loaded one.
     """
 
@@ -52,10 +53,10 @@ class Result:
         return cls(
             row.name,
             trainables=run.flat.count,
-            base=_figures(run.base_eval),
-            tuned=_figures(run.tuned_eval),
-            eval_tokens=run.tuned_eval.tokens if run.tuned_eval else 0,
-            history=[entry["loss"] for entry in run.state.history],
+            base=_figures(run.evaluations.base),
+            tuned=_figures(run.evaluations.tuned),
+            eval_tokens=run.evaluations.tuned.tokens if run.evaluations.tuned else 0,
+            history=[record.loss for record in read_history(row.folder)],
             seconds=round(seconds, 3),
         )
 

@@ -31,7 +31,8 @@ from dist_qft.ranks.preemption import StopSignal
 from dist_qft.ranks.session import errors_reported
 from dist_qft.ranks.world import World
 from dist_qft.storage.atomic import remove_folder
-from dist_qft.storage.checkpoint import BaseEvaluation, list_checkpoints
+from dist_qft.storage.checkpoint import list_checkpoints
+from dist_qft.storage.trainer_state import BaseEvaluation
 from dist_qft.study.results import Result, read_result, write_result
 from dist_qft.study.rows import Row
 from dist_qft.train import execute_run, gather_inputs

@@ -136,7 +136,7 @@ class FlatParameters:
         dist.broadcast(self.values.data, src=0, group=self._group)
 
     def close(self) -> None:
-        """Let go of the parameters: what they hold of us is hidden from Python's garbage collector."""
+        """Remove our gradient hooks: they keep this object alive in a way that the garbage collector cannot see."""
         for hook in self._hooks:
             hook.remove()
 
@@ -251,9 +251,17 @@ class FlatParameters:
         bad = [rank for rank in range(self._world) if lanes[_FIXED_LANES + rank] > 0]
         if not bad and math.isfinite(lanes[_LOSS]) and torch.isfinite(self.values.grad.sum()):
             return
-        first = next((name for name, p in reversed(self.named) if not torch.isfinite(p.grad).all()), "the loss")
+        first = self.first_non_finite(gradients=True) or "the loss"
         where = f"on rank {', '.join(map(str, bad))}" if bad else "in the sum over ranks"
         raise NumericError(f"step {step}: non-finite gradient {where}, first in {first}; nothing was updated")
+
+    def first_non_finite(self, *, gradients: bool) -> str | None:
+        """Name of the first parameter, in model order, with a value or gradient that is not finite; None if all are."""
+        for name, parameter in reversed(self.named):
+            tensor = parameter.grad if gradients else parameter.data
+            if tensor is not None and not torch.isfinite(tensor).all():
+                return name
+        return None
 
     def _name_difference(self, step: int) -> None:
         names = [name for name, _ in reversed(self.named)]

@@ -8,7 +8,6 @@ since the same steps are about to be reported again.
 """
 
 import contextlib
-import json
 import socket
 import sys
 import threading
@@ -20,9 +19,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from dist_qft.errors import SetupError
-from dist_qft.storage.atomic import write_text
+from dist_qft.training.metrics_file import METRICS_FILE, MetricsFile
 
-METRICS_FILE = "metrics.jsonl"
 EVENTS_FOLDER = "runs"
 
 
@@ -34,14 +32,18 @@ class Monitor:
         active: False on every rank but 0: all methods do nothing.
         total_steps: where the bar ends.
         first_step: steps done already; more than 0 is a resumed run.
+        metrics_bytes: size of `metrics.jsonl` after `first_step`; 0 if unknown.
 
     Raises (as all methods do but `close`):
         SetupError: the records cannot be written.
     """
 
-    def __init__(self, output_dir: Path, *, active: bool, total_steps: int, first_step: int = 0) -> None:
+    def __init__(
+        self, output_dir: Path, *, active: bool, total_steps: int, first_step: int = 0, metrics_bytes: int = 0
+    ) -> None:
         self.active = active
         self._output_dir = output_dir
+        self._unread = False  # nobody reads standard error any more
         self._bar = None
         if not active:
             return
@@ -51,9 +53,7 @@ class Monitor:
             # Events of a killed run beyond its checkpoint are hidden by TensorBoard itself, within one folder.
             purge_step = first_step + 1 if first_step else None
             self._writer = SummaryWriter(str(_log_dir(output_dir / EVENTS_FOLDER, first_step)), purge_step=purge_step)
-            metrics = output_dir / METRICS_FILE
-            _drop_after(metrics, first_step)
-            self._lines = open(metrics, "a", encoding="utf-8")  # noqa: SIM115 - open for the run
+            self._metrics = MetricsFile(output_dir / METRICS_FILE, first_step, metrics_bytes)
         self._thread_hook, threading.excepthook = threading.excepthook, self._on_thread_error
         # Answers are shown as they are: no markup, no ":smile:" turned into a picture.
         self._console = Console(file=sys.stderr, highlight=False, markup=False, emoji=False)
@@ -68,9 +68,12 @@ class Monitor:
             self._bar.start()
 
     def say(self, text: str) -> None:
-        """One line for the person watching."""
-        if self.active:
-            self._console.print(text, soft_wrap=True)
+        """One line for the person watching; a reader who has gone, as in `... 2>&1 | head`, does not end the run."""
+        if self.active and not self._unread:
+            try:
+                self._console.print(text, soft_wrap=True)
+            except OSError:
+                self._unread = True
 
     def scalars(self, step: int, values: dict[str, float]) -> None:
         """Record numbers under their tags at an optimizer step (1-based: steps done)."""
@@ -79,7 +82,7 @@ class Monitor:
         with self._recording():
             for tag, value in values.items():
                 self._writer.add_scalar(tag, value, step)
-            self._write_line({"step": step, **values})
+            self._metrics.write({"step": step, **values})
 
     def progress(self, step: int, total_steps: int, note: str) -> None:
         """Advance the bar, or print a plain line where there is no terminal."""
@@ -94,7 +97,7 @@ class Monitor:
             return
         with self._recording():
             self._writer.add_text(tag, text, step)
-            self._write_line({"step": step, tag: text})
+            self._metrics.write({"step": step, tag: text})
 
     def hparams(self, settings: dict[str, object], results: dict[str, float | None]) -> None:
         """Record the run's settings beside its results, for TensorBoard's comparison of runs."""
@@ -105,11 +108,17 @@ class Monitor:
         with self._recording():
             self._writer.add_hparams(plain, known, run_name=".")
 
-    def flush(self) -> None:
-        """Bring everything recorded so far to the disk, as a checkpoint of this step is about to be."""
-        if self.active:
-            with self._recording():
-                self._writer.flush()
+    def flush(self) -> int:
+        """Bring everything recorded so far to the disk, as a checkpoint of this step is about to be.
+
+        Returns the size of `metrics.jsonl`; 0 on the ranks that do not record.
+        """
+        if not self.active:
+            return 0
+        with self._recording():
+            self._writer.flush()
+            self._metrics.sync()
+        return self._metrics.size
 
     def close(self) -> None:
         """Take the bar off the terminal and close the files; safe to call twice, and after a failure."""
@@ -121,17 +130,13 @@ class Monitor:
             threading.excepthook = self._thread_hook
             # A full disk has been reported by whoever wrote; it must not hide the error that ends the run.
             with contextlib.suppress(OSError):
-                self._lines.close()
+                self._metrics.close()
                 self._writer.close()
 
     def _on_thread_error(self, failure: threading.ExceptHookArgs) -> None:
         """Leave out what TensorBoard's thread met on the disk: it hands that to the next write, which reports it."""
         if not (isinstance(failure.exc_value, OSError) and type(failure.thread).__name__ == "_AsyncWriterThread"):
             self._thread_hook(failure)
-
-    def _write_line(self, record: dict[str, object]) -> None:
-        self._lines.write(json.dumps(record) + "\n")
-        self._lines.flush()
 
     @contextlib.contextmanager
     def _recording(self) -> Iterator[None]:
@@ -147,14 +152,3 @@ def _log_dir(folder: Path, first_step: int) -> Path:
     if first_step and earlier:
         return earlier[-1]
     return folder / f"{time.strftime('%Y-%m-%d_%H-%M-%S')}_{socket.gethostname()}"
-
-
-def _drop_after(metrics: Path, step: int) -> None:
-    """Drop the records of later steps and a line that a kill cut short; a fresh run (step 0) begins anew."""
-    kept = []
-    if step and metrics.exists():
-        for line in metrics.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True):
-            with contextlib.suppress(ValueError, KeyError, TypeError):
-                if line.endswith("\n") and json.loads(line)["step"] <= step:
-                    kept.append(line)
-    write_text(metrics, "".join(kept))

@@ -1,12 +1,13 @@
 """The optimizer over the flat trainables, its learning rate as a pure function of the step, and its state."""
 
 import math
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
 
 from dist_qft.config.schema import TrainConfig
-from dist_qft.errors import CorruptFileError, SetupError, UserError
+from dist_qft.errors import CorruptFileError, NumericError, SetupError, UserError
 
 _NORM_CHUNK = 1 << 22  # values per piece of the norm: bounds the float64 copy to 32 MiB
 
@@ -60,6 +61,31 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer, values: nn.Parameter) ->
     return {key: value if isinstance(value, Tensor) else torch.tensor(value) for key, value in state.items()}
 
 
+def require_finite_state(tensors: Mapping[str, Tensor], step: int) -> None:
+    """Refuse to save a state that would spoil every later step. `step` is for the message.
+
+    Raises:
+        NumericError: a moment is not finite, such as the square of a very large gradient.
+    """
+    for key, tensor in tensors.items():
+        if tensor.is_floating_point() and not math.isfinite(
+            float(torch.linalg.vector_norm(tensor.float(), ord=math.inf))
+        ):
+            raise NumericError(f"step {step}: the optimizer's {key} is not finite; the step is not saved")
+
+
+def optimizer_bytes(config: TrainConfig, trainables: int) -> int:
+    """Bytes of the two moments: fp32, or 8 bits with an fp32 constant for every 256 (bitsandbytes)."""
+    if config.optim == "paged_adamw_8bit":
+        return 2 * (trainables + 4 * math.ceil(trainables / 256))
+    return 2 * 4 * trainables
+
+
+def checkpoint_bytes(config: TrainConfig, trainables: int) -> int:
+    """Bytes of a checkpoint of so many trainables, without its small JSON files: values in fp32, and the moments."""
+    return 4 * trainables + optimizer_bytes(config, trainables)
+
+
 def load_optimizer_tensors(
     optimizer: torch.optim.Optimizer, values: nn.Parameter, tensors: dict[str, Tensor], where: str
 ) -> None:
@@ -79,11 +105,20 @@ def load_optimizer_tensors(
         needed = list(blank.shape) if isinstance(blank, Tensor) else []
         if list(tensors[key].shape) != needed:
             raise CorruptFileError(f"{where}: {key} has shape {list(tensors[key].shape)}, the trainables need {needed}")
+        _require_sound(tensors[key], blank, f"{where}: {key}")
     optimizer.state[values] = {
         # Into the buffers that are there: bitsandbytes' live in paged memory.
         key: blank.copy_(tensors[key]) if isinstance(blank, Tensor) else tensors[key].item()
         for key, blank in fresh.items()
     }
+
+
+def _require_sound(saved: Tensor, blank: Tensor | int, where: str) -> None:
+    """CorruptFileError unless a saved tensor has the dtype that the optimizer needs and finite values."""
+    if isinstance(blank, Tensor) and saved.dtype != blank.dtype:
+        raise CorruptFileError(f"{where}: got {saved.dtype}, must be {blank.dtype}")
+    if saved.is_floating_point() and not torch.isfinite(saved).all():
+        raise CorruptFileError(f"{where}: holds values that are not finite")
 
 
 def _fresh_state(optimizer: torch.optim.Optimizer, values: nn.Parameter) -> dict[str, Tensor | int]:

@@ -1,6 +1,5 @@
 """All that is known of a run before any weight is read and any rank has met another."""
 
-import json
 import math
 import platform
 from dataclasses import dataclass
@@ -18,9 +17,9 @@ from dist_qft.merge.recipe import Recipe
 from dist_qft.methods.trainable import Plan
 from dist_qft.ranks.world import World
 from dist_qft.sharding.engine import Engine
-from dist_qft.storage.checkpoint import BaseEvaluation, Checkpoint
-
-SUMMARY_FILE = "summary.json"
+from dist_qft.storage.checkpoint import Checkpoint
+from dist_qft.storage.trainer_state import BaseEvaluation
+from dist_qft.training.summary import summarized_steps
 
 
 @dataclass(frozen=True)
@@ -47,6 +46,7 @@ class RunInputs:
         source: where its weights will come from.
         plan: what is trained.
         checkpoint: where to continue from; None starts fresh.
+        existing: names of the checkpoints in the run's folder when this was gathered.
         recipe: the merge that ends the run, if the config asks for one.
         notes: lines to tell the user at the start, such as a checkpoint that was refused.
         loaded: the base, if it need not be loaded any more; `skeleton` is then no longer on the meta device.
@@ -61,6 +61,7 @@ class RunInputs:
     plan: Plan
     data: Prepared
     checkpoint: Checkpoint | None
+    existing: tuple[str, ...]
     recipe: Recipe | None
     notes: list[str]
     loaded: LoadedBase | None = None
@@ -100,11 +101,3 @@ class RunInputs:
             return train.max_steps, train.max_steps * train.global_batch_size
         rows = math.ceil(train.num_train_epochs * len(self.data.train))
         return math.ceil(rows / train.global_batch_size), rows
-
-
-def summarized_steps(output_dir: Path) -> int | None:
-    """At how many steps the run that wrote the folder's summary ended; None if there is no summary."""
-    try:
-        return json.loads((output_dir / SUMMARY_FILE).read_bytes())["steps"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return None

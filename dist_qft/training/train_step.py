@@ -1,5 +1,6 @@
 """One optimizer step: micro-batches forward and backward, one reduction, one update."""
 
+import math
 import time
 from dataclasses import dataclass
 
@@ -7,19 +8,23 @@ import torch
 
 from dist_qft.config.schema import TrainConfig
 from dist_qft.data.batches import MicroBatch
+from dist_qft.errors import NumericError
 from dist_qft.methods.forward import Forward
-from dist_qft.ranks.preemption import StopSignal
-from dist_qft.sharding.engine import Engine
-from dist_qft.training.flat_parameters import FlatParameters
+from dist_qft.training.flat_parameters import FlatParameters, StepTotals
 from dist_qft.training.optimizer import clip_gradient, learning_rate
-from dist_qft.tuned_model.task import Task
+from dist_qft.tuned_model.assemble import Assembled
+
+RANK_STATS = 2  # numbers of each rank that ride along with a step: MiB held, compute seconds
 
 
 @dataclass(frozen=True)
 class StepResult:
-    """What a step did; equal on all ranks but for the times.
+    """The outcome of a step, equal on all ranks except for the times.
 
-    `loss` is the mean per target token over the global batch; `rank_stats[rank]` is (MiB held, compute seconds).
+    Attributes:
+        loss: mean per target token over the global batch.
+        rank_stats: for each rank, MiB held and compute seconds.
+        stop: some rank was asked to stop.
     """
 
     loss: float
@@ -32,63 +37,104 @@ class StepResult:
     reduce_seconds: float
 
 
-RANK_STATS = 2
+@dataclass(frozen=True)
+class TrainStep:
+    """The parts that an optimizer step works on.
+
+    Attributes:
+        forward: the tuned model up to its last hidden states.
+        parts: the task that turns these into a loss, and the engine under the base.
+        flat: the trainables with their gradients.
+        total_steps: of the run; the learning rate's curve ends there.
+    """
+
+    forward: Forward
+    parts: Assembled
+    flat: FlatParameters
+    optimizer: torch.optim.Optimizer
+    config: TrainConfig
+    total_steps: int
+
+    def run(
+        self,
+        step: int,
+        micro_batches: list[MicroBatch],
+        *,
+        check_digest: bool,
+        stop: bool = False,
+        memory_mebibytes: float = 0.0,
+    ) -> StepResult:
+        """Run optimizer step `step` (0-based). Collective.
+
+        Args:
+            check_digest: also compare the replicas' values.
+            stop: this rank was asked to stop.
+
+        Raises:
+            NumericError: on all ranks. A gradient or loss is not finite, or replicas differ: nothing was updated then.
+                Or the update itself made a value non-finite.
+        """
+        started = time.perf_counter()
+        self._accumulate(step, micro_batches)
+        computed = time.perf_counter()
+        totals = self.flat.reduce(
+            tokens=sum(batch.num_targets for batch in micro_batches),
+            step=step + 1,
+            check_digest=check_digest,
+            stop=stop,
+            rank_stats=(memory_mebibytes, computed - started),
+        )
+        reduced = time.perf_counter()
+        rate, norm = self._update(step)
+        return _result(totals, norm, rate, computed - started, reduced - computed)
+
+    def _accumulate(self, step: int, micro_batches: list[MicroBatch]) -> None:
+        """Sum the gradients of this rank's micro-batches; the reduction starts during the last backward pass."""
+        self.flat.begin_step()
+        self.forward.begin_step(micro_batches)
+        for batch in micro_batches:
+            if batch is micro_batches[-1]:
+                self.flat.reduce_during_backward()
+            # Dropout masks depend on the global micro-batch alone: the same on any world size, nothing to save.
+            torch.manual_seed(_dropout_seed(self.config.seed, step, batch.index))
+            loss, _ = self.parts.task.loss(self.forward(batch), batch)
+            loss.backward()
+            self.parts.engine.after_backward()
+            self.flat.end_micro_batch(loss.detach())
+        device = self.flat.values.device
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)  # kernels are only launched so far: their time is not the reduction's
+
+    def _update(self, step: int) -> tuple[float, float]:
+        """Clip and apply the reduced gradient; returns the learning rate and the norm before clipping."""
+        values = self.flat.values
+        norm = clip_gradient(values, self.config.max_grad_norm)
+        rate = learning_rate(self.config, step, self.total_steps)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        self.optimizer.step()
+        # The largest magnitude is NaN or infinite if any value is. No later gradient may come to show it.
+        largest = torch.linalg.vector_norm(values.detach(), ord=math.inf)
+        grad_norm, magnitude = torch.stack([norm, largest.double()]).tolist()
+        if not math.isfinite(magnitude):
+            name = self.flat.first_non_finite(gradients=False)
+            raise NumericError(
+                f"step {step + 1}: the update made values of {name} non-finite, with a learning rate of {rate:g}; "
+                "the step is not saved"
+            )
+        return rate, grad_norm
 
 
-def train_step(
-    forward: Forward,
-    task: Task,
-    engine: Engine,
-    flat: FlatParameters,
-    optimizer: torch.optim.Optimizer,
-    config: TrainConfig,
-    micro_batches: list[MicroBatch],
-    *,
-    step: int,
-    total_steps: int,
-    check_digest: bool,
-    stop: StopSignal,
-    memory_mebibytes: float,
-) -> StepResult:
-    """Run optimizer step `step` (0-based). Collective; raises NumericError before anything is updated."""
-    device = flat.values.device
-    started = time.perf_counter()
-    flat.begin_step()
-    forward.begin_step(micro_batches)
-    for batch in micro_batches:
-        if batch is micro_batches[-1]:
-            flat.reduce_during_backward()
-        # Dropout masks depend on the global micro-batch alone: the same on any world size, nothing to save.
-        torch.manual_seed(_dropout_seed(config.seed, step, batch.index))
-        loss, _ = task.loss(forward(batch), batch)
-        loss.backward()
-        engine.after_backward()
-        flat.end_micro_batch(loss.detach())
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)  # kernels are only launched so far: their time is not the reduction's
-    computed = time.perf_counter()
-    totals = flat.reduce(
-        tokens=sum(batch.num_targets for batch in micro_batches),
-        step=step + 1,
-        check_digest=check_digest,
-        stop=stop.requested,
-        rank_stats=(memory_mebibytes, computed - started),
-    )
-    reduced = time.perf_counter()
-    norm = clip_gradient(flat.values, config.max_grad_norm)
-    rate = learning_rate(config, step, total_steps)
-    for group in optimizer.param_groups:
-        group["lr"] = rate
-    optimizer.step()
+def _result(totals: StepTotals, norm: float, rate: float, compute_seconds: float, reduce_seconds: float) -> StepResult:
     return StepResult(
         loss=totals.loss_sum / max(totals.tokens, 1),
         tokens=totals.tokens,
-        grad_norm=float(norm),
+        grad_norm=norm,
         learning_rate=rate,
         stop=totals.stop,
         rank_stats=totals.rank_stats,
-        compute_seconds=computed - started,
-        reduce_seconds=reduced - computed,
+        compute_seconds=compute_seconds,
+        reduce_seconds=reduce_seconds,
     )
 
 

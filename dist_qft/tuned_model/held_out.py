@@ -10,7 +10,7 @@ from torch import Tensor
 
 from dist_qft.base_model.skeleton import BaseModel
 from dist_qft.data.batches import MicroBatch
-from dist_qft.errors import Preempted
+from dist_qft.errors import NumericError, Preempted
 from dist_qft.methods.forward import BaseForward
 from dist_qft.ranks.preemption import StopSignal
 from dist_qft.tuned_model.task import CausalLM, Task, labels_of
@@ -50,6 +50,7 @@ def held_out_loss(
     task: default is to predict tokens.
 
     Raises:
+        NumericError: on all ranks, if the loss is not finite.
         Preempted: some rank was asked to `stop`.
     """
     task = task or CausalLM(base)
@@ -70,6 +71,8 @@ def held_out_loss(
             labels[-1][: len(found)] = found.to(device)
     dist.all_reduce(sums)
     loss, tokens = sums.tolist()
+    if not math.isfinite(loss):
+        raise NumericError(f"held-out loss is {loss}: the model's values or outputs are not finite")
     metrics = _metrics(task, torch.cat(predictions), torch.cat(labels)) if predictions else {}
     return HeldOut(loss / max(tokens, 1), int(tokens), metrics)
 

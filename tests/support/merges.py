@@ -18,7 +18,8 @@ from dist_qft.merge.run import execute_merge, gather_merge_inputs
 from dist_qft.merge.targets import checked_request
 from dist_qft.methods.plans import plan_trainables
 from dist_qft.ranks.preemption import StopSignal
-from dist_qft.storage.checkpoint import TrainerState, write_checkpoint
+from dist_qft.storage.checkpoint import Checkpoint, checkpoint_path, write_checkpoint
+from dist_qft.storage.trainer_state import TrainerState
 from dist_qft.tuned_model.assemble import Assembled, assemble
 from dist_qft.tuned_model.checkpointed import adapter_config, check_fingerprint, find_checkpoint
 from tests.support.whole_runs import pool_world
@@ -43,11 +44,13 @@ def assemble_random(config: RunConfig, size: float, step: int = 3) -> tuple[Asse
     parts.load_tensors(trainables)
     if dist.get_rank() == 0:
         write_checkpoint(
-            Path(config.output_dir),
-            adapter_config=adapter_config(config, parts.base, plan),
-            trainables=trainables,
-            optimizer={},
-            state=TrainerState(step=step, config=config.model_dump()),
+            Checkpoint(
+                path=checkpoint_path(Path(config.output_dir), step),
+                adapter_config=adapter_config(config, parts.base, plan),
+                trainables=trainables,
+                optimizer={},
+                state=TrainerState(step=step, config=config.model_dump()),
+            )
         )
     dist.barrier()
     return parts, Origin(config, Path(config.output_dir) / f"checkpoint-{step}", step)

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from contextlib import closing, redirect_stderr
 from dataclasses import dataclass, field
 from io import StringIO
+from pathlib import Path
 
 import torch
 
@@ -11,6 +12,7 @@ from dist_qft.config.schema import RunConfig
 from dist_qft.errors import DistQFTError
 from dist_qft.ranks.preemption import StopSignal
 from dist_qft.train import execute_run, gather_inputs
+from dist_qft.training.metrics_file import StepRecord, read_history
 from dist_qft.training.run_inputs import RunInputs
 from dist_qft.training.training_run import TrainingRun
 from dist_qft.tuned_model.assemble import assemble
@@ -28,12 +30,13 @@ class Outcome:
     exit_code: int = 0
     told_once: bool = True
     data_chain: str = ""
-    history: tuple[dict[str, float], ...] = ()
+    history_digest: str = ""
+    history: tuple[StepRecord, ...] = ()
     told: str = field(default="", compare=False)
 
     @property
     def losses(self) -> list[float]:
-        return [entry["loss"] for entry in self.history]
+        return [entry.loss for entry in self.history]
 
 
 def attempt(
@@ -50,7 +53,12 @@ def attempt(
             return Outcome(str(error), error.exit_code, error.everywhere, told=told.getvalue())
     if run is None:
         return Outcome(told=told.getvalue())
-    return Outcome(data_chain=run.state.data_chain, history=tuple(run.state.history), told=told.getvalue())
+    return Outcome(
+        data_chain=run.state.data_chain,
+        history_digest=run.state.history_digest,
+        history=tuple(read_history(Path(config.output_dir))),
+        told=told.getvalue(),
+    )
 
 
 def _execute_disturbed(inputs: RunInputs, stop: StopSignal, disturb: Callable[[TrainingRun], None]) -> TrainingRun:

@@ -11,6 +11,7 @@ from dist_qft.ranks.preemption import StopSignal
 from dist_qft.ranks.world import World
 from dist_qft.storage.checkpoint import ADAPTER_MODEL, list_checkpoints
 from dist_qft.train import execute_run, gather_inputs
+from dist_qft.training.metrics_file import read_history
 from dist_qft.training.training_run import TrainingRun
 
 # Method sections of every adapter for the small model, each on a base of its own format.
@@ -42,7 +43,8 @@ def train_only(config: RunConfig) -> None:
 
 def train_losses(config: RunConfig, resume: str | None = None) -> list[float]:
     """The loss of every step of the run so far."""
-    return [entry["loss"] for entry in train(config, resume).state.history]
+    train(config, resume)
+    return [record.loss for record in read_history(Path(config.output_dir))]
 
 
 def adapter_digest(output_dir: str | Path) -> str:

@@ -11,7 +11,7 @@ import pytest
 from dist_qft.config.load import save_config
 from dist_qft.config.schema import RunConfig
 from dist_qft.storage.checkpoint import fault_in, list_checkpoints, read_checkpoint
-from dist_qft.training.monitor import METRICS_FILE
+from dist_qft.training.metrics_file import METRICS_FILE
 from tests.support.commands import Command
 from tests.support.tiny_model import tiny_config
 from tests.support.whole_runs import adapter_digest, train
@@ -25,9 +25,9 @@ def write_config(config: RunConfig) -> Path:
     return path
 
 
-def train_and_digest(config: RunConfig) -> tuple[str, str, list[dict[str, float]]]:
+def train_and_digest(config: RunConfig) -> tuple[str, str, str]:
     run = train(config)
-    return adapter_digest(config.output_dir), run.state.data_chain, run.state.history
+    return adapter_digest(config.output_dir), run.state.data_chain, run.state.history_digest
 
 
 def last_step(output_dir: Path) -> int:
@@ -76,7 +76,7 @@ def test_killed_stopped_and_resumed_is_byte_for_byte_the_undisturbed_run(pools, 
     assert done.code == 0, done.err
     assert f"resuming from {newest} at step {step}" in done.err
     state = read_checkpoint(output_dir / f"checkpoint-{STEPS}").state
-    assert (adapter_digest(output_dir), state.data_chain, state.history) == expected
+    assert (adapter_digest(output_dir), state.data_chain, state.history_digest) == expected
     metrics = [json.loads(line) for line in (output_dir / METRICS_FILE).read_text().splitlines()]
     assert [record["step"] for record in metrics if "train/loss" in record] == list(range(1, STEPS + 1))
     assert [record["step"] for record in metrics if "base/loss" in record] == [0], "the base is evaluated once"

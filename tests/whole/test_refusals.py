@@ -207,7 +207,7 @@ def test_an_output_folder_that_cannot_be_written(command, poisoned, tmp_path):
     (tmp_path / "file").write_text("")
     save_config(tiny_config(poisoned, tmp_path / "run"), tmp_path / "run.yaml")
     code, err = command("train", tmp_path / "run.yaml", f"output_dir={tmp_path}/file/run")
-    assert (code, err) == (2, f"error: output_dir: cannot write to '{tmp_path}/file/run': Not a directory\n")
+    assert (code, err) == (3, f"error: output_dir: cannot write to '{tmp_path}/file/run': Not a directory\n")
 
 
 @pytest.mark.parametrize(

@@ -80,7 +80,7 @@ def config(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def undisturbed(config: Path) -> tuple[str, list[dict[str, float]]]:
+def undisturbed(config: Path) -> tuple[str, str]:
     """Digest of the final adapter and history of the same config under torchrun, without Slurm."""
     with Command("train", config, ranks=RANKS) as command:
         done = command.finish()
@@ -88,9 +88,9 @@ def undisturbed(config: Path) -> tuple[str, list[dict[str, float]]]:
     return digest_and_history(config.parent / "run")
 
 
-def digest_and_history(run_dir: Path) -> tuple[str, list[dict[str, float]]]:
+def digest_and_history(run_dir: Path) -> tuple[str, str]:
     assert all(fault_in(path) is None for path in list_checkpoints(run_dir))
-    return adapter_digest(run_dir), read_checkpoint(list_checkpoints(run_dir)[-1]).state.history
+    return adapter_digest(run_dir), read_checkpoint(list_checkpoints(run_dir)[-1]).state.history_digest
 
 
 @pytest.mark.parametrize("starter", ["torchrun", "srun"])

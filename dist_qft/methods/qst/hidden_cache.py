@@ -4,7 +4,10 @@ Two files that all ranks map into memory and share, so their folder must be on a
 
     states.bin   for each row its layer states (N + 1, tokens, d) and last states (tokens, D), in the compute dtype;
                  with a pooling downsample d / r instead of d
-    index.bin    for each row 0, or 1 + the CRC-32 of its bytes: written after them, checked before their first use
+    index.bin    for each row 0, or 1 + the CRC-32 of its bytes, written after them
+
+A row is checked before each use: by its CRC-32 before the first use in this process, later by a sum of its words, which
+is several times faster and sees every single flipped bit. A row that is damaged counts as absent: it is computed again.
 
 A row's place follows from the lengths of the rows before it. `cache.json` says what the states belong to (base, data,
 layout); a cache of anything else is discarded. Space is reserved at the start, for a full disk would otherwise end a
@@ -20,17 +23,18 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import filelock
 import numpy as np
 import torch
 from torch import Tensor
 
-from dist_qft.errors import UserError
+from dist_qft.errors import SetupError
 from dist_qft.methods.qst.network import BaseStates
 from dist_qft.methods.qst.plan import SidePlan
+from dist_qft.storage.lock import locked
 
 _VERSION = 1
 _KEY, _STATES, _INDEX = "cache.json", "states.bin", "index.bin"
+_LOCK_SECONDS = 600  # that a rank waits for another one to make the empty files
 
 
 @dataclass(frozen=True)
@@ -73,7 +77,7 @@ class HiddenCache:
         base, data: fingerprint and digest of what the states come from.
 
     Raises:
-        UserError: there is no room for it.
+        SetupError: there is no room for it, or another process holds its lock for too long.
     """
 
     def __init__(self, folder: Path, layout: CacheLayout, lengths: np.ndarray, *, base: str, data: str) -> None:
@@ -82,12 +86,12 @@ class HiddenCache:
         key = {"version": _VERSION, "base": base, "data": data, **asdict(layout), "dtype": str(layout.dtype)}
         sizes = {_STATES: layout.bytes_of(lengths), _INDEX: 8 * len(lengths)}
         folder.mkdir(parents=True, exist_ok=True)
-        with filelock.FileLock(folder / "cache.lock"):
+        with locked(folder / "cache.owner", f"method.cache: '{folder}'", _LOCK_SECONDS):
             if _read_key(folder) != key:
                 _create(folder, key, sizes)
         self._states = _mapped(folder / _STATES, sizes[_STATES], layout.dtype)
         self._index = _mapped(folder / _INDEX, sizes[_INDEX], torch.int64)
-        self._verified = np.zeros(len(lengths), dtype=bool)
+        self._sums: dict[int, int] = {}  # of the rows whose checksum was right in this process
 
     @property
     def filled(self) -> int:
@@ -95,11 +99,17 @@ class HiddenCache:
         return int((self._index != 0).sum())
 
     def has(self, row: int) -> bool:
-        """Whether a row is there and whole."""
-        if not self._verified[row]:
-            entry = int(self._index[row])
-            self._verified[row] = entry != 0 and entry == _checksum(self._row(row))
-        return bool(self._verified[row])
+        """Whether a row is there and whole at this moment."""
+        entry = int(self._index[row])
+        if entry == 0:
+            return False
+        values = self._row(row)
+        words = _word_sum(values)
+        # With another sum it may still be right: another rank may have written it anew.
+        if self._sums.get(row) != words and entry != _checksum(values):
+            return False
+        self._sums[row] = words
+        return True
 
     def write(self, row_ids: Sequence[int], states: BaseStates) -> None:
         """Store the rows of a micro-batch (its first ones; the rest only fill it up). What is there stays."""
@@ -111,8 +121,8 @@ class HiddenCache:
             for own, given in zip(layers, states.layers, strict=True):
                 own.copy_(given[place, :tokens])
             last.copy_(states.last[place, :tokens])
-            self._index[row] = _checksum(self._row(row))
-            self._verified[row] = True
+            values = self._row(row)
+            self._index[row], self._sums[row] = _checksum(values), _word_sum(values)
 
     def read(self, row_ids: Sequence[int], shape: tuple[int, int], device: torch.device) -> BaseStates:
         """The states of rows that are there, as a micro-batch (b, L) of them has them; zero where it is padding."""
@@ -141,7 +151,7 @@ def require_space(folder: Path, needed: int) -> None:
     """Refuse, before anything heavy is done, a cache that does not fit; what an older one occupies counts as free.
 
     Raises:
-        UserError: with what it needs, and what there is.
+        SetupError: with the space that it needs and that there is.
     """
     parent = next(path for path in [folder, *folder.parents] if path.exists())
     old = sum((folder / name).stat().st_blocks * 512 for name in (_STATES, _INDEX) if (folder / name).exists())
@@ -150,10 +160,10 @@ def require_space(folder: Path, needed: int) -> None:
         raise _no_room(folder, needed, free)
 
 
-def _no_room(folder: Path, needed: int, free: int) -> UserError:
-    return UserError(
+def _no_room(folder: Path, needed: int, free: int) -> SetupError:
+    return SetupError(
         f"method.cache: needs {needed / 2**30:,.1f} GiB in '{folder}', {free / 2**30:,.1f} GiB are free; "
-        "method.downsample avgpool or maxpool needs about 1 / reduction of it, method.cache none nothing"
+        "method.downsample avgpool or maxpool need about 1/reduction of that; method.cache: none needs no space"
     )
 
 
@@ -181,6 +191,14 @@ def _create(folder: Path, key: dict[str, Any], sizes: dict[str, int]) -> None:
 
 def _mapped(path: Path, size: int, dtype: torch.dtype) -> Tensor:
     return torch.from_file(str(path), shared=True, size=size // dtype.itemsize, dtype=dtype)
+
+
+def _word_sum(values: Tensor) -> int:
+    """Sum of the 64-bit words modulo 2^64; the last bytes that fill no word count one by one."""
+    octets = values.view(torch.uint8).numpy()
+    whole = len(octets) // 8 * 8
+    words = np.frombuffer(octets[:whole].data, dtype=np.uint64)
+    return (int(words.sum(dtype=np.uint64)) + sum(octets[whole:].tolist()) * 0x9E3779B97F4A7C15) % 2**64
 
 
 def _checksum(values: Tensor) -> int:

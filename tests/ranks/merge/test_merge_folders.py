@@ -15,7 +15,7 @@ from dist_qft.merge.writers.safetensors_folder import SafetensorsFolder
 from tests.support.merges import GGUF_RUN, merge_run
 from tests.support.qst_models import not_pruned_from
 from tests.support.tiny_model import tiny_config
-from tests.support.whole_runs import train
+from tests.support.whole_runs import train_losses
 
 IDS = torch.tensor([[5, 40, 77, 120, 33, 9, 201, 60, 12, 300], list(range(10, 20))])
 NF4 = {"linear": "nf4", "block": [64]}
@@ -51,7 +51,7 @@ def test_quantized_folder_is_the_base_of_the_next_run(pools, quantized, tmp_path
     quantization = json.loads((folder / "quantization.json").read_text())["quantization"]
     run, again = tmp_path / "next", tmp_path / "again"
     config = tiny_config(folder, run, quantization=quantization, train={"max_steps": 2})
-    state = pools[2].run(train_state, config=config)[0]
+    state = pools[2].run(train_losses, config=config)[0]
     start, tuned = dist_qft.load(folder).logits(IDS), dist_qft.load(run).logits(IDS)
     assert len(state) == 2 and not torch.equal(start, tuned)
     pools[2].run(merge_run, source=run, target="quantized", path=again)
@@ -60,10 +60,6 @@ def test_quantized_folder_is_the_base_of_the_next_run(pools, quantized, tmp_path
 
 def test_a_side_network_can_be_pruned_from_a_quantized_folder(pools, quantized):
     assert pools[1].run(not_pruned_from, path=quantized[1]) == [[]]
-
-
-def train_state(config) -> list[dict]:
-    return train(config).state.history
 
 
 def test_other_formats_than_the_folders_are_refused(quantized):

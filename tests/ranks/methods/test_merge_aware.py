@@ -96,7 +96,7 @@ def test_rounding_to_float16_is_numpys():
 
 def train_and_merge(config) -> float:
     run = train(config)
-    return run.tuned_eval.loss if run.tuned_eval else 0.0
+    return run.evaluations.tuned.loss if run.evaluations.tuned else 0.0
 
 
 @pytest.mark.parametrize("engine", ["fsdp", "zero"])

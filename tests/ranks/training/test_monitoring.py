@@ -15,8 +15,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from dist_qft.errors import SetupError
 from dist_qft.storage.checkpoint import list_checkpoints
-from dist_qft.training.monitor import EVENTS_FOLDER, METRICS_FILE, Monitor
-from dist_qft.training.run_inputs import SUMMARY_FILE
+from dist_qft.training.metrics_file import METRICS_FILE
+from dist_qft.training.monitor import EVENTS_FOLDER, Monitor
+from dist_qft.training.summary import SUMMARY_FILE
 from tests.support.outcomes import Outcome, attempt
 from tests.support.tiny_model import tiny_config
 
@@ -100,8 +101,8 @@ def test_the_numbers_are_those_of_the_run(watched):
     for tag in TRAINING_TAGS:
         assert [step for step, _ in metrics[tag]] == steps, tag
     values = {tag: [value for _, value in pairs] for tag, pairs in metrics.items()}
-    assert values["train/loss"] == [entry["loss"] for entry in history]
-    assert values["train/grad_norm"] == [entry["grad_norm"] for entry in history]
+    assert values["train/loss"] == [entry.loss for entry in history]
+    assert values["train/grad_norm"] == [entry.grad_norm for entry in history]
     assert values["train/learning_rate"] == pytest.approx([5e-3 * (1 - step / STEPS) for step in range(STEPS)])
     assert values["train/epoch"] == pytest.approx([8 * step / 54 for step in steps])
     assert [step for step, checked in metrics["replicas/digest_checked"] if checked] == [1, 11, 12]

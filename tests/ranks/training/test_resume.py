@@ -15,7 +15,7 @@ from dist_qft.ranks.world import World
 from dist_qft.storage.checkpoint import ADAPTER_MODEL, list_checkpoints, read_checkpoint
 from dist_qft.train import gather_inputs
 from dist_qft.training.monitor import EVENTS_FOLDER
-from dist_qft.training.run_inputs import SUMMARY_FILE
+from dist_qft.training.summary import SUMMARY_FILE
 from dist_qft.training.training_run import TrainingRun
 from tests.support.outcomes import Outcome, attempt
 from tests.support.tiny_model import save_tiny_model, tiny_config, tiny_llama_config, write_data
@@ -199,7 +199,7 @@ def test_a_changed_learning_rate_is_allowed_and_said(pools, stopped, run_dir):
         "train.max_steps was 4 until step 4, it is now 6",
         "train.learning_rate was 0.005 until step 4, it is now 0.001",
     ]
-    assert [entry["lr"] for entry in run_to(pools[1], config, 6).history] == [5e-3] * 4 + [1e-3] * 2
+    assert [entry.learning_rate for entry in run_to(pools[1], config, 6).history] == [5e-3] * 4 + [1e-3] * 2
 
 
 def test_resume_auto_with_nothing_there_starts_and_says_so(stopped, tmp_path):

@@ -3,6 +3,7 @@
 import gc
 import json
 import math
+import re
 from contextlib import closing
 from functools import partial
 from pathlib import Path
@@ -14,8 +15,8 @@ from transformers import Lfm2Config
 from dist_qft.config.load import CONFIG_FILE, load_config
 from dist_qft.storage.checkpoint import fault_in, list_checkpoints, read_checkpoint
 from dist_qft.training.flat_parameters import FlatParameters
-from dist_qft.training.monitor import METRICS_FILE
-from dist_qft.training.run_inputs import SUMMARY_FILE
+from dist_qft.training.metrics_file import METRICS_FILE
+from dist_qft.training.summary import SUMMARY_FILE
 from dist_qft.training.training_run import TrainingRun
 from tests.support.outcomes import Outcome, attempt
 from tests.support.rank_pool import RankPool
@@ -131,6 +132,26 @@ def test_a_non_finite_gradient_on_one_rank_stops_all_before_anything_is_updated(
     assert not (tmp_path / "run" / SUMMARY_FILE).exists()
     assert pools[2].run(attempt, config=config, resume="auto") == undisturbed[1], "the fault was the hook's alone"
     assert adapter_digest(tmp_path / "run") == adapter_digest(undisturbed[0])
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        # Values beyond float32. No later gradient comes to show it.
+        (
+            {"train": {"max_steps": 1, "learning_rate": 1e39}},
+            r"step 1: the update made values of \S+ non-finite, with a ",
+        ),
+        # Values that are finite, but with which no output is.
+        ({"train": {"max_steps": 1, "learning_rate": 1e30}, "data": {"eval_samples": 6}}, "held-out loss is nan: "),
+    ],
+)
+def test_a_last_update_that_spoils_the_model_is_no_success(pools, tiny_llama, tmp_path, settings, message):
+    config = tiny_config(tiny_llama, tmp_path / "run", **settings)
+    outcomes = pools[2].run(attempt, config=config)
+    assert outcomes[0] == outcomes[1] and (outcomes[0].exit_code, outcomes[0].told_once) == (6, True)
+    assert re.match(message, outcomes[0].error), outcomes[0].error
+    assert not (tmp_path / "run" / SUMMARY_FILE).exists()
 
 
 @pytest.mark.parametrize(("digest_steps", "save_steps"), [(3, 2), (100, 4)])

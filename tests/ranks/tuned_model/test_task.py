@@ -167,7 +167,7 @@ def labelled_config(model: Path, folder: Path, method: str, **sections: dict):
 
 def outcome(config):
     run = train(config)
-    return run.base_eval, run.tuned_eval, run.flat.count
+    return run.evaluations.base, run.evaluations.tuned, run.flat.count
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -8,13 +8,15 @@ import torch
 from torch import nn
 
 from dist_qft.config.schema import TrainConfig
-from dist_qft.errors import CorruptFileError, SetupError, UserError
+from dist_qft.errors import CorruptFileError, NumericError, SetupError, UserError
 from dist_qft.training.optimizer import (
+    checkpoint_bytes,
     clip_gradient,
     learning_rate,
     load_optimizer_tensors,
     make_optimizer,
     optimizer_tensors,
+    require_finite_state,
 )
 
 SHAPES = [(3, 5), (7,), (2, 2, 2), (1,)]
@@ -160,6 +162,43 @@ def test_state_that_does_not_fit():
         "optimizer.x: saved with another train.optim: its state has exp_avg, state1, step, "
         "AdamW needs exp_avg, exp_avg_sq, step"
     )
+
+
+@pytest.mark.parametrize(
+    ("key", "tensor", "fault"),
+    [
+        ("exp_avg", torch.ones(SIZE, dtype=torch.int32), "got torch.int32, must be torch.float32"),
+        ("exp_avg", torch.ones(SIZE, dtype=torch.float64), "got torch.float64, must be torch.float32"),
+        ("exp_avg_sq", torch.full((SIZE,), math.inf), "holds values that are not finite"),
+        ("step", torch.tensor(math.nan), "holds values that are not finite"),
+    ],
+)
+def test_state_that_no_run_can_have_saved(key, tensor, fault):
+    assert refusal(CorruptFileError, **{key: tensor}) == f"optimizer.x: {key}: {fault}"
+
+
+def test_moments_that_have_overflowed_are_not_saved():
+    """The square of a gradient of 1e22, without clipping, is infinite: from then on nothing would be learned."""
+    values = nn.Parameter(torch.zeros(4))
+    optimizer = adamw(values)
+    values.grad = torch.tensor([1.0, 1e22, 0.0, 0.0])
+    optimizer.step()
+    assert torch.isfinite(values).all()
+    with pytest.raises(NumericError, match=r"^step 7: the optimizer's exp_avg_sq is not finite") as raised:
+        require_finite_state(optimizer_tensors(optimizer, values), step=7)
+    assert raised.value.exit_code == 6 and raised.value.everywhere
+
+
+@pytest.mark.parametrize("kind", ["adamw", "paged_adamw_32bit", "paged_adamw_8bit"])
+def test_bytes_of_a_checkpoint(kind):
+    """Against the tensors that an optimizer of that kind really has."""
+    values = nn.Parameter(torch.ones(SIZE))
+    optimizer = bitsandbytes_8bit(values) if kind == "paged_adamw_8bit" else adamw(values)
+    steps(optimizer, values, 0, 1)
+    tensors = optimizer_tensors(optimizer, values)
+    small = sum(tensor.nbytes for key, tensor in tensors.items() if key == "step" or key.startswith("qmap"))
+    counted = sum(tensor.nbytes for tensor in tensors.values()) - small + values.nbytes
+    assert checkpoint_bytes(TrainConfig(optim=kind), SIZE) == counted
 
 
 def test_cosine_ends_near_zero():

@@ -198,9 +198,9 @@ def table() -> Iterator[list[str]]:
         Path(path).write_text(head + "|---" * 6 + "|\n" + "".join(rows))
 
 
-def state_of(run: Path) -> tuple[str, str, list[dict[str, float]]]:
+def state_of(run: Path) -> tuple[str, str, str]:
     state = read_checkpoint(run / f"checkpoint-{STEPS}").state
-    return adapter_digest(run), state.data_chain, state.history
+    return adapter_digest(run), state.data_chain, state.history_digest
 
 
 def train_undisturbed(config):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import random
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +10,7 @@ import pytest
 import torch
 
 from dist_qft.config.schema import RunConfig
-from dist_qft.errors import UserError
+from dist_qft.errors import SetupError
 from dist_qft.methods.qst.hidden_cache import CacheLayout, HiddenCache, require_space
 from dist_qft.methods.qst.network import BaseStates
 from tests.support.qst_models import qst_config
@@ -72,6 +73,24 @@ def test_a_torn_row_is_not_there_and_can_be_written_anew(tmp_path, position):
     assert_row(open_cache(tmp_path), 1, states, 0)
 
 
+def test_every_bit_that_flips_under_a_running_process_is_seen(tmp_path):
+    """The file is mapped: what changes on the disk changes in memory, long after the row's first use."""
+    states = random_states(1, 16)
+    cache = open_cache(tmp_path)
+    cache.write([1], states)
+    start, size = 5 * LAYOUT.per_token * 2, 9 * LAYOUT.per_token * 2
+    for bit in random.Random(0).sample(range(8 * size), 200):
+        assert cache.has(1)
+        with open(tmp_path / "states.bin", "r+b") as file:
+            file.seek(start + bit // 8)
+            byte = file.read(1)
+            file.seek(-1, os.SEEK_CUR)
+            file.write(bytes([byte[0] ^ 1 << bit % 8]))
+        assert not cache.has(1), bit
+        cache.write([1], states)
+    assert_row(cache, 1, states, 0)
+
+
 @pytest.mark.parametrize("change", [{"base": "other"}, {"data": "other"}])
 def test_a_cache_of_something_else_is_discarded(tmp_path, change):
     open_cache(tmp_path).write([0], random_states(1, 16))
@@ -81,14 +100,14 @@ def test_a_cache_of_something_else_is_discarded(tmp_path, change):
 
 
 def test_no_room(tmp_path):
-    with pytest.raises(UserError) as refusal:
+    with pytest.raises(SetupError) as refusal:
         require_space(tmp_path / "run" / "hidden_cache", 2**60)
-    assert refusal.value.exit_code == 2
+    assert refusal.value.exit_code == 3
     text = str(refusal.value)
     assert text.startswith(f"method.cache: needs 1,073,741,824.0 GiB in '{tmp_path}/run/hidden_cache', ")
     assert "\n" not in text
     assert not (tmp_path / "run").exists()
-    with pytest.raises(UserError, match=r"method\.cache: needs"):  # the disk filled up in between
+    with pytest.raises(SetupError, match=r"method\.cache: needs"):  # the disk filled up in between
         HiddenCache(tmp_path / "late", LAYOUT, np.array([2**50]), base="b", data="d")
     assert not (tmp_path / "late" / "states.bin").exists()
 
@@ -101,10 +120,10 @@ def epochs_config(model: Path, folder: Path, cache: str, **sections: dict) -> Ru
 
 def losses_and_gathers(config: RunConfig, resume: str | None = None) -> tuple[list[float], list[int]]:
     """Loss of each step, and bytes of the base that its training gathered."""
-    run = train(config, resume)
+    train(config, resume)
     lines = (Path(config.output_dir) / "metrics.jsonl").read_text().splitlines()
     steps = [line for line in map(json.loads, lines) if "train/loss" in line]
-    return [entry["loss"] for entry in run.state.history], [int(step["traffic/gathered_bytes"]) for step in steps]
+    return [step["train/loss"] for step in steps], [int(step["traffic/gathered_bytes"]) for step in steps]
 
 
 @pytest.mark.parametrize("downsample", ["adapter", "avgpool"])

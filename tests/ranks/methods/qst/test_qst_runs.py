@@ -67,9 +67,9 @@ def train_and_look(config: RunConfig) -> dict:
     fresh = assemble(config, skeleton, run.inputs.plan, device)
     return {
         "base unchanged": base_digest(run.parts) == base_digest(fresh),
-        "gathered": run.summary.gathered_bytes // run.summary.steps,
-        "reduced": run.trainables.reduced_bytes // run.summary.steps,
-        "trainables": run.trainables.count,
+        "gathered": run.meter.gathered_bytes_per_step,
+        "reduced": run.meter.reduced_bytes_per_step,
+        "trainables": run.flat.count,
     }
 
 

@@ -1,0 +1,114 @@
+"""Where a run stands: the part of a checkpoint that is plain JSON, and how earlier forms of it are read.
+
+Its size does not grow with the run: the history of the losses is `metrics.jsonl`, the state keeps a digest of it.
+"""
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Annotated, Any
+
+from pydantic import Field, TypeAdapter
+
+from dist_qft.storage.atomic import json_text
+
+STATE_VERSION = 2  # 1 held the whole history and called rows samples
+
+NonNegative = Annotated[int, Field(ge=0)]
+Finite = Annotated[float, Field(allow_inf_nan=False)]
+
+
+@dataclass(frozen=True)
+class BaseEvaluation:
+    """Held-out loss of the bare base, which a resumed run need not measure again on the same data."""
+
+    data_digest: str
+    loss: Finite
+    tokens: NonNegative
+    metrics: dict[str, Finite] = field(default_factory=dict)
+
+
+@dataclass
+class TrainerState:
+    """Where a run stands. No RNG state: every random draw is a function of (seed, step, position).
+
+    Attributes:
+        version: of this form.
+        run_id: names the run through all its starts; empty in checkpoints of version 1.
+        rows_seen: rows of the data used so far, over all ranks. A row is a sample, or with packing several samples.
+        data_chain: hash chain over the ids of all rows used so far, in order.
+        history_digest: hash chain over loss, learning rate and gradient norm of every step so far; see `chain_step`.
+        last_loss: training loss of the last step; None before the first.
+        metrics_bytes: size of `metrics.jsonl` when this was written: what stands behind it came later.
+        world_size: of the run that wrote it, for the record; any other may resume.
+        base_eval: None if there is no held-out data.
+        evaluated_step: the last step after which held-out loss was measured; a signal may have cut one short.
+        best_step, best_loss: with `checkpoint.keep_best`, where held-out loss was lowest so far; else 0 and None.
+        config: the resolved config.
+    """
+
+    version: Annotated[int, Field(ge=1, le=STATE_VERSION)] = STATE_VERSION
+    run_id: str = ""
+    step: NonNegative = 0
+    rows_seen: NonNegative = 0
+    data_digest: str = ""
+    data_chain: str = ""
+    history_digest: str = ""
+    last_loss: Finite | None = None
+    metrics_bytes: NonNegative = 0
+    world_size: Annotated[int, Field(ge=1)] = 1
+    base_eval: BaseEvaluation | None = None
+    evaluated_step: NonNegative = 0
+    best_step: NonNegative = 0
+    best_loss: Finite | None = None
+    config: dict[str, Any] = field(default_factory=dict)
+
+    def to_bytes(self) -> bytes:
+        """The content of `trainer_state.json`."""
+        return json_text(asdict(self)).encode()
+
+    @classmethod
+    def from_bytes(cls, content: bytes) -> "TrainerState":
+        """Read any version.
+
+        Raises:
+            pydantic.ValidationError: the content is not a state.
+        """
+        values = TypeAdapter(dict[str, Any]).validate_json(content)
+        if values.get("version", 1) == 1:
+            values = _from_first_version(values)
+        return TypeAdapter(cls).validate_python(values)
+
+
+def chain_step(chain: str, step: int, loss: float, learning_rate: float, grad_norm: float) -> str:
+    """Extend the hash chain over the history by one step (1-based). Equal chains mean equal bits in every number."""
+    numbers = " ".join(float(number).hex() for number in (loss, learning_rate, grad_norm))
+    return hashlib.sha256(f"{chain}:{step} {numbers}".encode()).hexdigest()
+
+
+@dataclass(frozen=True)
+class _HistoryEntry:
+    step: NonNegative
+    loss: Finite
+    lr: Finite = 0.0
+    grad_norm: Finite = 0.0
+
+
+@dataclass(frozen=True)
+class _FirstVersion:
+    """What version 1 said differently."""
+
+    history: list[_HistoryEntry] = field(default_factory=list)
+    samples_seen: NonNegative = 0
+
+
+def _from_first_version(values: Mapping[str, Any]) -> dict[str, Any]:
+    names = ("history", "samples_seen")
+    old = TypeAdapter(_FirstVersion).validate_python({name: values[name] for name in names if name in values})
+    chain = ""
+    for entry in old.history:
+        chain = chain_step(chain, entry.step, entry.loss, entry.lr, entry.grad_norm)
+    kept = {name: value for name, value in values.items() if name not in names}
+    last = old.history[-1].loss if old.history else None
+    # Without its size at the time, the metrics file is cut by the steps that its lines name.
+    return {"rows_seen": old.samples_seen, "history_digest": chain, "last_loss": last, **kept, "version": STATE_VERSION}

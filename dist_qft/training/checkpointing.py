@@ -1,0 +1,99 @@
+"""A run's own checkpoints: restored at its start, written while it goes on."""
+
+import uuid
+from pathlib import Path
+
+from dist_qft.ranks.collectives import SideGroup
+from dist_qft.storage.checkpoint import Checkpoint, checkpoint_path
+from dist_qft.storage.lock import FolderLock
+from dist_qft.storage.saving import Saver
+from dist_qft.storage.trainer_state import TrainerState
+from dist_qft.training.monitor import Monitor
+from dist_qft.training.optimizer import load_optimizer_tensors, optimizer_tensors, require_finite_state
+from dist_qft.training.run_inputs import RunInputs
+from dist_qft.training.train_step import TrainStep
+from dist_qft.tuned_model.checkpointed import adapter_config
+
+
+def first_state(inputs: RunInputs) -> TrainerState:
+    """Where the run begins: at its checkpoint, or at step 0 under a new run id."""
+    checkpoint = inputs.checkpoint
+    state = checkpoint.state if checkpoint else TrainerState(data_digest=inputs.data.train.digest)
+    state.run_id = state.run_id or uuid.uuid4().hex
+    state.config, state.world_size = inputs.config.model_dump(), inputs.world.world_size
+    return state
+
+
+class Checkpointing:
+    """Restores and saves one run. Public methods are collective; rank 0 writes.
+
+    Args:
+        trained: the trainables and their optimizer.
+        state: of the run, which moves on as the run does.
+        monitor: its records belong to a checkpoint, too.
+        lock: of the run's folder, on rank 0.
+    """
+
+    def __init__(
+        self, inputs: RunInputs, trained: TrainStep, state: TrainerState, monitor: Monitor, lock: FolderLock | None
+    ) -> None:
+        self._inputs, self._trained, self._state, self._monitor = inputs, trained, state, monitor
+        newest = inputs.checkpoint.path if inputs.checkpoint else None
+        keep = inputs.config.checkpoint.save_total_limit
+        self._saver = Saver(inputs.output_dir, keep, newest, lock) if inputs.world.rank == 0 else None
+        self._side_group = SideGroup(inputs.config.sharding.rank0_timeout_seconds)
+
+    @property
+    def newest(self) -> Path | None:
+        """The newest checkpoint of the run; known on rank 0."""
+        return self._saver.newest if self._saver else None
+
+    def restore(self) -> None:
+        """Put the checkpoint that the run continues from, if any, into trainables and optimizer."""
+        checkpoint, trained = self._inputs.checkpoint, self._trained
+        if checkpoint is not None:
+            trained.parts.load_tensors(checkpoint.trainables)
+            load_optimizer_tensors(trained.optimizer, trained.flat.values, checkpoint.optimizer, str(checkpoint.path))
+        trained.flat.broadcast()
+
+    def save(self) -> None:
+        """Have rank 0 write a checkpoint of the present step while training goes on.
+
+        Raises:
+            NumericError: on all ranks, if the optimizer's state is not finite.
+        """
+        trained, inputs = self._trained, self._inputs
+        optimizer = optimizer_tensors(trained.optimizer, trained.flat.values)
+        require_finite_state(optimizer, self._state.step)
+        if self._saver is None:
+            return
+        self._state.metrics_bytes = self._monitor.flush()
+        self._saver.start(
+            Checkpoint(
+                path=checkpoint_path(inputs.output_dir, self._state.step),
+                adapter_config=adapter_config(inputs.config, trained.parts.base, inputs.plan),
+                trainables=dict(trained.parts.named_tensors()),
+                optimizer=optimizer,
+                state=self._state,
+            )
+        )
+
+    def check(self) -> None:
+        """Raise the error of a save that has failed meanwhile."""
+        if self._saver is not None:
+            self._saver.check()
+
+    def wait(self) -> None:
+        """Wait until the last checkpoint is on disk.
+
+        If another rank exited first, the launcher would kill rank 0 while it writes.
+        """
+        if self._saver is not None:
+            self._saver.wait()
+        self._side_group.barrier()
+
+    def close(self) -> None:
+        """Finish what is being written and give the waiting group up; also after a failure."""
+        if self._saver is not None:
+            self._saver.close()
+        self._side_group.close()

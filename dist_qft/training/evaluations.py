@@ -1,0 +1,95 @@
+"""Looks at the model during a run: held-out loss and answers to prompts, of the base and of the tuned model."""
+
+from dist_qft.data.batches import eval_batches
+from dist_qft.ranks.preemption import StopSignal
+from dist_qft.storage.trainer_state import BaseEvaluation
+from dist_qft.training.monitor import Monitor
+from dist_qft.training.run_inputs import RunInputs
+from dist_qft.tuned_model.answer import answer
+from dist_qft.tuned_model.assemble import Assembled
+from dist_qft.tuned_model.held_out import HeldOut, held_out_loss
+
+
+class Evaluations:
+    """Evaluates one run's model and records the results. Every method is collective.
+
+    Attributes:
+        base, tuned: the latest results before and after training; None as long as there are none.
+    """
+
+    def __init__(self, inputs: RunInputs, parts: Assembled, monitor: Monitor) -> None:
+        self.base: HeldOut | None = None
+        self.tuned: HeldOut | None = None
+        self._inputs, self._parts, self._monitor = inputs, parts, monitor
+        self._data = inputs.data.eval
+
+    def evaluate_base(self, known: BaseEvaluation | None, step: int, stop: StopSignal, *, trained: bool) -> None:
+        """Measure the bare base, or take what is known of it where the held-out data are the same.
+
+        Args:
+            known: an earlier result, if there is one.
+            step: optimizer steps done.
+            trained: the run has been here before: without held-out data there is nothing left to show of the base.
+        """
+        if (trained or known) and self._data_digest == (known.data_digest if known else None):
+            self.base = HeldOut(known.loss, known.tokens, known.metrics) if known else None
+            return
+        with self._parts.trainables.disabled():
+            self.base = self.measure("base", step, stop)
+            self.answer_prompts("base", step)
+
+    def base_record(self) -> BaseEvaluation | None:
+        """The base's result as checkpoints keep it; None without held-out data."""
+        if self.base is None or self._data_digest is None:
+            return None
+        return BaseEvaluation(self._data_digest, self.base.loss, self.base.tokens, self.base.metrics)
+
+    def evaluate_tuned(self, step: int, stop: StopSignal) -> None:
+        """Measure the tuned model and have it answer the prompts, at the end of the run."""
+        self.tuned = self.measure("tuned", step, stop)
+        self.answer_prompts("tuned", step)
+
+    def measure(self, which: str, step: int, stop: StopSignal) -> HeldOut | None:
+        """Held-out loss of the model as it stands, recorded under `eval/` (`which` "base": under `base/`).
+
+        None without held-out data.
+
+        Raises:
+            NumericError: the loss is not finite.
+            Preempted: some rank was asked to `stop`.
+        """
+        if self._data is None:
+            return None
+        micro, world = self._inputs.config.train.per_device_train_batch_size, self._inputs.world
+        batches = eval_batches(self._data, micro, world.rank, world.world_size)
+        self._parts.trainables.eval()
+        try:
+            held_out = held_out_loss(self._parts.base, batches, self._inputs.device, self._parts.task, stop)
+        finally:
+            self._parts.trainables.train()
+        tag = "base" if which == "base" else "eval"
+        values = {"loss": held_out.loss, **held_out.figures}
+        self._monitor.scalars(step, {f"{tag}/{name}": value for name, value in values.items()})
+        figures = "".join(f", {name} {value:.3f}" for name, value in held_out.figures.items())
+        self._monitor.say(f"{which}: held-out loss {held_out.loss:.4f}{figures}")
+        return held_out
+
+    def answer_prompts(self, which: str, step: int) -> None:
+        """Have the model as it stands answer the config's prompts; `which` is told with the answers."""
+        settings = self._inputs.config.evaluation
+        self._parts.trainables.eval()
+        for prompt in settings.prompts:
+            text = answer(
+                self._parts.base,
+                self._inputs.tokenizer,
+                prompt,
+                max_new_tokens=settings.max_new_tokens,
+                device=self._inputs.device,
+            )
+            self._monitor.text(step, f"answer/{which}", f"{prompt}\n\n{text}")
+            self._monitor.say(f"{which}: {prompt}\n    {text}")
+        self._parts.trainables.train()
+
+    @property
+    def _data_digest(self) -> str | None:
+        return self._data.digest if self._data else None

@@ -1,0 +1,122 @@
+"""Measures a training step from outside: time, bytes gathered and reduced, memory; and the totals of all steps."""
+
+import resource
+import sys
+import time
+from dataclasses import dataclass
+
+import psutil
+import torch
+
+from dist_qft.ranks.collectives import maximum
+from dist_qft.sharding.engine import Engine
+from dist_qft.training.flat_parameters import FlatParameters
+from dist_qft.training.train_step import StepResult
+
+
+@dataclass(frozen=True)
+class StepCosts:
+    """The costs of one step on this rank; times in seconds."""
+
+    seconds: float
+    data_seconds: float
+    gather_seconds: float
+    gathered_bytes: int
+    reduced_bytes: int
+
+
+class StepMeter:
+    """Counts the steps of this process.
+
+    Attributes:
+        steps, tokens: done so far; tokens are targets over all ranks.
+    """
+
+    def __init__(self, engine: Engine, flat: FlatParameters) -> None:
+        self.steps = self.tokens = 0
+        self._traffic, self._flat = engine.traffic, flat
+        self._seconds, self._gathered_bytes = 0.0, 0
+        self._begin = self._data_ready = 0.0
+        self._before = (0, 0.0, 0)
+
+    def begin(self) -> None:
+        """A step begins: its micro-batches are about to be made."""
+        self._before = (self._traffic.gathered_bytes, self._traffic.seconds, self._flat.reduced_bytes)
+        self._begin = time.perf_counter()
+
+    def data_is_ready(self) -> None:
+        """The step's micro-batches are made."""
+        self._data_ready = time.perf_counter()
+
+    def end(self, tokens: int) -> StepCosts:
+        """The step, of so many target tokens, is done."""
+        gathered, gather_seconds, reduced = self._before
+        costs = StepCosts(
+            seconds=time.perf_counter() - self._begin,
+            data_seconds=self._data_ready - self._begin,
+            gather_seconds=self._traffic.seconds - gather_seconds,
+            gathered_bytes=self._traffic.gathered_bytes - gathered,
+            reduced_bytes=self._flat.reduced_bytes - reduced,
+        )
+        self.steps += 1
+        self.tokens += tokens
+        self._seconds += costs.seconds
+        self._gathered_bytes += costs.gathered_bytes
+        return costs
+
+    @property
+    def tokens_per_second(self) -> float | None:
+        """Target tokens per second over all steps; None if there was none."""
+        return self.tokens / self._seconds if self.steps else None
+
+    @property
+    def gathered_bytes_per_step(self) -> int | None:
+        """Bytes of the base that this rank received per step; None if there was no step."""
+        return self._gathered_bytes // self.steps if self.steps else None
+
+    @property
+    def reduced_bytes_per_step(self) -> int | None:
+        """Bytes of gradients that were reduced per step; None if there was no step."""
+        return self._flat.reduced_bytes // self.steps if self.steps else None
+
+
+def step_scalars(result: StepResult, costs: StepCosts, epoch: float, check_digest: bool) -> dict[str, float]:
+    """The figures of one step under the names that TensorBoard and `metrics.jsonl` show."""
+    compute = [seconds for _, seconds in result.rank_stats]
+    return {
+        "train/loss": result.loss,
+        "train/learning_rate": result.learning_rate,
+        "train/grad_norm": result.grad_norm,
+        "train/epoch": epoch,
+        "train/target_tokens": result.tokens,
+        "train/target_tokens_per_second": result.tokens / costs.seconds,
+        "time/compute(s)": result.compute_seconds,
+        "time/reduce(s)": result.reduce_seconds,
+        "time/straggler_gap(s)": max(compute) - min(compute),
+        **{f"memory/rank{rank}(MiB)": memory for rank, (memory, _) in enumerate(result.rank_stats)},
+        "traffic/gathered_bytes": costs.gathered_bytes,
+        "traffic/reduced_bytes": costs.reduced_bytes,
+        "time/gather(s)": costs.gather_seconds,
+        "time/data(s)": costs.data_seconds,
+        "time/step(s)": costs.seconds,
+        "replicas/digest_checked": float(check_digest),
+    }
+
+
+def held_bytes(device: torch.device) -> int:
+    """The most that the device has held so far; where the device is the CPU, what the process holds now."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return psutil.Process().memory_info().rss
+
+
+def peak_bytes(device: torch.device) -> tuple[int, int | None]:
+    """Peak of a process's resident memory and of a device's, each of the rank with the most. Collective.
+
+    The second is None on CPUs.
+    """
+    # ru_maxrss is in KiB on Linux and in bytes on macOS.
+    unit = 1 if sys.platform == "darwin" else 1024
+    resident = maximum(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit, device)
+    on_device = maximum(torch.cuda.max_memory_allocated() if device.type == "cuda" else 0, device)
+    return int(resident), int(on_device) if device.type == "cuda" else None
