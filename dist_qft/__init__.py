@@ -13,6 +13,8 @@ __version__ = "0.1.0"
 def load(path: "str | PathLike[str]", device: str = "cpu") -> "LoadedModel":
     """A model with `generate` and `logits`, from a run, a checkpoint, a GGUF file or a merged folder."""
     # Here, because it imports torch and transformers, which `import dist_qft` must not.
+    from os import fspath
+
     from dist_qft.tuned_model.loaded_model import load
 
-    return load(path, device)
+    return load(fspath(path), device)

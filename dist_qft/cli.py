@@ -182,7 +182,7 @@ def study(
         int | None, typer.Option(min=1, metavar="BUDGET", help="Write a config of at most so many trainables.")
     ] = None,
 ) -> None:
-    """Vary settings over many runs as STUDY says, and report; what is done is not done again."""
+    """Run a study, a grid of training runs, and write its report. Finished runs are skipped."""
     from dist_qft.study.command import run_study
 
     code = run_study(
@@ -209,11 +209,21 @@ def bench(
     quick: Annotated[bool, typer.Option("--quick", help="Try out on a tiny model; the figures mean nothing.")] = False,
     json: Annotated[Path | None, typer.Option(metavar="PATH", help="Append a JSON line per benchmark.")] = None,
 ) -> None:
-    """Measure ours beside what one would use instead, on the same work in one run."""
+    """Benchmark dist_qft beside PEFT and other programs, on the same work in one run."""
     from dist_qft.bench.command import run_benchmarks
     from dist_qft.bench.options import Options
 
     run_benchmarks(name or [], every=every, options=Options(device, quick), json_path=json)
+
+
+@app.command(name="config-schema")
+def config_schema() -> None:
+    """Print the JSON schema of a config file, with which editors complete and check it."""
+    from json import dumps
+
+    from dist_qft.config.reference import config_schema
+
+    print(dumps(config_schema(), indent=2))
 
 
 @app.command()

@@ -6,6 +6,7 @@
 #   MASTER_PORT   where rank 0 listens (default 29500: two runs on one machine need two ports)
 # --dry-run starts no rank: it prints the command and, for train, the plan. The exit code is that of the first failing rank.
 set -euo pipefail
+# shellcheck source=launch/ranks.sh
 source "$(dirname "${BASH_SOURCE[0]}")/ranks.sh"
 
 command -v deepspeed >/dev/null || stop "DeepSpeed is not installed; pip install 'dist-qft[deepspeed]'"

@@ -7,6 +7,7 @@
 # The ranks meet through MPI itself (mpi4py): no address, no port. --dry-run starts no rank: it prints the command and,
 # for train, the plan. The exit code is that of the first failing rank.
 set -euo pipefail
+# shellcheck source=launch/ranks.sh
 source "$(dirname "${BASH_SOURCE[0]}")/ranks.sh"
 
 mpirun=$(command -v "${MPIRUN:-mpirun}") ||

@@ -4,7 +4,6 @@ import json
 import re
 import shutil
 import signal
-import subprocess
 import sys
 import tempfile
 import time
@@ -257,26 +256,3 @@ def test_an_array_study_runs_two_rows_at_a_time_and_a_failed_row_stops_no_other(
     assert [state["JobState"] for state in states].count("COMPLETED") == 3
     assert [state["ExitCode"] for state in states].count("6:0") == 1
     assert "Runs that failed" in (tmp_path / "out" / "report" / "report.html").read_text()
-
-
-@pytest.mark.parametrize(
-    ("script", "words", "message"),
-    [
-        ("train", [], "dist-qft: the first argument must be a config file; usage: sbatch slurm/train.sbatch CONFIG"),
-        ("merge", ["--to"], "dist-qft-merge: the first argument must be a run"),
-        ("study", ["s.yaml"], "dist-qft-study: without --array only --report makes sense"),
-    ],
-)
-def test_a_scripts_refusals_are_one_line_and_exit_code_2(cluster, tmp_path, script, words, message):
-    command = ["sbatch", "--wait", f"--output={tmp_path}/out", "--nodes=1", f"slurm/{script}.sbatch", *words]
-    done = subprocess.run(
-        command, env={**cluster.environment, "LOGS": f"{tmp_path}/logs", "VIRTUAL_ENV": sys.prefix}, cwd=REPOSITORY
-    )
-    assert done.returncode == 2
-    output = (tmp_path / "out").read_text()
-    assert message in output and output.count("\n") == 1
-
-
-@pytest.mark.parametrize("path", sorted((REPOSITORY / "slurm").iterdir()), ids=lambda path: path.name)
-def test_scripts_parse(path):
-    subprocess.run(["bash", "-n", str(path)], check=True)

@@ -146,10 +146,12 @@ def test_broken_rules_are_reported_together_with_their_lines(tmp_path):
 
 
 def test_allowed_neighbours_of_the_refused(load):
-    load("method.name=qbara", "method.pool_mode=sum", "method.balance=4")
-    load("method.schedule=[{layers: q_proj, skip: false}, {depth: [3, 3], rank: 1}]")
-    load("data={train: {path: a}, eval_samples: 5}", "evaluation.eval_steps=5")
-    load("train.warmup_steps=9", "train.max_steps=10")
+    method = load("method.name=qbara", "method.pool_mode=sum", "method.balance=4").method
+    assert (method.name, method.pool_mode, method.balance) == ("qbara", "sum", 4)
+    first, second = load("method.schedule=[{layers: q_proj, skip: false}, {depth: [3, 3], rank: 1}]").method.schedule
+    assert (first.skip, second.depth, second.rank) == (False, [3, 3], 1)
+    assert load("data={train: {path: a}, eval_samples: 5}", "evaluation.eval_steps=5").evaluation.eval_steps == 5
+    assert load("train.warmup_steps=9", "train.max_steps=10").train.warmup_steps == 9
 
 
 @pytest.mark.parametrize(

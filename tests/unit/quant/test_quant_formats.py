@@ -81,11 +81,11 @@ def test_quantizing_computes_in_float32_whatever_comes_in(format, dtype):
 
 
 @each_format
-def test_quantizing_again_loses_little(format):
+def test_quantizing_a_restored_weight_loses_almost_nothing_more(format):
     weight = weight_of(SHAPE)
-    restored = format.dequantize(format.quantize(weight), SHAPE, torch.float32)
-    assert (restored - weight).abs().max() < 0.1
-    assert torch.nn.functional.cosine_similarity(restored.flatten(), weight.flatten(), dim=0) > 0.99
+    once = format.dequantize(format.quantize(weight), SHAPE, torch.float32)
+    twice = format.dequantize(format.quantize(once), SHAPE, torch.float32)
+    assert (twice - once).abs().mean() <= 0.02 * (once - weight).abs().mean()
 
 
 @settings(max_examples=60, deadline=None)

@@ -1,0 +1,64 @@
+"""The shell scripts, with neither ranks nor Slurm: they parse, shellcheck is content, a mistake is one line."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+PARTS = [ROOT / "slurm/job.sh", ROOT / "launch/ranks.sh", ROOT / "launch/environment.sh"]  # sourced by the others
+SCRIPTS = sorted(
+    file
+    for folder in ("launch", "slurm", "tests", ".ci", "studies")
+    for file in (ROOT / folder).rglob("*")
+    if file.is_file() and file.suffix in {"", ".sh", ".sbatch"} and file.read_text().startswith(("#!", "# shellcheck"))
+)
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: str(script.relative_to(ROOT)))
+def test_a_script_parses(script):
+    assert {ROOT / "launch/torchrun.sh", ROOT / "slurm/train.sbatch", ROOT / ".ci/run", *PARTS} <= {*SCRIPTS}
+    subprocess.run(["bash", "-n", script], check=True)
+
+
+@pytest.mark.skipif(shutil.which("shellcheck") is None, reason="shellcheck is not installed")
+def test_shellcheck_has_nothing_to_say():
+    # SC1091: a sourced file that only exists later; SC2034: variables that the sourcing script uses.
+    words = ["shellcheck", "--external-sources", "--exclude=SC1091", *map(str, SCRIPTS)]
+    checked = subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
+    assert checked.returncode == 0, checked.stdout
+
+
+@pytest.mark.parametrize(
+    ("script", "words", "variables", "message"),
+    [
+        ("train", [], {}, "the first argument must be a config file"),
+        ("train", ["c.yaml"], {"SLURM_TASKS_PER_NODE": "2,1"}, "2,1 tasks per node"),
+        ("train", ["c.yaml"], {"STARTER": "ssh"}, "STARTER is 'ssh'"),
+        ("merge", ["--to"], {}, "the first argument must be a run"),
+        ("study", ["s.yaml"], {}, "without --array only --report makes sense"),
+    ],
+)
+def test_a_batch_scripts_refusals_are_one_line_and_exit_code_2(tmp_path, script, words, variables, message):
+    job = {
+        "SLURM_JOB_NAME": "dist-qft",
+        "SLURM_JOB_ID": "1",
+        "SLURM_NNODES": "2",
+        "SLURM_TASKS_PER_NODE": "2(x2)",
+        "MASTER_ADDR": "node1",
+        "LOGS": str(tmp_path),
+        "VIRTUAL_ENV": sys.prefix,
+    }
+    done = subprocess.run(
+        ["bash", f"slurm/{script}.sbatch", *words],
+        env=os.environ | job | variables,
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=30,
+    )
+    assert done.returncode == 2
+    assert done.stderr.startswith("dist-qft: ") and done.stderr.count("\n") == 1 and message in done.stderr
