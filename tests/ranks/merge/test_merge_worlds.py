@@ -1,6 +1,7 @@
 """What a merge writes depends neither on the number of ranks nor on the engine; and ranks stop together."""
 
 from dataclasses import asdict
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -30,20 +31,38 @@ CASES = {
 }
 
 
+# Engine and ranks of each case, the first the one to equal: every engine and every number of ranks once per case, every
+# engine on every number of ranks once.
+LAYOUTS = {
+    "gguf": [("fsdp", 1), ("fsdp", 4), ("replicated", 2), ("zero", 4)],
+    "quantized": [("fsdp", 1), ("fsdp", 4), ("replicated", 2), ("zero", 4)],
+    "requantized": [("fsdp", 1), ("fsdp", 2), ("replicated", 4), ("zero", 2)],
+    "dense": [("fsdp", 1), ("fsdp", 2), ("replicated", 1), ("zero", 4)],
+    "peft": [("fsdp", 1), ("fsdp", 2), ("replicated", 4), ("zero", 1)],
+}
+
+
+def test_the_layouts_are_pairwise():
+    engines, worlds = ("fsdp", "replicated", "zero"), (1, 2, 4)
+    assert set().union(*LAYOUTS.values()) == set(product(engines, worlds))
+    for layouts in LAYOUTS.values():
+        assert {engine for engine, _ in layouts} == set(engines) and {world for _, world in layouts} == set(worlds)
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_every_world_and_engine_writes_the_same_bytes(pools, make_run, tiny_llama, tiny_gguf, tmp_path, case):
     sections, target, options = CASES[case]
     model = tiny_gguf if target == "gguf" else tiny_llama
-    found, certificates = {}, {}
-    for engine in ("fsdp", "replicated", "zero"):
-        run = make_run(model, **sections, sharding={"engine": engine})
-        for world in (1, 2, 4):
-            path = tmp_path / (f"{engine}-{world}.gguf" if target == "gguf" else f"{engine}-{world}")
-            results = pools[world].run(merge_run, source=run, target=target, path=path, **options)
-            certificates[engine, world] = results[0]
-            found[engine, world] = {name.replace(path.name, "result"): d for name, d in digests(path).items()}
-            assert results[1:] == [None] * (world - 1)
-            assert certificate_path(path).is_file()
+    found, certificates, runs = {}, {}, {}
+    for engine, world in LAYOUTS[case]:
+        if engine not in runs:
+            runs[engine] = make_run(model, **sections, sharding={"engine": engine})
+        path = tmp_path / (f"{engine}-{world}.gguf" if target == "gguf" else f"{engine}-{world}")
+        results = pools[world].run(merge_run, source=runs[engine], target=target, path=path, **options)
+        certificates[engine, world] = results[0]
+        found[engine, world] = {name.replace(path.name, "result"): d for name, d in digests(path).items()}
+        assert results[1:] == [None] * (world - 1)
+        assert certificate_path(path).is_file()
     assert len(found["fsdp", 1]) >= (1 if target == "gguf" else 2)
     assert all(other == found["fsdp", 1] for other in found.values()), f"{case}: results differ"
     first = certificates["fsdp", 1]
