@@ -10,6 +10,7 @@ from dist_qft.config.schema import TrainConfig
 from dist_qft.data.batches import MicroBatch
 from dist_qft.errors import NumericError
 from dist_qft.methods.forward import Forward
+from dist_qft.ranks.preemption import StopSignal
 from dist_qft.training.flat_parameters import FlatParameters, StepTotals
 from dist_qft.training.optimizer import clip_gradient, learning_rate
 from dist_qft.tuned_model.assemble import Assembled
@@ -61,14 +62,14 @@ class TrainStep:
         micro_batches: list[MicroBatch],
         *,
         check_digest: bool,
-        stop: bool = False,
+        stop: StopSignal | None = None,
         memory_mebibytes: float = 0.0,
     ) -> StepResult:
         """Run optimizer step `step` (0-based). Collective.
 
         Args:
             check_digest: also compare the replicas' values.
-            stop: this rank was asked to stop.
+            stop: asked after the last backward pass, so that a signal during the step still ends the run after it.
 
         Raises:
             NumericError: on all ranks. A gradient or loss is not finite, or replicas differ: nothing was updated then.
@@ -81,7 +82,7 @@ class TrainStep:
             tokens=sum(batch.num_targets for batch in micro_batches),
             step=step + 1,
             check_digest=check_digest,
-            stop=stop,
+            stop=stop is not None and stop.requested,
             rank_stats=(memory_mebibytes, computed - started),
         )
         reduced = time.perf_counter()

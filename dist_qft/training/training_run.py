@@ -137,7 +137,7 @@ class TrainingRun:
             step,
             micro_batches,
             check_digest=check_digest,
-            stop=self._stop.requested,
+            stop=self._stop,
             memory_mebibytes=held_bytes(self.inputs.device) / 2**20,
         )
         self._count(result)
