@@ -32,7 +32,7 @@ def main(path: str, rounds: int, *changes: str) -> None:
         world, device, stop = World.from_environment(), torch.device("cpu"), StopSignal()
         inputs = gather_inputs(config, None, world, device)
         with connect(world, device, 600):
-            run = TrainingRun(inputs, assemble(config, inputs.skeleton, inputs.plan, device, inputs.source), stop)
+            run = TrainingRun(inputs, assemble(config, inputs.skeleton, inputs.spec, device, inputs.source), stop)
             run.prepare()
             run.parts.trainables.train()
             seconds: dict[bool, list[float]] = {True: [], False: []}

@@ -11,7 +11,7 @@ from dist_qft.config.schema import RunConfig
 from dist_qft.data.batches import eval_batches
 from dist_qft.data.prepare import Prepared, prepare
 from dist_qft.errors import UserError
-from dist_qft.methods.plans import plan_trainables
+from dist_qft.methods.specs import make_spec
 from dist_qft.ranks.device import compute_dtype
 from dist_qft.ranks.session import place, session
 from dist_qft.storage.checkpoint import ADAPTER_MODEL, Checkpoint, list_checkpoints
@@ -59,7 +59,7 @@ def _evaluate(config: RunConfig, checkpoint: Checkpoint | None, run: Path, as_js
     must_match = _must_match(config, data, checkpoint)
     with session(config.sharding, doing="evaluation", must_match=must_match, crash_dir=run):
         if checkpoint is None:
-            parts = assemble(config, skeleton, plan_trainables(config, skeleton), device)
+            parts = assemble(config, skeleton, make_spec(config, skeleton), device)
         else:
             parts, _ = open_checkpointed(checkpoint, config, device)
         micro = config.train.per_device_train_batch_size

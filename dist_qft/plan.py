@@ -7,7 +7,6 @@ epoch) or on the allocator (peak memory) is not in it.
 
 import json
 import math
-from collections import Counter
 from collections.abc import Iterable
 from typing import Any
 
@@ -18,9 +17,8 @@ from torch import Tensor
 from dist_qft.base_model.skeleton import BaseModel, build_skeleton
 from dist_qft.config.check import accumulation_steps, config_warnings
 from dist_qft.config.schema import RunConfig, TrainConfig
-from dist_qft.methods.adapters.schedule import LinearShape, TileSettings, layer_type
-from dist_qft.methods.plans import linear_shapes, plan_trainables
-from dist_qft.methods.qst.plan import SidePlan
+from dist_qft.methods.specs import make_spec
+from dist_qft.methods.trainable import TrainableSpec
 from dist_qft.quant.contract import Format
 from dist_qft.quant.frozen import FrozenWeight
 from dist_qft.ranks.device import compute_dtype, planned_device
@@ -53,16 +51,12 @@ def make_plan(config: RunConfig, world_size: int) -> dict[str, Any]:
     accumulation = accumulation_steps(config, world_size)
     dtype = compute_dtype(config.train.precision, planned_device(config.sharding.device))
     base = build_skeleton(config.model, config.quantization, dtype)
-    trainables = plan_trainables(config, base)
-    if isinstance(trainables, SidePlan):
-        counts = trainables.counts()
-    else:
-        counts = _adapter_counts(trainables, linear_shapes(base))
+    spec = make_spec(config, base)
     head = head_outputs(config.task) * base.embedding.embedding_dim
-    trainable = trainables.parameters + head
+    trainable = spec.parameters + head
     tensors = _base_tensors(base)
     engine = engine_of(config)
-    passes = int(trainables.backward_through_base) + int(engine.gathers_in_backward)  # that gather the layers
+    passes = int(spec.backward_through_base) + int(engine.gathers_in_backward)  # that gather the layers
     head_gathered = head_outputs(config.task) == 0 and not base.tied  # beside the embedding
     gathered = _gather_bytes(base, engine, world_size, passes=passes, head=head_gathered)
     return {
@@ -77,7 +71,7 @@ def make_plan(config: RunConfig, world_size: int) -> dict[str, Any]:
         "engine": engine.name,
         "world_size": world_size,
         "trainable_parameters": trainable,
-        **counts,
+        **_trainables(spec, base),
         "base_bytes": sum(tensor.nbytes for tensor in tensors),
         "base_bytes_per_rank": sum(engine.part_bytes(tensor, world_size) for tensor in tensors),
         "base_formats": _format_rows(base),
@@ -97,6 +91,16 @@ def make_plan(config: RunConfig, world_size: int) -> dict[str, Any]:
     }
 
 
+def _trainables(spec: TrainableSpec[Any], base: BaseModel) -> dict[str, Any]:
+    counts = spec.counts(base)
+    return {
+        "trainable_parameters_by_layer_type": counts.by_part,
+        "trainable_parameters_by_depth": counts.by_depth,
+        "trainables": spec.title,
+        "adapters": counts.rows,
+    }
+
+
 def print_plan(plan: dict[str, Any], *, as_json: bool = False) -> None:
     """Write a plan to standard output: as tables, or as one JSON document and nothing else."""
     if as_json:
@@ -104,7 +108,7 @@ def print_plan(plan: dict[str, Any], *, as_json: bool = False) -> None:
         return
     console = Console(highlight=False)
     console.print(_summary_table(plan))
-    console.print(_rows_table("side network" if plan["method"] == "qst" else "adapters", plan["adapters"]))
+    console.print(_rows_table(plan["trainables"], plan["adapters"]))
     console.print(_rows_table("base", plan["base_formats"]))
     for warning in plan["warnings"]:
         console.print(f"warning: {warning}", markup=False, soft_wrap=True)
@@ -139,47 +143,6 @@ def _optimization(train: TrainConfig) -> dict[str, Any]:
         "max_grad_norm": train.max_grad_norm,
         "weight_decay": train.weight_decay,
     }
-
-
-def _adapter_counts(adapters: dict[str, TileSettings], layers: list[LinearShape]) -> dict[str, Any]:
-    return {
-        "trainable_parameters_by_layer_type": _by_layer_type(adapters),
-        "trainable_parameters_by_depth": _by_depth(adapters, layers),
-        "adapters": _adapter_rows(adapters),
-    }
-
-
-def _by_layer_type(adapters: dict[str, TileSettings]) -> dict[str, int]:
-    counts: Counter[str] = Counter()
-    for path, settings in adapters.items():
-        counts[layer_type(path)] += settings.parameters
-    return dict(counts)
-
-
-def _by_depth(adapters: dict[str, TileSettings], layers: list[LinearShape]) -> list[int]:
-    """Trainable parameters of each decoder layer, from the first."""
-    counts: Counter[int | None] = Counter({layer.depth: 0 for layer in layers})
-    for layer in layers:
-        if layer.path in adapters:
-            counts[layer.depth] += adapters[layer.path].parameters
-    return [counts[depth] for depth in sorted(counts)]
-
-
-def _adapter_rows(adapters: dict[str, TileSettings]) -> list[dict[str, Any]]:
-    """One row for each kind of adapter: layers of one type, size and setting."""
-    kinds = Counter((layer_type(path), settings) for path, settings in adapters.items())
-    return [
-        {
-            "layer_type": name,
-            "layers": count,
-            "shape": [settings.out_features, settings.in_features],
-            "tile": [settings.repeat, settings.pool],
-            "max_rank": min(value for shape in settings.shapes().values() for value in shape),
-            "scale": settings.scale,
-            "parameters": count * settings.parameters,
-        }
-        for (name, settings), count in kinds.items()
-    ]
 
 
 def _format_rows(base: BaseModel) -> list[dict[str, Any]]:

@@ -23,7 +23,7 @@ from dist_qft.merge.certificate import Origin
 from dist_qft.merge.live_model import LiveModel
 from dist_qft.merge.recipe import require_free
 from dist_qft.merge.run import export, recipe_at_end
-from dist_qft.methods.plans import plan_trainables
+from dist_qft.methods.specs import make_spec
 from dist_qft.ranks.activity import Activity
 from dist_qft.ranks.collectives import on_rank_0
 from dist_qft.ranks.device import compute_dtype
@@ -42,7 +42,7 @@ from dist_qft.training.optimizer import checkpoint_bytes
 from dist_qft.training.resume import changed_settings, check_trajectory, choose_checkpoint, resume_after_restart
 from dist_qft.training.run_inputs import LoadedBase, RunInputs
 from dist_qft.training.training_run import TrainingRun
-from dist_qft.tuned_model.assemble import assemble, attach_trainables, check_cache, start_fresh
+from dist_qft.tuned_model.assemble import assemble, attach_trainables, start_fresh
 from dist_qft.tuned_model.checkpointed import check_adapter, check_fingerprint
 from dist_qft.tuned_model.task import head_outputs
 
@@ -80,30 +80,30 @@ def gather_inputs(
     checkpoint, notes = choose_checkpoint(output_dir, resume)
     notes += [f"warning: {warning}" for warning in config_warnings(config)]
 
-    # The model's shape and the plan of the trainables; no weight is read.
+    # The model's shape and the spec of the trainables; no weight is read.
     dtype = compute_dtype(config.train.precision, device)
     skeleton = loaded.base if loaded else build_skeleton(config.model, config.quantization, dtype)
-    plan = plan_trainables(config, skeleton)
+    spec = make_spec(config, skeleton)
     head = head_outputs(config.task) * skeleton.embedding.embedding_dim
-    require_space(output_dir, checkpoint_bytes(config.train, plan.parameters + head))
+    require_space(output_dir, checkpoint_bytes(config.train, spec.parameters + head))
     if checkpoint is not None:
-        check_adapter(checkpoint, plan)
+        check_adapter(checkpoint, spec)
 
     # The tokens.
     tokenizer = loaded.tokenizer if loaded else load_tokenizer(config.model)
     cache_dir = Path(config.data.cache_dir or output_dir / "data_cache")
     data = prepare(config.data, tokenizer, skeleton.vocab_size, cache_dir, config.task)
 
-    notes += check_cache(config, plan, skeleton, data.train)
+    notes += spec.disk_notes(output_dir, skeleton, data.train)
 
     # Where the weights are, their names and shapes. Last, because it downloads those of a Hub id.
     source = loaded.source if loaded else open_source(config.model)
     if loaded is None:
         check_names(skeleton, source)
 
-    recipe = recipe_at_end(config, skeleton, plan)
+    recipe = recipe_at_end(config, skeleton, spec)
     inputs = RunInputs(
-        config, world, device, tokenizer, skeleton, source, plan, data, checkpoint, existing, recipe, notes, loaded
+        config, world, device, tokenizer, skeleton, source, spec, data, checkpoint, existing, recipe, notes, loaded
     )
     if recipe is not None and not inputs.finished:
         require_free(recipe.request)
@@ -125,15 +125,15 @@ def execute_run(inputs: RunInputs, stop: StopSignal, activity: Activity | None =
     with nullcontext() if lock is None else lock:
         # Stream the base through quantization into its shards; hook the trainables on.
         if inputs.loaded is None:
-            parts = assemble(inputs.config, inputs.skeleton, inputs.plan, inputs.device, inputs.source, stop)
+            parts = assemble(inputs.config, inputs.skeleton, inputs.spec, inputs.device, inputs.source, stop)
         else:
-            parts = attach_trainables(inputs.config, inputs.skeleton, inputs.loaded.engine, inputs.plan, inputs.device)
+            parts = attach_trainables(inputs.config, inputs.skeleton, inputs.loaded.engine, inputs.spec, inputs.device)
         if inputs.config.data is not None and inputs.config.data.packing:
             parts.base.require_separate_samples(inputs.device)
         if inputs.checkpoint is not None:
             check_fingerprint(inputs.checkpoint, parts.base)
         else:
-            start_fresh(inputs.config, parts)
+            start_fresh(parts, inputs.spec, inputs.source)
 
         # Train, evaluate, save.
         run = TrainingRun(inputs, parts, stop, lock)

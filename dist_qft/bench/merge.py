@@ -22,7 +22,8 @@ from dist_qft.merge.collective import fold_base
 from dist_qft.merge.live_model import LiveModel
 from dist_qft.merge.recipe import MergeRequest
 from dist_qft.merge.run import make_recipe
-from dist_qft.methods.plans import plan_trainables
+from dist_qft.methods.adapters.adapter_spec import require_tiles
+from dist_qft.methods.specs import make_spec
 from dist_qft.tuned_model.assemble import assemble
 
 
@@ -43,9 +44,9 @@ def ours(settings: dict[str, Any]) -> dict[str, float]:
     """The exact fold of every layer."""
     config, device = run_config(settings), torch.device(settings["device"])
     skeleton = build_skeleton(config.model, config.quantization, compute_dtype(device))
-    plan = plan_trainables(config, skeleton)
-    recipe = make_recipe(MergeRequest("quantized", Path("unused")), config, skeleton, plan)
-    parts = assemble(config, skeleton, plan, device)
+    spec = make_spec(config, skeleton)
+    recipe = make_recipe(MergeRequest("quantized", Path("unused")), config, skeleton, require_tiles(spec))
+    parts = assemble(config, skeleton, spec, device)
     _fill([parameter for _, parameter in parts.named_tensors()])
     memory, started = Memory(device), time.perf_counter()
     fold_base(LiveModel.of(parts), recipe, device)

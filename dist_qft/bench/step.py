@@ -22,7 +22,7 @@ from dist_qft.bench.processes import common_settings, isolated, run_side
 from dist_qft.bench.report import Comparison, Report, Side, compare
 from dist_qft.config.schema import RunConfig
 from dist_qft.methods.forward import BaseForward
-from dist_qft.methods.plans import plan_trainables
+from dist_qft.methods.specs import make_spec
 from dist_qft.ranks.device import compute_dtype
 from dist_qft.sharding.engines import make_engine
 from dist_qft.training.flat_parameters import FlatParameters
@@ -126,7 +126,7 @@ def ours(settings: dict[str, Any]) -> dict[str, float]:
     skeleton = build_skeleton(config.model, config.quantization, compute_dtype(config.train.precision, device))
     tables = sum(map(_bytes_of, skeleton.units.tables))
     rest = _bytes_of(skeleton.units.root) - _bytes_of(skeleton.embedding)
-    parts = assemble(config, skeleton, plan_trainables(config, skeleton), device)
+    parts = assemble(config, skeleton, make_spec(config, skeleton), device)
     flat = FlatParameters(
         parts.named_tensors(),
         bucket_bytes=int(config.sharding.bucket_megabytes * 2**20),

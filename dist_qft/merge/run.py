@@ -4,6 +4,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import PreTrainedTokenizerBase
@@ -21,8 +22,9 @@ from dist_qft.merge.probe import compare_logits, logits_of, probe_ids
 from dist_qft.merge.recipe import MergeRequest, Recipe, require_free
 from dist_qft.merge.target import Probe
 from dist_qft.merge.targets import TARGETS, checked_request, request_at_end
-from dist_qft.methods.adapters.adapter_plan import AdapterPlan, stored_adapters
+from dist_qft.methods.adapters.adapter_spec import AdapterSpec, require_tiles, stored_adapters
 from dist_qft.methods.adapters.schedule import TileSettings
+from dist_qft.methods.trainable import TrainableSpec
 from dist_qft.ranks.device import compute_dtype, device_for
 from dist_qft.ranks.preemption import StopSignal
 from dist_qft.ranks.session import session
@@ -49,7 +51,7 @@ class MergeInputs:
     device: torch.device
     tokenizer: PreTrainedTokenizerBase
     skeleton: BaseModel
-    plan: AdapterPlan
+    spec: AdapterSpec
     checkpoint: Checkpoint
 
     def must_match(self) -> dict[str, str]:
@@ -92,14 +94,14 @@ def gather_merge_inputs(request: MergeRequest, checkpoint: Checkpoint, world: Wo
     require_finite_trainables(checkpoint)
     device = device_for(world, config.sharding.device)
     skeleton = build_skeleton(config.model, config.quantization, compute_dtype(config.train.precision, device))
-    plan = stored_adapters(checkpoint.adapter_config, str(checkpoint.path))
-    recipe = make_recipe(request, config, skeleton, plan)
-    return MergeInputs(recipe, config, world, device, load_tokenizer(config.model), skeleton, plan, checkpoint)
+    spec = stored_adapters(checkpoint.adapter_config, str(checkpoint.path))
+    recipe = make_recipe(request, config, skeleton, spec.tiles)
+    return MergeInputs(recipe, config, world, device, load_tokenizer(config.model), skeleton, spec, checkpoint)
 
 
 def execute_merge(inputs: MergeInputs, stop: StopSignal) -> Certificate | None:
     """Load the base, put the adapters on, export. Collective, in a session; see `export`."""
-    parts = assemble(inputs.config, inputs.skeleton, inputs.plan, inputs.device, stop=stop)
+    parts = assemble(inputs.config, inputs.skeleton, inputs.spec, inputs.device, stop=stop)
     check_fingerprint(inputs.checkpoint, parts.base)
     parts.load_tensors(inputs.checkpoint.trainables)
     origin = Origin(inputs.config, inputs.checkpoint.path, inputs.checkpoint.state.step)
@@ -111,10 +113,10 @@ def make_recipe(request: MergeRequest, config: RunConfig, base: BaseModel, tiles
     return TARGETS[request.target].recipe(request, config, base, tiles)
 
 
-def recipe_at_end(config: RunConfig, skeleton: BaseModel, tiles: Mapping[str, TileSettings]) -> Recipe | None:
+def recipe_at_end(config: RunConfig, skeleton: BaseModel, spec: TrainableSpec[Any]) -> Recipe | None:
     """The export that a config asks for after training; UserError if its target cannot hold the model."""
     request = request_at_end(config)
-    return None if request is None else make_recipe(request, config, skeleton, tiles)
+    return None if request is None else make_recipe(request, config, skeleton, require_tiles(spec))
 
 
 def export(

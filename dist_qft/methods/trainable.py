@@ -1,20 +1,27 @@
-"""What every kind of trainables offers, whatever it is: the one seam between the methods and the rest.
+"""The contract of every kind of trainables: the one seam between the methods and the rest.
 
-A `Plan` is decided from shapes alone, before any weight is read; it builds a `TrainableSet`, which hooks onto the base
-from outside and from then on takes part in every call of the base. Who trains, evaluates, generates or saves sees
-nothing else of a method.
+A `TrainableSpec` is made from shapes alone, before any weight is read. It builds a `TrainableSet`, which hooks onto the
+base from outside and from then on takes part in every call of the base. Training, evaluation, generation and
+checkpoints see nothing else of a method.
 """
 
-from collections.abc import Iterator, Mapping
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
-from typing import Any, ClassVar, Protocol
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Generic, Protocol, TypeVar
 
 import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
+from dist_qft.base_model.skeleton import BaseModel
+from dist_qft.base_model.sources import TensorSource
+from dist_qft.data.dataset import TokenDataset
 from dist_qft.errors import UserError
+from dist_qft.methods.forward import BaseForward, Forward
 
 
 class TrainableSet(Protocol):
@@ -32,6 +39,9 @@ class TrainableSet(Protocol):
     def disabled(self) -> AbstractContextManager[None]:
         """Inside, the hooked model is the base model."""
 
+    def detach(self) -> None:
+        """Remove the hooks: the base computes as if it had never been touched."""
+
     def train(self, mode: bool = True) -> Any: ...
 
     def eval(self) -> Any: ...
@@ -39,8 +49,11 @@ class TrainableSet(Protocol):
     def to(self, device: torch.device) -> "TrainableSet": ...
 
 
+SetT = TypeVar("SetT", bound=TrainableSet)
+
+
 class HookedTrainables(nn.Module):
-    """What the kinds of `TrainableSet` share: values by name, and hooks that can be switched off."""
+    """Base class of the kinds of `TrainableSet`: values by name, and hooks that can be switched off."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -67,34 +80,103 @@ class HookedTrainables(nn.Module):
         finally:
             self._enabled = before
 
+    def detach(self) -> None:
+        """Remove the hooks: the base computes as if it had never been touched."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
 
-class Plan(Protocol):
-    """What will be trained.
+
+@dataclass(frozen=True)
+class Counts:
+    """Trainable parameters of a spec.
+
+    Attributes:
+        by_part: layer type, or part of a side network -> parameters.
+        by_depth: parameters of each decoder layer, from the first.
+        rows: one table row for each kind of adapter or part; all rows have the same keys.
+    """
+
+    by_part: dict[str, int]
+    by_depth: list[int]
+    rows: list[dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class TrainingParts(Generic[SetT]):
+    """What a spec may use to run the tuned model during training.
+
+    Attributes:
+        keep_head: from the next use on, keep the vocabulary weights of the loss gathered on every rank. For training
+            that needs nothing else of the base.
+    """
+
+    base: BaseModel
+    trainables: SetT
+    data: TokenDataset
+    output_dir: Path
+    device: torch.device
+    keep_head: Callable[[], None]
+
+
+class TrainableSpec(ABC, Generic[SetT]):
+    """What will be trained beside a base, decided from shapes alone.
 
     Attributes:
         peft_type: names the kind in `adapter_config.json`. Not a PEFT name: other loaders must fail loudly, not serve
             the bare base.
-        backward_through_base: whether training needs the base a second time, for the backward pass.
+        backward_through_base: True if the backward pass needs the base's weights a second time.
+        title: heading of the rows of `counts`.
     """
 
     peft_type: ClassVar[str]
     backward_through_base: ClassVar[bool]
+    title: ClassVar[str]
 
     @property
+    @abstractmethod
     def parameters(self) -> int:
         """Number of trainable values."""
 
+    @property
+    def leaves_base_clean(self) -> bool:
+        """True if a base can serve another run once the trainables are detached from it."""
+        return True
+
+    @abstractmethod
     def describe(self) -> dict[str, Any]:
-        """JSON from which the plan can be made again; a part of `adapter_config.json`."""
+        """JSON from which the spec can be made again; a part of `adapter_config.json`."""
 
+    @abstractmethod
     def difference(self, stored: Mapping[str, Any]) -> str | None:
-        """How the plan that `stored` describes differs from this one; None if it does not."""
+        """How the spec that `stored` describes differs from this one; None if it does not."""
 
+    @abstractmethod
     def summary(self) -> str:
         """Where the trainables are, for the opening lines: "210 layers"."""
 
-    def build(self, seed: int) -> TrainableSet:
+    @abstractmethod
+    def counts(self, base: BaseModel) -> Counts:
+        """Trainable parameters by part and by depth, for the plan of a run."""
+
+    @abstractmethod
+    def build(self, seed: int) -> SetT:
         """Fresh trainables on the CPU, as a pure function of the seed."""
+
+    def start_from_base(self, trainables: SetT, base: BaseModel, source: TensorSource) -> None:
+        """Give fresh trainables starting values that depend on the base's weights. Rank 0 calls this alone."""
+
+    def disk_notes(self, output_dir: Path, base: BaseModel, data: TokenDataset) -> list[str]:
+        """Lines on what training will keep on disk besides checkpoints.
+
+        Raises:
+            UserError: the disk has no room for it.
+        """
+        return []
+
+    def forward(self, parts: TrainingParts[SetT]) -> Forward:
+        """How training gets the last hidden states of a micro-batch."""
+        return BaseForward(parts.base, parts.device)
 
 
 @torch.no_grad()

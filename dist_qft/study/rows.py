@@ -18,9 +18,9 @@ from dist_qft.base_model.skeleton import BaseModel, build_skeleton
 from dist_qft.config.load import change_config
 from dist_qft.config.schema import RunConfig
 from dist_qft.errors import UserError
-from dist_qft.methods.adapters.adapter_plan import AdapterPlan
-from dist_qft.methods.plans import linear_shapes, plan_trainables
-from dist_qft.methods.trainable import Plan
+from dist_qft.methods.adapters.adapter_spec import AdapterSpec, linear_shapes
+from dist_qft.methods.specs import make_spec
+from dist_qft.methods.trainable import TrainableSpec
 from dist_qft.ranks.device import compute_dtype, planned_device
 from dist_qft.study.groups import kept_shares
 from dist_qft.study.presets import REFERENCE, Variant, preset_variants
@@ -100,36 +100,38 @@ def _subject_rows(study: Study, subject: dict[str, str], config: RunConfig, skel
     """The reference and all variants of one combination of the axes, for every seed."""
     place = ("axes",) if subject else ("base",)
     base = _placed(study, place, lambda: skeletons.get(config))
-    reference = _placed(study, place, lambda: plan_trainables(config, base))
+    reference = _placed(study, place, lambda: make_spec(config, base))
     layers = linear_shapes(base)
     chosen: list[tuple[tuple[str | int, ...], Variant]] = [(place, Variant(REFERENCE))]
     for index, preset in enumerate(study.settings.presets):
         if any(subject[axis] != label for axis, label in preset.when.items()):
             continue
         place = ("presets", index)
-        if not isinstance(reference, AdapterPlan):
+        if not isinstance(reference, AdapterSpec):
             raise UserError(f"{study.place(*place)}: {preset.preset} varies adapters, {config.method.name} has none")
-        found = _placed(study, place, lambda p=preset: list(preset_variants(p, config.method, reference, layers)))
+        found = _placed(study, place, lambda p=preset: list(preset_variants(p, config.method, reference.tiles, layers)))
         chosen += [(place, variant) for variant in found]
     for place, variant in chosen:
-        changed, plan = _placed(study, place, lambda v=variant: _with_variant(config, v, base))
-        kept = kept_shares(reference, plan, layers) if isinstance(plan, AdapterPlan) else {}
-        trainables = plan.parameters + head_outputs(config.task) * base.embedding.embedding_dim
+        changed, spec = _placed(study, place, lambda v=variant: _with_variant(config, v, base))
+        kept: dict[str, float] = {}
+        if isinstance(reference, AdapterSpec) and isinstance(spec, AdapterSpec):
+            kept = kept_shares(reference.tiles, spec.tiles, layers)
+        trainables = spec.parameters + head_outputs(config.task) * base.embedding.embedding_dim
         for seed in study.settings.seeds:
             seeded = change_config(changed, {"train.seed": seed})
-            name = _name(seeded, plan)
+            name = _name(seeded, spec)
             settings = {"output_dir": str(study.output_dir / RUNS_FOLDER / name)}
             if seeded.data is not None and seeded.data.cache_dir is None:
                 settings["data.cache_dir"] = str(study.output_dir / "data_cache")
             final = change_config(seeded, settings)
-            yield Row(name, final, subject, (variant,), trainables, kept, _base_key(final))
+            yield Row(name, final, subject, (variant,), trainables, kept, _base_key(final, spec))
 
 
-def _with_variant(config: RunConfig, variant: Variant, base: BaseModel) -> tuple[RunConfig, Plan]:
+def _with_variant(config: RunConfig, variant: Variant, base: BaseModel) -> tuple[RunConfig, TrainableSpec[Any]]:
     if variant.rules:
         own = [rule.model_dump(exclude_unset=True) for rule in config.method.schedule]
         config = change_config(config, {"method.schedule": [*own, *variant.rules]})
-    return config, plan_trainables(config, base)
+    return config, make_spec(config, base)
 
 
 def _placed(study: Study, path: tuple[str | int, ...], work: Callable[[], Any]) -> Any:
@@ -140,20 +142,20 @@ def _placed(study: Study, path: tuple[str | int, ...], work: Callable[[], Any]) 
         raise UserError(f"{study.place(*path)}: {str(error).splitlines()[0]}") from None
 
 
-def _name(config: RunConfig, plan: Plan) -> str:
+def _name(config: RunConfig, spec: TrainableSpec[Any]) -> str:
     """The method, and a digest of all settings that decide what the run computes."""
     # Without defaults: a setting that later versions add must not rename the runs of today.
     settings = config.model_dump(exclude={"output_dir": True, "data": {"cache_dir"}}, exclude_defaults=True)
-    if isinstance(plan, AdapterPlan):
-        # The plan says it layer by layer, in one way only.
+    if isinstance(spec, AdapterSpec):
+        # The spec says it layer by layer, in one way only.
         settings["method"] = config.method.model_dump(include={"name", "merge_aware"}, exclude_defaults=True)
-    text = json.dumps([settings, plan.describe()], sort_keys=True)
+    text = json.dumps([settings, spec.describe()], sort_keys=True)
     return f"{config.method.name}-{hashlib.sha256(text.encode()).hexdigest()[:12]}"
 
 
-def _base_key(config: RunConfig) -> str:
-    """Runs with the same key may share a loaded base; what cannot be taken off a base again shares none."""
-    if config.method.name == "qst" or config.method.merge_aware:
+def _base_key(config: RunConfig, spec: TrainableSpec[Any]) -> str:
+    """Runs with equal keys reuse one loaded base. A run that changes its base for good gets a key of its own."""
+    if not spec.leaves_base_clean:
         return config.output_dir
     parts = config.model_dump(include={"model", "quantization", "sharding"})
     train = config.train.model_dump(include={"precision", "gradient_checkpointing"})

@@ -14,7 +14,7 @@ from dist_qft.base_model.skeleton import build_skeleton
 from dist_qft.config.load import change_config, save_config
 from dist_qft.config.schema import RunConfig
 from dist_qft.errors import SetupError, UserError
-from dist_qft.methods.plans import plan_trainables
+from dist_qft.methods.specs import make_spec
 from dist_qft.ranks.device import compute_dtype, planned_device
 from dist_qft.study.measurements import Estimate, Subject, measure
 from dist_qft.study.presets import REFERENCE, Variant
@@ -70,7 +70,7 @@ def _best(subject: Subject, config: RunConfig, budget: int) -> tuple[list[_Chang
         own = [rule.model_dump(exclude_unset=True) for rule in config.method.schedule]
         added = [rule for change in changes for rule in change.variant.rules]
         tried = change_config(config, {"method.schedule": [*own, *added]})
-        parameters = plan_trainables(tried, base).parameters
+        parameters = make_spec(tried, base).parameters
         smallest = min(parameters, smallest or parameters)
         if parameters <= budget:
             cost = sum(fmean(change.costs.values()) for change in changes)

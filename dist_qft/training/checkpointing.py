@@ -71,7 +71,7 @@ class Checkpointing:
         self._saver.start(
             Checkpoint(
                 path=checkpoint_path(inputs.output_dir, self._state.step),
-                adapter_config=adapter_config(inputs.config, trained.parts.base, inputs.plan),
+                adapter_config=adapter_config(inputs.config, trained.parts.base, inputs.spec),
                 trainables=dict(trained.parts.named_tensors()),
                 optimizer=optimizer,
                 state=self._state,

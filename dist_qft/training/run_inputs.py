@@ -5,6 +5,7 @@ import platform
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import PreTrainedTokenizerBase
@@ -14,7 +15,7 @@ from dist_qft.base_model.sources import TensorSource
 from dist_qft.config.schema import RunConfig
 from dist_qft.data.prepare import Prepared
 from dist_qft.merge.recipe import Recipe
-from dist_qft.methods.trainable import Plan
+from dist_qft.methods.trainable import TrainableSpec
 from dist_qft.ranks.world import World
 from dist_qft.sharding.engine import Engine
 from dist_qft.storage.checkpoint import Checkpoint
@@ -44,7 +45,7 @@ class RunInputs:
     Attributes:
         skeleton: the base on the meta device.
         source: where its weights will come from.
-        plan: what is trained.
+        spec: what is trained.
         checkpoint: where to continue from; None starts fresh.
         existing: names of the checkpoints in the run's folder when this was gathered.
         recipe: the merge that ends the run, if the config asks for one.
@@ -58,7 +59,7 @@ class RunInputs:
     tokenizer: PreTrainedTokenizerBase
     skeleton: BaseModel
     source: TensorSource
-    plan: Plan
+    spec: TrainableSpec[Any]
     data: Prepared
     checkpoint: Checkpoint | None
     existing: tuple[str, ...]

@@ -62,7 +62,7 @@ class TrainingRun:
             tree=FixedTree(self.batches.accumulation, self._group) if invariant else None,
         )
         self.optimizer = make_optimizer(config.train, self.flat.values)
-        forward = make_forward(config, parts, inputs.plan, inputs.data.train, inputs.device)
+        forward = make_forward(config, parts, inputs.spec, inputs.data.train, inputs.device)
         self._step_of_run = TrainStep(forward, parts, self.flat, self.optimizer, config.train, self.total_steps)
         self.meter = StepMeter(parts.engine, self.flat)
         self.state = first_state(inputs)

@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -16,11 +17,8 @@ from dist_qft.base_model.weight_files import open_source
 from dist_qft.config.schema import RunConfig
 from dist_qft.data.dataset import TokenDataset
 from dist_qft.errors import Preempted
-from dist_qft.methods.forward import BaseForward, Forward
-from dist_qft.methods.qst.cached_forward import CachedForward
-from dist_qft.methods.qst.hidden_cache import CacheLayout, HiddenCache, require_space
-from dist_qft.methods.qst.pruning import start_from_base
-from dist_qft.methods.trainable import Plan, TrainableSet
+from dist_qft.methods.forward import Forward
+from dist_qft.methods.trainable import TrainableSet, TrainableSpec, TrainingParts
 from dist_qft.ranks.preemption import StopSignal
 from dist_qft.sharding.engine import Engine
 from dist_qft.sharding.engines import engine_of
@@ -33,7 +31,7 @@ _LOSS_CHUNK_MEGABYTES = {"cuda": 64.0, "cpu": 8.0}
 
 @dataclass(frozen=True)
 class Assembled:
-    """A loaded base with its adapters (or its side network) attached, and the task with what it trains itself."""
+    """A loaded base model, the trainables attached to it, and the task with its own head."""
 
     base: BaseModel
     engine: Engine
@@ -51,46 +49,27 @@ class Assembled:
         self.trainables.load_tensors({name: tensor for name, tensor in tensors.items() if name not in of_task})
 
 
-def start_fresh(config: RunConfig, parts: Assembled) -> None:
-    """With `method.init: pruned`, start the side network from the base's weights.
+def start_fresh(parts: Assembled, spec: TrainableSpec[Any], source: TensorSource) -> None:
+    """Let the trainables of a new run take starting values from the base's weights, which `source` reads.
 
     On rank 0 alone: the others' trainables are made equal to its own before they are used.
     """
-    if config.method.init == "pruned" and dist.get_rank() == 0:
-        start_from_base(parts.trainables, parts.base, open_source(config.model))
+    if dist.get_rank() == 0:
+        spec.start_from_base(parts.trainables, parts.base, source)
 
 
-def make_forward(config: RunConfig, parts: Assembled, plan: Plan, data: TokenDataset, device: torch.device) -> Forward:
-    """How training runs the model: through the base, or with `method.cache` from its stored hidden states."""
-    through_base = BaseForward(parts.base, device)
-    if config.method.cache != "disk":
-        return through_base
-    layout = CacheLayout.of(plan, parts.base.dtype)
-    base, folder = parts.base, cache_folder(config)
-    cache = HiddenCache(folder, layout, data.lengths, base=base.fingerprint, data=data.digest)
-    base.notes.append(f"hidden-state cache {folder}: {cache.filled:,} of {len(data):,} rows are there")
-    keep_head = partial(parts.engine.keep_gathered, base.units.tables[-1])  # all that a cached step needs of the base
-    return CachedForward(through_base, parts.trainables, cache, device, keep_head)
-
-
-def check_cache(config: RunConfig, plan: Plan, base: BaseModel, data: TokenDataset) -> list[str]:
-    """A line on the hidden-state cache that the config asks for, if any. UserError if the disk has no room for it."""
-    if config.method.cache != "disk":
-        return []
-    size, folder = CacheLayout.of(plan, base.dtype).bytes_of(data.lengths), cache_folder(config)
-    require_space(folder, size)
-    return [f"hidden-state cache {folder}: {size / 2**30:,.2f} GiB for {len(data):,} rows"]
-
-
-def cache_folder(config: RunConfig) -> Path:
-    """Where a run keeps hidden states."""
-    return Path(config.output_dir) / "hidden_cache"
+def make_forward(
+    config: RunConfig, parts: Assembled, spec: TrainableSpec[Any], data: TokenDataset, device: torch.device
+) -> Forward:
+    """How training runs the model: through the base, or as the spec has it."""
+    keep_head = partial(parts.engine.keep_gathered, parts.base.units.tables[-1])
+    return spec.forward(TrainingParts(parts.base, parts.trainables, data, Path(config.output_dir), device, keep_head))
 
 
 def assemble(
     config: RunConfig,
     skeleton: BaseModel,
-    plan: Plan,
+    spec: TrainableSpec[Any],
     device: torch.device,
     source: TensorSource | None = None,
     stop: StopSignal | None = None,
@@ -111,17 +90,17 @@ def assemble(
     materialize(skeleton, source or open_source(config.model), engine, device, poll)
     if skeleton.tied and head_outputs(config.task) == 0:
         engine.keep_until_head(skeleton.embedding)
-    return attach_trainables(config, skeleton, engine, plan, device)
+    return attach_trainables(config, skeleton, engine, spec, device)
 
 
 def attach_trainables(
-    config: RunConfig, base: BaseModel, engine: Engine, plan: Plan, device: torch.device
+    config: RunConfig, base: BaseModel, engine: Engine, spec: TrainableSpec[Any], device: torch.device
 ) -> Assembled:
     """Build the trainables and hook them onto a loaded base that has none."""
     base.head.loss_megabytes = config.train.loss_chunk_megabytes or _LOSS_CHUNK_MEGABYTES[device.type]
-    adapters = plan.build(config.train.seed).to(device)
-    adapters.attach(base.model)
-    return Assembled(base, engine, adapters, make_task(config.task, base, device))
+    trainables = spec.build(config.train.seed).to(device)
+    trainables.attach(base.model)
+    return Assembled(base, engine, trainables, make_task(config.task, base, device))
 
 
 def materialize(

@@ -1,6 +1,7 @@
 """A run's checkpoints: finding one, its config, and its base with the trainables on it."""
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from pydantic import ValidationError
@@ -10,8 +11,8 @@ from dist_qft.base_model.skeleton import BaseModel, build_skeleton
 from dist_qft.base_model.tokenizer import load_tokenizer
 from dist_qft.config.schema import RunConfig
 from dist_qft.errors import CorruptFileError, NumericError, UserError
-from dist_qft.methods.plans import stored_plan
-from dist_qft.methods.trainable import Plan
+from dist_qft.methods.specs import stored_spec
+from dist_qft.methods.trainable import TrainableSpec
 from dist_qft.ranks.collectives import everywhere
 from dist_qft.ranks.device import compute_dtype
 from dist_qft.storage.checkpoint import ADAPTER_MODEL, TRAINER_STATE, Checkpoint, newest_valid, read_checkpoint
@@ -68,7 +69,7 @@ def open_checkpointed(
     require_finite_trainables(checkpoint)
     tokenizer = load_tokenizer(config.model)
     skeleton = build_skeleton(config.model, config.quantization, compute_dtype(config.train.precision, device))
-    parts = assemble(config, skeleton, stored_plan(checkpoint, skeleton), device)
+    parts = assemble(config, skeleton, stored_spec(checkpoint, skeleton), device)
     check_fingerprint(checkpoint, parts.base)
     parts.load_tensors(checkpoint.trainables)
     parts.trainables.eval()
@@ -84,25 +85,25 @@ def require_finite_trainables(checkpoint: Checkpoint) -> None:
             )
 
 
-def adapter_config(config: RunConfig, base: BaseModel, plan: Plan) -> dict:
+def adapter_config(config: RunConfig, base: BaseModel, spec: TrainableSpec[Any]) -> dict[str, Any]:
     """What an adapter file must say about itself to be loaded, checked and merged later."""
     return {
-        "peft_type": plan.peft_type,
+        "peft_type": spec.peft_type,
         "format_version": 1,
         "method": config.method.name,
         "base_model_name_or_path": config.model.path,
         "base_fingerprint": base.fingerprint,
-        **plan.describe(),
+        **spec.describe(),
         "run_config": config.model_dump(),
     }
 
 
-def check_adapter(checkpoint: Checkpoint, plan: Plan) -> None:
+def check_adapter(checkpoint: Checkpoint, spec: TrainableSpec[Any]) -> None:
     """Refuse a checkpoint whose trainables are not those of the config; before the base is loaded."""
     found = checkpoint.adapter_config
-    if found.get("peft_type") != plan.peft_type:
-        raise UserError(f"{checkpoint.path}: peft_type is {found.get('peft_type')!r}, need {plan.peft_type!r}")
-    if difference := plan.difference(found):
+    if found.get("peft_type") != spec.peft_type:
+        raise UserError(f"{checkpoint.path}: peft_type is {found.get('peft_type')!r}, need {spec.peft_type!r}")
+    if difference := spec.difference(found):
         raise UserError(f"{checkpoint.path}: {difference}")
 
 

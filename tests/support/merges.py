@@ -16,7 +16,7 @@ from dist_qft.merge.collective import write_result
 from dist_qft.merge.live_model import LiveModel
 from dist_qft.merge.run import execute_merge, gather_merge_inputs
 from dist_qft.merge.targets import checked_request
-from dist_qft.methods.plans import plan_trainables
+from dist_qft.methods.specs import make_spec
 from dist_qft.ranks.preemption import StopSignal
 from dist_qft.storage.checkpoint import Checkpoint, checkpoint_path, write_checkpoint
 from dist_qft.storage.trainer_state import TrainerState
@@ -35,8 +35,8 @@ def assemble_random(config: RunConfig, size: float, step: int = 3) -> tuple[Asse
     """A base with adapters drawn from a normal distribution, and its checkpoint as training would write it."""
     device = torch.device("cpu")
     skeleton = build_skeleton(config.model, config.quantization, torch.float32)
-    plan = plan_trainables(config, skeleton)
-    parts = assemble(config, skeleton, plan, device)
+    spec = make_spec(config, skeleton)
+    parts = assemble(config, skeleton, spec, device)
     generator = torch.Generator().manual_seed(11)
     trainables = {
         name: torch.randn(parameter.shape, generator=generator) * size for name, parameter in parts.named_tensors()
@@ -46,7 +46,7 @@ def assemble_random(config: RunConfig, size: float, step: int = 3) -> tuple[Asse
         write_checkpoint(
             Checkpoint(
                 path=checkpoint_path(Path(config.output_dir), step),
-                adapter_config=adapter_config(config, parts.base, plan),
+                adapter_config=adapter_config(config, parts.base, spec),
                 trainables=trainables,
                 optimizer={},
                 state=TrainerState(step=step, config=config.model_dump()),
@@ -85,7 +85,7 @@ def measured_merge(source: Path, target: str, path: Path) -> dict[str, int]:
     """
     request = checked_request(target, path, source, overwrite=False, requantize=None, dtype="bfloat16")
     inputs = gather_merge_inputs(request, find_checkpoint(source), pool_world())
-    parts = assemble(inputs.config, inputs.skeleton, inputs.plan, inputs.device)
+    parts = assemble(inputs.config, inputs.skeleton, inputs.spec, inputs.device)
     parts.load_tensors(inputs.checkpoint.trainables)
     origin = Origin(inputs.config, inputs.checkpoint.path, inputs.checkpoint.state.step)
     layers: dict[int, int] = {}

@@ -62,7 +62,7 @@ def attempt(
 
 
 def _execute_disturbed(inputs: RunInputs, stop: StopSignal, disturb: Callable[[TrainingRun], None]) -> TrainingRun:
-    run = TrainingRun(inputs, assemble(inputs.config, inputs.skeleton, inputs.plan, inputs.device), stop)
+    run = TrainingRun(inputs, assemble(inputs.config, inputs.skeleton, inputs.spec, inputs.device), stop)
     with closing(run):
         run.prepare()
         disturb(run)

@@ -19,8 +19,8 @@ from dist_qft.base_model.skeleton import BaseModel, build_skeleton
 from dist_qft.base_model.weight_files import open_source
 from dist_qft.config.schema import MethodConfig, ModelConfig, QuantizationConfig, RunConfig
 from dist_qft.methods.qst.network import SideNetwork
-from dist_qft.methods.qst.plan import plan_side_network
 from dist_qft.methods.qst.pruning import start_from_base
+from dist_qft.methods.qst.spec import side_network_spec
 from dist_qft.sharding.replicated import ReplicatedEngine
 from dist_qft.tuned_model.loaded_model import open_base
 from tests.support.tiny_model import VOCABULARY, save_tiny_model, tiny_config, tiny_llama_config
@@ -82,7 +82,7 @@ def load_whole(folder: Path, linear: str = "nf4", dtype: torch.dtype = torch.flo
 def side_network(base: BaseModel, **settings: object) -> SideNetwork:
     """A fresh side network beside `base`, attached."""
     method = MethodConfig(name="qst", **{"reduction": 4, "downsample_rank": 8, **settings})
-    side = plan_side_network(method, base).build(seed=0)
+    side = side_network_spec(method, base).build(seed=0)
     side.attach(base.model)
     return side
 

@@ -201,7 +201,7 @@ def test_merge_settings_without_effect_are_refused(tmp_path):
     path.write_text("output_dir: o\nmodel: {path: m}\nmerge: {at_end: gguf, dtype: float32}\n")
     with pytest.raises(UserError, match=r"merge\.dtype: no effect with merge\.at_end gguf; only dense has it"):
         load_config(path)
-    assert recipe_at_end(tiny_config(tmp_path, tmp_path / "run"), None, {}) is None
+    assert recipe_at_end(tiny_config(tmp_path, tmp_path / "run"), None, None) is None
 
 
 def test_the_launch_script_takes_the_verb():

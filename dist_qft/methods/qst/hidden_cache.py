@@ -29,11 +29,11 @@ from torch import Tensor
 
 from dist_qft.errors import SetupError
 from dist_qft.methods.qst.network import BaseStates
-from dist_qft.methods.qst.plan import SidePlan
 from dist_qft.storage.lock import locked
 
 _VERSION = 1
 _KEY, _STATES, _INDEX = "cache.json", "states.bin", "index.bin"
+_FOLDER = "hidden_cache"
 _LOCK_SECONDS = 600  # that a rank waits for another one to make the empty files
 
 
@@ -50,14 +50,6 @@ class CacheLayout:
     out_width: int
     pool: str
     dtype: torch.dtype
-
-    @classmethod
-    def of(cls, plan: SidePlan, dtype: torch.dtype) -> "CacheLayout":
-        """The layout for a side network and a compute dtype."""
-        settings, depth = plan.settings, plan.config.num_hidden_layers + 1
-        if settings.pools:
-            return cls(depth, plan.config.hidden_size, plan.out_width, settings.downsample, dtype)
-        return cls(depth, plan.width, plan.out_width, "none", dtype)
 
     @property
     def per_token(self) -> int:
@@ -145,6 +137,11 @@ class HiddenCache:
         tokens = values.numel() // layout.per_token
         layers, last = values.split([tokens * layout.depth * layout.width, tokens * layout.out_width])
         return layers.view(layout.depth, tokens, layout.width), last.view(tokens, layout.out_width)
+
+
+def cache_folder(output_dir: Path) -> Path:
+    """Where a run keeps hidden states."""
+    return output_dir / _FOLDER
 
 
 def require_space(folder: Path, needed: int) -> None:

@@ -17,7 +17,7 @@ from dist_qft.base_model.skeleton import build_skeleton
 from dist_qft.base_model.sources import SafetensorsSource
 from dist_qft.config.schema import ModelConfig, QuantizationConfig, RunConfig
 from dist_qft.errors import CorruptFileError, DistQFTError, Preempted, UserError
-from dist_qft.methods.plans import plan_trainables
+from dist_qft.methods.specs import make_spec
 from dist_qft.ranks.preemption import StopSignal
 from dist_qft.sharding.engine import parameter_owners
 from dist_qft.sharding.engines import make_engine
@@ -49,7 +49,7 @@ def loaded_until_stopped(path: Path, stop_on: int) -> str:
     stop = StopSignal()
     stop.requested = dist.get_rank() == stop_on
     try:
-        assemble(config, skeleton, plan_trainables(config, skeleton), CPU, stop=stop)
+        assemble(config, skeleton, make_spec(config, skeleton), CPU, stop=stop)
     except Preempted as error:
         return str(error)
     return "loaded"

@@ -64,7 +64,7 @@ def train_and_look(config: RunConfig) -> dict:
     run = train(config)
     device = torch.device("cpu")
     skeleton = build_skeleton(config.model, config.quantization, compute_dtype(config.train.precision, device))
-    fresh = assemble(config, skeleton, run.inputs.plan, device)
+    fresh = assemble(config, skeleton, run.inputs.spec, device)
     return {
         "base unchanged": base_digest(run.parts) == base_digest(fresh),
         "gathered": run.meter.gathered_bytes_per_step,

@@ -15,8 +15,8 @@ from dist_qft.base_model.weight_files import open_source
 from dist_qft.config.schema import MethodConfig, ModelConfig
 from dist_qft.errors import UserError
 from dist_qft.methods.qst.network import SideNetwork
-from dist_qft.methods.qst.plan import plan_side_network
 from dist_qft.methods.qst.pruning import start_from_base
+from dist_qft.methods.qst.spec import side_network_spec
 from tests.support.qst_models import FAMILIES, family_folder, load_whole, perturb, side_network
 
 DOWNSAMPLES = ["adapter", "lora", "linear", "maxpool", "avgpool"]
@@ -257,4 +257,4 @@ def test_a_pruned_heads_rotary_frequencies_are_the_bases_own(folder):
 def test_a_pruned_start_needs_the_bases_heads(folder):
     base = load_whole(folder("llama"))
     with pytest.raises(UserError, match=r"method\.init: pruned keeps the base's 4 heads, .*reduction 32 .* has 1"):
-        plan_side_network(MethodConfig(name="qst", reduction=32, init="pruned"), base)
+        side_network_spec(MethodConfig(name="qst", reduction=32, init="pruned"), base)

@@ -1,0 +1,126 @@
+"""The tile adapters of a run as a `TrainableSpec`: settings by layer, written into a checkpoint and read from one."""
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from dist_qft.base_model.skeleton import BaseModel
+from dist_qft.config.schema import MethodConfig
+from dist_qft.errors import UserError
+from dist_qft.methods.adapters.attach import AdapterSet
+from dist_qft.methods.adapters.exact_fold import folding_obstacle
+from dist_qft.methods.adapters.schedule import LinearShape, TileSettings, layer_type, plan_adapters
+from dist_qft.methods.trainable import Counts, TrainableSpec
+
+
+@dataclass(frozen=True)
+class AdapterSpec(TrainableSpec[AdapterSet]):
+    """Tile adapters on linear layers.
+
+    Attributes:
+        tiles: layer path -> adapter settings, in model order.
+    """
+
+    tiles: Mapping[str, TileSettings]
+
+    peft_type: ClassVar[str] = "DIST_QFT_TILE"
+    backward_through_base: ClassVar[bool] = True
+    title: ClassVar[str] = "adapters"
+
+    @property
+    def parameters(self) -> int:
+        """Number of trainable values."""
+        return sum(settings.parameters for settings in self.tiles.values())
+
+    @property
+    def leaves_base_clean(self) -> bool:
+        """False with merge-aware adapters: the layers then compute with zeros of these adapters' own."""
+        return not any(settings.merge_aware for settings in self.tiles.values())
+
+    def describe(self) -> dict[str, Any]:
+        """The settings of every adapter."""
+        return {"tiles": {path: settings.to_dict() for path, settings in self.tiles.items()}}
+
+    def difference(self, stored: Mapping[str, Any]) -> str | None:
+        """The first layer, by name, whose adapter is not the stored one, and its settings then and now."""
+        saved, wanted = stored.get("tiles", {}), self.describe()["tiles"]
+        for path in sorted({*saved, *wanted}):
+            before, now = saved.get(path, {}), wanted.get(path, {})
+            if before != now:
+                changes = [
+                    f"{key} was {before.get(key, 'absent')}, the config says {now.get(key, 'absent')}"
+                    for key in {**before, **now}
+                    if before.get(key) != now.get(key)
+                ]
+                return f"adapter of {path}: {'; '.join(changes)}"
+        return None
+
+    def summary(self) -> str:
+        """The number of layers that have an adapter."""
+        return f"{len(self.tiles)} layers"
+
+    def counts(self, base: BaseModel) -> Counts:
+        """Trainable parameters by layer type and by depth; one row for each type, size and setting."""
+        by_type: Counter[str] = Counter()
+        by_depth = [0] * len(base.layers)
+        for path, settings in self.tiles.items():
+            by_type[layer_type(path)] += settings.parameters
+            if (depth := base.depth_of(path)) is not None:
+                by_depth[depth] += settings.parameters
+        kinds = Counter((layer_type(path), settings) for path, settings in self.tiles.items())
+        rows = [_row(name, settings, count) for (name, settings), count in kinds.items()]
+        return Counts(dict(by_type), by_depth, rows)
+
+    def build(self, seed: int) -> AdapterSet:
+        """Fresh adapters on the CPU."""
+        return AdapterSet.build(self.tiles, seed)
+
+
+def adapter_spec(method: MethodConfig, base: BaseModel) -> AdapterSpec:
+    """The adapters that a config's `method` section puts on this base.
+
+    Raises:
+        UserError: the section does not fit the base's layers, or asks for merge-aware training of adapters that do not
+            merge exactly.
+    """
+    spec = AdapterSpec(plan_adapters(method, linear_shapes(base)))
+    if method.merge_aware and (obstacle := folding_obstacle(spec.tiles, base.linears)):
+        raise UserError(f"method.merge_aware: no exact merge: {obstacle}")
+    return spec
+
+
+def stored_adapters(stored: Mapping[str, Any], where: str) -> AdapterSpec:
+    """The spec that `describe` wrote into a checkpoint; `where` names the file, for messages."""
+    tiles = stored.get("tiles", {})
+    return AdapterSpec(
+        {path: TileSettings.from_dict(fields, where=f"{where}: {path}") for path, fields in tiles.items()}
+    )
+
+
+def require_tiles(spec: TrainableSpec[Any]) -> Mapping[str, TileSettings]:
+    """The tiles of a spec, which must be of adapters; the config check refuses everything else before a merge."""
+    if not isinstance(spec, AdapterSpec):
+        raise TypeError(f"need a spec of tile adapters, got {type(spec).__name__}")
+    return spec.tiles
+
+
+def linear_shapes(base: BaseModel) -> list[LinearShape]:
+    """The base's linear layers as the method's schedule sees them, in model order."""
+    return [
+        LinearShape(path, layer.in_features, layer.out_features, base.depth_of(path))
+        for path, layer in base.linears.items()
+    ]
+
+
+def _row(name: str, settings: TileSettings, count: int) -> dict[str, Any]:
+    """A table row for `count` adapters of equal settings on layers of one type."""
+    return {
+        "layer_type": name,
+        "layers": count,
+        "shape": [settings.out_features, settings.in_features],
+        "tile": [settings.repeat, settings.pool],
+        "max_rank": min(value for shape in settings.shapes().values() for value in shape),
+        "scale": settings.scale,
+        "parameters": count * settings.parameters,
+    }
