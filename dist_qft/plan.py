@@ -1,6 +1,7 @@
 """What a config would train, hold and move, worked out from shapes alone.
 
-No weight is read and no process group is needed: the base is built on the meta device from its configuration.
+No process group is needed: the base is built on the meta device from its configuration. Of a base that comes quantized
+a few rows are read, to say what another format costs; of no other base is a weight read.
 The plan is plain data, printed as tables or as JSON. Counts are exact; what depends on the data set (steps per
 epoch) or on the allocator (peak memory) is not in it.
 """
@@ -14,10 +15,12 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from dist_qft.base_model.requantization import requantization_notes
 from dist_qft.base_model.skeleton import BaseModel, build_skeleton
+from dist_qft.base_model.weight_files import quantized_source
 from dist_qft.config.check import accumulation_steps, config_warnings
 from dist_qft.config.schema import RunConfig, TrainConfig
-from dist_qft.methods.specs import make_spec
+from dist_qft.methods.specs import make_spec, merge_warnings
 from dist_qft.methods.trainable import TrainableSpec
 from dist_qft.quant.contract import Format
 from dist_qft.quant.frozen import FrozenWeight
@@ -26,9 +29,6 @@ from dist_qft.sharding.engine import Engine, parameter_owners
 from dist_qft.sharding.engines import engine_of
 from dist_qft.training.optimizer import checkpoint_bytes, optimizer_bytes
 from dist_qft.tuned_model.task import head_outputs
-
-# The packed tensor that has one entry for each block, whatever the format.
-_PER_BLOCK = ("absmax", "absmax_codes", "scale")
 
 
 def make_plan(config: RunConfig, world_size: int) -> dict[str, Any]:
@@ -87,7 +87,7 @@ def make_plan(config: RunConfig, world_size: int) -> dict[str, Any]:
             "max_length": config.data.max_length if config.data else None,
         },
         "optimization": _optimization(config.train),
-        "warnings": config_warnings(config) + base.notes,
+        "warnings": _warnings(config, spec, base),
     }
 
 
@@ -99,6 +99,12 @@ def _trainables(spec: TrainableSpec[Any], base: BaseModel) -> dict[str, Any]:
         "trainables": spec.title,
         "adapters": counts.rows,
     }
+
+
+def _warnings(config: RunConfig, spec: TrainableSpec[Any], base: BaseModel) -> list[str]:
+    source = quantized_source(config.model)
+    stored = [] if source is None else requantization_notes(base, source)
+    return config_warnings(config) + merge_warnings(config, spec, base) + base.notes + stored
 
 
 def print_plan(plan: dict[str, Any], *, as_json: bool = False) -> None:
@@ -152,13 +158,12 @@ def _format_rows(base: BaseModel) -> list[dict[str, Any]]:
         frozen.setdefault(module.format, []).append(module)
     rows = []
     for format, modules in frozen.items():
-        packed = [format.packed_shapes(module.weight_shape) for module in modules]
         rows.append(
             {
                 "format": format.describe(),
                 "tensors": len(modules),
                 "weights": sum(math.prod(module.weight_shape) for module in modules),
-                "blocks": sum(math.prod(each[name][0]) for each in packed for name in _PER_BLOCK if name in each),
+                "blocks": sum(format.blocks(module.weight_shape) for module in modules),
                 "bytes": sum(format.bytes_of(module.weight_shape, base.dtype.itemsize) for module in modules),
             }
         )

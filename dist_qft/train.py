@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 
 from dist_qft.base_model.load import check_names
+from dist_qft.base_model.requantization import requantization_notes
 from dist_qft.base_model.skeleton import build_skeleton
 from dist_qft.base_model.tokenizer import load_tokenizer
 from dist_qft.base_model.weight_files import open_source
@@ -23,7 +24,7 @@ from dist_qft.merge.certificate import Origin
 from dist_qft.merge.live_model import LiveModel
 from dist_qft.merge.recipe import require_free
 from dist_qft.merge.run import export, recipe_at_end
-from dist_qft.methods.specs import make_spec
+from dist_qft.methods.specs import make_spec, merge_warnings
 from dist_qft.ranks.activity import Activity
 from dist_qft.ranks.collectives import on_rank_0
 from dist_qft.ranks.device import compute_dtype
@@ -84,6 +85,7 @@ def gather_inputs(
     dtype = compute_dtype(config.train.precision, device)
     skeleton = loaded.base if loaded else build_skeleton(config.model, config.quantization, dtype)
     spec = make_spec(config, skeleton)
+    notes += [f"warning: {warning}" for warning in merge_warnings(config, spec, skeleton)]
     head = head_outputs(config.task) * skeleton.embedding.embedding_dim
     require_space(output_dir, checkpoint_bytes(config.train, spec.parameters + head))
     if checkpoint is not None:
@@ -100,6 +102,7 @@ def gather_inputs(
     source = loaded.source if loaded else open_source(config.model)
     if loaded is None:
         check_names(skeleton, source)
+        notes += requantization_notes(skeleton, source)
 
     recipe = recipe_at_end(config, skeleton, spec)
     inputs = RunInputs(

@@ -17,8 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dist_qft.base_model.sources import Rows, SafetensorsSource, require_finite
-from dist_qft.config.schema import QuantizationConfig
+from dist_qft.base_model.sources import Rows, SafetensorsSource, dequantized_rows, require_finite
 from dist_qft.errors import CorruptFileError, UserError
 from dist_qft.quant.contract import Format
 from dist_qft.quant.nf4 import BLOCKS, CONSTANT_BLOCK, NF4, codebook, dynamic_map
@@ -51,10 +50,7 @@ class _Stored:
 
 
 class BitsAndBytesSource:
-    """The weights of such a folder; those that bitsandbytes left as floats are read as in any other.
-
-    `formats` is what `Format.describe` says of the quantized ones, by module path.
-    """
+    """The weights of such a folder; those that bitsandbytes left as floats are read as in any other."""
 
     def __init__(self, folder: Path) -> None:
         self.where = str(folder)
@@ -64,9 +60,6 @@ class BitsAndBytesSource:
         self._stored = {name.removesuffix(_STATE): self._state(name) for name in sorted(states)}
         if not self._stored:
             raise UserError(f"{folder}: config.json promises {METHOD}' nf4, but no tensor is stored in it")
-        self.formats: dict[str, dict[str, Any]] = {
-            name.removesuffix(".weight"): stored.format.describe() for name, stored in self._stored.items()
-        }
 
     def names(self) -> set[str]:
         """All but what belongs to a quantized weight."""
@@ -75,15 +68,21 @@ class BitsAndBytesSource:
     def shape(self, name: str) -> tuple[int, ...]:
         return self._stored[name].shape if name in self._stored else self._files.shape(name)
 
+    def kind(self, name: str) -> str | None:
+        stored = self._stored.get(name)
+        return None if stored is None else f"{METHOD} {stored.format.words}"
+
+    def stored_format(self, name: str) -> Format | None:
+        stored = self._stored.get(name)
+        return None if stored is None else stored.format
+
     def read(self, name: str, rows: Rows = None) -> Tensor:
-        if name in self._stored:
-            raise UserError(f"{self.where}: '{name}' is stored as nf4 and is not quantized anew")
-        return self._files.read(name, rows)
+        return dequantized_rows(self, name, rows) if name in self._stored else self._files.read(name, rows)
 
-    def holds(self, name: str, format: Format) -> bool:
-        return name in self._stored and self._stored[name].format == format
+    def kept_format(self, name: str) -> Format | None:
+        return self.stored_format(name)
 
-    def read_packed(self, name: str, format: Format, rows: Rows = None) -> dict[str, Tensor]:
+    def read_packed(self, name: str, rows: Rows = None) -> dict[str, Tensor]:
         stored = self._stored[name]
         self._require_known_codes(name)
         out_features, in_features = stored.shape
@@ -97,19 +96,6 @@ class BitsAndBytesSource:
         offset = torch.tensor([stored.offset], dtype=torch.float32)
         require_finite(self, name, torch.cat([scales, offset]))
         return packed | {"absmax_codes": constants.flatten(), "absmax_absmax": scales, "absmax_offset": offset}
-
-    def section(self) -> QuantizationConfig:
-        """The config section that changes no weight; `exempt` are the layers' matrices that are still floats."""
-        format = next(iter(self._stored.values())).format
-        others = [name for name in self.names() - self._stored.keys() if name.endswith(".weight")]
-        others = [name for name in others if len(self.shape(name)) == 2 and any(map(str.isdigit, name.split(".")))]
-        return QuantizationConfig(
-            linear="nf4",
-            block=None if format.block == NF4.block else [format.block],
-            double_quant=format.double_quant,
-            embedding="dense",
-            exempt=sorted(name.removesuffix(".weight") for name in others),
-        )
 
     def _state(self, name: str) -> _Stored:
         where = f"{self.where}: '{name}'"

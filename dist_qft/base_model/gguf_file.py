@@ -1,5 +1,6 @@
 """A GGUF file as a source of weights: its tensors renamed and reordered to Hugging Face's, read by rows."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -12,8 +13,12 @@ from dist_qft.quant.affine4 import Affine4, affine4_from_q4_1
 from dist_qft.quant.contract import Format
 from dist_qft.quant.q8_0 import Q8_0, q8_0_from_gguf
 
-# Formats whose packed tensors are those of a GGUF type, rearranged.
-GGUF_TWINS = {Affine4((1, 32)): ("Q4_1", affine4_from_q4_1), Q8_0(): ("Q8_0", q8_0_from_gguf)}
+# GGUF types whose tensors are those of a format, rearranged.
+GGUF_TWINS: dict[str, tuple[Format, Callable[[Tensor], dict[str, Tensor]]]] = {
+    "Q4_1": (Affine4((1, 32)), affine4_from_q4_1),
+    "Q8_0": (Q8_0(), q8_0_from_gguf),
+}
+_FLOATS = ("F32", "F16", "BF16", "F64")
 
 
 class GgufSource:
@@ -55,9 +60,12 @@ class GgufSource:
         """What the file calls the tensor."""
         return self._tensors[name].name
 
-    def kind(self, name: str) -> str:
+    def gguf_type(self, name: str) -> str:
         """The tensor's GGUF type, such as 'Q4_1'."""
         return self._tensors[name].tensor_type.name
+
+    def kind(self, name: str) -> str | None:
+        return None if self.gguf_type(name) in _FLOATS else f"GGUF {self.gguf_type(name)}"
 
     def read(self, name: str, rows: Rows = None) -> Tensor:
         import gguf
@@ -66,19 +74,23 @@ class GgufSource:
         raw = self._raw_rows(name, rows)
         if not raw.size:  # a rank may own no row, which gguf's dequantize cannot take
             return torch.empty((0, *self.shape(name)[1:]))
-        if self.kind(name) in ("F32", "F16"):
-            values = raw.view(np.float32 if self.kind(name) == "F32" else np.float16)
+        if self.gguf_type(name) in ("F32", "F16"):
+            values = raw.view(np.float32 if self.gguf_type(name) == "F32" else np.float16)
         else:
             values = gguf.quants.dequantize(raw, tensor.tensor_type)
         if len(tensor.shape) == 1:
             values = values.reshape(-1)
         return torch.from_numpy(values.copy())
 
-    def holds(self, name: str, format: Format) -> bool:
-        return format in GGUF_TWINS and GGUF_TWINS[format][0] == self.kind(name)
+    def stored_format(self, name: str) -> Format | None:
+        twin = GGUF_TWINS.get(self.gguf_type(name))
+        return None if twin is None or len(self.shape(name)) != 2 else twin[0]
 
-    def read_packed(self, name: str, format: Format, rows: Rows = None) -> dict[str, Tensor]:
-        _, convert = GGUF_TWINS[format]
+    def kept_format(self, name: str) -> Format | None:
+        return self.stored_format(name)
+
+    def read_packed(self, name: str, rows: Rows = None) -> dict[str, Tensor]:
+        _, convert = GGUF_TWINS[self.gguf_type(name)]
         return convert(torch.from_numpy(self._raw_rows(name, rows)))
 
     def row_order(self, name: str) -> np.ndarray | None:

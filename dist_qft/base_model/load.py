@@ -1,9 +1,9 @@
 """Streaming a base into an engine: read, quantize, keep the own rows, drop the rest, a few rows at a time.
 
-A rank reads and quantizes only the rows it keeps wherever the format allows it (blocks never cross the row
-range), so loading takes 1/N of the work on N ranks. The peak is the own shard plus a few MiB, or plus one tensor for
-a format whose rows cannot be quantized alone. Weights are quantized on the CPU, whatever the run's device: the same
-bits come out everywhere.
+A rank reads and quantizes only the rows it keeps (blocks never cross the row range), so loading takes 1/N of the work
+on N ranks. The peak is the own shard plus a few MiB; for constants that are themselves quantized (nf4 with
+double_quant), plus the float constants of one tensor, which the ranks sum up. Weights are quantized on the CPU,
+whatever the run's device: the same bits come out everywhere.
 
 The fingerprint of a base is the SHA-256 of all names, shapes, formats and additive digests of the packed
 tensors; norms and biases count with their float32 value as read from the file. It depends neither on the
@@ -13,16 +13,16 @@ world size, nor on the engine, nor on the compute dtype.
 import hashlib
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor, nn
 
 from dist_qft.base_model.skeleton import BaseModel
-from dist_qft.base_model.sources import TensorSource, require_finite
-from dist_qft.base_model.weight_files import check_stored_formats
+from dist_qft.base_model.sources import TensorSource, matching_name, require_finite
 from dist_qft.errors import UserError
-from dist_qft.quant.frozen import FrozenEmbedding, FrozenLinear
+from dist_qft.quant.contract import Format, Shape, row_entries
+from dist_qft.quant.frozen import FrozenWeight
 from dist_qft.ranks.digest import positional_digest
 from dist_qft.sharding.engine import Engine
 from dist_qft.sharding.host_memory import return_freed_memory
@@ -54,17 +54,12 @@ def check_names(base: BaseModel, source: TensorSource) -> dict[str, str]:
     """Model tensor name -> source tensor name, for all the base needs.
 
     Raises:
-        UserError: missing tensors, a vocabulary or layer of another shape, weights that are quantized in another way;
-            before anything is read.
+        UserError: missing tensors, or a vocabulary or layer of another shape; before anything is read.
     """
-    check_stored_formats(source, base.linears, base.tables())
     stored = source.names()
-    prefix = base.model.base_model_prefix + "."
     found, missing = {}, []
     for name in base.shapes:
-        # Some published checkpoints were saved from the bare decoder, without the causal LM's prefix.
-        choices = [name, name.removeprefix(prefix), prefix + name]
-        match = next((choice for choice in choices if choice in stored), None)
+        match = matching_name(name, base.model.base_model_prefix, stored)
         if match is None:
             missing.append(name)
         else:
@@ -90,7 +85,7 @@ def load_base(
     """
     names = check_names(base, source)
     fingerprint = Fingerprint()
-    modules: dict[str, FrozenLinear | FrozenEmbedding] = {**base.linears, **base.tables()}
+    modules: dict[str, FrozenWeight] = {**base.linears, **base.tables()}
     depths = [base.depth_of(path) for path in modules]
     for (path, module), depth, next_depth in zip(modules.items(), depths, [*depths[1:], None], strict=True):
         _load_packed(names[f"{path}.weight"], path, module, source, engine, fingerprint)
@@ -109,29 +104,96 @@ def load_base(
     base.fingerprint = fingerprint.hexdigest(engine, device)
 
 
+class _Loading:
+    """One matrix on its way into the engine: its packed tensors are stored and counted as they come, by rows."""
+
+    def __init__(self, path: str, module: FrozenWeight, engine: Engine, fingerprint: Fingerprint) -> None:
+        self._path, self._engine, self._fingerprint = path, engine, fingerprint
+        self._label = json.dumps(module.format.describe(), sort_keys=True)
+        self.format, self.height = module.format, module.weight_shape[0]
+        self.parameters = {name: getattr(module, name) for name in module.packed()}
+
+    def take(self, packed: Mapping[str, Tensor], first: int, stop: int, *, whole: bool) -> None:
+        """Hand the rows first..stop to the engine; tensors that all rows share, if `whole`, too."""
+        for name in packed.keys() & self.parameters.keys():
+            parameter = self.parameters[name]
+            if self.format.shared(name):
+                if whole:
+                    self._store(name, packed[name], 0)
+                continue
+            start, _ = row_entries(self._engine.shape(parameter)[0], self.height, first, stop)
+            self._store(name, packed[name], start)
+
+    def _store(self, name: str, entries: Tensor, start: int) -> None:
+        parameter = self.parameters[name]
+        self._engine.store(parameter, start, entries.to(parameter.dtype))
+        own = _own_elements(entries, start, parameter, self._engine)
+        self._fingerprint.add(f"{self._path}.{name} {list(self._engine.shape(parameter))} {self._label}", *own)
+
+
 def _load_packed(
-    name: str,
-    path: str,
-    module: FrozenLinear | FrozenEmbedding,
-    source: TensorSource,
-    engine: Engine,
-    fingerprint: Fingerprint,
+    name: str, path: str, module: FrozenWeight, source: TensorSource, engine: Engine, fingerprint: Fingerprint
 ) -> None:
-    """Hand the rows that this rank keeps of one matrix to the engine, quantized unless the file has them so."""
-    label = json.dumps(module.format.describe(), sort_keys=True)
-    held = source.holds(name, module.format)
-    for first, stop in _row_ranges(module, *_rows_needed(module, engine), _READ if held else _QUANTIZED):
-        if held:
-            packed = source.read_packed(name, module.format, (first, stop))
-        else:
-            where = f"{source.where}: rows {first} to {stop} of tensor '{name}'"
-            packed = module.format.quantize(source.read(name, (first, stop)), where)
-        for key, parameter in module.packed().items():
-            per_entry = module.format.rows_per_entry(key)
-            offset = 0 if per_entry is None else first // per_entry
-            engine.store(parameter, offset, packed[key].to(parameter.dtype))
-            own = _own_elements(packed[key], offset, parameter, engine)
-            fingerprint.add(f"{path}.{key} {list(engine.shape(parameter))} {label}", *own)
+    """Hand the rows that this rank keeps of one matrix to the engine, quantized unless the file has their codes.
+
+    Collective for a format that is not `row_local` and is quantized here.
+    """
+    loading = _Loading(path, module, engine, fingerprint)
+    stored = source.stored_format(name)
+    if stored is not None and module.format.keeps_codes_of(stored):
+        for index, (first, stop) in enumerate(_own_rows(module, engine, _READ)):
+            packed = source.read_packed(name, (first, stop))
+            packed = module.format.from_stored(packed, stored, f"{source.where}: tensor '{name}'")
+            loading.take(packed, first, stop, whole=index == 0)
+        return
+    row_format = module.format.row_format or module.format
+    constants: dict[str, Tensor] = {}
+    for index, (first, stop) in enumerate(_own_rows(module, engine, _QUANTIZED)):
+        where = f"{source.where}: rows {first} to {stop} of tensor '{name}'"
+        packed = row_format.quantize(source.read(name, (first, stop)), where)
+        loading.take(packed, first, stop, whole=index == 0)
+        if row_format is not module.format:
+            _collect(constants, packed, loading, row_format, module.weight_shape, (first, stop))
+    if row_format is not module.format:
+        _second_pass(constants, loading, engine)
+
+
+def _collect(
+    constants: dict[str, Tensor],
+    packed: Mapping[str, Tensor],
+    loading: _Loading,
+    row_format: Format,
+    shape: Shape,
+    rows: tuple[int, int],
+) -> None:
+    """Put the tensors of some rows that only the whole weight's second pass needs into buffers for all rows."""
+    for name, (whole_shape, dtype) in row_format.packed_shapes(shape).items():
+        if name in loading.parameters:
+            continue
+        if name not in constants:
+            constants[name] = torch.zeros(whole_shape, dtype=dtype)
+        start, stop = row_entries(whole_shape[0], shape[0], *rows)
+        constants[name][start:stop] = packed[name]
+
+
+def _second_pass(constants: Mapping[str, Tensor], loading: _Loading, engine: Engine) -> None:
+    """Complete the constants with the other ranks' rows, and load the tensors that follow from all of them.
+
+    Collective. The codes' rows say whose constants count: the rank that keeps the first element of a row. Ranks whose
+    parts end within the same row have both read it.
+    """
+    codes = next(parameter for name, parameter in loading.parameters.items() if not loading.format.shared(name))
+    width = math.prod(engine.shape(codes)[1:])
+    begin, end = engine.span(codes)
+    first, stop = -(-begin // width), -(-end // width)
+    whole = {}
+    for name, tensor in constants.items():
+        bits = torch.zeros(tensor.shape, dtype=torch.int64)
+        bits[first:stop] = tensor.view(torch.int32)[first:stop]
+        summed = engine.sum_over_shards(bits.to(codes.device)).cpu()
+        whole[name] = summed.to(torch.int32).view(tensor.dtype)
+    packed = loading.format.second_pass(whole)
+    loading.take(packed, 0, loading.height, whole=True)
 
 
 def _own_elements(rows: Tensor, first: int, parameter: nn.Parameter, engine: Engine) -> tuple[Tensor, int]:
@@ -142,25 +204,25 @@ def _own_elements(rows: Tensor, first: int, parameter: nn.Parameter, engine: Eng
     return rows.reshape(-1)[start - offset : max(end, start) - offset], start
 
 
-def _row_ranges(module: FrozenLinear | FrozenEmbedding, first: int, stop: int, weights: int) -> list[tuple[int, int]]:
-    """The rows first..stop in pieces of so many weights that can stand alone; one empty piece if there are none."""
-    if not module.format.row_local or first == stop:
+def _own_rows(module: FrozenWeight, engine: Engine, weights: int) -> list[tuple[int, int]]:
+    """The rows that this rank must read of a matrix, in pieces of so many weights; one empty piece if it keeps none."""
+    first, stop = _rows_needed(module, engine)
+    if first == stop:
         return [(first, stop)]
     align = module.format.row_alignment
     step = max(1, weights // (module.weight_shape[1] * align)) * align
     return [(start, min(start + step, stop)) for start in range(first, stop, step)]
 
 
-def _rows_needed(module: FrozenLinear | FrozenEmbedding, engine: Engine) -> tuple[int, int]:
+def _rows_needed(module: FrozenWeight, engine: Engine) -> tuple[int, int]:
     """Weight rows from which all of this rank's packed entries can be computed."""
     height = module.weight_shape[0]
-    if not module.format.row_local:
-        return 0, height
     first, stop = height, 0
-    for key, parameter in module.packed().items():
-        per_entry = module.format.rows_per_entry(key)
+    for name, parameter in module.packed().items():
         begin, end = engine.rows(parameter)
-        if end > begin:
-            first, stop = min(first, begin * per_entry), max(stop, end * per_entry)
+        if module.format.shared(name) or begin >= end:
+            continue
+        entries = engine.shape(parameter)[0]
+        first, stop = min(first, begin * height // entries), max(stop, -(-end * height // entries))
     align = module.format.row_alignment
     return (first // align * align, min(height, -(-stop // align) * align)) if stop else (0, 0)

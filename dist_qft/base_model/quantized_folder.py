@@ -13,13 +13,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from pydantic import ValidationError
 from torch import Tensor
 
-from dist_qft.base_model.sources import Rows, SafetensorsSource
+from dist_qft.base_model.sources import Rows, SafetensorsSource, dequantized_rows
 from dist_qft.config.schema import QuantizationConfig
 from dist_qft.errors import CorruptFileError, UserError
-from dist_qft.quant.contract import Format
+from dist_qft.quant.contract import Format, row_entries
+from dist_qft.quant.formats import described_format
 
 QUANTIZATION_FILE = "quantization.json"
 WEIGHTS_NAME = "packed"
@@ -31,16 +31,12 @@ def is_quantized_folder(path: Path) -> bool:
 
 
 class QuantizedSource:
-    """The packed tensors of such a folder; a packed weight goes by the name `<module path>.weight`.
-
-    `formats` is what `Format.describe` says of each, by module path.
-    """
+    """The packed tensors of such a folder; a packed weight goes by the name `<module path>.weight`."""
 
     def __init__(self, folder: Path) -> None:
         self.where = str(folder)
-        manifest = _manifest(folder)
-        self._weights, self._section = manifest["weights"], manifest.get("quantization")
-        self.formats: dict[str, dict[str, Any]] = {path: entry["format"] for path, entry in self._weights.items()}
+        self._weights = _manifest(folder)["weights"]
+        self._formats = {path: _format(folder, entry["format"]) for path, entry in self._weights.items()}
         self._files = SafetensorsSource(folder)
 
     def names(self) -> set[str]:
@@ -51,32 +47,28 @@ class QuantizedSource:
         entry = self._weights.get(name.removesuffix(".weight"))
         return self._files.shape(name) if entry is None else tuple(entry["shape"])
 
-    def read(self, name: str, rows: Rows = None) -> Tensor:
-        entry = self._weights.get(name.removesuffix(".weight"))
-        if entry is not None:
-            raise UserError(f"{self.where}: '{name}' is stored as {entry['format']} and is not quantized anew")
-        return self._files.read(name, rows)
+    def kind(self, name: str) -> str | None:
+        format = self.stored_format(name)
+        return None if format is None else format.words
 
-    def holds(self, name: str, format: Format) -> bool:
-        return self.formats.get(name.removesuffix(".weight")) == format.describe()
+    def stored_format(self, name: str) -> Format | None:
+        return self._formats.get(name.removesuffix(".weight"))
 
-    def read_packed(self, name: str, format: Format, rows: Rows = None) -> dict[str, Tensor]:
+    def kept_format(self, name: str) -> Format | None:
+        return self.stored_format(name)
+
+    def read_packed(self, name: str, rows: Rows = None) -> dict[str, Tensor]:
         path = name.removesuffix(".weight")
-        shape = self.shape(name)
+        format, shape = self._formats[path], self.shape(name)
         first, stop = rows or (0, shape[0])
         packed = {}
-        for key in format.packed_shapes(shape):
-            per_entry = format.rows_per_entry(key)
-            span = None if per_entry is None else (first // per_entry, stop // per_entry)
+        for key, (tensor_shape, _) in format.packed_shapes((shape[0], shape[1])).items():
+            span = None if format.shared(key) else row_entries(tensor_shape[0], shape[0], first, stop)
             packed[key] = self._files.read(f"{path}.{key}", span)
         return packed
 
-    def section(self) -> QuantizationConfig:
-        """The config section from which the folder's formats came."""
-        try:
-            return QuantizationConfig.model_validate(self._section)
-        except ValidationError as error:
-            raise CorruptFileError(f"{self.where}/{QUANTIZATION_FILE}: not a quantization section: {error}") from error
+    def read(self, name: str, rows: Rows = None) -> Tensor:
+        return self._files.read(name, rows) if self.stored_format(name) is None else dequantized_rows(self, name, rows)
 
 
 def manifest_of(quantization: QuantizationConfig, weights: Mapping[str, tuple[Format, tuple[int, int]]]) -> dict:
@@ -89,6 +81,13 @@ def manifest_of(quantization: QuantizationConfig, weights: Mapping[str, tuple[Fo
             for path, (format, shape) in weights.items()
         },
     }
+
+
+def _format(folder: Path, description: Mapping[str, Any]) -> Format:
+    try:
+        return described_format(description)
+    except (UserError, TypeError) as error:
+        raise CorruptFileError(f"{folder / QUANTIZATION_FILE}: not a format of this version: {error}") from error
 
 
 def _manifest(folder: Path) -> dict[str, Any]:

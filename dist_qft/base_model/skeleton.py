@@ -6,7 +6,6 @@ so every family that is built of those works, and attention, norms and caches ar
 
 import copy
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import torch
 from accelerate import init_empty_weights
@@ -14,14 +13,14 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 
+from dist_qft.base_model.chosen_formats import ChosenFormats
 from dist_qft.base_model.dry_run import called_linears
 from dist_qft.base_model.family import check_logits, disable_dropout, logit_map, packed_mask
 from dist_qft.base_model.head import OutputHead
 from dist_qft.base_model.model_config import library_refusal, read_model_config
-from dist_qft.base_model.weight_files import check_stored_formats, packed_source
+from dist_qft.base_model.weight_files import quantized_source
 from dist_qft.config.schema import ModelConfig, QuantizationConfig
 from dist_qft.errors import UserError
-from dist_qft.quant.formats import Format, embedding_format, linear_format
 from dist_qft.quant.frozen import FrozenEmbedding, FrozenLinear
 from dist_qft.ranks.collectives import everywhere
 from dist_qft.sharding.engine import Units
@@ -137,30 +136,24 @@ def build_skeleton(model: ModelConfig, quantization: QuantizationConfig, dtype: 
     Raises:
         UserError: unknown model type, a decoder we cannot take apart, or a shape a format cannot hold.
     """
-    config, from_gguf = read_model_config(model)
+    config, _ = read_model_config(model)
     disable_dropout(config)
     causal = _build_on_meta(config, model, dtype)
+    formats = ChosenFormats(quantization, quantized_source(model), causal.base_model_prefix)
     with library_refusal(f"model.path: model type '{config.model_type}' cannot be taken apart"):
-        base = _take_apart(causal, config, quantization, dtype)
-    if (source := packed_source(Path(model.path))) is not None:
-        check_stored_formats(source, base.linears, base.tables())
-    if from_gguf and quantization.linear == "nf4":
-        base.notes.append("the GGUF file's 4-bit weights are dequantized and quantized again to nf4")
-    return base
+        return _take_apart(causal, config, formats, quantization.exempt, dtype)
 
 
 def _take_apart(
-    causal: PreTrainedModel, config: PretrainedConfig, quantization: QuantizationConfig, dtype: torch.dtype
+    causal: PreTrainedModel, config: PretrainedConfig, formats: ChosenFormats, exempt: list[str], dtype: torch.dtype
 ) -> BaseModel:
     decoder = causal.get_decoder()
     layers = getattr(decoder, "layers", None)
     if not isinstance(layers, nn.ModuleList) or causal.get_output_embeddings() is None:
         raise UserError(f"model.path: model type '{config.model_type}' is not a decoder with 'layers' and an LM head")
     called = called_linears(causal, decoder)
-    linear = linear_format(quantization.linear, quantization.block, quantization.double_quant)
-    table = embedding_format(quantization.embedding)
-    linears = _freeze_linears(causal, layers, linear, quantization.exempt, dtype, called)
-    embedding, head = _freeze_tables(causal, table, dtype)
+    linears = _freeze_linears(causal, layers, formats, exempt, dtype, called)
+    embedding, head = _freeze_tables(causal, formats, dtype)
     causal.requires_grad_(False)
     causal.eval()
     check_logits(causal, decoder, head, head.loss_map)
@@ -209,7 +202,7 @@ def _refuse_huge_buffers(config: PretrainedConfig) -> None:
 def _freeze_linears(
     causal: PreTrainedModel,
     layers: nn.ModuleList,
-    default: Format,
+    formats: ChosenFormats,
     exempt: list[str],
     dtype: torch.dtype,
     called: set[nn.Module] | None,
@@ -217,7 +210,6 @@ def _freeze_linears(
     """Replace the decoder layers' linears; those that the family's code never calls as layers (`called`) stay."""
     paths = {module: name for name, module in causal.named_modules()}
     prefix = paths[layers] + "."
-    dense = linear_format("dense", None, False)
     unused = set(exempt)
     frozen: dict[str, FrozenLinear] = {}
     faults = []
@@ -228,7 +220,7 @@ def _freeze_linears(
         unused -= matches
         if called is not None and module not in called:
             continue
-        chosen = dense if matches else default
+        chosen = formats.linear(path, exempt=bool(matches))
         try:
             chosen.check((module.out_features, module.in_features), path)
         except UserError as error:
@@ -248,13 +240,16 @@ def _freeze_linears(
     return frozen
 
 
-def _freeze_tables(causal: PreTrainedModel, table: Format, dtype: torch.dtype) -> tuple[FrozenEmbedding, OutputHead]:
+def _freeze_tables(
+    causal: PreTrainedModel, formats: ChosenFormats, dtype: torch.dtype
+) -> tuple[FrozenEmbedding, OutputHead]:
+    paths = {module: name for name, module in causal.named_modules()}
     source = causal.get_input_embeddings()
     scale = getattr(source, "embed_scale", None)
+    shape = (source.num_embeddings, source.embedding_dim)
     embedding = FrozenEmbedding(
-        source.num_embeddings,
-        source.embedding_dim,
-        table,
+        *shape,
+        formats.table(paths[source], shape),
         dtype=dtype,
         padding_idx=source.padding_idx,
         scale=None if scale is None else float(scale),
@@ -264,7 +259,8 @@ def _freeze_tables(causal: PreTrainedModel, table: Format, dtype: torch.dtype) -
     config = causal.config.get_text_config()
     own = None
     if not config.tie_word_embeddings:
-        own = FrozenEmbedding(lm_head.out_features, lm_head.in_features, table, dtype=dtype)
+        shape = (lm_head.out_features, lm_head.in_features)
+        own = FrozenEmbedding(*shape, formats.table(paths[lm_head], shape), dtype=dtype)
     if lm_head.bias is not None:
         raise UserError(f"model type '{config.model_type}': an LM head with a bias is not supported")
     # The causal LM applies its own scale and cap when generating; the loss, computed inside the head, must too.

@@ -7,6 +7,7 @@ of the Hugging Face model where a source translates them (GGUF); `model_tensors`
 import json
 import math
 from collections.abc import Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from io import FileIO
 from pathlib import Path
@@ -59,19 +60,50 @@ class TensorSource(Protocol):
         """Shape of one tensor, without reading it."""
 
     def is_float(self, name: str) -> bool:
-        """Whether the tensor holds floats, or weights in a format that stands for floats."""
+        """True if the tensor holds floats, or weights in a format that stands for floats."""
 
-    def read(self, name: str, rows: Rows = None) -> Tensor:
-        """Rows of one tensor as floats, in the file's own float type; to be read, not written to nor kept.
+    def kind(self, name: str) -> str | None:
+        """The way in which the file quantizes the tensor, in words for messages; None if it holds floats."""
 
-        Raises UserError for a tensor that must not be quantized once more than it is (`holds` says in which format).
+    def stored_format(self, name: str) -> Format | None:
+        """The format in which `read_packed` gives the tensor, code for code; None if the file has no such codes."""
+
+    def kept_format(self, name: str) -> Format | None:
+        """The format that `quantization: auto` holds the tensor in: the stored one, or one that loses little by it.
+
+        None for floats, and for what is to be quantized as floats are.
         """
 
-    def holds(self, name: str, format: Format) -> bool:
-        """Whether the file has the tensor in this very format, to be had by `read_packed`, or it must be quantized."""
+    def read_packed(self, name: str, rows: Rows = None) -> dict[str, Tensor]:
+        """The packed tensors of some rows (multiples of the stored format's `row_alignment`), shared tensors whole."""
 
-    def read_packed(self, name: str, format: Format, rows: Rows = None) -> dict[str, Tensor]:
-        """The packed tensors of some rows (multiples of the format's `row_alignment`; all if not `row_local`)."""
+    def read(self, name: str, rows: Rows = None) -> Tensor:
+        """Rows of one tensor as floats, dequantized if need be; to be read, not written to nor kept."""
+
+
+def matching_name(name: str, prefix: str, stored: AbstractSet[str]) -> str | None:
+    """The stored name of a model's tensor, or None.
+
+    Some published checkpoints were saved from the bare decoder, without the causal LM's `prefix`.
+    """
+    choices = (name, name.removeprefix(f"{prefix}."), f"{prefix}.{name}")
+    return next((choice for choice in choices if choice in stored), None)
+
+
+def dequantized_rows(source: TensorSource, name: str, rows: Rows) -> Tensor:
+    """Any rows, as float32, of a tensor that `source` holds packed."""
+    format = source.stored_format(name)
+    if format is None:
+        raise ValueError(f"'{name}' is not packed")
+    height, width = source.shape(name)
+    start, stop = rows or (0, height)
+    if format.row_format is not None:
+        packed = format.row_part(source.read_packed(name), (height, width), start, stop)
+        return format.row_format.dequantize(packed, (stop - start, width), torch.float32)
+    align = format.row_alignment
+    first, last = start // align * align, min(height, -(-stop // align) * align)
+    packed = source.read_packed(name, (first, last))
+    return format.dequantize(packed, (last - first, width), torch.float32)[start - first : stop - first]
 
 
 @dataclass(frozen=True)
@@ -119,10 +151,16 @@ class SafetensorsSource:
             raise UserError(f"{entry.path}: tensor '{name}' is stored as {entry.dtype}, which cannot be read")
         return _read(entry, (*box, *((0, size) for size in entry.shape[len(box) :])))
 
-    def holds(self, name: str, format: Format) -> bool:
-        return False
+    def kind(self, name: str) -> str | None:
+        return None
 
-    def read_packed(self, name: str, format: Format, rows: Rows = None) -> dict[str, Tensor]:
+    def stored_format(self, name: str) -> Format | None:
+        return None
+
+    def kept_format(self, name: str) -> Format | None:
+        return None
+
+    def read_packed(self, name: str, rows: Rows = None) -> dict[str, Tensor]:
         raise NotImplementedError("a plain folder holds nothing packed")
 
 

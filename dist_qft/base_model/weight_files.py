@@ -1,9 +1,9 @@
-"""What lies at `model.path`: which source reads it, and in which formats it holds its weights already."""
+"""The door to what lies at `model.path`: it finds the source that reads it."""
 
-import json
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+from transformers import PretrainedConfig
 
 from dist_qft.base_model.bitsandbytes_folder import BitsAndBytesSource, is_bitsandbytes_folder
 from dist_qft.base_model.gguf_file import GgufSource
@@ -11,7 +11,6 @@ from dist_qft.base_model.quantized_folder import QuantizedSource, is_quantized_f
 from dist_qft.base_model.sources import SafetensorsSource, TensorSource
 from dist_qft.config.schema import ModelConfig, QuantizationConfig
 from dist_qft.errors import UserError
-from dist_qft.quant.frozen import FrozenWeight
 
 
 def open_source(model: ModelConfig) -> TensorSource:
@@ -41,54 +40,23 @@ def _downloaded(model: ModelConfig) -> Path:
         raise UserError(f"model.path: cannot fetch '{model.path}' from the Hub: {error}") from error
 
 
-def check_stored_formats(
-    source: TensorSource, linears: Mapping[str, FrozenWeight], tables: Mapping[str, FrozenWeight]
-) -> None:
-    """Refuse to hold a quantized folder's weights in other formats than they have: it would quantize them twice."""
-    if not isinstance(source, QuantizedSource | BitsAndBytesSource):
-        return
-    weights, free = {**linears, **tables}, set()
-    if isinstance(source, BitsAndBytesSource):  # it leaves the tables as floats, for us to hold as the config says
-        weights, free = dict(linears), {"embedding"}
-        if packed := [path for path in tables if path in source.formats]:
-            raise UserError(
-                f"model.path: '{source.where}' holds {packed[0]} as nf4; embedding and LM head must be floats"
-            )
-    for path, weight in weights.items():
-        wanted, found = weight.format.describe(), source.formats.get(path, {"name": "dense"})
-        if wanted != found:
-            section = source.section()
-            keys = {"linear": section.linear} | section.model_dump(exclude_defaults=True, exclude=free)
-            raise UserError(
-                f"quantization: {path} would be {_words(wanted)}, but '{source.where}' holds it as {_words(found)}; "
-                f"set the section to {json.dumps(keys)}"
-            )
+def quantized_source(model: ModelConfig) -> TensorSource | None:
+    """The weights of `model.path` if its files may hold some of them quantized, else None.
 
-
-def stored_quantization(path: Path) -> QuantizationConfig:
-    """The formats in which a model's files hold it, so that loading changes no weight.
-
-    `path` is a folder that we or bitsandbytes quantized, a GGUF file (Q4_1 and Q8_0 stay packed, all else is dense), or
-    a Hugging Face folder.
+    Of a Hub id, those are fetched whose config.json says so.
     """
-    if path.suffix == ".gguf":
-        return _gguf_section(GgufSource(path))
-    source = packed_source(path)
-    return QuantizationConfig(linear="dense", embedding="dense") if source is None else source.section()
+    path = Path(model.path)
+    quantized = path.suffix == ".gguf" or is_quantized_folder(path) or _quantization_config(model) is not None
+    return open_source(model) if quantized else None
 
 
-def _gguf_section(source: GgufSource) -> QuantizationConfig:
-    tables = [name for name in source.names() if name.endswith(("embed_tokens.weight", "lm_head.weight"))]
-    embedding = "q8_0" if all(source.kind(name) == "Q8_0" for name in tables) else "dense"
-    linears = {n for n in source.names() if n.endswith("_proj.weight")}
-    exempt = sorted(name.removesuffix(".weight") for name in linears if source.kind(name) != "Q4_1")
-    if len(exempt) == len(linears):
-        return QuantizationConfig(linear="dense", embedding=embedding)
-    return QuantizationConfig(linear="affine4", block=[1, 32], embedding=embedding, exempt=exempt)
+def _quantization_config(model: ModelConfig) -> dict[str, Any] | None:
+    """What the model's config.json says of quantized weights; None if nothing."""
+    tree, _ = PretrainedConfig.get_config_dict(model.path, revision=model.revision)
+    found = tree.get("quantization_config")
+    return found if isinstance(found, dict) else None
 
 
-def _words(format: Mapping[str, Any]) -> str:
-    parts = (
-        key.replace("_", " ") if value is True else str(value) for key, value in format.items() if value is not False
-    )
-    return " ".join(parts)
+def stored_quantization() -> QuantizationConfig:
+    """The config section with which loading changes no weight of any model's files."""
+    return QuantizationConfig(linear="stored", embedding="stored")

@@ -1,4 +1,4 @@
-"""Rules between settings that need no model: what contradicts, what would be ignored, what will not merge.
+"""Rules between settings that need no model: contradicting settings, ignored settings, impossible merges.
 
 Types and ranges of single settings are in `schema`; what depends on layer sizes is in `methods.schedule` and
 `quant.formats`. A fault stops the run, a warning is shown in the plan and in the log.
@@ -7,13 +7,17 @@ Types and ranges of single settings are in `schema`; what depends on layer sizes
 from collections.abc import Iterator
 
 from dist_qft.config.deepspeed_file import zero_file_faults
-from dist_qft.config.factors import effective, method_defaults
+from dist_qft.config.factors import EXACT_METHODS, method_defaults
 from dist_qft.config.faults import Fault, value_fault
 from dist_qft.config.schema import MethodConfig, QuantizationConfig, RunConfig, ScheduleRule, Section, ShardingConfig
 from dist_qft.divisors import divisors, either, nearest_multiples
 from dist_qft.errors import UserError
 
-_BLOCK_FORM = {"nf4": (1, "one length such as [64]"), "affine4": (2, "[b_out, b_in] such as [1, 32]")}
+_BLOCK_FORM = {
+    "auto": (1, "one length such as [64]"),
+    "nf4": (1, "one length such as [64]"),
+    "affine4": (2, "[b_out, b_in] such as [1, 32]"),
+}
 _FACTORS = ("balance", "pool", "repeat")
 _SIDE_SETTINGS = ("reduction", "downsample", "downsample_rank", "compat", "init", "cache")
 _ENGINE_SETTINGS = {
@@ -41,9 +45,9 @@ def cross_field_faults(config: RunConfig) -> list[Fault]:
 
 
 def config_warnings(config: RunConfig) -> list[str]:
-    """What is allowed but probably not meant: settings without effect, and adapters that cannot merge exactly."""
+    """Settings that are allowed but have no effect."""
     train, sharding = config.train, config.sharding
-    warnings = list(_merge_warnings(config))
+    warnings = []
     if train.max_steps is not None and _changed(train, "num_train_epochs"):
         warnings.append("train.num_train_epochs: no effect, train.max_steps is set")
     if train.warmup_steps is not None and _changed(train, "warmup_ratio"):
@@ -92,11 +96,17 @@ def _quantization_faults(quantization: QuantizationConfig) -> Iterator[Fault]:
         if not length:
             yield value_fault(("quantization", "block"), f"{linear} has no blocks; remove it or choose nf4 or affine4")
         elif len(block) != length:
-            yield value_fault(("quantization", "block"), f"got {block}, {linear} needs {form}")
-    if quantization.double_quant and linear != "nf4":
+            yield value_fault(("quantization", "block"), f"got {block}, {_linear_words(linear)} needs {form}")
+    if quantization.constants is not None and linear != "affine4":
+        yield value_fault(("quantization", "constants"), f"{linear} has no such choice; only affine4 does")
+    if quantization.double_quant and linear not in ("auto", "nf4"):
         yield value_fault(("quantization", "double_quant"), f"{linear} has no absmax to quantize; only nf4 does")
     if quantization.exempt and linear == "dense":
         yield value_fault(("quantization", "exempt"), "all linear layers are dense already; remove it")
+
+
+def _linear_words(linear: str) -> str:
+    return "nf4" if linear == "auto" else linear
 
 
 def _side_faults(config: RunConfig) -> Iterator[Fault]:
@@ -135,9 +145,9 @@ def _merge_aware_faults(config: RunConfig) -> Iterator[Fault]:
     method, linear = config.method, config.quantization.linear
     if not method.merge_aware or method.name == "qst":
         return
-    if method.name not in ("qalora", "qahira"):
+    if method.name not in EXACT_METHODS:
         yield value_fault(("method", "merge_aware"), f"{method.name} does not merge exactly; qalora and qahira do")
-    elif linear != "affine4":
+    elif linear not in ("affine4", "auto", "stored"):
         yield value_fault(("method", "merge_aware"), f"{linear} has no zeros to take dW; affine4 has")
     if method.dropout:
         yield value_fault(("method", "dropout"), f"got {method.dropout}, merge_aware has no place for it; use 0")
@@ -243,34 +253,3 @@ def _merge_faults(config: RunConfig) -> Iterator[Fault]:
                 yield value_fault(("merge", key), "no effect without merge.at_end; set that or remove this")
     elif merge.at_end != "dense" and _changed(merge, "dtype"):
         yield value_fault(("merge", "dtype"), f"no effect with merge.at_end {merge.at_end}; only dense has it")
-
-
-def _merge_warnings(config: RunConfig) -> Iterator[str]:
-    """Adapters made for an exact merge whose base or tiles do not allow it."""
-    method, quantization = config.method, config.quantization
-    if method.name not in ("qalora", "qahira"):
-        return
-    if quantization.linear != "affine4":
-        yield (
-            f"method.name: {method.name} cannot be merged exactly into {quantization.linear}, which has no zeros to "
-            "take dW; quantization.linear affine4 can"
-        )
-        return
-    from dist_qft.quant.formats import linear_format  # imports torch, which reading a config must not
-
-    block_out, block_in = linear_format("affine4", quantization.block, False).block
-    settings = {"method": method} | {
-        f"method.schedule.{index}": method.model_copy(
-            update={factor: getattr(rule, factor) for factor in _FACTORS if getattr(rule, factor) is not None}
-        )
-        for index, rule in enumerate(method.schedule)
-        if rule.pool is not None or rule.repeat is not None
-    }
-    for key, effective_method in settings.items():
-        pool, repeat, _ = effective(effective_method)
-        for factor, value, size in (("repeat", repeat, block_out), ("pool", pool, block_in)):
-            if value % size:
-                yield (
-                    f"{key}.{factor}: {value} is not a multiple of {size}, blocks of [{block_out}, {block_in}] cross "
-                    f"tiles and the merge is not exact; nearest: {either(nearest_multiples(value, size))}"
-                )

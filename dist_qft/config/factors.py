@@ -12,6 +12,8 @@ FACTORS: dict[MethodName, dict[str, tuple[int, tuple[str, ...]]]] = {
     "qahira": {"pool": (4, ("in_features",)), "repeat": (8, ("out_features",))},
 }
 
+# Methods whose tiles are meant to be the base's blocks, so that a merge folds them exactly.
+EXACT_METHODS = ("qalora", "qahira")
 KNOBS = ("rank", "alpha", "balance", "pool", "repeat")
 
 

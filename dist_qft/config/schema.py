@@ -7,7 +7,7 @@ holds is what the run uses. Names follow Hugging Face's where they have one.
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 Positive = Annotated[int, Field(gt=0)]
 NonNegative = Annotated[int, Field(ge=0)]
@@ -19,7 +19,7 @@ Reduction = Annotated[int, Field(ge=2)]
 MethodName = Literal["qlora", "qbara", "qalora", "qahira", "qst"]
 MergeTarget = Literal["gguf", "quantized", "dense", "peft"]
 Downsample = Literal["adapter", "lora", "linear", "maxpool", "avgpool"]
-LinearFormat = Literal["nf4", "affine4", "dense"]
+LinearFormat = Literal["auto", "stored", "nf4", "affine4", "dense"]
 
 
 class Section(BaseModel):
@@ -35,13 +35,31 @@ class ModelConfig(Section):
 
 
 class QuantizationConfig(Section):
-    linear: LinearFormat = Field("nf4", description="format of the decoder's linear layers")
+    """The base's formats. `quantization: auto` in a file stands for the defaults."""
+
+    linear: LinearFormat = Field(
+        "auto",
+        description="format of the decoder's linear layers; auto: as the files hold them if they are quantized, "
+        "else nf4; stored: as the files hold them",
+    )
     block: Annotated[list[Positive], Field(min_length=1, max_length=2)] | None = Field(
         None, description="weights sharing constants: [64] for nf4, [b_out, b_in] for affine4 (default [1, 32])"
     )
+    constants: Literal["float16", "float32"] | None = Field(
+        None, description="affine4 only: dtype of the blocks' scales and zeros (default float16)"
+    )
     double_quant: bool = Field(False, description="nf4 only: quantize the block constants to 8 bits as QLoRA does")
-    embedding: Literal["q8_0", "dense"] = Field("q8_0", description="format of embedding and LM head")
+    embedding: Literal["auto", "stored", "q8_0", "dense"] = Field(
+        "auto",
+        description="format of embedding and LM head; auto: as the files hold them if they are quantized, else q8_0; "
+        "stored: as the files hold them",
+    )
     exempt: list[str] = Field([], description="linear layers kept dense: last name or full path")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_word(cls, value: object) -> object:
+        return {} if value == "auto" else value
 
 
 class ScheduleRule(Section):

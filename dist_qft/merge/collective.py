@@ -19,7 +19,7 @@ from dist_qft.merge.live_model import LiveModel
 from dist_qft.merge.merged_weight import require_range
 from dist_qft.merge.recipe import Recipe
 from dist_qft.merge.target import OpenResult, Writer
-from dist_qft.methods.adapters.exact_fold import folded, folding_tensor
+from dist_qft.methods.adapters.exact_fold import folded
 from dist_qft.ranks.collectives import everywhere, maximum
 from dist_qft.ranks.preemption import StopSignal
 from dist_qft.sharding.host_memory import return_freed_memory
@@ -42,17 +42,16 @@ def fold_base(live: LiveModel, recipe: Recipe, device: torch.device) -> Differen
     with failing_together(recipe.request.path, device):
         for path, adapter in live.adapters.by_path.items():
             layer = live.base.linears[path]
-            place = folding_tensor(layer.format) if recipe.folds(path) else None
-            if place is None:
+            zeros = layer.format.fold_target if recipe.folds(path) else None
+            if zeros is None:
                 continue
-            name, block = place
-            parameter = getattr(layer, name)
+            parameter = getattr(layer, zeros.tensor)
             part = live.engine.local(parameter).view(-1)
             if part.numel() == 0:
                 continue
             first, _ = live.engine.span(parameter)
             width = live.engine.shape(parameter)[1]
-            written, exact = folded(part, first, width, block, adapter)
+            written, exact = folded(part, first, width, zeros.block, adapter)
             require_range(written, exact, path)
             difference.add_fold(part, written, exact)
             part.copy_(written)

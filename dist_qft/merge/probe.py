@@ -138,6 +138,9 @@ class WrittenFormat(Format):
     def rows_per_entry(self, tensor_name: str) -> int | None:
         return self._stored.rows_per_entry(tensor_name)
 
+    def shared(self, tensor_name: str) -> bool:
+        return self._stored.shared(tensor_name)
+
     def quantize(self, weight: Tensor, where: str = "weight") -> dict[str, Tensor]:
         raise NotImplementedError("a written weight is only read")
 

@@ -86,9 +86,9 @@ def quantized_recipe(
         return Recipe(request, "exact", tiles, {}, config.quantization)
     quantization = config.quantization
     if quantization.linear != request.requantize:  # otherwise the same blocks as the base
-        changes = {"linear": request.requantize, "block": None, "double_quant": False}
+        changes = {"linear": request.requantize, "block": None, "double_quant": False, "constants": None}
         quantization = quantization.model_copy(update=changes)
-    new = linear_format(quantization.linear, quantization.block, quantization.double_quant)
+    new = linear_format(quantization.linear, quantization.block, quantization.double_quant, quantization.constants)
     formats = {}
     for path, layer in base.linears.items():
         if layer.format.name != "dense" and (layer.format != new or path in tiles):

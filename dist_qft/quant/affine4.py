@@ -1,8 +1,11 @@
-"""`affine4`: w = scale * q + zero, with 4-bit q and float16 constants per 2-D block.
+"""`affine4`: w = scale * q + zero, with 4-bit q and float16 or float32 constants per 2-D block.
 
 The zero is in weight units and real-valued, so a change of the weight that is constant on each block folds into it
 exactly (QA-LoRA, arXiv 2309.14717; QA-HiRA, arXiv 2407.17029). Block [1, 32] is bit for bit GGUF's Q4_1. This file
 does no merging.
+
+Integer formats of other programs are affine4 too: scale * (q - z) has zero = -scale * z. For z = 8 (symmetric int4)
+that is a power of two times the scale and exact in float16; for any other z it takes up to 15 bits, and float32.
 """
 
 from collections.abc import Mapping
@@ -15,43 +18,54 @@ from torch import Tensor
 from dist_qft.divisors import either, nearest_divisors
 from dist_qft.errors import UserError
 from dist_qft.quant.contract import (
+    CONSTANTS,
     BlockFormat,
+    FoldTarget,
+    Format,
     PackedShapes,
     Shape,
     float16_constants,
     inverse_scale,
 )
+from dist_qft.quant.nibbles import group_width, pack_nibbles, unpack_into
 
 GGUF_BLOCK = 32
 _GGUF_BLOCK_BYTES = 2 + 2 + GGUF_BLOCK // 2  # scale, zero, codes
-_LOW_NIBBLES = 0x0F0F0F0F0F0F0F0F
+_LARGEST_CODE = 15
+# A float32 scale keeps 20 bits of its 24: with a 4-bit code the product is then exact, whether or not a compiler fuses
+# it with the sum, so CPU and GPU give the same bits.
+_SCALE_MASK = -(1 << 4)
 
 
 @dataclass(frozen=True)
 class Affine4(BlockFormat):
     """Min-max quantization in blocks of b_out outputs by b_in inputs, with the arithmetic of GGUF's Q4_1.
 
-    `codes` uint8 (out, in / 2); `scale` and `zero` float16 (out / b_out, in / b_in). Codes are packed in groups of g
-    consecutive inputs, g the largest power of two up to 32 that divides in_features: the low nibbles hold the first
-    g / 2 of a group, the high nibbles the rest. The packing does not depend on the block.
+    `codes` uint8 (out, in / 2); `scale` and `zero` (out / b_out, in / b_in) in the dtype `constants`. Codes are packed
+    in groups of consecutive inputs as `nibbles` says; the packing does not depend on the block.
 
     One bit pattern differs from GGUF's: a minimum of -0.0 is stored as +0.0, since the order in which a reduction meets
     zeros of both signs is not defined.
     """
 
     block: tuple[int, int] = (1, GGUF_BLOCK)
+    constants: str = "float16"
     name: ClassVar[str] = "affine4"
 
     def __post_init__(self) -> None:
         if min(self.block) < 1:
             raise UserError(f"quantization.block: got {list(self.block)}, affine4 needs two sizes of at least 1")
+        if self.constants not in CONSTANTS:
+            raise UserError(f"quantization.constants: got '{self.constants}', must be one of {', '.join(CONSTANTS)}")
 
     @property
     def row_alignment(self) -> int:
         return self.block[0]
 
     def describe(self) -> dict[str, Any]:
-        return {"name": self.name, "block": list(self.block)}
+        settings = {"name": self.name, "block": list(self.block)}
+        # Unsaid for float16, so that fingerprints from before there was a choice still hold.
+        return settings if self.constants == "float16" else settings | {"constants": self.constants}
 
     def check(self, shape: Shape, where: str) -> None:
         faults = []
@@ -71,40 +85,50 @@ class Affine4(BlockFormat):
         constants = (out_features // self.block[0], in_features // self.block[1])
         return {
             "codes": ((out_features, in_features // 2), torch.uint8),
-            "scale": (constants, torch.float16),
-            "zero": (constants, torch.float16),
+            "scale": (constants, CONSTANTS[self.constants]),
+            "zero": (constants, CONSTANTS[self.constants]),
         }
 
     def rows_per_entry(self, tensor_name: str) -> int:
         return 1 if tensor_name == "codes" else self.block[0]
 
+    def blocks(self, shape: Shape) -> int:
+        return shape[0] // self.block[0] * (shape[1] // self.block[1])
+
+    @property
+    def fold_target(self) -> FoldTarget:
+        return FoldTarget("zero", self.block)
+
+    def keeps_codes_of(self, stored: Format) -> bool:
+        return isinstance(stored, Affine4) and stored.block == self.block
+
+    def from_stored(self, packed: Mapping[str, Tensor], stored: Format, where: str) -> dict[str, Tensor]:
+        constants = {name: self._constants(packed[name].float(), where) for name in ("scale", "zero")}
+        return {"codes": packed["codes"], **constants}
+
+    def rounding_in_steps(self, before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> float:
+        scale = before["scale"].double()
+        moved = [(after[name].double() - before[name].double()).abs() for name in ("scale", "zero")]
+        return float(((_LARGEST_CODE * moved[0] + moved[1]) / scale.abs()).nan_to_num(0.0).max())
+
     def _quantize_rows(self, weight: Tensor, where: str) -> dict[str, Tensor]:
         b_out, b_in = self.block
         blocks = weight.unflatten(1, (-1, b_in)).unflatten(0, (-1, b_out))
         low = blocks.amin((1, 3), keepdim=True) + 0.0
-        scale = (blocks.amax((1, 3), keepdim=True) - low) / 15
-        codes = ((blocks - low) * inverse_scale(scale) + 0.5).clamp_(0, 15).to(torch.uint8)
-        halves = codes.view(weight.shape).unflatten(1, (-1, 2, _group(weight.shape[1]) // 2))
+        scale = (blocks.amax((1, 3), keepdim=True) - low) / _LARGEST_CODE
+        if self.constants == "float32":
+            scale = rounded_scale(scale)
+        codes = ((blocks - low) * inverse_scale(scale) + 0.5).clamp_(0, _LARGEST_CODE).to(torch.uint8)
         return {
-            "codes": (halves[:, :, 0] | (halves[:, :, 1] << 4)).flatten(1),
-            "scale": float16_constants(scale, where).squeeze((1, 3)),
-            "zero": float16_constants(low, where).squeeze((1, 3)),
+            "codes": pack_nibbles(codes.view(weight.shape)),
+            "scale": self._constants(scale, where).squeeze((1, 3)),
+            "zero": self._constants(low, where).squeeze((1, 3)),
         }
 
     def _dequantize_rows(self, packed: Mapping[str, Tensor], out: Tensor) -> None:
         in_features = out.shape[1]
         b_out, b_in = self.block
-        half = _group(in_features) // 2
-        codes = packed["codes"].unflatten(1, (-1, half))
-        halves = out.unflatten(1, (-1, 2, half))
-        if half % 8 == 0 and packed["codes"].storage_offset() % 8 == 0 and packed["codes"].is_contiguous():
-            # Eight bytes at a time: the same codes in less time than byte by byte into two strided halves.
-            words = codes.view(torch.int64)
-            nibbles = torch.stack([words & _LOW_NIBBLES, (words >> 4) & _LOW_NIBBLES], dim=2)
-            halves.copy_(nibbles.view(torch.uint8))
-        else:
-            halves[:, :, 0].copy_(codes & 0x0F)
-            halves[:, :, 1].copy_(codes >> 4)
+        unpack_into(packed["codes"], out)
         scale = packed["scale"].float().unsqueeze(-1)
         zero = packed["zero"].float().unsqueeze(-1)
         if b_out == 1:
@@ -120,7 +144,15 @@ class Affine4(BlockFormat):
     def _dequantize_on_cuda(self, packed: Mapping[str, Tensor], out: Tensor) -> None:
         from dist_qft.quant.triton_kernels import dequantize_affine4
 
-        dequantize_affine4(packed, self.block, _group(out.shape[1]), out)
+        dequantize_affine4(packed, self.block, group_width(out.shape[1]), out)
+
+    def _constants(self, constants: Tensor, where: str) -> Tensor:
+        return float16_constants(constants, where) if self.constants == "float16" else constants
+
+
+def rounded_scale(scale: Tensor) -> Tensor:
+    """float32 scales cut to 20 significant bits; see `_SCALE_MASK`."""
+    return (scale.contiguous().view(torch.int32) & _SCALE_MASK).view(torch.float32)
 
 
 def affine4_from_q4_1(raw: Tensor) -> dict[str, Tensor]:
@@ -145,8 +177,3 @@ def q4_1_from_affine4(packed: Mapping[str, Tensor], shape: Shape) -> Tensor:
     constants = torch.stack([packed["scale"], packed["zero"]], dim=-1).view(torch.uint8)
     codes = packed["codes"].unflatten(1, (-1, GGUF_BLOCK // 2))
     return torch.cat([constants, codes], dim=-1).flatten(1)
-
-
-def _group(in_features: int) -> int:
-    """Inputs packed together: the largest power of two up to 32 that divides in_features."""
-    return min(GGUF_BLOCK, in_features & -in_features)

@@ -1,12 +1,14 @@
-"""What a frozen format is: the contract that every format keeps, and the arithmetic that they share.
+"""The contract that every frozen format keeps, and the arithmetic that the formats share.
 
 A format describes and converts one 2-D weight (out_features, in_features). Its packed tensors are ordinary, separately
 named tensors whose dim 0 runs over output rows (or row blocks), so an engine shards each of them on dim 0 without
-knowing what it holds. Formats are immutable and hold no tensors: the modules in `frozen.py` do.
+knowing its meaning. A few formats also have small tensors that all rows share. Formats are immutable and hold no
+tensors: the modules in `frozen.py` do.
 """
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from functools import cache
 from importlib.util import find_spec
 from math import prod
@@ -18,12 +20,24 @@ from torch import Tensor
 from dist_qft.errors import UserError
 
 Shape = tuple[int, int]
+CONSTANTS = {"float16": torch.float16, "float32": torch.float32}  # dtypes of block constants by name
 PackedShapes = dict[str, tuple[tuple[int, ...], torch.dtype | None]]
 
 # Weights converted at a time. It bounds the float32 temporaries to a few MiB on a CPU, where a chunk also stays in
 # cache; a GPU wants fewer, larger kernels.
 CPU_CHUNK = 1 << 20
 _ACCELERATOR_CHUNK = 1 << 24
+
+
+@dataclass(frozen=True)
+class FoldTarget:
+    """The packed tensor into which a change of the weight folds exactly.
+
+    One element of `tensor` is added to each weight of a block of `block` (outputs, inputs).
+    """
+
+    tensor: str
+    block: tuple[int, int]
 
 
 class Format(ABC):
@@ -33,7 +47,7 @@ class Format(ABC):
 
     @property
     def row_local(self) -> bool:
-        """Whether rows (aligned to `row_alignment`) quantized alone get the same bits as within the whole weight."""
+        """True if rows (aligned to `row_alignment`) quantized alone get the same bits as within the whole weight."""
         return True
 
     @property
@@ -55,7 +69,56 @@ class Format(ABC):
 
     @abstractmethod
     def rows_per_entry(self, tensor_name: str) -> int | None:
-        """Rows of the weight that one dim-0 entry of a packed tensor covers; None if no slice of rows determines it."""
+        """Rows of the weight that one dim-0 entry of a packed tensor covers; None if that is not a whole number."""
+
+    def shared(self, tensor_name: str) -> bool:
+        """True for a packed tensor that belongs to all rows alike; all others run over the rows along dim 0."""
+        return False
+
+    @property
+    def row_format(self) -> "Format | None":
+        """For a format that is not `row_local`: the row-local one from whose tensors of all rows its own follow."""
+        return None
+
+    def second_pass(self, packed: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """From the whole constants of `row_format`, the tensors that this format has in their place."""
+        raise NotImplementedError(f"{self.name} is quantized by rows")
+
+    @property
+    def fold_target(self) -> FoldTarget | None:
+        """Where a change of the weight that is constant on each block goes exactly; None if there is no such place."""
+        return None
+
+    @property
+    def fold_obstacle(self) -> str:
+        """The reason why `fold_target` is None, to follow "<layer> is <format name>, "."""
+        return "which has no zeros to take dW"
+
+    def rounding_in_steps(self, before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> float | None:
+        """Largest change of a weight, in steps of its codes, from rounding constants; None if codes have no steps."""
+        return None
+
+    def blocks(self, shape: Shape) -> int:
+        """Number of blocks of weights that share constants; 0 for a format without constants."""
+        return 0
+
+    def row_part(self, packed: Mapping[str, Tensor], shape: Shape, start: int, stop: int) -> dict[str, Tensor]:
+        """The rows start..stop of whole packed tensors, in `row_format`."""
+        raise NotImplementedError(f"{self.name} is sliced by slice_rows")
+
+    @property
+    def words(self) -> str:
+        """Name and settings in words, for messages."""
+        settings = ((key, value) for key, value in self.describe().items() if value is not False)
+        return " ".join(key.replace("_", " ") if value is True else f"{value}" for key, value in settings)
+
+    def keeps_codes_of(self, stored: "Format") -> bool:
+        """True if `from_stored` can take weights in the format `stored` without finding new codes for them."""
+        return self == stored
+
+    def from_stored(self, packed: Mapping[str, Tensor], stored: "Format", where: str) -> dict[str, Tensor]:
+        """The same codes in this format; constants may be rounded. Only if `keeps_codes_of(stored)`."""
+        return dict(packed)
 
     @abstractmethod
     def quantize(self, weight: Tensor, where: str = "weight") -> dict[str, Tensor]:
@@ -83,12 +146,12 @@ class Format(ABC):
     def slice_rows(self, packed: Mapping[str, Tensor], start: int, stop: int) -> dict[str, Tensor]:
         """Views of the packed tensors that hold the rows start..stop, both multiples of `row_alignment`.
 
-        Only for a `row_local` format.
+        Tensors that all rows share are passed on whole. Only for a `row_local` format.
         """
         views = {}
         for name, tensor in packed.items():
             rows = self.rows_per_entry(name)
-            views[name] = tensor[start // rows : stop // rows]
+            views[name] = tensor if rows is None else tensor[start // rows : stop // rows]
         return views
 
     def row_pieces(
@@ -149,6 +212,11 @@ class BlockFormat(Format):
                 self._dequantize_rows(part, exact)
                 target.copy_(exact)
         return out
+
+
+def row_entries(entries: int, height: int, first: int, stop: int) -> tuple[int, int]:
+    """The dim-0 entries that hold the rows first..stop of `height` rows, in a tensor that runs over them evenly."""
+    return first * entries // height, stop * entries // height
 
 
 @cache

@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from dist_qft.quant.contract import Format, PackedShapes, Shape, finite_rows, row_chunks
+from dist_qft.quant.contract import FoldTarget, Format, PackedShapes, Shape, finite_rows, row_chunks
 
 
 @dataclass(frozen=True)
@@ -27,6 +27,10 @@ class Dense(Format):
 
     def rows_per_entry(self, tensor_name: str) -> int:
         return 1
+
+    @property
+    def fold_target(self) -> FoldTarget:
+        return FoldTarget("weight", (1, 1))
 
     def quantize(self, weight: Tensor, where: str = "weight") -> dict[str, Tensor]:
         """The weight itself, uncopied and in its own dtype, once its values are known to be finite."""

@@ -6,7 +6,8 @@ the codes are.
 """
 
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from types import ModuleType
@@ -74,6 +75,25 @@ class NF4(Format):
     def rows_per_entry(self, tensor_name: str) -> int | None:
         return None if tensor_name.startswith("absmax_") else 1
 
+    def shared(self, tensor_name: str) -> bool:
+        return tensor_name in ("absmax_absmax", "absmax_offset")
+
+    @property
+    def row_format(self) -> "NF4 | None":
+        return NF4(self.block) if self.double_quant else None
+
+    def second_pass(self, packed: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        absmax = packed["absmax"].flatten()
+        with _one_thread():
+            offset = absmax.mean()
+        codes, state = _bitsandbytes().quantize_blockwise(
+            absmax - offset, code=dynamic_map(absmax.device), blocksize=CONSTANT_BLOCK
+        )
+        return {"absmax_codes": codes, "absmax_absmax": state.absmax, "absmax_offset": offset.view(1)}
+
+    def blocks(self, shape: Shape) -> int:
+        return shape[0] * shape[1] // self.block
+
     def quantize(self, weight: Tensor, where: str = "weight") -> dict[str, Tensor]:
         bnb = _bitsandbytes()
         out_features, in_features = weight.shape
@@ -90,17 +110,19 @@ class NF4(Format):
             absmax[rows] = state.absmax.view(-1, in_features // self.block)
         if not self.double_quant:
             return {"codes": codes, "absmax": absmax}
-        absmax = absmax.flatten()
-        offset = absmax.mean()
-        absmax_codes, state = bnb.quantize_blockwise(
-            absmax - offset, code=dynamic_map(weight.device), blocksize=CONSTANT_BLOCK
-        )
-        return {
-            "codes": codes,
-            "absmax_codes": absmax_codes,
-            "absmax_absmax": state.absmax,
-            "absmax_offset": offset.view(1),
+        return {"codes": codes, **self.second_pass({"absmax": absmax})}
+
+    def row_part(self, packed: Mapping[str, Tensor], shape: Shape, start: int, stop: int) -> dict[str, Tensor]:
+        per_row = shape[1] // self.block
+        first, last = start * per_row, stop * per_row
+        begin, end = first // CONSTANT_BLOCK, -(-last // CONSTANT_BLOCK)  # blocks of constants around those of the rows
+        around = {
+            "absmax_codes": packed["absmax_codes"][begin * CONSTANT_BLOCK : end * CONSTANT_BLOCK],
+            "absmax_absmax": packed["absmax_absmax"][begin:end],
+            "absmax_offset": packed["absmax_offset"],
         }
+        absmax = self._absmax(around)[first - begin * CONSTANT_BLOCK :][: last - first]
+        return {"codes": packed["codes"][start:stop], "absmax": absmax.view(-1, per_row)}
 
     def dequantize(
         self, packed: Mapping[str, Tensor], shape: Shape, dtype: torch.dtype, out: Tensor | None = None
@@ -147,6 +169,17 @@ def codebook() -> Tensor:
 def dynamic_map(device: torch.device) -> Tensor:
     """The 256 values of the 8-bit dynamic type (arXiv 2110.02861) that store the double-quantized constants."""
     return _bitsandbytes().create_dynamic_map().to(device)
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Inside, sums are made in the same order whatever the machine's number of threads: they decide about bits."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _listed(blocks: Iterable[int]) -> str:

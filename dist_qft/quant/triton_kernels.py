@@ -1,8 +1,9 @@
 """Dequantization of `affine4` and `q8_0` on CUDA, one Triton kernel each: packed bytes in, the compute dtype out.
 
 The eager expressions of the formats pass over the weight several times in float32; these read and write it once. The
-bits are the same: a code times a float16 scale is exact in float32, so the compiler may fuse it with the sum, and the
-result is rounded to the output's dtype once. Not here: products (the dense matmul follows) and CPUs.
+bits are the same: a code times a scale is exact in float32 (float32 scales of `affine4` keep 20 bits for that), so the
+compiler may fuse it with the sum, and the result is rounded to the output's dtype once. Not here: products (the dense
+matmul follows) and CPUs.
 """
 
 from collections.abc import Mapping

@@ -92,7 +92,7 @@ def open_base(path: Path, device: torch.device, attention: str | None = None) ->
     Args:
         attention: as `model.attention`; None takes sdpa, or eager for a family that has no sdpa.
     """
-    quantization, dtype = stored_quantization(path), compute_dtype("auto", device)
+    quantization, dtype = stored_quantization(), compute_dtype("auto", device)
     model = ModelConfig.model_validate({"path": str(path), "attention": attention or "sdpa"})
     base = build_skeleton(model, quantization, dtype)
     materialize(base, open_source(model), make_engine("replicated"), device)

@@ -14,7 +14,7 @@ import gguf
 import numpy as np
 from torch import Tensor
 
-from dist_qft.base_model.gguf_file import GGUF_TWINS, GgufSource
+from dist_qft.base_model.gguf_file import GgufSource
 from dist_qft.base_model.skeleton import BaseModel
 from dist_qft.config.schema import RunConfig
 from dist_qft.errors import CorruptFileError, UserError
@@ -80,7 +80,7 @@ class GgufWriter:
 
     def notes(self) -> list[str]:
         others = [
-            f"{path} ({self._source.kind(f'{path}.weight')}, held as {weight.format.name})"
+            f"{path} ({self._source.gguf_type(f'{path}.weight')}, held as {weight.format.name})"
             for path, weight in self._weights.items()
             if path not in self.recipe.tiles and not self._held_as_stored(path)
         ]
@@ -112,17 +112,15 @@ class GgufWriter:
         return q4_1_from_affine4(packed, weight.weight_shape)
 
     def _is_q4_1(self, path: str) -> bool:
-        return self._source.kind(f"{path}.weight") == "Q4_1"
+        return self._source.gguf_type(f"{path}.weight") == "Q4_1"
 
     def _only_zeros_change(self, path: str) -> bool:
         return self._patches and self.recipe.folds(path)
 
     def _held_as_stored(self, path: str) -> bool:
         """True if the run computed with just what the file holds; a dense weight is held as it was read."""
-        format, kind = self._weights[path].format, self._source.kind(f"{path}.weight")
-        return format.name == "dense" or any(
-            format == twin and kind == stored for twin, (stored, _) in GGUF_TWINS.items()
-        )
+        format = self._weights[path].format
+        return format.name == "dense" or format == self._source.stored_format(f"{path}.weight")
 
 
 class OpenGguf:

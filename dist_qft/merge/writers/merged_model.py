@@ -16,7 +16,7 @@ from dist_qft.merge.merged_weight import add_rows, live_rows
 from dist_qft.merge.probe import as_written, logits_of
 from dist_qft.merge.recipe import Kind, Recipe
 from dist_qft.merge.target import Converted, Probe, Target, Writer
-from dist_qft.methods.adapters.exact_fold import folded, folding_tensor
+from dist_qft.methods.adapters.exact_fold import folded
 from dist_qft.methods.adapters.tile_adapter import TileAdapter
 from dist_qft.quant.frozen import FrozenLinear, FrozenWeight
 from dist_qft.tuned_model.loaded_model import open_base
@@ -69,13 +69,13 @@ def _add_folded(
     difference: Difference, path: str, old: FrozenLinear, new: FrozenLinear, adapter: TileAdapter, where: Path
 ) -> None:
     """Count folded constants against exact sums; every other packed tensor must be the base's own."""
-    place = folding_tensor(old.format)
+    zeros = old.format.fold_target
     before, after = old.packed(), new.packed()
-    if place is None or before.keys() != after.keys():
+    if zeros is None or before.keys() != after.keys():
         raise CorruptFileError(f"{where}: {path} is {new.format.name}, no exact merge into {old.format.name}")
-    name, block = place
+    name = zeros.tensor
     for other in before.keys() - {name}:
         if not torch.equal(before[other], after[other]):
             raise CorruptFileError(f"{where}: '{other}' of {path} is not the base's")
-    _, sums = folded(before[name].view(-1), 0, before[name].shape[1], block, adapter)
+    _, sums = folded(before[name].view(-1), 0, before[name].shape[1], zeros.block, adapter)
     difference.add_fold(before[name].view(-1), after[name].view(-1), sums)

@@ -1,9 +1,9 @@
-"""When dW folds exactly into a layer's zeros, and the zeros that it gives.
+"""The exact fold of dW into a layer's zeros, and the conditions under which it is possible.
 
 With w = scale * q + zero, a dW that is constant on every block only moves the zeros: zero' = zero + dW, codes and
 scales stay as they are (QA-LoRA, arXiv 2309.14717; QA-HiRA, arXiv 2407.17029). All sums are made in float64 and
-rounded once, to the zero's own float16: that rounding is the whole error. A merge writes these zeros, and with
-`method.merge_aware` training already computes with them.
+rounded once, to the zero's own dtype: that rounding is the whole error. A merge writes these zeros, and with
+`method.merge_aware` training already computes with them. The format says which of its tensors are the zeros.
 """
 
 from collections.abc import Mapping
@@ -14,19 +14,17 @@ from torch import Tensor
 from dist_qft.divisors import either
 from dist_qft.methods.adapters.schedule import TileSettings
 from dist_qft.methods.adapters.tile_adapter import TileAdapter
-from dist_qft.quant.affine4 import Affine4
-from dist_qft.quant.contract import Format
-from dist_qft.quant.dense import Dense
+from dist_qft.quant.contract import FoldTarget, Format
 from dist_qft.quant.frozen import FrozenLinear
 
 _ROWS = 256  # tile rows multiplied at a time
 
 
-def folding_tensor(format: Format) -> tuple[str, tuple[int, int]] | None:
-    """The packed tensor into which dW folds exactly, and the block that each of its elements stands for."""
-    if isinstance(format, Affine4):
-        return "zero", format.block
-    return ("weight", (1, 1)) if isinstance(format, Dense) else None
+def zeros_of(format: Format) -> FoldTarget:
+    """The tensor that takes dW, and its block. Raises ValueError for a format that has none."""
+    if format.fold_target is None:
+        raise ValueError(f"{format.name}: {format.fold_obstacle}")
+    return format.fold_target
 
 
 def folding_obstacle(tiles: Mapping[str, TileSettings], linears: Mapping[str, FrozenLinear]) -> str | None:
@@ -37,17 +35,17 @@ def folding_obstacle(tiles: Mapping[str, TileSettings], linears: Mapping[str, Fr
 
 
 def _obstacle(path: str, layer: FrozenLinear, settings: TileSettings) -> str | None:
-    found = folding_tensor(layer.format)
-    if found is None:
-        return f"{path} is {layer.format.name}, which has no zeros to take dW; quantization.linear: affine4 has"
+    target = layer.format.fold_target
+    if target is None:
+        return f"{path} is {layer.format.name}, {layer.format.fold_obstacle}; quantization.linear: affine4 has"
     faults = []
     sides = (("repeat", settings.repeat, layer.out_features), ("pool", settings.pool, layer.in_features))
-    for (knob, value, size), block in zip(sides, found[1], strict=True):
+    for (knob, value, size), block in zip(sides, target.block, strict=True):
         if value % block:
             legal = [factor for factor in range(block, size + 1, block) if size % factor == 0]
             nearest = sorted(sorted(legal, key=lambda factor: abs(factor - value))[:2])
             faults.append(f"{knob} {value} is not a multiple of {block} (nearest legal: {either(nearest)})")
-    return f"blocks of {list(found[1])} cross the tiles of {path}: {'; '.join(faults)}" if faults else None
+    return f"blocks of {list(target.block)} cross the tiles of {path}: {'; '.join(faults)}" if faults else None
 
 
 def folded(part: Tensor, first: int, width: int, block: tuple[int, int], adapter: TileAdapter) -> tuple[Tensor, Tensor]:
@@ -73,10 +71,10 @@ def folded(part: Tensor, first: int, width: int, block: tuple[int, int], adapter
 @torch.no_grad()
 def with_folded_zeros(format: Format, packed: Mapping[str, Tensor], adapter: TileAdapter) -> dict[str, Tensor]:
     """A whole layer's packed tensors with dW in the zeros, as a merge would write them."""
-    name, block = folding_tensor(format)
-    constants = packed[name]
-    written, _ = folded(constants.reshape(-1), 0, constants.shape[1], block, adapter)
-    return {**packed, name: written.view_as(constants)}
+    target = zeros_of(format)
+    constants = packed[target.tensor]
+    written, _ = folded(constants.reshape(-1), 0, constants.shape[1], target.block, adapter)
+    return {**packed, target.tensor: written.view_as(constants)}
 
 
 @torch.no_grad()

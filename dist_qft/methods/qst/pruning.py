@@ -5,10 +5,7 @@ channel j of a narrow head is then channel r j of the wide one, for which the ro
 has the very same frequency. That needs the base's own number of heads.
 """
 
-from collections.abc import Mapping
-
 import torch
-from torch import Tensor
 
 from dist_qft.base_model.load import check_names
 from dist_qft.base_model.skeleton import BaseModel
@@ -23,13 +20,5 @@ def start_from_base(side: SideNetwork, base: BaseModel, source: TensorSource) ->
     decoder = next(name for name, module in base.model.named_modules() if module is base.decoder)
     every = slice(None, None, side.settings.reduction)
     for name, parameter in side.decoder.named_parameters():
-        wide = _floats(f"{decoder}.{name}", names, base, source)
+        wide = source.read(names[f"{decoder}.{name}"])
         parameter.copy_(wide[(every,) * wide.ndim])
-
-
-def _floats(name: str, names: Mapping[str, str], base: BaseModel, source: TensorSource) -> Tensor:
-    """A whole tensor of the base, dequantized where its files hold it packed."""
-    linear = base.linears.get(name.removesuffix(".weight"))
-    if linear is None or not source.holds(names[name], linear.format):
-        return source.read(names[name])
-    return linear.format.dequantize(source.read_packed(names[name], linear.format), linear.weight_shape, torch.float32)

@@ -1,6 +1,7 @@
 """Folders that bitsandbytes quantized, as they are on the Hub: the same base, byte for byte, as quantized here."""
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -14,8 +15,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 import dist_qft
 from dist_qft.base_model.load import load_base
+from dist_qft.base_model.requantization import requantization_notes
 from dist_qft.base_model.skeleton import build_skeleton
-from dist_qft.base_model.weight_files import open_source, stored_quantization
+from dist_qft.base_model.weight_files import open_source
 from dist_qft.config.schema import ModelConfig, QuantizationConfig
 from dist_qft.errors import CorruptFileError, UserError
 from dist_qft.quant.nf4 import NF4
@@ -56,9 +58,9 @@ def folders(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[
     return {name: quantize(tiny_llama, to / name, **settings) for name, (settings, _) in VARIANTS.items()}
 
 
-def loaded(path: Path, engine_name: str, quantization: dict[str, Any], skeleton: Path | None = None) -> str:
+def loaded(path: Path, engine_name: str, quantization: dict[str, Any]) -> str:
     model = ModelConfig(path=str(path))
-    base = build_skeleton(ModelConfig(path=str(skeleton or path)), QuantizationConfig(**quantization), torch.float32)
+    base = build_skeleton(model, QuantizationConfig(**quantization), torch.float32)
     engine = make_engine(engine_name)
     engine.shard(base.units, CPU)
     load_base(base, open_source(model), engine, CPU)
@@ -68,7 +70,7 @@ def loaded(path: Path, engine_name: str, quantization: dict[str, Any], skeleton:
 @pytest.mark.parametrize(("world", "engine"), [(1, "replicated"), (2, "fsdp"), (2, "zero"), (4, "fsdp")])
 @pytest.mark.parametrize("name", VARIANTS)
 def test_it_is_the_base_that_is_quantized_here(pools, folders, tiny_llama, name, world, engine):
-    section = VARIANTS[name][1]
+    section = {"linear": "nf4", **VARIANTS[name][1]}
     here = pools[world].run(loaded, path=tiny_llama, engine_name=engine, quantization=section)
     assert pools[world].run(loaded, path=folders[name], engine_name=engine, quantization=section) == here
 
@@ -99,16 +101,18 @@ def test_its_weights_are_those_of_bitsandbytes_bit_for_bit_and_rows_are_rows_of_
     source = open_source(ModelConfig(path=str(folders[name])))
     format = NF4(double_quant="twice" in name)
     assert source.shape(DOWN) == (64, 128)
-    assert source.holds(DOWN, format) and not source.holds(DOWN, NF4(double_quant=not format.double_quant))
-    packed = source.read_packed(DOWN, format)
+    assert source.stored_format(DOWN) == format and source.kind(DOWN) == f"bitsandbytes {format.words}"
+    packed = source.read_packed(DOWN)
     expected = dequantized(folders[name]).model.layers[1].mlp.down_proj.weight
     assert torch.equal(format.dequantize(packed, (64, 128), torch.float32), expected)
-    if format.row_local:
-        for first, stop in ((0, 1), (5, 9), (7, 7), (63, 64)):
-            part = source.read_packed(DOWN, format, (first, stop))
-            assert all(torch.equal(part[key], packed[key][first:stop]) for key in packed)
-    with pytest.raises(UserError, match="is stored as nf4 and is not quantized anew"):
-        source.read(DOWN)
+    assert torch.equal(source.read(DOWN), expected)
+    for first, stop in ((0, 1), (5, 9), (7, 7), (63, 64)):
+        part = source.read_packed(DOWN, (first, stop))
+        for key in packed:
+            start, end = (0, len(packed[key])) if format.shared(key) else (first, stop)
+            per_row = 2 if key == "absmax_codes" else 1
+            assert torch.equal(part[key], packed[key][start * per_row : end * per_row])
+        assert torch.equal(source.read(DOWN, (first, stop)), expected[first:stop])
 
 
 def test_a_run_on_it_is_the_run_on_the_floats(pools, folders, tiny_llama, tmp_path):
@@ -130,38 +134,45 @@ def test_a_side_network_can_be_pruned_from_it(pools, folders, name):
 # --- refusals --------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("name", VARIANTS)
+def test_auto_keeps_what_the_folder_holds(folders, name):
+    found, notes = formats_and_notes(folders[name], {})
+    section = VARIANTS[name][1]
+    explicit, _ = formats_and_notes(folders[name], {"linear": "nf4", **section})
+    assert found == explicit
+    assert len(notes) == 1 and notes[0].endswith("weights, value for value")
+
+
 @pytest.mark.parametrize(
-    ("name", "section", "words"),
+    ("name", "section", "kind", "largest"),
     [
-        ("once", {"linear": "affine4"}, ("affine4 [1, 32]", "nf4 64", '{"linear": "nf4"}')),
-        ("once", {"double_quant": True}, ("nf4 64 double quant", "nf4 64", '{"linear": "nf4"}')),
-        ("twice", {}, ("nf4 64", "nf4 64 double quant", '{"linear": "nf4", "double_quant": true}')),
-        ("once", {"exempt": ["q_proj"]}, ("dense", "nf4 64", '{"linear": "nf4"}')),
+        ("once", {"linear": "affine4"}, "bitsandbytes nf4 64 -> affine4 [1, 32]", 10.0),
+        ("once", {"linear": "nf4", "double_quant": True}, "bitsandbytes nf4 64 -> nf4 64 double quant", 2.0),
+        ("twice", {"linear": "nf4"}, "bitsandbytes nf4 64 double quant -> nf4 64", 0.0),
+        ("twice, dressed", {"linear": "affine4", "block": [8, 4]}, "nf4 64 double quant -> affine4 [8, 4]", 20.0),
     ],
 )
-def test_other_formats_than_its_own_are_refused(folders, name, section, words):
-    wanted, found, keys = words
-    assert refusal(folders[name], section) == (
-        f"quantization: model.layers.0.self_attn.q_proj would be {wanted}, but '{folders[name]}' holds it as {found}; "
-        f"set the section to {keys}"
-    )
+def test_another_format_is_quantized_a_second_time_and_says_so(folders, name, section, kind, largest):
+    _, notes = formats_and_notes(folders[name], section)
+    assert len(notes) == 1 and kind in notes[0] and "quantized a second time" in notes[0]
+    error = re.search(r"mean error ([\d.]+)% of the mean weight, largest ([\d.]+)%", notes[0])
+    if largest == 0.0:  # the largest weight of a block is a constant of both
+        assert error is None or float(error[2]) < 1e-3
+        return
+    assert error is not None and 0.01 < float(error[1]) < largest and float(error[1]) < float(error[2])
 
 
-def test_layers_that_it_left_as_floats_must_be_exempt(folders):
-    told = refusal(folders["exempt"], {})
-    assert "model.layers.0.self_attn.o_proj would be nf4 64, but " in told and " holds it as dense; " in told
-    exempt = [f"model.layers.{depth}.self_attn.o_proj" for depth in range(3)]
-    assert told.endswith(f"set the section to {json.dumps({'linear': 'nf4', 'exempt': exempt})}")
-    assert stored_quantization(folders["exempt"]).exempt == exempt
-    assert refusal(folders["exempt"], {"exempt": exempt}) is None
+def formats_and_notes(folder: Path, section: dict[str, Any]) -> tuple[dict[str, str], list[str]]:
+    model = ModelConfig(path=str(folder))
+    base = build_skeleton(model, QuantizationConfig(**section), torch.float32)
+    formats = {path: weight.format.words for path, weight in {**base.linears, **base.tables()}.items()}
+    return formats, requantization_notes(base, open_source(model))
 
 
-def test_what_a_skeleton_could_not_know_is_refused_before_anything_is_read(pools, folders, tiny_llama):
-    """As for a Hub id, whose files are not there yet when the configuration is read."""
-    with pytest.raises(
-        AssertionError, match=r"UserError: quantization: .* would be nf4 64, but .* as nf4 64 double quant"
-    ):
-        pools[1].run(loaded, path=folders["twice"], engine_name="replicated", quantization={}, skeleton=tiny_llama)
+def test_settings_that_kept_formats_would_ignore_are_refused(folders):
+    for key, value in {"block": [32], "double_quant": True}.items():
+        told = refusal(folders["once"], {key: value})
+        assert told is not None and f"quantization.{key}: got {value}, must be unset" in told
 
 
 def test_quantizations_that_are_not_nf4_are_refused_by_the_configuration(tiny_llama, tmp_path):
@@ -172,10 +183,11 @@ def test_quantizations_that_are_not_nf4_are_refused_by_the_configuration(tiny_ll
     )
 
 
-def test_a_quantized_head_is_refused(tiny_llama, tmp_path):
+def test_a_quantized_head_is_held_in_a_format_for_tables(tiny_llama, tmp_path):
     folder = quantize(tiny_llama, tmp_path / "head", llm_int8_skip_modules=["o_proj"])
-    assert refusal(folder, {"exempt": ["o_proj"]}) == (
-        f"model.path: '{folder}' holds lm_head as nf4; embedding and LM head must be floats"
+    formats, notes = formats_and_notes(folder, {"exempt": ["o_proj"]})
+    assert formats["lm_head"] == "nf4 64" and any(
+        "1 weight, value" in note or "value for value" in note for note in notes
     )
 
 

@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from dist_qft.base_model.gguf_file import GgufSource
 from dist_qft.base_model.load import load_base
+from dist_qft.base_model.requantization import requantization_notes
 from dist_qft.base_model.skeleton import BaseModel, build_skeleton
 from dist_qft.base_model.weight_files import open_source
 from dist_qft.config.schema import ModelConfig, QuantizationConfig
@@ -152,21 +153,34 @@ def test_rows_are_rows_of_the_whole(small):
     formats = {"self_attn.k_proj": q4_1, "mlp.up_proj": q4_1, "self_attn.v_proj": q8_0, "input_layernorm": None}
     for module, format in formats.items():
         name = f"model.layers.0.{module}.weight"
-        whole, packed = source.read(name), source.read_packed(name, format) if format else {}
-        other = q8_0 if format == q4_1 else q4_1
-        assert not source.holds(name, other) and source.holds(name, format) == (format is not None)
+        whole, packed = source.read(name), source.read_packed(name) if format else {}
+        assert source.stored_format(name) == format
         for first, stop in ((0, 1), (31, 33), (10, 60), (5, 5), (63, 64)):
             assert torch.equal(source.read(name, (first, stop)), whole[first:stop])
             if format:
-                part = source.read_packed(name, format, (first, stop))
+                part = source.read_packed(name, (first, stop))
                 assert part.keys() == packed.keys()
                 assert all(torch.equal(part[key], packed[key][first:stop]) for key in part)
 
 
 def test_another_format_than_the_files_says_so(small):
-    quantization = QuantizationConfig(linear="nf4", block=[32])
-    base = build_skeleton(ModelConfig(path=str(small)), quantization, torch.float32)
-    assert base.notes == ["the GGUF file's 4-bit weights are dequantized and quantized again to nf4"]
+    model = ModelConfig(path=str(small))
+    base = build_skeleton(model, QuantizationConfig(linear="nf4", block=[32]), torch.float32)
+    notes = requantization_notes(base, open_source(model))
+    assert [note.partition(",")[0] for note in notes] == [
+        "GGUF Q4_1 -> nf4 32: 6 weights",
+        "GGUF Q8_0 -> nf4 32: 1 weight",
+        "GGUF Q8_0 -> q8_0: 1 weight",
+    ]
+    assert ["second time, mean error" in note for note in notes] == [True, True, False]
+
+
+def test_auto_holds_every_weight_as_the_file_does(small):
+    model = ModelConfig(path=str(small))
+    base = build_skeleton(model, QuantizationConfig(), torch.float32)
+    formats = {path.split(".")[-1]: linear.format for path, linear in base.linears.items()}
+    assert formats == {name: Q8_0() if name == "v_proj" else Affine4((1, 32)) for name in formats}
+    assert all(note.endswith("value for value") for note in requantization_notes(base, open_source(model)))
 
 
 # --- refusals --------------------------------------------------------------------------------------------------------

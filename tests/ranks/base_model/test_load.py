@@ -68,6 +68,7 @@ FORMATS = {
     "affine4 rows": {"linear": "affine4", "block": [1, 32]},
     "nf4": {"linear": "nf4", "block": [64]},
     "nf4 twice": {"linear": "nf4", "block": [64], "double_quant": True},
+    "affine4 float32": {**AFFINE4, "constants": "float32"},
     "exempt": {**AFFINE4, "exempt": ["o_proj"]},
     "dense tables": {**AFFINE4, "embedding": "dense"},
 }
@@ -182,9 +183,9 @@ def status(field: str) -> int:
     return int(re.search(rf"{field}:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024
 
 
-def memory_and_reading(path: Path, warm_up: Path, engine_name: str) -> dict[str, int]:
+def memory_and_reading(path: Path, warm_up: Path, engine_name: str, double_quant: bool) -> dict[str, int]:
     """Growth of the resident peak, and bytes read, while a base is loaded."""
-    quantization = {"linear": "nf4", "block": [64]}
+    quantization = {"linear": "nf4", "block": [64], "double_quant": double_quant}
     load(warm_up, engine_name, quantization)  # imports and kernels come with the first use
     base = build_skeleton(ModelConfig(path=str(path)), QuantizationConfig(**quantization), torch.float32)
     engine = make_engine(engine_name)
@@ -202,12 +203,16 @@ def memory_and_reading(path: Path, warm_up: Path, engine_name: str) -> dict[str,
     }
 
 
-@pytest.mark.parametrize(("world", "engine"), [(2, "fsdp"), (4, "fsdp"), (2, "replicated")])
-def test_memory_and_reading(pools, odd_llama, large_llama, world, engine):
+@pytest.mark.parametrize(
+    ("world", "engine", "double_quant"),
+    [(2, "fsdp", False), (4, "fsdp", True), (2, "replicated", False), (2, "replicated", True)],
+)
+def test_memory_and_reading(pools, odd_llama, large_llama, world, engine, double_quant):
     """The promise: peak growth <= own shard + 1.5 x the largest tensor; nobody ever holds the file's 170 MB."""
     stored = {name: tensor.nbytes for name, tensor in load_file(large_llama / "model.safetensors").items()}
     shards = world if engine == "fsdp" else 1
-    for found in pools[world].run(memory_and_reading, path=large_llama, warm_up=odd_llama, engine_name=engine):
+    run = {"path": large_llama, "warm_up": odd_llama, "engine_name": engine, "double_quant": double_quant}
+    for found in pools[world].run(memory_and_reading, **run):
         assert found["shard"] <= 1.02 * found["total"] / shards + 64 * 2**10
         assert found["growth"] <= found["shard"] + 1.5 * max(stored.values())
         assert found["growth"] > 0.5 * found["shard"], "the measurement does not see what was loaded"

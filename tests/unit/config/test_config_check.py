@@ -22,6 +22,7 @@ def load(tmp_path):
 @pytest.mark.parametrize(
     "overrides, key, message",
     [
+        (["quantization.constants=float32"], "quantization.constants", "auto has no such choice; only affine4 does"),
         (["quantization.block=[1, 32]"], "quantization.block", "got [1, 32], nf4 needs one length such as [64]"),
         (
             ["quantization.linear=affine4", "quantization.block=[32]"],
@@ -158,33 +159,6 @@ def test_allowed_neighbours_of_the_refused(load):
     "overrides, expected",
     [
         ([], []),
-        (["method.name=qahira", "quantization={linear: affine4, block: [8, 4]}"], []),
-        (["method.name=qahira", "quantization={linear: affine4, block: [4, 2]}"], []),
-        (["method.name=qalora", "quantization.linear=affine4"], []),
-        (["method.name=qbara", "quantization.linear=affine4"], []),
-        (
-            ["method.name=qalora"],
-            [
-                "method.name: qalora cannot be merged exactly into nf4, which has no zeros to take dW; "
-                "quantization.linear affine4 can"
-            ],
-        ),
-        (
-            ["method={name: qahira, pool: 48, repeat: 4}", "quantization={linear: affine4, block: [8, 32]}"],
-            [
-                "method.repeat: 4 is not a multiple of 8, blocks of [8, 32] cross tiles and the merge is not exact; "
-                "nearest: 8",
-                "method.pool: 48 is not a multiple of 32, blocks of [8, 32] cross tiles and the merge is not exact; "
-                "nearest: 32 or 64",
-            ],
-        ),
-        (
-            ["method={name: qalora, schedule: [{layers: mlp, pool: 16}]}", "quantization.linear=affine4"],
-            [
-                "method.schedule.0.pool: 16 is not a multiple of 32, blocks of [1, 32] cross tiles and the merge is "
-                "not exact; nearest: 32"
-            ],
-        ),
         (
             ["train={max_steps: 9, num_train_epochs: 2, warmup_steps: 1, warmup_ratio: 0.1}"],
             [

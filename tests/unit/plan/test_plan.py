@@ -161,11 +161,28 @@ def test_llama_7b_counts_of_the_papers(plan, method, quantization, millions):
     assert result["warnings"] == []
 
 
-def test_warnings_are_part_of_the_plan(plan):
-    assert plan("method.name=qalora")["warnings"] == [
-        "method.name: qalora cannot be merged exactly into nf4, which has no zeros to take dW; "
-        "quantization.linear affine4 can"
-    ]
+@pytest.mark.parametrize(
+    ("overrides", "obstacle"),
+    [
+        (["method={name: qahira, pool: 32, repeat: 8}", "quantization={linear: affine4, block: [8, 4]}"], None),
+        (["method={name: qahira, pool: 32, repeat: 8}", "quantization={linear: affine4, block: [4, 2]}"], None),
+        (["method.name=qalora", "quantization.linear=affine4"], None),
+        (["method.name=qbara", "quantization.linear=affine4"], None),
+        (["method.name=qalora"], "is nf4, which has no zeros to take dW"),
+        (
+            ["method={name: qahira, pool: 16, repeat: 4}", "quantization={linear: affine4, block: [8, 32]}"],
+            "repeat 4 is not a multiple of 8 (nearest legal: 8 or 16); pool 16 is not a multiple of 32",
+        ),
+        (
+            ["method={name: qalora, schedule: [{layers: mlp, pool: 16}]}", "quantization.linear=affine4"],
+            "pool 16 is not a multiple of 32",
+        ),
+    ],
+)
+def test_adapters_that_will_not_merge_exactly_are_warned_of(plan, overrides, obstacle):
+    warnings = plan(*overrides)["warnings"]
+    assert len(warnings) == (obstacle is not None)
+    assert obstacle is None or obstacle in warnings[0]
 
 
 @pytest.mark.parametrize(
@@ -196,4 +213,4 @@ def test_tables_show_the_same_numbers(plan, capsys):
     text = capsys.readouterr().out
     for part in ("qalora", "2 x fsdp", "16 = 1 x 2 ranks x 8 accumulation", "7 steps", "nf4 block=64", "128 x 64"):
         assert part in text
-    assert "warning: method.name: qalora cannot be merged exactly" in text
+    assert "warning: method.name: qalora will not merge exactly" in text

@@ -8,20 +8,21 @@ import pytest
 
 COMPARE = """
 import torch
-from dist_qft.quant.affine4 import Affine4, _group
-from dist_qft.quant.q8_0 import Q8_0, _block
+from dist_qft.quant.affine4 import Affine4
+from dist_qft.quant.nibbles import group_width
+from dist_qft.quant.q8_0 import Q8_0
 from dist_qft.quant.triton_kernels import dequantize_affine4, dequantize_q8_0
 
 for dtype in (torch.float32, torch.float16, torch.bfloat16):
     for shape, block in [((16, 64), (1, 32)), ((16, 576), (8, 4)), ((24, 40), (3, 5)), ((2, 1056), (1, 1056))]:
         weight = torch.randn(shape, generator=torch.Generator().manual_seed(0)) * 3 + 0.5
-        for format in (Affine4(block), Q8_0()):
+        for format in (Affine4(block), Affine4(block, "float32"), Q8_0(), Q8_0(16, "float32")):
             packed = format.quantize(weight)
             out = torch.full(shape, float("nan"), dtype=dtype)
             if isinstance(format, Affine4):
-                dequantize_affine4(packed, block, _group(shape[1]), out)
+                dequantize_affine4(packed, format.block, group_width(shape[1]), out)
             else:
-                dequantize_q8_0(packed, _block(shape[1]), out)
+                dequantize_q8_0(packed, format.block_in(shape[1]), out)
             expected = format.dequantize(packed, shape, dtype)
             if dtype == torch.bfloat16:  # the interpreter cuts off where a GPU rounds
                 expected = format.dequantize(packed, shape, torch.float32)

@@ -1,0 +1,72 @@
+"""The format of each weight of a base: from the config section, and from the formats in which its files hold it."""
+
+from dist_qft.base_model.sources import TensorSource, matching_name
+from dist_qft.config.schema import QuantizationConfig
+from dist_qft.errors import UserError
+from dist_qft.quant.contract import Shape
+from dist_qft.quant.formats import Dense, Format, embedding_format, linear_format
+
+_UNUSED_WHEN_KEPT = ("block", "constants", "double_quant")
+
+
+class ChosenFormats:
+    """Formats by module path.
+
+    Args:
+        source: the weights, if the model's files hold some of them quantized; None for a model of floats.
+        prefix: the decoder's attribute in the causal LM, which some checkpoints leave out of their names.
+
+    Raises:
+        UserError: a setting that formats kept from the files would ignore.
+    """
+
+    def __init__(self, quantization: QuantizationConfig, source: TensorSource | None, prefix: str) -> None:
+        self._source, self._prefix = source, prefix
+        self._names = source.names() if source is not None else set()
+        self._settings = quantization
+        self._keeps = quantization.linear == "stored" or (quantization.linear == "auto" and self._any_kept())
+        if self._keeps:
+            self._refuse_unused()
+            self._linear: Format = Dense()  # for what the files hold as floats
+        else:
+            linear = "nf4" if quantization.linear == "auto" else quantization.linear
+            self._linear = linear_format(linear, quantization.block, quantization.double_quant, quantization.constants)
+
+    def linear(self, path: str, exempt: bool) -> Format:
+        """The format of a linear layer; `exempt` ones are dense."""
+        if exempt:
+            return Dense()
+        return (self._kept(path) or self._linear) if self._keeps else self._linear
+
+    def table(self, path: str, shape: Shape) -> Format:
+        """The format of the embedding or the LM head."""
+        wanted = self._settings.embedding
+        kept = self._kept(path) if wanted in ("auto", "stored") else None
+        if kept is not None and stores_rows_alone(kept, shape):
+            return kept
+        return embedding_format({"auto": "q8_0", "stored": "dense"}.get(wanted, wanted))
+
+    def _kept(self, path: str) -> Format | None:
+        if self._source is None:
+            return None
+        name = matching_name(f"{path}.weight", self._prefix, self._names)
+        return None if name is None else self._source.kept_format(name)
+
+    def _any_kept(self) -> bool:
+        """True if the files hold any matrix of a decoder layer in a format that is to be kept."""
+        source = self._source
+        layers = [name for name in self._names if any(part.isdigit() for part in name.split("."))]
+        return source is not None and any(source.kept_format(name) is not None for name in layers)
+
+    def _refuse_unused(self) -> None:
+        for key in _UNUSED_WHEN_KEPT:
+            if value := getattr(self._settings, key):
+                raise UserError(
+                    f"quantization.{key}: got {value}, must be unset where the formats of the model's files are kept; "
+                    "set quantization.linear to quantize the layers in another way"
+                )
+
+
+def stores_rows_alone(format: Format, shape: Shape) -> bool:
+    """True if the rows of a weight in this format can be picked one by one, as an embedding does."""
+    return all(not format.shared(name) and format.rows_per_entry(name) == 1 for name in format.packed_shapes(shape))
