@@ -68,6 +68,9 @@ class BitsAndBytesSource:
     def shape(self, name: str) -> tuple[int, ...]:
         return self._stored[name].shape if name in self._stored else self._files.shape(name)
 
+    def is_float(self, name: str) -> bool:
+        return name in self._stored or self._files.is_float(name)
+
     def kind(self, name: str) -> str | None:
         stored = self._stored.get(name)
         return None if stored is None else f"{METHOD} {stored.format.words}"

@@ -1,71 +1,75 @@
 """A GGUF file as a source of weights: its tensors renamed and reordered to Hugging Face's, read by rows."""
 
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from dist_qft.base_model.sources import Rows
+from dist_qft.base_model.gguf_config import ROPE_FACTORS, architecture_of, check_sizes
+from dist_qft.base_model.gguf_header import GgufTensor, read_header
+from dist_qft.base_model.gguf_types import FLOATS, GGUF_TYPES, NEAREST
+from dist_qft.base_model.sources import Rows, require_finite
 from dist_qft.errors import CorruptFileError, UserError
-from dist_qft.quant.affine4 import Affine4, affine4_from_q4_1
 from dist_qft.quant.contract import Format
-from dist_qft.quant.q8_0 import Q8_0, q8_0_from_gguf
-
-# GGUF types whose tensors are those of a format, rearranged.
-GGUF_TWINS: dict[str, tuple[Format, Callable[[Tensor], dict[str, Tensor]]]] = {
-    "Q4_1": (Affine4((1, 32)), affine4_from_q4_1),
-    "Q8_0": (Q8_0(), q8_0_from_gguf),
-}
-_FLOATS = ("F32", "F16", "BF16", "F64")
 
 
 class GgufSource:
-    """A GGUF file of a supported architecture, its tensors renamed and its rows reordered to Hugging Face's."""
+    """A GGUF model of a supported architecture, its tensors renamed and its rows reordered to Hugging Face's.
 
-    ARCHITECTURES = ("llama", "qwen2", "qwen3")
+    Raises:
+        UserError: another architecture, a tensor that has no place in it, or one of a type that is no weight's.
+        CorruptFileError: a header that cannot be right.
+    """
 
     def __init__(self, path: Path) -> None:
-        import gguf
-
         self.where = str(path)
-        try:
-            reader = gguf.GGUFReader(str(path))
-        except (ValueError, OSError, IndexError) as error:
-            raise CorruptFileError(f"{path}: not a readable GGUF file: {error}") from error
-        field = reader.get_field("general.architecture")
-        if field is None:
-            raise CorruptFileError(f"{path}: a GGUF file without 'general.architecture'")
-        architecture = field.contents()
-        if architecture not in self.ARCHITECTURES:
-            allowed = ", ".join(self.ARCHITECTURES)
-            raise UserError(f"{path}: GGUF architecture '{architecture}' is not supported (supported: {allowed})")
-        blocks = reader.get_field(f"{architecture}.block_count").contents()
-        heads = reader.get_field(f"{architecture}.attention.head_count").contents()
-        kv_field = reader.get_field(f"{architecture}.attention.head_count_kv")
-        kv_heads = kv_field.contents() if kv_field else heads
-        stored = {tensor.name: tensor for tensor in reader.tensors}
-        self._tensors = {name: stored[g] for name, g in gguf_names(architecture, blocks).items() if g in stored}
+        header = read_header(path)
+        check_sizes(header)
+        self.files = header.files
+        architecture = architecture_of(header)
+        blocks = header.metadata[f"{architecture}.block_count"]
+        heads = header.metadata[f"{architecture}.attention.head_count"]
+        kv_heads = header.metadata.get(f"{architecture}.attention.head_count_kv", heads)
+        names = gguf_names(architecture, blocks)
+        self._tensors = {name: header.tensors[stored] for name, stored in names.items() if stored in header.tensors}
         # llama.cpp stores the rotary halves of these rows interleaved (its converter's `permute`).
         self._heads = {"q_proj": heads, "k_proj": kv_heads} if architecture == "llama" else {}
+        self._refuse_odd_tensors(header.tensors)
 
     def names(self) -> set[str]:
         return set(self._tensors)
 
     def shape(self, name: str) -> tuple[int, ...]:
-        return tuple(int(n) for n in reversed(self._tensors[name].shape))
+        return self._tensors[name].shape
 
     def stored_name(self, name: str) -> str:
-        """What the file calls the tensor."""
+        """The tensor's name in the file."""
         return self._tensors[name].name
 
     def gguf_type(self, name: str) -> str:
         """The tensor's GGUF type, such as 'Q4_1'."""
-        return self._tensors[name].tensor_type.name
+        return self._tensors[name].type
+
+    def is_float(self, name: str) -> bool:
+        return True  # `__init__` refuses integers
 
     def kind(self, name: str) -> str | None:
-        return None if self.gguf_type(name) in _FLOATS else f"GGUF {self.gguf_type(name)}"
+        return None if self.gguf_type(name) in FLOATS else f"GGUF {self.gguf_type(name)}"
+
+    def stored_format(self, name: str) -> Format | None:
+        twin = GGUF_TYPES.get(self.gguf_type(name))
+        return None if twin is None else twin.format
+
+    def kept_format(self, name: str) -> Format | None:
+        return None if self.kind(name) is None else self.stored_format(name) or NEAREST
+
+    def read_packed(self, name: str, rows: Rows = None) -> dict[str, Tensor]:
+        packed = GGUF_TYPES[self.gguf_type(name)].packed(torch.from_numpy(self._raw_rows(name, rows)))
+        for key, tensor in packed.items():
+            if tensor.is_floating_point():
+                require_finite(self, f"{name}' ({key}) of '{self.stored_name(name)}", tensor)
+        return packed
 
     def read(self, name: str, rows: Rows = None) -> Tensor:
         import gguf
@@ -73,25 +77,15 @@ class GgufSource:
         tensor = self._tensors[name]
         raw = self._raw_rows(name, rows)
         if not raw.size:  # a rank may own no row, which gguf's dequantize cannot take
-            return torch.empty((0, *self.shape(name)[1:]))
-        if self.gguf_type(name) in ("F32", "F16"):
-            values = raw.view(np.float32 if self.gguf_type(name) == "F32" else np.float16)
+            return torch.empty((0, *tensor.shape[1:]))
+        own = {"F64": "<f8", "F32": "<f4", "F16": "<f2"}.get(tensor.type)
+        if own is not None:
+            values = raw.view(own)
         else:
-            values = gguf.quants.dequantize(raw, tensor.tensor_type)
+            values = gguf.quants.dequantize(raw, gguf.GGMLQuantizationType[tensor.type])
         if len(tensor.shape) == 1:
             values = values.reshape(-1)
         return torch.from_numpy(values.copy())
-
-    def stored_format(self, name: str) -> Format | None:
-        twin = GGUF_TWINS.get(self.gguf_type(name))
-        return None if twin is None or len(self.shape(name)) != 2 else twin[0]
-
-    def kept_format(self, name: str) -> Format | None:
-        return self.stored_format(name)
-
-    def read_packed(self, name: str, rows: Rows = None) -> dict[str, Tensor]:
-        _, convert = GGUF_TWINS[self.gguf_type(name)]
-        return convert(torch.from_numpy(self._raw_rows(name, rows)))
 
     def row_order(self, name: str) -> np.ndarray | None:
         """For Hugging Face's row i the index of the row in the file; None if they are the same."""
@@ -104,19 +98,37 @@ class GgufSource:
     def _raw_rows(self, name: str, rows: Rows) -> np.ndarray:
         """(rows, bytes) uint8; a vector is read as its elements, one per row."""
         tensor, order = self._tensors[name], self.row_order(name)
-        count = self.shape(name)[0]
-        width = tensor.n_bytes // count
+        count = tensor.shape[0]
+        width = tensor.nbytes // count
         first, stop = rows or (0, count)
         wanted = np.arange(first, stop) if order is None else order[first:stop]
         # Rows are only reordered within a head, so the span of the wanted ones is hardly longer than they are.
         start, end = (int(wanted.min()), int(wanted.max()) + 1) if wanted.size else (0, 0)
-        with open(self.where, "rb") as file:
-            file.seek(tensor.data_offset + start * width)
+        with tensor.path.open("rb") as file:
+            file.seek(tensor.offset + start * width)
             raw = np.fromfile(file, dtype=np.uint8, count=(end - start) * width)
         if raw.size != (end - start) * width:
-            raise CorruptFileError(f"{self.where}: cut short inside tensor '{tensor.name}'")
+            raise CorruptFileError(f"{tensor.path}: cut short inside tensor '{tensor.name}'")
         raw = raw.reshape(-1, width)
         return raw if order is None else raw[wanted - start]
+
+    def _refuse_odd_tensors(self, stored: dict[str, GgufTensor]) -> None:
+        known = {tensor.name for tensor in self._tensors.values()} | {ROPE_FACTORS}
+        if others := sorted(stored.keys() - known):
+            more = f" ({len(others) - 1} more)" if len(others) > 1 else ""
+            raise UserError(f"{self.where}: tensor '{others[0]}' has no place in this architecture{more}")
+        for name, tensor in self._tensors.items():
+            if len(tensor.shape) > 2:
+                raise CorruptFileError(f"{self.where}: tensor '{tensor.name}' has {len(tensor.shape)} dimensions")
+            if len(tensor.shape) == 1 and tensor.type not in FLOATS:
+                raise CorruptFileError(f"{self.where}: tensor '{tensor.name}' is {tensor.type}, must be of floats")
+            if tensor.type.startswith("I") and tensor.type[1:].isdigit():
+                raise CorruptFileError(f"{self.where}: tensor '{tensor.name}' holds integers ({tensor.type})")
+            heads = self._heads.get(name.split(".")[-2])
+            if heads and tensor.shape[0] % (2 * heads):
+                raise CorruptFileError(
+                    f"{self.where}: tensor '{tensor.name}' has {tensor.shape[0]} rows, {heads} heads cannot share them"
+                )
 
 
 def gguf_names(architecture: str, blocks: int) -> dict[str, str]:

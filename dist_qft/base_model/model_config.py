@@ -14,6 +14,8 @@ from transformers import AutoConfig, PretrainedConfig
 from transformers.utils import logging as transformers_logging
 
 from dist_qft.base_model.bitsandbytes_folder import is_nf4
+from dist_qft.base_model.gguf_config import check_sizes, complete_config
+from dist_qft.base_model.gguf_header import read_header
 from dist_qft.config.schema import ModelConfig
 from dist_qft.errors import DistQFTError, UserError
 
@@ -42,21 +44,28 @@ def read_model_config(model: ModelConfig) -> tuple[PretrainedConfig, bool]:
     """
     path = Path(model.path)
     if path.suffix == ".gguf":
-        if not path.is_file():
-            raise UserError(f"model.path: no file '{path}'")
-        folder, options = str(path.parent), {"gguf_file": path.name}
-    else:
-        if path.exists() and not (path / "config.json").is_file():
-            raise UserError(f"model.path: '{path}' has no config.json; need a Hugging Face folder or a .gguf file")
-        if not path.exists() and (model.path.count("/") != 1 or model.path.startswith((".", "/", "~"))):
-            raise UserError(f"model.path: no such file or folder '{model.path}', and it is not a Hub id (owner/name)")
-        folder, options = model.path, {"revision": model.revision}
+        return _gguf_config(path), True
+    if path.exists() and not (path / "config.json").is_file():
+        raise UserError(f"model.path: '{path}' has no config.json; need a Hugging Face folder or a .gguf file")
+    if not path.exists() and (model.path.count("/") != 1 or model.path.startswith((".", "/", "~"))):
+        raise UserError(f"model.path: no such file or folder '{model.path}', and it is not a Hub id (owner/name)")
     with library_refusal(f"model.path: cannot read the configuration of '{model.path}'"):
-        tree, _ = PretrainedConfig.get_config_dict(folder, **options)
+        tree, _ = PretrainedConfig.get_config_dict(model.path, revision=model.revision)
         _check_tree(tree, model.path)
         # False, not the default, which is to ask on the terminal.
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=False, **options)
-        return _without_quantization(config, model.path), path.suffix == ".gguf"
+        config = AutoConfig.from_pretrained(model.path, trust_remote_code=False, revision=model.revision)
+        return _without_quantization(config, model.path), False
+
+
+def _gguf_config(path: Path) -> PretrainedConfig:
+    """The configuration in a GGUF file's metadata, whose sizes are checked first."""
+    if not path.is_file():
+        raise UserError(f"model.path: no file '{path}'")
+    header = read_header(path)
+    check_sizes(header)
+    with library_refusal(f"model.path: cannot read the configuration of '{path}'"):
+        config = AutoConfig.from_pretrained(str(path.parent), gguf_file=header.files[0].name)
+        return complete_config(config, header)
 
 
 @contextmanager

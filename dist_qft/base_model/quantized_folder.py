@@ -47,6 +47,9 @@ class QuantizedSource:
         entry = self._weights.get(name.removesuffix(".weight"))
         return self._files.shape(name) if entry is None else tuple(entry["shape"])
 
+    def is_float(self, name: str) -> bool:
+        return self.stored_format(name) is not None or self._files.is_float(name)
+
     def kind(self, name: str) -> str | None:
         format = self.stored_format(name)
         return None if format is None else format.words

@@ -1,12 +1,13 @@
 """A small Llama as a GGUF file, written with the gguf library alone: its weights, metadata and tokenizer."""
 
 import json
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import gguf
 import numpy as np
 import torch
-from transformers import LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from tests.support.tiny_model import CHATML, tiny_llama_config, tiny_tokenizer
 
@@ -24,9 +25,23 @@ _MODULES = {
 _OUTER = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
 
 
-def save_tiny_gguf(path: Path, linears: str = "Q4_1", tables: str = "Q8_0") -> Path:
-    """Random weights from a fixed seed; `linears` and `tables` are GGUF types."""
-    config = tiny_llama_config()
+def save_tiny_gguf(
+    path: Path,
+    linears: str = "Q4_1",
+    tables: str = "Q8_0",
+    *,
+    others: Mapping[str, str] | None = None,
+    config: LlamaConfig | None = None,
+    quantize: Callable[[np.ndarray, gguf.GGMLQuantizationType], np.ndarray] = gguf.quants.quantize,
+    finish: Callable[[gguf.GGUFWriter], None] = lambda writer: None,
+) -> Path:
+    """Random weights from a fixed seed.
+
+    Args:
+        linears, tables: GGUF types; `others` has those of single layer types, such as `{"down_proj": "Q6_K"}`.
+        finish: adds metadata or tensors of its own.
+    """
+    config = config or tiny_llama_config()
     torch.manual_seed(1)
     weights = LlamaForCausalLM(config).state_dict()
     writer = gguf.GGUFWriter(path, "llama")
@@ -34,9 +49,11 @@ def save_tiny_gguf(path: Path, linears: str = "Q4_1", tables: str = "Q8_0") -> P
     for name, tensor in weights.items():
         module = name.removesuffix(".weight")
         kind = "F32" if tensor.dim() == 1 else tables if module in _OUTER else linears
+        kind = (others or {}).get(module.split(".")[-1], kind)
         values = _interleaved(module, tensor, config).float().numpy()
         kind = gguf.GGMLQuantizationType[kind]
-        writer.add_tensor(_stored_name(module), gguf.quants.quantize(values, kind), raw_dtype=kind)
+        writer.add_tensor(_stored_name(module), quantize(values, kind), raw_dtype=kind)
+    finish(writer)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -85,7 +102,7 @@ def _add_metadata(writer: gguf.GGUFWriter, config) -> None:
     writer.add_head_count(config.num_attention_heads)
     writer.add_head_count_kv(config.num_key_value_heads)
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_rope_freq_base(10000.0)
+    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
     writer.add_vocab_size(config.vocab_size)
     writer.add_rope_dimension_count(config.hidden_size // config.num_attention_heads)
     tokenizer = tiny_tokenizer()

@@ -1,0 +1,166 @@
+"""What a GGUF header says of the model beyond the keys that transformers reads: rotary scaling, head size, tied head.
+
+transformers maps a GGUF file's sizes to a configuration and drops everything about rotary scaling: a Llama 3.1 or a
+YaRN model then runs with wrong frequencies, and nobody is told. Here all of it is read, or the file is refused.
+"""
+
+import math
+from typing import Any
+
+import numpy as np
+from transformers import PretrainedConfig
+
+from dist_qft.base_model.gguf_header import GgufHeader
+from dist_qft.errors import CorruptFileError, UserError
+
+ARCHITECTURES = ("llama", "qwen2", "qwen3")
+ROPE_FACTORS = "rope_freqs.weight"
+_SIZES = {
+    "block_count": 1000,
+    "embedding_length": 1 << 24,
+    "feed_forward_length": 1 << 24,
+    "attention.head_count": 1 << 16,
+    "context_length": (1 << 31) - 1,
+}
+# Of YaRN; refused unless they have the value that the arithmetic of transformers supposes.
+_FIXED_SCALING = {"yarn_ext_factor": 1.0, "yarn_attn_factor": 1.0, "yarn_log_multiplier": 0.0}
+
+
+def architecture_of(header: GgufHeader) -> str:
+    """The architecture of a model that can be read. Raises UserError for another one, CorruptFileError for none."""
+    found = header.text("general.architecture")
+    if found is None:
+        raise CorruptFileError(f"{header.path}: a GGUF file without 'general.architecture'")
+    if found not in ARCHITECTURES:
+        allowed = ", ".join(ARCHITECTURES)
+        raise UserError(f"{header.path}: GGUF architecture '{found}' is not supported (supported: {allowed})")
+    return found
+
+
+def check_sizes(header: GgufHeader) -> None:
+    """Refuse sizes in the metadata that no model has, before anything is built from them.
+
+    Raises:
+        CorruptFileError: a size that is missing, no integer or out of bounds, or layers without tensors.
+    """
+    prefix = architecture_of(header)
+    for key, high in _SIZES.items():
+        header.number(f"{prefix}.{key}", 1, high)
+    heads = header.metadata[f"{prefix}.attention.head_count"]
+    kv_heads = header.number(f"{prefix}.attention.head_count_kv", 1, heads, default=heads)
+    if heads % kv_heads:
+        raise CorruptFileError(
+            f"{header.path}: {heads} attention heads are not a multiple of {kv_heads} key-value heads"
+        )
+    header.real(f"{prefix}.rope.freq_base")
+    if header.real(f"{prefix}.attention.layer_norm_rms_epsilon") is None:
+        raise CorruptFileError(f"{header.path}: '{prefix}.attention.layer_norm_rms_epsilon' is missing")
+    numbers = {
+        int(parts[1]) for name in header.tensors if (parts := name.split("."))[0] == "blk" and parts[1].isdigit()
+    }
+    blocks = header.metadata[f"{prefix}.block_count"]
+    if numbers != set(range(blocks)):
+        wrong = min(numbers ^ set(range(blocks)))
+        raise CorruptFileError(
+            f"{header.path}: '{prefix}.block_count' is {blocks}, and there are "
+            f"{'tensors' if wrong in numbers else 'no tensors'} of block {wrong}"
+        )
+
+
+def complete_config(config: PretrainedConfig, header: GgufHeader) -> PretrainedConfig:
+    """The configuration that transformers made of the file, with what it leaves out. Changes `config`."""
+    prefix = architecture_of(header)
+    config.tie_word_embeddings = "output.weight" not in header.tensors
+    head_dim = config.hidden_size // config.num_attention_heads
+    head_dim = header.number(f"{prefix}.attention.key_length", 1, 1 << 16, default=head_dim)
+    if header.number(f"{prefix}.attention.value_length", 1, 1 << 16, default=head_dim) != head_dim:
+        raise UserError(f"{header.path}: keys and values of different sizes are not supported")
+    if header.number(f"{prefix}.rope.dimension_count", 1, 1 << 16, default=head_dim) != head_dim:
+        raise UserError(f"{header.path}: rotary embedding of a part of each head is not supported")
+    config.head_dim = head_dim
+    scaling = _scaling(header, prefix, head_dim, _theta(config))
+    if scaling:
+        config.rope_parameters = {"rope_theta": _theta(config), **scaling}
+    return config
+
+
+def _theta(config: PretrainedConfig) -> float:
+    return float((getattr(config, "rope_parameters", None) or {}).get("rope_theta", 10000.0))
+
+
+def _scaling(header: GgufHeader, prefix: str, head_dim: int, theta: float) -> dict[str, Any]:
+    """`rope_parameters` of transformers with the same frequencies as the file means; empty without scaling."""
+    kind = header.text(f"{prefix}.rope.scaling.type")
+    factor = header.real(f"{prefix}.rope.scaling.factor") or header.real(f"{prefix}.rope.scale_linear")
+    for key, usual in _FIXED_SCALING.items():
+        value = header.metadata.get(f"{prefix}.rope.scaling.{key}", usual)
+        if value != usual:
+            raise UserError(f"{header.path}: '{prefix}.rope.scaling.{key}' {value} is not supported, only {usual:g}")
+    if ROPE_FACTORS in header.tensors:
+        if kind not in (None, "none") and factor not in (None, 1.0):
+            raise UserError(f"{header.path}: '{ROPE_FACTORS}' together with rope scaling '{kind}' is not supported")
+        return _from_factors(header, prefix, head_dim, theta)
+    if factor is None or kind == "none" or (factor == 1.0 and kind != "yarn"):
+        return {}
+    if kind in (None, "linear"):
+        return {"rope_type": "linear", "factor": factor}
+    if kind != "yarn":
+        raise UserError(f"{header.path}: rope scaling '{kind}' is not supported (supported: none, linear, yarn)")
+    return _yarn(header, prefix, factor)
+
+
+def _yarn(header: GgufHeader, prefix: str, factor: float) -> dict[str, Any]:
+    context = header.number(f"{prefix}.context_length", 1, (1 << 31) - 1)
+    original = header.number(f"{prefix}.rope.scaling.original_context_length", 1, (1 << 31) - 1, default=context)
+    parameters: dict[str, Any] = {
+        "rope_type": "yarn",
+        "factor": factor,
+        "original_max_position_embeddings": original,
+        "beta_fast": header.real(f"{prefix}.rope.scaling.yarn_beta_fast") or 32.0,
+        "beta_slow": header.real(f"{prefix}.rope.scaling.yarn_beta_slow") or 1.0,
+    }
+    if (attention := header.real(f"{prefix}.rope.scaling.attn_factor")) is not None:
+        # llama.cpp multiplies by this and by the factor that both programs derive from the scaling.
+        parameters["attention_factor"] = attention * (0.1 * math.log(factor) + 1.0)
+    return parameters
+
+
+def _from_factors(header: GgufHeader, prefix: str, head_dim: int, theta: float) -> dict[str, Any]:
+    """Llama 3.1's scaling comes as the factors by which each frequency is divided."""
+    tensor = header.tensors[ROPE_FACTORS]
+    if tensor.type != "F32" or tensor.shape != (head_dim // 2,):
+        raise CorruptFileError(
+            f"{header.path}: '{ROPE_FACTORS}' is {tensor.type} {list(tensor.shape)}, must be F32 [{head_dim // 2}]"
+        )
+    factors = np.fromfile(tensor.path, "<f4", head_dim // 2, offset=tensor.offset).astype(np.float64)
+    if not (np.isfinite(factors).all() and (factors > 0).all()):
+        raise CorruptFileError(f"{header.path}: '{ROPE_FACTORS}' holds a value that is not positive")
+    if (factors == 1.0).all():
+        return {}
+    for original in (1 << power for power in range(10, 21)):
+        candidate = {"factor": round(float(factors.max()), 4), "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+        if np.allclose(_llama3_factors(head_dim, theta, original, **candidate), factors, rtol=1e-5):
+            return {"rope_type": "llama3", "original_max_position_embeddings": original, **candidate}
+    # Any other factors, as they are: the same for short and long texts, and no change of the attention's scale.
+    return {
+        "rope_type": "longrope",
+        "short_factor": factors.tolist(),
+        "long_factor": factors.tolist(),
+        "factor": 1.0,
+        "attention_factor": 1.0,
+        "original_max_position_embeddings": header.number(f"{prefix}.context_length", 1, (1 << 31) - 1),
+    }
+
+
+def _llama3_factors(
+    head_dim: int, theta: float, original: int, factor: float, low_freq_factor: float, high_freq_factor: float
+) -> np.ndarray:
+    """The divisors of the frequencies that `rope_type: llama3` means (Llama 3.1's own `apply_scaling`)."""
+    wavelength = 2 * math.pi * theta ** (np.arange(0, head_dim, 2) / head_dim)
+    smooth = (original / wavelength - low_freq_factor) / (high_freq_factor - low_freq_factor)
+    between = 1 / ((1 - smooth) / factor + smooth)
+    return np.where(
+        wavelength < original / high_freq_factor,
+        1.0,
+        np.where(wavelength > original / low_freq_factor, factor, between),
+    )
