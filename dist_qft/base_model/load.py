@@ -115,8 +115,9 @@ class _Loading:
 
     def take(self, packed: Mapping[str, Tensor], first: int, stop: int, *, whole: bool) -> None:
         """Hand the rows first..stop to the engine; tensors that all rows share, if `whole`, too."""
-        for name in packed.keys() & self.parameters.keys():
-            parameter = self.parameters[name]
+        for name, parameter in self.parameters.items():  # in the same order on every rank, for the fingerprint
+            if name not in packed:
+                continue
             if self.format.shared(name):
                 if whole:
                     self._store(name, packed[name], 0)
