@@ -29,7 +29,7 @@ class Section(BaseModel):
 
 
 class ModelConfig(Section):
-    path: Text = Field(description="Hub id or folder (floats, nf4 of bitsandbytes, or our own), or .gguf file")
+    path: Text = Field(description="Hub id or folder (docs/formats-of-bases.md has the formats), or .gguf file")
     revision: str | None = Field(None, description="Hub revision")
     attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
 
