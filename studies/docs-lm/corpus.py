@@ -3,8 +3,8 @@
     python studies/docs-lm/corpus.py [FOLDER]
 
 downloads `PACKAGES` with apt-get (nothing is installed, no root is needed) and writes FOLDER (default runs/docs-lm)
-/{train,eval}.jsonl, one {"text": ...} per document, about 45 MB. Every fiftieth document, by a hash of its path, is held
-out. The packages' versions and the digest of the text are printed: another version of Debian has other text.
+/{train,eval}.jsonl, one {"text": ...} per document, about 45 MB. Every fiftieth document, by a hash of its path, is
+held out. The packages' versions and the digest of the text are printed: another version of Debian has other text.
 """
 
 import gzip
