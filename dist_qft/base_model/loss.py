@@ -16,7 +16,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-IGNORED = -100  # target value of tokens that carry no loss, as everywhere in this field
+from dist_qft.data.samples import IGNORED
 
 
 class Rows(Protocol):

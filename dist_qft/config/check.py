@@ -220,6 +220,8 @@ def _evaluation_faults(config: RunConfig) -> Iterator[Fault]:
     if data is not None and data.eval is not None and data.eval_samples:
         yield value_fault(("data", "eval_samples"), "no effect, data.eval is given; remove one of them")
     has_eval = data is not None and (data.eval is not None or data.eval_samples > 0)
+    if data is not None and data.loss_on == "all" and data.train_on != "all-turns":
+        yield value_fault(("data", "train_on"), "data.loss_on all predicts every turn; remove one of them")
     if config.evaluation.eval_steps is not None and not has_eval:
         yield value_fault(("evaluation", "eval_steps"), "nothing to evaluate; set data.eval or data.eval_samples")
     if config.checkpoint.keep_best and config.evaluation.eval_steps is None:

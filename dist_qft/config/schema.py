@@ -123,6 +123,9 @@ class DataConfig(Section):
     overlong: Literal["truncate", "drop", "error"] = "truncate"
     packing: bool = False
     loss_on: Literal["assistant", "all"] = "assistant"
+    train_on: Literal["all-turns", "last-turn"] = Field(
+        "all-turns", description="the assistant's turns that are predicted: all, or what follows the last question"
+    )
     on_missing: Literal["error", "warn"] = Field(
         "error", description="where the chat template leaves out what was said, such as reasoning: refuse, or warn"
     )

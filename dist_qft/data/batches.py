@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from dist_qft.data.dataset import Row, TokenDataset
-from dist_qft.data.formats import IGNORE_INDEX
+from dist_qft.data.samples import IGNORED
 from dist_qft.divisors import either, nearest_multiples
 from dist_qft.errors import UserError
 
@@ -135,7 +135,7 @@ def collate(dataset: TokenDataset, row_ids: list[int], num_rows: int, index: int
     longest = max((len(row.tokens) for row in rows), default=1)
     length = dataset.packed_length or -(-longest // PAD_MULTIPLE) * PAD_MULTIPLE
     input_ids = np.full((num_rows, length), dataset.pad_id, dtype=np.int64)
-    targets = np.full((num_rows, length), IGNORE_INDEX, dtype=np.int64)
+    targets = np.full((num_rows, length), IGNORED, dtype=np.int64)
     position_ids = np.tile(np.arange(length, dtype=np.int64), (num_rows, 1))
     for i, row in enumerate(rows):
         size = len(row.tokens)
@@ -144,14 +144,14 @@ def collate(dataset: TokenDataset, row_ids: list[int], num_rows: int, index: int
             targets[i, size - 1] = 0
         else:
             # A segment's first token is never a target, which alone keeps the shift from crossing segments.
-            targets[i, : size - 1] = np.where(row.targets[1:], row.tokens[1:], IGNORE_INDEX)
+            targets[i, : size - 1] = np.where(row.targets[1:], row.tokens[1:], IGNORED)
         if dataset.packed_length is not None:
             position_ids[i] = _packed_positions(row, length)
     return MicroBatch(
         input_ids=torch.from_numpy(input_ids),
         targets=torch.from_numpy(targets),
         position_ids=torch.from_numpy(position_ids),
-        num_targets=int((targets != IGNORE_INDEX).sum()),
+        num_targets=int((targets != IGNORED).sum()),
         index=index,
         row_ids=tuple(row_ids),
         labels=None if dataset.labels is None else torch.from_numpy(dataset.labels[row_ids]),

@@ -5,7 +5,6 @@ or `file: record N` (from 1) where a file has no lines. Text files are parsed he
 only so can a fault name its file and line. Compressed files are not read.
 """
 
-import codecs
 import csv
 import json
 import reprlib
@@ -77,6 +76,7 @@ def _read_json(path: Path, counts: Counter[str]) -> Iterator[LocatedRecord]:
 
 
 def _read_csv(path: Path, counts: Counter[str]) -> Iterator[LocatedRecord]:
+    csv.field_size_limit(2**31 - 1)  # the module's own limit is 128 KiB
     reader = csv.reader((line for _, line in _text_lines(path)), strict=True)
     try:
         header = next(reader, [])
@@ -103,13 +103,26 @@ def _read_parquet(path: Path, counts: Counter[str]) -> Iterator[LocatedRecord]:
     number = 0
     try:
         with parquet.ParquetFile(path) as file:
-            for batch in file.iter_batches(batch_size=1024):
+            for batch in file.iter_batches(batch_size=64):
                 for record in batch.to_pylist():
                     number += 1
-                    yield record, f"{path}: record {number}"
-    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
+                    yield without_nulls(record), f"{path}: record {number}"
+    except (pyarrow.ArrowException, OSError, UnicodeDecodeError, OverflowError) as error:
         reason = str(error).partition("\n")[0]
         raise UserError(f"{path}: not a readable parquet file (after record {number}): {reason}") from None
+
+
+def without_nulls(record: Record) -> Record:
+    """A table's record without the keys that it fills with nulls inside objects, because other rows have them."""
+    return {name: _pruned(value) for name, value in record.items()}
+
+
+def _pruned(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _pruned(entry) for key, entry in value.items() if entry is not None}
+    if isinstance(value, list) and value and isinstance(value[0], dict | list):
+        return [_pruned(entry) for entry in value]
+    return value
 
 
 READERS: dict[str, Callable[[Path, Counter[str]], Iterator[LocatedRecord]]] = {
@@ -121,20 +134,29 @@ READERS: dict[str, Callable[[Path, Counter[str]], Iterator[LocatedRecord]]] = {
 
 
 def _text_lines(path: Path) -> Iterator[tuple[int, str]]:
-    """Numbered lines (from 1, with their line ends) of a UTF-8 file; a byte order mark is dropped."""
-    with path.open("rb") as stream:
+    """Numbered lines (from 1, with their line ends: LF, CR LF or CR) of a UTF-8 file, without a byte order mark."""
+    with path.open(encoding="utf-8", errors="surrogateescape", newline="") as stream:
         for number, line in enumerate(stream, start=1):
             if number == 1:
-                line = line.removeprefix(codecs.BOM_UTF8)
-            # Legal UTF-8, but in practice the mark of a torn file or of UTF-16.
-            if b"\0" in line:
-                raise UserError(f"{path}:{number}:{line.index(0) + 1}: a NUL byte; allowed: UTF-8 text")
-            try:
-                text = line.decode("utf-8")
-            except UnicodeDecodeError as error:
-                fault = f"byte 0x{line[error.start]:02x} is not UTF-8"
-                raise UserError(f"{path}:{number}:{error.start + 1}: {fault}; allowed: UTF-8 text") from None
-            yield number, text
+                line = line.removeprefix("\ufeff")
+            if not line.isascii() or "\0" in line:
+                _require_text(line, path, number)
+            yield number, line
+
+
+def _require_text(line: str, path: Path, number: int) -> None:
+    """Refuse bytes that are not UTF-8. A NUL is, but in practice it is the mark of a torn file or of UTF-16."""
+    bad = line.find("\0")
+    if bad < 0:
+        try:
+            line.encode()
+        except UnicodeEncodeError as error:
+            bad = error.start
+    if bad >= 0:
+        column = len(line[:bad].encode("utf-8", "surrogateescape")) + 1
+        byte = ord(line[bad]) & 0xFF
+        fault = "a NUL byte" if byte == 0 else f"byte 0x{byte:02x} is not UTF-8"
+        raise UserError(f"{path}:{number}:{column}: {fault}; must be UTF-8 text")
 
 
 def _parse_json(text: str, path: Path, first_line: int) -> Any:

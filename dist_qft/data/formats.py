@@ -1,27 +1,25 @@
 """What a record's fields mean: from a record of one of seven known formats to a sample.
 
     alpaca             instruction, output [input, system, history: list of [question, answer]]
-    sharegpt           conversations: list of {from, value} [system, tools]
-    messages           messages: list of {role, content} [tools]
-    prompt-completion  prompt, completion: plain text, no chat template
+    sharegpt           conversations: list of {from, value} or of {role, content} [system, tools]
+    messages           messages: the same under another name [tools]
+    prompt-completion  prompt, completion: plain text without a chat template, or two lists of messages [tools]
     text               text
-    tokenized          input_ids [labels: the same ids, or -100 where nothing is to be predicted]
+    tokenized          input_ids [labels: the same ids, or -100 where nothing is to be predicted; attention_mask]
     classification     text, label [text_pair]; for the tasks that predict labels, and those alone
 
 `columns` in the config maps these field names to the data's own. No tokenizer here: see `tokens`.
 """
 
-import json
-import reprlib
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from dist_qft.config.schema import DatasetConfig
+from dist_qft.data.fields import Fields, field_names
+from dist_qft.data.messages import read_messages, read_tools
 from dist_qft.data.records import LocatedRecord, Record
-from dist_qft.data.samples import Conversation, Labelled, PromptCompletion, Sample, Text, Tokenized
+from dist_qft.data.samples import IGNORED, Conversation, Labelled, Message, PromptCompletion, Sample, Text, Tokenized
 from dist_qft.errors import UserError
-
-IGNORE_INDEX = -100  # the label that PyTorch's cross entropy and Hugging Face skip
 
 
 class FormatFields(NamedTuple):
@@ -33,23 +31,12 @@ FORMATS = {
     "alpaca": FormatFields(("instruction", "output"), ("input", "system", "history")),
     "sharegpt": FormatFields(("conversations",), ("system", "tools")),
     "messages": FormatFields(("messages",), ("tools",)),
-    "prompt-completion": FormatFields(("prompt", "completion")),
+    "prompt-completion": FormatFields(("prompt", "completion"), ("tools",)),
     "text": FormatFields(("text",)),
     "tokenized": FormatFields(("input_ids",), ("labels", "attention_mask")),
     "classification": FormatFields(("text", "label"), ("text_pair",)),
 }
 _NEVER_GUESSED = "classification"  # a text beside a label is also just a text: the task decides
-ROLES = ("system", "user", "assistant", "tool")
-_SHAREGPT_ROLES = {
-    "system": "system",
-    "human": "user",
-    "user": "user",
-    "gpt": "assistant",
-    "assistant": "assistant",
-    "function_call": "assistant",
-    "observation": "tool",
-    "tool": "tool",
-}
 
 
 def resolve_format(dataset: DatasetConfig, first: LocatedRecord, key: str) -> str:
@@ -67,11 +54,11 @@ def resolve_format(dataset: DatasetConfig, first: LocatedRecord, key: str) -> st
             and all(dataset.columns.get(field, field) in record for field in fields.required)
         ]
         if len(fits) > 1:
-            raise UserError(f"{where}: the fields {_names(record)} fit {' and '.join(fits)}; set {key}.format")
+            raise UserError(f"{where}: the fields {field_names(record)} fit {' and '.join(fits)}; set {key}.format")
         if not fits:
             guessed = [format_name for format_name in FORMATS if format_name != _NEVER_GUESSED]
             needs = "; ".join(f"{format_name}: {', '.join(FORMATS[format_name].required)}" for format_name in guessed)
-            raise UserError(f"{where}: the fields {_names(record)} fit no format ({needs}); set {key}.columns")
+            raise UserError(f"{where}: the fields {field_names(record)} fit no format ({needs}); set {key}.columns")
         name = fits[0]
     known = FORMATS[name].required + FORMATS[name].optional
     for field in dataset.columns:
@@ -82,17 +69,16 @@ def resolve_format(dataset: DatasetConfig, first: LocatedRecord, key: str) -> st
 
 def to_sample(record: Record, format_name: str, columns: Mapping[str, str], where: str) -> Sample:
     """Interprets one record; UserError naming `where`, the field and the fields at hand if it does not fit."""
-    fields = _Fields(record, columns, where)
+    fields = Fields(record, columns, where)
     match format_name:
         case "alpaca":
             return _from_alpaca(fields)
         case "sharegpt":
-            return _from_sharegpt(fields)
+            return Conversation(_with_system(fields, read_messages(fields, "conversations")), read_tools(fields))
         case "messages":
-            messages = [_to_message(fields, entry, i) for i, entry in enumerate(fields.objects("messages"))]
-            return Conversation(messages, _tools(fields))
+            return Conversation(read_messages(fields, "messages"), read_tools(fields))
         case "prompt-completion":
-            return PromptCompletion(fields.text("prompt"), fields.text("completion"))
+            return _from_prompt(fields)
         case "text":
             return Text(fields.text("text"))
         case "tokenized":
@@ -103,149 +89,66 @@ def to_sample(record: Record, format_name: str, columns: Mapping[str, str], wher
     raise ValueError(f"unknown format {format_name!r}")
 
 
-class _Fields:
-    """A record's fields under our names, each checked when it is taken."""
-
-    def __init__(self, record: Record, columns: Mapping[str, str], where: str) -> None:
-        self.record, self.columns, self.where = record, columns, where
-
-    def fault(self, field: str, reason: str) -> UserError:
-        column = self.columns.get(field, field)
-        return UserError(f"{self.where}: field {column!r} {reason}; the record has: {_names(self.record)}")
-
-    def get(self, field: str) -> Any:
-        """None stands for absent: tables fill the fields that a record lacks with nulls."""
-        return self.record.get(self.columns.get(field, field))
-
-    def require(self, field: str) -> Any:
-        value = self.get(field)
-        if value is None:
-            column = self.columns.get(field, field)
-            raise self.fault(field, "is null" if column in self.record else "is missing")
-        return value
-
-    def text(self, field: str) -> str:
-        return self.check_text(self.require(field), field)
-
-    def check_text(self, value: Any, field: str, part: str = "") -> str:
-        if not isinstance(value, str):
-            raise self.fault(field, f"{part}must be a string, not {type(value).__name__}")
-        return value
-
-    def objects(self, field: str) -> list[dict[str, Any]]:
-        value = self.require(field)
-        if not isinstance(value, list) or not all(isinstance(entry, dict) for entry in value):
-            raise self.fault(field, "must be a list of objects")
-        if not value:
-            raise self.fault(field, "is empty")
-        return value
-
-    def integers(self, field: str) -> list[int]:
-        value = self.require(field)
-        # bool is a subclass of int, and no token id
-        if not isinstance(value, list) or not all(type(entry) is int for entry in value):
-            raise self.fault(field, "must be a list of integers")
-        return value
-
-
-def _from_alpaca(fields: _Fields) -> Conversation:
-    messages = []
-    if fields.get("system"):
-        messages.append({"role": "system", "content": fields.text("system")})
+def _from_alpaca(fields: Fields) -> Conversation:
+    messages: list[Message] = _with_system(fields, [])
     history = fields.get("history") or []
     if not isinstance(history, list) or not all(isinstance(turn, list) and len(turn) == 2 for turn in history):
         raise fields.fault("history", "must be a list of [question, answer]")
     for i, (question, answer) in enumerate(history):
         messages.append({"role": "user", "content": fields.check_text(question, "history", f"entry {i} ")})
         messages.append({"role": "assistant", "content": fields.check_text(answer, "history", f"entry {i} ")})
-    instruction = fields.text("instruction")
+    instruction, inputs = fields.text("instruction"), {}
     if fields.get("input"):
+        inputs = {len(messages): fields.text("input")}
         instruction = f"{instruction}\n\n{fields.text('input')}"
     messages.append({"role": "user", "content": instruction})
     messages.append({"role": "assistant", "content": fields.text("output")})
-    return Conversation(messages)
+    return Conversation(messages, inputs=inputs)
 
 
-def _from_sharegpt(fields: _Fields) -> Conversation:
-    messages = []
+def _with_system(fields: Fields, messages: list[Message]) -> list[Message]:
     if fields.get("system"):
-        messages.append({"role": "system", "content": fields.text("system")})
-    for i, entry in enumerate(fields.objects("conversations")):
-        sender = entry.get("from")
-        if not isinstance(sender, str) or sender not in _SHAREGPT_ROLES:
-            allowed = ", ".join(_SHAREGPT_ROLES)
-            raise fields.fault(
-                "conversations", f"entry {i} has unknown 'from': {reprlib.repr(sender)}; allowed: {allowed}"
-            )
-        value = fields.check_text(entry.get("value"), "conversations", f"entry {i} 'value' ")
-        message: dict[str, Any] = {"role": _SHAREGPT_ROLES[sender], "content": value}
-        if sender == "function_call":
-            message |= {"content": "", "tool_calls": [{"type": "function", "function": _parse_call(fields, value, i)}]}
-        messages.append(message)
-    return Conversation(messages, _tools(fields))
+        return [{"role": "system", "content": fields.text("system")}, *messages]
+    return messages
 
 
-def _parse_call(fields: _Fields, value: str, index: int) -> dict[str, Any]:
-    try:
-        call = json.loads(value)
-    except (ValueError, RecursionError):
-        call = None
-    if not isinstance(call, dict) or not isinstance(call.get("name"), str) or "arguments" not in call:
-        raise fields.fault("conversations", f'entry {index} must be JSON: {{"name": ..., "arguments": ...}}')
-    return {"name": call["name"], "arguments": call["arguments"]}
+def _from_prompt(fields: Fields) -> PromptCompletion | Conversation:
+    """Two texts, or two lists of messages; a text beside a list is a message of its own."""
+    prompt, completion = fields.require("prompt"), fields.require("completion")
+    if not isinstance(prompt, list) and not isinstance(completion, list):
+        return PromptCompletion(fields.text("prompt"), fields.text("completion"))
+
+    def messages(field: str, role: str) -> list[Message]:
+        value = fields.require(field)
+        return (
+            read_messages(fields, field) if isinstance(value, list) else [{"role": role, "content": fields.text(field)}]
+        )
+
+    asked = messages("prompt", "user")
+    return Conversation([*asked, *messages("completion", "assistant")], read_tools(fields), prompt_length=len(asked))
 
 
-def _to_message(fields: _Fields, entry: dict[str, Any], index: int) -> dict[str, Any]:
-    message = {name: value for name, value in entry.items() if value is not None}
-    if message.get("role") not in ROLES:
-        given, allowed = reprlib.repr(message.get("role")), ", ".join(ROLES)
-        raise fields.fault("messages", f"entry {index} has unknown role {given}; allowed: {allowed}")
-    if "tool_calls" in message:
-        calls = message["tool_calls"]
-        if not isinstance(calls, list) or not all(_is_call(call) for call in calls):
-            raise fields.fault("messages", f"entry {index} 'tool_calls' must be a list of {{function: {{name, ...}}}}")
-        message.setdefault("content", "")
-    message["content"] = fields.check_text(message.get("content"), "messages", f"entry {index} 'content' ")
-    return message
-
-
-def _is_call(value: Any) -> bool:
-    function = value.get("function") if isinstance(value, dict) else None
-    return isinstance(function, dict) and isinstance(function.get("name"), str)
-
-
-def _tools(fields: _Fields) -> list[dict[str, Any]] | None:
-    tools = fields.get("tools")
-    if isinstance(tools, str):  # tables keep them as JSON text, for want of a common type
-        try:
-            tools = json.loads(tools)
-        except (ValueError, RecursionError):
-            raise fields.fault("tools", "is not JSON") from None
-    if not tools:
-        return None
-    if not isinstance(tools, list) or not all(_is_call(tool) for tool in tools):
-        raise fields.fault("tools", "must be a list of {type, function: {name, ...}}")
-    return tools
-
-
-def _from_tokenized(fields: _Fields) -> Tokenized:
+def _from_tokenized(fields: Fields) -> Tokenized:
     input_ids = fields.integers("input_ids")
-    if fields.get("attention_mask") is not None and 0 in fields.integers("attention_mask"):
-        raise fields.fault("attention_mask", "has zeros; allowed: samples without padding")
-    if fields.get("labels") is None:
-        return Tokenized(input_ids, [True] * len(input_ids))
-    labels = fields.integers("labels")
+    labels = fields.integers("labels") if fields.get("labels") is not None else input_ids
     if len(labels) != len(input_ids):
         raise fields.fault("labels", f"has {len(labels)} entries, input_ids {len(input_ids)}")
+    if fields.get("attention_mask") is not None:
+        kept = _unpadded(fields, len(input_ids))
+        input_ids, labels = input_ids[kept], labels[kept]
     for i, (label, token) in enumerate(zip(labels, input_ids, strict=True)):
-        if label not in (token, IGNORE_INDEX):
-            raise fields.fault(
-                "labels", f"entry {i} is {label}; allowed: the same as input_ids ({token}) or {IGNORE_INDEX}"
-            )
-    return Tokenized(input_ids, [label != IGNORE_INDEX for label in labels])
+        if label not in (token, IGNORED):
+            raise fields.fault("labels", f"entry {i} is {label}, must be the same as input_ids ({token}) or {IGNORED}")
+    return Tokenized(input_ids, [label != IGNORED for label in labels])
 
 
-def _names(record: Record) -> str:
-    """The record's field names, fit for one line of a message."""
-    names = ", ".join(name if name.isprintable() else ascii(name) for name in record) or "no fields"
-    return names if len(names) <= 200 else f"{names[:200]}..."
+def _unpadded(fields: Fields, length: int) -> slice:
+    """The part of a padded row that is not padding."""
+    mask = fields.integers("attention_mask")
+    if len(mask) != length:
+        raise fields.fault("attention_mask", f"has {len(mask)} entries, input_ids {length}")
+    real = [i for i, entry in enumerate(mask) if entry]
+    kept = slice(real[0], real[-1] + 1) if real else slice(0)
+    if 0 in mask[kept]:
+        raise fields.fault("attention_mask", "has zeros between ones; must have them at the ends only")
+    return kept

@@ -49,7 +49,9 @@ def prepare(
     train_source = open_source(data.train, "data.train")
     eval_source = open_source(data.eval, "data.eval") if data.eval is not None else None
     task = task or TaskConfig()
-    encoder = SampleEncoder(tokenizer, vocab_size, data.loss_on, task, on_missing=data.on_missing)
+    encoder = SampleEncoder(
+        tokenizer, vocab_size, data.loss_on, task, train_on=data.train_on, on_missing=data.on_missing
+    )
     has_eval = data.eval is not None or data.eval_samples > 0
 
     key = _cache_key(data, tokenizer, vocab_size, train_source, eval_source, task)

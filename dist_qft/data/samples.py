@@ -6,7 +6,7 @@ from typing import Any
 
 Message = dict[str, Any]
 Tool = dict[str, Any]
-ROLES = ("system", "developer", "user", "assistant", "tool")
+IGNORED = -100  # the target of a token without loss, as in PyTorch and Hugging Face
 REASONING = "reasoning_content"  # the key of an assistant message that holds its reasoning
 WEIGHT = "weight"  # the key of an assistant message; 0 makes it context that is not trained
 

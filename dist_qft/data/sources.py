@@ -14,7 +14,7 @@ from pathlib import Path
 
 from dist_qft.config.schema import DatasetConfig
 from dist_qft.data import stdlib_docs
-from dist_qft.data.files import READERS, find_files, read_file
+from dist_qft.data.files import READERS, find_files, read_file, without_nulls
 from dist_qft.data.records import LocatedRecord
 from dist_qft.errors import UserError
 from dist_qft.storage.manifest import sha256_of
@@ -125,7 +125,7 @@ def _open_hub(dataset: DatasetConfig, key: str) -> Source:
             allowed = ", ".join(splits)
             raise UserError(f"{key}.split: {dataset.path} has no split {dataset.split!r}; allowed: {allowed}")
         for number, record in enumerate(builder.as_dataset(split=dataset.split), start=1):
-            yield record, f"{dataset.path} ({dataset.split}): record {number}"
+            yield without_nulls(record), f"{dataset.path} ({dataset.split}): record {number}"
 
     # The builder's hash covers the revision on the Hub and the builder's own settings.
     return Source(f"hub {builder.hash}", read)

@@ -1,0 +1,150 @@
+"""Messages in the forms that data sets and logs use, to messages as chat templates take them.
+
+Entries are {role, content} (OpenAI, Hugging Face) or {from, value} (ShareGPT). Contents may be lists of text parts.
+Calls may be whole, bare {name, arguments}, several at once, or turns of their own (`function_call`).
+"""
+
+import json
+import reprlib
+from typing import Any
+
+from dist_qft.data.fields import Fields
+from dist_qft.data.samples import REASONING, WEIGHT, Message, Tool
+from dist_qft.data.standins import REASONING_KEYS
+
+CALL_TURN = "function_call"
+ROLES = {
+    "system": "system",
+    "developer": "developer",
+    "user": "user",
+    "human": "user",
+    "assistant": "assistant",
+    "gpt": "assistant",
+    "model": "assistant",
+    "tool": "tool",
+    "function": "tool",
+    "ipython": "tool",
+    "observation": "tool",
+    "tool_response": "tool",
+    CALL_TURN: CALL_TURN,
+    "tool_call": CALL_TURN,
+}
+_TEXT_PARTS = ("text", "input_text", "output_text")
+
+
+def read_messages(fields: Fields, field: str) -> list[Message]:
+    """The messages of a field that holds a list of entries.
+
+    Raises:
+        RowError: an entry is none of the known forms; names the entry and the key.
+    """
+    messages: list[Message] = []
+    previous = None
+    for i, entry in enumerate(fields.objects(field)):
+        role = _role(fields, field, entry, i)
+        if role == CALL_TURN:
+            calls = _calls(fields, field, entry.get("value", entry.get("content")), i)
+            if previous == CALL_TURN:  # parallel calls, one entry each
+                messages[-1]["tool_calls"] += calls
+            else:
+                messages.append(
+                    {"role": "assistant", "content": "", "tool_calls": calls, **_weight(fields, field, entry, i)}
+                )
+        else:
+            messages.append(_message(fields, field, entry, role, i))
+        previous = role
+    return messages
+
+
+def _role(fields: Fields, field: str, entry: dict[str, Any], index: int) -> str:
+    key = "role" if entry.get("role") is not None or "from" not in entry else "from"
+    role = ROLES.get(entry[key].lower()) if isinstance(entry.get(key), str) else None
+    if role is None:
+        given = reprlib.repr(entry.get(key))
+        raise fields.fault(field, f"entry {index} has unknown {key!r} {given}, must be one of {', '.join(ROLES)}")
+    return role
+
+
+def _message(fields: Fields, field: str, entry: dict[str, Any], role: str, index: int) -> Message:
+    own = ("role", "from", "content", "value", "tool_calls", CALL_TURN, "train", WEIGHT, *REASONING_KEYS)
+    message = {"role": role} | {key: value for key, value in entry.items() if key not in own and value is not None}
+    text, thoughts = _content(fields, field, entry, index)
+    reasoning = next((entry[key] for key in REASONING_KEYS if entry.get(key) is not None), None)
+    if reasoning is not None:
+        thoughts = fields.check_text(reasoning, field, f"entry {index} reasoning ")
+    if thoughts:
+        message[REASONING] = thoughts
+    calls = entry.get("tool_calls") or entry.get(CALL_TURN)
+    if calls:
+        message["tool_calls"] = _calls(fields, field, calls, index)
+        text = text or ""
+    message["content"] = fields.check_text(text, field, f"entry {index} 'content' ")
+    return message | _weight(fields, field, entry, index, role)
+
+
+def _content(fields: Fields, field: str, entry: dict[str, Any], index: int) -> tuple[Any, str]:
+    """The content as one text, and the reasoning among its parts."""
+    content = entry.get("content", entry.get("value"))
+    if not isinstance(content, list):
+        return content, ""
+    texts, thoughts = [], []
+    for part in content:
+        kind = part.get("type") if isinstance(part, dict) else "text"
+        text = part.get("text" if kind in _TEXT_PARTS else "thinking") if isinstance(part, dict) else part
+        if kind in _TEXT_PARTS and isinstance(text, str):
+            texts.append(text)
+        elif kind == "thinking" and isinstance(text, str):
+            thoughts.append(text)
+        else:
+            raise fields.fault(field, f"entry {index} has a part of type {reprlib.repr(kind)}, must be text")
+    return "".join(texts), "".join(thoughts)
+
+
+def _weight(fields: Fields, field: str, entry: dict[str, Any], index: int, role: str = "assistant") -> dict[str, int]:
+    """{"weight": 0} for a message that is context only."""
+    weights = [entry[key] for key in (WEIGHT, "train") if entry.get(key) is not None]
+    if any(weight not in (0, 1) for weight in weights):
+        raise fields.fault(field, f"entry {index} has a weight of {reprlib.repr(weights[0])}, must be 0 or 1")
+    return {WEIGHT: 0} if role == "assistant" and 0 in weights else {}
+
+
+def _calls(fields: Fields, field: str, value: Any, index: int) -> list[dict[str, Any]]:
+    """Calls as {type, function: {name, arguments}}, from one or a list of them, whole or bare, or JSON text of that."""
+    form = f'entry {index} calls must be {{"name": ..., "arguments": {{...}}}} or a list of such: '
+    value = fields.from_json(value, field, form)
+    calls = []
+    for call in value if isinstance(value, list) else [value]:
+        function = call.get("function", call) if isinstance(call, dict) else None
+        if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+            raise fields.fault(field, f"{form}got {reprlib.repr(call)}")
+        arguments = function.get("arguments", {})
+        try:
+            parsed = json.loads(arguments) if isinstance(arguments, str) else arguments
+        except (ValueError, RecursionError):
+            parsed = None
+        if not isinstance(parsed, dict):
+            raise fields.fault(field, f"entry {index} 'arguments' must be an object: got {reprlib.repr(arguments)}")
+        outside = {key: entry for key, entry in call.items() if function is not call and entry is not None}
+        # Text stays text: some templates write it as it is.
+        named = {"name": function["name"], "arguments": arguments}
+        calls.append({"type": "function", **outside, "function": named})
+    return calls
+
+
+def read_tools(fields: Fields) -> list[Tool] | None:
+    """The tools that a conversation offers, whole or bare; None if there are none.
+
+    Raises:
+        RowError: `tools` holds something else.
+    """
+    tools = fields.from_json(fields.get("tools") or None, "tools")
+    if not tools:
+        return None
+    wrapped = []
+    for tool in tools if isinstance(tools, list) else [tools]:
+        tool = fields.from_json(tool, "tools")
+        function = tool.get("function", tool) if isinstance(tool, dict) else None
+        if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+            raise fields.fault("tools", "must be a list of {type, function: {name, ...}} or of {name, ...}")
+        wrapped.append(tool if function is not tool else {"type": "function", "function": tool})
+    return wrapped

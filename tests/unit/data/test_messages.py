@@ -1,0 +1,150 @@
+"""Messages in the forms of other programs: what they become, and what a misfit is told."""
+
+import pytest
+
+from dist_qft.data.formats import to_sample
+from dist_qft.data.samples import Conversation, Tokenized
+from dist_qft.errors import UserError
+
+WHERE = "data.jsonl:7"
+CALL = {"type": "function", "function": {"name": "add", "arguments": {"a": 1}}}
+TOOL = {"type": "function", "function": {"name": "add", "parameters": {}}}
+
+
+def user(content):
+    return {"role": "user", "content": content}
+
+
+def assistant(content):
+    return {"role": "assistant", "content": content}
+
+
+ACCEPTED = {
+    "conversations with roles": (
+        "sharegpt",
+        {"conversations": [user("a"), {"role": "Assistant", "content": "b"}]},
+        Conversation([user("a"), assistant("b")]),
+    ),
+    "roles of other programs": (
+        "messages",
+        {
+            "messages": [
+                {"role": "developer", "content": "s"},
+                user("a"),
+                {"role": "ipython", "content": "1"},
+                {"role": "function", "content": "2", "name": "f"},
+                {"role": "model", "content": "b"},
+            ]
+        },
+        Conversation(
+            [
+                {"role": "developer", "content": "s"},
+                user("a"),
+                {"role": "tool", "content": "1"},
+                {"role": "tool", "content": "2", "name": "f"},
+                assistant("b"),
+            ]
+        ),
+    ),
+    "contents of text parts": (
+        "messages",
+        {
+            "messages": [
+                user([{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]),
+                assistant([{"type": "thinking", "thinking": "t"}, {"type": "text", "text": "c"}]),
+            ]
+        },
+        Conversation([user("ab"), {"role": "assistant", "reasoning_content": "t", "content": "c"}]),
+    ),
+    "arguments as text stay text": (
+        "messages",
+        {"messages": [user("a"), {"role": "assistant", "tool_calls": [{"name": "add", "arguments": '{"a": 1}'}]}]},
+        Conversation(
+            [
+                user("a"),
+                {
+                    "role": "assistant",
+                    "content": "",
+                    "tool_calls": [{"type": "function", "function": {"name": "add", "arguments": '{"a": 1}'}}],
+                },
+            ]
+        ),
+    ),
+    "parallel calls in one entry and in two": (
+        "sharegpt",
+        {
+            "conversations": [
+                {"from": "human", "value": "a"},
+                {"from": "function_call", "value": '[{"name": "add", "arguments": {"a": 1}}]'},
+                {"from": "function_call", "value": '{"name": "add", "arguments": {"a": 1}}'},
+            ],
+            "tools": [{"name": "add", "parameters": {}}],
+        },
+        Conversation([user("a"), {"role": "assistant", "content": "", "tool_calls": [CALL, CALL]}], [TOOL]),
+    ),
+    "weights": (
+        "messages",
+        {
+            "messages": [
+                user("a"),
+                assistant("b") | {"weight": 0},
+                user("c"),
+                assistant("d") | {"train": False},
+                user("e"),
+                assistant("f") | {"weight": 1},
+            ]
+        },
+        Conversation(
+            [
+                user("a"),
+                assistant("b") | {"weight": 0},
+                user("c"),
+                assistant("d") | {"weight": 0},
+                user("e"),
+                assistant("f"),
+            ]
+        ),
+    ),
+    "prompt and completion as messages": (
+        "prompt-completion",
+        {"prompt": [user("a")], "completion": [assistant("b")]},
+        Conversation([user("a"), assistant("b")], prompt_length=1),
+    ),
+    "padded on both sides": (
+        "tokenized",
+        {"input_ids": [0, 5, 6, 7, 0], "attention_mask": [0, 1, 1, 1, 0], "labels": [-100, -100, 6, 7, -100]},
+        Tokenized([5, 6, 7], [False, True, True]),
+    ),
+}
+
+
+@pytest.mark.parametrize(("format_name", "record", "sample"), ACCEPTED.values(), ids=ACCEPTED)
+def test_record_becomes_sample(format_name, record, sample):
+    assert to_sample(record, format_name, {}, WHERE) == sample
+
+
+REFUSED = {
+    "an image among the parts": (
+        "messages",
+        {"messages": [user([{"type": "text", "text": "a"}, {"type": "image_url", "image_url": {"url": "x"}}])]},
+        "field 'messages' entry 0 has a part of type 'image_url', must be text",
+    ),
+    "arguments that are no object": (
+        "messages",
+        {"messages": [{"role": "assistant", "tool_calls": [{"name": "f", "arguments": "[1]"}]}]},
+        "field 'messages' entry 0 'arguments' must be an object: got '[1]'",
+    ),
+    "a weight between": (
+        "messages",
+        {"messages": [user("a"), assistant("b") | {"weight": 0.5}]},
+        "field 'messages' entry 1 has a weight of 0.5, must be 0 or 1",
+    ),
+}
+
+
+@pytest.mark.parametrize(("format_name", "record", "message"), REFUSED.values(), ids=REFUSED)
+def test_misfit_names_place_field_and_entry(format_name, record, message):
+    with pytest.raises(UserError) as caught:
+        to_sample(record, format_name, {}, WHERE)
+    assert str(caught.value).startswith(f"{WHERE}: {message}")
+    assert caught.value.exit_code == 2
