@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -17,6 +18,10 @@ from tests.support.merges import GGUF_RUN, write_random_adapters
 from tests.support.rank_pool import RankPool
 from tests.support.tiny_gguf import save_tiny_gguf
 from tests.support.tiny_model import save_tiny_model, tiny_config
+
+# A busy machine is slow, and slowness is no fault of the code under test.
+settings.register_profile("busy", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("busy")
 
 # A shell's background job ignores interrupts, and so would the runs that tests interrupt.
 signal.signal(signal.SIGINT, signal.default_int_handler)
