@@ -4,7 +4,6 @@ Every run here is on a poisoned base, whose weights are all NaN: whoever reads o
 """
 
 import json
-import os
 import re
 import shutil
 from collections.abc import Callable
@@ -174,7 +173,7 @@ def test_a_tokenizer_whose_ids_lie_outside_the_embedding(refused, tmp_path):
     (small / "model.safetensors").rename(small / "model.weights")  # or the search for kept tokens would find it
     found = refused(model=small)
     assert re.fullmatch(
-        r"data.jsonl:\d+: token id \d+ at position \d+; allowed: 0 to 279, the model's vocabulary", found
+        r"data.jsonl:\d+: got token id \d+ at position \d+, must be 0 to 279, the model's vocabulary", found
     )
 
 
@@ -248,7 +247,7 @@ def test_the_shell_sees_one_message_for_all_ranks(poisoned, tmp_path):
         found = command.finish()
     assert found.code == 2
     assert found.err.startswith(f"error: {tmp_path}/rows.jsonl:2:2: ") and found.err.count("\n") == 1
-    assert os.listdir(tmp_path / "run") == []
+    assert not (tmp_path / "run").exists()
 
 
 def test_an_unknown_key_costs_no_start_of_torch(poisoned, tmp_path):

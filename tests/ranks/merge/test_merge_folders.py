@@ -8,9 +8,11 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import dist_qft
+from dist_qft.base_model.requantization import requantization_notes
 from dist_qft.base_model.skeleton import build_skeleton
+from dist_qft.base_model.weight_files import open_source
 from dist_qft.config.schema import ModelConfig, QuantizationConfig
-from dist_qft.errors import CorruptFileError, UserError
+from dist_qft.errors import CorruptFileError
 from dist_qft.merge.writers.safetensors_folder import SafetensorsFolder
 from tests.support.merges import GGUF_RUN, merge_run
 from tests.support.qst_models import not_pruned_from
@@ -62,15 +64,11 @@ def test_a_side_network_can_be_pruned_from_a_quantized_folder(pools, quantized):
     assert pools[1].run(not_pruned_from, path=quantized[1]) == [[]]
 
 
-def test_other_formats_than_the_folders_are_refused(quantized):
-    _, folder = quantized
-    with pytest.raises(UserError) as refusal:
-        build_skeleton(ModelConfig(path=str(folder)), QuantizationConfig(linear="affine4"), torch.float32)
-    assert str(refusal.value) == (
-        "quantization: model.layers.0.self_attn.q_proj would be affine4 [1, 32], "
-        f"but '{folder}' holds it as affine4 [8, 4]; "
-        'set the section to {"linear": "affine4", "block": [8, 4], "exempt": ["o_proj"]}'
-    )
+def test_another_format_than_the_folders_is_said_with_its_error(quantized):
+    model = ModelConfig(path=str(quantized[1]))
+    base = build_skeleton(model, QuantizationConfig(linear="affine4", block=[1, 32]), torch.float32)
+    again = [note for note in requantization_notes(base, open_source(model)) if "quantized a second time" in note]
+    assert len(again) == 1 and "[8, 4]" in again[0] and "[1, 32]" in again[0] and "mean error" in again[0]
 
 
 def test_a_reader_that_does_not_know_the_formats_finds_no_weights(quantized):

@@ -1,5 +1,6 @@
 """A new engine is a class and one more entry of `ENGINES`: runs and plans use it, and no other file has to change."""
 
+from pathlib import Path
 from typing import Self
 
 from torch import Tensor
@@ -8,6 +9,7 @@ from dist_qft.config.schema import RunConfig
 from dist_qft.plan import make_plan
 from dist_qft.sharding.engines import ENGINES
 from dist_qft.sharding.replicated import ReplicatedEngine
+from dist_qft.training.metrics_file import read_history
 from tests.support.tiny_model import tiny_config
 from tests.support.whole_runs import train, train_losses
 
@@ -47,7 +49,8 @@ def train_lent(config: RunConfig) -> tuple[list[float], int]:
     ENGINES["lent"] = LentEngine
     try:
         run = train(with_lent_engine(config))
-        return [entry["loss"] for entry in run.state.history], run.parts.engine.traffic.gathered_bytes
+        losses = [record.loss for record in read_history(Path(config.output_dir))]
+        return losses, run.parts.engine.traffic.gathered_bytes
     finally:
         del ENGINES["lent"]
 
