@@ -10,6 +10,7 @@ and the weight itself is a column of codes, in whatever dtype (`bnb_4bit_quant_s
 """
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,18 +27,10 @@ METHOD = "bitsandbytes"
 _STATE = ".quant_state.bitsandbytes__nf4"
 
 
-def is_nf4(quantization: dict[str, Any]) -> bool:
+def is_nf4(quantization: Mapping[str, Any]) -> bool:
     """Whether a config.json's `quantization_config` speaks of weights that can be read here."""
     kind = quantization.get("bnb_4bit_quant_type")
     return quantization.get("quant_method") == METHOD and bool(quantization.get("load_in_4bit")) and kind == "nf4"
-
-
-def is_bitsandbytes_folder(path: Path) -> bool:
-    try:
-        found = json.loads((path / "config.json").read_bytes()).get("quantization_config")
-    except (OSError, ValueError, AttributeError):
-        return False
-    return isinstance(found, dict) and is_nf4(found)
 
 
 @dataclass(frozen=True)

@@ -13,9 +13,9 @@ from typing import Any
 from transformers import AutoConfig, PretrainedConfig
 from transformers.utils import logging as transformers_logging
 
-from dist_qft.base_model.bitsandbytes_folder import is_nf4
 from dist_qft.base_model.gguf_config import check_sizes, complete_config
 from dist_qft.base_model.gguf_header import read_header
+from dist_qft.base_model.weight_files import require_readable
 from dist_qft.config.schema import ModelConfig
 from dist_qft.errors import DistQFTError, UserError
 
@@ -137,12 +137,7 @@ def _without_quantization(config: PretrainedConfig, path: str) -> PretrainedConf
     """The configuration of the same model as floats: in which formats its files hold it is for the sources to say."""
     found = getattr(config, "quantization_config", None)
     if found is not None:
-        if not is_nf4(found):
-            kind = found.get("bnb_4bit_quant_type") if found.get("load_in_4bit") else None
-            words = [found.get("quant_method", "a method without a name"), kind]
-            raise UserError(
-                f"model.path: '{path}' is already quantized by {' '.join(filter(None, words))}; "
-                "need 16-bit or 32-bit weights, nf4 of bitsandbytes, or GGUF"
-            )
+        settings = found if isinstance(found, Mapping) else found.to_dict()
+        require_readable(settings, path)
         del config.quantization_config
     return config

@@ -228,13 +228,18 @@ def _read_header(path: Path) -> dict[str, _Entry]:
 
 
 def _read(entry: _Entry, box: Sequence[tuple[int, int]]) -> Tensor:
-    """A box of a tensor, with one reading for each of its contiguous pieces; of a matrix whole rows are read."""
+    """A box of a tensor, with one reading for each of its contiguous pieces.
+
+    Of a matrix, whole rows are read if the box has most of their columns.
+    """
     dtype, shape = _DTYPES[entry.dtype], entry.shape
     if len(shape) > 2 and any(span != (0, size) for span, size in zip(box[1:], shape[1:], strict=True)):
         stride = math.prod(shape[1:]) * dtype.itemsize
         inner = (_Entry(entry.path, entry.dtype, shape[1:], entry.start + i * stride) for i in range(*box[0]))
         matrices = [_read(matrix, box[1:]) for matrix in inner]
         return torch.stack(matrices) if matrices else torch.empty([stop - start for start, stop in box], dtype=dtype)
+    if len(box) == 2 and 2 * (box[1][1] - box[1][0]) < shape[1]:
+        return _read_columns(entry, dtype, box[0], box[1])
     first, stop = box[0] if box else (0, 1)
     width = math.prod(shape[1:])
     data = torch.empty((stop - first) * width, dtype=dtype)
@@ -245,6 +250,18 @@ def _read(entry: _Entry, box: Sequence[tuple[int, int]]) -> Tensor:
         return data.view(())
     rows = data.view(stop - first, *shape[1:])
     return rows[:, slice(*box[1])] if len(box) == 2 else rows
+
+
+def _read_columns(entry: _Entry, dtype: torch.dtype, rows: tuple[int, int], columns: tuple[int, int]) -> Tensor:
+    data = torch.empty((rows[1] - rows[0], columns[1] - columns[0]), dtype=dtype)
+    if not data.numel():
+        return data
+    stride = entry.shape[1] * dtype.itemsize
+    with entry.path.open("rb", buffering=0) as file:
+        for row, part in zip(range(*rows), data.view(torch.uint8).numpy(), strict=True):
+            file.seek(entry.start + row * stride + columns[0] * dtype.itemsize)
+            _fill(file, memoryview(part), entry.path)
+    return data
 
 
 def _fill(file: FileIO, buffer: memoryview, path: Path) -> None:

@@ -1,13 +1,20 @@
 """The door to what lies at `model.path`: it finds the source that reads it."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from transformers import PretrainedConfig
 
-from dist_qft.base_model.bitsandbytes_folder import BitsAndBytesSource, is_bitsandbytes_folder
+from dist_qft.base_model.bitsandbytes_folder import BitsAndBytesSource, is_nf4
 from dist_qft.base_model.gguf_file import GgufSource
 from dist_qft.base_model.quantized_folder import QuantizedSource, is_quantized_folder
+from dist_qft.base_model.quantized_weights import (
+    READABLE,
+    has_reader,
+    open_packed_folder,
+    quantization_settings,
+)
 from dist_qft.base_model.sources import SafetensorsSource, TensorSource
 from dist_qft.config.schema import ModelConfig, QuantizationConfig
 from dist_qft.errors import UserError
@@ -19,14 +26,21 @@ def open_source(model: ModelConfig) -> TensorSource:
     if path.suffix == ".gguf":
         return GgufSource(path)
     folder = path if path.is_dir() else _downloaded(model)
-    return packed_source(folder) or SafetensorsSource(folder)
-
-
-def packed_source(folder: Path) -> QuantizedSource | BitsAndBytesSource | None:
-    """The weights of a folder that we or bitsandbytes quantized; None for any other."""
     if is_quantized_folder(folder):
         return QuantizedSource(folder)
-    return BitsAndBytesSource(folder) if is_bitsandbytes_folder(folder) else None
+    settings = quantization_settings(folder)
+    if settings is None:
+        return SafetensorsSource(folder)
+    require_readable(settings, str(folder))
+    return BitsAndBytesSource(folder) if is_nf4(settings) else open_packed_folder(folder, settings)
+
+
+def require_readable(settings: Mapping[str, Any], where: str) -> None:
+    """Refuse a `quantization_config` of weights that no reader knows."""
+    if not is_nf4(settings) and not has_reader(settings):
+        kind = settings.get("bnb_4bit_quant_type") if settings.get("load_in_4bit") else None
+        words = " ".join(str(word) for word in (settings.get("quant_method", "a method without a name"), kind) if word)
+        raise UserError(f"model.path: '{where}' is already quantized by {words}; need {READABLE}")
 
 
 def _downloaded(model: ModelConfig) -> Path:

@@ -1,0 +1,72 @@
+"""FP4 weights of other programs, byte for byte as `codebook4`.
+
+compressed-tensors     <module>.weight_packed uint8 (out, in / 2), low nibble first; weight_scale: E4M3 for NVFP4,
+                       with weight_global_scale, by which the block's scale is divided; uint8 (E8M0) for MXFP4
+ModelOpt               <module>.weight uint8 (out, in / 2); weight_scale E4M3; weight_scale_2, which multiplies
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from dist_qft.base_model.packed_folder import StoredWeight, require_part
+from dist_qft.base_model.sources import SafetensorsSource
+from dist_qft.quant.codebook4 import Codebook4
+
+_IGNORED = ("input_scale", "input_global_scale", "weight_zero_point")
+
+
+@dataclass(frozen=True)
+class Fp4Weight(StoredWeight):
+    """An FP4 weight: the names of its codes, its block scales, and the scale of the whole tensor if it has one."""
+
+    codes: str
+    scale: str
+    tensor_scale: str | None
+    codebook: Codebook4
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        own = (self.codes, self.scale, *((self.tensor_scale,) if self.tensor_scale else ()))
+        return (*own, *(f"{self.module}.{name}" for name in _IGNORED))
+
+    @property
+    def format(self) -> Codebook4:
+        return self.codebook
+
+    def read_packed(self, files: SafetensorsSource, first: int, stop: int) -> dict[str, Tensor]:
+        packed = {"codes": files.read(self.codes, (first, stop)), "scale": files.read(self.scale, (first, stop))}
+        packed["scale"] = packed["scale"].view(self.codebook.scale_dtype)
+        if self.tensor_scale is not None:
+            packed["global"] = files.read(self.tensor_scale).float().reshape(1)
+        return packed
+
+
+def compressed_fp4_weights(files: SafetensorsSource) -> Iterator[Fp4Weight]:
+    """The NVFP4 and MXFP4 weights of a compressed-tensors folder."""
+    names = files.names()
+    for codes in sorted(name for name in names if name.endswith(".weight_packed") and files.dtype(name) == "U8"):
+        module = codes.removesuffix(".weight_packed")
+        tensor_scale = f"{module}.weight_global_scale"
+        kind = "nvfp4-divided" if tensor_scale in names else "mxfp4"
+        yield _weight(files, module, codes, tensor_scale if tensor_scale in names else None, kind)
+
+
+def modelopt_fp4_weights(files: SafetensorsSource) -> Iterator[Fp4Weight]:
+    """The NVFP4 weights of a ModelOpt folder."""
+    for tensor_scale in sorted(name for name in files.names() if name.endswith(".weight_scale_2")):
+        module = tensor_scale.removesuffix(".weight_scale_2")
+        yield _weight(files, module, f"{module}.weight", tensor_scale, "nvfp4")
+
+
+def _weight(files: SafetensorsSource, module: str, codes: str, tensor_scale: str | None, kind: str) -> Fp4Weight:
+    codebook = Codebook4(kind)
+    require_part(files, codes, files.shape(codes) if codes in files.names() else (), ("U8",))
+    rows, half = files.shape(codes)
+    scale = f"{module}.weight_scale"
+    require_part(files, scale, (rows, 2 * half // codebook.block), ("F8_E4M3",) if tensor_scale else ("U8", "F8_E8M0"))
+    if tensor_scale is not None:
+        require_part(files, tensor_scale, (1,) if files.shape(tensor_scale) else (), ("F32",))
+    words = f"{'NVFP4' if tensor_scale else 'MXFP4'} ({kind})"
+    return Fp4Weight(module, (rows, 2 * half), words, codes, scale, tensor_scale, codebook)

@@ -1,0 +1,85 @@
+"""FP8 weights (E4M3, and E5M2): read as floats, their scales applied while rows are read.
+
+A weight is stored as 8-bit floats beside a scale: one for the tensor, one for each output, or one for each block of
+128 x 128 weights (DeepSeek). The true weight is the product. It is then quantized as any float weight is, which is a
+second quantization and is said to be one. The names differ:
+
+    fp8 (Hugging Face, DeepSeek)     <module>.weight, <module>.weight_scale_inv
+    compressed-tensors, ModelOpt     <module>.weight, <module>.weight_scale
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dist_qft.base_model.packed_folder import StoredWeight
+from dist_qft.base_model.sources import SafetensorsSource
+from dist_qft.errors import CorruptFileError
+
+_TYPES = ("F8_E4M3", "F8_E5M2")
+_SUFFIXES = ("weight_scale_inv", "weight_scale")
+_OTHERS = ("input_scale", "weight_zero_point", "activation_scale", "input_scale_inv")
+
+
+@dataclass(frozen=True)
+class Fp8Weight(StoredWeight):
+    """An FP8 weight and its scale's name and grid: the scale of row i, column j is at [i // rows, j // columns]."""
+
+    scale: str
+    block: tuple[int, int]
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        return (self.scale, *(f"{self.module}.{other}" for other in _OTHERS))
+
+    def read_floats(self, files: SafetensorsSource, first: int, stop: int) -> Tensor:
+        weight = files.read(f"{self.module}.weight", (first, stop)).float()
+        scale = files.read(self.scale).float()
+        rows, columns = self.block
+        scale = scale.reshape(-(-self.shape[0] // rows), -(-self.shape[1] // columns))
+        by_row = scale[torch.arange(first, stop) // rows]
+        if columns == self.shape[1]:
+            return weight.mul_(by_row)
+        return weight.mul_(by_row[:, torch.arange(self.shape[1]) // columns])
+
+
+def fp8_weights(files: SafetensorsSource, settings: Mapping[str, Any]) -> Iterator[Fp8Weight]:
+    """The FP8 weights of a folder.
+
+    Raises:
+        CorruptFileError: a weight without a scale, or with one that fits neither tensor, rows nor blocks.
+    """
+    names = files.names()
+    for name in sorted(names):
+        module = name.removesuffix(".weight")
+        if module == name or files.dtype(name) not in _TYPES or len(files.shape(name)) != 2:
+            continue
+        scale = next((f"{module}.{suffix}" for suffix in _SUFFIXES if f"{module}.{suffix}" in names), None)
+        if scale is None:
+            raise CorruptFileError(f"{files.where}: '{name}' is {files.dtype(name)} and has no scale beside it")
+        rows, columns = files.shape(name)
+        block = _block(files, scale, (rows, columns), settings.get("weight_block_size"))
+        words = {(rows, columns): "one scale", (1, columns): "a scale per output"}
+        how = words.get(block, f"blocks of {block[0]} x {block[1]}")
+        yield Fp8Weight(module, (rows, columns), f"FP8 {files.dtype(name).removeprefix('F8_')}, {how}", scale, block)
+
+
+def _block(files: SafetensorsSource, scale: str, shape: tuple[int, int], stated: object) -> tuple[int, int]:
+    rows, columns = shape
+    found = files.shape(scale)
+    if found in ((), (1,), (1, 1)):
+        return shape
+    if found in ((rows,), (rows, 1)):
+        return (1, columns)
+    sizes = stated if isinstance(stated, list | tuple) and len(stated) == 2 else (128, 128)
+    if all(isinstance(size, int) and size > 0 for size in sizes):
+        block = (int(sizes[0]), int(sizes[1]))
+        if found == (-(-rows // block[0]), -(-columns // block[1])):
+            return block
+    raise CorruptFileError(
+        f"{files.where}: scale '{scale}' is {list(found)}, which fits neither a {rows} x {columns} weight, its rows, "
+        f"nor blocks of {list(sizes)}"
+    )

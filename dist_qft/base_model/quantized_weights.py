@@ -1,0 +1,67 @@
+"""The door to folders that other programs quantized: by `quantization_config`, the reader of their weights."""
+
+import json
+from collections.abc import Callable, Iterable, Mapping
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+from dist_qft.base_model.codebook_folder import compressed_fp4_weights, modelopt_fp4_weights
+from dist_qft.base_model.fp8_folder import fp8_weights
+from dist_qft.base_model.int4_folder import awq_weights, compressed_int4_weights, gptq_weights
+from dist_qft.base_model.packed_folder import PackedFolder, StoredWeight
+from dist_qft.base_model.sources import SafetensorsSource
+from dist_qft.errors import UserError
+
+Settings = Mapping[str, Any]
+READABLE = "16-bit or 32-bit weights, nf4 of bitsandbytes, int4 of GPTQ, AWQ, AutoRound or compressed-tensors, FP8, "
+READABLE += "MXFP4 or NVFP4 of compressed-tensors, NVFP4 or FP8 of ModelOpt, or GGUF"
+
+
+def _auto_round(files: SafetensorsSource, settings: Settings) -> Iterable[StoredWeight]:
+    packing = str(settings.get("packing_format", ""))
+    return awq_weights(files, settings) if "awq" in packing else gptq_weights(files, settings)
+
+
+def _compressed(files: SafetensorsSource, settings: Settings) -> Iterable[StoredWeight]:
+    """Folders of compressed-tensors may mix: each weight's own tensors say how it is stored."""
+    for key in ("transform_config", "sparsity_config"):
+        found = settings.get(key)
+        if isinstance(found, Mapping) and (found.get("config_groups") or found.get("format", "dense") != "dense"):
+            raise UserError(f"{files.where}: compressed-tensors with {key} is not supported")
+    return chain(compressed_int4_weights(files), compressed_fp4_weights(files), fp8_weights(files, settings))
+
+
+def _modelopt(files: SafetensorsSource, settings: Settings) -> Iterable[StoredWeight]:
+    return chain(modelopt_fp4_weights(files), fp8_weights(files, settings))
+
+
+_READERS: dict[str, Callable[[SafetensorsSource, Settings], Iterable[StoredWeight]]] = {
+    "gptq": gptq_weights,
+    "awq": awq_weights,
+    "auto-round": _auto_round,
+    "intel/auto-round": _auto_round,
+    "compressed-tensors": _compressed,
+    "fp8": fp8_weights,
+    "modelopt": _modelopt,
+}
+
+
+def has_reader(settings: Settings) -> bool:
+    """True if a config.json's `quantization_config` is of a method that is read here."""
+    return settings.get("quant_method") in _READERS
+
+
+def quantization_settings(folder: Path) -> dict[str, Any] | None:
+    """What a folder's config.json says of quantized weights; None if nothing, or if there is no such file."""
+    try:
+        found = json.loads((folder / "config.json").read_bytes()).get("quantization_config")
+    except (OSError, ValueError, AttributeError):
+        return None
+    return found if isinstance(found, dict) else None
+
+
+def open_packed_folder(folder: Path, settings: Settings) -> PackedFolder:
+    """The weights of a folder for whose method there is a reader."""
+    files = SafetensorsSource(folder)
+    return PackedFolder(folder, files, list(_READERS[settings["quant_method"]](files, settings)))

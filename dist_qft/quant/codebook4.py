@@ -1,0 +1,118 @@
+"""`codebook4`: 4-bit floats (E2M1) with a scale per block, as MXFP4 and NVFP4 have them, byte for byte.
+
+    kind             block   block scale        tensor scale
+    mxfp4            32      E8M0 (2^(e-127))   none
+    nvfp4            16      E4M3               float32 `global`, which multiplies (ModelOpt)
+    nvfp4-divided    16      E4M3               float32 `global`, by which the block's scale is divided
+                                                (compressed-tensors)
+
+A weight is table[code] * scale: the table is 0, 0.5, 1, 1.5, 2, 3, 4, 6 and their negatives. A table has no zero that
+could be shifted, so no adapter folds into these; they are for bases that come so. Kinds are only read, not made.
+
+A byte of codes is looked up at once in a table of 256 pairs, straight into the result: as quick as nf4's kernel.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from dist_qft.errors import UserError
+from dist_qft.quant.contract import BlockFormat, PackedShapes, Shape
+
+_KINDS = {
+    "mxfp4": (32, torch.uint8),
+    "nvfp4": (16, torch.float8_e4m3fn),
+    "nvfp4-divided": (16, torch.float8_e4m3fn),
+}
+_E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+
+
+@dataclass(frozen=True)
+class Codebook4(BlockFormat):
+    """`codes` uint8 (out, in / 2), first weight in the low nibble; `scale` (out, in / block), uint8 or E4M3.
+
+    For the NVFP4 kinds also `global` float32 (1,), which all rows share.
+    """
+
+    kind: str
+    name: ClassVar[str] = "codebook4"
+
+    def __post_init__(self) -> None:
+        if self.kind not in _KINDS:
+            raise UserError(f"codebook4: got '{self.kind}', must be one of {', '.join(_KINDS)}")
+
+    @property
+    def block(self) -> int:
+        """Inputs that share a scale."""
+        return _KINDS[self.kind][0]
+
+    @property
+    def scale_dtype(self) -> torch.dtype:
+        """The type of the block scales."""
+        return _KINDS[self.kind][1]
+
+    def describe(self) -> dict[str, Any]:
+        return {"name": self.name, "kind": self.kind}
+
+    def check(self, shape: Shape, where: str) -> None:
+        if shape[1] % self.block:
+            raise UserError(f"{where}: {self.kind} needs in_features to be a multiple of {self.block}, got {shape}")
+
+    def packed_shapes(self, shape: Shape) -> PackedShapes:
+        out_features, in_features = shape
+        shapes: PackedShapes = {
+            "codes": ((out_features, in_features // 2), torch.uint8),
+            "scale": ((out_features, in_features // self.block), self.scale_dtype),
+        }
+        return shapes if self.kind == "mxfp4" else shapes | {"global": ((1,), torch.float32)}
+
+    def rows_per_entry(self, tensor_name: str) -> int | None:
+        return None if tensor_name == "global" else 1
+
+    def shared(self, tensor_name: str) -> bool:
+        return tensor_name == "global"
+
+    def blocks(self, shape: Shape) -> int:
+        return shape[0] * shape[1] // self.block
+
+    @property
+    def fold_obstacle(self) -> str:
+        return "a table of values, which has no zeros to take dW"
+
+    def quantize(self, weight: Tensor, where: str = "weight") -> dict[str, Tensor]:
+        raise UserError(f"{where}: {self.name} is only read from files; quantize to nf4 or affine4")
+
+    def _quantize_rows(self, weight: Tensor, where: str) -> dict[str, Tensor]:
+        raise NotImplementedError(f"{self.name} is only read")
+
+    def scales(self, packed: Mapping[str, Tensor]) -> Tensor:
+        """The factor of each block, float32 (out, in / block): rounded as the library that wrote it rounds it."""
+        scale = packed["scale"]
+        if self.kind == "mxfp4":
+            # 2^(e - 127). e = 0 is the subnormal 2^-127; e = 255 is NaN.
+            bits = scale.to(torch.int32) << 23
+            bits = bits.masked_fill_(scale == 0, 1 << 22).masked_fill_(scale == 255, 0x7FC00000)
+            return bits.view(torch.float32)
+        factor = packed["global"]
+        return scale.float() / factor if self.kind == "nvfp4-divided" else scale.float() * factor
+
+    def _dequantize_rows(self, packed: Mapping[str, Tensor], out: Tensor) -> None:
+        torch.index_select(_pairs(), 0, packed["codes"].reshape(-1).int(), out=out.view(-1).view(torch.int64))
+        out.unflatten(1, (-1, self.block)).mul_(self.scales(packed).unsqueeze(-1))
+
+    def _dequantize_on_cuda(self, packed: Mapping[str, Tensor], out: Tensor) -> None:
+        from dist_qft.quant.triton_kernels import dequantize_codebook4
+
+        dequantize_codebook4(packed["codes"], self.scales(packed), self.block, out)
+
+
+@cache
+def _pairs() -> Tensor:
+    """For each byte its two values: pairs of float32, seen as int64."""
+    values = torch.tensor([*_E2M1, *(-value for value in _E2M1)])
+    byte = torch.arange(256)
+    return torch.stack([values[byte & 15], values[byte >> 4]], dim=1).view(torch.int64).squeeze(1)
