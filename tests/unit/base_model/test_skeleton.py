@@ -363,10 +363,9 @@ def test_families_that_cannot_be_taken_apart(tmp_path, config, text):
 
 def test_a_checkpoint_that_is_already_quantized(folder_of, tmp_path):
     config = json.loads((folder_of("llama") / "config.json").read_text())
-    config["quantization_config"] = {"quant_method": "gptq", "bits": 4}
+    config["quantization_config"] = {"quant_method": "vptq", "bits": 4}
     (tmp_path / "config.json").write_text(json.dumps(config))
-    needed = "need 16-bit or 32-bit weights, nf4 of bitsandbytes, or GGUF"
-    assert refused(tmp_path) == f"model.path: '{tmp_path}' is already quantized by gptq; {needed}"
+    assert "is already quantized by vptq; need 16-bit or 32-bit weights" in refused(tmp_path)
 
 
 def test_an_attention_that_the_family_lacks(folder_of, tmp_path):
