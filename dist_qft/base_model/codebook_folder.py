@@ -10,8 +10,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from dist_qft.base_model.packed_folder import StoredWeight, require_part
-from dist_qft.base_model.sources import SafetensorsSource
+from dist_qft.base_model.packed_folder import StoredWeight, matrix_shape, require_part
+from dist_qft.base_model.sources import SafetensorsSource, require_finite
 from dist_qft.quant.codebook4 import Codebook4
 
 _IGNORED = ("input_scale", "input_global_scale", "weight_zero_point")
@@ -40,6 +40,7 @@ class Fp4Weight(StoredWeight):
         packed["scale"] = packed["scale"].view(self.codebook.scale_dtype)
         if self.tensor_scale is not None:
             packed["global"] = files.read(self.tensor_scale).float().reshape(1)
+        require_finite(files, self.scale, self.codebook.scales(packed))
         return packed
 
 
@@ -62,8 +63,8 @@ def modelopt_fp4_weights(files: SafetensorsSource) -> Iterator[Fp4Weight]:
 
 def _weight(files: SafetensorsSource, module: str, codes: str, tensor_scale: str | None, kind: str) -> Fp4Weight:
     codebook = Codebook4(kind)
-    require_part(files, codes, files.shape(codes) if codes in files.names() else (), ("U8",))
-    rows, half = files.shape(codes)
+    rows, half = matrix_shape(files, codes)
+    require_part(files, codes, (rows, half), ("U8",))
     scale = f"{module}.weight_scale"
     require_part(files, scale, (rows, 2 * half // codebook.block), ("F8_E4M3",) if tensor_scale else ("U8", "F8_E8M0"))
     if tensor_scale is not None:

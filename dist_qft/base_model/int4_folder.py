@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from dist_qft.base_model.int4_weights import AwqWeight, CompressedWeight, GptqWeight, Int4Weight
-from dist_qft.base_model.packed_folder import require_part
+from dist_qft.base_model.packed_folder import matrix_shape, require_part
 from dist_qft.base_model.sources import SafetensorsSource
 from dist_qft.errors import CorruptFileError, UserError
 
@@ -24,10 +24,10 @@ def gptq_weights(files: SafetensorsSource, settings: Mapping[str, Any]) -> Itera
     one_less = settings.get("checkpoint_format", "gptq") == "gptq" if method == "gptq" else "gptq" in packing
     label = "GPTQ" if method == "gptq" else "AutoRound"
     for module in _modules(files, "qweight"):
-        own = _layer_settings(settings, module)
-        out_features = files.shape(f"{module}.qweight")[-1]
-        in_features = files.shape(f"{module}.qweight")[0] * 8
-        groups = files.shape(f"{module}.scales")[0] if f"{module}.scales" in files.names() else 0
+        own = _layer_settings(files, settings, module)
+        words, out_features = matrix_shape(files, f"{module}.qweight")
+        in_features = words * 8
+        groups, _ = matrix_shape(files, f"{module}.scales")
         group = _group_size(files, in_features, own.get("group_size", -1))
         _require_four_bits(files, module, own, groups, in_features, group)
         gathered = _gathered(files, f"{module}.g_idx", in_features, group, groups)
@@ -53,9 +53,9 @@ def awq_weights(files: SafetensorsSource, settings: Mapping[str, Any]) -> Iterat
     if version != "gemm":
         raise UserError(f"{files.where}: AWQ version '{version}' is not supported, only gemm")
     for module in _modules(files, "qweight"):
-        own = _layer_settings(settings, module)
-        in_features, words = files.shape(f"{module}.qweight")
-        groups, out_features = files.shape(f"{module}.scales") if f"{module}.scales" in files.names() else (0, 0)
+        own = _layer_settings(files, settings, module)
+        in_features, words = matrix_shape(files, f"{module}.qweight")
+        groups, out_features = matrix_shape(files, f"{module}.scales")
         group = _group_size(files, in_features, own.get("group_size", own.get("q_group_size", -1)))
         _require_four_bits(files, module, own, groups, in_features, group)
         require_part(files, f"{module}.qweight", (in_features, -(-out_features // 8)), ("I32",))
@@ -74,8 +74,8 @@ def compressed_int4_weights(files: SafetensorsSource) -> Iterator[Int4Weight]:
         if files.shape(f"{module}.weight_packed") != (rows, -(-columns // 8)):
             raise UserError(f"{files.where}: {module} is not packed in 4 bits; only 4-bit integers are supported")
         scale = f"{module}.weight_scale"
-        groups = files.shape(scale)[-1] if scale in files.names() else 0
-        group = _group_size(files, columns, columns // groups if groups and columns % groups == 0 else -1)
+        _, groups = matrix_shape(files, scale)
+        group = _group_size(files, columns, columns // groups if columns % groups == 0 else -1)
         _require_four_bits(files, module, {}, groups, columns, group)
         require_part(files, scale, (rows, groups), _SCALES)
         gathered = _gathered(files, f"{module}.weight_g_idx", columns, group, groups)
@@ -91,7 +91,7 @@ def _modules(files: SafetensorsSource, part: str) -> list[str]:
     return sorted(name.removesuffix(f".{part}") for name in files.names() if name.endswith(f".{part}"))
 
 
-def _layer_settings(settings: Mapping[str, Any], module: str) -> Mapping[str, Any]:
+def _layer_settings(files: SafetensorsSource, settings: Mapping[str, Any], module: str) -> Mapping[str, Any]:
     """The settings of one layer: AutoRound's `extra_config` and GPTQModel's `dynamic` change those of the folder."""
     own = dict(settings)
     extra = settings.get("extra_config")
@@ -99,9 +99,16 @@ def _layer_settings(settings: Mapping[str, Any], module: str) -> Mapping[str, An
         own |= extra[module]
     dynamic = settings.get("dynamic")
     for pattern, changes in dynamic.items() if isinstance(dynamic, Mapping) else ():
-        if isinstance(changes, Mapping) and re.match(pattern.removeprefix("+:"), module):
+        if isinstance(changes, Mapping) and _matches(files, pattern.removeprefix("+:"), module):
             own |= changes
     return own
+
+
+def _matches(files: SafetensorsSource, pattern: str, module: str) -> bool:
+    try:
+        return re.match(pattern, module) is not None
+    except re.error as error:
+        raise CorruptFileError(f"{files.where}: 'dynamic' has the pattern {pattern!r}: {error}") from error
 
 
 def _group_size(files: SafetensorsSource, in_features: int, group: object) -> int:
@@ -145,7 +152,12 @@ def _stored_shape(files: SafetensorsSource, name: str) -> tuple[int, int]:
 
 
 def _exact_in_half(files: SafetensorsSource, name: str) -> bool:
-    """True if each scale, and 8 times it, is a float16. Scales of another type are all read for that."""
+    """True if each scale, and 8 times it, is a float16. Scales of another type are all read for that.
+
+    Of float16 scales it is taken for granted. A scale above 8188 would make an infinite zero, and is refused when read.
+    """
+    if files.dtype(name) == "F16":
+        return True
     scale = files.read(name).float()
     return torch.equal(scale.half().float(), scale) and bool((scale.abs() * 8 <= torch.finfo(torch.float16).max).all())
 

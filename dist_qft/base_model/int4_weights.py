@@ -60,11 +60,13 @@ class Int4Weight(StoredWeight):
         return Affine4Gathered(self.groups, constants) if self.gathered else Affine4((1, self.block), constants)
 
     def read_packed(self, files: SafetensorsSource, first: int, stop: int) -> dict[str, Tensor]:
-        codes, scale = self._codes(files, first, stop), self._scale(files, first, stop).float()
+        codes = self._codes(files, first, stop)
+        # Rounded first: scale * q and scale * z then cancel where q = z, as they do in the file's own arithmetic.
+        scale = rounded_scale(self._scale(files, first, stop).float())
         zero = scale * -float(_SYMMETRIC_ZERO)
         if not self.symmetric:
             zero = -scale * self._zeros(files, first, stop).float()
-        constants = {"scale": rounded_scale(scale), "zero": zero}
+        constants = {"scale": scale, "zero": zero}
         if self.symmetric and self.exact_half:
             constants = {"scale": scale.half(), "zero": zero.half()}
         packed = {"codes": pack_nibbles(codes)}

@@ -106,3 +106,13 @@ def require_part(files: SafetensorsSource, name: str, shape: tuple[int, ...], dt
         raise CorruptFileError(
             f"{files.where}: tensor '{name}' is {found}, must be {' or '.join(dtypes)} {list(shape)}"
         )
+
+
+def matrix_shape(files: SafetensorsSource, name: str) -> tuple[int, int]:
+    """The shape of a part that must be a matrix. Reads headers only."""
+    if name not in files.names():
+        raise CorruptFileError(f"{files.where}: has no tensor '{name}'")
+    shape = files.shape(name)
+    if len(shape) != 2 or min(shape) < 1:
+        raise CorruptFileError(f"{files.where}: tensor '{name}' has the shape {list(shape)}, must be a matrix")
+    return shape[0], shape[1]

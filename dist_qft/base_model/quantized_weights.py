@@ -49,7 +49,8 @@ _READERS: dict[str, Callable[[SafetensorsSource, Settings], Iterable[StoredWeigh
 
 def has_reader(settings: Settings) -> bool:
     """True if a config.json's `quantization_config` is of a method that is read here."""
-    return settings.get("quant_method") in _READERS
+    method = settings.get("quant_method")
+    return isinstance(method, str) and method in _READERS
 
 
 def quantization_settings(folder: Path) -> dict[str, Any] | None:

@@ -93,7 +93,8 @@ def save_int4_folder(
         scales = (torch.rand(rows, groups, generator=generator) * 0.02 + 0.005).to(scale_dtype)
         module = name.removesuffix(".weight")
         tensors |= {f"{module}.{part}": tensor for part, tensor in pack(codes, zeros, scales, of_input).items()}
-        meant[name] = scales.float()[:, of_input] * (codes - zeros[:, of_input]).float()
+        kept = (scales.float().view(torch.int32) & -16).view(torch.float32)  # 20 bits of a float32 scale
+        meant[name] = kept[:, of_input] * (codes - zeros[:, of_input]).float()
     save_file(tensors, folder / "model.safetensors")
     set_quantization(folder, settings)
     return meant

@@ -148,6 +148,8 @@ def test_the_same_base_on_any_number_of_ranks(pools, folders, world, engine):
         ("mxfp4", lambda t: t.pop(f"{GATE}.weight_scale"), "has no tensor"),
         ("mxfp4", lambda t: t.update({f"{GATE}.weight_scale": torch.ones(3, 1)}), "must be U8"),
         ("nvfp4", lambda t: t.pop(f"{GATE}.weight"), "has no tensor"),
+        ("mxfp4", lambda t: t[f"{GATE}.weight_scale"].fill_(255), "not finite"),
+        ("nvfp4", lambda t: t.update({f"{GATE}.weight": torch.zeros(4, dtype=torch.uint8)}), "must be a matrix"),
         ("nvfp4", lambda t: t[f"{GATE}.weight_scale_2"].fill_(torch.nan), "not finite"),
     ],
 )

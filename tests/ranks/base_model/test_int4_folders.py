@@ -59,7 +59,7 @@ VARIANTS: dict[str, tuple[Any, dict[str, Any], dict[str, Any]]] = {
     ),
     "auto-round awq": (awq, ROUND | {"packing_format": "auto_round:auto_awq"}, {"group": 32, "symmetric": False}),
     "compressed": (compressed, COMPRESSED, {"group": 8, "symmetric": True, "scale_dtype": torch.bfloat16}),
-    "compressed float32": (compressed, COMPRESSED, {"group": 8, "symmetric": True, "scale_dtype": torch.bfloat16}),
+    "compressed float32": (compressed, COMPRESSED, {"group": 8, "symmetric": False, "scale_dtype": torch.float32}),
     "compressed one group": (compressed, COMPRESSED, {"group": -1, "symmetric": True}),
     "compressed asymmetric": (compressed, COMPRESSED, {"group": 8, "symmetric": False, "scale_dtype": torch.bfloat16}),
 }
@@ -190,7 +190,7 @@ GATE = "model.layers.0.mlp.gate_proj"
 @pytest.mark.parametrize(
     ("name", "damage", "words"),
     [
-        ("gptq", lambda t, c: without(t, f"{GATE}.scales"), "has 0 groups of scales"),
+        ("gptq", lambda t, c: without(t, f"{GATE}.scales"), "has no tensor"),
         ("gptq", lambda t, c: t.update({f"{GATE}.scales": t[f"{GATE}.scales"][:-1].clone()}), "must be 3"),
         ("gptq", lambda t, c: t[f"{GATE}.scales"].fill_(torch.inf), "not finite"),
         ("gptq", lambda t, c: t[f"{GATE}.g_idx"].fill_(77), "names group 77 of 3"),
@@ -203,7 +203,16 @@ GATE = "model.layers.0.mlp.gate_proj"
         ("compressed", lambda t, c: t[f"{GATE}.weight_shape"].fill_(-1), "says -1 x -1"),
         ("compressed", lambda t, c: t[f"{GATE}.weight_shape"].fill_(300), "is not packed in 4 bits"),
         ("compressed", lambda t, c: c.update(transform_config={"config_groups": {"u": {}}}), "transform_config"),
-        ("compressed", lambda t, c: without(t, f"{GATE}.weight_scale"), "has 0 groups of scales"),
+        ("compressed", lambda t, c: without(t, f"{GATE}.weight_scale"), "has no tensor"),
+        ("compressed", lambda t, c: t.update({f"{GATE}.weight_scale": torch.ones(())}), "must be a matrix"),
+        (
+            "gptq",
+            lambda t, c: t.update({f"{GATE}.qweight": torch.zeros(0, 152, dtype=torch.int32)}),
+            "must be a matrix",
+        ),
+        ("gptq", lambda t, c: t[f"{GATE}.scales"].fill_(6e4), "not finite"),
+        ("gptq", lambda t, c: c.update(dynamic={"(": {"bits": 4}}), "'dynamic' has the pattern"),
+        ("gptq", lambda t, c: c.update(quant_method=["gptq"]), "already quantized by"),
     ],
 )
 def test_damage_is_named(folders, tmp_path, name, damage, words):
