@@ -5,16 +5,26 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from os import PathLike
 
+    import torch
+
     from dist_qft.tuned_model.loaded_model import LoadedModel
 
 __version__ = "0.1.0"
 
 
-def load(path: "str | PathLike[str]", device: str = "cpu") -> "LoadedModel":
-    """A model with `generate` and `logits`, from a run, a checkpoint, a GGUF file or a merged folder."""
+def load(
+    path: "str | PathLike[str]", device: "str | torch.device" = "cpu", dtype: "str | torch.dtype | None" = None
+) -> "LoadedModel":
+    """A model with `generate` and `logits`, from a run, a checkpoint, a GGUF file or a merged folder.
+
+    Args:
+        device: "cpu" or "cuda".
+        dtype: compute dtype, "float32" or "bfloat16". Default: the run's, or for a model float32 on CPUs and bfloat16
+            on CUDA.
+    """
     # Here, because it imports torch and transformers, which `import dist_qft` must not.
     from os import fspath
 
     from dist_qft.tuned_model.loaded_model import load
 
-    return load(fspath(path), device)
+    return load(fspath(path), device, dtype)

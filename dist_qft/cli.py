@@ -7,7 +7,6 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -40,6 +39,14 @@ Overrides = Annotated[
         metavar="key.sub=value", help="Settings that replace the file's; or --key.sub value.", show_default=False
     ),
 ]
+RunOrModel = Annotated[
+    str, typer.Argument(metavar="RUN_OR_MODEL", help="Run, checkpoint or model, also a GGUF file.", show_default=False)
+]
+MaxNewTokens = Annotated[int, typer.Option(min=1, help="Tokens of an answer at most.")]
+Temperature = Annotated[float, typer.Option(help="0 takes the likeliest token; above 0 draws one.")]
+TopP = Annotated[float, typer.Option(help="Draw from the likeliest tokens of this joint probability.")]
+TopK = Annotated[int, typer.Option(help="Draw from so many of the likeliest tokens; 0 is all.")]
+Seed = Annotated[int, typer.Option(help="Of the draws.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document and nothing else.")]
 
 
@@ -101,9 +108,10 @@ def evaluate(
     Given a folder, its newest checkpoint is evaluated with the config that it was trained with.
     """
     if config.is_dir():
+        from dist_qft.config.command_words import overrides_of
         from dist_qft.evaluate import evaluate_run
 
-        evaluate_run(config, list(_overrides(overrides or [])), checkpoint, as_json)
+        evaluate_run(config, list(overrides_of(overrides or [])), checkpoint, as_json)
         return
     settings = _load(config, overrides)
     from dist_qft.evaluate import evaluate_config
@@ -113,26 +121,44 @@ def evaluate(
 
 @app.command()
 def generate(
-    run: Annotated[
-        str,
-        typer.Argument(
-            metavar="RUN_OR_MODEL", help="Folder of a run or checkpoint, a GGUF file or a model.", show_default=False
-        ),
-    ],
+    run: RunOrModel,
     prompt: Annotated[list[str], typer.Option(metavar="TEXT", help="May be given several times.", show_default=False)],
-    max_new_tokens: Annotated[int, typer.Option(min=1)] = 64,
+    max_new_tokens: MaxNewTokens = 64,
+    temperature: Temperature = 0.0,
+    top_p: TopP = 1.0,
+    top_k: TopK = 0,
+    seed: Seed = 0,
     base: Annotated[bool, typer.Option("--base", help="Also show the base model's answers.")] = False,
 ) -> None:
-    """Answer prompts with a fine-tuned or merged model."""
+    """Answer prompts with a fine-tuned or merged model; several prompts are answered as one batch."""
     from dist_qft.generate import run_generation, run_model_generation
+    from dist_qft.tuned_model.answer import Sampling
     from dist_qft.tuned_model.loaded_model import holds_model
 
+    sampling = Sampling(max_new_tokens, temperature, top_p, top_k, seed)
     if not holds_model(Path(run)):
-        run_generation(run, prompt, max_new_tokens, base)
+        run_generation(run, prompt, sampling, base)
     elif base:
         raise UserError(f"--base: '{run}' is a model by itself, it has no adapters to leave out")
     else:
-        run_model_generation(run, prompt, max_new_tokens)
+        run_model_generation(run, prompt, sampling)
+
+
+@app.command()
+def chat(
+    run: RunOrModel,
+    system: Annotated[str | None, typer.Option(metavar="TEXT", help="System prompt.")] = None,
+    max_new_tokens: MaxNewTokens = 256,
+    temperature: Temperature = 0.0,
+    top_p: TopP = 1.0,
+    top_k: TopK = 0,
+    seed: Seed = 0,
+) -> None:
+    """Chat with a fine-tuned or merged model; /help lists the commands. Reads a pipe as well as a terminal."""
+    from dist_qft.chat import run_chat
+    from dist_qft.tuned_model.answer import Sampling
+
+    run_chat(run, Sampling(max_new_tokens, temperature, top_p, top_k, seed), system)
 
 
 @app.command()
@@ -266,25 +292,7 @@ def print_error(error: DistQFTError) -> None:
 def _load(config: Path, words: list[str] | None) -> "RunConfig":
     if str(config).startswith("-"):
         raise UserError(f"unknown option '{config}' before CONFIG; overrides come after it")
+    from dist_qft.config.command_words import overrides_of
     from dist_qft.config.load import load_config
 
-    return load_config(config, list(_overrides(words or [])))
-
-
-def _overrides(words: list[str]) -> Iterator[str]:
-    """`key.sub=value` from that form, from `--key.sub=value` and from `--key.sub value`."""
-    from dist_qft.config.schema import RunConfig
-
-    rest = iter(words)
-    for word in rest:
-        if not word.startswith("-"):
-            yield word
-            continue
-        key, equals, value = word.removeprefix("--").partition("=")
-        if key.split(".")[0].replace("-", "_") not in RunConfig.model_fields:
-            raise UserError(f"unknown option '{word}'")
-        if not equals:
-            value = next(rest, None)
-            if value is None:
-                raise UserError(f"option '{word}' needs a value")
-        yield f"{key}={value}"
+    return load_config(config, list(overrides_of(words or [])))

@@ -7,12 +7,12 @@ from dist_qft.ranks.session import session
 from dist_qft.ranks.world import World
 from dist_qft.storage.checkpoint import ADAPTER_MODEL
 from dist_qft.storage.manifest import sha256_of
-from dist_qft.tuned_model.answer import answer
+from dist_qft.tuned_model.answer import Sampling, answers
 from dist_qft.tuned_model.checkpointed import config_of, find_checkpoint, open_checkpointed, run_folder
 from dist_qft.tuned_model.loaded_model import load
 
 
-def run_generation(path: str, prompts: list[str], max_new_tokens: int, base: bool) -> None:
+def run_generation(path: str, prompts: Sequence[str], sampling: Sampling, base: bool) -> None:
     """Print the tuned model's answers, on rank 0.
 
     Args:
@@ -30,28 +30,25 @@ def run_generation(path: str, prompts: list[str], max_new_tokens: int, base: boo
     must_match = {
         "config": config.model_dump_json(),
         "adapter": sha256_of(checkpoint.path / ADAPTER_MODEL),
-        "prompts": repr((prompts, max_new_tokens, base)),
+        "prompts": repr((list(prompts), sampling, base)),
     }
     run = run_folder(path)
     with session(config.sharding, doing="generation", must_match=must_match, crash_dir=run) as (world, device):
         parts, tokenizer = open_checkpointed(checkpoint, config, device)
-        for prompt in prompts:
-            answers = {}
-            if base:
-                with parts.trainables.disabled():
-                    answers["base"] = answer(
-                        parts.base, tokenizer, prompt, max_new_tokens=max_new_tokens, device=device
-                    )
-            answers["tuned"] = answer(parts.base, tokenizer, prompt, max_new_tokens=max_new_tokens, device=device)
-            if world.rank == 0:
-                label = len(answers) > 1
-                for which, text in answers.items():
-                    print(f"[{which}] {text}" if label else text, flush=True)
+        found = {}
+        if base:
+            with parts.trainables.disabled():
+                found["base"] = answers(parts.base, tokenizer, prompts, sampling, device)
+        found["tuned"] = answers(parts.base, tokenizer, prompts, sampling, device)
+        if world.rank == 0:
+            for index in range(len(prompts)):
+                for model, texts in found.items():
+                    print(f"[{model}] {texts[index]}" if base else texts[index], flush=True)
 
 
-def run_model_generation(path: str, prompts: Sequence[str], max_new_tokens: int) -> None:
-    """Print a merged model's answers; the same on every rank, so rank 0 alone works."""
+def run_model_generation(path: str, prompts: Sequence[str], sampling: Sampling) -> None:
+    """Print a merged model's answers. They are the same on every rank, so rank 0 alone works."""
     if World.from_environment().rank == 0:
         model = load(path)
-        for prompt in prompts:
-            print(model.generate(prompt, max_new_tokens), flush=True)
+        for text in answers(model.base, model.tokenizer, prompts, sampling, model.device):
+            print(text, flush=True)

@@ -18,6 +18,7 @@ from dist_qft.base_model.dry_run import called_linears
 from dist_qft.base_model.family import check_logits, disable_dropout, logit_map, packed_mask
 from dist_qft.base_model.head import OutputHead
 from dist_qft.base_model.model_config import library_refusal, read_model_config
+from dist_qft.base_model.stop_tokens import eos_ids
 from dist_qft.base_model.weight_files import quantized_source
 from dist_qft.config.schema import ModelConfig, QuantizationConfig
 from dist_qft.errors import UserError
@@ -141,7 +142,9 @@ def build_skeleton(model: ModelConfig, quantization: QuantizationConfig, dtype: 
     causal = _build_on_meta(config, model, dtype)
     formats = ChosenFormats(quantization, quantized_source(model), causal.base_model_prefix)
     with library_refusal(f"model.path: model type '{config.model_type}' cannot be taken apart"):
-        return _take_apart(causal, config, formats, quantization.exempt, dtype)
+        base = _take_apart(causal, config, formats, quantization.exempt, dtype)
+    causal.generation_config.eos_token_id = eos_ids(model, config) or None
+    return base
 
 
 def _take_apart(

@@ -152,20 +152,29 @@ def is_lossless(recipe: Recipe, findings: Findings) -> bool:
         return False
     if recipe.kind == "exact" and findings.logits.maximum > 0:  # merge-aware training leaves no distance at all
         return findings.weights.steps <= 0.5 and findings.weights.share_of_update <= SMALL_SHARE
-    return recipe.kind in ("exact", "lora") or (recipe.kind == "dense" and recipe.request.dtype == "float32")
+    if recipe.kind == "lora":
+        return findings.weights.share_of_update <= SMALL_SHARE
+    return recipe.kind == "exact" or (recipe.kind == "dense" and recipe.request.dtype == "float32")
 
 
 def summary(recipe: Recipe, findings: Findings, lossless: bool) -> str:
     """The certificate in one line."""
     weights, logits = findings.weights, findings.logits
+    of_update = f"{weights.share_of_update:.1%} of dW"
     weights_line = {
         "exact": (
             f"codes and scales unchanged, zeros within {weights.steps:.2f} of a float16 step of zero + dW, "
-            f"a rounding of {weights.share_of_update:.1%} of dW"
+            f"a rounding of {of_update}"
         ),
-        "dense": f"weights within {weights.maximum:.1e} of dequantize + dW ({recipe.request.dtype})",
-        "requantized": f"weights quantized again, off by {weights.mean:.1e} on average, {weights.maximum:.1e} at most",
-        "lora": f"dW within {weights.maximum:.1e}",
+        "dense": (
+            f"weights within {weights.maximum:.1e} of dequantize + dW ({recipe.request.dtype}), "
+            f"a rounding of {of_update}"
+        ),
+        "requantized": (
+            f"weights quantized again, off by {weights.mean:.1e} on average, {weights.maximum:.1e} at most, "
+            f"an error of {of_update}"
+        ),
+        "lora": f"dW within {weights.maximum:.1e} of the live model's, a rounding of {of_update}",
     }[recipe.kind]
     return "; ".join(
         [

@@ -160,7 +160,8 @@ def export(
     if certificate is not None:
         seconds = time.perf_counter() - started
         print(f"merged {origin.checkpoint} into {recipe.request.path} ({len(recipe.tiles)} layers, {seconds:.1f} s)")
-        print(f"certificate: {certificate.summary}", flush=True)
+        lines = [f"certificate: {certificate.summary}", *TARGETS[recipe.request.target].hints(recipe, origin.config)]
+        print(*lines, sep="\n", flush=True)
     return certificate
 
 

@@ -100,6 +100,10 @@ class Target(ABC):
         The live model may be changed; its adapters do not belong on it any more.
         """
 
+    def hints(self, recipe: Recipe, config: RunConfig) -> list[str]:
+        """Lines for the user about loading the result, shown when it has been published."""
+        return []
+
     @abstractmethod
     def read_back(self, result: Path, kind: Kind, live: LiveModel, probe: Probe) -> tuple[Difference, Tensor]:
         """The difference of a result's weights from the live model's, and the logits that its reader sees.

@@ -1,37 +1,151 @@
-"""The answer to one prompt, through Hugging Face's `generate`."""
+"""Answers to prompts, through Hugging Face's `generate`: greedy or sampled, several prompts at a time."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from dist_qft.base_model.skeleton import BaseModel
+from dist_qft.base_model.stop_tokens import stop_ids
+from dist_qft.errors import UserError
+
+Messages = list[dict[str, str]]  # a conversation: role and content of each turn
+_BATCH = 16  # prompts that are answered together
 
 
-@torch.no_grad()
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is chosen.
+
+    Attributes:
+        temperature: 0 takes the likeliest token; higher values flatten the distribution.
+        top_p: smallest set of tokens with this probability; 1 is all.
+        top_k: number of likeliest tokens; 0 is all.
+        seed: of the random choices; the same seed gives the same text.
+    """
+
+    max_new_tokens: int = 64
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int = 0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        ranges = {
+            "max_new_tokens": (self.max_new_tokens >= 1, "at least 1"),
+            "temperature": (0 <= self.temperature < float("inf"), "0 or more, and finite"),
+            "top_p": (0 < self.top_p <= 1, "above 0 and at most 1"),
+            "top_k": (self.top_k >= 0, "0 or more"),
+            "seed": (0 <= self.seed < 2**63, "0 or more, and below 2^63"),
+        }
+        for name, (good, allowed) in ranges.items():
+            if not good:
+                raise UserError(f"{name}: got {getattr(self, name)}, must be {allowed}")
+        if self.temperature == 0 and (self.top_p != 1 or self.top_k != 0):
+            raise UserError("top_p, top_k: no effect with temperature 0; give a temperature above 0")
+
+    def arguments(self) -> dict[str, Any]:
+        """The choice in the words of `generate`."""
+        chosen: dict[str, Any] = {"max_new_tokens": self.max_new_tokens, "do_sample": self.temperature > 0}
+        if self.temperature > 0:
+            chosen |= {"temperature": self.temperature, "top_p": self.top_p, "top_k": self.top_k}
+        return chosen
+
+
 def answer(
     base: BaseModel, tokenizer: PreTrainedTokenizerBase, prompt: str, *, max_new_tokens: int, device: torch.device
 ) -> str:
-    """Greedy continuation of one prompt; as a user's turn if the tokenizer has a chat template.
+    """The greedy answer to one prompt; see `answers`."""
+    return answers(base, tokenizer, [prompt], Sampling(max_new_tokens), device)[0]
 
-    Adapters should be in eval mode. Collective: every rank must call it with the same prompt, since a sharded base
+
+@torch.no_grad()
+def answers(
+    base: BaseModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[str | Messages],
+    sampling: Sampling,
+    device: torch.device,
+    streamer: Any = None,
+) -> list[str]:
+    """One answer for each prompt: text (a user's turn if the tokenizer has a chat template), or a conversation.
+
+    Prompts are answered in left-padded batches, whose greedy answers in float32 are those of the prompts alone.
+    Adapters should be in eval mode. Collective: every rank must call it with the same arguments, since a sharded base
     is gathered for each token.
+
+    Args:
+        streamer: of transformers, for a single prompt; gets tokens as they come.
     """
-    if tokenizer.chat_template:
-        turns = [{"role": "user", "content": prompt}]
-        text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
-        inputs = tokenizer(text, return_tensors="pt", add_special_tokens=False)
-    else:
-        inputs = tokenizer(prompt, return_tensors="pt")
-    inputs = inputs.to(device)
     was_training = base.model.training
     base.model.eval()
-    output = base.model.generate(
-        input_ids=inputs["input_ids"],
-        attention_mask=inputs["attention_mask"],
-        max_new_tokens=max_new_tokens,
-        do_sample=False,
-        pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
-        synced_gpus=dist.is_initialized() and dist.get_world_size() > 1,
-    )
-    base.model.train(was_training)
-    return tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
+    try:
+        found: list[str] = []
+        for start in range(0, len(prompts), _BATCH):
+            encoded = [prompt_ids(tokenizer, prompt) for prompt in prompts[start : start + _BATCH]]
+            found += _answer_batch(base, tokenizer, encoded, sampling, device, streamer)
+        return found
+    finally:
+        base.model.train(was_training)
+
+
+def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: str | Messages) -> list[int]:
+    """Token ids of a prompt up to where the answer begins."""
+    if isinstance(prompt, str):
+        if not tokenizer.chat_template:
+            return list(tokenizer(prompt)["input_ids"])
+        prompt = [{"role": "user", "content": prompt}]
+    if not tokenizer.chat_template:
+        raise UserError("the tokenizer has no chat template, so it takes no conversations")
+    text = tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
+    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+def _answer_batch(
+    base: BaseModel,
+    tokenizer: PreTrainedTokenizerBase,
+    encoded: list[list[int]],
+    sampling: Sampling,
+    device: torch.device,
+    streamer: Any,
+) -> list[str]:
+    stops = stop_ids(base.model.generation_config.eos_token_id, tokenizer)
+    padding = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (stops or [0])[0]
+    ids, mask = _left_padded(encoded, padding)
+    several = dist.is_initialized() and dist.get_world_size() > 1
+    generate: Any = base.model.generate
+    with _seeded(sampling, device):
+        output = generate(
+            input_ids=ids.to(device),
+            attention_mask=mask.to(device),
+            eos_token_id=stops or None,
+            pad_token_id=padding,
+            synced_gpus=several,
+            streamer=streamer,
+            **sampling.arguments(),
+        )
+    return [str(tokenizer.decode(row, skip_special_tokens=True)).strip() for row in output[:, ids.shape[1] :]]
+
+
+def _left_padded(rows: list[list[int]], padding: int) -> tuple[Tensor, Tensor]:
+    """Ids and mask (rows, longest): every row ends at the right."""
+    longest = max(len(row) for row in rows)
+    ids = torch.tensor([[padding] * (longest - len(row)) + row for row in rows])
+    mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows])
+    return ids, mask
+
+
+@contextmanager
+def _seeded(sampling: Sampling, device: torch.device) -> Iterator[None]:
+    """Inside, random choices depend on the seed alone; the generators are put back afterwards."""
+    if sampling.temperature == 0:
+        yield
+        return
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(sampling.seed)
+        yield

@@ -22,7 +22,7 @@ FLOORS = (
     ("tuned_model",),
     ("merge",),
     ("training",),
-    ("train", "evaluate", "generate", "plan"),
+    ("train", "evaluate", "generate", "chat", "plan"),
     ("study", "bench"),
     ("__init__",),  # the public interface: dist_qft.load
     ("cli",),

@@ -5,11 +5,14 @@ import json
 import peft
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import dist_qft
 from dist_qft.errors import UserError
-from dist_qft.merge.writers.peft import equal_lora, lora_rank, require_low_rank
+from dist_qft.merge.verify import run_verify
+from dist_qft.merge.writers.lora_twin import equal_lora
+from dist_qft.merge.writers.peft_support import lora_rank, require_low_rank
 from dist_qft.methods.adapters.schedule import TileSettings
 from dist_qft.methods.adapters.tile_adapter import TileAdapter, exact_dW
 from tests.support.merges import merge_run
@@ -53,18 +56,37 @@ def test_stock_peft_gives_our_logits(pools, make_run, tiny_llama, tmp_path, case
     assert certificate.lossless and certificate.weights.max_difference < 1e-7
 
 
-def test_layers_of_other_rank_or_alpha_are_in_the_patterns(pools, make_run, tiny_llama, tmp_path):
+def test_layers_of_other_rank_or_alpha_get_one_of_each(pools, make_run, tiny_llama, tmp_path):
+    """vLLM reads one r and one alpha, llama.cpp one alpha and each tensor's rank: all must give the same dW."""
     run = make_run(tiny_llama, **RUNS["qlora, scheduled"])
     pools[1].run(merge_run, source=run, target="peft", path=tmp_path / "lora")
     config = json.loads((tmp_path / "lora" / "adapter_config.json").read_text())
-    assert (config["r"], config["lora_alpha"]) == (4, 6)
-    q_proj = [f"model.layers.{depth}.self_attn.q_proj" for depth in (1, 2)]
-    mlp = [f"model.layers.{depth}.mlp.{name}_proj" for depth in range(3) for name in ("gate", "up", "down")]
-    assert config["rank_pattern"] == {**dict.fromkeys(q_proj, 2), **dict.fromkeys(mlp, 8)}
-    assert config["alpha_pattern"] == dict.fromkeys(q_proj, 3)
+    assert config["rank_pattern"] == config["alpha_pattern"] == {}
     assert config["base_model_name_or_path"] == str(tiny_llama)
-    loaded = peft.PeftConfig.from_pretrained(tmp_path / "lora")
-    assert isinstance(loaded, peft.LoraConfig) and loaded.rank_pattern == config["rank_pattern"]
+    tensors = load_file(tmp_path / "lora" / "adapter_model.safetensors")
+    for path, adapter in dist_qft.load(run).adapters.by_path.items():
+        left, right = (tensors[f"base_model.model.{path}.lora_{name}.weight"].double() for name in "AB")
+        assert left.shape[0] == right.shape[1] == config["r"] == 8
+        scale = config["lora_alpha"] / left.shape[0]
+        torch.testing.assert_close(scale * right @ left, exact_dW(adapter), rtol=1e-6, atol=1e-9)
+    assert isinstance(peft.PeftConfig.from_pretrained(tmp_path / "lora"), peft.LoraConfig)
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_a_certificate_of_a_merge_aware_run_has_the_difference_that_stock_peft_has(
+    pools, make_run, tiny_llama, tmp_path, world
+):
+    """The live model computes with rounded zeros, PEFT adds dW as it is."""
+    method = {"name": "qahira", "rank": 4, "pool": 32, "repeat": 1, "merge_aware": True}
+    run = make_run(tiny_llama, quantization={"block": [1, 32]}, method=method)
+    certificate = pools[world].run(merge_run, source=run, target="peft", path=tmp_path / "lora")[0]
+    tuned, ids = dist_qft.load(run), torch.tensor([certificate.probe])
+    with torch.no_grad(), tuned.adapters.disabled():
+        stock = stock_model(tuned.base, tiny_llama, tmp_path / "lora")(ids).logits
+    difference = float((stock - tuned.logits(ids)).abs().max())
+    assert difference > 1e-3 and certificate.logits.maximum == pytest.approx(difference, rel=1e-2)
+    assert certificate.weights.rounding_share_of_update > 1e-3
+    run_verify(tmp_path / "lora")
 
 
 @pytest.mark.parametrize(

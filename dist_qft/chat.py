@@ -1,0 +1,211 @@
+"""`dist-qft chat`: a conversation in the terminal with a tuned or a merged model, on one rank or on many.
+
+Rank 0 reads the lines and prints; the other ranks get each line from it, because a sharded base answers together.
+"""
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from queue import Empty, Queue
+from threading import Thread
+from typing import TextIO
+
+import torch
+import torch.distributed as dist
+from transformers import PreTrainedTokenizerBase, TextStreamer
+
+from dist_qft.base_model.skeleton import BaseModel
+from dist_qft.errors import UserError
+from dist_qft.methods.trainable import TrainableSet
+from dist_qft.ranks.session import session
+from dist_qft.ranks.world import World
+from dist_qft.storage.checkpoint import ADAPTER_MODEL
+from dist_qft.storage.manifest import sha256_of
+from dist_qft.tuned_model.answer import Messages, Sampling, answers, prompt_ids
+from dist_qft.tuned_model.checkpointed import config_of, find_checkpoint, open_checkpointed, run_folder
+from dist_qft.tuned_model.loaded_model import holds_model, load
+
+_COMMANDS = """/base     answer the last message with the base model, without the adapters
+/system TEXT   set the system prompt and begin anew (without TEXT: remove it)
+/reset    begin a new conversation
+/help     these lines
+/exit     end (so does the end of the input)"""
+# What other ranks get instead of a line: rank 0's input has ended, or nothing was typed for a while.
+_END, _NOTHING = "\x00end", "\x00nothing"
+_IDLE_SECONDS = 30
+
+
+@dataclass
+class Chat:
+    """One conversation, and the model that it is with. Every rank has the same turns.
+
+    Attributes:
+        trainables: None for a merged model.
+        output: gets answers and remarks; None on ranks other than 0.
+    """
+
+    base: BaseModel
+    tokenizer: PreTrainedTokenizerBase
+    trainables: TrainableSet | None
+    device: torch.device
+    sampling: Sampling
+    system: str | None = None
+    output: TextIO | None = None
+    turns: Messages = field(default_factory=list)
+
+    def take(self, line: str) -> bool:
+        """Act on one line of input; False if it ends the chat. Collective."""
+        line = line.strip()
+        word, _, rest = line.partition(" ")
+        match word:
+            case "" | "/help":
+                self._say(_COMMANDS if word else "")
+            case "/exit":
+                return False
+            case "/reset":
+                self.turns = []
+                self._say("(a new conversation)")
+            case "/system":
+                self.system, self.turns = rest.strip() or None, []
+                self._say("(a new conversation)")
+            case "/base":
+                self._answer_as_base()
+            case _ if word.startswith("/"):
+                self._say(f"(unknown command {word}; /help lists them)")
+            case _:
+                self._answer(line)
+        return True
+
+    def _answer(self, line: str) -> None:
+        asked = [*self.turns, {"role": "user", "content": line}]
+        text = self._generate(asked)
+        if text is not None:
+            self.turns = [*asked, {"role": "assistant", "content": text}]
+
+    def _answer_as_base(self) -> None:
+        if self.trainables is None:
+            return self._say("(a merged model has no adapters to leave out)")
+        asked = self.turns[:-1]
+        if not asked:
+            return self._say("(there is no message yet)")
+        with self.trainables.disabled():
+            self._generate(asked)
+
+    def _generate(self, asked: Messages) -> str | None:
+        """The streamed answer to a conversation; None if it has grown too long."""
+        system = [] if self.system is None else [{"role": "system", "content": self.system}]
+        prompt: str | Messages = [*system, *asked]
+        if not self.tokenizer.chat_template:  # a base model goes on with the text
+            prompt = "\n".join([*([self.system] if self.system else []), *(turn["content"] for turn in asked)])
+        length = len(prompt_ids(self.tokenizer, prompt))
+        limit = getattr(self.base.config.get_text_config(), "max_position_embeddings", None)
+        if isinstance(limit, int) and length + self.sampling.max_new_tokens > limit:
+            self._say(f"({length} tokens and an answer do not fit into the model's {limit}; /reset begins anew)")
+            return None
+        streamer = None if self.output is None else Streamer(self.tokenizer, self.output)
+        return answers(self.base, self.tokenizer, [prompt], self.sampling, self.device, streamer)[0]
+
+    def _say(self, text: str) -> None:
+        if self.output is not None and text:
+            print(text, file=self.output, flush=True)
+
+
+class Streamer(TextStreamer):
+    """Prints an answer as its tokens come, to any stream."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, output: TextIO) -> None:
+        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
+        self._output = output
+
+    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        print(text, file=self._output, end="\n" if stream_end else "", flush=True)
+
+
+def run_chat(path: str, sampling: Sampling, system: str | None) -> None:
+    """Chat with the model at `path`, a run, a checkpoint or a model, until the input ends.
+
+    Raises:
+        UserError: there is no model, or it answers no prompts.
+    """
+    with _opened(path, sampling, system) as chat:
+        asking = sys.stdin.isatty() and chat.output is not None
+        if asking:
+            print(_COMMANDS, flush=True)
+        for line in shared_lines(lambda: _read(asking), chat.device):
+            if not chat.take(line):
+                break
+
+
+@contextmanager
+def _opened(path: str, sampling: Sampling, system: str | None) -> Iterator[Chat]:
+    if holds_model(Path(path)):
+        world = World.from_environment()
+        if world.world_size > 1:
+            raise UserError(f"'{path}' is a whole model: chat with it in one process, not on {world.world_size} ranks")
+        model = load(path)
+        yield Chat(model.base, model.tokenizer, None, model.device, sampling, system, sys.stdout)
+        return
+    checkpoint = find_checkpoint(path)
+    config = config_of(checkpoint)
+    if config.task.name != "causal-lm":
+        raise UserError(f"{checkpoint.path}: trained for {config.task.name}, it answers no prompts; use `eval`")
+    must_match = {
+        "config": config.model_dump_json(),
+        "adapter": sha256_of(checkpoint.path / ADAPTER_MODEL),
+        "settings": repr((sampling, system)),
+    }
+    with session(config.sharding, doing="a chat", must_match=must_match, crash_dir=run_folder(path)) as (world, device):
+        parts, tokenizer = open_checkpointed(checkpoint, config, device)
+        output = sys.stdout if world.rank == 0 else None
+        yield Chat(parts.base, tokenizer, parts.trainables, device, sampling, system, output)
+
+
+def _read(asking: bool) -> str | None:
+    """The next line of the input; None at its end."""
+    if asking:
+        print("> ", end="", flush=True)
+    line = sys.stdin.readline()
+    return line if line else None
+
+
+def shared_lines(read: Callable[[], str | None], device: torch.device) -> Iterator[str]:
+    """Lines that rank 0 reads, on every rank, until `read` returns None there. Collective.
+
+    While nobody types, rank 0 tells the others so from time to time: a collective that takes long would be a lost peer.
+    """
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        yield from iter(read, None)
+        return
+    waiting: Queue[str | None] = Queue()
+    if dist.get_rank() == 0:
+        Thread(target=_read_all, args=(read, waiting), daemon=True).start()
+    while (text := _from_rank_0(_next(waiting) if dist.get_rank() == 0 else "", device)) != _END:
+        if text != _NOTHING:
+            yield text
+
+
+def _read_all(read: Callable[[], str | None], lines: "Queue[str | None]") -> None:
+    while (line := read()) is not None:
+        lines.put(line)
+    lines.put(None)
+
+
+def _next(lines: "Queue[str | None]") -> str:
+    try:
+        line = lines.get(timeout=_IDLE_SECONDS)
+    except Empty:
+        return _NOTHING
+    return _END if line is None else line
+
+
+def _from_rank_0(line: str, device: torch.device) -> str:
+    """Rank 0's text on every rank, as bytes: nothing is unpickled. Collective."""
+    data = torch.frombuffer(bytearray(line.encode() or b" "), dtype=torch.uint8).to(device)
+    size = torch.tensor(data.numel(), device=device)
+    dist.broadcast(size, 0)
+    if dist.get_rank() != 0:
+        data = torch.empty(int(size), dtype=torch.uint8, device=device)
+    dist.broadcast(data, 0)
+    return bytes(data.cpu().tolist()).decode(errors="replace")

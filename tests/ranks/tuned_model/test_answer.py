@@ -1,0 +1,109 @@
+"""Answers: batches as one by one, sampling, ends, and conversations on one rank and on two."""
+
+import io
+import sys
+
+import pytest
+import torch
+
+import dist_qft
+from dist_qft.chat import Chat, shared_lines
+from dist_qft.errors import UserError
+from dist_qft.tuned_model.answer import Sampling, prompt_ids
+from dist_qft.tuned_model.checkpointed import config_of, find_checkpoint, open_checkpointed
+
+PROMPTS = ["Say cat 3:", "the quiet sea had left what the dogs ran over", "a"]
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def run(make_run, tiny_llama):
+    return make_run(tiny_llama, size=0.2)
+
+
+@pytest.fixture(scope="module")
+def model(run):
+    return dist_qft.load(run, dtype="float32")
+
+
+def test_a_batch_gives_the_answers_of_its_prompts_alone(model):
+    together = model.generate(PROMPTS, max_new_tokens=12)
+    assert together == [model.generate(prompt, max_new_tokens=12) for prompt in PROMPTS]
+    assert len(set(together)) == len(PROMPTS)
+
+
+def test_sampling_is_a_function_of_its_seed(model):
+    state = torch.random.get_rng_state()
+    drawn = [model.generate(PROMPTS[0], 12, temperature=3.0, seed=seed) for seed in (1, 1, 2)]
+    assert drawn[0] == drawn[1] != drawn[2] != model.generate(PROMPTS[0], 12)
+    assert torch.equal(state, torch.random.get_rng_state())
+    greedy = model.generate(PROMPTS[0], 12)
+    assert model.generate(PROMPTS[0], 12, temperature=0.5, top_k=1) == greedy
+    assert model.generate(PROMPTS[0], 12, temperature=0.5, top_p=1e-6) == greedy
+
+
+@pytest.mark.parametrize(
+    ("settings", "name"),
+    [
+        ({"temperature": -1.0}, "temperature"),
+        ({"temperature": float("nan")}, "temperature"),
+        ({"temperature": 1.0, "top_p": 0.0}, "top_p"),
+        ({"temperature": 1.0, "top_k": -1}, "top_k"),
+        ({"seed": -1}, "seed"),
+        ({"top_p": 0.5}, "top_p"),
+        ({"max_new_tokens": 0}, "max_new_tokens"),
+    ],
+)
+def test_sampling_that_makes_no_sense_is_refused_by_name(settings, name):
+    with pytest.raises(UserError, match=f"^{name}"):
+        Sampling(**settings)
+
+
+@pytest.mark.parametrize(("arguments", "key"), [({"device": "tpu"}, "device"), ({"dtype": "float64"}, "dtype")])
+def test_devices_and_dtypes_are_checked(run, arguments, key):
+    with pytest.raises(UserError, match=f"^{key}"):
+        dist_qft.load(run, **arguments)
+    assert dist_qft.load(run, dtype=torch.bfloat16).base.dtype == torch.bfloat16
+
+
+def test_an_answer_ends_at_any_token_that_the_files_call_an_end(model, monkeypatch):
+    whole = model.generate(PROMPTS[1], max_new_tokens=8)
+    prompt = torch.tensor([prompt_ids(model.tokenizer, PROMPTS[1])])
+    first = int(model.logits(prompt)[0, -1].argmax())
+    other = 1 if first == 0 else 0
+    monkeypatch.setattr(model.base.model.generation_config, "eos_token_id", [other, first])
+    assert model.generate(PROMPTS[1], max_new_tokens=8) == model.tokenizer.decode([first]).strip() != whole
+
+
+LINES = ["hello cat", "/base", "/nothing", "", "and the sea?", "/reset", "/system be brief", "hello cat", "/exit", "x"]
+
+
+def talk(run: str) -> tuple[str, list]:
+    config = config_of(find_checkpoint(run))
+    parts, tokenizer = open_checkpointed(find_checkpoint(run), config, CPU)
+    output, lines = io.StringIO(), iter(LINES)
+    chat = Chat(parts.base, tokenizer, parts.trainables, CPU, Sampling(6), output=output)
+    turns = []
+    for line in shared_lines(lambda: next(lines, None), CPU):
+        if not chat.take(line):
+            break
+        turns.append(len(chat.turns))
+    return output.getvalue(), turns
+
+
+def test_a_conversation_is_the_same_on_one_rank_and_on_two(pools, run, model):
+    (alone, turns), *_ = pools[1].run(talk, run=run)
+    (shared, shared_turns), (other, other_turns) = pools[2].run(talk, run=run)
+    assert alone == shared == other and turns == shared_turns == other_turns
+    assert turns == [2, 2, 2, 2, 4, 0, 0, 2]
+    lines = alone.splitlines()
+    assert lines[0].strip() == model.generate("hello cat", 6) and lines[1] != lines[0]
+    assert lines[2].startswith("(unknown command /nothing") and lines[4] == lines[5] == "(a new conversation)"
+
+
+def test_the_command_reads_a_pipe(shell, run, monkeypatch, model):
+    monkeypatch.setattr(sys, "stdin", io.StringIO("hello cat\n/exit\n"))
+    code, out, _ = shell("chat", run, "--max-new-tokens", 6)
+    assert code == 0 and out.strip() == model.generate("hello cat", 6)
+    code, _, err = shell("chat", run, "--temperature", "-1")
+    assert code == 2 and "temperature" in err
