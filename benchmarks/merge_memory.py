@@ -17,7 +17,7 @@ from tests.support.rank_pool import RankPool
 from tests.support.tiny_gguf import save_random_gguf
 from tests.support.tiny_model import tiny_config
 
-QALORA = {"name": "qalora", "pool": 32, "repeat": None, "rank": 4}
+QALORA = {"name": "qalora", "pool": 32, "rank": 4}
 
 
 def main(layers: int = 26) -> None:

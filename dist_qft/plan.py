@@ -20,7 +20,7 @@ from dist_qft.base_model.skeleton import BaseModel, build_skeleton
 from dist_qft.base_model.weight_files import quantized_source
 from dist_qft.config.check import accumulation_steps, config_warnings
 from dist_qft.config.schema import RunConfig, TrainConfig
-from dist_qft.methods.specs import make_spec, merge_warnings
+from dist_qft.methods.specs import make_spec
 from dist_qft.methods.trainable import TrainableSpec
 from dist_qft.quant.contract import Format
 from dist_qft.quant.frozen import FrozenWeight
@@ -104,7 +104,7 @@ def _trainables(spec: TrainableSpec[Any], base: BaseModel) -> dict[str, Any]:
 def _warnings(config: RunConfig, spec: TrainableSpec[Any], base: BaseModel) -> list[str]:
     source = quantized_source(config.model)
     stored = [] if source is None else requantization_notes(base, source)
-    return config_warnings(config) + merge_warnings(config, spec, base) + base.notes + stored
+    return config_warnings(config) + spec.warnings(base) + base.notes + stored
 
 
 def print_plan(plan: dict[str, Any], *, as_json: bool = False) -> None:

@@ -24,7 +24,7 @@ from dist_qft.merge.certificate import Origin
 from dist_qft.merge.live_model import LiveModel
 from dist_qft.merge.recipe import require_free
 from dist_qft.merge.run import export, recipe_at_end
-from dist_qft.methods.specs import make_spec, merge_warnings
+from dist_qft.methods.specs import make_spec
 from dist_qft.ranks.activity import Activity
 from dist_qft.ranks.collectives import on_rank_0
 from dist_qft.ranks.device import compute_dtype
@@ -85,7 +85,7 @@ def gather_inputs(
     dtype = compute_dtype(config.train.precision, device)
     skeleton = loaded.base if loaded else build_skeleton(config.model, config.quantization, dtype)
     spec = make_spec(config, skeleton)
-    notes += [f"warning: {warning}" for warning in merge_warnings(config, spec, skeleton)]
+    notes += [f"warning: {warning}" for warning in spec.warnings(skeleton)]
     head = head_outputs(config.task) * skeleton.embedding.embedding_dim
     require_space(output_dir, checkpoint_bytes(config.train, spec.parameters + head))
     if checkpoint is not None:

@@ -1,15 +1,16 @@
-"""Rules between settings that need no model: contradicting settings, ignored settings, impossible merges.
+"""Rules between settings that need no model: contradicting settings, and settings without effect.
 
-Types and ranges of single settings are in `schema`; what depends on layer sizes is in `methods.schedule` and
-`quant.formats`. A fault stops the run, a warning is shown in the plan and in the log.
+Types and ranges of single settings are in `schema`, rules of one method in its class in `config.methods`. Rules that
+depend on layer sizes are in `methods.adapters.schedule` and `quant.formats`. A fault stops the run, a warning is shown
+in the plan and in the log.
 """
 
 from collections.abc import Iterator
 
 from dist_qft.config.deepspeed_file import zero_file_faults
-from dist_qft.config.factors import EXACT_METHODS, method_defaults
-from dist_qft.config.faults import Fault, value_fault
-from dist_qft.config.schema import MethodConfig, QuantizationConfig, RunConfig, ScheduleRule, Section, ShardingConfig
+from dist_qft.config.fault import Fault, value_fault
+from dist_qft.config.schema import QuantizationConfig, RunConfig, ShardingConfig
+from dist_qft.config.section import Section
 from dist_qft.divisors import divisors, either, nearest_multiples
 from dist_qft.errors import UserError
 
@@ -18,8 +19,6 @@ _BLOCK_FORM = {
     "nf4": (1, "one length such as [64]"),
     "affine4": (2, "[b_out, b_in] such as [1, 32]"),
 }
-_FACTORS = ("balance", "pool", "repeat")
-_SIDE_SETTINGS = ("reduction", "downsample", "downsample_rank", "compat", "init", "cache")
 _ENGINE_SETTINGS = {
     "reshard_after_forward": "fsdp",
     "prefetch_megabytes": "zero",
@@ -33,8 +32,7 @@ def cross_field_faults(config: RunConfig) -> list[Fault]:
     return [
         *_model_faults(config),
         *_quantization_faults(config.quantization),
-        *(_side_faults(config) if config.method.name == "qst" else _adapter_faults(config.method)),
-        *_merge_aware_faults(config),
+        *config.method.faults(config),
         *_task_faults(config),
         *_train_faults(config),
         *_sharding_faults(config.sharding),
@@ -45,15 +43,13 @@ def cross_field_faults(config: RunConfig) -> list[Fault]:
 
 
 def config_warnings(config: RunConfig) -> list[str]:
-    """Settings that are allowed but have no effect."""
+    """Notes of reading the config, and settings that are allowed but without effect."""
     train, sharding = config.train, config.sharding
-    warnings = []
+    warnings = [*config.notes, *config.method.warnings(config)]
     if train.max_steps is not None and _changed(train, "num_train_epochs"):
         warnings.append("train.num_train_epochs: no effect, train.max_steps is set")
     if train.warmup_steps is not None and _changed(train, "warmup_ratio"):
         warnings.append("train.warmup_ratio: no effect, train.warmup_steps is set")
-    if config.method.cache == "disk" and train.max_steps is None and train.num_train_epochs <= 1:
-        warnings.append("method.cache: written and never read, train.num_train_epochs is 1 or less")
     for name, engine in _ENGINE_SETTINGS.items():
         if sharding.engine != engine and _changed(sharding, name):
             warnings.append(f"sharding.{name}: no effect with engine {sharding.engine}")
@@ -107,62 +103,6 @@ def _quantization_faults(quantization: QuantizationConfig) -> Iterator[Fault]:
 
 def _linear_words(linear: str) -> str:
     return "nf4" if linear == "auto" else linear
-
-
-def _side_faults(config: RunConfig) -> Iterator[Fault]:
-    method = config.method
-    for setting in sorted(method.model_fields_set - {"name", *_SIDE_SETTINGS}):
-        yield value_fault(("method", setting), f"qst does not use it; qst has {', '.join(_SIDE_SETTINGS)}")
-    downsample = method.downsample or "adapter"
-    if method.downsample_rank is not None and downsample not in ("adapter", "lora"):
-        yield value_fault(("method", "downsample_rank"), f"{downsample} has no rank; remove it or use adapter or lora")
-    if config.train.gradient_checkpointing:
-        yield value_fault(("train", "gradient_checkpointing"), "qst keeps nothing of the base for backward; remove it")
-
-
-def _adapter_faults(method: MethodConfig) -> Iterator[Fault]:
-    used = method_defaults(method.name)
-    for setting in _SIDE_SETTINGS:
-        if getattr(method, setting) is not None:
-            yield value_fault(("method", setting), f"only qst uses it; {method.name} has {_knobs(used)}")
-    yield from _unused_factors(method, used, ("method",), method.name)
-    if method.pool_mode == "sum" and not used:
-        yield value_fault(("method", "pool_mode"), f"{method.name} does not pool; remove it")
-    for index, rule in enumerate(method.schedule):
-        path = ("method", "schedule", index)
-        yield from _unused_factors(rule, used, path, method.name)
-        if rule.depth is not None and rule.depth[0] > rule.depth[1]:
-            yield value_fault((*path, "depth"), f"got {rule.depth}, need first <= last")
-        settings = sorted(rule.model_fields_set - {"layers", "depth"})
-        if not settings:
-            yield value_fault(path, f"the rule sets nothing; give {_knobs(used)} or skip")
-        elif rule.skip and settings != ["skip"]:
-            without_effect = ", ".join(name for name in settings if name != "skip")
-            yield value_fault(path, f"skip leaves no use for {without_effect}; give one or the other")
-
-
-def _merge_aware_faults(config: RunConfig) -> Iterator[Fault]:
-    method, linear = config.method, config.quantization.linear
-    if not method.merge_aware or method.name == "qst":
-        return
-    if method.name not in EXACT_METHODS:
-        yield value_fault(("method", "merge_aware"), f"{method.name} does not merge exactly; qalora and qahira do")
-    elif linear not in ("affine4", "auto", "stored"):
-        yield value_fault(("method", "merge_aware"), f"{linear} has no zeros to take dW; affine4 has")
-    if method.dropout:
-        yield value_fault(("method", "dropout"), f"got {method.dropout}, merge_aware has no place for it; use 0")
-
-
-def _unused_factors(
-    section: MethodConfig | ScheduleRule, used: dict[str, int], path: tuple[str | int, ...], method: str
-) -> Iterator[Fault]:
-    for factor in _FACTORS:
-        if getattr(section, factor) is not None and factor not in used:
-            yield value_fault((*path, factor), f"{method} does not use it; {method} has {_knobs(used)}")
-
-
-def _knobs(used: dict[str, int]) -> str:
-    return ", ".join(["rank", "alpha", *used])
 
 
 def _task_faults(config: RunConfig) -> Iterator[Fault]:
@@ -229,17 +169,14 @@ def _evaluation_faults(config: RunConfig) -> Iterator[Fault]:
 
 
 def _changed(section: Section, setting: str) -> bool:
-    """Whether a setting is not its default; that it was given says nothing, since a saved config names them all."""
+    """True if a setting is not its default. Being given says nothing: a config that was saved whole names them all."""
     return getattr(section, setting) != type(section).model_fields[setting].default
 
 
 def merge_obstacle(config: RunConfig) -> str | None:
     """Why what this config trains cannot be merged into the base at all, and what to do instead."""
-    if config.method.name == "qst":
-        return (
-            "a side network (qst) runs beside the base and is not folded into it; serve the run itself "
-            "(dist_qft.load, dist-qft generate), or train qahira, qalora, qbara or qlora"
-        )
+    if config.method.merge_obstacle is not None:
+        return config.method.merge_obstacle
     if config.task.name != "causal-lm":
         return f"a language model's files have no place for the head of task {config.task.name}; use dist-qft eval"
     return None

@@ -1,7 +1,7 @@
 """From a YAML file and `key.sub=value` overrides to a checked `RunConfig`, or to one message with every fault.
 
 YAML is read as version 1.2 (so `1e-4` is a number and `on` is a string). What the settings mean is not known
-here: types and ranges are in `schema`, rules between settings in `check`, the wording of faults in `faults`.
+here: types and ranges are in `schema`, rules between settings in `check`, the wording of faults in `validation`.
 `save_config` is the way back, for the copy that a run keeps in its folder.
 """
 
@@ -20,8 +20,11 @@ from ruamel.yaml.nodes import MappingNode, Node, SequenceNode
 from ruamel.yaml.reader import ReaderError
 
 from dist_qft.config.check import cross_field_faults
-from dist_qft.config.faults import Fault, KeyPath, dotted, validation_faults
+from dist_qft.config.fault import Fault, KeyPath, dotted
+from dist_qft.config.methods.door import DEFAULT, METHODS
+from dist_qft.config.methods.switch import keys_for
 from dist_qft.config.schema import RunConfig
+from dist_qft.config.validation import validation_faults
 from dist_qft.errors import UserError
 
 CONFIG_FILE = "config.yaml"  # what a run's folder calls the config it ran with
@@ -40,14 +43,18 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     document = Document.read(path)
     applied: list[_Override] = []
     lines: list[str] = []
-    values = document.values
     for text in overrides:
         try:
-            override = _Override.parse(text)
-            values = override.apply(values)
-            applied.append(override)
+            applied.append(_Override.parse(text))
         except _OverrideError as error:
             lines.append(f"command line: {text}: {error}")
+    values, notes = _for_the_method_of(applied, document.values)
+    for override in list(applied):
+        try:
+            values = override.apply(values)
+        except _OverrideError as error:
+            lines.append(f"command line: {override.text}: {error}")
+            applied.remove(override)
     try:
         config = RunConfig.model_validate(values)
         faults = cross_field_faults(config)
@@ -57,7 +64,19 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     lines += [text for _, text in sorted(located, key=itemgetter(0))]
     if lines:
         raise UserError("\n".join(lines))
-    return config
+    return config.with_notes(notes) if notes else config
+
+
+def _for_the_method_of(overrides: Sequence["_Override"], values: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """A file's values without what the method that overrides choose does not use, and notes on what was dropped."""
+    name = next((override.value for override in reversed(overrides) if override.path == ("method", "name")), None)
+    section = values.get("method")
+    if not (isinstance(section, dict) and isinstance(name, str) and name in METHODS):
+        return values, []
+    if name == section.get("name", DEFAULT):
+        return values, []
+    kept, note = keys_for(section, name)
+    return {**values, "method": kept}, [note] if note else []
 
 
 def change_config(config: RunConfig, changes: Mapping[str, Any]) -> RunConfig:
@@ -79,7 +98,7 @@ def change_config(config: RunConfig, changes: Mapping[str, Any]) -> RunConfig:
         faults = validation_faults(error, values)
     if faults:
         raise UserError("\n".join(fault.message for fault in faults))
-    return changed
+    return changed.with_notes(config.notes)
 
 
 def override_config(config: RunConfig, overrides: Sequence[str]) -> RunConfig:
@@ -104,7 +123,7 @@ def save_config(config: RunConfig, path: str | Path) -> None:
     """Write the settings that file and overrides gave; `load_config` of that file returns an equal config."""
     yaml = _yaml()
     yaml.default_flow_style = False
-    yaml.sort_base_mapping_type_on_output = False
+    yaml.sort_base_mapping_type_on_output = False  # type: ignore[assignment]  # ruamel annotates it as None
     with open(path, "w", encoding="utf-8") as file:
         yaml.dump(config.model_dump(exclude_unset=True), file)
 
@@ -148,6 +167,7 @@ def _replaced(container: Any, path: KeyPath, depth: int, value: Any) -> Any:
         return value
     part = path[depth]
     container = {} if container is None else copy(container)
+    child: Any
     if isinstance(container, list):
         if not (isinstance(part, int) and part < len(container)):
             raise _OverrideError(f"'{dotted(path[:depth])}' is a list of {len(container)}, positions count from 0")

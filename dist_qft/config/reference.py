@@ -71,7 +71,7 @@ def _objects(node: dict[str, Any], definitions: dict[str, Any]) -> Iterator[tupl
         found = definitions[choice["$ref"].rpartition("/")[2]]
         if found.get("type") == "object":
             constant = found["properties"].get("name", {}).get("const") if len(choices) > 1 else None
-            yield (f" with `name: {constant}`" if constant else ""), found
+            yield (f" (name: {constant})" if constant else ""), found
     if "items" in node:
         yield from ((f"[]{suffix}", found) for suffix, found in _objects(node["items"], definitions))
 
@@ -82,7 +82,8 @@ def _choices(node: dict[str, Any]) -> list[dict[str, Any]]:
 
 def _values(node: dict[str, Any], definitions: dict[str, Any]) -> str:
     """The values that a key may have, in words."""
-    return " or ".join(_value(choice, definitions) for choice in _choices(node) if choice.get("type") != "null")
+    words = [_value(choice, definitions) for choice in _choices(node) if choice.get("type") != "null"]
+    return " or ".join(dict.fromkeys(words))
 
 
 def _value(node: dict[str, Any], definitions: dict[str, Any]) -> str:

@@ -5,27 +5,17 @@ overrides and reports all faults at once. After loading nobody asks for a defaul
 holds is what the run uses. Names follow Hugging Face's where they have one.
 """
 
+from collections.abc import Sequence
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, PrivateAttr, model_validator
 
-Positive = Annotated[int, Field(gt=0)]
-NonNegative = Annotated[int, Field(ge=0)]
-Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
-Text = Annotated[str, Field(min_length=1)]
+from dist_qft.config.methods.door import AnyMethod
+from dist_qft.config.methods.qlora import QloraConfig
+from dist_qft.config.section import Fraction, NonNegative, Positive, Section, Text
 
-Reduction = Annotated[int, Field(ge=2)]
-
-MethodName = Literal["qlora", "qbara", "qalora", "qahira", "qst"]
 MergeTarget = Literal["gguf", "quantized", "dense", "peft"]
-Downsample = Literal["adapter", "lora", "linear", "maxpool", "avgpool"]
 LinearFormat = Literal["auto", "stored", "nf4", "affine4", "dense"]
-
-
-class Section(BaseModel):
-    """A part of the config: unknown keys, silent type conversions, NaN and infinities are errors."""
-
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, validate_default=True, allow_inf_nan=False)
 
 
 class ModelConfig(Section):
@@ -60,41 +50,6 @@ class QuantizationConfig(Section):
     @classmethod
     def _from_word(cls, value: object) -> object:
         return {} if value == "auto" else value
-
-
-class ScheduleRule(Section):
-    """Overrides for some layers; later rules win. At least one setting besides the selection."""
-
-    layers: str | list[str] = Field("all", description="layer types (q_proj, ...), 'attention', 'mlp' or 'all'")
-    depth: Annotated[list[NonNegative], Field(min_length=2, max_length=2)] | None = Field(
-        None, description="first and last decoder layer, both included"
-    )
-    rank: Positive | None = None
-    alpha: Annotated[float, Field(gt=0)] | None = None
-    balance: Positive | None = None
-    pool: Positive | None = None
-    repeat: Positive | None = None
-    skip: bool = Field(False, description="attach nothing to these layers")
-
-
-class MethodConfig(Section):
-    name: MethodName = "qlora"
-    rank: Positive = 64
-    alpha: Annotated[float, Field(gt=0)] = 16.0
-    balance: Positive | None = Field(None, description="qbara's balancing factor lambda (default 2)")
-    pool: Positive | None = Field(None, description="inputs averaged: qalora (default 32), qahira (default 4)")
-    repeat: Positive | None = Field(None, description="copies of each output: qahira (default 8)")
-    pool_mode: Literal["mean", "sum"] = "mean"
-    dropout: Fraction = 0.0
-    merge_aware: bool = Field(False, description="qalora, qahira: train with zeros as the exact merge will write them")
-    targets: str | list[str] = Field("all-linear", description="'all-linear', or layer types as in a schedule")
-    schedule: list[ScheduleRule] = []
-    reduction: Reduction | None = Field(None, description="qst: times that the side network is narrower (default 16)")
-    downsample: Downsample | None = Field(None, description="qst: how hidden states get narrow (default adapter)")
-    downsample_rank: Positive | None = Field(None, description="qst: rank of adapter or lora (default 16)")
-    compat: Literal["paper", "released"] | None = Field(None, description="qst: paper (default) or the released code")
-    init: Literal["random", "pruned"] | None = Field(None, description="qst: pruned starts from the base's own weights")
-    cache: Literal["none", "disk"] | None = Field(None, description="qst: disk keeps the base's hidden states")
 
 
 class TaskConfig(Section):
@@ -207,7 +162,7 @@ class RunConfig(Section):
     output_dir: Text
     model: ModelConfig
     quantization: QuantizationConfig = QuantizationConfig()
-    method: MethodConfig = MethodConfig()
+    method: AnyMethod = QloraConfig(name="qlora")
     task: TaskConfig = TaskConfig()
     data: DataConfig | None = Field(None, description="needed by train and eval")
     train: TrainConfig = TrainConfig()
@@ -215,3 +170,16 @@ class RunConfig(Section):
     checkpoint: CheckpointConfig = CheckpointConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     merge: MergeConfig = MergeConfig()
+
+    _notes: tuple[str, ...] = PrivateAttr(())
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What reading this config changed, for its user to know: keys with old names, keys that were dropped."""
+        return self._notes
+
+    def with_notes(self, notes: Sequence[str]) -> "RunConfig":
+        """A copy that carries these notes."""
+        copy = self.model_copy()
+        copy._notes = tuple(notes)
+        return copy

@@ -155,6 +155,10 @@ class TrainableSpec(ABC, Generic[SetT]):
     def summary(self) -> str:
         """Where the trainables are, for the opening lines: "210 layers"."""
 
+    def warnings(self, base: BaseModel) -> list[str]:
+        """What is allowed on this base but probably not meant, each line starting with a config key."""
+        return []
+
     @abstractmethod
     def counts(self, base: BaseModel) -> Counts:
         """Trainable parameters by part and by depth, for the plan of a run."""

@@ -66,7 +66,7 @@ def _ladder(settings: TileSettings) -> list[_Choice]:
     if settings.inner is not None:
         unit = settings.parameters // settings.rank
         ranks = range(settings.rank, 0, -1)
-        return [_Choice(unit * rank, (("rank", rank), ("alpha", settings.scale * rank))) for rank in ranks]
+        return [_Choice(unit * rank, (("rank", rank), ("alpha", settings.alpha_at(rank)))) for rank in ranks]
     pools = list(range(settings.pool, settings.in_features + 1, settings.pool))
     legal = [pool for pool in pools if settings.in_features % pool == 0]
     return [_Choice(settings.parameters * settings.pool // pool, (("pool", pool),)) for pool in legal]

@@ -198,7 +198,7 @@ def _order(value: str) -> tuple[float, str]:
 def _axis(preset: str, subject: Subject) -> str:
     if not preset.startswith("balance"):
         return _AXIS[preset.partition("_")[0]]
-    return {"qbara": "lambda", "qalora": "group size", "qahira": "tile"}[subject.method.name]
+    return subject.tile_method.balancing_name
 
 
 def _title(preset: str) -> str:

@@ -11,14 +11,12 @@ from dataclasses import dataclass
 from itertools import product
 from statistics import fmean
 
+from dist_qft.config.methods.tile_method import BlockMethod
 from dist_qft.study.groups import THIRDS, TYPES
 from dist_qft.study.measurements import Estimate, Subject
 from dist_qft.study.presets import Variant
 
 HOLDS, FAILS, OPEN = "holds in this data", "does not hold in this data", "cannot be told"
-
-_BY_RANK = ("qlora", "qbara")
-_BY_BLOCK = ("qalora", "qahira")  # quantization-aware: their tiles match the base's blocks
 
 
 @dataclass(frozen=True)
@@ -74,16 +72,16 @@ def find(subjects: Sequence[Subject], unit: str) -> list[Finding]:
 
 
 def _rank_by_type(subject: Subject, unit: str) -> Finding | None:
-    if subject.method.name not in _BY_RANK:
+    if isinstance(subject.method, BlockMethod):
         return None
     statement = "MLP layers keep performance when the adapter's rank is cut; attention layers are more sensitive"
     return _type_contrast(subject, "rank_by_type", "1", statement, unit)
 
 
 def _block_by_type(subject: Subject, unit: str) -> Finding | None:
-    if subject.method.name not in _BY_BLOCK:
+    if not isinstance(subject.method, BlockMethod):
         return None
-    preset = "rank_by_type" if subject.method.name == "qalora" else "balance_by_type"
+    preset = "rank_by_type" if subject.method.ranked else "balance_by_type"
     statement = "in quantization-aware fine-tuning, MLP layers do well with smaller adapters, attention layers do not"
     return _type_contrast(subject, preset, "3", statement, unit)
 

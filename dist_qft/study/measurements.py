@@ -11,8 +11,8 @@ from statistics import fmean, stdev
 
 from scipy import stats
 
-from dist_qft.config.factors import effective
-from dist_qft.config.schema import MethodConfig
+from dist_qft.config.methods.method import MethodConfig
+from dist_qft.config.methods.tile_method import TileMethod
 from dist_qft.study.presets import REFERENCE, Variant, value_label
 from dist_qft.study.results import Outcome
 
@@ -68,6 +68,12 @@ class Subject:
     trainables: dict[Variant, int] = field(default_factory=dict)
 
     @property
+    def tile_method(self) -> TileMethod:
+        """The reference's method, which has adapters: no preset is allowed for any other."""
+        assert isinstance(self.method, TileMethod)
+        return self.method
+
+    @property
     def reference(self) -> dict[int, float]:
         """The reference's figure by seed."""
         return self.figures.get(Variant(REFERENCE), {})
@@ -83,11 +89,11 @@ class Subject:
 
     def reference_value(self, preset: str) -> str:
         """What the reference has of the setting that a preset varies."""
-        knob = preset.partition("_")[0]
+        knob, method = preset.partition("_")[0], self.tile_method
         if knob == "balance":
-            pool, repeat, balance = effective(self.method)
-            return {"qbara": str(balance), "qalora": str(pool)}.get(self.method.name, f"{repeat}x{pool}")
-        return value_label(getattr(self.method, knob))
+            values = [getattr(method, factor) for factor in method.balancing]
+            return value_label(values if len(values) > 1 else values[0])
+        return value_label(getattr(method, knob))
 
 
 def measure(outcomes: Sequence[Outcome], metric: str) -> list[Subject]:

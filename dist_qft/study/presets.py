@@ -1,19 +1,20 @@
-"""What a preset varies: from its entry in the study file to schedules, one for each value and group.
+"""From a preset of the study file to schedules, one for each value and group.
 
-The balancing factor is what an adapter compresses its input and output by. That is `balance` (lambda) of qbara, `pool`
-(the group size) of qalora, and the tile, given as [repeat, pool], of qahira, where it also decides the size.
+The balancing factor is the factor by which an adapter compresses its input and output. That is `balance` (lambda) of
+qbara, `pool` (the group size) of qalora, and the tile, given as [repeat, pool], of qahira, where it also decides the
+size. Each method's class says which (`TileMethod.balancing`).
 """
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from dist_qft.config.schema import MethodConfig
+from dist_qft.config.methods.tile_method import TileMethod
 from dist_qft.errors import UserError
 from dist_qft.methods.adapters.schedule import LinearShape, TileSettings
 from dist_qft.study.discount import discount_rules
 from dist_qft.study.groups import Group, depth_groups, group_named
-from dist_qft.study.settings import EqualDiscount, Preset, TypePreset
+from dist_qft.study.settings import DepthPreset, EqualDiscount, Preset, TypePreset
 
 REFERENCE = "reference"
 
@@ -36,7 +37,7 @@ class Variant:
 
 
 def preset_variants(
-    preset: Preset, method: MethodConfig, reference: Mapping[str, TileSettings], layers: Sequence[LinearShape]
+    preset: Preset, method: TileMethod, reference: Mapping[str, TileSettings], layers: Sequence[LinearShape]
 ) -> Iterator[Variant]:
     """The variants of one preset for a model's layers.
 
@@ -62,7 +63,7 @@ def value_label(value: int | float | list[int]) -> str:
     return "x".join(map(str, value)) if isinstance(value, list) else f"{value:g}"
 
 
-def _groups(preset: Preset, layers: Sequence[LinearShape]) -> list[Group]:
+def _groups(preset: TypePreset | DepthPreset, layers: Sequence[LinearShape]) -> list[Group]:
     if isinstance(preset, TypePreset):
         return [group_named(name, layers) for name in preset.groups]
     if isinstance(preset.depths, int):
@@ -70,24 +71,29 @@ def _groups(preset: Preset, layers: Sequence[LinearShape]) -> list[Group]:
     return [Group(name, depth=tuple(depth)) for name, depth in preset.depths.items()]
 
 
-def _settings(preset: Preset, value: int | float | list[int], method: MethodConfig) -> dict[str, Any]:
+def _settings(preset: TypePreset | DepthPreset, value: int | float | list[int], method: TileMethod) -> dict[str, Any]:
     """What a rule sets for one value."""
     knob = preset.preset.partition("_")[0]
+    if knob == "balance":
+        return _balance(value, method)
+    if isinstance(value, list):
+        raise UserError(f"got {value}, {knob} must be a number")
     if knob == "alpha":
         return {"alpha": float(value)}
-    if knob == "rank":
-        if method.name == "qahira":
-            raise UserError("qahira has no rank in any shape; vary its tile with balance_by_type or balance_by_depth")
-        return {"rank": value} | ({"alpha": method.alpha / method.rank * value} if preset.keep == "scale" else {})
-    if (method.name == "qahira") != isinstance(value, list):
+    if not method.ranked:
         raise UserError(
-            f"got {value}, {method.name} needs {'[repeat, pool]' if method.name == 'qahira' else 'a number'}"
+            f"{method.name} has no rank in any shape; vary its {method.balancing_name} with balance_by_type or "
+            "balance_by_depth"
         )
-    match method.name:
-        case "qbara":
-            return {"balance": value}
-        case "qalora":
-            return {"pool": value}
-        case "qahira":
-            return {"repeat": value[0], "pool": value[1]}
-    raise UserError(f"{method.name} has no balancing factor; qbara has, and with balance 1 it is qlora")
+    return {"rank": value} | ({"alpha": method.alpha_at(value)} if preset.keep == "scale" else {})
+
+
+def _balance(value: int | float | list[int], method: TileMethod) -> dict[str, Any]:
+    """The factors that one value of the balancing factor stands for."""
+    if not method.balancing:
+        raise UserError(f"{method.name} has no balancing factor; qbara has, and with balance 1 it is qlora")
+    values = value if isinstance(value, list) else [value]
+    if isinstance(value, list) != (len(method.balancing) > 1) or len(values) != len(method.balancing):
+        form = f"[{', '.join(method.balancing)}]" if len(method.balancing) > 1 else "a number"
+        raise UserError(f"got {value}, {method.name}'s {method.balancing_name} must be {form}")
+    return dict(zip(method.balancing, values, strict=True))

@@ -7,7 +7,7 @@ the schedule spells it. A run's name is a digest of that, so it stays when the s
 import hashlib
 import itertools
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ import torch
 
 from dist_qft.base_model.skeleton import BaseModel, build_skeleton
 from dist_qft.config.load import change_config
+from dist_qft.config.methods.tile_method import TileMethod
 from dist_qft.config.schema import RunConfig
 from dist_qft.errors import UserError
 from dist_qft.methods.adapters.adapter_spec import AdapterSpec, linear_shapes
@@ -107,9 +108,10 @@ def _subject_rows(study: Study, subject: dict[str, str], config: RunConfig, skel
         if any(subject[axis] != label for axis, label in preset.when.items()):
             continue
         place = ("presets", index)
-        if not isinstance(reference, AdapterSpec):
+        if not (isinstance(reference, AdapterSpec) and isinstance(config.method, TileMethod)):
             raise UserError(f"{study.place(*place)}: {preset.preset} varies adapters, {config.method.name} has none")
-        found = _placed(study, place, lambda p=preset: list(preset_variants(p, config.method, reference.tiles, layers)))
+        variants = preset_variants(preset, config.method, reference.tiles, layers)
+        found: list[Variant] = _placed(study, place, lambda v=variants: list(v))
         chosen += [(place, variant) for variant in found]
     for place, variant in chosen:
         changed, spec = _placed(study, place, lambda v=variant: _with_variant(config, v, base))
@@ -129,9 +131,15 @@ def _subject_rows(study: Study, subject: dict[str, str], config: RunConfig, skel
 
 def _with_variant(config: RunConfig, variant: Variant, base: BaseModel) -> tuple[RunConfig, TrainableSpec[Any]]:
     if variant.rules:
-        own = [rule.model_dump(exclude_unset=True) for rule in config.method.schedule]
-        config = change_config(config, {"method.schedule": [*own, *variant.rules]})
+        config = with_rules(config, variant.rules)
     return config, make_spec(config, base)
+
+
+def with_rules(config: RunConfig, rules: Sequence[dict[str, Any]]) -> RunConfig:
+    """The config with rules added behind those of its `method.schedule`."""
+    assert isinstance(config.method, TileMethod)
+    own = [rule.model_dump(exclude_unset=True) for rule in config.method.schedule]
+    return change_config(config, {"method.schedule": [*own, *rules]})
 
 
 def _placed(study: Study, path: tuple[str | int, ...], work: Callable[[], Any]) -> Any:
@@ -147,8 +155,12 @@ def _name(config: RunConfig, spec: TrainableSpec[Any]) -> str:
     # Without defaults: a setting that later versions add must not rename the runs of today.
     settings = config.model_dump(exclude={"output_dir": True, "data": {"cache_dir"}}, exclude_defaults=True)
     if isinstance(spec, AdapterSpec):
-        # The spec says it layer by layer, in one way only.
-        settings["method"] = config.method.model_dump(include={"name", "merge_aware"}, exclude_defaults=True)
+        # The spec says it layer by layer, in one way only. qlora's name is left out since the first version.
+        settings["method"] = {} if config.method.name == "qlora" else {"name": config.method.name}
+        if not spec.leaves_base_clean:
+            settings["method"]["merge_aware"] = True
+    else:
+        settings["method"] = config.method.model_dump(exclude_unset=True)
     text = json.dumps([settings, spec.describe()], sort_keys=True)
     return f"{config.method.name}-{hashlib.sha256(text.encode()).hexdigest()[:12]}"
 

@@ -12,12 +12,12 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationError
 
-from dist_qft.config.faults import KeyPath, dotted
+from dist_qft.config.fault import KeyPath, dotted
 from dist_qft.config.load import Document, change_config, load_config
-from dist_qft.config.schema import NonNegative, Positive, RunConfig, Section, Text
+from dist_qft.config.schema import RunConfig
+from dist_qft.config.section import NonNegative, Positive, PositiveNumber, Section, Text
 from dist_qft.errors import UserError
 
-PositiveNumber = Annotated[float, Field(gt=0)]
 Pair = Annotated[list[Positive], Field(min_length=2, max_length=2)]
 Range = Annotated[list[NonNegative], Field(min_length=2, max_length=2)]
 When = Annotated[dict[str, Text], Field(description="axis -> label: only for these combinations of the axes")]

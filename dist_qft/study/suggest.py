@@ -19,7 +19,7 @@ from dist_qft.ranks.device import compute_dtype, planned_device
 from dist_qft.study.measurements import Estimate, Subject, measure
 from dist_qft.study.presets import REFERENCE, Variant
 from dist_qft.study.results import collect
-from dist_qft.study.rows import Row
+from dist_qft.study.rows import Row, with_rules
 from dist_qft.study.settings import Study
 
 _KINDS = ("by_type", "by_depth")
@@ -67,9 +67,7 @@ def _best(subject: Subject, config: RunConfig, budget: int) -> tuple[list[_Chang
     found = []
     smallest = None
     for changes in _combinations(subject):
-        own = [rule.model_dump(exclude_unset=True) for rule in config.method.schedule]
-        added = [rule for change in changes for rule in change.variant.rules]
-        tried = change_config(config, {"method.schedule": [*own, *added]})
+        tried = with_rules(config, [rule for change in changes for rule in change.variant.rules])
         parameters = make_spec(tried, base).parameters
         smallest = min(parameters, smallest or parameters)
         if parameters <= budget:

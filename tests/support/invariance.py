@@ -7,12 +7,12 @@ from tests.support.qst_models import qst_config
 from tests.support.rank_pool import RankPool
 from tests.support.tiny_model import tiny_config
 from tests.support.whole_runs import METHODS as ADAPTERS
-from tests.support.whole_runs import NF4, UNTILED, adapter_digest, train_losses
+from tests.support.whole_runs import NF4, adapter_digest, train_losses
 
 MICRO_BATCHES = 12  # 1, 2, 3 and 4 ranks share them equally
 METHODS = {
     **ADAPTERS,
-    "qlora, dropout": {"method": {"name": "qlora", "dropout": 0.1, **UNTILED}, "quantization": NF4},
+    "qlora, dropout": {"method": {"name": "qlora", "dropout": 0.1, "rank": 4}, "quantization": NF4},
     "qst": {},
 }
 

@@ -17,7 +17,8 @@ from transformers import (
 from dist_qft.base_model.load import load_base
 from dist_qft.base_model.skeleton import BaseModel, build_skeleton
 from dist_qft.base_model.weight_files import open_source
-from dist_qft.config.schema import MethodConfig, ModelConfig, QuantizationConfig, RunConfig
+from dist_qft.config.methods.door import make_method
+from dist_qft.config.schema import ModelConfig, QuantizationConfig, RunConfig
 from dist_qft.methods.qst.network import SideNetwork
 from dist_qft.methods.qst.pruning import start_from_base
 from dist_qft.methods.qst.spec import side_network_spec
@@ -81,7 +82,7 @@ def load_whole(folder: Path, linear: str = "nf4", dtype: torch.dtype = torch.flo
 
 def side_network(base: BaseModel, **settings: object) -> SideNetwork:
     """A fresh side network beside `base`, attached."""
-    method = MethodConfig(name="qst", **{"reduction": 4, "downsample_rank": 8, **settings})
+    method = make_method(name="qst", **{"reduction": 4, "downsample_rank": 8, **settings})
     side = side_network_spec(method, base).build(seed=0)
     side.attach(base.model)
     return side

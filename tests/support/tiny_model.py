@@ -76,7 +76,7 @@ def write_data(path: Path, count: int = 60) -> Path:
 
 
 def tiny_config(model: Path, output_dir: Path, **sections: dict) -> RunConfig:
-    """A run of 4 steps on `model`; keyword arguments update whole sections."""
+    """A run of 4 steps on `model`; keyword arguments update whole sections, another method's section replaces it."""
     output_dir.parent.mkdir(parents=True, exist_ok=True)
     data = output_dir.parent / "data.jsonl"
     if not data.exists():
@@ -95,6 +95,8 @@ def tiny_config(model: Path, output_dir: Path, **sections: dict) -> RunConfig:
         },
         "sharding": {"engine": "fsdp", "device": "cpu"},
     }
+    if sections.get("method", {}).get("name", "qahira") != "qahira":
+        tree["method"] = {}
     for name, changes in sections.items():
         tree[name] = {**tree.get(name, {}), **changes}
     return RunConfig(output_dir=str(output_dir), **tree)

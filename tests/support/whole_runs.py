@@ -16,11 +16,10 @@ from dist_qft.training.training_run import TrainingRun
 
 # Method sections of every adapter for the small model, each on a base of its own format.
 NF4 = {"linear": "nf4", "block": [64]}
-UNTILED = {"rank": 4, "pool": None, "repeat": None}
 METHODS = {
-    "qlora": {"method": {"name": "qlora", **UNTILED}, "quantization": NF4},
-    "qbara": {"method": {"name": "qbara", **UNTILED}, "quantization": NF4},
-    "qalora": {"method": {"name": "qalora", "rank": 4, "pool": 32, "repeat": None}, "quantization": {"block": [1, 32]}},
+    "qlora": {"method": {"name": "qlora", "rank": 4}, "quantization": NF4},
+    "qbara": {"method": {"name": "qbara", "rank": 4}, "quantization": NF4},
+    "qalora": {"method": {"name": "qalora", "rank": 4, "pool": 32}, "quantization": {"block": [1, 32]}},
     "qahira": {},
     "qahira, merge-aware": {"method": {"merge_aware": True}},
 }

@@ -19,7 +19,7 @@ from tests.support.whole_runs import train
 
 NF4_RUN = {
     "quantization": {"linear": "nf4", "block": [64]},
-    "method": {"name": "qlora", "rank": 4, "pool": None, "repeat": None},
+    "method": {"name": "qlora", "rank": 4},
 }
 
 

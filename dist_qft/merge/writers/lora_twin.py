@@ -15,6 +15,10 @@ from dist_qft.methods.adapters.exact_fold import folded, tile_rows
 from dist_qft.methods.adapters.schedule import TileSettings
 from dist_qft.methods.adapters.tile_adapter import TileAdapter, lora_factors
 
+# Settings of a plain LoRA, whose alpha has the whole scale in it. A reader adds dW to the base's own zeros: it has no
+# rounded ones, as merge-aware training has.
+PLAIN = {"pool": 1, "repeat": 1, "dropout": 0.0, "merge_aware": False, "use_rslora": False}
+
 
 @torch.no_grad()
 def equal_lora(adapter: TileAdapter) -> TileAdapter:
@@ -30,9 +34,8 @@ def equal_lora(adapter: TileAdapter) -> TileAdapter:
         right = adapter.A.repeat_interleave(old.repeat, dim=0)
     rank = left.shape[0]
     # alpha / rank is what PEFT multiplies by: our own scale has the nominal rank below.
-    changes = {"pool": 1, "repeat": 1, "rank": rank, "inner": rank, "alpha": old.scale * rank, "dropout": 0.0}
-    # A reader adds dW to the base's own zeros: it has no rounded ones, as merge-aware training has.
-    twin = TileAdapter(old.model_copy(update={**changes, "merge_aware": False})).to(left.device)
+    changes = {"rank": rank, "inner": rank, "alpha": old.scale * rank, **PLAIN}
+    twin = TileAdapter(old.model_copy(update=changes)).to(left.device)
     first, second = factors(twin)
     first.copy_(left)
     second.copy_(right)

@@ -23,7 +23,7 @@ from dist_qft.merge.probe import logits_of
 from dist_qft.merge.recipe import Kind, MergeRequest, Recipe
 from dist_qft.merge.target import Converted, OpenResult, Probe, Target
 from dist_qft.merge.writers.folder import require_folder
-from dist_qft.merge.writers.lora_twin import lora_difference, lora_twin
+from dist_qft.merge.writers.lora_twin import PLAIN, lora_difference, lora_twin
 from dist_qft.merge.writers.peft_support import require_low_rank, require_peft_support
 from dist_qft.merge.writers.safetensors_folder import SafetensorsFolder
 from dist_qft.methods.adapters.attach import AdapterSet
@@ -168,8 +168,7 @@ def read_lora(folder: Path, tiles: Mapping[str, TileSettings]) -> AdapterSet:
         for path in config["target_modules"]:
             rank = config["rank_pattern"].get(path, config["r"])  # older results have patterns
             alpha = config["alpha_pattern"].get(path, config["lora_alpha"])
-            changes = {"pool": 1, "repeat": 1, "rank": rank, "inner": rank, "alpha": alpha, "dropout": 0.0}
-            changes["merge_aware"] = False
+            changes = {"rank": rank, "inner": rank, "alpha": alpha, **PLAIN}
             twins[path] = TileAdapter(tiles[path].model_copy(update=changes))
         lora = AdapterSet(twins)
         own = {f"{_PREFIX}{path}.lora_{n}.weight": f"{path}.{n}" for path in twins for n in ("A", "B")}

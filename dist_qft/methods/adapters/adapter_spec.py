@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from dist_qft.base_model.skeleton import BaseModel
-from dist_qft.config.schema import MethodConfig
+from dist_qft.config.methods.tile_method import BlockMethod, TileMethod
 from dist_qft.errors import UserError
 from dist_qft.methods.adapters.attach import AdapterSet
 from dist_qft.methods.adapters.exact_fold import folding_obstacle
@@ -20,9 +20,12 @@ class AdapterSpec(TrainableSpec[AdapterSet]):
 
     Attributes:
         tiles: layer path -> adapter settings, in model order.
+        made_to_merge: True for a method whose tiles are to match the base's blocks; a base without such blocks is
+            then worth a warning.
     """
 
     tiles: Mapping[str, TileSettings]
+    made_to_merge: bool = False
 
     peft_type: ClassVar[str] = "DIST_QFT_TILE"
     backward_through_base: ClassVar[bool] = True
@@ -60,6 +63,11 @@ class AdapterSpec(TrainableSpec[AdapterSet]):
         """The number of layers that have an adapter."""
         return f"{len(self.tiles)} layers"
 
+    def warnings(self, base: BaseModel) -> list[str]:
+        """An obstacle to the exact merge, for a method that is made for it."""
+        obstacle = folding_obstacle(self.tiles, base.linears) if self.made_to_merge else None
+        return [] if obstacle is None else [f"method.name: will not merge exactly: {obstacle}"]
+
     def counts(self, base: BaseModel) -> Counts:
         """Trainable parameters by layer type and by depth; one row for each type, size and setting."""
         by_type: Counter[str] = Counter()
@@ -77,16 +85,18 @@ class AdapterSpec(TrainableSpec[AdapterSet]):
         return AdapterSet.build(self.tiles, seed)
 
 
-def adapter_spec(method: MethodConfig, base: BaseModel) -> AdapterSpec:
+def adapter_spec(method: TileMethod, base: BaseModel) -> AdapterSpec:
     """The adapters that a config's `method` section puts on this base.
 
     Raises:
         UserError: the section does not fit the base's layers, or asks for merge-aware training of adapters that do not
             merge exactly.
     """
-    spec = AdapterSpec(plan_adapters(method, linear_shapes(base)))
-    if method.merge_aware and (obstacle := folding_obstacle(spec.tiles, base.linears)):
-        raise UserError(f"method.merge_aware: no exact merge: {obstacle}")
+    spec = AdapterSpec(plan_adapters(method, linear_shapes(base)), made_to_merge=isinstance(method, BlockMethod))
+    if not spec.leaves_base_clean:
+        obstacle = folding_obstacle(spec.tiles, base.linears)
+        if obstacle is not None:
+            raise UserError(f"method.merge_aware: no exact merge: {obstacle}")
     return spec
 
 

@@ -1,19 +1,19 @@
 """Which linear layer gets which adapter: from the config's `method` section to one `TileSettings` per layer.
 
 Pure arithmetic on names and sizes: no torch, no weights, so `validate` can run it on a model's config.json
-alone. The four methods are rows of one small table and one formula in `tile_adapter`, not classes.
+alone. The methods are settings of one class (`tile_adapter.TileAdapter`), not classes of their own.
 """
 
 import difflib
 import math
-from collections.abc import Iterable
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from pydantic import Field, ValidationError, model_validator
 
-from dist_qft.config.factors import FACTORS, given_factors, method_defaults, tile_factors
-from dist_qft.config.schema import Fraction, MethodConfig, MethodName, Positive, ScheduleRule, Section
+from dist_qft.config.methods.tile_method import ScheduleRule, TileMethod
+from dist_qft.config.section import Fraction, Positive, Section
 from dist_qft.divisors import either, nearest_divisors
 from dist_qft.errors import UserError
 
@@ -59,6 +59,7 @@ class TileSettings(Section):
     pool_mode: Literal["mean", "sum"] = "mean"
     dropout: Fraction = 0.0
     merge_aware: bool = False
+    use_rslora: bool = False
 
     @model_validator(mode="after")
     def _tiles_fill_the_layer(self) -> "TileSettings":
@@ -69,8 +70,12 @@ class TileSettings(Section):
 
     @property
     def scale(self) -> float:
-        """alpha / r, the factor of LoRA."""
-        return self.alpha / self.rank
+        """LoRA's alpha / r; with `use_rslora` alpha / sqrt(r) (arXiv 2312.03732)."""
+        return self.alpha / (math.sqrt(self.rank) if self.use_rslora else self.rank)
+
+    def alpha_at(self, rank: int) -> float:
+        """The alpha that gives an adapter of another nominal rank this one's scale."""
+        return self.scale * (math.sqrt(rank) if self.use_rslora else rank)
 
     @property
     def tile_scale(self) -> float:
@@ -90,8 +95,8 @@ class TileSettings(Section):
         return {"A": (self.inner, tiles_in), "B": (tiles_out, self.inner)}
 
     def to_dict(self) -> dict[str, object]:
-        """As plain JSON values, for `adapter_config.json`."""
-        return self.model_dump()
+        """As plain JSON values, for `adapter_config.json`; `use_rslora`, which came later, only where it is used."""
+        return self.model_dump(exclude=None if self.use_rslora else {"use_rslora"})
 
     @classmethod
     def from_dict(cls, fields: object, where: str = "adapter settings") -> "TileSettings":
@@ -128,39 +133,31 @@ def layer_group(path: str) -> str | None:
     return next((group for group, names in _GROUP_LAYERS.items() if name in names), None)
 
 
-def plan_adapters(method: MethodConfig, layers: list[LinearShape]) -> dict[str, TileSettings]:
+def plan_adapters(method: TileMethod, layers: list[LinearShape]) -> dict[str, TileSettings]:
     """Settings of every adapter by layer path, in the order of `layers` (model order).
 
     `method.targets` selects layers, then the schedule's rules apply in order and later rules win, setting by
-    setting; `skip: true` drops a layer until a later rule says `skip: false`. For QA-HiRA the rank has no part
-    in any shape, it only sets the scale alpha / rank.
+    setting; `skip: true` drops a layer until a later rule says `skip: false`. Rules that are wrong in themselves are
+    refused by the config's check.
 
-    Raises UserError for: a selection or rule that matches nothing, a setting the method does not use, a depth
-    outside the model, and, all layers gathered into one error, factors that do not divide a layer's sizes.
+    Raises UserError for: a selection or rule that matches nothing, a depth outside the model, and, all layers gathered
+    into one error, factors that do not divide a layer's sizes.
     """
     if not layers:
         raise UserError("method.targets: the model has no linear layer that could carry an adapter")
-    _refuse_unused(method.name, given_factors(method), "method")
-    values = {**method_defaults(method.name), **given_factors(method)}
+    values = method.given(method)
     keys = {knob: f"method.{knob}" for knob in values}
     targets = _select(method.targets, layers, "method.targets")
     drafts = [_Draft(layer, dict(values), dict(keys)) for layer in targets]
     for index, rule in enumerate(method.schedule):
-        _apply(rule, f"method.schedule.{index}", method.name, drafts, layers)
+        _apply(rule, method.given(rule), f"method.schedule.{index}", drafts, layers)
     drafts = [draft for draft in drafts if not draft.skip]
     if not drafts:
         raise UserError("method.schedule: every targeted layer is skipped, nothing is left to train")
-    faults = _indivisible(method.name, drafts)
+    faults = _indivisible(method.factors, drafts)
     if faults:
         raise UserError("\n".join(faults))
     return {draft.layer.path: _settings(method, draft) for draft in drafts}
-
-
-def _refuse_unused(name: MethodName, knobs: Iterable[str], key: str) -> None:
-    used = ["rank", "alpha", *FACTORS[name]]
-    for knob in knobs:
-        if knob not in used:
-            raise UserError(f"{key}.{knob}: {name} does not use it; {name} has {', '.join(used)}")
 
 
 def _matches(selector: str, layer: LinearShape) -> bool:
@@ -182,15 +179,10 @@ def _select(selectors: str | list[str], layers: list[LinearShape], key: str) -> 
     return [layer for layer in layers if any(_matches(selector, layer) for selector in selectors)]
 
 
-def _apply(rule: ScheduleRule, key: str, name: MethodName, drafts: list[_Draft], layers: list[LinearShape]) -> None:
+def _apply(
+    rule: ScheduleRule, knobs: dict[str, Any], key: str, drafts: list[_Draft], layers: list[LinearShape]
+) -> None:
     """Write one rule's settings into the drafts that it selects."""
-    knobs = given_factors(rule)
-    sets_skip = "skip" in rule.model_fields_set
-    _refuse_unused(name, knobs, key)
-    if not knobs and not sets_skip:
-        raise UserError(f"{key}: the rule sets nothing; give {', '.join(['rank', 'alpha', *FACTORS[name]])} or skip")
-    if knobs and rule.skip:
-        raise UserError(f"{key}: skip leaves no use for {', '.join(knobs)}; give one or the other")
     selected = set(_select(rule.layers, layers, f"{key}.layers")) & _in_depth(rule.depth, layers, f"{key}.depth")
     matched = [draft for draft in drafts if draft.layer in selected]
     if not matched:
@@ -198,7 +190,7 @@ def _apply(rule: ScheduleRule, key: str, name: MethodName, drafts: list[_Draft],
     for draft in matched:
         draft.values.update(knobs)
         draft.keys.update({knob: f"{key}.{knob}" for knob in knobs})
-        if sets_skip:
+        if "skip" in rule.model_fields_set:
             draft.skip = rule.skip
 
 
@@ -208,16 +200,16 @@ def _in_depth(depth: list[int] | None, layers: list[LinearShape], key: str) -> s
         return set(layers)
     first, last = depth
     deepest = max((layer.depth for layer in layers if layer.depth is not None), default=-1)
-    if not first <= last <= deepest:
-        raise UserError(f"{key}: got [{first}, {last}], need first <= last <= {deepest}, the last decoder layer")
+    if last > deepest:
+        raise UserError(f"{key}: got [{first}, {last}], must end at {deepest} or before, the last decoder layer")
     return {layer for layer in layers if layer.depth is not None and first <= layer.depth <= last}
 
 
-def _indivisible(name: MethodName, drafts: list[_Draft]) -> list[str]:
+def _indivisible(factors: Mapping[str, tuple[str, ...]], drafts: list[_Draft]) -> list[str]:
     """One line for each kind of layer (same type, sizes and setting) with a size that a factor does not divide."""
     cases: dict[tuple[str, int, tuple[str, ...], tuple[int, ...], str], list[str]] = {}
     for draft in drafts:
-        for knob, (_, dimensions) in FACTORS[name].items():
+        for knob, dimensions in factors.items():
             factor = draft.values[knob]
             sizes = tuple(getattr(draft.layer, dimension) for dimension in dimensions)
             if math.gcd(*sizes) % factor:
@@ -232,17 +224,15 @@ def _indivisible(name: MethodName, drafts: list[_Draft]) -> list[str]:
     return lines
 
 
-def _settings(method: MethodConfig, draft: _Draft) -> TileSettings:
-    pool, repeat, balance = tile_factors(draft.values)
+def _settings(method: TileMethod, draft: _Draft) -> TileSettings:
+    tile = method.tile(draft.values)
     return TileSettings(
         in_features=draft.layer.in_features,
         out_features=draft.layer.out_features,
-        pool=pool,
-        repeat=repeat,
+        pool=tile.pool,
+        repeat=tile.repeat,
         rank=draft.values["rank"],
         alpha=draft.values["alpha"],
-        inner=None if method.name == "qahira" else balance * draft.values["rank"],
-        pool_mode=method.pool_mode,
-        dropout=method.dropout,
-        merge_aware=method.merge_aware,
+        inner=tile.inner,
+        **method.options(),
     )

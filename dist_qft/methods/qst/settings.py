@@ -1,32 +1,35 @@
-"""What defines a side network besides the base: the config's `method` section with every default filled in."""
-
-from typing import Literal
+"""What defines a side network besides the base, as it is stored with one."""
 
 from pydantic import ValidationError
 
-from dist_qft.config.schema import Downsample, MethodConfig, Positive, Reduction, Section
+from dist_qft.config.methods.qst import Compat, Downsample, QstConfig, Reduction
+from dist_qft.config.section import Positive, Section
 from dist_qft.errors import UserError
 
 POOLS = ("maxpool", "avgpool")
 
 
 class SideSettings(Section):
-    """Settings of a side network, as stored in `adapter_config.json`; the defaults are the paper's.
+    """Settings of a side network, as stored in `adapter_config.json`.
 
     `compat: released` is the authors' published code where it differs from the paper: vector gates that start at 0.5,
     a mix through the sigmoid of a vector that starts at 1 (so not at the base model), and no biases in the adapter.
     """
 
-    reduction: Reduction = 16
-    downsample: Downsample = "adapter"
-    downsample_rank: Positive = 16
-    compat: Literal["paper", "released"] = "paper"
+    reduction: Reduction
+    downsample: Downsample
+    downsample_rank: Positive
+    compat: Compat
 
     @classmethod
-    def of(cls, method: MethodConfig) -> "SideSettings":
+    def of(cls, method: QstConfig) -> "SideSettings":
         """The settings that a `method` section gives."""
-        given = {name: getattr(method, name) for name in cls.model_fields}
-        return cls(**{name: value for name, value in given.items() if value is not None})
+        return cls(
+            reduction=method.reduction,
+            downsample=method.downsample,
+            downsample_rank=method.downsample_rank,
+            compat=method.compat,
+        )
 
     @classmethod
     def from_dict(cls, fields: object, where: str) -> "SideSettings":

@@ -14,7 +14,7 @@ from transformers import PretrainedConfig
 
 from dist_qft.base_model.skeleton import BaseModel
 from dist_qft.base_model.sources import TensorSource
-from dist_qft.config.schema import MethodConfig
+from dist_qft.config.methods.qst import QstConfig
 from dist_qft.data.dataset import TokenDataset
 from dist_qft.errors import UserError
 from dist_qft.methods.forward import BaseForward, Forward
@@ -137,14 +137,14 @@ class SideSpec(TrainableSpec[SideNetwork]):
         return CachedForward(through_base, parts.trainables, cache, parts.device, parts.keep_head)
 
 
-def side_network_spec(method: MethodConfig, base: BaseModel) -> SideSpec:
+def side_network_spec(method: QstConfig, base: BaseModel) -> SideSpec:
     """The side network that a config's `method` section asks for.
 
     Raises:
         UserError: the reduction does not fit the base's widths, the family has widths that we do not know, or the base
             cannot be pruned to that size.
     """
-    spec = replace(_spec(SideSettings.of(method), base), init=method.init or "random", cache=method.cache or "none")
+    spec = replace(_spec(SideSettings.of(method), base), init=method.init, cache=method.cache)
     wide, heads = base.config.get_text_config().num_attention_heads, spec.config.num_attention_heads
     if spec.init == "pruned" and heads != wide:
         raise UserError(

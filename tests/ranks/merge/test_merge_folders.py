@@ -21,7 +21,6 @@ from tests.support.whole_runs import train_losses
 
 IDS = torch.tensor([[5, 40, 77, 120, 33, 9, 201, 60, 12, 300], list(range(10, 20))])
 NF4 = {"linear": "nf4", "block": [64]}
-UNTILED = {"rank": 4, "pool": None, "repeat": None}
 
 
 @pytest.fixture(scope="module")
@@ -86,7 +85,7 @@ def test_a_damaged_description_is_named(quantized, tmp_path, damage):
 
 @pytest.mark.parametrize("requantize", ["nf4", "affine4"])
 def test_requantized_folder_holds_every_linear_in_the_new_format(pools, make_run, tiny_llama, tmp_path, requantize):
-    method = {"name": "qlora", **UNTILED, "targets": ["q_proj", "down_proj"]}
+    method = {"name": "qlora", "rank": 4, "targets": ["q_proj", "down_proj"]}
     run = make_run(tiny_llama, size=0.2, quantization=NF4, method=method)
     path = tmp_path / "merged"
     certificate = pools[2].run(merge_run, source=run, target="quantized", path=path, requantize=requantize)[0]
@@ -100,9 +99,9 @@ def test_requantized_folder_holds_every_linear_in_the_new_format(pools, make_run
 @pytest.mark.parametrize("method", ["qlora", "qbara", "qalora", "qahira"])
 def test_dense_folder_loads_in_hugging_face_with_the_tuned_logits(pools, make_run, tiny_llama, tmp_path, method):
     sections = {
-        "qlora": {"method": {"name": "qlora", **UNTILED}, "quantization": NF4},
-        "qbara": {"method": {"name": "qbara", **UNTILED}, "quantization": NF4},
-        "qalora": {"method": {"name": "qalora", "rank": 4, "pool": 32, "repeat": None}},
+        "qlora": {"method": {"name": "qlora", "rank": 4}, "quantization": NF4},
+        "qbara": {"method": {"name": "qbara", "rank": 4}, "quantization": NF4},
+        "qalora": {"method": {"name": "qalora", "rank": 4, "pool": 32}},
         "qahira": {},
     }[method]
     run = make_run(tiny_llama, **sections)

@@ -8,7 +8,7 @@ from tests.support.merges import GGUF_RUN, measured_merge
 from tests.support.rank_pool import RankPool
 from tests.support.tiny_gguf import save_random_gguf
 
-QALORA = {"name": "qalora", "pool": 32, "repeat": None, "rank": 4}
+QALORA = {"name": "qalora", "pool": 32, "rank": 4}
 
 
 @pytest.mark.parametrize("target", ["gguf", "quantized"])

@@ -24,7 +24,7 @@ SCHEDULE = [{"layers": "mlp", "rank": 8}, {"layers": "q_proj", "depth": [1, 2], 
 RUNS = {
     "qlora": {"method": {"name": "qlora", **UNTILED}, "quantization": NF4},
     "qbara": {"method": {"name": "qbara", **UNTILED}, "quantization": NF4},
-    "qalora": {"method": {"name": "qalora", "rank": 4, "pool": 32, "repeat": None, "pool_mode": "sum"}},
+    "qalora": {"method": {"name": "qalora", "rank": 4, "pool": 32, "pool_mode": "sum"}},
     "qahira": {"method": {"name": "qahira", "rank": 4, "pool": 32, "repeat": 1}},
     "qlora, scheduled": {"method": {"name": "qlora", **UNTILED, "schedule": SCHEDULE}, "quantization": NF4},
 }

@@ -17,7 +17,7 @@ from tests.support.merges import GGUF_RUN, digests, merge_run
 
 NF4_RUN = {
     "quantization": {"linear": "nf4", "block": [64]},
-    "method": {"name": "qbara", "rank": 4, "pool": None, "repeat": None},
+    "method": {"name": "qbara", "rank": 4},
 }
 
 

@@ -16,11 +16,11 @@ TALL = {
 }
 QALORA = {
     "quantization": {"linear": "affine4", "block": [1, 32]},
-    "method": {"name": "qalora", "pool": 32, "repeat": None, "rank": 4},
+    "method": {"name": "qalora", "pool": 32, "rank": 4},
 }
 QLORA = {
     "quantization": {"linear": "nf4", "block": [64], "double_quant": True},
-    "method": {"name": "qlora", "pool": None, "repeat": None, "rank": 4},
+    "method": {"name": "qlora", "rank": 4},
 }
 CASES = {
     "gguf": (GGUF_RUN, "gguf", {}),

@@ -118,14 +118,14 @@ def test_a_merge_of_what_was_trained_so_changes_no_logit(pools, tiny_gguf, tmp_p
 @pytest.mark.parametrize(
     ("sections", "message"),
     [
-        ({"method": {"name": "qlora"}}, "method.merge_aware: qlora does not merge exactly; qalora and qahira do"),
+        ({"method": {"name": "qlora"}}, "method.merge_aware: qlora does not use it; qlora has "),
         (
             {"method": {"name": "qahira"}, "quantization": {"linear": "nf4"}},
             "method.merge_aware: nf4 has no zeros to take dW; affine4 has",
         ),
         (
             {"method": {"name": "qahira", "dropout": 0.1}, "quantization": {"linear": "affine4"}},
-            "method.dropout: got 0.1, merge_aware has no place for it; use 0",
+            "method.dropout: got 0.1, must be 0 with merge_aware",
         ),
         ({"method": {"name": "qst"}}, "method.merge_aware: qst does not use it; qst has "),
     ],

@@ -21,8 +21,8 @@ from tests.support.whole_runs import adapter_digest, train, train_losses
 
 TASK = TaskConfig(name="classification", labels=["cat", "dog", "sea"])
 METHODS = {
-    "qlora": {"name": "qlora", "rank": 8, "pool": None, "repeat": None},
-    "qst": {"name": "qst", "reduction": 4, "downsample_rank": 8, "pool": None, "repeat": None, "rank": None},
+    "qlora": {"name": "qlora", "rank": 8},
+    "qst": {"name": "qst", "reduction": 4, "downsample_rank": 8},
 }
 
 

@@ -93,7 +93,7 @@ def test_train_without_data_is_refused(shell, config):
         (
             ("a", "train.seed=x"),
             "error: command line: a: need key.sub=value\n"
-            "       command line: train.seed=x: got 'x' (str), need an integer >= 0\n",
+            "       command line: train.seed=x: got 'x' (str), must be an integer >= 0\n",
         ),
     ],
 )
@@ -171,9 +171,9 @@ def test_shell_sees_one_block_and_code_2(tmp_path):
     done = shell("train", path, "train.max_steps=-1")
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == (
-        "error: command line: train.max_steps=-1: got -1 (int), need an integer > 0\n"
+        "error: command line: train.max_steps=-1: got -1 (int), must be an integer > 0\n"
         f"       {path}:3: unknown key 'lora_r', did you mean 'method.rank'?\n"
-        f"       {path}:4: train.seed: got 'x' (str), need an integer >= 0\n"
+        f"       {path}:4: train.seed: got 'x' (str), must be an integer >= 0\n"
     )
 
 

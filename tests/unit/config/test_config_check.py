@@ -44,27 +44,31 @@ def load(tmp_path):
             "quantization.exempt",
             "all linear layers are dense already; remove it",
         ),
-        (["method.pool=4"], "method.pool", "qlora does not use it; qlora has rank, alpha"),
+        (
+            ["method.pool=4"],
+            "method.pool",
+            "qlora does not use it; qlora has rank, alpha, dropout, targets, schedule",
+        ),
         (
             ["method.name=qahira", "method.balance=2"],
             "method.balance",
-            "qahira does not use it; qahira has rank, alpha, pool, repeat",
+            "qahira does not use it; qahira has rank, alpha, dropout, targets, schedule, pool_mode, merge_aware, pool",
         ),
         (
             ["method.name=qalora", "method.repeat=2"],
             "method.repeat",
-            "qalora does not use it; qalora has rank, alpha, pool",
+            "qalora does not use it; qalora has rank, alpha",
         ),
-        (["method.pool_mode=sum"], "method.pool_mode", "qlora does not pool; remove it"),
+        (["method.pool_mode=sum"], "method.pool_mode", "qlora does not use it; qlora has"),
         (
             ["method.schedule=[{rank: 8}, {rank: 8, pool: 2}]"],
             "method.schedule.1.pool",
-            "qlora does not use it; qlora has rank, alpha",
+            "qlora does not use it; qlora has layers, depth, rank, alpha, skip",
         ),
         (
             ["method.schedule=[{rank: 8, depth: [4, 3]}]"],
             "method.schedule.0.depth",
-            "got [4, 3], need first <= last",
+            "got [4, 3], must be first <= last",
         ),
         (
             ["method.schedule=[{layers: mlp, depth: [0, 3]}]"],
@@ -101,7 +105,7 @@ def load(tmp_path):
         (
             ["method.reduction=8"],
             "method.reduction",
-            "only qst uses it; qlora has rank, alpha",
+            "qlora does not use it; qlora has rank, alpha",
         ),
         (
             ["method.name=qst", "method.rank=8"],
@@ -134,13 +138,14 @@ def test_refused(load, overrides, key, message):
 def test_broken_rules_are_reported_together_with_their_lines(tmp_path):
     path = tmp_path / "run.yaml"
     path.write_text(
-        "output_dir: a\nmodel: {path: b}\nmethod:\n  pool: 4\nevaluation:\n  eval_steps: 5\n"
+        "output_dir: a\nmodel: {path: b}\nmethod:\n  schedule: [{rank: 4, depth: [2, 1]}]\n"
+        "evaluation:\n  eval_steps: 5\n"
         "quantization:\n  linear: affine4\n  double_quant: true\n"
     )
     with pytest.raises(UserError) as refusal:
         load_config(path)
     assert str(refusal.value).replace(str(path), "run.yaml").splitlines() == [
-        "run.yaml:4: method.pool: qlora does not use it; qlora has rank, alpha",
+        "run.yaml:4: method.schedule.0.depth: got [2, 1], must be first <= last",
         "run.yaml:6: evaluation.eval_steps: nothing to evaluate; set data.eval or data.eval_samples",
         "run.yaml:9: quantization.double_quant: affine4 has no absmax to quantize; only nf4 does",
     ]

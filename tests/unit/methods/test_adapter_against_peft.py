@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from dist_qft.config.schema import MethodConfig
+from dist_qft.config.methods.door import make_method
 from dist_qft.methods.adapters.attach import AdapterSet
 from dist_qft.methods.adapters.schedule import LinearShape, TileSettings, plan_adapters
 from dist_qft.methods.adapters.tile_adapter import lora_factors
@@ -96,7 +96,7 @@ def check_lora_form(adapters: AdapterSet, x: torch.Tensor) -> None:
 
 def test_scale_and_initial_values_follow_the_same_law_as_peft():
     """Same Kaiming bound, same zero B, same alpha / r."""
-    method = MethodConfig(name="qlora", rank=RANK, alpha=ALPHA)
+    method = make_method(name="qlora", rank=RANK, alpha=ALPHA)
     plan = plan_adapters(method, [LinearShape("0", D_IN, D_OUT, 0)])
     adapter = AdapterSet.build(plan, seed=3).by_path["0"]
     model = peft.get_peft_model(dense_base(), peft.LoraConfig(target_modules=["0"], r=RANK, lora_alpha=ALPHA))

@@ -6,8 +6,7 @@ import sys
 
 import pytest
 
-from dist_qft.config.factors import effective, method_defaults
-from dist_qft.config.schema import MethodConfig, ScheduleRule
+from dist_qft.config.methods.door import make_method
 from dist_qft.errors import UserError
 from dist_qft.methods.adapters.schedule import LinearShape, TileSettings, plan_adapters
 
@@ -32,8 +31,7 @@ def llama(layers: int = 4, sizes: dict[str, tuple[int, int]] = LLAMA_7B) -> list
 
 
 def plan(layers: list[LinearShape] | None = None, schedule: list[dict] | None = None, **method) -> dict:
-    rules = [ScheduleRule(**rule) for rule in schedule or []]
-    return plan_adapters(MethodConfig(**method, schedule=rules), layers or llama())
+    return plan_adapters(make_method(**method, schedule=schedule or []), layers or llama())
 
 
 def refusal(*args, **kwargs) -> str:
@@ -74,16 +72,6 @@ def test_defaults_of_each_method(method, expected):
     tile = plan(name=method, rank=8, alpha=4.0)["model.layers.0.mlp.down_proj"]
     assert {"pool": tile.pool, "repeat": tile.repeat, "inner": tile.inner, "shapes": tile.shapes()} == expected
     assert tile.scale == 0.5
-    assert effective(MethodConfig(name=method))[:2] == (tile.pool, tile.repeat)
-
-
-def test_factors_that_each_method_uses():
-    assert method_defaults("qlora") == {}
-    assert method_defaults("qbara") == {"balance": 2}
-    assert method_defaults("qalora") == {"pool": 32}
-    assert method_defaults("qahira") == {"pool": 4, "repeat": 8}
-    assert effective(MethodConfig(name="qbara", balance=4)) == (4, 4, 4)
-    assert effective(MethodConfig(name="qahira", repeat=16)) == (4, 16, 1)
 
 
 def test_rank_of_qahira_sets_the_scale_alone():
@@ -157,39 +145,11 @@ TYPES = "linear layers of this model: q_proj, k_proj, v_proj, o_proj, gate_proj,
         ),
         (
             {"schedule": [{"depth": [2, 4], "rank": 8}]},
-            "method.schedule.0.depth: got [2, 4], need first <= last <= 3, the last decoder layer",
-        ),
-        (
-            {"schedule": [{"depth": [2, 1], "rank": 8}]},
-            "method.schedule.0.depth: got [2, 1], need first <= last <= 3, the last decoder layer",
-        ),
-        (
-            {"schedule": [{"layers": "mlp"}]},
-            "method.schedule.0: the rule sets nothing; give rank, alpha or skip",
-        ),
-        (
-            {"schedule": [{"layers": "mlp", "rank": 8, "skip": True}]},
-            "method.schedule.0: skip leaves no use for rank; give one or the other",
+            "method.schedule.0.depth: got [2, 4], must end at 3 or before, the last decoder layer",
         ),
         (
             {"schedule": [{"skip": True}]},
             "method.schedule: every targeted layer is skipped, nothing is left to train",
-        ),
-        (
-            {"pool": 4},
-            "method.pool: qlora does not use it; qlora has rank, alpha",
-        ),
-        (
-            {"name": "qalora", "repeat": 8},
-            "method.repeat: qalora does not use it; qalora has rank, alpha, pool",
-        ),
-        (
-            {"name": "qahira", "schedule": [{"balance": 2}]},
-            "method.schedule.0.balance: qahira does not use it; qahira has rank, alpha, pool, repeat",
-        ),
-        (
-            {"name": "qbara", "schedule": [{"pool": 2}]},
-            "method.schedule.0.pool: qbara does not use it; qbara has rank, alpha, balance",
         ),
     ],
 )
@@ -199,7 +159,7 @@ def test_refusals(method, message):
 
 def test_a_model_without_linear_layers_is_refused():
     with pytest.raises(UserError, match=r"^method.targets: the model has no linear layer"):
-        plan_adapters(MethodConfig(), [])
+        plan_adapters(make_method(), [])
 
 
 # SmolLM2-like sizes with a head count that makes k_proj narrow, and an mlp of no round size.

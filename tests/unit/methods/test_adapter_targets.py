@@ -5,7 +5,7 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from dist_qft.config.schema import MethodConfig
+from dist_qft.config.methods.door import make_method
 from dist_qft.methods.adapters.schedule import LinearShape, layer_group, plan_adapters
 
 FAMILIES = {
@@ -35,7 +35,7 @@ def linears_of(family: str) -> list[LinearShape]:
 
 
 def targets(layers: list[LinearShape], selection: str | list[str]) -> list[str]:
-    return list(plan_adapters(MethodConfig(rank=4, targets=selection), layers))
+    return list(plan_adapters(make_method(rank=4, targets=selection), layers))
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -213,4 +213,4 @@ def test_tables_show_the_same_numbers(plan, capsys):
     text = capsys.readouterr().out
     for part in ("qalora", "2 x fsdp", "16 = 1 x 2 ranks x 8 accumulation", "7 steps", "nf4 block=64", "128 x 64"):
         assert part in text
-    assert "warning: method.name: qalora will not merge exactly" in text
+    assert "warning: method.name: will not merge exactly" in text

@@ -4,7 +4,8 @@ import re
 
 import pytest
 
-from dist_qft.config.schema import MethodConfig
+from dist_qft.config.methods.door import make_method
+from dist_qft.config.methods.tile_method import TileMethod
 from dist_qft.errors import UserError
 from dist_qft.methods.adapters.schedule import LinearShape, plan_adapters
 from dist_qft.study.discount import discount_rules
@@ -26,14 +27,14 @@ SMOLLM2 = decoder(30, 576, 192, 1536)
 LLAMA_8B = decoder(32, 4096, 1024, 14336)
 SMALL = decoder(6, 128, 64, 384)
 METHODS = {
-    "qlora": MethodConfig(name="qlora", rank=8, alpha=8),
-    "qbara": MethodConfig(name="qbara", rank=8, alpha=8, balance=2),
-    "qalora": MethodConfig(name="qalora", rank=8, alpha=8, pool=32),
-    "qahira": MethodConfig(name="qahira", pool=4, repeat=8),
+    "qlora": make_method(name="qlora", rank=8, alpha=8),
+    "qbara": make_method(name="qbara", rank=8, alpha=8, balance=2),
+    "qalora": make_method(name="qalora", rank=8, alpha=8, pool=32),
+    "qahira": make_method(name="qahira", pool=4, repeat=8),
 }
 
 
-def size(method: MethodConfig, layer: LinearShape, settings) -> int:
+def size(method: TileMethod, layer: LinearShape, settings) -> int:
     """Trainables of one layer by the formulas of the papers, not by the planner's own count."""
     d_in, d_out = layer.in_features, layer.out_features
     return {
@@ -44,9 +45,9 @@ def size(method: MethodConfig, layer: LinearShape, settings) -> int:
     }[method.name]
 
 
-def planned(method: MethodConfig, layers: list[LinearShape], rules: list[dict]):
+def planned(method: TileMethod, layers: list[LinearShape], rules: list[dict]):
     tree = method.model_dump(exclude_unset=True)
-    return plan_adapters(MethodConfig.model_validate({**tree, "schedule": rules}), layers)
+    return plan_adapters(make_method(**tree, schedule=rules), layers)
 
 
 @pytest.mark.parametrize("layers", [SMOLLM2, LLAMA_8B, SMALL], ids=["smollm2", "llama-8b", "small"])
@@ -128,7 +129,7 @@ def test_a_discount_that_the_group_does_not_hold():
 
 def test_a_discount_between_two_steps():
     layers = decoder(1, 64, 64, 64)
-    reference = plan_adapters(MethodConfig(name="qlora", rank=2, alpha=2), layers)
+    reference = plan_adapters(make_method(name="qlora", rank=2, alpha=2), layers)
     with pytest.raises(UserError, match=r"or another step, not 50 within 0\.5% of all; try a discount of 0\.0\d+$"):
         discount_rules(reference, layers, group_named("mlp", layers), 50 / 1792, "absolute")
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from dist_qft.config.schema import MethodConfig
+from dist_qft.config.methods.door import make_method
 from dist_qft.study.findings import FAILS, HOLDS, OPEN, _mean_square, find
 from dist_qft.study.measurements import Estimate, Subject
 from dist_qft.study.presets import REFERENCE, Variant
@@ -17,7 +17,7 @@ def subject(
 ) -> Subject:
     """Figures of 5 seeds: a level of the seed, the effect of the variant, and noise."""
     random = np.random.default_rng(3)
-    made = Subject("text", MethodConfig(name=method, rank=8), sign)
+    made = Subject("text", make_method(name=method, rank=8), sign)
     levels = random.normal(2.0, 0.5, len(SEEDS))
     for key, effect in {(REFERENCE, "", ""): 0.0, **effects}.items():
         variant = Variant(*key)
@@ -102,7 +102,7 @@ def test_the_mean_square_is_that_of_the_analysis_of_variance():
 
 
 def test_a_sentence_has_effect_interval_spread_and_verdict():
-    made = Subject("stdlib-docs", MethodConfig(name="qlora"), 1)
+    made = Subject("stdlib-docs", make_method(name="qlora"), 1)
     known = {(REFERENCE, "", ""): (1.0, 1.0), ("rank_by_type", "attention", "1"): (1.3, 1.5)}
     known[("rank_by_type", "mlp", "1")] = (1.1, 1.1)
     for key, values in known.items():

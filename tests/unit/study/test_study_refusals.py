@@ -38,7 +38,7 @@ CASES = {
     ),
     "axis with a wrong value": (
         {"axes": {"train.max_steps": [2, "many"]}},
-        "axes.train.max_steps: train.max_steps: got 'many' (str), need an integer > 0",
+        "axes.train.max_steps: train.max_steps: got 'many' (str), must be an integer > 0",
     ),
     "set with an unknown key": ({"set": {"train.sed": 1}}, "set: unknown key 'train.sed', did you mean 'train.seed'?"),
     "empty values": ({"presets": rank(values=[])}, "presets.0.values: got [], need a list with at least 1 item"),
@@ -60,7 +60,7 @@ CASES = {
     "missing key": ({"base": None}, "base: missing"),
     "depth outside the model": (
         {"presets": depth(depths={"top": [2, 3]})},
-        "presets.0: method.schedule.0.depth: got [2, 3], need first <= last <= 2, the last decoder layer",
+        "presets.0: method.schedule.0.depth: got [2, 3], must end at 2 or before, the last decoder layer",
     ),
     "more parts than layers": ({"presets": depth(depths=4)}, "presets.0: got 4 parts, the model has 3 decoder layers"),
     "a group that matches nothing": (
@@ -82,7 +82,7 @@ CASES = {
     ),
     "a number for qahira's tile": (
         {"method": QAHIRA, "presets": [{"preset": "balance_by_type", "values": [4]}]},
-        "presets.0: got 4, qahira needs [repeat, pool]",
+        "presets.0: got 4, qahira's tile must be [repeat, pool]",
     ),
     "a balancing factor for qlora": (
         {"method": QLORA, "presets": [{"preset": "balance_by_type", "values": [4]}]},

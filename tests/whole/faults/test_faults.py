@@ -34,9 +34,9 @@ STEPS = 16
 KILLED = 128 + signal.SIGKILL
 NF4 = {"quantization": {"linear": "nf4", "block": [64]}}
 METHODS = {
-    "qlora": {**NF4, "method": {"name": "qlora", "rank": 4, "pool": None, "repeat": None}},
-    "qbara": {**NF4, "method": {"name": "qbara", "rank": 4, "balance": 2, "pool": None, "repeat": None}},
-    "qalora": {"method": {"name": "qalora", "rank": 4, "pool": 4, "repeat": None}},
+    "qlora": {**NF4, "method": {"name": "qlora", "rank": 4}},
+    "qbara": {**NF4, "method": {"name": "qbara", "rank": 4, "balance": 2}},
+    "qalora": {"method": {"name": "qalora", "rank": 4, "pool": 4}},
     "qahira": {},
     "qst": {},
 }

@@ -12,7 +12,8 @@ from transformers import AutoModelForCausalLM
 from dist_qft.base_model.loss import token_loss
 from dist_qft.base_model.skeleton import BaseModel
 from dist_qft.base_model.weight_files import open_source
-from dist_qft.config.schema import MethodConfig, ModelConfig
+from dist_qft.config.methods.door import make_method
+from dist_qft.config.schema import ModelConfig
 from dist_qft.errors import UserError
 from dist_qft.methods.qst.network import SideNetwork
 from dist_qft.methods.qst.pruning import start_from_base
@@ -257,4 +258,4 @@ def test_a_pruned_heads_rotary_frequencies_are_the_bases_own(folder):
 def test_a_pruned_start_needs_the_bases_heads(folder):
     base = load_whole(folder("llama"))
     with pytest.raises(UserError, match=r"method\.init: pruned keeps the base's 4 heads, .*reduction 32 .* has 1"):
-        side_network_spec(MethodConfig(name="qst", reduction=32, init="pruned"), base)
+        side_network_spec(make_method(name="qst", reduction=32, init="pruned"), base)

@@ -1,11 +1,10 @@
-"""Faults of a config in words: which key, what was given, what is allowed, which key was meant.
+"""Pydantic's errors over a config in plain words: the key, what was given, what it must be, which key was meant.
 
 Allowed values and key names are read from the schema's own JSON Schema, so they cannot disagree with it.
 Files and lines are not known here; `dist_qft.config.load` puts them in front.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from difflib import SequenceMatcher
 from functools import cache
 from reprlib import Repr
@@ -13,11 +12,11 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from dist_qft.config.fault import Fault, KeyPath, dotted, value_fault
+from dist_qft.config.methods.door import DEFAULT
 from dist_qft.config.schema import RunConfig
 
-KeyPath = tuple[str | int, ...]
-
-# What other fine-tuning programs call our settings.
+# Our keys by the names that other fine-tuning programs give them.
 ALIASES = {
     "adapter": "method.name",
     "attn_implementation": "model.attention",
@@ -79,24 +78,6 @@ _short = Repr()
 _short.maxstring = _short.maxother = 60
 
 
-@dataclass(frozen=True)
-class Fault:
-    """One fault: the key it is about and the words after the place."""
-
-    path: KeyPath
-    message: str
-
-
-def dotted(path: KeyPath) -> str:
-    """The key as it is written on the command line, list positions included: `method.schedule.0.rank`."""
-    return ".".join(map(str, path))
-
-
-def value_fault(path: KeyPath, message: str) -> Fault:
-    """A fault in the value of a key; `message` says what was given and what is allowed."""
-    return Fault(path, f"{dotted(path)}: {message}")
-
-
 def validation_faults(error: ValidationError, values: dict[str, Any]) -> list[Fault]:
     """Pydantic's errors over `values` (the tree that was validated) as one fault per key, in the tree's order."""
     faults: dict[KeyPath, Fault] = {}
@@ -106,37 +87,47 @@ def validation_faults(error: ValidationError, values: dict[str, Any]) -> list[Fa
         kind, location = item["type"], item["loc"]
         path = _given_part(location, values)
         if kind == "missing":
-            missing.append((*path, location[len(path)]))
+            missing.append((*path, location[-1]))
         elif kind == "extra_forbidden":
-            meant = _nearest(path, item["input"])
+            meant = _nearest(path, values)
             explained.add(meant or "")
-            faults[path] = Fault(path, _unknown_key(path, meant))
+            faults[path] = _unknown_key(path, values, meant)
         elif kind == "invalid_key":
             faults[location] = Fault(location, f"key {item['input']!r} is not a string")
         else:
-            faults[path] = value_fault(path, f"got {_given(_lookup(path, values))}, need {_allowed(_node(path))}")
+            if kind in ("union_tag_invalid", "union_tag_not_found"):
+                path = (*path, "name")
+            faults[path] = value_fault(path, f"got {_given(_lookup(path, values))}, must be {_allowed(path, values)}")
     for path in missing:
         if dotted(path) not in explained:
-            faults[path] = value_fault(path, f"missing, need {_allowed(_node(path))}")
+            faults[path] = value_fault(path, f"missing, must be {_allowed(path, values)}")
     return list(faults.values())
 
 
-def _unknown_key(path: KeyPath, meant: str | None) -> str:
+def _unknown_key(path: KeyPath, values: Any, meant: str | None) -> Fault:
+    *section, name = path
+    own = _properties(tuple(section), values)
+    if name in _properties(tuple(section)):  # a key of this section for another method
+        method = values["method"].get("name", DEFAULT)
+        has = ", ".join(key for key in own if key != "name")
+        return value_fault(path, f"{method} does not use it; {method} has {has}")
     text = f"unknown key '{dotted(path)}'"
     if meant:
-        return f"{text}, did you mean '{meant}'?"
-    if explanation := EXPLANATIONS.get(str(path[-1]).lower()):
-        return f"{text}: {explanation}"
-    return f"{text}, allowed here: {', '.join(_properties(path[:-1]))}"
+        text += f", did you mean '{meant}'?"
+    elif explanation := EXPLANATIONS.get(str(name).lower()):
+        text += f": {explanation}"
+    else:
+        text += f", allowed here: {', '.join(own)}"
+    return Fault(path, text)
 
 
-def _nearest(path: KeyPath, value: Any) -> str | None:
+def _nearest(path: KeyPath, values: Any) -> str | None:
     """The known key most like the unknown `path`: by name over the whole tree, its own section preferred."""
-    *section, name = path
-    own = [(*section, key) for key in _properties(section)]
+    section, name = path[:-1], str(path[-1])
+    own = [(*section, key) for key in _properties(section, values)]
     candidates = own + list(_known_keys())
-    if isinstance(value, dict):
-        candidates = [candidate for candidate in candidates if _is_section(_node(candidate))]
+    if isinstance(_lookup(path, values), dict):
+        candidates = [candidate for candidate in candidates if _is_section(candidate)]
     if not any(candidate[-1] == name for candidate in candidates):
         if name.lower() in EXPLANATIONS:
             return None
@@ -144,7 +135,7 @@ def _nearest(path: KeyPath, value: Any) -> str | None:
             return alias
 
     def likeness(candidate: KeyPath) -> float:
-        return SequenceMatcher(None, name, candidate[-1]).ratio()
+        return SequenceMatcher(None, name, str(candidate[-1])).ratio()
 
     near = [candidate for candidate in candidates if likeness(candidate) >= NEAR]
     best = max(near, key=lambda key: likeness(key) + SAME_SECTION * (key in own), default=None)
@@ -160,30 +151,49 @@ def _resolve(node: dict[str, Any]) -> dict[str, Any]:
     return _schema()["$defs"][node["$ref"].rsplit("/", 1)[1]] if "$ref" in node else node
 
 
-def _variants(node: dict[str, Any]) -> list[dict[str, Any]]:
-    """The alternatives of a union, or the node alone."""
-    return [_resolve(variant) for variant in node.get("anyOf", [node])]
+def _variants(node: dict[str, Any], value: Any = None) -> list[dict[str, Any]]:
+    """The alternatives of a union, or the node alone; of sections told apart by `name`, only that of a known value."""
+    if "discriminator" in node and isinstance(value, dict):
+        name = value.get("name", DEFAULT)
+        if isinstance(name, str) and name in node["discriminator"]["mapping"]:
+            return [_resolve({"$ref": node["discriminator"]["mapping"][name]})]
+    return [_resolve(variant) for variant in node.get("anyOf", node.get("oneOf", [node]))]
 
 
-def _is_section(node: dict[str, Any]) -> bool:
-    return any(variant.get("type") == "object" for variant in _variants(node))
-
-
-def _node(path: KeyPath) -> dict[str, Any]:
-    """The JSON Schema of the value at a known key."""
-    node = _schema()
+def _nodes(path: KeyPath, values: Any = None) -> list[dict[str, Any]]:
+    """The JSON Schemas of the value at a known key. Without `values`, those under every method's section."""
+    nodes = [_schema()]
     for part in path:
-        container = "array" if isinstance(part, int) else "object"
-        node = next(variant for variant in _variants(node) if variant.get("type") == container)
-        if container == "array":
-            node = node["items"]
-        else:
-            node = node["properties"][part] if "properties" in node else node["additionalProperties"]
-    return node
+        nodes = [child for node in nodes for child in _children(node, part, values)]
+        values = values[part] if _holds(values, part) else None
+    return nodes
 
 
-def _properties(section: KeyPath) -> list[str]:
-    return [key for variant in _variants(_node(section)) for key in variant.get("properties", {})]
+def _holds(values: Any, part: str | int) -> bool:
+    """True for a key of a mapping or a position in a list."""
+    return part in range(len(values)) if isinstance(values, list) else isinstance(values, dict) and part in values
+
+
+def _children(node: dict[str, Any], part: str | int, value: Any) -> Iterator[dict[str, Any]]:
+    for variant in _variants(node, value):
+        if isinstance(part, int):
+            if variant.get("type") == "array":
+                yield variant["items"]
+        elif part in variant.get("properties", {}):
+            yield variant["properties"][part]
+        elif isinstance(variant.get("additionalProperties"), dict):
+            yield variant["additionalProperties"]
+
+
+def _is_section(path: KeyPath) -> bool:
+    return any(variant.get("type") == "object" for node in _nodes(path) for variant in _variants(node))
+
+
+def _properties(section: KeyPath, values: Any = None) -> list[str]:
+    """The keys of a section; without `values`, those that it has for any method."""
+    value = _lookup(section, values) if values is not None else None
+    variants = [variant for node in _nodes(section, values) for variant in _variants(node, value)]
+    return list(dict.fromkeys(key for variant in variants for key in variant.get("properties", {})))
 
 
 def _known_keys(section: KeyPath = ()) -> Iterator[KeyPath]:
@@ -194,13 +204,18 @@ def _known_keys(section: KeyPath = ()) -> Iterator[KeyPath]:
 
 
 def _given_part(location: KeyPath, values: Any) -> KeyPath:
-    """The start of a pydantic location that exists in the values; after it come a missing key or a union's tag."""
-    for depth, part in enumerate(location):
-        entries = range(len(values)) if isinstance(values, list) else values
-        if not isinstance(values, dict | list) or part not in entries:
-            return location[:depth]
-        values = values[part]
-    return location
+    """The start of a pydantic location that exists in the values; a method's name in it, which no file has, left out.
+
+    After that start come a missing key or the tag of another union.
+    """
+    path: list[str | int] = []
+    for part in location:
+        if _holds(values, part):
+            values = values[part]
+            path.append(part)
+        elif not (isinstance(values, dict) and part == values.get("name", DEFAULT)):
+            break
+    return tuple(path)
 
 
 def _lookup(path: KeyPath, values: Any) -> Any:
@@ -217,9 +232,20 @@ def _given(value: Any) -> str:
     return f"{_short.repr(value)} ({type(value).__name__})"
 
 
-def _allowed(node: dict[str, Any]) -> str:
-    """What a JSON Schema node admits, in words; null, the same as leaving the key out, is not worth one."""
-    return " or ".join(_allowed_variant(variant) for variant in _variants(node) if variant.get("type") != "null")
+def _allowed(path: KeyPath, values: Any = None) -> str:
+    """What the schema admits at a key, in words."""
+    nodes = _nodes(path, values)
+    if all("const" in node for node in nodes):
+        return f"one of {', '.join(node['const'] for node in nodes)}"
+    return " or ".join(dict.fromkeys(map(_allowed_node, nodes)))
+
+
+def _allowed_node(node: dict[str, Any]) -> str:
+    """What one JSON Schema node admits; null, the same as leaving the key out, is not worth a word."""
+    variants = [variant for variant in _variants(node) if variant.get("type") != "null"]
+    if "discriminator" in node:
+        return "a section with name and the keys of that method"
+    return " or ".join(_allowed_variant(variant) for variant in variants)
 
 
 def _allowed_variant(node: dict[str, Any]) -> str:
@@ -244,10 +270,10 @@ def _allowed_variant(node: dict[str, Any]) -> str:
             return "true or false"
         case "array":
             count = " to ".join(dict.fromkeys(f"{node[key]}" for key in ("minItems", "maxItems") if key in node))
-            return f"a list{count and f' of {count}'}, each item {_allowed(node['items'])}"
+            return f"a list{count and f' of {count}'}, each item {_allowed_node(node['items'])}"
         case "object" if "properties" in node:
             return f"a section with {', '.join(node['properties'])}"
         case "object":
-            return f"a mapping, each value {_allowed(node['additionalProperties'])}"
+            return f"a mapping, each value {_allowed_node(node['additionalProperties'])}"
         case kind:
             raise NotImplementedError(f"JSON Schema type {kind}")

@@ -1,0 +1,164 @@
+"""The settings that all tile adapters share: which layers get one, its rank and scale, and a schedule of exceptions.
+
+A tile adapter's dW is constant on tiles of `repeat` outputs by `pool` inputs. A method says by its `factors` which of
+its keys shape the tile, and by `tile` how. Layers are not known here: `dist_qft.methods.adapters.schedule` applies the
+schedule to a model's.
+"""
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, NamedTuple
+
+from pydantic import Field, model_validator
+
+from dist_qft.config.fault import Fault, KeyPath, value_fault
+from dist_qft.config.methods.method import MethodConfig
+from dist_qft.config.section import Fraction, NonNegative, Positive, PositiveNumber, Section
+
+if TYPE_CHECKING:
+    from dist_qft.config.schema import RunConfig
+
+PoolMode = Annotated[
+    Literal["mean", "sum"],
+    Field(
+        description="mean or sum of pooled inputs. The mean makes dW `pool` times smaller than the sum, "
+        "so it needs a higher learning rate"
+    ),
+]
+RsLora = Annotated[
+    bool,
+    Field(
+        description="scale by alpha / sqrt(rank) instead of alpha / rank, so that a high rank does not slow learning",
+        json_schema_extra={"peft": "use_rslora", "axolotl": "peft_use_rslora"},
+    ),
+]
+_RULE_RANK = "rank of these layers' adapters; where the method has none, it only sets the scale"
+
+
+class Tile(NamedTuple):
+    """What shapes one adapter: dW is constant on tiles of `repeat` outputs by `pool` inputs.
+
+    `inner` is the number of rows of A when there is a B; None for a single matrix.
+    """
+
+    pool: int
+    repeat: int
+    inner: int | None
+
+
+class ScheduleRule(Section):
+    """Exceptions for some layers; later rules win. A rule sets at least one thing besides its selection."""
+
+    layers: str | list[str] = Field("all", description="layer types (q_proj, ...), `attention`, `mlp` or `all`")
+    depth: Annotated[list[NonNegative], Field(min_length=2, max_length=2)] | None = Field(
+        None, description="first and last decoder layer, both included; default all"
+    )
+    rank: Positive | None = Field(None, description=_RULE_RANK, json_schema_extra={"peft": "rank_pattern"})
+    alpha: PositiveNumber | None = Field(
+        None, description="alpha of these layers' adapters", json_schema_extra={"peft": "alpha_pattern"}
+    )
+    skip: bool = Field(False, description="attach nothing to these layers")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _leave_out_nulls(cls, values: Any) -> Any:
+        """A null is the same as no key; a config that was saved whole names every key of every method."""
+        if not isinstance(values, dict):
+            return values
+        return {key: value for key, value in values.items() if value is not None}
+
+
+class TileMethod(MethodConfig):
+    """A method that attaches tile adapters to linear layers.
+
+    Attributes:
+        factors: key -> the layer sizes that its value must divide.
+        balancing: the factors that a study's "balancing factor" sets, in the order of its values; empty if none.
+        balancing_name: the papers' word for it.
+        ranked: True if the rank shapes the matrices; False if it only sets the scale.
+    """
+
+    rank: Positive = Field(
+        64,
+        description="rank r of the pair A, B, and the divisor of the scale alpha / rank",
+        json_schema_extra={"peft": "r", "axolotl": "lora_r"},
+    )
+    alpha: PositiveNumber = Field(
+        16.0,
+        description="dW is scaled by alpha / rank",
+        json_schema_extra={"peft": "lora_alpha", "axolotl": "lora_alpha"},
+    )
+    dropout: Fraction = Field(
+        0.0,
+        description="dropout on an adapter's (pooled) inputs",
+        json_schema_extra={"peft": "lora_dropout", "axolotl": "lora_dropout"},
+    )
+    targets: str | list[str] = Field(
+        "all-linear",
+        description="layers that get an adapter: `all-linear`, or layer types as in a schedule",
+        json_schema_extra={"peft": "target_modules", "axolotl": "lora_target_modules"},
+    )
+    schedule: Sequence[ScheduleRule] = Field([], description="exceptions by layer type and depth, in order")
+
+    factors: ClassVar[Mapping[str, tuple[str, ...]]] = {}
+    balancing: ClassVar[tuple[str, ...]] = ()
+    balancing_name: ClassVar[str] = ""
+    ranked: ClassVar[bool] = True
+
+    @classmethod
+    def knobs(cls) -> list[str]:
+        """The keys that a schedule rule may set for its layers."""
+        return ["rank", "alpha", *cls.factors]
+
+    def given(self, section: Section) -> dict[str, Any]:
+        """The knobs that this section, or a rule of its schedule, sets."""
+        return {knob: value for knob in self.knobs() if (value := getattr(section, knob)) is not None}
+
+    def alpha_at(self, rank: float) -> float:
+        """The alpha that keeps the scale of dW at another rank."""
+        if getattr(self, "use_rslora", False):
+            return self.alpha * math.sqrt(rank / self.rank)
+        return self.alpha / self.rank * rank
+
+    def tile(self, knobs: Mapping[str, Any]) -> Tile:
+        """The tile of a layer with these values of the knobs."""
+        raise NotImplementedError
+
+    def options(self) -> dict[str, Any]:
+        """The settings of an adapter that are the same for all layers, as far as the method has them."""
+        keys = ("pool_mode", "dropout", "merge_aware", "use_rslora")
+        return {key: getattr(self, key) for key in keys if key in type(self).model_fields}
+
+    def faults(self, run: "RunConfig") -> Iterator[Fault]:
+        """Rules of a schedule that select nothing in order, set nothing, or contradict themselves."""
+        for index, rule in enumerate(self.schedule):
+            path: KeyPath = ("method", "schedule", index)
+            if rule.depth is not None and rule.depth[0] > rule.depth[1]:
+                yield value_fault((*path, "depth"), f"got {rule.depth}, must be first <= last")
+            given = sorted(rule.model_fields_set - {"layers", "depth", "skip"})
+            if not given and "skip" not in rule.model_fields_set:
+                yield value_fault(path, f"the rule sets nothing; give {', '.join(self.knobs())} or skip")
+            elif rule.skip and given:
+                yield value_fault(path, f"skip leaves no use for {', '.join(given)}; give one or the other")
+
+
+class BlockMethod(TileMethod):
+    """A method whose tiles are made to match the base's quantization blocks, so that dW merges exactly."""
+
+    pool_mode: PoolMode = "mean"
+    merge_aware: bool = Field(
+        False,
+        description="train with zeros as the exact merge will write them (rounded to float16), "
+        "so that merging changes no logit",
+    )
+
+    def faults(self, run: "RunConfig") -> Iterator[Fault]:
+        """Besides the schedule's: merge-aware training that has no zeros to fold into, or that would need dropout."""
+        yield from super().faults(run)
+        if not self.merge_aware:
+            return
+        linear = run.quantization.linear
+        if linear not in ("affine4", "auto", "stored"):
+            yield value_fault(("method", "merge_aware"), f"{linear} has no zeros to take dW; affine4 has")
+        if self.dropout:
+            yield value_fault(("method", "dropout"), f"got {self.dropout}, must be 0 with merge_aware")
