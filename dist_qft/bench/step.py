@@ -37,6 +37,10 @@ METHODS: dict[str, dict[str, dict[str, Any]]] = {
         "method": {"name": "qahira", "pool": 32, "repeat": 1},
         "quantization": {"linear": "affine4", "block": [1, 32]},
     },
+    "qablora": {
+        "method": {"name": "qablora", "pool": 4, "repeat": 8},
+        "quantization": {"linear": "affine4", "block": [8, 4]},
+    },
     "qalora": {"method": {"name": "qalora", "pool": 32}, "quantization": {"linear": "affine4", "block": [1, 32]}},
 }
 MEASURED = ["qlora", "qbara", "qahira"]

@@ -149,7 +149,11 @@ def _contradictions(settings: StudySettings) -> list[tuple[KeyPath, str]]:
 def _value_faults(index: int, preset: TypePreset | DepthPreset) -> list[tuple[KeyPath, str]]:
     knob = preset.preset.partition("_")[0]
     kinds = {"rank": int, "alpha": (int, float), "balance": (int, list)}
-    allowed = {"rank": "whole numbers", "alpha": "numbers", "balance": "whole numbers, or [repeat, pool] for qahira"}
+    allowed = {
+        "rank": "whole numbers",
+        "alpha": "numbers",
+        "balance": "whole numbers, or for qahira and qablora [repeat, pool]",
+    }
     path, key = ("presets", index, "values"), f"presets.{index}.values"
     faults = [(path, f"{key}: got {v}, need {allowed[knob]}") for v in preset.values if not isinstance(v, kinds[knob])]
     if knob != "rank" and "keep" in preset.model_fields_set:

@@ -21,6 +21,7 @@ METHODS = {
     "qbara": {"method": {"name": "qbara", "rank": 4}, "quantization": NF4},
     "qalora": {"method": {"name": "qalora", "rank": 4, "pool": 32}, "quantization": {"block": [1, 32]}},
     "qahira": {},
+    "qablora": {"method": {"name": "qablora", "rank": 4, "pool": 4, "repeat": 8, "use_rslora": True}},
     "qahira, merge-aware": {"method": {"merge_aware": True}},
 }
 

@@ -5,13 +5,14 @@ from typing import Annotated, Any, get_args
 from pydantic import BeforeValidator, Field, TypeAdapter
 
 from dist_qft.config.methods.method import MethodConfig
+from dist_qft.config.methods.qablora import QabloraConfig
 from dist_qft.config.methods.qahira import QahiraConfig
 from dist_qft.config.methods.qalora import QaloraConfig
 from dist_qft.config.methods.qbara import QbaraConfig
 from dist_qft.config.methods.qlora import QloraConfig
 from dist_qft.config.methods.qst import QstConfig
 
-_Union = QloraConfig | QbaraConfig | QaloraConfig | QahiraConfig | QstConfig
+_Union = QloraConfig | QbaraConfig | QaloraConfig | QahiraConfig | QabloraConfig | QstConfig
 
 # The method of a config that names none.
 DEFAULT = "qlora"

@@ -96,13 +96,14 @@ def test_requantized_folder_holds_every_linear_in_the_new_format(pools, make_run
     assert difference == pytest.approx(certificate.logits.maximum, rel=1)
 
 
-@pytest.mark.parametrize("method", ["qlora", "qbara", "qalora", "qahira"])
+@pytest.mark.parametrize("method", ["qlora", "qbara", "qalora", "qahira", "qablora"])
 def test_dense_folder_loads_in_hugging_face_with_the_tuned_logits(pools, make_run, tiny_llama, tmp_path, method):
     sections = {
         "qlora": {"method": {"name": "qlora", "rank": 4}, "quantization": NF4},
         "qbara": {"method": {"name": "qbara", "rank": 4}, "quantization": NF4},
         "qalora": {"method": {"name": "qalora", "rank": 4, "pool": 32}},
         "qahira": {},
+        "qablora": {"method": {"name": "qablora", "rank": 4, "pool": 4, "repeat": 8}},
     }[method]
     run = make_run(tiny_llama, **sections)
     certificate = pools[2].run(merge_run, source=run, target="dense", path=tmp_path / "dense")[0]

@@ -19,13 +19,14 @@ from tests.support.merges import merge_run
 
 IDS = torch.tensor([[5, 40, 77, 120, 33, 9, 201, 60, 12, 300]])
 NF4 = {"linear": "nf4", "block": [64]}
-UNTILED = {"rank": 4, "alpha": 6.0, "pool": None, "repeat": None}
+UNTILED = {"rank": 4, "alpha": 6.0}
 SCHEDULE = [{"layers": "mlp", "rank": 8}, {"layers": "q_proj", "depth": [1, 2], "rank": 2, "alpha": 3.0}]
 RUNS = {
     "qlora": {"method": {"name": "qlora", **UNTILED}, "quantization": NF4},
     "qbara": {"method": {"name": "qbara", **UNTILED}, "quantization": NF4},
     "qalora": {"method": {"name": "qalora", "rank": 4, "pool": 32, "pool_mode": "sum"}},
     "qahira": {"method": {"name": "qahira", "rank": 4, "pool": 32, "repeat": 1}},
+    "qablora": {"method": {"name": "qablora", "rank": 4, "pool": 4, "repeat": 8, "use_rslora": True}},
     "qlora, scheduled": {"method": {"name": "qlora", **UNTILED, "schedule": SCHEDULE}, "quantization": NF4},
 }
 

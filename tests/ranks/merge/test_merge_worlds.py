@@ -12,7 +12,7 @@ from tests.support.merges import GGUF_RUN, digests, merge_run
 # Blocks so tall that on four ranks some hold no zeros of the key and value layers (32 outputs).
 TALL = {
     "quantization": {"linear": "affine4", "block": [16, 2]},
-    "method": {"name": "qahira", "pool": 4, "repeat": 16, "rank": 4},
+    "method": {"name": "qablora", "pool": 4, "repeat": 16, "rank": 4},
 }
 QALORA = {
     "quantization": {"linear": "affine4", "block": [1, 32]},

@@ -37,7 +37,7 @@ def adapted(block: tuple[int, int], pool: int, repeat: int, inner: int | None, *
     return linear, adapter, adapters
 
 
-CASES = [((1, 32), 32, 1, 4), ((1, 32), 64, 2, None), ((8, 4), 4, 8, None)]
+CASES = [((1, 32), 32, 1, 4), ((1, 32), 64, 2, None), ((8, 4), 4, 8, None), ((8, 4), 8, 16, 4)]
 
 
 @pytest.mark.parametrize(("block", "pool", "repeat", "inner"), CASES)

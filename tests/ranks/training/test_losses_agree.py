@@ -22,6 +22,8 @@ LAYOUTS = [
     ("qahira", 4, "fsdp", 2),
     ("qahira", 2, "zero", 1),
     ("qahira", 4, "replicated", 1),
+    ("qablora", 4, "fsdp", 1),
+    ("qablora", 2, "zero", 2),
     ("qahira, merge-aware", 2, "fsdp", 1),
     ("qahira, merge-aware", 4, "zero", 1),
 ]

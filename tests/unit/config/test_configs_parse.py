@@ -43,7 +43,7 @@ def keys_of(text: str) -> Iterator[tuple[int, tuple[str, ...], bool]]:
 
 def test_there_is_a_config_for_every_method_and_size():
     names = {str(path.relative_to(ROOT / "configs")) for path in CONFIGS}
-    methods = ("qlora", "qbara", "qalora", "qahira")
+    methods = ("qlora", "qbara", "qalora", "qahira", "qablora")
     expected = {f"{folder}/{name}.yaml" for folder in ("smollm2", "llama-8b", "llama-70b") for name in methods}
     side = {f"{folder}/qst.yaml" for folder in ("smollm2", "llama2-7b", "llama2-70b")}
     assert names == expected | side | {"quickstart.yaml", "smollm2/qst-classification.yaml"}

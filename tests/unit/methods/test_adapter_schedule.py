@@ -51,6 +51,8 @@ def refusal(*args, **kwargs) -> str:
         ({"name": "qbara", "rank": 64, "balance": 4}, 159.9),
         ({"name": "qalora", "rank": 64}, 89.3),
         ({"name": "qahira", "rank": 64}, 202.4),
+        ({"name": "qablora", "rank": 64}, 29.1),
+        ({"name": "qablora", "rank": 64, "pool": 32, "repeat": 1}, 89.3),
     ],
 )
 def test_trainable_parameters_of_llama_7b(method, millions):
@@ -66,6 +68,7 @@ def test_trainable_parameters_of_llama_7b(method, millions):
         ("qbara", {"pool": 2, "repeat": 2, "inner": 16, "shapes": {"A": (16, 5504), "B": (2048, 16)}}),
         ("qalora", {"pool": 32, "repeat": 1, "inner": 8, "shapes": {"A": (8, 344), "B": (4096, 8)}}),
         ("qahira", {"pool": 4, "repeat": 8, "inner": None, "shapes": {"A": (512, 2752)}}),
+        ("qablora", {"pool": 4, "repeat": 8, "inner": 8, "shapes": {"A": (8, 2752), "B": (512, 8)}}),
     ],
 )
 def test_defaults_of_each_method(method, expected):
@@ -201,9 +204,13 @@ def test_a_default_that_does_not_fit_is_refused_too():
 
 
 def test_settings_survive_json():
-    for method in ("qlora", "qbara", "qalora", "qahira"):
+    for method in ("qlora", "qbara", "qalora", "qahira", "qablora"):
         tile = plan(name=method, dropout=0.1, alpha=3.3)["model.layers.0.mlp.up_proj"]
         assert TileSettings.from_dict(json.loads(json.dumps(tile.to_dict()))) == tile
+        assert "use_rslora" not in tile.to_dict(), "checkpoints of earlier versions do not have it"
+    tile = plan(name="qablora", use_rslora=True, alpha=3.3)["model.layers.0.mlp.up_proj"]
+    assert TileSettings.from_dict(json.loads(json.dumps(tile.to_dict()))) == tile
+    assert tile.scale == 3.3 / 8 and tile.alpha_at(16) / 16**0.5 == tile.scale
 
 
 @pytest.mark.parametrize(

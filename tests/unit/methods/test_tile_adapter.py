@@ -21,6 +21,7 @@ METHODS = {
     "qbara balance 4": {"pool": 4, "repeat": 4, "inner": 4 * RANK},
     "qalora": {"pool": 8, "repeat": 1, "inner": RANK},
     "qahira": {"pool": 4, "repeat": 8, "inner": None},
+    "qablora": {"pool": 4, "repeat": 8, "inner": RANK},
 }
 
 
@@ -102,9 +103,20 @@ def qahira_reference(x: torch.Tensor, adapter: TileAdapter) -> torch.Tensor:
     return F.linear(nn.AvgPool1d(4)(x), adapter.A).repeat_interleave(8, dim=2) * ALPHA / RANK
 
 
+def qablora_reference(x: torch.Tensor, adapter: TileAdapter) -> torch.Tensor:
+    """QA-BLoRA has no published code: the pair of the same code between QA-HiRA's pool and repeat."""
+    result = F.linear(F.linear(nn.AvgPool1d(4)(x), adapter.A), adapter.B)
+    return result.repeat_interleave(8, dim=2) * ALPHA / RANK
+
+
 @pytest.mark.parametrize(
     ("method", "reference"),
-    [("qalora", qalora_reference), ("qbara", qbara_reference), ("qahira", qahira_reference)],
+    [
+        ("qalora", qalora_reference),
+        ("qbara", qbara_reference),
+        ("qahira", qahira_reference),
+        ("qablora", qablora_reference),
+    ],
 )
 def test_equals_the_papers_code(method, reference):
     adapter, x = random_adapter(**METHODS[method]), random_input(2, 5, D_IN).requires_grad_()
@@ -148,8 +160,26 @@ def test_reset_is_a_function_of_the_generator_and_kaiming_like_peft():
     assert adapter.B.abs().max() == 0
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_use_rslora_divides_by_the_root_of_the_rank(method):
+    """dW / M in float64, from matrices of which only the scale is unknown."""
+    plain, scaled = (random_adapter(**METHODS[method], use_rslora=use) for use in (False, True))
+    torch.testing.assert_close(exact_dW(scaled), exact_dW(plain) * RANK / RANK**0.5, rtol=1e-12, atol=0)
+    assert scaled.settings.scale == ALPHA / 3**0.5
+    x, y = random_input(5, D_IN), random_input(5, D_OUT, seed=2)
+    torch.testing.assert_close(scaled.add_to(y, x), y + x @ exact_dW(scaled).T, rtol=1e-12, atol=1e-12)
+
+
 @pytest.mark.parametrize(
-    ("method", "bound"), [("qlora", RANK), ("qbara", 2 * RANK), ("qbara balance 4", 8), ("qalora", RANK), ("qahira", 6)]
+    ("method", "bound"),
+    [
+        ("qlora", RANK),
+        ("qbara", 2 * RANK),
+        ("qbara balance 4", 8),
+        ("qalora", RANK),
+        ("qahira", 6),
+        ("qablora", RANK),
+    ],
 )
 def test_rank_of_dW(method, bound):
     """QA-HiRA reaches min(d_out/k, d_in/p) = 6; Q-BaRA lambda * r, unless d_in / lambda = 8 is smaller."""

@@ -31,6 +31,7 @@ METHODS = {
     "qbara": make_method(name="qbara", rank=8, alpha=8, balance=2),
     "qalora": make_method(name="qalora", rank=8, alpha=8, pool=32),
     "qahira": make_method(name="qahira", pool=4, repeat=8),
+    "qablora": make_method(name="qablora", rank=64, alpha=8, pool=4, repeat=8),
 }
 
 
@@ -42,6 +43,7 @@ def size(method: TileMethod, layer: LinearShape, settings) -> int:
         "qbara": settings.rank * (d_in + d_out),
         "qalora": settings.rank * (d_in // settings.pool + d_out),
         "qahira": d_in * d_out // (settings.repeat * settings.pool),
+        "qablora": settings.rank * (d_in // settings.pool + d_out // settings.repeat),
     }[method.name]
 
 

@@ -52,6 +52,7 @@ def test_a_level_that_differs_between_seeds_is_no_spread():
 def test_claim_3_is_for_quantization_aware_methods():
     assert verdicts(subject(by_rank(0.2, 0.1), noise=0.005, method="qalora")) == {"3": HOLDS}
     tiles = {("balance_by_type", group, "8x8"): cost for group, cost in (("attention", 0.2), ("mlp", 0.1))}
+    assert verdicts(subject(by_rank(0.2, 0.1), noise=0.005, method="qablora")) == {"3": HOLDS}
     made = subject(tiles, noise=0.005, method="qahira")
     assert verdicts(made) == {}  # a tile that cuts nothing is no smaller adapter
     for variant in made.figures:

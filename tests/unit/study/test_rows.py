@@ -63,6 +63,24 @@ def test_a_tile_is_what_qahira_has_instead_of_a_rank(tiny_llama, tmp_path):
     assert str(rows[1].variants[0]) == "balance_by_type mlp 8x16"
 
 
+def test_qablora_has_a_rank_and_a_tile(tiny_llama, tmp_path):
+    presets = [
+        {"preset": "rank_by_type", "values": [2], "groups": ["mlp"]},
+        {"preset": "balance_by_type", "values": [[8, 16]], "groups": ["mlp"]},
+    ]
+    method = {"name": "qablora", "rank": 4, "use_rslora": True}
+    reference, ranked, tiled = rows_of(tmp_path, tiny_llama, method=method, presets=presets, seeds=[0])
+
+    def pairs(group: str, rank: int, repeat: int, pool: int) -> int:
+        return LAYERS * sum(rank * (d_in // pool + d_out // repeat) for d_in, d_out in SIZES[group])
+
+    assert reference.trainables == pairs("attention", 4, 8, 4) + pairs("mlp", 4, 8, 4)
+    assert ranked.trainables == pairs("attention", 4, 8, 4) + pairs("mlp", 2, 8, 4)
+    assert tiled.trainables == pairs("attention", 4, 8, 4) + pairs("mlp", 4, 8, 16)
+    (rule,) = ranked.config.method.schedule
+    assert rule.alpha / 2**0.5 == pytest.approx(16.0 / 4**0.5), "the scale alpha / sqrt(rank) stays"
+
+
 def test_a_rank_keeps_the_scale_unless_told_otherwise(tiny_llama, tmp_path):
     presets = [{"preset": "rank_by_type", "values": [1], "keep": keep} for keep in ("scale", "alpha")]
     rules = [row.config.method.schedule[0] for row in rows_of(tmp_path, tiny_llama, presets=presets, seeds=[0])[1:]]
