@@ -1,4 +1,4 @@
-"""How far the bits of a run are its config's alone, with `sharding.reduction: invariant`: a measurement, not a test.
+"""How far the bits of a run are its config's alone, with `sharding.gradient_sum: invariant`: a measurement, not a test.
 
     PYTHONPATH=. python benchmarks/invariance.py [STEPS [CHAINS]]
 

@@ -5,13 +5,14 @@ overrides and reports all faults at once. After loading nobody asks for a defaul
 holds is what the run uses. Names follow Hugging Face's where they have one.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from typing import Annotated, Literal
 
 from pydantic import Field, PrivateAttr, model_validator
 
 from dist_qft.config.methods.door import AnyMethod
 from dist_qft.config.methods.qlora import QloraConfig
+from dist_qft.config.renamed import with_current_names
 from dist_qft.config.section import Fraction, NonNegative, Positive, Section, Text
 
 MergeTarget = Literal["gguf", "quantized", "dense", "peft"]
@@ -126,7 +127,7 @@ class ShardingConfig(Section):
     )
     offload: bool = Field(False, description="zero, CUDA: keep each rank's part of the base in host memory")
     deepspeed_config: Text | None = Field(None, description="zero: a DeepSpeed JSON file, merged into what we set")
-    reduction: Literal["fast", "invariant"] = Field(
+    gradient_sum: Literal["fast", "invariant"] = Field(
         "fast", description="of gradients; invariant: in an order that gives the same bits on any number of ranks"
     )
     bucket_megabytes: Annotated[float, Field(gt=0)] = Field(25.0, description="fast: gradient all-reduce bucket")
@@ -171,6 +172,11 @@ class RunConfig(Section):
     evaluation: EvaluationConfig = EvaluationConfig()
     merge: MergeConfig = MergeConfig()
 
+    @model_validator(mode="before")
+    @classmethod
+    def _keys_by_their_present_names(cls, values: object) -> object:
+        return with_current_names(values)
+
     _notes: tuple[str, ...] = PrivateAttr(())
 
     @property
@@ -178,7 +184,7 @@ class RunConfig(Section):
         """What reading this config changed, for its user to know: keys with old names, keys that were dropped."""
         return self._notes
 
-    def with_notes(self, notes: Sequence[str]) -> "RunConfig":
+    def with_notes(self, notes: Iterable[str]) -> "RunConfig":
         """A copy that carries these notes."""
         copy = self.model_copy()
         copy._notes = tuple(notes)

@@ -17,6 +17,7 @@ import torch
 from dist_qft.base_model.skeleton import BaseModel, build_skeleton
 from dist_qft.config.load import change_config
 from dist_qft.config.methods.tile_method import TileMethod
+from dist_qft.config.renamed import with_earlier_names
 from dist_qft.config.schema import RunConfig
 from dist_qft.errors import UserError
 from dist_qft.methods.adapters.adapter_spec import AdapterSpec, linear_shapes
@@ -154,6 +155,7 @@ def _name(config: RunConfig, spec: TrainableSpec[Any]) -> str:
     """The method, and a digest of all settings that decide what the run computes."""
     # Without defaults: a setting that later versions add must not rename the runs of today.
     settings = config.model_dump(exclude={"output_dir": True, "data": {"cache_dir"}}, exclude_defaults=True)
+    settings = with_earlier_names(settings)
     if isinstance(spec, AdapterSpec):
         # The spec says it layer by layer, in one way only. qlora's name is left out since the first version.
         settings["method"] = {} if config.method.name == "qlora" else {"name": config.method.name}

@@ -12,8 +12,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationError
 
+from dist_qft.config.document import Document
 from dist_qft.config.fault import KeyPath, dotted
-from dist_qft.config.load import Document, change_config, load_config
+from dist_qft.config.load import change_config, load_config
 from dist_qft.config.schema import RunConfig
 from dist_qft.config.section import NonNegative, Positive, PositiveNumber, Section, Text
 from dist_qft.errors import UserError

@@ -53,7 +53,7 @@ class TrainingRun:
         )
         # A group of its own: these reductions and the engine's gathers need no common order.
         self._group = dist.new_group()
-        invariant = config.sharding.reduction == "invariant"
+        invariant = config.sharding.gradient_sum == "invariant"
         self.flat = FlatParameters(
             parts.named_tensors(),
             bucket_bytes=int(config.sharding.bucket_megabytes * 2**20),

@@ -1,4 +1,4 @@
-"""Runs with `sharding.reduction: invariant`, whose bits must not depend on ranks or engine."""
+"""Runs with `sharding.gradient_sum: invariant`, whose bits must not depend on ranks or engine."""
 
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ def invariant_run(
 ) -> tuple[list[float], str]:
     """Losses and the adapter's digest."""
     sections: dict[str, Any] = {key: dict(values) for key, values in METHODS[method].items()}
-    sections["sharding"] = {"engine": engine, "reduction": train.pop("reduction", "invariant")}
+    sections["sharding"] = {"engine": engine, "gradient_sum": train.pop("gradient_sum", "invariant")}
     resume = train.pop("resume", None)
     sections["train"] = {
         "global_batch_size": MICRO_BATCHES,

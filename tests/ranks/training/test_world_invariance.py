@@ -1,4 +1,4 @@
-"""`sharding.reduction: invariant`: the bits of a run do not depend on the number of ranks, nor on the engine."""
+"""`sharding.gradient_sum: invariant`: the bits of a run do not depend on the number of ranks, nor on the engine."""
 
 from collections.abc import Iterator
 
@@ -112,5 +112,5 @@ def test_resuming_on_other_worlds_changes_no_bit(worlds, tiny_llama, tmp_path):
 
 
 def test_settings_of_the_other_reduction_are_warned_of(tmp_path):
-    config = tiny_config(tmp_path, tmp_path / "run", sharding={"reduction": "invariant", "bucket_megabytes": 4.0})
-    assert "sharding.bucket_megabytes: no effect with reduction invariant" in config_warnings(config)
+    config = tiny_config(tmp_path, tmp_path / "run", sharding={"gradient_sum": "invariant", "bucket_megabytes": 4.0})
+    assert "sharding.bucket_megabytes: no effect with gradient_sum invariant" in config_warnings(config)
