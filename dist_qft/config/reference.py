@@ -8,8 +8,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from dist_qft.config.schema import RunConfig
-
-PROGRAMS = {"transformers": "Transformers", "peft": "PEFT", "axolotl": "axolotl"}
+from dist_qft.config.section import PROGRAMS
 
 _HEAD = """# Configuration
 

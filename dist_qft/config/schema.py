@@ -10,19 +10,33 @@ from typing import Annotated, Literal
 
 from pydantic import Field, PrivateAttr, model_validator
 
+from dist_qft.config.data_schema import DataConfig, TaskConfig
 from dist_qft.config.methods.door import AnyMethod
 from dist_qft.config.methods.qlora import QloraConfig
 from dist_qft.config.renamed import with_current_names
-from dist_qft.config.section import Fraction, NonNegative, Positive, Section, Text
+from dist_qft.config.section import Fraction, NonNegative, Positive, PositiveNumber, Section, Text
 
 MergeTarget = Literal["gguf", "quantized", "dense", "peft"]
 LinearFormat = Literal["auto", "stored", "nf4", "affine4", "dense"]
 
 
 class ModelConfig(Section):
-    path: Text = Field(description="Hub id or folder (docs/formats-of-bases.md has the formats), or .gguf file")
-    revision: str | None = Field(None, description="Hub revision")
-    attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
+    """The base: which model, and how its attention is computed."""
+
+    path: Text = Field(
+        description="Hub id or folder (docs/formats-of-bases.md has the formats), or .gguf file",
+        json_schema_extra={"transformers": "model_name_or_path", "axolotl": "base_model"},
+    )
+    revision: str | None = Field(
+        None,
+        description="Hub revision: a branch, tag or commit",
+        json_schema_extra={"transformers": "revision", "axolotl": "revision_of_model"},
+    )
+    attention: Literal["sdpa", "eager", "flash_attention_2"] = Field(
+        "sdpa",
+        description="how attention is computed; flash_attention_2 needs its package and CUDA",
+        json_schema_extra={"transformers": "attn_implementation", "axolotl": "attn_implementation"},
+    )
 
 
 class QuantizationConfig(Section):
@@ -32,6 +46,7 @@ class QuantizationConfig(Section):
         "auto",
         description="format of the decoder's linear layers; auto: as the files hold them if they are quantized, "
         "else nf4; stored: as the files hold them",
+        json_schema_extra={"transformers": "bnb_4bit_quant_type"},
     )
     block: Annotated[list[Positive], Field(min_length=1, max_length=2)] | None = Field(
         None, description="weights sharing constants: [64] for nf4, [b_out, b_in] for affine4 (default [1, 32])"
@@ -39,13 +54,21 @@ class QuantizationConfig(Section):
     constants: Literal["float16", "float32"] | None = Field(
         None, description="affine4 only: dtype of the blocks' scales and zeros (default float16)"
     )
-    double_quant: bool = Field(False, description="nf4 only: quantize the block constants to 8 bits as QLoRA does")
+    double_quant: bool = Field(
+        False,
+        description="nf4 only: quantize the block constants to 8 bits as QLoRA does",
+        json_schema_extra={"transformers": "bnb_4bit_use_double_quant"},
+    )
     embedding: Literal["auto", "stored", "q8_0", "dense"] = Field(
         "auto",
         description="format of embedding and LM head; auto: as the files hold them if they are quantized, else q8_0; "
         "stored: as the files hold them",
     )
-    exempt: list[str] = Field([], description="linear layers kept dense: last name or full path")
+    exempt: list[str] = Field(
+        [],
+        description="linear layers kept dense: last name or full path",
+        json_schema_extra={"transformers": "llm_int8_skip_modules"},
+    )
 
     @model_validator(mode="before")
     @classmethod
@@ -53,106 +76,187 @@ class QuantizationConfig(Section):
         return {} if value == "auto" else value
 
 
-class TaskConfig(Section):
-    name: Literal["causal-lm", "classification", "regression"] = Field(
-        "causal-lm", description="predict tokens, or from a text's last token a label or a number"
-    )
-    labels: list[Text] = Field([], description="classification: every label; data may give a name or a position")
-
-
-class DatasetConfig(Section):
-    path: Text = Field(description="Hub id, local file or folder, or 'stdlib-docs'")
-    name: str | None = Field(None, description="Hub configuration name")
-    split: str = "train"
-    format: Literal[
-        "auto", "alpaca", "sharegpt", "messages", "prompt-completion", "text", "tokenized", "classification"
-    ] = "auto"
-    columns: dict[str, str] = Field({}, description="our field name -> the data's column name")
-    limit: Positive | None = Field(None, description="use only the first so many samples")
-
-
-class DataConfig(Section):
-    train: DatasetConfig
-    eval: DatasetConfig | None = None
-    eval_samples: NonNegative = Field(0, description="without eval: hold out so many training samples")
-    max_length: Annotated[int, Field(ge=8)] = 512
-    overlong: Literal["truncate", "drop", "error"] = "truncate"
-    packing: bool = False
-    loss_on: Literal["assistant", "all"] = "assistant"
-    train_on: Literal["all-turns", "last-turn"] = Field(
-        "all-turns", description="the assistant's turns that are predicted: all, or what follows the last question"
-    )
-    on_missing: Literal["error", "warn"] = Field(
-        "error", description="where the chat template leaves out what was said, such as reasoning: refuse, or warn"
-    )
-    cache_dir: str | None = Field(None, description="tokenized data; default <output_dir>/data_cache")
-
-
 class TrainConfig(Section):
-    max_steps: Positive | None = Field(None, description="optimizer steps; wins over num_train_epochs")
-    num_train_epochs: Annotated[float, Field(gt=0)] = 1.0
+    """The length of training, its batches, and the optimizer."""
+
+    max_steps: Positive | None = Field(
+        None,
+        description="optimizer steps; wins over num_train_epochs",
+        json_schema_extra={"transformers": "max_steps", "axolotl": "max_steps"},
+    )
+    num_train_epochs: PositiveNumber = Field(
+        1.0,
+        description="passes over the training data; may be a fraction",
+        json_schema_extra={"transformers": "num_train_epochs", "axolotl": "num_epochs"},
+    )
     global_batch_size: Positive = Field(
         16,
         description="rows per optimizer step, over all ranks; a row is a sample, or with data.packing several samples",
     )
-    per_device_train_batch_size: Positive = Field(1, description="rows per micro-batch")
-    learning_rate: Annotated[float, Field(gt=0)] = 2e-4
-    lr_scheduler_type: Literal["constant", "linear", "cosine"] = "constant"
-    warmup_ratio: Fraction = 0.03
-    warmup_steps: NonNegative | None = Field(None, description="wins over warmup_ratio")
-    optim: Literal["adamw", "paged_adamw_32bit", "paged_adamw_8bit"] = "adamw"
-    adam_beta1: Fraction = 0.9
-    adam_beta2: Fraction = 0.999
-    adam_epsilon: Annotated[float, Field(gt=0)] = 1e-8
-    weight_decay: Annotated[float, Field(ge=0)] = 0.0
-    max_grad_norm: Annotated[float, Field(gt=0)] | None = 0.3
-    gradient_checkpointing: bool = False
-    precision: Literal["auto", "float32", "bfloat16"] = Field(
-        "auto", description="auto: bfloat16 on CUDA, else float32"
+    per_device_train_batch_size: Positive = Field(
+        1,
+        description="rows per micro-batch of one rank",
+        json_schema_extra={"transformers": "per_device_train_batch_size", "axolotl": "micro_batch_size"},
     )
-    loss_chunk_megabytes: Annotated[float, Field(gt=0)] | None = Field(
+    learning_rate: PositiveNumber = Field(
+        2e-4,
+        description="peak learning rate; mean pooling in a tile method needs a higher one",
+        json_schema_extra={"transformers": "learning_rate", "axolotl": "learning_rate"},
+    )
+    lr_scheduler_type: Literal["constant", "linear", "cosine"] = Field(
+        "constant",
+        description="course of the rate after the warm-up; linear and cosine end at 0",
+        json_schema_extra={"transformers": "lr_scheduler_type", "axolotl": "lr_scheduler"},
+    )
+    warmup_ratio: Fraction = Field(
+        0.03,
+        description="share of the steps over which the rate rises from 0, also with constant; 0 for no warm-up",
+        json_schema_extra={"transformers": "warmup_ratio", "axolotl": "warmup_ratio"},
+    )
+    warmup_steps: NonNegative | None = Field(
         None,
-        description="logits that exist at one time; default 64 on CUDA, 8 on a CPU: what its cache holds is faster",
+        description="steps of the warm-up; wins over warmup_ratio",
+        json_schema_extra={"transformers": "warmup_steps", "axolotl": "warmup_steps"},
     )
-    seed: NonNegative = 0
-    logging_steps: Positive = 1
+    optim: Literal["adamw", "paged_adamw_32bit", "paged_adamw_8bit"] = Field(
+        "adamw",
+        description="optimizer; the paged ones are of bitsandbytes and need CUDA",
+        json_schema_extra={"transformers": "optim", "axolotl": "optimizer"},
+    )
+    adam_beta1: Fraction = Field(
+        0.9,
+        description="decay of AdamW's mean of gradients",
+        json_schema_extra={"transformers": "adam_beta1", "axolotl": "adam_beta1"},
+    )
+    adam_beta2: Fraction = Field(
+        0.999,
+        description="decay of AdamW's mean of squared gradients",
+        json_schema_extra={"transformers": "adam_beta2", "axolotl": "adam_beta2"},
+    )
+    adam_epsilon: PositiveNumber = Field(
+        1e-8,
+        description="added to the root in AdamW's denominator",
+        json_schema_extra={"transformers": "adam_epsilon", "axolotl": "adam_epsilon"},
+    )
+    weight_decay: Annotated[float, Field(ge=0)] = Field(
+        0.0,
+        description="AdamW's decoupled weight decay",
+        json_schema_extra={"transformers": "weight_decay", "axolotl": "weight_decay"},
+    )
+    max_grad_norm: PositiveNumber | None = Field(
+        0.3,
+        description="clip the norm of all gradients to this; null for no clipping",
+        json_schema_extra={"transformers": "max_grad_norm", "axolotl": "max_grad_norm"},
+    )
+    gradient_checkpointing: bool = Field(
+        False,
+        description="keep one activation per decoder layer and compute the others again in backward",
+        json_schema_extra={"transformers": "gradient_checkpointing", "axolotl": "gradient_checkpointing"},
+    )
+    precision: Literal["auto", "float32", "bfloat16"] = Field(
+        "auto",
+        description="compute dtype; auto: bfloat16 on CUDA, else float32. Trainables are always float32",
+        json_schema_extra={"transformers": "bf16", "axolotl": "bf16"},
+    )
+    loss_chunk_megabytes: PositiveNumber | None = Field(
+        None,
+        description="MB of logits held at a time; default 64 on CUDA, 8 on a CPU (fits the cache)",
+    )
+    seed: NonNegative = Field(
+        0,
+        description="seed of initial values, dropout and the order of samples",
+        json_schema_extra={"transformers": "seed", "axolotl": "seed"},
+    )
+    logging_steps: Positive = Field(
+        1,
+        description="write figures every so many steps",
+        json_schema_extra={"transformers": "logging_steps", "axolotl": "logging_steps"},
+    )
 
 
 class ShardingConfig(Section):
-    engine: Literal["fsdp", "zero", "replicated"] = "fsdp"
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    reshard_after_forward: bool = Field(True, description="fsdp: free a layer after its forward pass")
+    """How the frozen base is divided over the ranks, and how the ranks work together."""
+
+    engine: Literal["fsdp", "zero", "replicated"] = Field(
+        "fsdp", description="how the base is held: sharded by FSDP2 or by DeepSpeed ZeRO-3, or whole on every rank"
+    )
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: CUDA if there is a GPU")
+    reshard_after_forward: bool = Field(
+        True,
+        description="fsdp: free a layer after its forward pass and gather it again for backward",
+        json_schema_extra={"axolotl": "fsdp_config.reshard_after_forward"},
+    )
     prefetch_megabytes: Annotated[float, Field(ge=0)] = Field(
-        0.0, description="zero: how much of the base may be gathered ahead of its use"
+        0.0, description="zero: MB of the base that may be gathered ahead of their use"
     )
     offload: bool = Field(False, description="zero, CUDA: keep each rank's part of the base in host memory")
-    deepspeed_config: Text | None = Field(None, description="zero: a DeepSpeed JSON file, merged into what we set")
-    gradient_sum: Literal["fast", "invariant"] = Field(
-        "fast", description="of gradients; invariant: in an order that gives the same bits on any number of ranks"
+    deepspeed_config: Text | None = Field(
+        None,
+        description="zero: a DeepSpeed JSON file, merged into our settings",
+        json_schema_extra={"transformers": "deepspeed", "axolotl": "deepspeed"},
     )
-    bucket_megabytes: Annotated[float, Field(gt=0)] = Field(25.0, description="fast: gradient all-reduce bucket")
-    digest_steps: NonNegative = Field(10, description="compare the replicas' digests every so many steps; 0 is never")
-    timeout_seconds: Positive = Field(600, description="a collective that takes longer ends the run")
+    gradient_sum: Literal["fast", "invariant"] = Field(
+        "fast",
+        description="order in which gradients are added. fast: bucketed all-reduce during backward; invariant: a fixed "
+        "order that gives the same bits on any number of ranks",
+    )
+    bucket_megabytes: PositiveNumber = Field(
+        25.0,
+        description="fast: MB of a bucket of the gradients' all-reduce",
+        json_schema_extra={"transformers": "ddp_bucket_cap_mb", "axolotl": "ddp_bucket_cap_mb"},
+    )
+    digest_steps: NonNegative = Field(
+        10, description="compare digests of the ranks' trainables every so many steps; 0 for never"
+    )
+    timeout_seconds: Positive = Field(
+        600,
+        description="seconds after which a collective that has not ended ends the run",
+        json_schema_extra={"transformers": "ddp_timeout", "axolotl": "ddp_timeout"},
+    )
     rank0_timeout_seconds: Positive = Field(
-        3600, description="what rank 0 does alone, such as saving, may keep the others waiting so long"
+        3600, description="seconds that the other ranks wait for work of rank 0 alone, such as saving"
     )
 
 
 class CheckpointConfig(Section):
-    save_steps: Positive | None = Field(None, description="default: at the end only")
-    save_total_limit: Annotated[int, Field(ge=2)] = 2
+    """When checkpoints are written and which are kept."""
+
+    save_steps: Positive | None = Field(
+        None,
+        description="save every so many steps; default: at the end only",
+        json_schema_extra={"transformers": "save_steps", "axolotl": "save_steps"},
+    )
+    save_total_limit: Annotated[int, Field(ge=2)] = Field(
+        2,
+        description="checkpoints that are kept, the newest ones",
+        json_schema_extra={"transformers": "save_total_limit", "axolotl": "save_total_limit"},
+    )
     keep_best: bool = Field(False, description="save at, and never prune, the evaluation with the lowest loss")
 
 
 class EvaluationConfig(Section):
-    eval_steps: Positive | None = Field(None, description="default: before and after training only")
+    """When held-out data are evaluated, and prompts to answer then."""
+
+    eval_steps: Positive | None = Field(
+        None,
+        description="evaluate every so many steps; default: before and after training only",
+        json_schema_extra={"transformers": "eval_steps", "axolotl": "eval_steps"},
+    )
     prompts: list[str] = Field([], description="answered before and after training, and at each evaluation")
-    max_new_tokens: Positive = 64
+    max_new_tokens: Positive = Field(
+        64,
+        description="tokens of an answer at most",
+        json_schema_extra={"transformers": "max_new_tokens", "axolotl": "eval_max_new_tokens"},
+    )
 
 
 class MergeConfig(Section):
+    """The merge that ends a run, if any; `dist-qft merge` does it later."""
+
     at_end: MergeTarget | None = Field(None, description="merge the trained adapters into a result of this kind")
-    path: Text | None = Field(None, description="its file or folder; default <output_dir>/merged.gguf or merged-<kind>")
+    path: Text | None = Field(
+        None, description="file or folder of the result; default <output_dir>/merged.gguf or merged-<kind>"
+    )
     dtype: Literal["float32", "bfloat16", "float16"] = Field("bfloat16", description="dense only: dtype of the weights")
     overwrite: bool = Field(False, description="replace what is at the path")
 
@@ -160,7 +264,10 @@ class MergeConfig(Section):
 class RunConfig(Section):
     """The whole tree."""
 
-    output_dir: Text
+    output_dir: Text = Field(
+        description="folder of the run: checkpoints, logs, summary",
+        json_schema_extra={"transformers": "output_dir", "axolotl": "output_dir"},
+    )
     model: ModelConfig
     quantization: QuantizationConfig = QuantizationConfig()
     method: AnyMethod = QloraConfig(name="qlora")

@@ -11,6 +11,10 @@ Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
 Text = Annotated[str, Field(min_length=1)]
 
 
+# Programs whose name for a key may stand in its field: `json_schema_extra={"peft": "r", "axolotl": "lora_r"}`.
+PROGRAMS = {"transformers": "Transformers", "peft": "PEFT", "axolotl": "axolotl"}
+
+
 class Section(BaseModel):
     """A part of the config: unknown keys, silent type conversions, NaN and infinities are errors."""
 

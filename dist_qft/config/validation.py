@@ -15,15 +15,11 @@ from pydantic import ValidationError
 from dist_qft.config.fault import Fault, KeyPath, dotted, value_fault
 from dist_qft.config.methods.door import DEFAULT
 from dist_qft.config.schema import RunConfig
+from dist_qft.config.section import PROGRAMS
 
-# Our keys by the names that other fine-tuning programs give them.
-ALIASES = {
-    "adapter": "method.name",
-    "attn_implementation": "model.attention",
-    "base_model": "model.path",
+# Our keys by the names that other programs give them, besides those that stand in the schema.
+OTHER_NAMES = {
     "block_size": "quantization.block",
-    "bnb_4bit_quant_type": "quantization.linear",
-    "bnb_4bit_use_double_quant": "quantization.double_quant",
     "cutoff_len": "data.max_length",
     "dataset": "data.train.path",
     "datasets": "data.train.path",
@@ -32,28 +28,12 @@ ALIASES = {
     "gradient_clipping": "train.max_grad_norm",
     "group_size": "quantization.block",
     "lambda": "method.balance",
-    "lora_alpha": "method.alpha",
-    "lora_dropout": "method.dropout",
-    "lora_r": "method.rank",
     "lora_rank": "method.rank",
     "lora_target": "method.targets",
-    "lora_target_modules": "method.targets",
     "lr": "train.learning_rate",
-    "lr_scheduler": "train.lr_scheduler_type",
     "max_seq_length": "data.max_length",
-    "micro_batch_size": "train.per_device_train_batch_size",
     "model_max_length": "data.max_length",
     "model_name": "model.path",
-    "model_name_or_path": "model.path",
-    "num_epochs": "train.num_train_epochs",
-    "optimizer": "train.optim",
-    "qalora_group_size": "method.pool",
-    "r": "method.rank",
-    "sample_packing": "data.packing",
-    "sequence_len": "data.max_length",
-    "target_modules": "method.targets",
-    "train_on_inputs": "data.loss_on",
-    "val_set_size": "data.eval_samples",
 }
 
 # Settings of other programs that have no counterpart, and what to do instead.
@@ -131,7 +111,7 @@ def _nearest(path: KeyPath, values: Any) -> str | None:
     if not any(candidate[-1] == name for candidate in candidates):
         if name.lower() in EXPLANATIONS:
             return None
-        if alias := ALIASES.get(name.lower()):
+        if alias := _aliases().get(name.lower()):
             return alias
 
     def likeness(candidate: KeyPath) -> float:
@@ -145,6 +125,18 @@ def _nearest(path: KeyPath, values: Any) -> str | None:
 @cache
 def _schema() -> dict[str, Any]:
     return RunConfig.model_json_schema()
+
+
+@cache
+def _aliases() -> dict[str, str]:
+    """Our keys by the names that other programs give them."""
+    aliases = dict(OTHER_NAMES)
+    for path in _known_keys():
+        for node in _nodes(path):
+            for program in PROGRAMS:
+                if program in node and node[program] != path[-1]:
+                    aliases.setdefault(node[program].lower(), dotted(path))
+    return aliases
 
 
 def _resolve(node: dict[str, Any]) -> dict[str, Any]:

@@ -14,7 +14,7 @@
 from collections.abc import Mapping
 from typing import NamedTuple
 
-from dist_qft.config.schema import DatasetConfig
+from dist_qft.config.data_schema import DatasetConfig
 from dist_qft.data.fields import Fields, field_names
 from dist_qft.data.messages import read_messages, read_tools
 from dist_qft.data.records import LocatedRecord, Record

@@ -4,7 +4,7 @@ import math
 import reprlib
 from typing import Any
 
-from dist_qft.config.schema import TaskConfig
+from dist_qft.config.data_schema import TaskConfig
 from dist_qft.errors import UserError
 
 

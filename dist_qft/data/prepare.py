@@ -14,7 +14,7 @@ from pathlib import Path
 import filelock
 from transformers import PreTrainedTokenizerBase
 
-from dist_qft.config.schema import DataConfig, DatasetConfig, TaskConfig
+from dist_qft.config.data_schema import DataConfig, DatasetConfig, TaskConfig
 from dist_qft.data.dataset import FORMAT_VERSION, TokenDataset
 from dist_qft.data.formats import resolve_format, to_sample
 from dist_qft.data.lengths import limit_length

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
-from dist_qft.config.schema import DatasetConfig
+from dist_qft.config.data_schema import DatasetConfig
 from dist_qft.data import stdlib_docs
 from dist_qft.data.files import READERS, find_files, read_file, without_nulls
 from dist_qft.data.records import LocatedRecord

@@ -15,7 +15,7 @@ from typing import Literal
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from dist_qft.config.schema import TaskConfig
+from dist_qft.config.data_schema import TaskConfig
 from dist_qft.data.chat_template import ChatTemplate, template_source
 from dist_qft.data.forms import locate
 from dist_qft.data.labels import label_value

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from dist_qft.base_model.loss import IGNORED, token_loss
 from dist_qft.base_model.skeleton import BaseModel
-from dist_qft.config.schema import TaskConfig
+from dist_qft.config.data_schema import TaskConfig
 from dist_qft.data.batches import MicroBatch
 from dist_qft.methods.trainable import copy_tensors
 

@@ -24,7 +24,8 @@ class QabloraConfig(BlockMethod):
     """
 
     name: Literal["qablora"] = Field(
-        description="a low-rank pair on the base's blocks, which merges exactly (QA-BLoRA, in place of v1's QA-HiRA)"
+        description="a low-rank pair on the base's blocks, which merges exactly (QA-BLoRA, in place of v1's QA-HiRA)",
+        json_schema_extra={"axolotl": "adapter"},
     )
     pool: Positive = Field(4, description=POOL)
     repeat: Positive = Field(8, description=REPEAT)

@@ -22,7 +22,10 @@ class QahiraRule(ScheduleRule):
 class QahiraConfig(BlockMethod):
     """`qahira`: the matrix A (out / repeat x in / pool) alone. Its rank shapes nothing and only sets the scale."""
 
-    name: Literal["qahira"] = Field(description="a single matrix on the base's blocks, which merges exactly (QA-HiRA)")
+    name: Literal["qahira"] = Field(
+        description="a single matrix on the base's blocks, which merges exactly (QA-HiRA)",
+        json_schema_extra={"axolotl": "adapter"},
+    )
     pool: Positive = Field(4, description=POOL)
     repeat: Positive = Field(8, description=REPEAT)
     schedule: Sequence[QahiraRule] = Field([], description="exceptions by layer type and depth, in order")

@@ -20,7 +20,10 @@ class QaloraRule(ScheduleRule):
 class QaloraConfig(BlockMethod):
     """`qalora`: the pair A (rank x in / pool), B (out x rank)."""
 
-    name: Literal["qalora"] = Field(description="a low-rank pair on pooled inputs, which merges exactly (QA-LoRA)")
+    name: Literal["qalora"] = Field(
+        description="a low-rank pair on pooled inputs, which merges exactly (QA-LoRA)",
+        json_schema_extra={"axolotl": "adapter"},
+    )
     pool: Positive = Field(32, description=_POOL, json_schema_extra={"peft": "qalora_group_size"})
     use_rslora: RsLora = False
     schedule: Sequence[QaloraRule] = Field([], description="exceptions by layer type and depth, in order")

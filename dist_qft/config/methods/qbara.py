@@ -20,7 +20,10 @@ class QbaraRule(ScheduleRule):
 class QbaraConfig(TileMethod):
     """`qbara`: the pair A (balance * rank x in / balance), B (out / balance x balance * rank)."""
 
-    name: Literal["qbara"] = Field(description="QLoRA's parameter count at lambda times the rank (Q-BaRA)")
+    name: Literal["qbara"] = Field(
+        description="QLoRA's parameter count at lambda times the rank (Q-BaRA)",
+        json_schema_extra={"axolotl": "adapter"},
+    )
     balance: Positive = Field(2, description=_BALANCE)
     pool_mode: PoolMode = "mean"
     use_rslora: RsLora = False

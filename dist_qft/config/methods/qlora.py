@@ -19,7 +19,9 @@ class QloraConfig(TileMethod):
 
     model_config = ConfigDict(json_schema_extra=_name_may_be_left_out)
 
-    name: Literal["qlora"] = Field(description="a low-rank pair on each layer (QLoRA)")
+    name: Literal["qlora"] = Field(
+        description="a low-rank pair on each layer (QLoRA)", json_schema_extra={"axolotl": "adapter"}
+    )
     use_rslora: RsLora = False
 
     def tile(self, knobs: Mapping[str, Any]) -> Tile:

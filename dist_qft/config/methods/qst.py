@@ -21,7 +21,10 @@ _RANKED = ("adapter", "lora")
 class QstConfig(MethodConfig):
     """`qst`: a side network `reduction` times narrower than the base. The defaults are the paper's."""
 
-    name: Literal["qst"] = Field(description="a narrow side network, trained without backward through the base (QST)")
+    name: Literal["qst"] = Field(
+        description="a narrow side network, trained without backward through the base (QST)",
+        json_schema_extra={"axolotl": "adapter"},
+    )
     reduction: Reduction = Field(16, description="times that the side network is narrower than the base: the paper's r")
     downsample: Downsample = Field("adapter", description="how hidden states are brought to the side network's width")
     downsample_rank: Positive = Field(16, description="rank of the downsample; adapter and lora only")

@@ -9,8 +9,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from dist_qft.config.data_schema import DataConfig, DatasetConfig, TaskConfig
 from dist_qft.config.load import load_config
-from dist_qft.config.schema import DataConfig, DatasetConfig, TaskConfig
 from dist_qft.data.batches import collate
 from dist_qft.data.prepare import prepare
 from dist_qft.errors import UserError

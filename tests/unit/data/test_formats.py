@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dist_qft.config.schema import DatasetConfig
+from dist_qft.config.data_schema import DatasetConfig
 from dist_qft.data.formats import (
     FORMATS,
     Conversation,

@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 import filelock
 import pytest
 
-from dist_qft.config.schema import DataConfig, DatasetConfig
+from dist_qft.config.data_schema import DataConfig, DatasetConfig
 from dist_qft.data.prepare import held_out_indices, prepare
 from dist_qft.errors import UserError
 

@@ -5,7 +5,7 @@ from collections import Counter
 
 import pytest
 
-from dist_qft.config.schema import DatasetConfig
+from dist_qft.config.data_schema import DatasetConfig
 from dist_qft.data.sources import _open_hub, load_records, open_source
 from dist_qft.errors import UserError
 
