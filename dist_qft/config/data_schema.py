@@ -49,7 +49,7 @@ class DataConfig(Section):
     max_length: Annotated[int, Field(ge=8)] = Field(
         512,
         description="tokens of a row at most",
-        json_schema_extra={"transformers": "max_length", "axolotl": "sequence_len"},
+        json_schema_extra={"axolotl": "sequence_len"},
     )
     overlong: Literal["truncate", "drop", "error"] = Field(
         "truncate",
@@ -59,7 +59,7 @@ class DataConfig(Section):
     packing: bool = Field(
         False,
         description="several samples per row, without attention from one to another",
-        json_schema_extra={"transformers": "packing", "axolotl": "sample_packing"},
+        json_schema_extra={"axolotl": "sample_packing"},
     )
     loss_on: Literal["assistant", "all"] = Field(
         "assistant",

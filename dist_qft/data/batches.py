@@ -16,8 +16,6 @@ import torch
 
 from dist_qft.data.dataset import Row, TokenDataset
 from dist_qft.data.samples import IGNORED
-from dist_qft.divisors import either, nearest_multiples
-from dist_qft.errors import UserError
 
 PAD_MULTIPLE = 8  # row lengths are rounded up to it: matrix kernels like it
 
@@ -64,7 +62,7 @@ class Batches:
     Position p is row order(seed, p // n)[p % n] of the n rows. The last step is filled up with empty rows without
     targets, so that every rank runs the same number of forward passes.
 
-    UserError if the global batch does not divide into micro-batches of every rank.
+    The global batch divides into micro-batches of every rank: `accumulation_steps` refuses any other.
     """
 
     def __init__(
@@ -78,12 +76,7 @@ class Batches:
         total_rows: int,
     ) -> None:
         per_round = micro_batch_size * world_size
-        if global_batch_size % per_round:
-            raise UserError(
-                f"train.global_batch_size: {global_batch_size} is no multiple of "
-                f"train.per_device_train_batch_size ({micro_batch_size}) x ranks ({world_size}) = {per_round}; "
-                f"nearest allowed: {either(nearest_multiples(global_batch_size, per_round))}"
-            )
+        assert global_batch_size % per_round == 0, "accumulation_steps has refused such a batch"
         self.dataset = dataset
         self.seed = seed
         self.global_batch_size = global_batch_size

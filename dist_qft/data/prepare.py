@@ -44,8 +44,7 @@ def prepare(
 
     UserError: whatever is wrong with the data, naming the place. SetupError: the cache cannot be written.
     """
-    if data.eval is not None and data.eval_samples:
-        raise UserError("data.eval_samples: data.eval is set too; allowed: one of them")
+    assert data.eval is None or not data.eval_samples, "the config's check refuses both"
     train_source = open_source(data.train, "data.train")
     eval_source = open_source(data.eval, "data.eval") if data.eval is not None else None
     task = task or TaskConfig()

@@ -10,7 +10,6 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from dist_qft.data.batches import Batches, eval_batches, order
 from dist_qft.data.dataset import TokenDataset
 from dist_qft.data.tokens import TokenSequence
-from dist_qft.errors import UserError
 
 PAD = 999
 
@@ -92,17 +91,6 @@ def test_last_step_is_filled_with_empty_rows():
     assert len(make_batches(dataset, global_batch=8, total=11)) == 2
     with pytest.raises(IndexError, match="step 2 of 2"):
         make_batches(dataset, global_batch=8, total=11).micro_batches(2)
-
-
-@pytest.mark.parametrize(("global_batch", "nearest"), [(10, "8 or 16"), (17, "16 or 24"), (3, "8")])
-def test_global_batch_that_does_not_divide(global_batch, nearest):
-    with pytest.raises(UserError) as caught:
-        make_batches(make_dataset([3]), world_size=2, micro=4, global_batch=global_batch)
-    assert str(caught.value) == (
-        f"train.global_batch_size: {global_batch} is no multiple of train.per_device_train_batch_size (4) x ranks (2) "
-        f"= 8; nearest allowed: {nearest}"
-    )
-    assert caught.value.exit_code == 2
 
 
 def test_unpacked_rows_by_hand():

@@ -114,8 +114,6 @@ def test_eval_data_set(run, corpus):
     other = DatasetConfig(path=corpus(tokenized(3), "eval.jsonl"))
     prepared = run(path, eval=other)
     assert [len(row) for row in row_tokens(prepared.eval)] == [3]
-    with pytest.raises(UserError, match=r"^data.eval_samples: data.eval is set too; allowed: one of them$"):
-        run(path, eval=other, eval_samples=1)
     with pytest.raises(UserError, match=r"^data.eval.path: no such file or folder: .*gone.jsonl$"):
         run(path, eval=DatasetConfig(path="gone.jsonl"))
 

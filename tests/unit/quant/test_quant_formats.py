@@ -2,15 +2,17 @@
 
 import json
 from math import prod
+from typing import get_args
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from dist_qft.config.schema import LinearFormat, QuantizationConfig
 from dist_qft.errors import UserError
 from dist_qft.quant import contract
-from dist_qft.quant.formats import NF4, Q8_0, Affine4, Dense, embedding_format, linear_format
+from dist_qft.quant.formats import EMBEDDING, LINEAR, NF4, Q8_0, Affine4, Dense, embedding_format, linear_format
 
 AFFINE4 = [Affine4(block) for block in ((1, 32), (8, 4), (1, 4), (2, 64))]
 FORMATS = [NF4(), NF4(32), NF4(64, True), *AFFINE4, Q8_0(), Dense()]
@@ -146,25 +148,5 @@ def test_formats_by_config():
     assert linear_format("dense") == Dense()
     assert embedding_format("q8_0") == Q8_0()
     assert embedding_format("dense") == Dense()
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (("int4", None, False), "quantization.linear: got 'int4', need one of nf4, affine4, dense"),
-        (("affine4", None, True), "quantization.double_quant: got true with linear 'affine4', only nf4 has it"),
-        (("nf4", [1, 64], False), "quantization.block: got [1, 64], nf4 needs 1 as in [64]"),
-        (("affine4", [32], False), "quantization.block: got [32], affine4 needs 2 as in [1, 32]"),
-        (("dense", [64], False), "quantization.block: got [64] with linear 'dense', which has no blocks"),
-    ],
-)
-def test_settings_that_do_not_belong_together_are_refused(arguments, message):
-    with pytest.raises(UserError) as refused:
-        linear_format(*arguments)
-    assert str(refused.value) == message
-    assert refused.value.exit_code == 2
-
-
-def test_unknown_embedding_format_is_refused():
-    with pytest.raises(UserError, match=r"^quantization.embedding: got 'nf4', need one of q8_0, dense$"):
-        embedding_format("nf4")
+    assert set(LINEAR) == set(get_args(LinearFormat)) - {"auto", "stored"}
+    assert set(EMBEDDING) == set(get_args(QuantizationConfig.model_fields["embedding"].annotation)) - {"auto", "stored"}
