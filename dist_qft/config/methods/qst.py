@@ -42,8 +42,10 @@ class QstConfig(MethodConfig):
     )
 
     def faults(self, run: "RunConfig") -> Iterator[Fault]:
-        """A rank for a downsample that has none; recomputation of activations that are not kept."""
-        if "downsample_rank" in self.model_fields_set and self.downsample not in _RANKED:
+        """Faults: a rank for a downsample without one, and recomputation of activations that qst never keeps."""
+        # Compared with the default: a config that was saved whole names every key.
+        changed = self.downsample_rank != type(self).model_fields["downsample_rank"].default
+        if changed and self.downsample not in _RANKED:
             yield value_fault(
                 ("method", "downsample_rank"),
                 f"{self.downsample} has no rank; remove it or use {' or '.join(_RANKED)}",
@@ -54,6 +56,6 @@ class QstConfig(MethodConfig):
             )
 
     def warnings(self, run: "RunConfig") -> Iterator[str]:
-        """A cache that is written and never read."""
+        """Warn of a cache that is written and never read."""
         if self.cache == "disk" and run.train.max_steps is None and run.train.num_train_epochs <= 1:
             yield "method.cache: written and never read, train.num_train_epochs is 1 or less"

@@ -112,7 +112,7 @@ class TileMethod(MethodConfig):
 
     def given(self, section: Section) -> dict[str, Any]:
         """The knobs that this section, or a rule of its schedule, sets."""
-        return {knob: value for knob in self.knobs() if (value := getattr(section, knob)) is not None}
+        return {knob: value for knob in self.knobs() if (value := getattr(section, knob, None)) is not None}
 
     def alpha_at(self, rank: float) -> float:
         """The alpha that keeps the scale of dW at another rank."""
@@ -130,7 +130,7 @@ class TileMethod(MethodConfig):
         return {key: getattr(self, key) for key in keys if key in type(self).model_fields}
 
     def faults(self, run: "RunConfig") -> Iterator[Fault]:
-        """Rules of a schedule that select nothing in order, set nothing, or contradict themselves."""
+        """Schedule rules with a depth that ends before it begins, without any setting, or with settings beside `skip`."""
         for index, rule in enumerate(self.schedule):
             path: KeyPath = ("method", "schedule", index)
             if rule.depth is not None and rule.depth[0] > rule.depth[1]:
@@ -153,7 +153,7 @@ class BlockMethod(TileMethod):
     )
 
     def faults(self, run: "RunConfig") -> Iterator[Fault]:
-        """Besides the schedule's: merge-aware training that has no zeros to fold into, or that would need dropout."""
+        """Faults of the schedule, and merge-aware training on a base without zeros or with dropout."""
         yield from super().faults(run)
         if not self.merge_aware:
             return
