@@ -18,7 +18,7 @@ PACKAGE = Path(__file__).parents[2] / "dist_qft"
 
 ADDED = {
     # A tile method: settings of the adapter that is there.
-    "config/methods/patch.py": '''
+    "config/methods/patch.py": """
 from typing import ClassVar, Literal
 
 from pydantic import Field
@@ -35,9 +35,9 @@ class PatchConfig(TileMethod):
 
     def tile(self, knobs):
         return Tile(pool=knobs["side"], repeat=knobs["side"], inner=None)
-''',
+""",
     # A method of another kind.
-    "config/methods/shift.py": '''
+    "config/methods/shift.py": """
 from typing import ClassVar, Literal
 
 from pydantic import Field
@@ -51,7 +51,7 @@ class ShiftConfig(MethodConfig):
     start: Fraction = Field(0.0, description="its values at the start")
 
     merge_obstacle: ClassVar = "a shift has no place in the base's files"
-''',
+""",
     "methods/shift/__init__.py": "",
     "methods/shift/spec.py": """
 from dataclasses import dataclass

@@ -130,7 +130,7 @@ class TileMethod(MethodConfig):
         return {key: getattr(self, key) for key in keys if key in type(self).model_fields}
 
     def faults(self, run: "RunConfig") -> Iterator[Fault]:
-        """Schedule rules with a depth that ends before it begins, without any setting, or with settings beside `skip`."""
+        """Schedule rules whose depth ends before it begins, that set nothing, or that set a value beside `skip`."""
         for index, rule in enumerate(self.schedule):
             path: KeyPath = ("method", "schedule", index)
             if rule.depth is not None and rule.depth[0] > rule.depth[1]:
