@@ -1,21 +1,33 @@
-"""`python -m dist_qft VERB ...`, which is also what every launcher runs on each rank."""
+"""`dist-qft VERB ...` and `python -m dist_qft VERB ...`, which is also what every launcher runs on each rank."""
 
-import os
 import sys
 import traceback
+from typing import NoReturn
 
-from dist_qft.cli import main
+from dist_qft.ranks import process
+from dist_qft.ranks.preemption import INTERRUPTED
 
-if __name__ == "__main__":
+# Verbs that save, or can simply be started again: a stop signal while they load is no failure.
+_RESUMABLE = ("train", "merge", "study")
+
+
+def run() -> NoReturn:
+    """Run the command line as this process's only work, and exit with its code."""
+    process.begin(stops_early=len(sys.argv) > 1 and sys.argv[1] in _RESUMABLE)
     code = 0
     try:
+        from dist_qft.cli import main
+
         main()
     except SystemExit as stop:
         code = stop.code if isinstance(stop.code, int) else int(stop.code is not None)
+    except KeyboardInterrupt:
+        code = INTERRUPTED
     except BaseException:
         traceback.print_exc()
         code = 1
-    sys.stdout.flush()
-    sys.stderr.flush()
-    # Python's own shutdown takes long enough for the peers to fail first and hide this rank's exit code.
-    os._exit(code)
+    process.leave(code)
+
+
+if __name__ == "__main__":
+    run()

@@ -56,6 +56,7 @@ def _evaluate(config: RunConfig, checkpoint: Checkpoint | None, run: Path, as_js
     skeleton = build_skeleton(config.model, config.quantization, compute_dtype(config.train.precision, device))
     cache_dir = Path(config.data.cache_dir or run / "data_cache")
     data = prepare(config.data, load_tokenizer(config.model), skeleton.vocab_size, cache_dir, config.task)
+    assert data.eval is not None, "refused above"
     must_match = _must_match(config, data, checkpoint)
     with session(config.sharding, doing="evaluation", must_match=must_match, crash_dir=run):
         if checkpoint is None:

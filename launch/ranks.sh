@@ -40,7 +40,8 @@ threads=$(($(nproc) / per_node))
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((threads > 0 ? threads : 1))}
 
 start() {
-  # exec: a scheduler's signals must reach the launcher, not this shell.
+  # The ranks end with this process, however it ends. exec: a scheduler's signals must reach the launcher, not this shell.
+  export DIST_QFT_LAUNCHER=$HOSTNAME:$$
   $dry_run || exec "$@"
   printf '%q ' "$@" && echo
   [[ $verb == train ]] || exit 0  # only training has a plan to show

@@ -1,154 +1,17 @@
-"""`python -m dist_qft.launch [torchrun options] -- ARGS`: torchrun, running `-m dist_qft ARGS`, with honest exit codes.
+"""`python -m dist_qft.launch`: the ranks of this node, started by torchrun with honest exit codes; see `command`."""
 
-Options, rendezvous, restarts and log files are torchrun's own. What differs:
+from typing import NoReturn
 
-* The exit code of the first failing rank reaches the shell (128 + n if signal n killed it), and the rank's own
-  message is the last word: no traceback, no table of failures.
-* A signal goes to the ranks, which have `--shutdown-timeout` seconds (default 120) to save and leave. torchrun
-  would end the run by itself and lose their exit codes, among them 75, "preempted and saved".
-* `--nproc-per-node auto`, now the default, is one rank per CUDA device, or one.
-* With `--max-restarts N` a lost rank restarts all, and they go on from the newest checkpoint; a mistake, a corrupt
-  file, numbers that are not finite and a signal end the run instead.
-* OMP_NUM_THREADS defaults to the cores divided by the ranks, not to 1.
-* With `--dry-run` among ARGS no rank starts: the command is printed and, for `train`, what rank 0 of that world
-  would do.
-
-Not here: the ranks' side (world.py).
-"""
-
-import logging
-import os
-import shlex
-import signal
-import subprocess
-import sys
-from argparse import ArgumentParser, Namespace
-from collections.abc import Mapping, Sequence
-from types import FrameType
-
-import psutil
-import torch
-from torch.distributed import DistError
-from torch.distributed.elastic.multiprocessing import SignalException
-from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
-from torch.distributed.elastic.rendezvous import RendezvousError
-from torch.distributed.run import determine_local_world_size, get_args_parser, parse_min_max_nnodes, run
-
-from dist_qft.errors import DistQFTError, SetupError, UserError
-from dist_qft.launch.agent import ending, first_failure, use_our_agent
-
-_DEFAULTS = {
-    "nproc_per_node": "auto",
-    "signals_to_handle": "SIGTERM,SIGINT,SIGHUP,SIGUSR1",
-    "shutdown_timeout": 120,
-    "log_dir": os.devnull,  # torchrun would leave an empty folder in /tmp behind
-}
-_CLEARING_SECONDS = 30
-_USAGE = "python -m dist_qft.launch [torchrun options] -- train CONFIG [key.sub=value ...]"
+from dist_qft.ranks import process
 
 
-def main(argv: Sequence[str] | None = None, module: str = "dist_qft") -> int:
-    """Run `-m module` with what follows `--`, on every rank of this node, and return the exit code for the shell."""
-    argv = sys.argv[1:] if argv is None else argv
-    try:
-        args = _parse(argv, module)
-        return _dry_run(args, argv) if "--dry-run" in args.training_script_args else _launch(args)
-    except DistQFTError as error:
-        print(f"dist_qft.launch: {error}", file=sys.stderr)
-        return error.exit_code
+def run() -> NoReturn:
+    """Run the launcher as this process's only work, and exit with its code."""
+    process.begin(stops_early=True)  # before the imports below, which take seconds
+    from dist_qft.launch.command import main
 
-
-def _parse(argv: Sequence[str], module: str) -> Namespace:
-    split = argv.index("--") if "--" in argv else len(argv)
-    parser = _parser()
-    args = parser.parse_args([*argv[:split], "--module", module, *argv[split + 1 :]])
-    if args.training_script != module:
-        raise UserError(f"unexpected argument {args.training_script!r} before '--'; usage: {_USAGE}")
-    try:
-        if args.nproc_per_node == "auto":
-            args.nproc_per_node = str(max(1, torch.cuda.device_count()))
-        args.nproc_per_node = str(determine_local_world_size(args.nproc_per_node))
-        nodes = parse_min_max_nnodes(args.nnodes)
-    except (RuntimeError, ValueError) as error:
-        raise UserError(f"--nproc-per-node {args.nproc_per_node}, --nnodes {args.nnodes}: {error}") from error
-    if int(args.nproc_per_node) < 1 or not 1 <= nodes[0] <= nodes[1]:
-        raise UserError(f"--nproc-per-node {args.nproc_per_node}, --nnodes {args.nnodes}: at least 1 of each is needed")
-    return args
-
-
-def _parser() -> ArgumentParser:
-    parser = get_args_parser()
-    parser.prog, parser.usage = "dist_qft.launch", _USAGE
-    # torchrun reads its options from PET_* variables too; those keep their say.
-    parser.set_defaults(**{key: value for key, value in _DEFAULTS.items() if f"PET_{key.upper()}" not in os.environ})
-    return parser
-
-
-def _dry_run(args: Namespace, argv: Sequence[str]) -> int:
-    launch = [sys.executable, "-m", "dist_qft.launch", *(word for word in argv if word != "--dry-run")]
-    print(shlex.join(launch), flush=True)
-    if args.training_script_args[0] != "train":
-        return 0  # only training has a plan to show
-    world_size = int(args.nproc_per_node) * parse_min_max_nnodes(args.nnodes)[1]
-    rank_0 = {"RANK": "0", "WORLD_SIZE": str(world_size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
-    command = [sys.executable, "-m", args.training_script, *args.training_script_args]
-    return subprocess.run(command, env=os.environ | rank_0).returncode
-
-
-def _launch(args: Namespace) -> int:
-    if "LOGLEVEL" not in os.environ:  # torchrun's own switch for how much it says
-        logging.disable(logging.ERROR)
-    threads = len(os.sched_getaffinity(0)) // int(args.nproc_per_node)
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, threads)))
-    _forward_signals(args.signals_to_handle.split(","), args.shutdown_timeout)
-    # Ranks that lost a peer have nothing to save: what takes long to leave, hangs. A checkpoint may be being written.
-    args.shutdown_timeout = min(args.shutdown_timeout, _CLEARING_SECONDS)
-    use_our_agent(args.max_restarts)
-    args.signals_to_handle = "SIGQUIT"  # all that torchrun itself still answers: stop at once
-    try:
-        run(args)
-    except ChildFailedError as error:
-        return _exit_code(error.failures)
-    except SignalException as error:
-        return 128 + error.sigval
-    except (DistError, RendezvousError) as error:
-        reason = str(error).partition("\n")[0]
-        raise SetupError(f"the nodes could not meet at {args.rdzv_endpoint or args.master_addr}: {reason}") from error
-    return 0
-
-
-def _forward_signals(names: Sequence[str], grace_seconds: int) -> None:
-    """Pass these signals on to the ranks; those still there `grace_seconds` after the first one are killed."""
-
-    def forward(number: int, frame: FrameType | None) -> None:
-        ranks = psutil.Process().children()
-        if not ranks:
-            sys.exit(128 + number)
-        for rank in ranks:
-            rank.send_signal(number)
-        if signal.getitimer(signal.ITIMER_REAL)[0] == 0:
-            signal.setitimer(signal.ITIMER_REAL, grace_seconds)
-
-    def kill(number: int, frame: FrameType | None) -> None:
-        print(f"dist_qft.launch: killing the ranks still there after {grace_seconds} s of grace", file=sys.stderr)
-        for rank in psutil.Process().children():
-            rank.kill()
-
-    for name in names:
-        if name not in signal.Signals.__members__:
-            raise UserError(f"--signals-to-handle {','.join(names)}: there is no signal {name!r}")
-        signal.signal(signal.Signals[name], forward)
-    signal.signal(signal.SIGALRM, kill)
-
-
-def _exit_code(failures: Mapping[int, ProcessFailure]) -> int:
-    """The exit code of the rank that failed first; if a signal killed it, says so, as it could not do so itself."""
-    rank, first = first_failure(failures)
-    if first.exitcode > 0:
-        return first.exitcode
-    print(f"dist_qft.launch: {ending(rank, first)}", file=sys.stderr)
-    return 128 - first.exitcode
+    process.leave(main())
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run()

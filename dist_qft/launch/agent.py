@@ -1,15 +1,19 @@
-"""torchrun's agent on each node, with a say in when its ranks start again and in how stopped ones end.
+"""torchrun's agent on each node, with changes to how ranks restart and how they are stopped.
 
-torchrun restarts ranks whatever ended them. Where starting again cannot help (a mistake, a corrupt file, numbers that
-are not finite) or is not wanted (a signal asked the run to stop) the run ends at once instead. The rest of
-`--max-restarts` is torchrun's own.
+torchrun restarts ranks whatever ended them. This agent ends the run instead where a restart cannot help (a mistake of
+the user, a corrupt file, numbers that are not finite) or is not wanted (a signal asked the run to stop, another node
+has given up). The rest of `--max-restarts` is torchrun's own.
 """
 
 import contextlib
 import os
 import signal
 import sys
+import time
 from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
 
 import psutil
 from torch.distributed.elastic.agent.server.api import RunResult, WorkerGroup, WorkerState
@@ -18,35 +22,80 @@ from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 from torch.distributed.launcher import api
 
 from dist_qft.errors import CorruptFileError, NumericError, PeerLostError, Preempted, UserError
+from dist_qft.launch.rendezvous import NodeRendezvous
 
 _FINAL = tuple(error.exit_code for error in (UserError, CorruptFileError, NumericError, Preempted))
+_PEER_LOSS_SECONDS = 10.0
 
 
-def use_our_agent(max_restarts: int) -> None:
+@dataclass
+class LaunchState:
+    """What the launcher and its agent tell each other.
+
+    Attributes:
+        stopping: a signal asked the run to stop, so that no rank starts again.
+        failures: those of the latest ranks that failed, by rank.
+    """
+
+    stopping: bool = False
+    failures: Mapping[int, ProcessFailure] = field(default_factory=dict)
+
+
+def use_our_agent(state: LaunchState, max_restarts: int) -> None:
     """Have torchrun start our agent; call before `torch.distributed.run.run`."""
-    api.LocalElasticAgent = Agent
+    setattr(api, "LocalElasticAgent", partial(Agent, state))  # noqa: B010 - a class, to type checkers
     if max_restarts:
-        # With the agents' own store, ranks that start again may read the addresses of those before them.
+        # For torchrun's own rendezvous: in the agents' store, ranks that start again may read the addresses of those
+        # before them.
         os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
 
 
 class Agent(LocalElasticAgent):
-    """Ends what need not start again, says what does, and lets stopped ranks hear that they are to end."""
+    """Starts, watches and restarts the ranks of one node."""
+
+    def __init__(self, state: LaunchState, **options: Any) -> None:
+        super().__init__(**options)
+        self._state = state
+        self._closed_at: float | None = None
 
     def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:
         self._wake_stopped()
         result = super()._monitor_workers(worker_group)
         if result.state == WorkerState.FAILED:
-            rank, failure = first_failure(result.failures)
-            if failure.exitcode in _FINAL:
-                self._remaining_restarts = 0
-            elif self._remaining_restarts:
-                again = f"starting again, {self._remaining_restarts - 1} more restarts left"
-                print(f"dist_qft.launch: {ending(rank, failure)}; {again}", file=sys.stderr, flush=True)
+            self._decide_on_restart(result)
+        elif result.state == WorkerState.HEALTHY:
+            self._leave_with_other_nodes()
         return result
 
+    def _decide_on_restart(self, result: RunResult) -> None:
+        self._state.failures = result.failures
+        rank, failure = first_failure(result.failures)
+        if failure.exitcode in _FINAL or self._state.stopping or self._rendezvous_closed():
+            self._remaining_restarts = 0
+        if self._remaining_restarts:
+            again = f"starting again, {self._remaining_restarts - 1} more restarts left"
+            print(f"dist_qft.launch: {ending(rank, failure)}; {again}", file=sys.stderr, flush=True)
+        else:
+            self._worker_group.spec.rdzv_handler.set_closed()
+
+    def _leave_with_other_nodes(self) -> None:
+        """Stop ranks that still run some time after another node has ended the run: they may wait for its ranks."""
+        if not self._rendezvous_closed():
+            return
+        if self._closed_at is None:
+            self._closed_at = time.monotonic()
+        elif time.monotonic() - self._closed_at > _PEER_LOSS_SECONDS and not self._state.stopping:
+            self._state.stopping = True
+            print("dist_qft.launch: another node has ended the run", file=sys.stderr, flush=True)
+            for process in psutil.Process().children():
+                process.terminate()
+
+    def _rendezvous_closed(self) -> bool:
+        handler = self._worker_group.spec.rdzv_handler
+        return isinstance(handler, NodeRendezvous) and handler.is_closed()
+
     def _wake_stopped(self) -> None:
-        """Where a rank has ended, wake those that are stopped (SIGSTOP): they would have to be killed."""
+        """Wake ranks that are stopped (SIGSTOP) once another has ended: they could not notice, and had to be killed."""
         states = {}
         for pid in self._pcontext.pids().values() if self._pcontext else ():
             with contextlib.suppress(psutil.NoSuchProcess):
@@ -60,9 +109,9 @@ class Agent(LocalElasticAgent):
 def first_failure(failures: Mapping[int, ProcessFailure]) -> tuple[int, ProcessFailure]:
     """The rank whose failure caused the others'.
 
-    torchrun dates failures to the second, too coarse to tell a rank's failure from what it does to its peers. So
-    what can be an effect (a lost peer, or SIGTERM, with which torchrun clears the other ranks away) yields to
-    what cannot.
+    torchrun dates failures to the second, too coarse to tell a rank's failure from its effect on the peers. So the
+    first failure counts that is not a consequence of another: not a lost peer, and not SIGTERM, by which torchrun ends
+    the ranks that are left.
     """
     effects = (PeerLostError.exit_code, Preempted.exit_code, -signal.SIGTERM)
     causes = {rank: failure for rank, failure in failures.items() if failure.exitcode not in effects}

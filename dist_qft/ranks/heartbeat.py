@@ -33,7 +33,7 @@ class Heartbeat:
         if not self._others:
             return
         # A connection of its own: while the main thread waits on the shared one, nobody else can use it.
-        self._store = dist.distributed_c10d._get_default_store().clone()
+        self._store: dist.Store = dist.distributed_c10d._get_default_store().clone()  # type: ignore[attr-defined]
         self._store.set_timeout(_STORE_TIMEOUT)
         self._store.set(_beat_key(rank), f"0 {doing()}")
         threading.Thread(target=self._beat, name="heartbeat", daemon=True).start()

@@ -34,6 +34,18 @@ LAUNCHERS = (ENVIRONMENT, OPENMPI, MPICH, SLURM)  # innermost first: where sever
 MPI_LAUNCHERS = (OPENMPI, MPICH)
 
 
+# Set by our own launchers to "host:process id" of the process whose end must end the ranks, too; see process.py.
+LAUNCHER = "DIST_QFT_LAUNCHER"
+
+
+def in_charge_of_terminal(env: Mapping[str, str] = os.environ) -> bool:
+    """Whether no launcher started this process, so that it decides itself what a second Ctrl-C means.
+
+    Launchers pass on a Ctrl-C that the ranks get from the terminal as well: to a rank, one looks like two.
+    """
+    return LAUNCHER not in env and not any(names.rank in env for names in LAUNCHERS)
+
+
 def local_rank_text(env: Mapping[str, str] = os.environ) -> str:
     """The local rank as its launcher wrote it, unchecked; "0" if no launcher started this process."""
     return next((env[names.local_rank] for names in LAUNCHERS if names.local_rank in env), "0")

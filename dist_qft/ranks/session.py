@@ -55,7 +55,7 @@ def session(
         doing: the present activity, for messages; a fixed one such as "evaluation", or a callable such as `Activity`.
         must_match: inputs that must be the same on all ranks, by name; see `require_same_inputs`.
         crash_dir: folder whose subfolder `crash` gets the report of an unexpected error; None writes no report.
-        stop: has been entered; while the ranks wait for one another to connect, a signal ends this process at once.
+        stop: has been entered; from the connection on, it holds signals until the ranks can stop together.
 
     Raises:
         SetupError: the ranks did not meet.
@@ -65,8 +65,9 @@ def session(
     world, device = place(sharding)
     doing_now = doing if callable(doing) else lambda: doing
     with ExitStack() as stack:
-        with stop.leaving_at_once() if stop else nullcontext():
-            peers = stack.enter_context(connect(world, device, sharding.timeout_seconds, doing_now))
+        peers = stack.enter_context(connect(world, device, sharding.timeout_seconds, doing_now))
+        if stop is not None:
+            stop.hold()
         stack.enter_context(errors_reported(peers, crash_dir))
         if must_match is not None:
             require_same_inputs(must_match, device)

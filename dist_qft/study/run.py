@@ -26,8 +26,10 @@ from dist_qft.ranks.activity import Activity
 from dist_qft.ranks.collectives import require_same_inputs
 from dist_qft.ranks.connection import connect
 from dist_qft.ranks.device import device_for
+from dist_qft.ranks.launchers import LAUNCHER
 from dist_qft.ranks.peers import Peers
 from dist_qft.ranks.preemption import StopSignal
+from dist_qft.ranks.process import launcher_mark
 from dist_qft.ranks.session import errors_reported
 from dist_qft.ranks.world import World
 from dist_qft.storage.atomic import remove_folder
@@ -61,6 +63,7 @@ def run_rows(rows: Sequence[Row], numbers: Sequence[int], *, retry_failed: bool)
     timeout = rows[todo[0]].config.sharding.timeout_seconds
     activity = Activity()
     with StopSignal() as stop, connect(world, device, timeout, activity) as peers:
+        stop.hold()
         runner = _Runner(world, device, stop, peers, activity)
         for number in todo:
             row = rows[number]
@@ -93,20 +96,26 @@ def run_in_processes(study_file: Path, jobs: int, *, retry_failed: bool) -> None
     """The same study in `jobs` processes at once. An error that ended one of them ends here with its exit code."""
     command = [sys.executable, "-m", "dist_qft", "study", str(study_file), "--no-report"]
     command += ["--retry-failed"] if retry_failed else []
-    with StopSignal() as stop:
-        processes = [subprocess.Popen(command) for _ in range(jobs)]
+    with StopSignal(end_at_once=False) as stop:
+        env = os.environ | {LAUNCHER: launcher_mark()}  # they end with this process, however it ends
+        processes = [subprocess.Popen(command, env=env) for _ in range(jobs)]
+        stop.hold()
         asked = False
-        while any(process.poll() is None for process in processes):
+        while running := [process for process in processes if process.poll() is None]:
+            if stop.hurried:
+                for process in running:
+                    process.kill()
+                raise KeyboardInterrupt
             if stop.requested and not asked:
                 asked = True
-                for process in processes:
+                for process in running:
                     process.terminate()
             with contextlib.suppress(subprocess.TimeoutExpired):
-                next(p for p in processes if p.poll() is None).wait(timeout=0.2)
+                running[0].wait(timeout=0.2)
     codes = [process.returncode for process in processes if process.returncode != 0]
     if codes:
         error = DistQFTError(f"{len(codes)} of {jobs} processes ended early; start the study again to go on")
-        error.exit_code = codes[0] if codes[0] > 0 else 1
+        error.exit_code = codes[0] if codes[0] > 0 else 128 - codes[0]
         raise error
 
 

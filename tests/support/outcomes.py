@@ -48,6 +48,7 @@ def attempt(
         try:
             with StopSignal() as stop:
                 inputs = gather_inputs(config, resume, pool_world(), torch.device("cpu"))
+                stop.hold()
                 run = execute_run(inputs, stop) if disturb is None else _execute_disturbed(inputs, stop, disturb)
         except DistQFTError as error:
             return Outcome(str(error), error.exit_code, error.everywhere, told=told.getvalue())

@@ -5,13 +5,16 @@ A small module stands in for `dist_qft` as what the ranks run; all else is what 
 
 import os
 import signal
+import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
+import psutil
 import pytest
 
-from dist_qft.launch.__main__ import main
+from dist_qft.launch.command import main
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -33,6 +36,8 @@ def leave(code):
     sys.stdout.flush()
     os._exit(code)
 
+from dist_qft.ranks import process
+process.begin(stops_early=False)
 rank, what = int(os.environ["RANK"]), sys.argv[1]
 if what in ("place", "train"):
     say("rank", rank, "of", os.environ["WORLD_SIZE"])
@@ -73,12 +78,39 @@ elif what == "refuse":
 elif what == "save":
     signal.signal(signal.SIGTERM, stop)
     wait()
+elif what == "die once":
+    from dist_qft.ranks.connection import connect
+    from dist_qft.ranks.world import World
+    import torch, torch.distributed as dist
+    say("rank", rank, os.environ["LOCAL_RANK"], "pid", os.getpid())
+    with connect(World.from_environment(), torch.device("cpu"), timeout_seconds=60):
+        first_time = not os.path.exists(sys.argv[2])
+        dist.barrier()
+        if first_time:
+            if rank == 1:
+                open(sys.argv[2], "w").close()
+                os.kill(os.getpid(), signal.SIGKILL)
+            with contextlib.suppress(RuntimeError):
+                dist.barrier()
+            leave(4)
+    say("done", rank)
+elif what == "save on":
+    signal.signal(signal.SIGINT, stop)
+    signal.signal(signal.SIGHUP, stop)
+    wait()
+elif what == "listen":
+    from dist_qft.ranks.connection import connect
+    from dist_qft.ranks.world import World
+    import torch
+    with connect(World.from_environment(), torch.device("cpu"), timeout_seconds=60):
+        wait()
 elif what == "deaf":
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     wait()
 """
 
-LAUNCHER = "import sys; from dist_qft.launch.__main__ import main; sys.exit(main(module='ranks'))"
+LAUNCHER = "import sys; from dist_qft.launch.command import main; sys.exit(main(module='ranks'))"
 
 
 @pytest.fixture
@@ -89,8 +121,10 @@ def start(tmp_path: Path):
     env["PYTHONPATH"] = f"{tmp_path}:{REPOSITORY}"
     started: list[subprocess.Popen[str]] = []
 
-    def popen(*arguments: str) -> "subprocess.Popen[str]":
+    def popen(*arguments: str, ignored: tuple[signal.Signals, ...] = ()) -> "subprocess.Popen[str]":
         command = [sys.executable, "-c", LAUNCHER, "--nproc-per-node", "2", *arguments]
+        ignore = f"trap '' {' '.join(number.name for number in ignored)};" if ignored else ""
+        command = ["bash", "-c", f'{ignore} exec "$@"', "bash", *command]
         process = subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
         started.append(process)
         return process
@@ -144,6 +178,79 @@ def test_saved_and_preempted_reaches_the_shell(start) -> None:
     assert launcher.returncode == 75
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP])
+def test_an_interrupt_and_a_closed_terminal_have_the_ranks_save(start, number) -> None:
+    launcher = start("--", "save on")
+    await_ranks(launcher)
+    launcher.send_signal(number)
+    _, errors = launcher.communicate(timeout=30)
+    assert launcher.returncode == 75
+    assert ("Ctrl-C again within 3 s" in errors) == (number == signal.SIGINT)
+
+
+def test_a_second_interrupt_kills_the_ranks(start) -> None:
+    launcher = start("--max-restarts", "2", "--", "deaf")
+    await_ranks(launcher)
+    for _ in range(2):
+        launcher.send_signal(signal.SIGINT)
+        time.sleep(0.5)
+    _, errors = launcher.communicate(timeout=30)
+    assert launcher.returncode == 128 + signal.SIGINT
+    assert "interrupted twice" in errors and "starting again" not in errors
+
+
+def test_a_signal_ignored_at_the_start_stays_ignored(start) -> None:
+    launcher = start("--", "save", ignored=(signal.SIGHUP,))
+    await_ranks(launcher)
+    for process in (launcher, *psutil.Process(launcher.pid).children()):
+        process.send_signal(signal.SIGHUP)
+    time.sleep(1.0)
+    assert launcher.poll() is None
+    launcher.send_signal(signal.SIGTERM)
+    launcher.communicate(timeout=30)
+    assert launcher.returncode == 75
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGUSR2])
+def test_the_ranks_end_with_their_launcher(start, number) -> None:
+    launcher = start("--", "save")
+    await_ranks(launcher)
+    ranks = psutil.Process(launcher.pid).children()
+    assert len(ranks) == 2
+    launcher.send_signal(number)
+    _, alive = psutil.wait_procs(ranks, timeout=10)
+    assert not alive
+
+
+def test_a_single_node_listens_on_loopback_only(start) -> None:
+    launcher = start("--", "listen")
+    await_ranks(launcher)
+    family = [psutil.Process(launcher.pid), *psutil.Process(launcher.pid).children()]
+    listening = [c.laddr.ip for p in family for c in p.net_connections() if c.status == psutil.CONN_LISTEN]
+    assert listening and set(listening) == {"127.0.0.1"}
+    launcher.terminate()
+
+
+def free_port() -> str:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return str(probe.getsockname()[1])
+
+
+def test_a_killed_rank_restarts_the_ranks_of_all_nodes(start, tmp_path) -> None:
+    """Two launchers stand for two nodes; rank 1 of the first one is killed, and both start their ranks again."""
+    options = ["--nproc-per-node", "2", "--nnodes", "2", "--master-port", free_port(), "--max-restarts", "2"]
+    nodes = [start(*options, "--node-rank", n, "--", "die once", str(tmp_path / "died")) for n in ("0", "1")]
+    outputs = [node.communicate(timeout=120) for node in nodes]
+    assert [node.returncode for node in nodes] == [0, 0], outputs
+    for number, (output, _) in enumerate(outputs):
+        lines = output.splitlines()
+        assert sum(line.startswith("rank ") for line in lines) == 4, "both ranks of each node started twice"
+        done = sorted(line for line in lines if line.startswith("done"))
+        assert done == [f"done {2 * number}", f"done {2 * number + 1}"]
+    assert "rank 1 was killed by SIGKILL; starting again" in outputs[0][1]
+
+
 def test_ranks_that_do_not_leave_are_killed(start) -> None:
     launcher = start("--shutdown-timeout", "1", "--", "deaf")
     await_ranks(launcher)
@@ -159,9 +266,13 @@ def test_ranks_that_do_not_leave_are_killed(start) -> None:
     ("arguments", "message"),
     [
         (["config.yaml", "--", "train"], "unexpected argument 'config.yaml' before '--'; usage: python -m dist_qft"),
-        (["--nproc-per-node", "0", "--", "train"], "--nproc-per-node 0, --nnodes 1:1: at least 1 of each is needed"),
+        (
+            ["--nproc-per-node", "0", "--", "train"],
+            "--nproc-per-node: got 0, --nnodes: got 1:1, must be at least 1 each",
+        ),
         (["--nproc-per-node", "two", "--", "train"], "Unsupported nproc_per_node value: two"),
-        (["--nnodes", "2:1", "--", "train"], "--nnodes 2:1: at least 1 of each is needed"),
+        (["--nnodes", "2:1", "--", "train"], "--nnodes: got 2:1, must be at least 1 each"),
+        (["--nnodes", "2", "--node-rank", "2", "--", "train"], "--node-rank: got 2, must be 0 to 1"),
         (["--nnodes", "1:2:3", "--", "train"], 'nnodes=1:2:3 is not in "MIN:MAX" format'),
         (["--signals-to-handle", "SIGTERM,SIGFOO", "--", "train"], "there is no signal 'SIGFOO'"),
     ],

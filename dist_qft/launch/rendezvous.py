@@ -1,0 +1,178 @@
+"""How the launchers of several nodes meet, and meet again after a rank was lost.
+
+torchrun's own choices do not fit: its static rendezvous tells the other nodes nothing of a restart, its c10d rendezvous
+numbers the nodes by their addresses and not by NODE_RANK, and both listen on all interfaces.
+
+Here the number of nodes is fixed and each has its NODE_RANK. Node 0 serves a store at MASTER_ADDR:MASTER_PORT, and for
+each round a fresh one for that round's ranks, which outlives them: it can still say which rank was lost. A node whose
+ranks failed asks for the next round; the others notice, stop their ranks, and come to it. Keys of the store: `round`,
+the highest round that somebody asked for; `<round>/node/<n>`, who came to it as node n; `<round>/ranks`, the address of
+its ranks' store; `closed`, set when a node has ended for good.
+"""
+
+import os
+import socket
+import sys
+import time
+from datetime import timedelta
+
+import torch.distributed as dist
+from torch.distributed.elastic.rendezvous import (
+    RendezvousClosedError,
+    RendezvousConnectionError,
+    RendezvousHandler,
+    RendezvousInfo,
+    RendezvousParameters,
+    RendezvousStateError,
+    RendezvousStoreInfo,
+    RendezvousTimeoutError,
+    rendezvous_handler_registry,
+)
+
+from dist_qft.ranks.network import LOOPBACK, client_store, listening_address, listening_store
+
+BACKEND = "dist_qft"
+
+_POLL_SECONDS = 0.2
+_PATIENCE_SECONDS = 10.0
+_STORE_TIMEOUT = timedelta(seconds=60)
+
+
+class NodeRendezvous(RendezvousHandler):
+    """The meeting of `nodes` launchers, of which this is number `node`.
+
+    Args:
+        host, port: where node 0 listens; unused on a single node.
+        timeout_seconds: how long a round waits for all nodes.
+    """
+
+    def __init__(self, nodes: int, node: int, host: str, port: int, timeout_seconds: float, run_id: str = "") -> None:
+        self._nodes, self._node, self._host, self._port = nodes, node, host, port
+        self._timeout_seconds, self._run_id = timeout_seconds, run_id
+        self._round = 0
+        self._store: dist.Store | None = None
+        self._ranks_store: dist.TCPStore | None = None
+        self._identity = f"{socket.gethostname()}:{os.getpid()}"
+        self._closed = False
+
+    def get_backend(self) -> str:
+        return BACKEND
+
+    def get_run_id(self) -> str:
+        return self._run_id
+
+    @property
+    def use_agent_store(self) -> bool:
+        """Whether the ranks find their store here, rather than have rank 0 serve one."""
+        return True
+
+    def next_rendezvous(self) -> RendezvousInfo:
+        """Wait for all nodes, and return this round's place and stores.
+
+        Raises:
+            RendezvousConnectionError: no store at `host`:`port`, or the port is in use.
+            RendezvousTimeoutError: not all nodes came.
+            RendezvousClosedError: another node has ended for good.
+            RendezvousStateError: two nodes have the same number.
+        """
+        deadline = time.monotonic() + self._timeout_seconds
+        if self._store is None:
+            self._store = self._open_store()
+        self._round = self._ask_for_round()
+        if self._node == 0:
+            self._serve_ranks()
+        self._store.set(self._key(f"node/{self._node}"), self._identity)
+        self._await_nodes(deadline)
+        host, _, port = self._store.get(self._key("ranks")).decode().rpartition(" ")
+        own = dist.PrefixStore(f"round-{self._round}", self._store)
+        return RendezvousInfo(own, self._node, self._nodes, RendezvousStoreInfo(host, int(port)))
+
+    def num_nodes_waiting(self) -> int:
+        """1 if another node asks for a new round, for which this node's ranks must stop."""
+        if self._store is None or self.is_closed():
+            return 0
+        return int(self._highest_round() > self._round)
+
+    def is_closed(self) -> bool:
+        """Whether a node has ended for good; so has node 0 if its store is gone."""
+        if not self._closed and self._store is not None:
+            try:
+                self._closed = self._store.check(["closed"])
+            except RuntimeError:
+                self._closed = True
+        return self._closed
+
+    def set_closed(self) -> None:
+        self._closed = True
+        if self._store is not None:
+            try:
+                self._store.set("closed", "1")
+            except RuntimeError:
+                return
+
+    def shutdown(self) -> bool:
+        """Called when this launcher ends, well or not; the agent calls `set_closed` if it is for all nodes."""
+        return True
+
+    def _key(self, name: str) -> str:
+        return f"{self._round}/{name}"
+
+    def _open_store(self) -> dist.Store:
+        if self._nodes == 1:
+            return dist.HashStore()
+        try:
+            if self._node == 0:
+                return listening_store(listening_address(False, self._host), self._port, _STORE_TIMEOUT)
+            return client_store(self._host, self._port, timedelta(seconds=self._timeout_seconds))
+        except (OSError, RuntimeError) as error:
+            raise RendezvousConnectionError(str(error).partition("\n")[0]) from error
+
+    def _ask_for_round(self) -> int:
+        """The round to come to: the next one, or a later one that others wait in."""
+        highest = self._highest_round()
+        if highest > self._round:
+            everyone = [f"{highest}/node/{node}" for node in range(self._nodes)]
+            # A node that was started anew comes to a job that runs: a round that is complete goes on without it.
+            wanted = highest + 1 if self._store.check(everyone) else highest
+        else:
+            wanted = self._round + 1
+        if wanted > highest:
+            self._store.set("round", str(wanted))
+        return wanted
+
+    def _highest_round(self) -> int:
+        return int(self._store.get("round")) if self._store.check(["round"]) else 0
+
+    def _serve_ranks(self) -> None:
+        """A fresh store for this round's ranks: in an old one they would find the addresses of those before them."""
+        address = listening_address(self._nodes == 1, self._host)
+        self._ranks_store = listening_store(address, 0, _STORE_TIMEOUT)
+        host = LOOPBACK if self._nodes == 1 else self._host
+        self._store.set(self._key("ranks"), f"{host} {self._ranks_store.port}")
+
+    def _await_nodes(self, deadline: float) -> None:
+        speak_at = time.monotonic() + _PATIENCE_SECONDS
+        while missing := [n for n in range(self._nodes) if not self._store.check([self._key(f"node/{n}")])]:
+            if self.is_closed():
+                raise RendezvousClosedError("another node has ended the run")
+            names = f"node {', '.join(map(str, missing))} of {self._nodes}"
+            if time.monotonic() > deadline:
+                raise RendezvousTimeoutError(f"{names} did not come within {self._timeout_seconds:g} s")
+            if time.monotonic() > speak_at and self._node == 0:
+                speak_at = deadline
+                print(f"dist_qft.launch: waiting for {names} at {self._host}:{self._port}", file=sys.stderr, flush=True)
+            time.sleep(_POLL_SECONDS)
+        present = self._store.get(self._key(f"node/{self._node}")).decode()
+        if present != self._identity:
+            raise RendezvousStateError(f"two launchers are node {self._node}: {present} and {self._identity}")
+
+
+def use_our_rendezvous() -> None:
+    """Make `BACKEND` known to torchrun; its parameters `nodes`, `node` and `timeout` come in `--rdzv-conf`."""
+    rendezvous_handler_registry.register(BACKEND, _create)
+
+
+def _create(parameters: RendezvousParameters) -> NodeRendezvous:
+    host, _, port = parameters.endpoint.rpartition(":")
+    node, timeout = parameters.get_as_int("node", 0), parameters.get_as_int("timeout", 600)
+    return NodeRendezvous(parameters.max_nodes, node, host, int(port), timeout, parameters.run_id)

@@ -1,0 +1,141 @@
+"""What every process of ours does around its work: it ends with its launcher, outlives its terminal, exits at once.
+
+Imports nothing heavy: it runs before the imports that take seconds.
+"""
+
+import contextlib
+import ctypes
+import errno
+import os
+import select
+import signal
+import socket
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from threading import Thread
+from typing import Any, NoReturn, TextIO, cast
+
+import psutil
+
+from dist_qft.errors import SetupError
+from dist_qft.ranks.launchers import LAUNCHER, MPI_LAUNCHERS, local_rank_text
+from dist_qft.ranks.preemption import STOP_SIGNALS, heeded, leave_before_the_run
+
+_PR_SET_PDEATHSIG = 1  # linux/prctl.h
+_SAVE_SECONDS = 120.0  # as long as the launcher itself would give the ranks
+_POLL_SECONDS = 1.0
+_GONE = (errno.EPIPE, errno.EIO, errno.EBADF)
+
+
+def begin(*, stops_early: bool) -> None:
+    """Prepare this process.
+
+    Args:
+        stops_early: until other handlers are set, a stop signal means that the run has not begun yet; see
+            `leave_before_the_run`.
+    """
+    if stops_early:
+        for number in STOP_SIGNALS:
+            if heeded(number):
+                signal.signal(number, leave_before_the_run)
+    sys.stdout, sys.stderr = cast(TextIO, LastingStream(sys.stdout)), cast(TextIO, LastingStream(sys.stderr))
+    end_with_launcher()
+
+
+def leave(code: int) -> NoReturn:
+    """Exit at once. Python's own shutdown takes long enough for the peers to fail first and hide this rank's code."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+class LastingStream:
+    """A standard stream that goes silent when nobody reads it any more (`| head`, a closed terminal), without an error.
+
+    A run of hours must not end because of its messages.
+    """
+
+    def __init__(self, stream: TextIO | None) -> None:
+        self._stream = stream or _nowhere()  # None: it was closed from the start
+
+    def write(self, text: str) -> int:
+        with self._lasting():
+            self._stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with self._lasting():
+            self._stream.flush()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    @contextlib.contextmanager
+    def _lasting(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:  # a full disk behind a redirection may get free again
+            if error.errno in _GONE:
+                self._stream = _nowhere()
+        except ValueError:  # closed by this process
+            self._stream = _nowhere()
+
+
+def _nowhere() -> TextIO:
+    return open(os.devnull, "w")
+
+
+# --- the launcher ----------------------------------------------------------------------------------------------------
+
+
+def launcher_mark() -> str:
+    """The value of `LAUNCHER` that makes this process the launcher of those it starts."""
+    return f"{socket.gethostname()}:{os.getpid()}"
+
+
+def end_with_launcher(env: Mapping[str, str] = os.environ) -> None:
+    """See to it that this process gets SIGTERM when its launcher ends, however that ends, and goes at last.
+
+    The launcher is the process that `LAUNCHER` names (all between it and this process count, too), and the parent of a
+    rank that torchrun or MPI started. Exits with SetupError's code if the launcher has ended already.
+    """
+    parents = [process.pid for process in psutil.Process().parents()]
+    launcher = _launcher_on_this_host(env)
+    watched: list[int] = []
+    if launcher is not None:
+        if launcher not in parents:
+            sys.stderr.write(f"error: the launcher of this process (process {launcher}) has ended\n")
+            leave(SetupError.exit_code)
+        watched = parents[: parents.index(launcher) + 1]
+        if launcher == parents[0] and sys.platform == "linux":
+            ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+    elif parents and ("TORCHELASTIC_RUN_ID" in env or any(names.rank in env for names in MPI_LAUNCHERS)):
+        watched = parents[:1]
+    if watched:
+        Thread(target=_end_after, args=(watched,), name="launcher watch", daemon=True).start()
+
+
+def _launcher_on_this_host(env: Mapping[str, str]) -> int | None:
+    host, _, pid = env.get(LAUNCHER, "").rpartition(":")
+    return int(pid) if host == socket.gethostname() and pid.isdecimal() else None
+
+
+def _end_after(processes: Sequence[int]) -> None:
+    """Wait until one of these processes has ended; then have this one save, and end it if it does not."""
+    try:
+        poll = select.poll()
+        for pid in processes:
+            poll.register(os.pidfd_open(pid), select.POLLIN)
+        poll.poll()
+    except ProcessLookupError:
+        pass
+    except (AttributeError, OSError):  # not Linux, or an old kernel
+        while all(psutil.pid_exists(pid) for pid in processes):
+            time.sleep(_POLL_SECONDS)
+    if local_rank_text() == "0":
+        sys.stderr.write("the launcher has ended: stopping\n")
+        sys.stderr.flush()
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(_SAVE_SECONDS)
+    os._exit(128 + signal.SIGTERM)
