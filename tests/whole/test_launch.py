@@ -285,51 +285,8 @@ def test_bad_options_are_one_line_and_exit_code_2(arguments: list[str], message:
     assert errors.count("\n") == 1
 
 
-def run_script(*arguments: str, **variables: str) -> "subprocess.CompletedProcess[str]":
-    """launch/torchrun.sh with this interpreter in the place of the user's active environment."""
-    environment = {key: value for key, value in os.environ.items() if key not in ("NNODES", "NPROC_PER_NODE")}
-    environment |= {
-        "VIRTUAL_ENV": sys.prefix,
-        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
-        **variables,
-    }
-    command = ["bash", str(REPOSITORY / "launch/torchrun.sh"), *arguments]
-    return subprocess.run(command, env=environment, cwd=REPOSITORY, capture_output=True, text=True, timeout=60)
-
-
-def test_script_needs_a_config_and_a_place_among_the_nodes() -> None:
-    for arguments, variables, message in (
-        ([], {}, "torchrun.sh: the first argument must be a config file; usage: launch/torchrun.sh CONFIG"),
-        (["--dry-run"], {}, "torchrun.sh: the first argument must be a config file; usage: launch/torchrun.sh CONFIG"),
-        (["c.yaml"], {"NNODES": "2"}, "torchrun.sh: NNODES=2 also needs NODE_RANK and MASTER_ADDR; usage: "),
-    ):
-        result = run_script(*arguments, **variables)
-        assert result.stderr.startswith(message)
-        assert result.stderr.count("\n") == 1
-        assert result.returncode == 2
-
-
-def test_dry_run_prints_the_command_and_asks_rank_0_of_the_whole_world(start) -> None:
-    """The script, the launcher and one process in a row; that process runs the real program, which misses the file."""
-    nodes = {"NNODES": "2", "NODE_RANK": "1", "MASTER_ADDR": "node0"}
-    result = run_script("no such.yaml", "train.seed=1", "--resume", "auto", "--dry-run", NPROC_PER_NODE="3", **nodes)
-    # The interpreter may be called python or python3: what counts is the environment it belongs to.
-    interpreter, command = result.stdout.strip().split(" ", 1)
-    assert Path(interpreter).parent == Path(sys.executable).parent
-    assert command == (
-        "-m dist_qft.launch --nproc-per-node 3 --nnodes 2 --node-rank 1 --master-addr node0"
-        " --master-port 29500 -- train 'no such.yaml' train.seed=1 --resume auto"
-    )
-    assert "no such.yaml" in result.stderr
-    assert result.returncode == 2
-
+def test_dry_run_asks_rank_0_of_the_whole_world(start) -> None:
     launcher = start("--nnodes", "4", "--", "train", "--dry-run")
     output, _ = launcher.communicate(timeout=60)
     assert output.splitlines()[1:] == ["rank 0 of 8"]
     assert launcher.returncode == 0
-
-
-@pytest.mark.parametrize("script", sorted(REPOSITORY.glob("launch/*.sh")), ids=lambda path: path.name)
-def test_scripts_parse_and_stay_short(script: Path) -> None:
-    subprocess.run(["bash", "-n", str(script)], check=True)
-    assert len(script.read_text().splitlines()) < 50
