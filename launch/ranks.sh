@@ -6,7 +6,6 @@
 # Sets python, nodes, per_node, ranks, verb and arguments; `start COMMAND...` runs the command, or shows it and the plan.
 
 script=$(basename "$0")
-
 stop() {
   echo "$script: $*" >&2
   exit 2
