@@ -40,8 +40,7 @@ export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((threads > 0 ? threads : 1))}
 
 start() {
   # The ranks end with this process, however it ends. exec: a scheduler's signals must reach the launcher, not this shell.
-  export DIST_QFT_LAUNCHER=$HOSTNAME:$$
-  $dry_run || exec "$@"
+  $dry_run || DIST_QFT_LAUNCHER=$HOSTNAME:$$ exec "$@"
   printf '%q ' "$@" && echo
   [[ $verb == train ]] || exit 0  # only training has a plan to show
   export RANK=0 WORLD_SIZE=$ranks MASTER_ADDR=127.0.0.1 MASTER_PORT=29500

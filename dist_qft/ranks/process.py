@@ -104,10 +104,11 @@ def end_with_launcher(env: Mapping[str, str] = os.environ) -> None:
     launcher = _launcher_on_this_host(env)
     watched: list[int] = []
     if launcher is not None:
-        if launcher not in parents:
+        if not psutil.pid_exists(launcher):
             sys.stderr.write(f"error: the launcher of this process (process {launcher}) has ended\n")
             leave(SetupError.exit_code)
-        watched = parents[: parents.index(launcher) + 1]
+        # Something between may have left the family, as an ssh to this same host does.
+        watched = parents[: parents.index(launcher) + 1] if launcher in parents else [launcher]
         if launcher == parents[0] and sys.platform == "linux":
             ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
     elif parents and ("TORCHELASTIC_RUN_ID" in env or any(names.rank in env for names in MPI_LAUNCHERS)):
@@ -118,7 +119,9 @@ def end_with_launcher(env: Mapping[str, str] = os.environ) -> None:
 
 def _launcher_on_this_host(env: Mapping[str, str]) -> int | None:
     host, _, pid = env.get(LAUNCHER, "").rpartition(":")
-    return int(pid) if host == socket.gethostname() and pid.isdecimal() else None
+    # A launcher that became this process by exec, as for --dry-run, is not another one.
+    other = host == socket.gethostname() and pid.isdecimal() and int(pid) != os.getpid()
+    return int(pid) if other else None
 
 
 def _end_after(processes: Sequence[int]) -> None:
