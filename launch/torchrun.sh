@@ -8,14 +8,8 @@
 #   NNODES NODE_RANK MASTER_ADDR MASTER_PORT  several nodes: how many, which is this (from 0), where node 0 listens
 # --dry-run starts no rank: it prints the command and, for train, the plan. The exit code is that of the first failing rank.
 set -euo pipefail
-
-usage() {
-  echo "torchrun.sh: $1; usage: launch/torchrun.sh CONFIG [key.sub=value ...] [--resume [auto|PATH]] [--dry-run]" >&2
-  exit 2
-}
-[[ ${1:--} != -* ]] || usage "the first argument must be a config file"
-verb=train
-case $1 in train | eval | generate | merge) verb=$1 && shift ;; esac
+# shellcheck source=launch/common.sh
+source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
 options=(--nproc-per-node "${NPROC_PER_NODE:-auto}")
 if [[ ${NNODES:-1} != 1 ]]; then
@@ -23,11 +17,7 @@ if [[ ${NNODES:-1} != 1 ]]; then
   options+=(--nnodes "$NNODES" --node-rank "$NODE_RANK")
   options+=(--master-addr "$MASTER_ADDR" --master-port "${MASTER_PORT:-29500}")
 fi
-
-python=python
-venv=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)/.venv
-# An environment that the user activated wins over the one that quickstart.sh made.
-if [[ -z ${VIRTUAL_ENV:-} && -x $venv/bin/python ]]; then python=$venv/bin/python; fi
+if $dry_run; then arguments+=(--dry-run); fi
 
 # exec: a scheduler's signals must reach the launcher, not this shell.
-exec "$python" -m dist_qft.launch "${options[@]}" -- "$verb" "$@"
+exec "$python" -m dist_qft.launch "${options[@]}" -- "$verb" "${arguments[@]}"

@@ -29,7 +29,7 @@ run_step() { # [srun's options] COMMAND...: runs it to its end, passes on the wa
   trap 'scancel --signal=USR1 "$SLURM_JOB_ID"' USR1
   trap : TERM CONT
   # Every task sees all GPUs of its node, however they were asked for: a rank takes that of its local number.
-  unset SLURM_GPUS_PER_TASK
+  unset SLURM_GPUS_PER_TASK SLURM_TRES_PER_TASK SLURM_TRES_BIND SLURM_GPU_BIND
   # --wait: where one task has ended, the others have so long to say what they saw.
   srun --wait=120 --unbuffered --output="$logs/task-%t.log" \
     ${SLURM_GPUS_ON_NODE:+--gres="gpu:$SLURM_GPUS_ON_NODE"} "$@" 2>"$logs/srun.log" &

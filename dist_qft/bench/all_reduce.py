@@ -13,8 +13,9 @@ from torch import nn
 
 from dist_qft.bench.measuring import Memory, measure_steps
 from dist_qft.bench.options import Options
-from dist_qft.bench.processes import can_slow_down, common_settings, run_side
+from dist_qft.bench.processes import TIMEOUT_SECONDS, can_slow_down, common_settings, run_side
 from dist_qft.bench.report import Comparison, Report, compare
+from dist_qft.ranks.groups import new_group
 from dist_qft.training.fixed_tree import FixedTree
 from dist_qft.training.flat_parameters import FlatParameters
 
@@ -52,7 +53,7 @@ def ours(settings: dict[str, Any]) -> dict[str, float]:
     device = torch.device(settings["device"])
     model, memory = _parameters(settings, device), Memory(device)
     named = list(model.named_parameters())
-    group = dist.new_group()
+    group = new_group(device, TIMEOUT_SECONDS)
     tree = FixedTree(settings["accumulation"], group) if settings["invariant"] else None
     flat = FlatParameters(named, bucket_bytes=BUCKET_MEGABYTES * 2**20, group=group, tree=tree)
 

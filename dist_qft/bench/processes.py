@@ -21,7 +21,7 @@ import torch
 
 from dist_qft.bench.report import Side
 
-_TIMEOUT_SECONDS = 300
+TIMEOUT_SECONDS = 300
 _LARGEST = ("seconds", "cpu_seconds", "milliseconds", "peak_bytes", "training_peak_bytes", "held_bytes", "base_bytes")
 
 
@@ -65,11 +65,11 @@ def _run(command: list[str], threads: int, ranks: int) -> str | None:
         command, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True
     )
     try:
-        _, words = process.communicate(timeout=_TIMEOUT_SECONDS)
+        _, words = process.communicate(timeout=TIMEOUT_SECONDS)
     except subprocess.TimeoutExpired:
         os.killpg(process.pid, signal.SIGKILL)
         process.communicate()
-        return f"not done after {_TIMEOUT_SECONDS} s"
+        return f"not done after {TIMEOUT_SECONDS} s"
     return None if process.returncode == 0 else (words.strip().splitlines() or [f"exit code {process.returncode}"])[-1]
 
 

@@ -24,6 +24,7 @@ from dist_qft.config.schema import RunConfig
 from dist_qft.methods.forward import BaseForward
 from dist_qft.methods.specs import make_spec
 from dist_qft.ranks.device import compute_dtype
+from dist_qft.ranks.groups import new_group
 from dist_qft.sharding.engines import make_engine
 from dist_qft.training.flat_parameters import FlatParameters
 from dist_qft.training.optimizer import make_optimizer
@@ -134,7 +135,7 @@ def ours(settings: dict[str, Any]) -> dict[str, float]:
     flat = FlatParameters(
         parts.named_tensors(),
         bucket_bytes=int(config.sharding.bucket_megabytes * 2**20),
-        group=dist.new_group(),
+        group=new_group(device, config.sharding.timeout_seconds),
         rank_stats_size=RANK_STATS,
     )
     flat.broadcast()

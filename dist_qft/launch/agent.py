@@ -19,6 +19,7 @@ import psutil
 from torch.distributed.elastic.agent.server.api import RunResult, WorkerGroup, WorkerState
 from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
 from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
+from torch.distributed.elastic.rendezvous import RendezvousHandler
 from torch.distributed.launcher import api
 
 from dist_qft.errors import CorruptFileError, NumericError, PeerLostError, Preempted, UserError
@@ -62,26 +63,24 @@ class Agent(LocalElasticAgent):
         self._wake_stopped()
         result = super()._monitor_workers(worker_group)
         if result.state == WorkerState.FAILED:
-            self._decide_on_restart(result)
-        elif result.state == WorkerState.HEALTHY:
+            self._decide_on_restart(result, worker_group.spec.rdzv_handler)
+        elif result.state == WorkerState.HEALTHY and _is_closed(worker_group.spec.rdzv_handler):
             self._leave_with_other_nodes()
         return result
 
-    def _decide_on_restart(self, result: RunResult) -> None:
+    def _decide_on_restart(self, result: RunResult, rendezvous: RendezvousHandler) -> None:
         self._state.failures = result.failures
         rank, failure = first_failure(result.failures)
-        if failure.exitcode in _FINAL or self._state.stopping or self._rendezvous_closed():
+        if failure.exitcode in _FINAL or self._state.stopping or _is_closed(rendezvous):
             self._remaining_restarts = 0
         if self._remaining_restarts:
             again = f"starting again, {self._remaining_restarts - 1} more restarts left"
             print(f"dist_qft.launch: {ending(rank, failure)}; {again}", file=sys.stderr, flush=True)
         else:
-            self._worker_group.spec.rdzv_handler.set_closed()
+            rendezvous.set_closed()
 
     def _leave_with_other_nodes(self) -> None:
         """Stop ranks that still run some time after another node has ended the run: they may wait for its ranks."""
-        if not self._rendezvous_closed():
-            return
         if self._closed_at is None:
             self._closed_at = time.monotonic()
         elif time.monotonic() - self._closed_at > _PEER_LOSS_SECONDS and not self._state.stopping:
@@ -89,10 +88,6 @@ class Agent(LocalElasticAgent):
             print("dist_qft.launch: another node has ended the run", file=sys.stderr, flush=True)
             for process in psutil.Process().children():
                 process.terminate()
-
-    def _rendezvous_closed(self) -> bool:
-        handler = self._worker_group.spec.rdzv_handler
-        return isinstance(handler, NodeRendezvous) and handler.is_closed()
 
     def _wake_stopped(self) -> None:
         """Wake ranks that are stopped (SIGSTOP) once another has ended: they could not notice, and had to be killed."""
@@ -106,14 +101,19 @@ class Agent(LocalElasticAgent):
                     os.kill(pid, signal.SIGCONT)
 
 
+def _is_closed(rendezvous: RendezvousHandler) -> bool:
+    """Whether a node has ended the run for good; only our rendezvous can tell."""
+    return isinstance(rendezvous, NodeRendezvous) and rendezvous.is_closed()
+
+
 def first_failure(failures: Mapping[int, ProcessFailure]) -> tuple[int, ProcessFailure]:
     """The rank whose failure caused the others'.
 
     torchrun dates failures to the second, too coarse to tell a rank's failure from its effect on the peers. So the
-    first failure counts that is not a consequence of another: not a lost peer, and not SIGTERM, by which torchrun ends
-    the ranks that are left.
+    first failure counts that is not a consequence of another: not a lost peer, not SIGTERM, by which torchrun ends the
+    ranks that are left, and not SIGABRT, by which NCCL ends those whose collective has timed out.
     """
-    effects = (PeerLostError.exit_code, Preempted.exit_code, -signal.SIGTERM)
+    effects = (PeerLostError.exit_code, Preempted.exit_code, -signal.SIGTERM, -signal.SIGABRT)
     causes = {rank: failure for rank, failure in failures.items() if failure.exitcode not in effects}
     return min((causes or failures).items(), key=lambda item: item[1].timestamp)
 

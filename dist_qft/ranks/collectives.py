@@ -2,7 +2,6 @@
 
 import hashlib
 from collections.abc import Callable, Mapping
-from datetime import timedelta
 from typing import TypeVar
 
 import torch
@@ -10,6 +9,7 @@ import torch.distributed as dist
 
 from dist_qft.errors import DistQFTError, UserError
 from dist_qft.ranks import mpi
+from dist_qft.ranks.groups import leave_group, new_group
 
 _T = TypeVar("_T")
 _MESSAGE_BYTES = 2000  # of an error that rank 0 tells the others
@@ -91,12 +91,12 @@ class SideGroup:
         self.timeout_seconds = timeout_seconds
         self._mpi = mpi.communicator()
         if self._mpi is None:
-            self._group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_seconds))
+            self._group = new_group(torch.device("cpu"), timeout_seconds)
 
     def close(self) -> None:
         """Give the group up."""
         if self._mpi is None:
-            dist.destroy_process_group(self._group)
+            leave_group(torch.device("cpu"), self._group)
 
     def barrier(self) -> None:
         """Wait for all ranks; raises PeerLostError or RuntimeError if they do not all come in time."""

@@ -11,9 +11,10 @@ from threading import Timer
 import torch
 import torch.distributed as dist
 
-from dist_qft.errors import SetupError
+from dist_qft.errors import DistQFTError, SetupError
 from dist_qft.ranks import mpi
 from dist_qft.ranks.activity import Activity
+from dist_qft.ranks.groups import leave_group
 from dist_qft.ranks.launchers import LAUNCHER
 from dist_qft.ranks.network import LOOPBACK, choose_interface, client_store, listening_address, listening_store
 from dist_qft.ranks.peers import Peers
@@ -43,25 +44,36 @@ def connect(
     """
     _join(world, device, timedelta(seconds=timeout_seconds))
     try:
-        peers = Peers(doing or Activity())
+        peers = Peers(doing or Activity(), device, timeout_seconds)
+        in_order = False
         try:
             yield peers
+            in_order = True
+        except DistQFTError as error:
+            in_order = error.everywhere
+            raise
         finally:
-            peers.close()
+            peers.close(in_order=in_order)
     finally:
-        # After an error too: where a peer is gone, a Python that ends with the group alive often ends by SIGABRT.
-        dist.destroy_process_group()
+        leave_group(device)
     mpi.finalize()
 
 
 def _join(world: World, device: torch.device, timeout: timedelta) -> None:
+    choose_interface(world.single_node, world.master_address)
+    backend, own = "gloo", None
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    choose_interface(world.single_node, world.master_address)
-    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        # The operations of two groups run in the order in which the host launched them, and not in any: a reduction
+        # and a gather cannot wait for each other. NCCL reads it when its first group is made.
+        os.environ.setdefault("NCCL_LAUNCH_ORDER_IMPLICIT", "1")
+        # With the device, NCCL connects now, and later groups are split off this one instead of connecting anew.
+        backend, own = "cpu:gloo,cuda:nccl", device
     try:
         store = _meet(world, timeout)
-        dist.init_process_group(backend, store=store, rank=world.rank, world_size=world.world_size, timeout=timeout)
+        dist.init_process_group(
+            backend, store=store, rank=world.rank, world_size=world.world_size, timeout=timeout, device_id=own
+        )
     except (RuntimeError, ValueError, OSError) as error:
         reason = str(error).partition("\n")[0]
         raise SetupError(

@@ -27,14 +27,12 @@ _PACKAGE = Path(__file__).parents[1]
 @contextlib.contextmanager
 def crash_report(output_dir: Path, rank: int, world_size: int, doing: Callable[[], str]) -> Iterator[None]:
     """Inside, an unexpected error or a lost peer is also written down, with the collective, memory and stacks."""
-    path = output_dir / CRASH_FOLDER / f"rank-{rank}.txt"
-    with _fatal_signals(path.with_suffix(".fatal.txt")):
+    with _fatal_signals(_report_path(output_dir, rank).with_suffix(".fatal.txt")):
         try:
             yield
         except Exception as error:
             if isinstance(error, PeerLostError) or not isinstance(error, DistQFTError):
-                with contextlib.suppress(OSError):  # the error itself matters more
-                    _write(path, error, f"rank {rank} of {world_size}, at {doing()}")
+                write_report(output_dir, error, rank, world_size, doing())
             raise
 
 
@@ -75,6 +73,16 @@ def _fatal_signals(path: Path) -> Iterator[None]:
         with contextlib.suppress(OSError):
             path.unlink()
             path.parent.rmdir()  # unless there is a report in it
+
+
+def write_report(output_dir: Path, error: Exception, rank: int, world_size: int, doing: str) -> None:
+    """Write down an error and the stacks of all threads; silent if that fails, as the error itself matters more."""
+    with contextlib.suppress(OSError):
+        _write(_report_path(output_dir, rank), error, f"rank {rank} of {world_size}, at {doing}")
+
+
+def _report_path(output_dir: Path, rank: int) -> Path:
+    return output_dir / CRASH_FOLDER / f"rank-{rank}.txt"
 
 
 def _write(path: Path, error: Exception, where: str) -> None:

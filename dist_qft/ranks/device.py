@@ -18,18 +18,23 @@ def compute_dtype(setting: str, device: torch.device) -> torch.dtype:
 def device_for(world: World, setting: Literal["auto", "cpu", "cuda"]) -> torch.device:
     """The device of this rank: its own GPU (index `local_rank`), or the CPU.
 
+    Where only one GPU is visible it is taken for this rank's own, as batch systems and Kubernetes bind them; that no
+    two ranks have the same one is checked when they connect.
+
     Raises:
-        SetupError: "cuda" without a GPU, or more ranks on this node than GPUs.
+        SetupError: "cuda" without a GPU, or more ranks on this node than the several GPUs that are visible.
     """
     gpus = 0 if setting == "cpu" else torch.cuda.device_count()
     if gpus == 0 and setting == "cuda":
         raise SetupError("sharding.device: cuda was asked for, but PyTorch finds no CUDA device here; use auto or cpu")
     if gpus == 0:
         return torch.device("cpu")
+    if gpus == 1:
+        return torch.device("cuda", 0)
     if world.local_rank >= gpus:
         raise SetupError(
             f"rank {world.rank} is number {world.local_rank + 1} of {world.local_world_size} ranks on this node, which"
-            f" sees {gpus} GPUs: start one rank per GPU, and let every rank see all of them"
+            f" sees {gpus} GPUs: start one rank per GPU, and let every rank see all of them or its own alone"
         )
     return torch.device("cuda", world.local_rank)
 

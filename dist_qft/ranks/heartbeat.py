@@ -2,7 +2,8 @@
 
 A thread on each rank writes twice a second into the store through which the ranks met. The beats of a rank that is
 stopped, hangs in C or lost its network stop; a rank that merely never came to the collective still says what it is
-doing. Processes of this machine that have ended are known sooner: see local_peers.py.
+doing. Processes of this machine that have ended are known sooner: see local_peers.py. What a rank writes else: that it
+exits because of another (`exit`), that it left in order (`left`), and that it found a rank lost (`lost`).
 """
 
 import contextlib
@@ -13,9 +14,11 @@ from datetime import timedelta
 
 import torch.distributed as dist
 
+_LOST = "dist_qft/lost"
 _BEAT_SECONDS = 0.5
 _SILENCE_SECONDS = 2.5  # a rank without a beat for so long counts as silent
 _STORE_TIMEOUT = timedelta(seconds=5)
+_TELLING_SECONDS = 2.0
 _ANSWER_SECONDS = 15  # for all questions to the store together; it has no limit of its own for most of them
 
 
@@ -32,15 +35,46 @@ class Heartbeat:
         self._ended = threading.Event()
         if not self._others:
             return
-        # A connection of its own: while the main thread waits on the shared one, nobody else can use it.
-        self._store: dist.Store = dist.distributed_c10d._get_default_store().clone()  # type: ignore[attr-defined]
-        self._store.set_timeout(_STORE_TIMEOUT)
+        self._store = self.connection()
         self._store.set(_beat_key(rank), f"0 {doing()}")
         threading.Thread(target=self._beat, name="heartbeat", daemon=True).start()
 
-    def close(self) -> None:
-        """Stop the heartbeat."""
+    def connection(self) -> dist.Store:
+        """A connection to the store for one thread: while another waits on a connection, nobody else can use it."""
+        store: dist.Store = dist.distributed_c10d._get_default_store().clone()  # type: ignore[attr-defined]
+        store.set_timeout(_STORE_TIMEOUT)
+        return store
+
+    def close(self, *, in_order: bool) -> None:
+        """Stop the heartbeat; `in_order` tells the others not to miss this rank."""
         self._ended.set()
+        if self._others and in_order:
+            with contextlib.suppress(RuntimeError):
+                self._store.set(_left_key(self._rank), "1")
+
+    @property
+    def next_rank(self) -> int:
+        """The rank whose beats this one watches, so that the store's work grows with the ranks and not their square."""
+        return (self._rank + 1) % (len(self._others) + 1)
+
+    def beat_of(self, store: dist.Store, rank: int) -> str:
+        """The latest beat of a rank, "<count> <activity>", or "" before its first."""
+        return store.get(_beat_key(rank)).decode() if store.check([_beat_key(rank)]) else ""
+
+    def is_missed(self, store: dist.Store, rank: int) -> bool:
+        """Whether a rank that has ended did so neither in order nor because of another."""
+        return not store.check([_left_key(rank)]) and not store.check([_exit_key(rank)])
+
+    def told_lost(self, store: dist.Store) -> str | None:
+        """What another rank said about a lost one, such as "rank 3 is gone"."""
+        return store.get(_LOST).decode() if store.check([_LOST]) else None
+
+    def tell_lost(self, text: str) -> None:
+        """Say to all ranks which one was lost, unless the store does not answer in time."""
+        with contextlib.suppress(RuntimeError):
+            thread = threading.Thread(target=lambda: self.connection().set(_LOST, text), daemon=True)
+            thread.start()
+            thread.join(_TELLING_SECONDS)
 
     def lost_rank(self, ended: set[int]) -> str | None:
         """Name the rank whose failure makes this rank exit, such as "rank 1 is gone"; None if unknown.
@@ -60,7 +94,7 @@ class Heartbeat:
     def _find_lost(self, ended: set[int]) -> str | None:
         self._announce_exit()
         gone = ended - self._exiting()  # a rank that exits because of another is not the lost one
-        return f"{_ranks(sorted(gone))} is gone" if gone else self._silent_or_late()
+        return f"{rank_names(sorted(gone))} is gone" if gone else self._silent_or_late()
 
     def _announce_exit(self) -> None:
         """Tell the others that this rank exits because of another, so that none takes it for the lost one."""
@@ -85,12 +119,14 @@ class Heartbeat:
         silent = [rank for rank in self._others if rank not in exiting and before[rank] == after[rank]]
         if silent:
             activity = after[silent[0]].partition(" ")[2] or "start-up"
-            return f"{_ranks(silent)} {'does' if len(silent) == 1 else 'do'} not answer, last heard of at {activity}"
+            return (
+                f"{rank_names(silent)} {'does' if len(silent) == 1 else 'do'} not answer, last heard of at {activity}"
+            )
         elsewhere = {rank: beat.partition(" ")[2] for rank, beat in after.items() if rank not in exiting}
         elsewhere = {rank: activity for rank, activity in elsewhere.items() if activity != self._doing()}
         if elsewhere:
             activity = next(iter(elsewhere.values()))
-            return f"{_ranks(list(elsewhere))} did not come and is at {activity}"
+            return f"{rank_names(list(elsewhere))} did not come and is at {activity}"
         return None
 
     def _beats(self) -> dict[int, str]:
@@ -115,5 +151,10 @@ def _exit_key(rank: int) -> str:
     return f"dist_qft/exit/{rank}"
 
 
-def _ranks(ranks: list[int]) -> str:
+def _left_key(rank: int) -> str:
+    return f"dist_qft/left/{rank}"
+
+
+def rank_names(ranks: list[int]) -> str:
+    """Such as "rank 1, 3"."""
     return f"rank {', '.join(map(str, ranks))}"

@@ -1,9 +1,10 @@
 """The processes of the other ranks on this machine, and which of them have ended.
 
 For the message about a lost peer: not every launcher says which rank was killed, and a broken connection does not say
-which rank was at its other end.
+which rank was at its other end. That each of them has a GPU of its own is checked here, too.
 """
 
+import hashlib
 import os
 import socket
 import time
@@ -13,29 +14,56 @@ import psutil
 import torch
 import torch.distributed as dist
 
+from dist_qft.errors import SetupError
+from dist_qft.ranks.collectives import everywhere
+
 _GRACE_SECONDS = 0.5  # a killed process closes its connections a little before it counts as ended
 
 
 class LocalPeers:
-    """The other ranks on this machine. Construction is collective."""
+    """The other ranks on this machine. Construction is collective.
 
-    def __init__(self) -> None:
-        own = torch.tensor([zlib.crc32(socket.gethostname().encode()), os.getpid()])
+    Raises:
+        SetupError: on all ranks, if two have the same GPU.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        own = torch.tensor([zlib.crc32(socket.gethostname().encode()), os.getpid(), _gpu_number(device)])
         everyone = [torch.empty_like(own) for _ in range(dist.get_world_size())]
         dist.all_gather(everyone, own)
+        places = torch.stack(everyone).tolist()
+        require_own_gpus([gpu for _, _, gpu in places])
         self._processes: dict[int, psutil.Process] = {}
-        for rank, (host, pid) in enumerate(torch.stack(everyone).tolist()):
+        for rank, (host, pid, _) in enumerate(places):
             if host == own[0] and pid != os.getpid() and psutil.pid_exists(pid):
                 self._processes[rank] = psutil.Process(pid)
 
-    def ended(self) -> list[int]:
-        """The ranks that no longer run, in order; empty if none has ended within a moment."""
-        deadline = time.monotonic() + _GRACE_SECONDS
+    def ended(self, patience_seconds: float = _GRACE_SECONDS) -> list[int]:
+        """The ranks that no longer run, in order; empty if none has ended within `patience_seconds`."""
+        deadline = time.monotonic() + patience_seconds
         while True:
             ended = [rank for rank, process in self._processes.items() if not _runs(process)]
             if ended or time.monotonic() > deadline:
                 return ended
             time.sleep(0.01)
+
+
+def _gpu_number(device: torch.device) -> int:
+    """A number made from the GPU's UUID; 0 for a CPU. Its index says nothing where each rank sees one GPU alone."""
+    if device.type != "cuda":
+        return 0
+    uuid = str(torch.cuda.get_device_properties(device).uuid)
+    return int.from_bytes(hashlib.sha256(uuid.encode()).digest()[:8], "little", signed=True)
+
+
+def require_own_gpus(gpus: list[int]) -> None:
+    """SetupError if two ranks have the same GPU. `gpus` has a number for each rank's, 0 for a CPU."""
+    first: dict[int, int] = {}
+    for rank, gpu in enumerate(gpus):
+        if gpu and gpu in first:
+            words = "have the same GPU: give every rank of a node its own, or start fewer"
+            raise everywhere(SetupError(f"ranks {first[gpu]} and {rank} {words}"))
+        first[gpu] = rank
 
 
 def _runs(process: psutil.Process) -> bool:

@@ -1,14 +1,20 @@
 """The other ranks of a run while it is connected, and what a broken collective says about them."""
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
+import torch
 import torch.distributed as dist
 
 from dist_qft.errors import DistQFTError, PeerLostError
 from dist_qft.ranks.crash import last_collective
 from dist_qft.ranks.heartbeat import Heartbeat
 from dist_qft.ranks.local_peers import LocalPeers
+from dist_qft.ranks.peer_watch import PeerWatch
+
+# How long after a loss the main thread may take to leave by itself. gloo tells it at its next collective, NCCL never.
+GRACE_SECONDS = {"cpu": 20.0, "cuda": 1.0}
+_BEFORE_TIMEOUT_SECONDS = 5.0
 
 
 class Peers:
@@ -16,21 +22,38 @@ class Peers:
 
     Args:
         doing: returns this rank's present activity, such as "step 12".
+        timeout_seconds: that of the collectives.
     """
 
-    def __init__(self, doing: Callable[[], str]) -> None:
+    def __init__(self, doing: Callable[[], str], device: torch.device, timeout_seconds: float) -> None:
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         self.doing = doing
-        self._local = LocalPeers()
+        self._device, self._timeout_seconds = device, timeout_seconds
+        self._local = LocalPeers(device)
         self._heartbeat = Heartbeat(self.rank, self.world_size, doing)
 
     def lost_rank(self) -> str | None:
         """Name the rank whose failure makes this rank exit, such as "rank 1 is gone"; None if unknown. Up to 16 s."""
-        return self._heartbeat.lost_rank(set(self._local.ended()))
+        lost = self._heartbeat.lost_rank(set(self._local.ended()))
+        if lost is not None:
+            self._heartbeat.tell_lost(lost)  # to ranks that cannot notice
+        return lost
 
-    def close(self) -> None:
-        """Stop watching."""
-        self._heartbeat.close()
+    def watch(self, end: Callable[[str], None]) -> AbstractContextManager[object]:
+        """Context in which `end` is called if a peer is lost and the main thread does not notice; see `PeerWatch`."""
+        if self.world_size == 1:
+            return nullcontext()
+        return PeerWatch(
+            self._heartbeat,
+            self._local,
+            silence_seconds=max(self._timeout_seconds - _BEFORE_TIMEOUT_SECONDS, self._timeout_seconds / 2),
+            grace_seconds=GRACE_SECONDS[self._device.type],
+            end=end,
+        )
+
+    def close(self, *, in_order: bool) -> None:
+        """Stop the heartbeat; `in_order` tells the others not to miss this rank."""
+        self._heartbeat.close(in_order=in_order)
 
 
 @contextmanager

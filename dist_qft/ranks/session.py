@@ -4,6 +4,8 @@ A session finds this process's place and device, connects the ranks, makes sure 
 inputs, and from then on turns a lost peer into one clear error and an unexpected error into a crash report.
 """
 
+import os
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
@@ -11,9 +13,10 @@ from typing import Literal, Protocol
 
 import torch
 
+from dist_qft.errors import PeerLostError
 from dist_qft.ranks.collectives import require_same_inputs
 from dist_qft.ranks.connection import connect
-from dist_qft.ranks.crash import crash_report
+from dist_qft.ranks.crash import crash_report, write_report
 from dist_qft.ranks.device import device_for
 from dist_qft.ranks.peers import Peers, peer_loss_reported
 from dist_qft.ranks.preemption import StopSignal
@@ -82,5 +85,14 @@ def errors_reported(peers: Peers, crash_dir: Path | None) -> Iterator[None]:
         crash_dir: folder whose subfolder `crash` gets the report; None writes none.
     """
     report = crash_report(crash_dir, peers.rank, peers.world_size, peers.doing) if crash_dir else nullcontext()
-    with report, peer_loss_reported(peers):
+
+    def end(lost: str) -> None:
+        error = PeerLostError(f"{peers.doing()}: {lost}; this rank waited for it, without an error of its own")
+        if crash_dir is not None:
+            write_report(crash_dir, error, peers.rank, peers.world_size, peers.doing())
+        sys.stderr.write(f"error: rank {peers.rank}: {error}\n")
+        sys.stderr.flush()
+        os._exit(PeerLostError.exit_code)
+
+    with report, peer_loss_reported(peers), peers.watch(end):
         yield

@@ -104,7 +104,9 @@ class TrainStep:
             self.flat.end_micro_batch(loss.detach())
         device = self.flat.values.device
         if device.type == "cuda":
-            torch.cuda.synchronize(device)  # kernels are only launched so far: their time is not the reduction's
+            # Kernels are only launched so far: their time is not the reduction's. Of this stream alone: the buckets'
+            # reductions run on another, and to wait for them is to wait for the slowest rank.
+            torch.cuda.current_stream(device).synchronize()
 
     def _update(self, step: int) -> tuple[float, float]:
         """Clip and apply the reduced gradient; returns the learning rate and the norm before clipping."""

@@ -3,12 +3,11 @@
 import time
 from typing import NoReturn
 
-import torch.distributed as dist
-
 from dist_qft.config.load import CONFIG_FILE, save_config
 from dist_qft.data.batches import Batches
 from dist_qft.errors import Preempted
 from dist_qft.ranks.collectives import maximum
+from dist_qft.ranks.groups import leave_group, new_group
 from dist_qft.ranks.preemption import StopSignal
 from dist_qft.storage.atomic import publishing
 from dist_qft.storage.lock import FolderLock
@@ -52,7 +51,7 @@ class TrainingRun:
             total_rows=total_rows,
         )
         # A group of its own: these reductions and the engine's gathers need no common order.
-        self._group = dist.new_group()
+        self._group = new_group(inputs.device, config.sharding.timeout_seconds)
         invariant = config.sharding.gradient_sum == "invariant"
         self.flat = FlatParameters(
             parts.named_tensors(),
@@ -186,7 +185,7 @@ class TrainingRun:
         self.checkpoints.close()
         self.monitor.close()
         self.flat.close()
-        dist.destroy_process_group(self._group)  # each keeps threads that wake up a hundred times a second
+        leave_group(self.inputs.device, self._group)  # each keeps threads that wake up a hundred times a second
 
     def save(self) -> None:
         """Have rank 0 write a checkpoint of this step while training goes on."""

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-PARTS = [ROOT / "slurm/job.sh", ROOT / "launch/ranks.sh", ROOT / "launch/environment.sh"]  # sourced by the others
+PARTS = [ROOT / "slurm/job.sh", *(ROOT / f"launch/{name}.sh" for name in ("common", "ranks", "environment"))]  # sourced
 SCRIPTS = sorted(
     file
     for folder in ("launch", "slurm", "tests", ".ci", "studies")
@@ -32,6 +32,32 @@ def test_shellcheck_has_nothing_to_say():
     assert checked.returncode == 0, checked.stdout
 
 
+JOB = {
+    "SLURM_JOB_NAME": "dist-qft",
+    "SLURM_JOB_ID": "1",
+    "SLURM_JOB_NODELIST": "node1",
+    "SLURM_NNODES": "2",
+    "SLURM_TASKS_PER_NODE": "2(x2)",
+    "MASTER_ADDR": "node1",
+    "VIRTUAL_ENV": sys.prefix,
+}
+
+
+def test_a_step_sees_all_gpus_of_its_node_however_they_were_asked_for(tmp_path):
+    """A stub stands for srun: newer Slurms bind GPUs to tasks by variables that the tests' own Slurm does not know."""
+    srun = tmp_path / "srun"
+    srun.write_text('#!/bin/bash\nenv >$SEEN; echo "$@" >>$SEEN\n')
+    srun.chmod(0o755)
+    binding = {"SLURM_GPUS_PER_TASK": "1", "SLURM_TRES_PER_TASK": "gres/gpu:1", "SLURM_GPU_BIND": "single:1"}
+    variables = JOB | binding | {"SLURM_GPUS_ON_NODE": "4", "LOGS": str(tmp_path), "SEEN": str(tmp_path / "seen")}
+    command = f'source slurm/job.sh; PATH={tmp_path}:$PATH; run_step true; exit "$code"'
+    done = subprocess.run(["bash", "-c", command], env=os.environ | variables, cwd=ROOT, timeout=30)
+    assert done.returncode == 0
+    seen = (tmp_path / "seen").read_text()
+    assert "--gres=gpu:4 true" in seen
+    assert not [name for name in binding if f"{name}=" in seen]
+
+
 @pytest.mark.parametrize(
     ("script", "words", "variables", "message"),
     [
@@ -43,18 +69,9 @@ def test_shellcheck_has_nothing_to_say():
     ],
 )
 def test_a_batch_scripts_refusals_are_one_line_and_exit_code_2(tmp_path, script, words, variables, message):
-    job = {
-        "SLURM_JOB_NAME": "dist-qft",
-        "SLURM_JOB_ID": "1",
-        "SLURM_NNODES": "2",
-        "SLURM_TASKS_PER_NODE": "2(x2)",
-        "MASTER_ADDR": "node1",
-        "LOGS": str(tmp_path),
-        "VIRTUAL_ENV": sys.prefix,
-    }
     done = subprocess.run(
         ["bash", f"slurm/{script}.sbatch", *words],
-        env=os.environ | job | variables,
+        env=os.environ | JOB | {"LOGS": str(tmp_path)} | variables,
         cwd=ROOT,
         capture_output=True,
         text=True,

@@ -173,7 +173,7 @@ def script(name: str, *arguments: str, **variables: str) -> "subprocess.Complete
             {},
             "mpirun.sh: the first argument must be a config file; usage: launch/mpirun.sh",
         ),
-        ("mpirun.sh", ["c.yaml"], {"NPROC_PER_NODE": "two"}, "mpirun.sh: NPROC_PER_NODE is 'two', need a whole number"),
+        ("mpirun.sh", ["c.yaml"], {"NPROC_PER_NODE": "two"}, "NPROC_PER_NODE: got 'two', must be a whole number"),
         ("mpirun.sh", ["c.yaml"], {"HOSTFILE": "/no/hosts"}, "mpirun.sh: HOSTFILE: cannot read '/no/hosts'"),
         (
             "mpirun.sh",
@@ -192,7 +192,7 @@ def test_a_scripts_refusals_are_one_line_and_exit_code_2(name, arguments, variab
 
 
 def test_deepspeed_missing(tmp_path):
-    for program in ("bash", "dirname", "basename", "nproc", "wc", "python"):
+    for program in ("bash", "dirname", "basename", "nproc", "grep", "python"):
         (tmp_path / program).symlink_to(sys.executable if program == "python" else shutil.which(program))
     result = script("deepspeed.sh", "c.yaml", PATH=str(tmp_path))
     assert result.stderr == "deepspeed.sh: DeepSpeed is not installed; pip install 'dist-qft[deepspeed]'\n"
@@ -208,6 +208,7 @@ def test_deepspeed_missing(tmp_path):
             "--num_gpus 3 --master_port 4242 --no_local_rank --module dist_qft train",
         ),
         ("mpirun.sh", {"MPIRUN": "mpiexec.hydra"}, "mpiexec.hydra -n 6 -ppn 3 -f"),
+        ("mpirun.sh", {**LAUNCHERS["openmpi"][1], "NCCL_SOCKET_IFNAME": "eth9"}, "-x NCCL_SOCKET_IFNAME"),
     ],
 )
 def test_dry_run_shows_the_command_and_the_plan(config, tmp_path, name, variables, part):

@@ -1,8 +1,8 @@
 """Agreements between real ranks, and what becomes of errors and of broken collectives."""
 
+import ctypes
 import os
 import signal
-from datetime import timedelta
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -12,7 +12,9 @@ import torch.distributed as dist
 
 from dist_qft.errors import NumericError, PeerLostError, UserError
 from dist_qft.ranks.collectives import everywhere, maximum, require_same_inputs
-from dist_qft.ranks.peers import Peers, peer_loss_reported
+from dist_qft.ranks.groups import new_group
+from dist_qft.ranks.peers import GRACE_SECONDS, Peers, peer_loss_reported
+from dist_qft.ranks.session import errors_reported
 
 CPU = torch.device("cpu")
 
@@ -59,14 +61,14 @@ def test_maximum(pools, values):
 
 def reported(error: BaseException) -> tuple[str, str | None, bool]:
     """Text and rank prefix of what comes out on this rank, and whether it is the error that went in."""
-    peers = Peers(lambda: "step 12")
+    peers = Peers(lambda: "step 12", torch.device("cpu"), 60)
     try:
         with peer_loss_reported(peers):
             raise error
     except BaseException as raised:
         return str(raised), getattr(raised, "rank_prefix", None), raised is error
     finally:
-        peers.close()
+        peers.close(in_order=True)
 
 
 def test_an_error_of_one_rank_carries_its_number(pools):
@@ -88,34 +90,39 @@ def test_other_errors_are_left_alone(pools, error):
     assert pools[1].run(reported, error=error) == [(str(error), None, True)]
 
 
-def _lonely(rank: int, store: str, fate: str, pipe) -> None:
-    """Two ranks that sum a number over and over; rank 1 meets its fate at the third time."""
+def _lonely(rank: int, store: str, fate: str, folder: Path, pipe) -> None:
+    """Three ranks that sum a number over and over; at the third time rank 1 meets its fate and rank 2 waits in C."""
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
-    group = dist.new_group(timeout=timedelta(seconds=2))  # short only once both are there
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=3)
+    group = new_group(torch.device("cpu"), 2)  # short only once all are there
     steps = 0
-    peers = Peers(lambda: f"step {steps}")
+    GRACE_SECONDS["cpu"] = 30.0 if rank == 0 else 0.1
+    peers = Peers(lambda: f"step {steps}", torch.device("cpu"), 8)
     try:
-        with peer_loss_reported(peers):
+        with errors_reported(peers, folder):
             for steps in range(1, 10):
                 if rank == 1 and steps == 3:
                     os.kill(os.getpid(), signal.SIGKILL if fate == "killed" else signal.SIGSTOP)
+                if rank == 2 and steps == 3:
+                    ctypes.CDLL(None).sleep(600)
                 dist.all_reduce(torch.ones(1), group=group)
     except PeerLostError as error:
         pipe.send((str(error), error.exit_code, error.rank_prefix))
 
 
 @pytest.mark.parametrize("fate", ["killed", "stopped"])
-def test_a_lost_peer_is_an_error_of_its_own(tmp_path: Path, fate: str):
+def test_a_lost_peer_is_an_error_of_its_own_and_ends_a_rank_that_cannot_notice(tmp_path: Path, fate: str):
     context = get_context("spawn")
     ours, theirs = context.Pipe()
-    arguments = (str(tmp_path / "store"), fate, theirs)
-    ranks = [context.Process(target=_lonely, args=(rank, *arguments), daemon=True) for rank in range(2)]
+    arguments = (str(tmp_path / "store"), fate, tmp_path, theirs)
+    ranks = [context.Process(target=_lonely, args=(rank, *arguments), daemon=True) for rank in range(3)]
     for process in ranks:
         process.start()
     try:
         assert ours.poll(120), "the survivor hangs"
         text, exit_code, prefix = ours.recv()
+        ranks[2].join(30)
+        assert ranks[2].exitcode == 4
     finally:
         for process in ranks:
             process.kill()
@@ -123,3 +130,6 @@ def test_a_lost_peer_is_an_error_of_its_own(tmp_path: Path, fate: str):
     what = "rank 1 is gone" if fate == "killed" else "rank 1 does not answer, last heard of at step"
     assert text.startswith(f"step 3: {what}") and "all_reduce" in text
     assert (exit_code, prefix) == (4, "rank 0")
+    report = (tmp_path / "crash/rank-2.txt").read_text()
+    assert "rank 2 of 3, at step 3" in report and f"PeerLostError: step 3: {what}" in report
+    assert "sleep" not in report.partition("all threads:")[0] and "_lonely" in report

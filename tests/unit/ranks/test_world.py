@@ -8,6 +8,7 @@ import os
 import socket
 import subprocess
 import sys
+from datetime import timedelta
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ import torch.distributed as dist
 
 from dist_qft.errors import SetupError, UserError
 from dist_qft.ranks.connection import connect
-from dist_qft.ranks.device import device_for
+from dist_qft.ranks.groups import new_group
 from dist_qft.ranks.world import World
 
 
@@ -203,25 +204,6 @@ def test_port_is_the_same_on_all_ranks_and_differs_between_jobs() -> None:
     assert World.from_environment({}).master_port == 0
 
 
-def test_device_without_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
-    world = World.from_environment({})
-    assert device_for(world, "auto") == device_for(world, "cpu") == torch.device("cpu")
-    with pytest.raises(SetupError, match=r"sharding\.device: cuda was asked for, but .* no CUDA device") as raised:
-        device_for(world, "cuda")
-    assert raised.value.exit_code == 3
-
-
-def test_device_is_one_gpu_per_local_rank(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    world = World.from_environment(TORCHRUN)
-    assert device_for(world, "auto") == device_for(world, "cuda") == torch.device("cuda", 1)
-    assert device_for(world, "cpu") == torch.device("cpu")
-    third = World.from_environment(TORCHRUN | {"RANK": "6", "LOCAL_RANK": "2"})
-    with pytest.raises(SetupError, match="rank 6 is number 3 of 4 ranks on this node, which sees 2 GPUs"):
-        device_for(third, "auto")
-
-
 def test_single_process_connects_and_disconnects() -> None:
     world = World.from_environment({})
     for _ in range(2):
@@ -229,6 +211,8 @@ def test_single_process_connects_and_disconnects() -> None:
             value = torch.full((3,), 2.5)
             dist.all_reduce(value)
             assert value.tolist() == [2.5, 2.5, 2.5]
+            options = new_group(torch.device("cpu"), 7)._get_backend(torch.device("cpu")).options
+            assert options._timeout == timedelta(seconds=7)
         assert not dist.is_initialized()
     with pytest.raises(KeyError), connect(world, torch.device("cpu"), timeout_seconds=20):
         raise KeyError
@@ -255,7 +239,7 @@ def test_no_meeting_is_one_line_and_exit_code_3(rank: int) -> None:
 
 RANK_PROGRAM = """
 import torch, torch.distributed as dist
-from dist_qft.ranks.device import device_for
+from dist_qft.ranks.groups import new_group
 from dist_qft.ranks.connection import connect
 from dist_qft.ranks.world import World
 world = World.from_environment()

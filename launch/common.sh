@@ -1,0 +1,29 @@
+# shellcheck shell=bash
+# Sourced by the launchers: torchrun.sh, deepspeed.sh and mpirun.sh take the same arguments. Sets verb, arguments (what
+# follows it), dry_run (true or false) and python.
+# shellcheck disable=SC2034
+
+script=$(basename "$0")
+
+stop() {
+  echo "$script: $*" >&2
+  exit 2
+}
+
+usage() {
+  stop "$1; usage: launch/$script CONFIG [key.sub=value ...] [--resume [auto|PATH]] [--dry-run]"
+}
+
+[[ ${1:--} != -* ]] || usage "the first argument must be a config file"
+verb=train
+case $1 in train | eval | generate | merge) verb=$1 && shift ;; esac
+
+dry_run=false arguments=()
+for argument in "$@"; do
+  if [[ $argument == --dry-run ]]; then dry_run=true; else arguments+=("$argument"); fi
+done
+
+venv=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)/.venv
+# An environment that the user activated wins over the one that quickstart.sh made.
+if [[ -z ${VIRTUAL_ENV:-} && -x $venv/bin/python ]]; then export PATH=$venv/bin:$PATH; fi
+python=$(command -v python) || stop "there is no python"

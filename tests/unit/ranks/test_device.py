@@ -1,0 +1,73 @@
+"""The device of a rank, and the groups that it leaves; GPUs are imagined."""
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from dist_qft.errors import NumericError, SetupError, UserError
+from dist_qft.ranks.device import device_for
+from dist_qft.ranks.groups import leave_group
+from dist_qft.ranks.local_peers import require_own_gpus
+from dist_qft.ranks.world import World
+
+
+def world_of(local_rank: int) -> World:
+    """A rank of the second of two nodes with four ranks each."""
+    return World(4 + local_rank, 8, local_rank, 4, "10.0.0.7", 29400, "torchrun")
+
+
+def test_device_without_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    world = World.from_environment({})
+    assert device_for(world, "auto") == device_for(world, "cpu") == torch.device("cpu")
+    with pytest.raises(SetupError, match=r"sharding\.device: cuda was asked for, but .* no CUDA device") as raised:
+        device_for(world, "cuda")
+    assert raised.value.exit_code == 3
+
+
+def test_device_is_one_gpu_per_local_rank(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    world = world_of(1)
+    assert device_for(world, "auto") == device_for(world, "cuda") == torch.device("cuda", 1)
+    assert device_for(world, "cpu") == torch.device("cpu")
+    third = world_of(2)
+    with pytest.raises(SetupError, match="rank 6 is number 3 of 4 ranks on this node, which sees 2 GPUs"):
+        device_for(third, "auto")
+
+
+def test_one_visible_gpu_is_this_ranks_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    fourth = world_of(3)
+    assert device_for(fourth, "auto") == torch.device("cuda", 0)
+
+
+@pytest.mark.parametrize(
+    ("error", "ranks", "device", "destroyed"),
+    [
+        (None, 2, "cuda", True),
+        (UserError("rank 1 alone"), 2, "cuda", False),
+        (RuntimeError("out of memory"), 2, "cuda", False),
+        (NumericError("on all ranks at once"), 2, "cuda", True),
+        (UserError("nobody waits"), 1, "cuda", True),
+        (UserError("gloo waits for nobody"), 2, "cpu", True),
+    ],
+)
+def test_a_rank_that_fails_alone_does_not_wait_for_nccl(monkeypatch, error, ranks, device, destroyed) -> None:
+    calls: list[object] = []
+    monkeypatch.setattr(dist, "destroy_process_group", calls.append)
+    monkeypatch.setattr(dist, "get_world_size", lambda: ranks)
+    try:
+        if error is not None:
+            raise error
+        leave_group(torch.device(device))
+    except (UserError, NumericError, RuntimeError):
+        leave_group(torch.device(device))
+    assert calls == ([None] if destroyed else [])
+
+
+def test_two_ranks_with_one_gpu_are_refused_on_all_ranks():
+    require_own_gpus([0, 0, 0])  # CPUs
+    require_own_gpus([7, -3, 5])
+    with pytest.raises(SetupError, match="ranks 1 and 3 have the same GPU") as raised:
+        require_own_gpus([7, -3, 5, -3])
+    assert raised.value.everywhere
