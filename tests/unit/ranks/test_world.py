@@ -241,6 +241,7 @@ RANK_PROGRAM = """
 import torch, torch.distributed as dist
 from dist_qft.ranks.groups import new_group
 from dist_qft.ranks.connection import connect
+from dist_qft.ranks.device import device_for
 from dist_qft.ranks.world import World
 world = World.from_environment()
 with connect(world, device_for(world, "cpu"), timeout_seconds=60):
