@@ -239,7 +239,6 @@ def test_no_meeting_is_one_line_and_exit_code_3(rank: int) -> None:
 
 RANK_PROGRAM = """
 import torch, torch.distributed as dist
-from dist_qft.ranks.groups import new_group
 from dist_qft.ranks.connection import connect
 from dist_qft.ranks.device import device_for
 from dist_qft.ranks.world import World
