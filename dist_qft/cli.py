@@ -67,7 +67,7 @@ def train(
 
         world = World.from_environment(os.environ)
         if world.rank == 0:
-            print_plan(make_plan(settings, world.world_size))
+            print_plan(make_plan(settings, world.world_size, world.local_world_size))
         return
     from dist_qft.ranks.preemption import StopSignal
 
@@ -83,12 +83,13 @@ def validate(
     overrides: Overrides = None,
     as_json: AsJson = False,
     world_size: Annotated[int, typer.Option(min=1, help="Ranks to plan for.")] = 1,
+    nodes: Annotated[int, typer.Option(min=1, help="Nodes that the ranks are on.")] = 1,
 ) -> None:
     """Check CONFIG and print what it will train, hold and move; loads no weights."""
     settings = _load(config, overrides)
-    from dist_qft.plan import make_plan, print_plan
+    from dist_qft.plan import make_plan, print_plan, ranks_on_each
 
-    print_plan(make_plan(settings, world_size), as_json=as_json)
+    print_plan(make_plan(settings, world_size, ranks_on_each(nodes, world_size)), as_json=as_json)
 
 
 @app.command(name="eval", context_settings=OVERRIDABLE)

@@ -20,6 +20,7 @@ from dist_qft.base_model.skeleton import BaseModel, build_skeleton
 from dist_qft.base_model.weight_files import quantized_source
 from dist_qft.config.check import accumulation_steps, config_warnings
 from dist_qft.config.schema import RunConfig, TrainConfig
+from dist_qft.errors import UserError
 from dist_qft.methods.specs import make_spec
 from dist_qft.methods.trainable import TrainableSpec
 from dist_qft.quant.contract import Format
@@ -27,12 +28,23 @@ from dist_qft.quant.frozen import FrozenWeight
 from dist_qft.ranks.device import compute_dtype, planned_device
 from dist_qft.sharding.engine import Engine, parameter_owners
 from dist_qft.sharding.engines import engine_of
+from dist_qft.sharding.shard_group import ranks_in_group
+from dist_qft.training.links import between_nodes
 from dist_qft.training.optimizer import checkpoint_bytes, optimizer_bytes
 from dist_qft.tuned_model.task import head_outputs
 
 
-def make_plan(config: RunConfig, world_size: int) -> dict[str, Any]:
+def ranks_on_each(nodes: int, world_size: int) -> int:
+    """The ranks of each node; UserError if they cannot be equally many."""
+    if world_size % nodes:
+        raise UserError(f"--nodes: got {nodes}, must divide --world-size {world_size}")
+    return world_size // nodes
+
+
+def make_plan(config: RunConfig, world_size: int, ranks_per_node: int | None = None) -> dict[str, Any]:
     """The plan of `config` on `world_size` ranks as JSON-able data; every `_bytes` value is in bytes.
+
+    `ranks_per_node` is all of them by default. N below is the size of a shard group (`sharding.group`).
 
     * trainable_parameters: the adapters' or the side network's, and those of the task's own head.
     * base_bytes_per_rank: the bytes that the fullest rank holds, as the engine cuts each packed tensor.
@@ -42,11 +54,12 @@ def make_plan(config: RunConfig, world_size: int) -> dict[str, Any]:
       at all if the engine keeps it gathered. 0 with `replicated`.
     * gather_bytes_per_step: that times the accumulation steps.
     * reduce_bytes_per_step: 4 * trainable parameters, the fp32 gradient buffer without its small header.
+    * between_nodes: bytes that come into each node from others; see `links.between_nodes`.
     * checkpoint_bytes: adapter (fp32) and optimizer state.
 
     Raises:
         UserError: unknown model, a shape that a format or adapter cannot hold, a selection that matches no layer,
-            or a batch that does not divide over the ranks.
+            or a batch or shard groups that do not divide over the ranks.
     """
     accumulation = accumulation_steps(config, world_size)
     dtype = compute_dtype(config.train.precision, planned_device(config.sharding.device))
@@ -56,9 +69,10 @@ def make_plan(config: RunConfig, world_size: int) -> dict[str, Any]:
     trainable = spec.parameters + head
     tensors = _base_tensors(base)
     engine = engine_of(config)
+    group = ranks_in_group(config.sharding.group, world_size, ranks_per_node or world_size)
     passes = int(spec.backward_through_base) + int(engine.gathers_in_backward)  # that gather the layers
     head_gathered = head_outputs(config.task) == 0 and not base.tied  # beside the embedding
-    gathered = _gather_bytes(base, engine, world_size, passes=passes, head=head_gathered)
+    gathered = _gather_bytes(base, engine, group, passes=passes, head=head_gathered)
     return {
         "model": {
             "path": config.model.path,
@@ -70,14 +84,25 @@ def make_plan(config: RunConfig, world_size: int) -> dict[str, Any]:
         "method": config.method.name,
         "engine": engine.name,
         "world_size": world_size,
+        "nodes": world_size // (ranks_per_node or world_size),
+        "shard_group": group,
         "trainable_parameters": trainable,
         **_trainables(spec, base),
         "base_bytes": sum(tensor.nbytes for tensor in tensors),
-        "base_bytes_per_rank": sum(engine.part_bytes(tensor, world_size) for tensor in tensors),
+        "base_bytes_per_rank": sum(engine.part_bytes(tensor, group) for tensor in tensors),
         "base_formats": _format_rows(base),
         "gather_bytes_per_micro_batch": gathered,
         "gather_bytes_per_step": gathered * accumulation,
         "reduce_bytes_per_step": 4 * trainable,
+        "between_nodes": between_nodes(
+            world_size,
+            ranks_per_node or world_size,
+            group,
+            gathered=gathered,
+            accumulation=accumulation,
+            reduced=4 * trainable,
+            invariant=config.sharding.gradient_sum == "invariant",
+        ),
         "optimizer_bytes": optimizer_bytes(config.train, trainable),
         "checkpoint_bytes": checkpoint_bytes(config.train, trainable),
         "batch": {
@@ -187,11 +212,12 @@ def _summary_table(plan: dict[str, Any]) -> Table:
     for name, value in {
         "model": f"{model['path']} ({model['type']}, {model['decoder_layers']} layers, {model['compute_dtype']})",
         "method": f"{plan['method']}, {plan['trainable_parameters']:,} trainable parameters",
-        "ranks": f"{plan['world_size']} x {plan['engine']}",
+        "ranks": f"{plan['world_size']} x {plan['engine']}{_groups(plan)}",
         "base": f"{_size(plan['base_bytes'])}, {_size(plan['base_bytes_per_rank'])} per rank",
         "gathered": f"{_size(plan['gather_bytes_per_micro_batch'])} per rank and micro-batch, "
         f"{_size(plan['gather_bytes_per_step'])} per step",
         "reduced": f"{_size(plan['reduce_bytes_per_step'])} per step",
+        **_between_nodes_row(plan),
         "optimizer": f"{optimization['optim']}, {_size(plan['optimizer_bytes'])} per rank",
         "checkpoint": _size(plan["checkpoint_bytes"]),
         "batch": f"{batch['global_batch_size']} = {batch['per_device_train_batch_size']} x "
@@ -200,6 +226,20 @@ def _summary_table(plan: dict[str, Any]) -> Table:
     }.items():
         table.add_row(name, value)
     return table
+
+
+def _groups(plan: dict[str, Any]) -> str:
+    groups = plan["world_size"] // plan["shard_group"]
+    return f", {groups} groups of {plan['shard_group']}" if groups > 1 else ""
+
+
+def _between_nodes_row(plan: dict[str, Any]) -> dict[str, str]:
+    if plan["nodes"] == 1:
+        return {}
+    link = plan["between_nodes"]
+    base, gradients = _size(link["gather_bytes_per_micro_batch"]), _size(link["reduce_bytes_per_step"])
+    words = f"into each of {plan['nodes']}: base {base} per micro-batch, gradients {gradients} per step"
+    return {"between nodes": words}
 
 
 def _rows_table(title: str, rows: list[dict[str, Any]]) -> Table:

@@ -34,6 +34,6 @@ start() {
   $dry_run || DIST_QFT_LAUNCHER=$HOSTNAME:$$ exec "$@"
   printf '%q ' "$@" && echo
   [[ $verb == train ]] || exit 0  # only training has a plan to show
-  export RANK=0 WORLD_SIZE=$ranks MASTER_ADDR=127.0.0.1 MASTER_PORT=29500
+  export RANK=0 WORLD_SIZE=$ranks LOCAL_RANK=0 LOCAL_WORLD_SIZE=$per_node MASTER_ADDR=127.0.0.1 MASTER_PORT=29500
   exec "$python" -m dist_qft train "${arguments[@]}" --dry-run
 }

@@ -23,6 +23,7 @@ from dist_qft.base_model.sources import TensorSource, matching_name, require_fin
 from dist_qft.errors import UserError
 from dist_qft.quant.contract import Format, Shape, row_entries
 from dist_qft.quant.frozen import FrozenWeight
+from dist_qft.ranks.collectives import require_same_inputs
 from dist_qft.ranks.digest import positional_digest
 from dist_qft.sharding.engine import Engine
 from dist_qft.sharding.host_memory import return_freed_memory
@@ -81,6 +82,11 @@ def load_base(
 ) -> None:
     """Fill a skeleton that `engine` has sharded; sets `base.fingerprint`. Collective.
 
+    Every group of ranks that holds a whole base reads its own files; they are compared by their fingerprints.
+
+    Raises:
+        UserError: the files differ between ranks; on all ranks.
+
     poll: called after each decoder layer, by all ranks alike; what it raises ends the loading.
     """
     names = check_names(base, source)
@@ -102,6 +108,7 @@ def load_base(
         own = _own_elements(rows.float(), first, parameter, engine)
         fingerprint.add(f"{name} {list(engine.shape(parameter))} dense", *own)
     base.fingerprint = fingerprint.hexdigest(engine, device)
+    require_same_inputs({"weights of the base": base.fingerprint}, device)
 
 
 class _Loading:

@@ -53,6 +53,8 @@ def config_warnings(config: RunConfig) -> list[str]:
     for name, engine in _ENGINE_SETTINGS.items():
         if sharding.engine != engine and _changed(sharding, name):
             warnings.append(f"sharding.{name}: no effect with engine {sharding.engine}")
+    if sharding.engine == "replicated" and _changed(sharding, "group"):
+        warnings.append("sharding.group: no effect with engine replicated")
     if sharding.gradient_sum != "fast" and _changed(sharding, "bucket_megabytes"):
         warnings.append(f"sharding.bucket_megabytes: no effect with gradient_sum {sharding.gradient_sum}")
     return warnings

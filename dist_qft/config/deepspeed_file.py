@@ -27,6 +27,8 @@ _REPLACED = {
     "gradient_accumulation_steps": "train.global_batch_size",
     "optimizer": "train.optim",
     "scheduler": "train.lr_scheduler_type",
+    "zero_optimization.zero_hpz_partition_size": "sharding.group",
+    "zero_optimization.mics_shard_size": "sharding.group",
     "zero_optimization.stage3_max_live_parameters": "sharding.prefetch_megabytes",
     "zero_optimization.stage3_prefetch_bucket_size": "sharding.prefetch_megabytes",
 }

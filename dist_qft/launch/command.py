@@ -104,7 +104,8 @@ def _dry_run(args: Namespace, argv: Sequence[str]) -> int:
     if args.training_script_args[0] != "train":
         return 0  # only training has a plan to show
     world_size = int(args.nproc_per_node) * parse_min_max_nnodes(args.nnodes)[1]
-    rank_0 = {"RANK": "0", "WORLD_SIZE": str(world_size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
+    rank_0 = {"RANK": "0", "WORLD_SIZE": str(world_size), "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": args.nproc_per_node}
+    rank_0 |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
     command = [sys.executable, "-m", args.training_script, *args.training_script_args]
     return subprocess.run(command, env=os.environ | rank_0).returncode
 

@@ -67,10 +67,10 @@ class Engine(Protocol):
         """The engine with those settings of `config.sharding` that are its own."""
 
     def part_bytes(self, whole: Tensor, ranks: int) -> int:
-        """Bytes that the fullest of `ranks` ranks keeps of `whole`, a tensor that may be on meta."""
+        """Bytes that the fullest rank of a shard group of `ranks` keeps of `whole`, a tensor that may be on meta."""
 
     def received_bytes(self, whole: Tensor, ranks: int) -> int:
-        """Bytes that each of `ranks` ranks receives when `whole` is gathered."""
+        """Bytes that each rank of a shard group of `ranks` receives when `whole` is gathered."""
 
     def start(self, device: torch.device) -> None:
         """Import the engine's packages and start them on the process group; `shard` does it, too.
@@ -104,7 +104,7 @@ class Engine(Protocol):
         """Free what forward passes have left gathered: every module then holds its sharded parameters again."""
 
     def gather(self, parameter: nn.Parameter) -> Tensor | None:
-        """The whole parameter on rank 0 (a copy on the CPU), None elsewhere."""
+        """The whole parameter on rank 0 (a copy on the CPU), None elsewhere. Only the group of rank 0 takes part."""
 
     def keep_gathered(self, unit: nn.Module) -> None:
         """From its next use on, keep `unit` whole on every rank.

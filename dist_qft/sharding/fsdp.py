@@ -3,7 +3,8 @@
 Every packed tensor (codes and constants alike, each in its own dtype) is sharded on dim 0. FSDP2 moves a unit
 whose parameters have several dtypes as raw bytes, so nothing is ever cast on the way.
 
-What one micro-batch gathers, for N ranks and unit sizes in padded bytes (dim 0 rounded up to a multiple of N):
+What one micro-batch gathers, for N ranks in a shard group (see `shard_group`) and unit sizes in padded bytes (dim 0
+rounded up to a multiple of N):
 
     forward   (N-1)/N * (embedding + sum(layers) + root + head)   head = nothing when tied
     backward  (N-1)/N * (sum(layers) + root)                       none with reshard_after_forward=False
@@ -26,7 +27,7 @@ from typing import Any, Self, cast
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.utils.hooks import RemovableHandle
@@ -35,6 +36,7 @@ from dist_qft.config.schema import RunConfig
 from dist_qft.ranks.collectives import all_gather_flat
 from dist_qft.sharding.engine import Traffic, Units, called_as_head, parameter_owners
 from dist_qft.sharding.host_memory import return_freed_memory_between
+from dist_qft.sharding.shard_group import Setting, ShardGroup
 
 
 class CountedAllGather:
@@ -67,8 +69,11 @@ class FsdpEngine:
 
     name = "fsdp"
 
-    def __init__(self, *, reshard_after_forward: bool = True) -> None:
+    def __init__(
+        self, *, reshard_after_forward: bool = True, group: Setting = "world", timeout_seconds: float = 600
+    ) -> None:
         self.traffic = Traffic()
+        self._group_setting, self._timeout_seconds = group, timeout_seconds
         self.gathers_in_backward = reshard_after_forward
         self._parameters: list[nn.Parameter] = []
         self._units: list[FSDPModule] = []
@@ -76,7 +81,12 @@ class FsdpEngine:
 
     @classmethod
     def from_config(cls, config: RunConfig) -> Self:
-        return cls(reshard_after_forward=config.sharding.reshard_after_forward)
+        sharding = config.sharding
+        return cls(
+            reshard_after_forward=sharding.reshard_after_forward,
+            group=sharding.group,
+            timeout_seconds=sharding.timeout_seconds,
+        )
 
     def part_bytes(self, whole: Tensor, ranks: int) -> int:
         return -(-whole.shape[0] // ranks) * whole[0].nbytes
@@ -88,7 +98,8 @@ class FsdpEngine:
         pass
 
     def shard(self, units: Units, device: torch.device) -> None:
-        mesh = init_device_mesh(device.type, (dist.get_world_size(),))
+        self._shards = ShardGroup.make(self._group_setting, device, self._timeout_seconds)
+        mesh = DeviceMesh.from_group(self._shards.process_group or dist.group.WORLD, device.type)
         owners = parameter_owners(units)
         counter = CountedAllGather(self.traffic)
         for unit in [*units.tables, *units.layers, units.root]:  # the root last: it takes what is left
@@ -108,8 +119,8 @@ class FsdpEngine:
         return parameter.shape
 
     def rows(self, parameter: nn.Parameter) -> tuple[int, int]:
-        height, chunk = parameter.shape[0], _rows_per_rank(parameter)
-        first = min(dist.get_rank() * chunk, height)
+        height, chunk = parameter.shape[0], self._rows_per_rank(parameter)
+        first = min(self._shards.rank * chunk, height)
         return first, min(first + chunk, height)
 
     def span(self, parameter: nn.Parameter) -> tuple[int, int]:
@@ -127,7 +138,7 @@ class FsdpEngine:
         return cast(DTensor, parameter).to_local()
 
     def sum_over_shards(self, parts: Tensor) -> Tensor:
-        dist.all_reduce(parts)
+        dist.all_reduce(parts, group=self._shards.process_group)
         return parts
 
     def release(self) -> None:
@@ -135,15 +146,19 @@ class FsdpEngine:
             unit.reshard()
 
     def gather(self, parameter: nn.Parameter) -> Tensor | None:
+        shards = self._shards
+        if not shards.has_rank_0:
+            return None
         # Equal parts, as gloo and NCCL both want them; the last ranks' own may be short or empty. Sent as bytes.
-        world, part, chunk = dist.get_world_size(), self.local(parameter), _rows_per_rank(parameter)
+        part, chunk = self.local(parameter), self._rows_per_rank(parameter)
         padded = part.new_zeros((chunk, *parameter.shape[1:]))
         padded[: part.shape[0]].copy_(part)
-        if dist.get_rank() != 0:
-            dist.gather(padded.view(torch.uint8))
+        if shards.rank != 0:
+            dist.gather(padded.view(torch.uint8), group=shards.process_group)
             return None
-        whole = padded.new_empty((world * chunk, *parameter.shape[1:]))
-        dist.gather(padded.view(torch.uint8), list(whole.view(torch.uint8).chunk(world)))
+        whole = padded.new_empty((shards.size * chunk, *parameter.shape[1:]))
+        pieces = list(whole.view(torch.uint8).chunk(shards.size))
+        dist.gather(padded.view(torch.uint8), pieces, group=shards.process_group)
         return whole[: parameter.shape[0]].cpu()
 
     def keep_gathered(self, unit: nn.Module) -> None:
@@ -162,10 +177,9 @@ class FsdpEngine:
     def after_backward(self) -> None:
         pass
 
-
-def _rows_per_rank(parameter: nn.Parameter) -> int:
-    """Dim-0 entries of every rank's part but the last ones': FSDP2 cuts as `torch.chunk` does."""
-    return -(-parameter.shape[0] // dist.get_world_size())
+    def _rows_per_rank(self, parameter: nn.Parameter) -> int:
+        """Dim-0 entries of every rank's part but the last ones': FSDP2 cuts as `torch.chunk` does."""
+        return -(-parameter.shape[0] // self._shards.size)
 
 
 def _sharded(unit: nn.Module) -> FSDPModule:

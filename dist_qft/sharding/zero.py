@@ -5,7 +5,8 @@ takes the partitioning and its hooks (`DeepSpeedZeRoOffload`) and no training en
 its elements, into N equal parts, each in its own dtype: nothing is cast on the way, NaN-looking bytes survive. A
 decoder layer is gathered as one ("leaf module"), a vocabulary table and each module of the rest on its own.
 
-What one micro-batch gathers, for N ranks and sizes in bytes, each tensor's elements rounded up to a multiple of N:
+What one micro-batch gathers, for N ranks in a shard group (see `shard_group`) and sizes in bytes, each tensor's
+elements rounded up to a multiple of N:
 
     forward   (N-1)/N * (embedding + sum(layers) + rest + head)   head = nothing when tied
     backward  (N-1)/N * (sum(layers) + rest)
@@ -36,6 +37,7 @@ from dist_qft.errors import UserError
 from dist_qft.ranks.collectives import everywhere
 from dist_qft.sharding.engine import Traffic, Units, called_as_head, parameter_owners
 from dist_qft.sharding.host_memory import return_freed_memory_between
+from dist_qft.sharding.shard_group import Setting, ShardGroup
 
 AllGather = Callable[..., Any]
 _UNTIL_HEAD = -1  # the id of no module, among those that use a parameter
@@ -70,9 +72,16 @@ class ZeroEngine:
     gathers_in_backward = True
 
     def __init__(
-        self, *, prefetch_bytes: int = 0, offload: bool = False, options: Mapping[str, Any] | None = None
+        self,
+        *,
+        prefetch_bytes: int = 0,
+        offload: bool = False,
+        options: Mapping[str, Any] | None = None,
+        group: Setting = "world",
+        timeout_seconds: float = 600,
     ) -> None:
         self.traffic = Traffic()
+        self._group_setting, self._timeout_seconds = group, timeout_seconds
         self.prefetch_bytes = prefetch_bytes
         self.offload = offload
         self.options = dict(options or {})
@@ -85,6 +94,8 @@ class ZeroEngine:
             prefetch_bytes=int(sharding.prefetch_megabytes * 2**20),
             offload=sharding.offload,
             options=read_zero_options(config),
+            group=sharding.group,
+            timeout_seconds=sharding.timeout_seconds,
         )
 
     def part_bytes(self, whole: Tensor, ranks: int) -> int:
@@ -108,10 +119,11 @@ class ZeroEngine:
         from deepspeed.utils import set_z3_leaf_module
         from deepspeed.utils.timer import NoopTimer
 
+        self._shards = ShardGroup.make(self._group_setting, device, self._timeout_seconds)
         # The batch size means nothing without a training engine, but DeepSpeed wants one.
         zero = {"stage": 3, "memory_efficient_linear": False, **self.options}
         config = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": zero}
-        partitioner = Init(config_dict_or_path=config)
+        partitioner = Init(config_dict_or_path=config, data_parallel_group=self._shards.process_group)
         for module, name in parameter_owners(units):
             part = self._partition(partitioner, getattr(module, name), device)
             module.register_parameter(name, part)
@@ -149,7 +161,7 @@ class ZeroEngine:
 
     def span(self, parameter: nn.Parameter) -> tuple[int, int]:
         size = _zero(parameter).ds_tensor.numel()
-        begin = min(dist.get_rank() * size, _zero(parameter).ds_numel)
+        begin = min(self._shards.rank * size, _zero(parameter).ds_numel)
         return begin, min(begin + size, _zero(parameter).ds_numel)
 
     def store(self, parameter: nn.Parameter, first: int, rows: Tensor) -> None:
@@ -164,17 +176,19 @@ class ZeroEngine:
         return _zero(parameter).ds_tensor[: end - begin]
 
     def sum_over_shards(self, parts: Tensor) -> Tensor:
-        dist.all_reduce(parts)
+        dist.all_reduce(parts, group=self._shards.process_group)
         return parts
 
     def gather(self, parameter: nn.Parameter) -> Tensor | None:
-        part = _zero(parameter).ds_tensor  # sent as bytes
-        if dist.get_rank() != 0:
-            dist.gather(part.view(torch.uint8))
+        shards, part = self._shards, _zero(parameter).ds_tensor  # sent as bytes
+        if not shards.has_rank_0:
             return None
-        world = dist.get_world_size()
-        whole = part.new_empty(world * part.numel())
-        dist.gather(part.view(torch.uint8), list(whole.view(torch.uint8).chunk(world)))
+        if shards.rank != 0:
+            dist.gather(part.view(torch.uint8), group=shards.process_group)
+            return None
+        whole = part.new_empty(shards.size * part.numel())
+        pieces = list(whole.view(torch.uint8).chunk(shards.size))
+        dist.gather(part.view(torch.uint8), pieces, group=shards.process_group)
         return whole[: _zero(parameter).ds_numel].view(_zero(parameter).ds_shape).cpu()
 
     def release(self) -> None:
@@ -217,8 +231,7 @@ class ZeroEngine:
         stand_in = torch.empty((), dtype=meta.dtype, device=device).expand(meta.shape)
         parameter = nn.Parameter(stand_in, requires_grad=False)
         partitioner._convert_to_deepspeed_param(parameter)
-        world = dist.get_world_size()
-        size = -(-meta.numel() // world)
+        size = -(-meta.numel() // self._shards.size)
         pinned = self.offload and self.options.get("offload_param", {}).get("pin_memory", True)
         part = torch.empty(size, dtype=meta.dtype, device="cpu" if self.offload else device, pin_memory=pinned)
         for name, value in {
@@ -228,14 +241,14 @@ class ZeroEngine:
         }.items():
             setattr(part, name, value)
         zero = _zero(parameter)
-        zero.ds_tensor, zero.ds_numel_aligned = part, world * size
+        zero.ds_tensor, zero.ds_numel_aligned = part, self._shards.size * size
         free_param(parameter)
         zero.all_gather_coalesced = self._counted(zero.all_gather_coalesced)
         return parameter
 
     def _counted(self, all_gather: AllGather) -> AllGather:
         """DeepSpeed's gather of some parameters, counting what this rank receives and how long it waits."""
-        peers = dist.get_world_size() - 1
+        peers = self._shards.size - 1
 
         def counted(parameters: Iterable[nn.Parameter], **arguments: Any) -> "_TimedHandle":
             parameters = list(parameters)

@@ -39,11 +39,11 @@ NORM_BYTES = 5 * 64 * 4
 def plan(tmp_path):
     """A function from overrides to the plan; the model's folder holds a config.json and nothing else."""
 
-    def plan_with(*overrides: str, world_size: int = 1, model: dict = TINY) -> dict:
+    def plan_with(*overrides: str, world_size: int = 1, ranks_per_node: int | None = None, model: dict = TINY) -> dict:
         (tmp_path / "config.json").write_text(json.dumps(model))
         path = tmp_path / "run.yaml"
         path.write_text(f"output_dir: {tmp_path}/out\nmodel: {{path: {tmp_path}}}\nsharding: {{device: cpu}}\n")
-        return make_plan(load_config(path, overrides), world_size)
+        return make_plan(load_config(path, overrides), world_size, ranks_per_node)
 
     return plan_with
 

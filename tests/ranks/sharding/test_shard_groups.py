@@ -1,0 +1,96 @@
+"""`sharding.group`: several whole bases in one run, each over some of the ranks, change neither results nor files."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from dist_qft.base_model.skeleton import build_skeleton
+from dist_qft.base_model.weight_files import open_source
+from dist_qft.config.schema import ModelConfig, QuantizationConfig, RunConfig
+from dist_qft.errors import UserError
+from dist_qft.plan import make_plan
+from dist_qft.sharding.engines import make_engine
+from dist_qft.storage.manifest import sha256_of
+from dist_qft.training.metrics_file import read_history
+from dist_qft.tuned_model.assemble import materialize
+from tests.support.tiny_model import save_tiny_model, tiny_config, tiny_llama_config
+from tests.support.whole_runs import adapter_digest, train
+
+CPU = torch.device("cpu")
+STEPS = 4
+
+
+@dataclass(frozen=True)
+class Found:
+    """What one rank reports of its run."""
+
+    losses: list[float]
+    gathered_bytes: int
+    resident_bytes: int
+
+
+def run_and_count(config: RunConfig, resume: str | None = None) -> Found:
+    """Train, and merge at the end; the bytes are those of the training steps alone."""
+    run = train(config, resume)
+    losses = [record.loss for record in read_history(Path(config.output_dir))]
+    return Found(losses, run.meter.gathered_bytes_per_step, run.parts.engine.resident_bytes())
+
+
+def config_of(model: Path, folder: Path, **sharding: object) -> RunConfig:
+    return tiny_config(
+        model,
+        folder / "run",
+        quantization={"linear": "affine4", "block": [1, 32]},
+        method={"name": "qahira", "pool": 32, "repeat": 1, "rank": 4},
+        train={"max_steps": STEPS, "per_device_train_batch_size": 1},
+        checkpoint={"save_steps": 2, "save_total_limit": 9},
+        sharding={"device": "cpu", "gradient_sum": "invariant", **sharding},
+        merge={"at_end": "gguf"},
+    )
+
+
+@pytest.fixture(scope="module")
+def flat(pools, tiny_gguf, tmp_path_factory):
+    """The same run with one base over all four ranks: its config and what each rank found."""
+    config = config_of(tiny_gguf, tmp_path_factory.mktemp("flat"))
+    return config, pools[4].run(run_and_count, config=config)
+
+
+@pytest.mark.parametrize(("engine", "resumed"), [("fsdp", False), ("zero", True)])
+def test_two_bases_of_two_ranks_each_give_the_same_bits(pools, tiny_gguf, tmp_path, flat, engine, resumed):
+    of_flat, whole = flat
+    config = config_of(tiny_gguf, tmp_path, engine=engine, group=2)
+    resume = f"{of_flat.output_dir}/checkpoint-2" if resumed else None
+    found = pools[4].run(run_and_count, config=config, resume=resume)
+    assert found[0].losses == whole[0].losses[2 if resumed else 0 :]
+    assert adapter_digest(config.output_dir) == adapter_digest(of_flat.output_dir)
+    merged, expected = (Path(each.output_dir) / "merged.gguf" for each in (config, of_flat))
+    assert sha256_of(merged) == sha256_of(expected)
+    plan = make_plan(config, world_size=4, ranks_per_node=2)
+    assert {each.gathered_bytes for each in found} == {plan["gather_bytes_per_step"]}
+    assert max(each.resident_bytes for each in found) == plan["base_bytes_per_rank"]
+    assert plan["between_nodes"]["gather_bytes_per_step"] == 0
+    across = make_plan(of_flat, world_size=4, ranks_per_node=2)
+    assert across["between_nodes"]["gather_bytes_per_step"] == whole[0].gathered_bytes
+
+
+def load_group_of_two(mine: Path, others: Path) -> str:
+    """The refusal where the ranks of the second group find other weights than those of the first."""
+    path = mine if dist.get_rank() < 2 else others
+    model = ModelConfig(path=str(path))
+    base = build_skeleton(model, QuantizationConfig(linear="affine4", block=[8, 4]), torch.float32)
+    try:
+        materialize(base, open_source(model), make_engine("fsdp", group=2), CPU)
+    except UserError as error:
+        return f"{error.everywhere} {error}"
+    return "loaded"
+
+
+def test_groups_that_loaded_different_weights_are_named(pools, tmp_path):
+    one = save_tiny_model(tmp_path / "one", tiny_llama_config(num_hidden_layers=1))
+    other = save_tiny_model(tmp_path / "other", tiny_llama_config(num_hidden_layers=1, initializer_range=0.03))
+    words = "True ranks were started with different weights of the base: rank 2, 3 differs from rank 0"
+    assert pools[4].run(load_group_of_two, mine=one, others=other) == [words] * 4
