@@ -180,9 +180,7 @@ class ShardingConfig(Section):
     engine: Literal["fsdp", "zero", "replicated"] = Field(
         "fsdp", description="how the base is held: sharded by FSDP2 or by DeepSpeed ZeRO-3, or whole on every rank"
     )
-    group: Literal["world", "node"] | Positive = Field(
-        "world", description="fsdp, zero: ranks that hold one base between them: all, a node's, or so many"
-    )
+    group: Literal["world", "node"] | Positive = Field("world", description="fsdp, zero: ranks that share one base")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: CUDA if there is a GPU")
     reshard_after_forward: bool = Field(
         True,
