@@ -29,7 +29,7 @@ from dist_qft.ranks.device import compute_dtype, planned_device
 from dist_qft.sharding.engine import Engine, parameter_owners
 from dist_qft.sharding.engines import engine_of
 from dist_qft.sharding.shard_group import ranks_in_group
-from dist_qft.training.links import between_nodes
+from dist_qft.training.links import Placement, Traffic, between_nodes
 from dist_qft.training.optimizer import checkpoint_bytes, optimizer_bytes
 from dist_qft.tuned_model.task import head_outputs
 
@@ -69,22 +69,17 @@ def make_plan(config: RunConfig, world_size: int, ranks_per_node: int | None = N
     trainable = spec.parameters + head
     tensors = _base_tensors(base)
     engine = engine_of(config)
-    group = ranks_in_group(config.sharding.group, world_size, ranks_per_node or world_size)
+    ranks_per_node = ranks_per_node or world_size
+    group = ranks_in_group(config.sharding.group, world_size, ranks_per_node)
     passes = int(spec.backward_through_base) + int(engine.gathers_in_backward)  # that gather the layers
     head_gathered = head_outputs(config.task) == 0 and not base.tied  # beside the embedding
     gathered = _gather_bytes(base, engine, group, passes=passes, head=head_gathered)
     return {
-        "model": {
-            "path": config.model.path,
-            "type": base.config.model_type,
-            "decoder_layers": len(base.layers),
-            "vocab_size": base.vocab_size,
-            "compute_dtype": str(base.dtype).removeprefix("torch."),
-        },
+        "model": _model(config, base),
         "method": config.method.name,
         "engine": engine.name,
         "world_size": world_size,
-        "nodes": world_size // (ranks_per_node or world_size),
+        "nodes": world_size // ranks_per_node,
         "shard_group": group,
         "trainable_parameters": trainable,
         **_trainables(spec, base),
@@ -95,24 +90,33 @@ def make_plan(config: RunConfig, world_size: int, ranks_per_node: int | None = N
         "gather_bytes_per_step": gathered * accumulation,
         "reduce_bytes_per_step": 4 * trainable,
         "between_nodes": between_nodes(
-            world_size,
-            ranks_per_node or world_size,
-            group,
-            gathered=gathered,
-            accumulation=accumulation,
-            reduced=4 * trainable,
-            invariant=config.sharding.gradient_sum == "invariant",
+            Placement(world_size, ranks_per_node, group),
+            Traffic(gathered, 4 * trainable, accumulation, config.sharding.gradient_sum == "invariant"),
         ),
         "optimizer_bytes": optimizer_bytes(config.train, trainable),
         "checkpoint_bytes": checkpoint_bytes(config.train, trainable),
-        "batch": {
-            "global_batch_size": config.train.global_batch_size,
-            "per_device_train_batch_size": config.train.per_device_train_batch_size,
-            "accumulation_steps": accumulation,
-            "max_length": config.data.max_length if config.data else None,
-        },
+        "batch": _batch(config, accumulation),
         "optimization": _optimization(config.train),
         "warnings": _warnings(config, spec, base),
+    }
+
+
+def _model(config: RunConfig, base: BaseModel) -> dict[str, Any]:
+    return {
+        "path": config.model.path,
+        "type": base.config.model_type,
+        "decoder_layers": len(base.layers),
+        "vocab_size": base.vocab_size,
+        "compute_dtype": str(base.dtype).removeprefix("torch."),
+    }
+
+
+def _batch(config: RunConfig, accumulation: int) -> dict[str, Any]:
+    return {
+        "global_batch_size": config.train.global_batch_size,
+        "per_device_train_batch_size": config.train.per_device_train_batch_size,
+        "accumulation_steps": accumulation,
+        "max_length": config.data.max_length if config.data else None,
     }
 
 

@@ -4,7 +4,7 @@ import pytest
 
 from dist_qft.errors import UserError
 from dist_qft.sharding.shard_group import ranks_in_group
-from dist_qft.training.links import between_nodes
+from dist_qft.training.links import Placement, Traffic, between_nodes
 
 BASE, GRADIENTS = 1_000_000, 8_000  # bytes
 
@@ -27,9 +27,7 @@ def test_groups_that_do_not_divide_the_ranks_are_refused(setting, world_size, ra
 
 
 def links(world_size: int, ranks_per_node: int, group: int, *, invariant: bool = False) -> tuple[int, int, int]:
-    found = between_nodes(
-        world_size, ranks_per_node, group, gathered=BASE, accumulation=4, reduced=GRADIENTS, invariant=invariant
-    )
+    found = between_nodes(Placement(world_size, ranks_per_node, group), Traffic(BASE, GRADIENTS, 4, invariant))
     return found["gather_bytes_per_micro_batch"], found["gather_bytes_per_step"], found["reduce_bytes_per_step"]
 
 
