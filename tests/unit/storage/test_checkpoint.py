@@ -311,9 +311,9 @@ def fill_up(disk: Path) -> None:
 
 def test_a_full_disk_leaves_nothing_behind_and_the_last_checkpoint_whole(tmp_path):
     mount = 'mount -t tmpfs -o size=1m tmpfs "$1" || exit 99; exec "$2" -c "$3" "$1"'
-    program = "import sys, pathlib, test_checkpoint; test_checkpoint.fill_up(pathlib.Path(sys.argv[1]))"
+    program = "import sys; from tests.unit.storage import test_checkpoint as here; here.fill_up(here.Path(sys.argv[1]))"
     words = ["unshare", "-rm", "sh", "-c", mount, "sh", str(tmp_path), sys.executable, program]
-    done = subprocess.run(words, cwd=Path(__file__).parent, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(words, cwd=Path(__file__).parents[3], capture_output=True, text=True, timeout=120)
     if done.returncode in (1, 99) and "Traceback" not in done.stderr:
         pytest.skip(f"no private mounts here: {done.stderr.strip()}")
     assert done.returncode == 0, done.stderr
