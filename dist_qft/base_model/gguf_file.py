@@ -51,6 +51,10 @@ class GgufSource:
         """The tensor's GGUF type, such as 'Q4_1'."""
         return self._tensors[name].type
 
+    def stored_bytes(self, name: str) -> int:
+        """The size of the tensor in the file."""
+        return self._tensors[name].nbytes
+
     def is_float(self, name: str) -> bool:
         return True  # `__init__` refuses integers
 

@@ -166,6 +166,10 @@ def summary(recipe: Recipe, findings: Findings, lossless: bool) -> str:
             f"codes and scales unchanged, zeros within {weights.steps:.2f} of a float16 step of zero + dW, "
             f"a rounding of {of_update}"
         ),
+        "rounded": (
+            f"codes unchanged, constants rounded to float16: weights off by {weights.mean:.1e} on average, "
+            f"{weights.maximum:.1e} at most, a rounding of {of_update}"
+        ),
         "dense": (
             f"weights within {weights.maximum:.1e} of dequantize + dW ({recipe.request.dtype}), "
             f"a rounding of {of_update}"

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from dist_qft.errors import NumericError, UserError
 from dist_qft.merge.difference import Difference
-from dist_qft.methods.adapters.exact_fold import tile_rows, with_folded_zeros
+from dist_qft.methods.adapters.exact_fold import folds_exactly, tile_rows, with_folded_zeros
 from dist_qft.methods.adapters.tile_adapter import TileAdapter
 from dist_qft.quant.contract import Format, Shape, row_chunks
 
@@ -53,6 +53,29 @@ def live_weight(
 ) -> Tensor:
     """The whole weight that the live model computes with, each value rounded once to `dtype`."""
     return torch.cat([rows.live.to(dtype) for rows in live_rows(format, packed, shape, adapter)])
+
+
+def converted(
+    format: Format, packed: Mapping[str, Tensor], shape: Shape, adapter: TileAdapter | None, new: Format, where: str
+) -> dict[str, Tensor]:
+    """The weight that the live model computes with, packed in another format.
+
+    If `new` differs in its constants alone and dW folds, the codes stay and constants are rounded. Otherwise the weight
+    is quantized again.
+
+    Raises:
+        NumericError: the merged weight is not finite.
+        UserError: `new` cannot hold it.
+    """
+    folds = adapter is None or folds_exactly(format, shape, adapter.settings)
+    if folds and new != format and new.keeps_codes_of(format):
+        merged = dict(packed) if adapter is None else with_folded_zeros(format, packed, adapter)
+        for name in merged.keys() - {"codes"}:
+            require_numbers(merged[name], where)
+        return new.from_stored(merged, format, where)
+    exact = live_weight(format, packed, shape, adapter, torch.float32)
+    require_numbers(exact, where)
+    return new.quantize(exact, where)
 
 
 def add_rows(difference: Difference, written: Tensor, exact: Iterable[Rows], adapted: bool) -> None:

@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from dist_qft.base_model.skeleton import BaseModel
 from dist_qft.merge.live_model import LiveModel
-from dist_qft.merge.merged_weight import live_weight
+from dist_qft.merge.merged_weight import converted, live_weight
 from dist_qft.methods.adapters.tile_adapter import TileAdapter
 from dist_qft.quant.contract import Format, PackedShapes, Shape
 from dist_qft.sharding.host_memory import return_freed_memory
@@ -86,7 +86,7 @@ def as_written(live: LiveModel, formats: Mapping[str, Format], dtype: torch.dtyp
     Each weight is converted when it is used, from the gathered tensors: no rank ever holds more than one.
 
     Args:
-        formats: linear layers that are quantized again, and to which format.
+        formats: linear layers that are converted, and to which format.
         dtype: all other weights are rounded to it, dW included; None leaves them alone.
     """
     before = {}
@@ -152,8 +152,8 @@ class WrittenFormat(Format):
         if isinstance(self._written, torch.dtype):
             weight = live_weight(self._stored, packed, shape, self._adapter, self._written).to(dtype)
         else:
-            exact = live_weight(self._stored, packed, shape, self._adapter, torch.float32)
-            weight = self._written.dequantize(self._written.quantize(exact), shape, dtype)
+            written = converted(self._stored, packed, shape, self._adapter, self._written, "weight")
+            weight = self._written.dequantize(written, shape, dtype)
         return weight if out is None else out.copy_(weight)
 
 

@@ -15,7 +15,7 @@ from dist_qft.methods.adapters.schedule import TileSettings
 from dist_qft.quant.contract import Format
 from dist_qft.quant.formats import linear_format
 
-Kind = Literal["exact", "dense", "requantized", "lora"]
+Kind = Literal["exact", "rounded", "dense", "requantized", "lora"]
 Requantize = Literal["nf4", "affine4"]
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -37,10 +37,11 @@ class Recipe:
     """How a request is carried out.
 
     Attributes:
-        kind: `exact` folds dW into zeros, `dense` adds it to dequantized weights, `requantized` quantizes these
-            again, `lora` leaves the base alone and writes the adapters.
+        kind: `exact` folds dW into zeros, `rounded` then also rounds all constants of a layer and keeps its codes,
+            `dense` adds dW to dequantized weights, `requantized` quantizes these again, `lora` leaves the base alone
+            and writes the adapters.
         tiles: the adapters' settings by layer path.
-        formats: for `requantized`, the new format of each linear layer that gets one.
+        formats: for `rounded` and `requantized`, the new format of each linear layer that gets one.
         quantization: the config section that describes the result's linear layers and tables.
     """
 
@@ -57,7 +58,7 @@ class Recipe:
 
     def folds(self, path: str) -> bool:
         """True if dW of this layer goes exactly into its packed tensors."""
-        return self.kind in ("exact", "requantized") and path in self.tiles and path not in self.formats
+        return self.kind in ("exact", "rounded", "requantized") and path in self.tiles and path not in self.formats
 
 
 def require_free(request: MergeRequest) -> None:

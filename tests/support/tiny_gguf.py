@@ -61,6 +61,82 @@ def save_tiny_gguf(
     return path
 
 
+def split_gguf(whole: Path, folder: Path, count: int = 3) -> list[Path]:
+    """The parts of a model as llama.cpp's llama-gguf-split writes them: all metadata in the first one."""
+    reader = gguf.GGUFReader(whole)
+    paths = [folder / f"model-{number:05d}-of-{count:05d}.gguf" for number in range(1, count + 1)]
+    for number, path in enumerate(paths):
+        writer = gguf.GGUFWriter(path, "llama")
+        if number == 0:
+            copy_metadata(reader, writer)
+        writer.add_uint16("split.no", number)
+        writer.add_uint16("split.count", count)
+        writer.add_int32("split.tensors.count", len(reader.tensors))
+        for tensor in reader.tensors[number::count]:
+            writer.add_tensor(tensor.name, tensor.data, raw_dtype=tensor.tensor_type)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+    return paths
+
+
+def copy_metadata(reader: gguf.GGUFReader, writer: gguf.GGUFWriter) -> None:
+    for field in reader.fields.values():
+        if not field.name.startswith("GGUF.") and field.name != "general.architecture":
+            kind = field.types[0]
+            element = field.types[-1] if kind == gguf.GGUFValueType.ARRAY else None
+            writer.add_key_value(field.name, field.contents(), kind, sub_type=element)
+        if field.name == gguf.Keys.General.ALIGNMENT:
+            writer.data_alignment = field.contents()
+
+
+def quantized_again(source: Path, target: Path, type_of: Callable[[str, int], str]) -> Path:
+    """The model of a GGUF file with its matrices in other types, quantized by ggml.
+
+    Args:
+        type_of: the GGUF type of a tensor, from its name and its number of columns.
+    """
+    from tests.support.llama_cpp import quantize
+
+    reader = gguf.GGUFReader(source)
+    writer = gguf.GGUFWriter(target, "llama", use_temp_file=True)
+    copy_metadata(reader, writer)
+    for tensor in reader.tensors:
+        values = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
+        if values.ndim == 1:
+            writer.add_tensor(tensor.name, values)
+            continue
+        kind = gguf.GGMLQuantizationType[type_of(tensor.name, values.shape[1])]
+        writer.add_tensor(tensor.name, quantize(values, kind), raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return target
+
+
+def llama_cpp_type(mixture: str, name: str, columns: int, *, layers: int) -> str:
+    """The type that llama.cpp's `llama_tensor_get_type` gives a tensor of a Llama with fewer than 4 heads per group.
+
+    Args:
+        mixture: Q4_0, Q4_K_M, Q5_K_M, Q6_K, IQ4_NL or Q8_0.
+    """
+    kind = mixture.removesuffix("_M")
+    if name in ("token_embd.weight", "output.weight"):
+        kind = "Q8_0" if kind == "Q8_0" else "Q6_K"
+    elif any(part in name for part in ("attn_v.", "ffn_down.")):
+        layer, eighth = int(name.split(".")[1]), layers // 8
+        more = layer < eighth or layer >= 7 * layers // 8 or (layer - eighth) % 3 == 2
+        if mixture.endswith("_M") and more:
+            kind = "Q6_K"
+        elif mixture == "IQ4_NL" and "ffn_down." in name and layer < eighth:
+            kind = "Q5_K"
+    if columns % 256:  # a row must be whole blocks
+        kind = {"Q4_K": "Q5_0", "Q5_K": "Q5_1", "Q6_K": "Q8_0"}.get(kind, kind)
+    return kind
+
+
 def save_random_gguf(path: Path, layers: int, hidden: int, intermediate: int) -> Path:
     """Any number of bytes: Q4_1 linears of random codes, scales that keep activations finite, a small vocabulary."""
     config = tiny_llama_config(

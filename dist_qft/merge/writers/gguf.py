@@ -1,13 +1,18 @@
 """`--to gguf`: the base's own GGUF file with the adapted layers changed, everything else copied byte for byte.
 
 Where an adapted layer is Q4_1 already, as many bytes change as there are float16 `m` fields: the file is copied and
-patched in place. Where one is F16 or another type, its size changes and the whole file is written anew by the gguf
-library, metadata and untouched tensors as they are. Rows of the attention's q and k are stored permuted (see
-`GgufSource.row_order`), so rows go back to the file's order here.
+patched in place. Where one is of another type, its size changes and the whole file is written anew by the gguf library,
+metadata and untouched tensors as they are; a model in several files becomes one. Rows of the attention's q and k are
+stored permuted (see `GgufSource.row_order`), so rows go back to the file's order here.
+
+Q4_0 is affine4 and becomes Q4_1 exactly: its scale stays, its zero is -8 scale + dW. Q4_K is affine4 with constants of
+more bits than Q4_1's float16 has: codes stay, and the certificate states the rounding of the constants (`rounded`).
 """
 
 import shutil
-from collections.abc import Iterable, Mapping
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import gguf
@@ -29,6 +34,7 @@ from dist_qft.quant.affine4 import Affine4, q4_1_from_affine4
 
 GGUF_FORMAT = Affine4((1, 32))  # bit for bit Q4_1
 _BLOCK_BYTES = 20  # of Q4_1: float16 d, float16 m, 32 codes
+_MB = 1e6
 _M = slice(2, 4)
 
 
@@ -50,7 +56,7 @@ class GgufTarget(MergedModel):
                 "missing; merge --to dense and convert that with llama.cpp's convert_hf_to_gguf.py, or train on a "
                 "GGUF file"
             )
-        recipe = quantized_recipe(request, config, base, tiles)
+        recipe = _of_tiles(quantized_recipe(request, config, base, tiles), base)
         for path in tiles:
             format = recipe.formats.get(path, base.linears[path].format)
             if format != GGUF_FORMAT:
@@ -67,16 +73,27 @@ class GgufTarget(MergedModel):
         return live.adapters.by_path
 
 
+def _of_tiles(recipe: Recipe, base: BaseModel) -> Recipe:
+    """The recipe with formats for adapted layers alone: the file keeps all others as they are."""
+    formats = {path: format for path, format in recipe.formats.items() if path in recipe.tiles}
+    if recipe.kind != "exact":
+        return replace(recipe, formats=formats)
+    for path in recipe.tiles:
+        held = base.linears[path].format
+        if held != GGUF_FORMAT and GGUF_FORMAT.keeps_codes_of(held):
+            formats[path] = GGUF_FORMAT
+    return replace(recipe, kind="rounded" if formats else "exact", formats=formats)
+
+
 class GgufWriter:
     """Writes one GGUF file; see `target.Writer`."""
 
     def __init__(self, live: LiveModel, recipe: Recipe, source: Path) -> None:
         self.recipe = recipe
-        self._path = source
         self._source = GgufSource(source)
         self._weights = live.weights()
         self._adapters = live.adapters.by_path
-        self._patches = all(self._is_q4_1(path) for path in recipe.tiles)
+        self._patches = len(self._source.files) == 1 and all(self._is_q4_1(path) for path in recipe.tiles)
 
     def notes(self) -> list[str]:
         others = [
@@ -94,9 +111,25 @@ class GgufWriter:
 
     def open(self, temporary: Path) -> OpenResult:
         if self._patches:
-            return OpenGguf(self, PatchedFile(self._path, temporary))
+            return OpenGguf(self, PatchedFile(self._source.files[0], temporary))
+        print(self.size_change(), flush=True)
         in_order = [self.stored_name(path) for path in self._weights if path in self.recipe.tiles]
-        return OpenGguf(self, RewrittenFile(self._path, temporary, in_order))
+        return OpenGguf(self, RewrittenFile(self._source.files, temporary, in_order))
+
+    def size_change(self) -> str:
+        """How much larger or smaller than the base the file will be, and why; one line."""
+        names = [f"{path}.weight" for path in self.recipe.tiles]
+        types = Counter(self._source.gguf_type(name) for name in names)
+        before = sum(file.stat().st_size for file in self._source.files)
+        elements = sum(
+            self._weights[path].weight_shape[0] * self._weights[path].weight_shape[1] for path in self.recipe.tiles
+        )
+        change = elements // 32 * _BLOCK_BYTES - sum(self._source.stored_bytes(name) for name in names)
+        were = ", ".join(f"{count} {type}" for type, count in sorted(types.items()))
+        return (
+            f"adapted tensors become Q4_1 (they are {were}): "
+            f"{before / _MB:.1f} MB -> {(before + change) / _MB:.1f} MB ({change / before:+.1%})"
+        )
 
     def stored_name(self, path: str) -> str:
         return self._source.stored_name(f"{path}.weight")
@@ -173,19 +206,22 @@ class PatchedFile:
 
 
 class RewrittenFile:
-    """A GGUF file with the metadata of another, its tensors, and some of them replaced by Q4_1 in a given order."""
+    """One GGUF file with metadata and tensors of others, and some tensors replaced by Q4_1 in a given order.
 
-    def __init__(self, source: Path, target: Path, replaced: list[str]) -> None:
-        reader = gguf.GGUFReader(source)
+    Metadata is the first file's.
+    """
+
+    def __init__(self, sources: Sequence[Path], target: Path, replaced: list[str]) -> None:
+        readers = [(source, gguf.GGUFReader(source)) for source in sources]
+        first, reader = readers[0]
         field = reader.get_field(gguf.Keys.General.ARCHITECTURE)
         if field is None:
-            raise CorruptFileError(f"{source}: a GGUF file without '{gguf.Keys.General.ARCHITECTURE}'")
-        architecture = field.contents()
-        self._writer = gguf.GGUFWriter(target, architecture, endianess=reader.endianess)
+            raise CorruptFileError(f"{first}: a GGUF file without '{gguf.Keys.General.ARCHITECTURE}'")
+        self._writer = gguf.GGUFWriter(target, field.contents(), endianess=reader.endianess)
         self._copy_metadata(reader)
-        tensors = {tensor.name: tensor for tensor in reader.tensors}
-        kept = [tensor for tensor in reader.tensors if tensor.name not in replaced]
-        for tensor in kept:
+        tensors = {tensor.name: tensor for _, each in readers for tensor in each.tensors}
+        kept = [(source, tensor) for source, each in readers for tensor in each.tensors if tensor.name not in replaced]
+        for _, tensor in kept:
             data = tensor.data
             self._writer.add_tensor_info(tensor.name, data.shape, data.dtype, data.nbytes, tensor.tensor_type)
         for name in replaced:
@@ -197,7 +233,7 @@ class RewrittenFile:
         self._writer.write_header_to_file()
         self._writer.write_kv_data_to_file()
         self._writer.write_ti_data_to_file()
-        for tensor in kept:
+        for source, tensor in kept:
             offset, size = int(tensor.data_offset), int(tensor.n_bytes)
             self._writer.write_tensor_data(np.fromfile(source, np.uint8, size, offset=offset))
 
@@ -211,12 +247,14 @@ class RewrittenFile:
 
     def _copy_metadata(self, reader: gguf.GGUFReader) -> None:
         for field in reader.fields.values():
-            # The library writes the header's own counts and the architecture itself.
-            if field.name.startswith("GGUF.") or field.name == gguf.Keys.General.ARCHITECTURE:
+            # The library writes the header's own counts and the architecture itself. The result is not split.
+            if field.name.startswith(("GGUF.", "split.")) or field.name == gguf.Keys.General.ARCHITECTURE:
                 continue
             value, kind = field.contents(), field.types[0]
             if field.name == gguf.Keys.General.FILE_TYPE:
                 value = int(gguf.LlamaFileType.MOSTLY_Q4_1)
+            if field.name == gguf.Keys.General.ALIGNMENT:
+                self._writer.data_alignment = int(value)
             element = field.types[-1] if kind == gguf.GGUFValueType.ARRAY else None
             self._writer.add_key_value(field.name, value, kind, sub_type=element)
 

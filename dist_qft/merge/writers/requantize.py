@@ -1,4 +1,4 @@
-"""One layer quantized again, with dW in it, and the error that this makes."""
+"""One layer in another format, with dW in it, and the error that this makes."""
 
 from collections.abc import Mapping
 
@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from dist_qft.merge.difference import Difference
-from dist_qft.merge.merged_weight import add_rows, live_rows, live_weight, require_numbers
+from dist_qft.merge.merged_weight import add_rows, converted, live_rows
 from dist_qft.methods.adapters.tile_adapter import TileAdapter
 from dist_qft.quant.contract import Format
 from dist_qft.quant.frozen import FrozenWeight
@@ -26,9 +26,7 @@ def requantized(
         NumericError: the merged weight is not finite.
     """
     shape = weight.weight_shape
-    exact = live_weight(weight.format, packed, shape, adapter, torch.float32)
-    require_numbers(exact, path)
-    written = new.quantize(exact, path)
+    written = converted(weight.format, packed, shape, adapter, new, path)
     values = new.dequantize(written, shape, torch.float32)
     add_rows(difference, values, live_rows(weight.format, packed, shape, adapter), adapter is not None)
     return written

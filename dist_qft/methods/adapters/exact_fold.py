@@ -14,7 +14,7 @@ from torch import Tensor
 from dist_qft.divisors import either
 from dist_qft.methods.adapters.schedule import TileSettings
 from dist_qft.methods.adapters.tile_adapter import TileAdapter
-from dist_qft.quant.contract import FoldTarget, Format
+from dist_qft.quant.contract import FoldTarget, Format, Shape
 from dist_qft.quant.frozen import FrozenLinear
 
 _ROWS = 256  # tile rows multiplied at a time
@@ -29,17 +29,26 @@ def zeros_of(format: Format) -> FoldTarget:
 
 def folding_obstacle(tiles: Mapping[str, TileSettings], linears: Mapping[str, FrozenLinear]) -> str | None:
     """Why adapters of these tiles do not all fold exactly, with the nearest settings that would; None if they do."""
-    faults = [fault for path, settings in tiles.items() if (fault := _obstacle(path, linears[path], settings))]
+    faults = []
+    for path, settings in tiles.items():
+        layer = linears[path]
+        if fault := _obstacle(path, layer.format, layer.weight_shape, settings):
+            faults.append(fault)
     more = f" (and {len(faults) - 1} more layers)" if len(faults) > 1 else ""
     return f"{faults[0]}{more}" if faults else None
 
 
-def _obstacle(path: str, layer: FrozenLinear, settings: TileSettings) -> str | None:
-    target = layer.format.fold_target
+def folds_exactly(format: Format, shape: Shape, settings: TileSettings) -> bool:
+    """True if an adapter of these tiles folds exactly into a weight (out_features, in_features) in this format."""
+    return _obstacle("", format, shape, settings) is None
+
+
+def _obstacle(path: str, format: Format, shape: Shape, settings: TileSettings) -> str | None:
+    target = format.fold_target
     if target is None:
-        return f"{path} is {layer.format.name}, {layer.format.fold_obstacle}; quantization.linear: affine4 has"
+        return f"{path} is {format.name}, {format.fold_obstacle}; quantization.linear: affine4 has"
     faults = []
-    sides = (("repeat", settings.repeat, layer.out_features), ("pool", settings.pool, layer.in_features))
+    sides = (("repeat", settings.repeat, shape[0]), ("pool", settings.pool, shape[1]))
     for (knob, value, size), block in zip(sides, target.block, strict=True):
         if value % block:
             legal = [factor for factor in range(block, size + 1, block) if size % factor == 0]

@@ -9,8 +9,11 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import dist_qft
+from dist_qft.merge.verify import run_verify
+from tests.support.llama_cpp import quantize
 from tests.support.merges import GGUF_RUN, merge_run
-from tests.support.tiny_gguf import metadata_of, save_tiny_gguf, tensors_of
+from tests.support.tiny_gguf import metadata_of, save_tiny_gguf, split_gguf, tensors_of
+from tests.support.tiny_model import tiny_llama_config
 
 IDS = torch.tensor([[5, 40, 77, 120, 33, 9, 201, 60, 12, 300]])
 PARTIAL = {"method": {**GGUF_RUN["method"], "targets": ["q_proj", "k_proj", "down_proj"]}}
@@ -144,3 +147,57 @@ def test_lora_can_be_quantized_into_a_gguf_file_with_its_error_printed(pools, ma
     assert difference > 100 * float((hugging_face_logits(path) - dist_qft.load(path).logits(IDS)).abs().max())
     assert difference == pytest.approx(certificate.logits.maximum, rel=1)
     assert metadata_of(path) == metadata_of(tiny_gguf)
+
+
+@pytest.fixture(scope="module")
+def mixture(tmp_path_factory) -> Path:
+    """Q4_K and Q4_0 with Q6_K among them, aligned to 64 bytes, in three files."""
+    folder = tmp_path_factory.mktemp("mixture")
+    whole = save_tiny_gguf(
+        folder / "whole.gguf",
+        "Q4_K",
+        others={"v_proj": "Q6_K", "down_proj": "Q6_K", "o_proj": "Q4_0"},
+        config=tiny_llama_config(hidden_size=256, intermediate_size=256, num_hidden_layers=2),
+        quantize=quantize,
+        finish=lambda writer: writer.add_custom_alignment(64),
+    )
+    return split_gguf(whole, folder)[0]
+
+
+def mixture_run(make_run, path: Path, targets: list[str]) -> Path:
+    method = {**GGUF_RUN["method"], "targets": targets}
+    return make_run(path, size=0.05, quantization={"linear": "auto", "block": None}, method=method)
+
+
+def test_adapted_tensors_of_4_bits_keep_their_codes_as_q4_1(pools, make_run, mixture, tmp_path):
+    run, path = mixture_run(make_run, mixture, ["q_proj", "k_proj", "o_proj"]), tmp_path / "merged.gguf"
+    certificate = pools[2].run(merge_run, source=run, target="gguf", path=path)[0]
+    assert certificate.kind == "rounded" and not certificate.lossless and not certificate.notes
+    assert 0 < certificate.weights.rounding_share_of_update < 0.02
+    before = {name: each for part in sorted(mixture.parent.glob("model-*")) for name, each in tensors_of(part).items()}
+    after = tensors_of(path)
+    assert before.keys() == after.keys() and metadata_of(path)["general.alignment"] == 64
+    assert not any(key.startswith("split.") for key in metadata_of(path))
+    for name, (kind, raw) in before.items():
+        adapted = name.split(".")[-2] in ("attn_q", "attn_k", "attn_output")
+        assert after[name][0] == ("Q4_1" if adapted else kind), name
+        assert adapted or np.array_equal(after[name][1], raw), name
+    old, new = (each["blk.1.attn_output.weight"][1].reshape(-1, size) for each, size in ((before, 18), (after, 20)))
+    assert np.array_equal(old[:, :2], new[:, :2]) and np.array_equal(old[:, 2:], new[:, 4:])  # scales and codes of Q4_0
+    live = dist_qft.load(run).logits(IDS)
+    assert (hugging_face_logits(path) - live).abs().max() < 0.01 * live.abs().max()
+    run_verify(path)
+
+
+def test_other_types_are_refused_or_quantized_again_alone(pools, make_run, mixture, tmp_path):
+    run, path = mixture_run(make_run, mixture, ["q_proj", "v_proj"]), tmp_path / "merged.gguf"
+    with pytest.raises(Exception, match=r"v_proj is q8_0, .*--requantize"):
+        pools[1].run(merge_run, source=run, target="gguf", path=path)
+    certificate = pools[1].run(merge_run, source=run, target="gguf", path=path, requantize="affine4")[0]
+    kinds = {
+        name: kind for name, (kind, _) in tensors_of(path).items() if name.startswith("blk.1.") and "norm" not in name
+    }
+    assert {name for name, kind in kinds.items() if kind == "Q4_1"} == {"blk.1.attn_q.weight", "blk.1.attn_v.weight"}
+    assert kinds["blk.1.ffn_down.weight"] == "Q6_K" and certificate.kind == "requantized" and not certificate.notes
+    difference = dist_qft.load(path).logits(IDS) - dist_qft.load(run).logits(IDS)
+    assert float(difference.abs().max()) == pytest.approx(certificate.logits.maximum, rel=1)

@@ -13,7 +13,7 @@ from dist_qft.base_model.gguf_config import check_sizes
 from dist_qft.base_model.gguf_file import GgufSource
 from dist_qft.base_model.gguf_header import GgufHeader, read_header
 from dist_qft.errors import CorruptFileError, DistQFTError, UserError
-from tests.support.tiny_gguf import save_tiny_gguf
+from tests.support.tiny_gguf import save_tiny_gguf, split_gguf
 
 
 @pytest.fixture(scope="module")
@@ -150,32 +150,8 @@ def test_what_has_no_place_is_refused(tmp_path):
 # --- models in several files -----------------------------------------------------------------------------------------
 
 
-def split(whole: Path, folder: Path, count: int = 3) -> list[Path]:
-    """The parts of a model as llama.cpp's llama-gguf-split writes them: all metadata in the first one."""
-    reader = gguf.GGUFReader(whole)
-    paths = [folder / f"model-{number:05d}-of-{count:05d}.gguf" for number in range(1, count + 1)]
-    for number, path in enumerate(paths):
-        writer = gguf.GGUFWriter(path, "llama")
-        if number == 0:
-            for field in reader.fields.values():
-                if not field.name.startswith("GGUF.") and field.name != "general.architecture":
-                    kind = field.types[0]
-                    element = field.types[-1] if kind == gguf.GGUFValueType.ARRAY else None
-                    writer.add_key_value(field.name, field.contents(), kind, sub_type=element)
-        writer.add_uint16("split.no", number)
-        writer.add_uint16("split.count", count)
-        writer.add_int32("split.tensors.count", len(reader.tensors))
-        for tensor in reader.tensors[number::count]:
-            writer.add_tensor(tensor.name, tensor.data, raw_dtype=tensor.tensor_type)
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.write_tensors_to_file()
-        writer.close()
-    return paths
-
-
 def test_a_model_in_several_files_is_the_model(whole, tmp_path):
-    paths = split(whole, tmp_path)
+    paths = split_gguf(whole, tmp_path)
     one, several = GgufSource(whole), GgufSource(paths[0])
     assert several.names() == one.names() and several.files == paths
     for name in one.names():
@@ -190,7 +166,7 @@ def test_a_model_in_several_files_is_the_model(whole, tmp_path):
 
 
 def test_parts_that_are_missing_exchanged_or_repeated(whole, tmp_path):
-    paths = split(whole, tmp_path)
+    paths = split_gguf(whole, tmp_path)
     shutil.copy(paths[0], tmp_path / "first.gguf")
     with pytest.raises(UserError, match="part of a model in 3 files"):
         GgufSource(tmp_path / "first.gguf")
