@@ -1,33 +1,70 @@
-"""The CUDA kernels by Triton's interpreter, on a CPU: the same bits as the formats' own arithmetic. Not their speed."""
+"""The CUDA kernels without a GPU: by Triton's interpreter the same bits as the formats' own arithmetic, and compiled
+ahead of time for each architecture. Not their speed.
+"""
 
 import os
 import subprocess
 import sys
+from typing import Any
 
 import pytest
 
 COMPARE = """
 import torch
 from dist_qft.quant.affine4 import Affine4
+from dist_qft.quant.affine4_gathered import Affine4Gathered
+from dist_qft.quant.codebook4 import Codebook4
 from dist_qft.quant.nibbles import group_width
 from dist_qft.quant.q8_0 import Q8_0
-from dist_qft.quant.triton_kernels import dequantize_affine4, dequantize_q8_0
+from dist_qft.quant.triton_kernels import (
+    dequantize_affine4, dequantize_affine4_gathered, dequantize_codebook4, dequantize_q8_0
+)
+
+def check(format, packed, shape, dtype, write):
+    out = torch.full(shape, float("nan"), dtype=dtype)
+    write(out)
+    expected = format.dequantize(packed, shape, dtype)
+    if dtype == torch.bfloat16:  # the interpreter cuts off where a GPU rounds
+        expected = format.dequantize(packed, shape, torch.float32)
+        expected = (expected.view(torch.int32) & -65536).view(torch.float32).bfloat16()
+    assert torch.equal(out, expected), (format, shape, dtype)
+
+def random_packed(format, shape):  # any codes; scales that no sum makes infinite
+    generator = torch.Generator().manual_seed(0)
+    packed = {}
+    for name, (size, kind) in format.packed_shapes(shape).items():
+        if kind == torch.uint8:
+            packed[name] = torch.randint(0, 256, size, generator=generator).to(torch.uint8)
+        elif kind == torch.int32:
+            packed[name] = torch.randint(0, format.groups, size, generator=generator).to(torch.int32)
+        else:
+            packed[name] = (torch.randn(size, generator=generator) * 2).to(kind)
+    if getattr(format, "kind", None) == "mxfp4":
+        packed["scale"] = packed["scale"] % 16 + 120
+    return packed
 
 for dtype in (torch.float32, torch.float16, torch.bfloat16):
     for shape, block in [((16, 64), (1, 32)), ((16, 576), (8, 4)), ((24, 40), (3, 5)), ((2, 1056), (1, 1056))]:
         weight = torch.randn(shape, generator=torch.Generator().manual_seed(0)) * 3 + 0.5
         for format in (Affine4(block), Affine4(block, "float32"), Q8_0(), Q8_0(16, "float32")):
             packed = format.quantize(weight)
-            out = torch.full(shape, float("nan"), dtype=dtype)
             if isinstance(format, Affine4):
-                dequantize_affine4(packed, format.block, group_width(shape[1]), out)
+                args = packed, format.block, group_width(shape[1])
+                check(format, packed, shape, dtype, lambda out: dequantize_affine4(*args, out))
             else:
-                dequantize_q8_0(packed, format.block_in(shape[1]), out)
-            expected = format.dequantize(packed, shape, dtype)
-            if dtype == torch.bfloat16:  # the interpreter cuts off where a GPU rounds
-                expected = format.dequantize(packed, shape, torch.float32)
-                expected = (expected.view(torch.int32) & -65536).view(torch.float32).bfloat16()
-            assert torch.equal(out, expected), (format, shape, dtype)
+                args = packed, format.block_in(shape[1])
+                check(format, packed, shape, dtype, lambda out: dequantize_q8_0(*args, out))
+    for shape in ((6, 64), (3, 1056)):
+        for format in (Affine4Gathered(5), Affine4Gathered(1, "float32")):
+            packed = random_packed(format, shape)
+            if format.constants == "float32":
+                packed["scale"] = packed["scale"].half().float()
+            write = lambda out: dequantize_affine4_gathered(packed, group_width(shape[1]), out)
+            check(format, packed, shape, dtype, write)
+        for format in map(Codebook4, ("mxfp4", "nvfp4", "nvfp4-divided")):
+            packed = random_packed(format, shape)
+            args = packed["codes"], format.scales(packed), format.block
+            check(format, packed, shape, dtype, lambda out: dequantize_codebook4(*args, out))
 print("equal")
 """
 
@@ -38,3 +75,39 @@ def test_kernels_give_the_formats_bits():
     done = subprocess.run([sys.executable, "-c", COMPARE], env=env, capture_output=True, text=True, timeout=180)
     assert done.returncode == 0, done.stderr
     assert done.stdout == "equal\n"
+
+
+POINTERS = {"codes": "*u8", "group": "*i32", "columns": "i32", "groups": "i32"}
+# kernel, types of its constants, numbers that it is compiled for
+VARIANTS: list[tuple[str, dict[str, str], dict[str, int]]] = [
+    ("_affine4_kernel", {"scale": "*fp16", "zero": "*fp16"}, {"B_OUT": 1, "B_IN": 32, "GROUP": 32}),
+    ("_affine4_kernel", {"scale": "*fp32", "zero": "*fp32"}, {"B_OUT": 8, "B_IN": 4, "GROUP": 2}),
+    ("_affine4_gathered_kernel", {"scale": "*fp16", "zero": "*fp16"}, {"GROUP": 32}),
+    ("_affine4_gathered_kernel", {"scale": "*fp32", "zero": "*fp32"}, {"GROUP": 32}),
+    ("_q8_0_kernel", {"codes": "*i8", "scale": "*fp16"}, {"BLOCK": 32}),
+    ("_q8_0_kernel", {"codes": "*i8", "scale": "*fp32"}, {"BLOCK": 16}),
+    ("_codebook4_kernel", {"scale": "*fp32"}, {"BLOCK": 32}),
+    ("_codebook4_kernel", {"scale": "*fp32"}, {"BLOCK": 16}),
+]
+
+
+@pytest.mark.parametrize("capability", [80, 90, 100, 120])
+def test_kernels_compile_without_a_gpu(capability):
+    """For bfloat16 and float32 results; a multiple of 16 columns or not."""
+    pytest.importorskip("triton")
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+    from triton.compiler import compile as compile_kernel
+
+    from dist_qft.quant import triton_kernels
+
+    for name, constants, numbers in VARIANTS:
+        kernel: Any = getattr(triton_kernels, name)
+        for result, hints in (("*bf16", {}), ("*fp32", "aligned")):
+            types = {**POINTERS, **constants, "out": result, **dict.fromkeys((*numbers, "WIDTH"), "constexpr")}
+            signature = {argument: types[argument] for argument in kernel.arg_names}
+            run_time = [index for index, kind in enumerate(signature.values()) if kind != "constexpr"]
+            attributes = {(index,): [["tt.divisibility", 16]] for index in run_time} if hints else {}
+            source = ASTSource(kernel, signature, {**numbers, "WIDTH": 512}, attributes)
+            compiled = compile_kernel(source, target=GPUTarget("cuda", capability, 32))
+            assert compiled.asm["cubin"] and compiled.metadata.shared == 0, (name, result)
