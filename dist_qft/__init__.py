@@ -2,6 +2,8 @@
 
 from typing import TYPE_CHECKING
 
+from dist_qft.base_model.transformers_hook import register_with_transformers
+
 if TYPE_CHECKING:
     from os import PathLike
 
@@ -10,6 +12,8 @@ if TYPE_CHECKING:
     from dist_qft.tuned_model.loaded_model import LoadedModel
 
 __version__ = "0.1.0"
+
+register_with_transformers()
 
 
 def load(

@@ -31,7 +31,7 @@ class OutputHead(nn.Module):
 
     def forward(self, hidden: Tensor) -> Tensor:
         """Raw logits (..., vocabulary) of hidden states (..., dim)."""
-        return self._weights[0](hidden, use=_project)
+        return self._weights[0](hidden, use=project)
 
     def loss(self, hidden: Tensor, targets: Tensor, with_gradient: bool) -> tuple[Tensor, Tensor | None]:
         """Summed cross entropy of (tokens, dim) against (tokens,), and its gradient; no autograd inside."""
@@ -54,7 +54,8 @@ class OutputHead(nn.Module):
             return self._weights[0](hidden, use=use).detach(), gradient
 
 
-def _project(table: FrozenEmbedding, hidden: Tensor) -> Tensor:
+def project(table: FrozenEmbedding, hidden: Tensor) -> Tensor:
+    """Logits (..., vocabulary) of hidden states (..., dim): products with the rows of the table, some at a time."""
     step = 16384  # rows dequantized at a time: bounds the dense copy of a quantized head
     starts = range(0, table.num_embeddings, step)
     return torch.cat([hidden @ table.rows(s, min(s + step, table.num_embeddings)).T for s in starts], dim=-1)

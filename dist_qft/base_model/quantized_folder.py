@@ -1,6 +1,6 @@
 """Our own folder of a quantized model: what `merge --to quantized` writes, and a base like any other.
 
-    config.json, tokenizer files     as in a Hugging Face folder
+    config.json, tokenizer files     as in a Hugging Face folder; `quantization_config` says the formats to transformers
     packed*.safetensors              `<module path>.<packed tensor>` of every frozen weight; norms and biases by name
     quantization.json                the formats: the config section they came from, and format and shape by module
 
@@ -18,11 +18,13 @@ from torch import Tensor
 from dist_qft.base_model.sources import Rows, SafetensorsSource, dequantized_rows
 from dist_qft.config.schema import QuantizationConfig
 from dist_qft.errors import CorruptFileError, UserError
-from dist_qft.quant.contract import Format, row_entries
+from dist_qft.quant.contract import Format, Shape, row_entries
 from dist_qft.quant.formats import described_format
 
 QUANTIZATION_FILE = "quantization.json"
 WEIGHTS_NAME = "packed"
+SINGLE_FILE = f"{WEIGHTS_NAME}.safetensors"
+METHOD = "dist_qft"  # `quant_method` in config.json
 _VERSION = 1
 
 
@@ -36,7 +38,8 @@ class QuantizedSource:
     def __init__(self, folder: Path) -> None:
         self.where = str(folder)
         self._weights = _manifest(folder)["weights"]
-        self._formats = {path: _format(folder, entry["format"]) for path, entry in self._weights.items()}
+        described = described_weights(self._weights, str(folder / QUANTIZATION_FILE))
+        self._formats = {path: format for path, (format, _) in described.items()}
         self._files = SafetensorsSource(folder)
 
     def names(self) -> set[str]:
@@ -86,11 +89,24 @@ def manifest_of(quantization: QuantizationConfig, weights: Mapping[str, tuple[Fo
     }
 
 
-def _format(folder: Path, description: Mapping[str, Any]) -> Format:
+def transformers_settings(manifest: Mapping[str, Any], weights_file: str) -> dict[str, Any]:
+    """The `quantization_config` that config.json gets; see `transformers_quantizer`."""
+    return {"quant_method": METHOD, "weights_file": weights_file, "weights": manifest["weights"]}
+
+
+def described_weights(weights: Mapping[str, Any], where: str) -> dict[str, tuple[Format, Shape]]:
+    """Format and shape of each packed weight by module path.
+
+    Raises:
+        CorruptFileError: a description that this version does not know; `where` names its file.
+    """
     try:
-        return described_format(description)
-    except (UserError, TypeError) as error:
-        raise CorruptFileError(f"{folder / QUANTIZATION_FILE}: not a format of this version: {error}") from error
+        return {
+            path: (described_format(entry["format"]), (int(entry["shape"][0]), int(entry["shape"][1])))
+            for path, entry in weights.items()
+        }
+    except (UserError, TypeError, KeyError, ValueError, IndexError, AttributeError) as error:
+        raise CorruptFileError(f"{where}: not a format of this version: {error}") from error
 
 
 def _manifest(folder: Path) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""The door to what lies at `model.path`: it finds the source that reads it."""
+"""Choose the source that reads the files at `model.path`."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -8,7 +8,7 @@ from transformers import PretrainedConfig
 
 from dist_qft.base_model.bitsandbytes_folder import BitsAndBytesSource, is_nf4
 from dist_qft.base_model.gguf_file import GgufSource
-from dist_qft.base_model.quantized_folder import QuantizedSource, is_quantized_folder
+from dist_qft.base_model.quantized_folder import METHOD, QUANTIZATION_FILE, QuantizedSource, is_quantized_folder
 from dist_qft.base_model.quantized_weights import (
     READABLE,
     has_reader,
@@ -17,7 +17,7 @@ from dist_qft.base_model.quantized_weights import (
 )
 from dist_qft.base_model.sources import SafetensorsSource, TensorSource
 from dist_qft.config.schema import ModelConfig, QuantizationConfig
-from dist_qft.errors import UserError
+from dist_qft.errors import CorruptFileError, UserError
 
 
 def open_source(model: ModelConfig) -> TensorSource:
@@ -31,13 +31,15 @@ def open_source(model: ModelConfig) -> TensorSource:
     settings = quantization_settings(folder)
     if settings is None:
         return SafetensorsSource(folder)
+    if settings.get("quant_method") == METHOD:
+        raise CorruptFileError(f"{folder}: config.json says {METHOD}, but there is no {QUANTIZATION_FILE}")
     require_readable(settings, str(folder))
     return BitsAndBytesSource(folder) if is_nf4(settings) else open_packed_folder(folder, settings)
 
 
 def require_readable(settings: Mapping[str, Any], where: str) -> None:
     """Refuse a `quantization_config` of weights that no reader knows."""
-    if not is_nf4(settings) and not has_reader(settings):
+    if settings.get("quant_method") != METHOD and not is_nf4(settings) and not has_reader(settings):
         kind = settings.get("bnb_4bit_quant_type") if settings.get("load_in_4bit") else None
         words = " ".join(str(word) for word in (settings.get("quant_method", "a method without a name"), kind) if word)
         raise UserError(f"model.path: '{where}' is already quantized by {words}; need {READABLE}")
@@ -65,7 +67,7 @@ def quantized_source(model: ModelConfig) -> TensorSource | None:
 
 
 def _quantization_config(model: ModelConfig) -> dict[str, Any] | None:
-    """What the model's config.json says of quantized weights; None if nothing."""
+    """The `quantization_config` of the model's config.json; None if it has none."""
     tree, _ = PretrainedConfig.get_config_dict(model.path, revision=model.revision)
     found = tree.get("quantization_config")
     return found if isinstance(found, dict) else None

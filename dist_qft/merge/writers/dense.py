@@ -1,6 +1,8 @@
 """`--to dense`: a Hugging Face folder whose weights are plain floats."""
 
 from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -57,4 +59,7 @@ class DenseForm:
             yield f"{path}.weight", rows
 
     def extra_files(self) -> dict[str, str]:
+        return {}
+
+    def config_entries(self, folder: Path) -> dict[str, Any]:
         return {}

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -14,7 +14,7 @@ from dist_qft.errors import UserError
 from dist_qft.merge.difference import Difference
 from dist_qft.merge.live_model import LiveModel
 from dist_qft.merge.recipe import MergeRequest
-from dist_qft.merge.writers.model_files import write_model_files
+from dist_qft.merge.writers.model_files import CONFIG, edit_json, write_model_files
 from dist_qft.merge.writers.safetensors_folder import Entry, SafetensorsFolder
 
 
@@ -39,6 +39,9 @@ class WeightForm(Protocol):
 
     def extra_files(self) -> dict[str, str]:
         """Text files that belong to the form, by name."""
+
+    def config_entries(self, folder: Path) -> dict[str, Any]:
+        """What config.json says of the form; called when the weights' files have been begun."""
 
 
 def require_folder(request: MergeRequest) -> None:
@@ -74,6 +77,7 @@ class FolderWriter:
         files = SafetensorsFolder(temporary, self._form.stem, entries)
         for name, tensor in others.items():
             files.write(name, tensor)
+        edit_json(temporary / CONFIG, lambda content: content | self._form.config_entries(temporary))
         return OpenFolder(self._form, files)
 
 

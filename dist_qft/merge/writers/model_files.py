@@ -37,10 +37,10 @@ def write_model_files(folder: Path, model: ModelConfig, base: BaseModel, dtype: 
         _write_from_gguf(folder, model)
     else:
         _copy_files(_own_files(model), folder)
-    _edit_json(folder / CONFIG, lambda content: _merged_config(content, base, dtype, folder))
+    edit_json(folder / CONFIG, lambda content: _merged_config(content, base, dtype, folder))
     tokenizer = load_tokenizer(model)
     stops = stop_ids(eos_ids(model, base.config), tokenizer)
-    _edit_json(folder / GENERATION_CONFIG, lambda content: _with_stops(content, stops))
+    edit_json(folder / GENERATION_CONFIG, lambda content: _with_stops(content, stops))
 
 
 def _own_files(model: ModelConfig) -> Path:
@@ -71,7 +71,7 @@ def _write_from_gguf(folder: Path, model: ModelConfig) -> None:
     config.save_pretrained(folder)
     tokenizer = load_tokenizer(model)
     tokenizer.save_pretrained(folder)
-    _edit_json(folder / TOKENIZER_CONFIG, lambda content: _plain_tokenizer_config(content, tokenizer.chat_template))
+    edit_json(folder / TOKENIZER_CONFIG, lambda content: _plain_tokenizer_config(content, tokenizer.chat_template))
 
 
 def _plain_tokenizer_config(content: dict[str, Any], template: object) -> dict[str, Any]:
@@ -143,7 +143,7 @@ def _with_stops(content: dict[str, Any], stops: list[int]) -> dict[str, Any]:
     return {**content, "eos_token_id": merged if len(merged) > 1 else merged[0]}
 
 
-def _edit_json(path: Path, edit: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
+def edit_json(path: Path, edit: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
     """Rewrite a JSON file, or make it, if `edit` changes its content."""
     before = json.loads(path.read_bytes()) if path.is_file() else {}
     after = edit(before)

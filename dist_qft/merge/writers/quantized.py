@@ -2,10 +2,18 @@
 
 import json
 from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
-from dist_qft.base_model.quantized_folder import QUANTIZATION_FILE, WEIGHTS_NAME, manifest_of
+from dist_qft.base_model.quantized_folder import (
+    QUANTIZATION_FILE,
+    SINGLE_FILE,
+    WEIGHTS_NAME,
+    manifest_of,
+    transformers_settings,
+)
 from dist_qft.base_model.skeleton import BaseModel
 from dist_qft.config.schema import RunConfig
 from dist_qft.merge.difference import Difference
@@ -60,12 +68,20 @@ class PackedForm:
             yield f"{path}.{name}", tensor
 
     def extra_files(self) -> dict[str, str]:
+        return {QUANTIZATION_FILE: json.dumps(self._manifest(), indent=1) + "\n"}
+
+    def config_entries(self, folder: Path) -> dict[str, Any]:
+        index = f"{SINGLE_FILE}.index.json"
+        weights_file = index if (folder / index).is_file() else SINGLE_FILE
+        return {"quantization_config": transformers_settings(self._manifest(), weights_file)}
+
+    def _manifest(self) -> dict[str, Any]:
         packed = {
             path: (self._format(path), weight.weight_shape)
             for path, weight in self._weights.items()
             if self._format(path).name != "dense"
         }
-        return {QUANTIZATION_FILE: json.dumps(manifest_of(self.recipe.quantization, packed), indent=1) + "\n"}
+        return manifest_of(self.recipe.quantization, packed)
 
     def _format(self, path: str) -> Format:
         return self.recipe.formats.get(path, self._weights[path].format)

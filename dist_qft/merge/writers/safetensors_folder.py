@@ -21,6 +21,8 @@ _DTYPE_NAMES = {
     torch.bfloat16: "BF16",
     torch.uint8: "U8",
     torch.int8: "I8",
+    torch.int32: "I32",
+    torch.float8_e4m3fn: "F8_E4M3",
 }
 
 Entry = tuple[tuple[int, ...], torch.dtype]

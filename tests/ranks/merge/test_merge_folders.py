@@ -5,7 +5,8 @@ import json
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, Gemma3TextConfig
+from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 
 import dist_qft
 from dist_qft.base_model.requantization import requantization_notes
@@ -16,7 +17,7 @@ from dist_qft.errors import CorruptFileError
 from dist_qft.merge.writers.safetensors_folder import SafetensorsFolder
 from tests.support.merges import GGUF_RUN, merge_run
 from tests.support.qst_models import not_pruned_from
-from tests.support.tiny_model import tiny_config
+from tests.support.tiny_model import VOCABULARY, save_tiny_model, tiny_config
 from tests.support.whole_runs import train_losses
 
 IDS = torch.tensor([[5, 40, 77, 120, 33, 9, 201, 60, 12, 300], list(range(10, 20))])
@@ -70,7 +71,32 @@ def test_another_format_than_the_folders_is_said_with_its_error(quantized):
     assert len(again) == 1 and "[8, 4]" in again[0] and "[1, 32]" in again[0] and "mean error" in again[0]
 
 
-def test_a_reader_that_does_not_know_the_formats_finds_no_weights(quantized):
+def test_transformers_loads_the_folder_as_we_do(quantized):
+    """By the quantizer that `import dist_qft` registers."""
+    model = AutoModelForCausalLM.from_pretrained(quantized[1])
+    assert model.config.quantization_config.quant_method == "dist_qft" and not model.hf_quantizer.is_trainable
+    with torch.no_grad():
+        assert torch.equal(model(IDS).logits.float(), dist_qft.load(quantized[1]).logits(IDS))
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+    ids = model.generate(IDS, max_new_tokens=3, do_sample=False)
+    assert ids.shape[1] == IDS.shape[1] + 3
+
+
+def test_transformers_loads_tied_and_scaled_embeddings_and_biases(pools, make_run, tmp_path):
+    config = Gemma3TextConfig(
+        hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        head_dim=16, vocab_size=VOCABULARY, max_position_embeddings=512, attention_bias=True,
+    )  # fmt: skip
+    run = make_run(save_tiny_model(tmp_path / "gemma", config), **GGUF_RUN)
+    pools[1].run(merge_run, source=run, target="quantized", path=tmp_path / "merged")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", attn_implementation="sdpa")
+    assert not any(name.startswith("lm_head") for name, _ in model.named_parameters())
+    with torch.no_grad():
+        assert torch.equal(model(IDS).logits.float(), dist_qft.load(tmp_path / "merged").logits(IDS))
+
+
+def test_a_reader_that_does_not_know_the_formats_finds_no_weights(quantized, monkeypatch):
+    monkeypatch.delitem(AUTO_QUANTIZATION_CONFIG_MAPPING, "dist_qft")
     with pytest.raises(OSError, match=r"model\.safetensors"):
         AutoModelForCausalLM.from_pretrained(quantized[1])
 
@@ -138,10 +164,12 @@ def test_tensors_written_in_any_order_and_in_rows_are_read_back(tmp_path):
         "c": torch.randn(7),
         "d": torch.randn(2, 5).bfloat16(),
         "e": torch.arange(-3, 4, dtype=torch.int8),
+        "f": torch.arange(-3, 4, dtype=torch.int32),
+        "g": torch.arange(5.0).to(torch.float8_e4m3fn),
     }
     entries = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()}
     files = SafetensorsFolder(tmp_path, "model", entries, shard_bytes=55)
-    for name in ("e", "c", "b", "a"):
+    for name in ("e", "c", "g", "b", "a", "f"):
         files.write(name, tensors[name])
     files.write("d", tensors["d"][:1])
     with pytest.raises(ValueError, match="'d' was not written completely"):
@@ -153,9 +181,10 @@ def test_tensors_written_in_any_order_and_in_rows_are_read_back(tmp_path):
     index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
     assert index["metadata"]["total_size"] == sum(tensor.nbytes for tensor in tensors.values())
     names = sorted(set(index["weight_map"].values()))
-    assert names == ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]
+    assert names == [f"model-0000{number}-of-00003.safetensors" for number in (1, 2, 3)]
     found = {}
     for name in names:
         found |= load_file(tmp_path / name)
     assert found.keys() == tensors.keys()
-    assert all(torch.equal(found[name], tensor) for name, tensor in tensors.items())
+    assert all(found[name].dtype == tensor.dtype for name, tensor in tensors.items())
+    assert all(torch.equal(found[name].float(), tensor.float()) for name, tensor in tensors.items())

@@ -1,0 +1,77 @@
+"""Frozen layers put into a Hugging Face model for weights whose formats are already known."""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from dist_qft.base_model.head import project
+from dist_qft.errors import CorruptFileError
+from dist_qft.quant.contract import Format, Shape
+from dist_qft.quant.frozen import FrozenEmbedding, FrozenLinear
+
+
+class FrozenHead(FrozenEmbedding):
+    """An LM head with a table of its own: hidden states in, logits out."""
+
+    def forward(self, hidden: Tensor) -> Tensor:  # type: ignore[override]
+        return super().forward(hidden, use=project)
+
+
+class TiedHead(nn.Module):
+    """An LM head that reads the table of the input embedding."""
+
+    def __init__(self, embedding: FrozenEmbedding) -> None:
+        super().__init__()
+        self._table = [embedding]  # in a list: not registered a second time
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """Logits (..., vocabulary) of hidden states (..., dim)."""
+        return self._table[0](hidden, use=project)
+
+
+def freeze_described(model: PreTrainedModel, weights: Mapping[str, tuple[Format, Shape]], dtype: torch.dtype) -> None:
+    """Replace modules of a model on meta by frozen ones, also on meta, whose parameters are the packed tensors.
+
+    Args:
+        weights: format and shape (out_features, in_features) by module path; every other module stays as it is.
+        dtype: compute dtype.
+
+    Raises:
+        CorruptFileError: a path that is no linear layer or embedding of this shape in the model.
+    """
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    for path, (format, shape) in weights.items():
+        module = _module(model, path, shape)
+        frozen: nn.Module
+        if module is embedding:
+            frozen = FrozenEmbedding(*shape, format, dtype, padding_idx=module.padding_idx, scale=_scale(module))
+        elif module is head:
+            frozen = FrozenHead(*shape, format, dtype)
+        else:
+            frozen = FrozenLinear(shape[1], shape[0], format, module.bias is not None, dtype)
+        model.set_submodule(path, frozen)
+    table = model.get_input_embeddings()
+    if model.config.get_text_config().tie_word_embeddings and isinstance(table, FrozenEmbedding):
+        model.set_output_embeddings(TiedHead(table))
+        for module in model.modules():
+            if isinstance(module, PreTrainedModel):
+                module.all_tied_weights_keys = {}  # there is no parameter to tie any more
+
+
+def _module(model: PreTrainedModel, path: str, shape: Shape) -> nn.Module:
+    try:
+        module = model.get_submodule(path)
+    except AttributeError:
+        raise CorruptFileError(f"quantization_config: the model has no module '{path}'") from None
+    weight = getattr(module, "weight", None)
+    if not isinstance(module, nn.Linear | nn.Embedding) or tuple(weight.shape) != tuple(shape):
+        raise CorruptFileError(f"quantization_config: '{path}' is not a linear layer or embedding of {list(shape)}")
+    return module
+
+
+def _scale(embedding: nn.Module) -> float | None:
+    """The factor of embeddings that scale what is looked up; a plain number, which a buffer on meta is not."""
+    scale = getattr(embedding, "scalar_embed_scale", getattr(embedding, "embed_scale", None))
+    return None if scale is None else float(scale)
