@@ -28,7 +28,7 @@ _STATE = ".quant_state.bitsandbytes__nf4"
 
 
 def is_nf4(quantization: Mapping[str, Any]) -> bool:
-    """Whether a config.json's `quantization_config` speaks of weights that can be read here."""
+    """True if a config.json's `quantization_config` describes weights in nf4."""
     kind = quantization.get("bnb_4bit_quant_type")
     return quantization.get("quant_method") == METHOD and bool(quantization.get("load_in_4bit")) and kind == "nf4"
 
@@ -43,7 +43,7 @@ class _Stored:
 
 
 class BitsAndBytesSource:
-    """The weights of such a folder; those that bitsandbytes left as floats are read as in any other."""
+    """The weights of a folder with nf4 weights; weights that bitsandbytes left as floats are read as floats."""
 
     def __init__(self, folder: Path) -> None:
         self.where = str(folder)
@@ -55,7 +55,7 @@ class BitsAndBytesSource:
             raise UserError(f"{folder}: config.json promises {METHOD}' nf4, but no tensor is stored in it")
 
     def names(self) -> set[str]:
-        """All but what belongs to a quantized weight."""
+        """Names of weights and other tensors, without the parts of a quantized weight."""
         return {name for name in self._files.names() if name.rpartition(".weight.")[0] + ".weight" not in self._stored}
 
     def shape(self, name: str) -> tuple[int, ...]:
@@ -111,17 +111,19 @@ class BitsAndBytesSource:
 
     def _rows_of(self, name: str, height: int, rows: tuple[int, int], width: int) -> Tensor:
         """Some rows of a tensor that holds `height` rows of `width` bytes, or constants, one after another."""
-        length = self._files.shape(name)[0]
-        # Codes may be dressed as wider numbers: so many to an element of the file.
-        per_element, rest = divmod(height * width, length)
+        length = next(iter(self._files.shape(name)), 0)
+        # Codes may be stored as wider numbers (`bnb_4bit_quant_storage`), several codes to an element of the file.
+        per_element, rest = divmod(height * width, length) if length else (0, 1)
         if rest or width % per_element:
-            raise CorruptFileError(f"{self.where}: tensor '{name}' has {length} elements, which is no multiple of rows")
+            raise CorruptFileError(
+                f"{self.where}: tensor '{name}': got {length} elements, must be a multiple of {height}"
+            )
         elements = self._files.read(name, (rows[0] * width // per_element, rows[1] * width // per_element))
         elements = elements if per_element == 1 else elements.flatten().view(torch.uint8)
         return elements.reshape(rows[1] - rows[0], width)
 
     def _require_known_codes(self, name: str) -> None:
-        """Refuse a weight whose codes, or whose constants' codes, do not mean what they mean here."""
+        """Refuse a weight whose codes, or whose constants' codes, stand for other values than here."""
         if name in self._known_codes:
             return
         maps = {"quant_map": codebook()}

@@ -1,4 +1,4 @@
-"""What a GGUF header says of the model beyond the keys that transformers reads: rotary scaling, head size, tied head.
+"""Settings in a GGUF header that transformers does not read: rotary scaling, head size, tied head.
 
 transformers maps a GGUF file's sizes to a configuration and drops everything about rotary scaling: a Llama 3.1 or a
 YaRN model then runs with wrong frequencies, and nobody is told. Here all of it is read, or the file is refused.
@@ -22,7 +22,7 @@ _SIZES = {
     "attention.head_count": 1 << 16,
     "context_length": (1 << 31) - 1,
 }
-# Of YaRN; refused unless they have the value that the arithmetic of transformers supposes.
+# YaRN's further settings. Other values than these are refused, because transformers computes with these.
 _FIXED_SCALING = {"yarn_ext_factor": 1.0, "yarn_attn_factor": 1.0, "yarn_log_multiplier": 0.0}
 
 
@@ -68,7 +68,7 @@ def check_sizes(header: GgufHeader) -> None:
 
 
 def complete_config(config: PretrainedConfig, header: GgufHeader) -> PretrainedConfig:
-    """The configuration that transformers made of the file, with what it leaves out. Changes `config`."""
+    """Add the settings that transformers left out to the configuration it made of the file. Changes `config`."""
     prefix = architecture_of(header)
     config.tie_word_embeddings = "output.weight" not in header.tensors
     head_dim = config.hidden_size // config.num_attention_heads

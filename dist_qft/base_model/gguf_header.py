@@ -1,4 +1,4 @@
-"""The header of a GGUF file, read with every length checked: what is wrong is said before a tensor is read.
+"""The header of a GGUF file, read with every length checked: a bad file is refused before a tensor is read.
 
 A GGUF file is metadata (key, type, value), a table of tensors (name, sizes, type, offset) and the data. Counts, lengths
 and offsets come from elsewhere, so none is used before it is known to lie within the file. As in llama.cpp, each tensor
@@ -180,7 +180,7 @@ def _tensor_info(cursor: "_Cursor") -> _Info:
 
 
 def _placed(cursor: "_Cursor", infos: list[_Info], alignment: int) -> Iterator[GgufTensor]:
-    """The tensors at their places in the file, once the offsets are known to be the only ones they can be."""
+    """The tensors at their places in the file; refuses offsets other than the only possible ones."""
     start, expected = _padded(cursor.at, alignment), 0
     for info in infos:
         if info.offset != expected:
@@ -231,7 +231,7 @@ class _Cursor:
             raise self.fault(f"{what} is not UTF-8: {error.reason}") from None
 
     def value(self, kind: int, key: str, depth: int = 0) -> Any:
-        """A metadata value; a long array comes back as None, once it is known to be whole."""
+        """A metadata value. A long array is checked to be whole, and comes back as None."""
         if kind in _SCALARS:
             return self.scalar(_SCALARS[kind])
         if kind == _STRING:

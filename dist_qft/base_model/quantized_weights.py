@@ -1,4 +1,4 @@
-"""The door to folders that other programs quantized: by `quantization_config`, the reader of their weights."""
+"""Choose the reader of a folder that another program quantized, by its `quantization_config`."""
 
 import json
 from collections.abc import Callable, Iterable, Mapping
@@ -54,7 +54,7 @@ def has_reader(settings: Settings) -> bool:
 
 
 def quantization_settings(folder: Path) -> dict[str, Any] | None:
-    """What a folder's config.json says of quantized weights; None if nothing, or if there is no such file."""
+    """The `quantization_config` of a folder's config.json; None if it has none, or if there is no such file."""
     try:
         found = json.loads((folder / "config.json").read_bytes()).get("quantization_config")
     except (OSError, ValueError, AttributeError):

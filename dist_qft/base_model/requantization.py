@@ -1,4 +1,4 @@
-"""What becomes of a base that comes quantized: one line for each kind of weight, with the error where there is one.
+"""Notes on a base that comes quantized: one line for each kind of weight, with the error where there is one.
 
 A weight that is quantized a second time is not what its maker published, and nobody sees that in a loss. So each pair
 of a stored and a wanted format gets a line that says what it costs, measured on the first weights that it concerns.

@@ -1,8 +1,8 @@
 """`nf4`: the 4-bit NormalFloat of QLoRA (arXiv 2305.14314, section 3), by the kernels of bitsandbytes.
 
-Every bit is what `bitsandbytes.functional.quantize_4bit` computes, on CPUs by a faster way (`nf4_codes`). What differs
-is the storage: plain named tensors, not a `Params4bit` with a quantization state aside, so the constants are sharded as
-the codes are.
+Bits equal those of `bitsandbytes.functional.quantize_4bit`, on CPUs by a faster method (`nf4_codes`). Only the storage
+differs: plain named tensors instead of a `Params4bit` with a separate quantization state, so that the constants are
+sharded like the codes.
 """
 
 import logging
@@ -173,7 +173,7 @@ def dynamic_map(device: torch.device) -> Tensor:
 
 @contextmanager
 def _one_thread() -> Iterator[None]:
-    """Inside, sums are made in the same order whatever the machine's number of threads: they decide about bits."""
+    """Run the body on one thread: sums then have one order, and the same bits, whatever the number of threads."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

@@ -25,7 +25,7 @@ def quantize_blocks(weight: Tensor, block: int, codebook: Callable[[], Tensor]) 
     boundaries, table = _tables(codebook)
     blocks = weight.view(-1, block)
     absmax = blocks.abs().amax(-1)
-    # The reciprocal, the smallest divisor and the clamp are bitsandbytes': they decide about bits.
+    # The reciprocal, the smallest divisor and the clamp are those of bitsandbytes; others would give other bits.
     scaled = (blocks * (1.0 / absmax.clamp(min=1e-38))[:, None]).clamp_(-1, 1).view(-1)
     codes = torch.index_select(table, 0, _interval(scaled))
     near = (codes == _SEARCH).nonzero().squeeze(1)
