@@ -9,7 +9,7 @@ import ipaddress
 import os
 import socket
 import time
-from collections.abc import MutableMapping
+from collections.abc import Mapping, MutableMapping
 from datetime import timedelta
 from threading import Thread
 
@@ -31,7 +31,7 @@ def choose_interface(single_node: bool, master_address: str, env: MutableMapping
         env.setdefault("NCCL_SOCKET_IFNAME", f"={name}")  # "=": this one, and not each that begins so
 
 
-def own_address(master_address: str, env: MutableMapping[str, str] = os.environ) -> str:
+def own_address(master_address: str, env: Mapping[str, str] = os.environ) -> str:
     """This machine's address on the network by which the nodes of a run reach `master_address`."""
     named = _address_of(env.get("GLOO_SOCKET_IFNAME", ""))
     if named is not None:
@@ -44,7 +44,7 @@ def own_address(master_address: str, env: MutableMapping[str, str] = os.environ)
     return outward or next(iter(_outer_addresses()), LOOPBACK)
 
 
-def listening_address(single_node: bool, master_address: str, env: MutableMapping[str, str] = os.environ) -> str:
+def listening_address(single_node: bool, master_address: str, env: Mapping[str, str] = os.environ) -> str:
     """The address on which the master listens; "" is all of them.
 
     All are needed if the master's own name leads to a loopback address and the machine has several networks: nothing
@@ -88,14 +88,26 @@ def listening_store(address: str, port: int, timeout: timedelta) -> dist.TCPStor
         )
 
 
-def client_store(host: str, port: int, timeout: timedelta) -> dist.TCPStore:
-    """A connection to the store at `host`:`port`, which may begin to listen within `timeout`.
+def reaching_address(master_address: str, env: Mapping[str, str] = os.environ) -> str:
+    """The name or address by which this machine reaches what listens at `listening_address`.
+
+    On the master itself, its name may lead to a loopback address, on which the master does not listen.
+    """
+    source = _source_address(master_address)
+    if source is not None and _is_loopback(source) and not _names_loopback(master_address):
+        return own_address(master_address, env)
+    return master_address
+
+
+def client_store(master_address: str, port: int, timeout: timedelta) -> dist.TCPStore:
+    """A connection to the store at `master_address`:`port`, which may begin to listen within `timeout`.
 
     Raises:
         TimeoutError: nobody listens there, or who does is no store and keeps silent.
         RuntimeError: who listens there is no store.
     """
     deadline = time.monotonic() + timeout.total_seconds()
+    host = reaching_address(master_address)
     while not _listens(host, port):
         if time.monotonic() > deadline:
             raise TimeoutError(f"nobody listens at {host}:{port}")

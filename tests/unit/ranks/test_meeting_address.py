@@ -1,0 +1,50 @@
+"""Where the master listens and the others come, when names do not lead where they should."""
+
+import socket
+from datetime import timedelta
+
+import pytest
+
+from dist_qft.ranks import network
+from dist_qft.ranks.network import client_store, interface_of, listening_address, listening_store, own_address
+
+SECONDS = timedelta(seconds=20)
+
+
+@pytest.fixture
+def names(monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
+    """Names and their addresses, as /etc/hosts has them; other names are looked up as usual."""
+    hosts: dict[str, str] = {}
+    look_up = socket.getaddrinfo
+    monkeypatch.setattr(
+        socket, "getaddrinfo", lambda host, *more, **options: look_up(hosts.get(host, host), *more, **options)
+    )
+    return hosts
+
+
+@pytest.mark.parametrize("address", ["127.0.1.1", "127.0.0.1"])
+def test_a_master_whose_own_name_leads_to_loopback_is_met_all_the_same(names, address):
+    """As Debian's /etc/hosts has it: the master must not listen there, where no other node comes."""
+    names["node1"] = address
+    listens = listening_address(False, "node1", env={})
+    server = listening_store(listens, 0, SECONDS)
+    server.set("key", "value")
+    assert client_store("node1", server.port, SECONDS).get("key") == b"value"
+    if outer := network._outer_addresses():
+        assert listens == ("" if len(outer) > 1 else outer[0])
+
+
+def test_a_loopback_address_that_was_asked_for_is_taken():
+    assert listening_address(False, "127.0.0.1", env={}) == own_address("127.0.0.1", env={}) == "127.0.0.1"
+    assert listening_address(True, "node-that-nobody-knows", env={}) == "127.0.0.1"
+
+
+def test_the_interface_that_the_user_names_wins():
+    name = interface_of("127.0.0.1")
+    assert own_address("198.51.100.7", env={"GLOO_SOCKET_IFNAME": name}) == "127.0.0.1"
+    chosen = {"GLOO_SOCKET_IFNAME": "eth7", "NCCL_SOCKET_IFNAME": "ib0"}
+    network.choose_interface(True, "127.0.0.1", env=chosen)
+    assert chosen == {"GLOO_SOCKET_IFNAME": "eth7", "NCCL_SOCKET_IFNAME": "ib0"}
+    unset: dict[str, str] = {}
+    network.choose_interface(True, "127.0.0.1", env=unset)
+    assert unset == {"GLOO_SOCKET_IFNAME": name, "NCCL_SOCKET_IFNAME": f"={name}"}
