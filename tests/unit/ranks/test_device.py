@@ -9,6 +9,7 @@ from dist_qft.ranks.device import device_for
 from dist_qft.ranks.groups import leave_group
 from dist_qft.ranks.local_peers import require_own_gpus
 from dist_qft.ranks.world import World
+from dist_qft.training.step_meter import held_bytes
 
 
 def world_of(local_rank: int) -> World:
@@ -71,3 +72,8 @@ def test_two_ranks_with_one_gpu_are_refused_on_all_ranks():
     with pytest.raises(SetupError, match="ranks 1 and 3 have the same GPU") as raised:
         require_own_gpus([7, -3, 5, -3])
     assert raised.value.everywhere
+
+
+def test_what_others_allocate_on_a_gpu_counts(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (30, 100))
+    assert held_bytes(torch.device("cuda", 0)) == 70
