@@ -1,6 +1,6 @@
 # shellcheck shell=bash
-# Sourced by the launchers: torchrun.sh, deepspeed.sh and mpirun.sh take the same arguments. Sets verb, arguments (what
-# follows it), dry_run (true or false) and python.
+# Sourced by torchrun.sh, deepspeed.sh and mpirun.sh, which take the same arguments. Sets verb, arguments (all that follow
+# it but --dry-run), dry_run (true or false) and python.
 # shellcheck disable=SC2034
 
 script=$(basename "$0")

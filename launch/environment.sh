@@ -1,7 +1,7 @@
 # shellcheck shell=bash
-# Sourced by the scripts that install what they need: sets ROOT and offers prepare_environment, which makes or reuses
+# Sourced by the scripts that install the package: sets ROOT and offers prepare_environment, which makes or reuses
 # the virtual environment $VENV (default: .venv in the repository) and puts it first in PATH.
-# What PyTorch is built for follows from the package index (docs/install.md). Where there is no GPU, point PIP_INDEX_URL
+# The build of PyTorch follows from the package index (docs/install.md). Where there is no GPU, point PIP_INDEX_URL
 # or PIP_EXTRA_INDEX_URL at an index of CPU builds: the exact version in constraints.txt then takes that build, and not
 # a newer one with gigabytes of CUDA libraries.
 

@@ -3,7 +3,7 @@
 #   launch/mpirun.sh CONFIG [key.sub=value ...] [--resume [auto|PATH]] [--dry-run]
 # or runs another verb of `dist-qft` there, with the verb's own arguments, as torchrun.sh does.
 # Environment: ranks.sh lists it; besides
-#   MPIRUN   the MPI's starter (default mpirun; mpiexec.hydra is MPICH's, whatever else is installed)
+#   MPIRUN   the MPI's starter (default mpirun; mpiexec.hydra is MPICH's, also beside another MPI)
 # The ranks meet through MPI itself (mpi4py): no address, no port. --dry-run starts no rank: it prints the command and,
 # for train, the plan. The exit code is that of the first failing rank.
 set -euo pipefail

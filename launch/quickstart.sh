@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # From a fresh clone to a fine-tuned GGUF file: installs, gets SmolLM2-135M, trains configs/quickstart.yaml over two
-# sharded processes, merges, and asks the merged file. No GPU is needed, and no arguments; what is there is reused.
+# sharded processes, merges, and asks the merged file. No GPU is needed, and no arguments; earlier results are reused.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 prepare_environment

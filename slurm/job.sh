@@ -1,6 +1,6 @@
 # shellcheck shell=bash
-# Sourced by the batch scripts, in the repository: what a job has before its work, how it runs one step, and how it asks
-# to run again. Sets attempt, records (of the job) and logs (of the attempt), MASTER_ADDR and MASTER_PORT, PATH.
+# Sourced by the batch scripts, in the repository: the preparations of a job, one step of it, and its requeue. Sets
+# attempt, records (of the job) and logs (of the attempt), MASTER_ADDR and MASTER_PORT, PATH.
 
 script=$SLURM_JOB_NAME job=${SLURM_ARRAY_JOB_ID:-$SLURM_JOB_ID}${SLURM_ARRAY_TASK_ID:+_$SLURM_ARRAY_TASK_ID}
 
@@ -30,7 +30,7 @@ run_step() { # [srun's options] COMMAND...: runs it to its end, passes on the wa
   trap : TERM CONT
   # Every task sees all GPUs of its node, however they were asked for: a rank takes that of its local number.
   unset SLURM_GPUS_PER_TASK SLURM_TRES_PER_TASK SLURM_TRES_BIND SLURM_GPU_BIND
-  # --wait: where one task has ended, the others have so long to say what they saw.
+  # --wait: where one task has ended, the others have so many seconds to report.
   srun --wait=120 --unbuffered --output="$logs/task-%t.log" \
     ${SLURM_GPUS_ON_NODE:+--gres="gpu:$SLURM_GPUS_ON_NODE"} "$@" 2>"$logs/srun.log" &
   pid=$!
@@ -39,7 +39,7 @@ run_step() { # [srun's options] COMMAND...: runs it to its end, passes on the wa
   wait "$pid"
   code=$?
 
-  # srun's code is the largest one. What a task met by itself counts for more than that its peers lost it.
+  # srun's code is the largest one. The failure of a task counts for more than that its peers lost it.
   cat "$logs/srun.log" >&2
   for final in 6 5 2; do
     if grep -q "exit code $final\$" "$logs/srun.log"; then code=$final; fi
@@ -49,12 +49,12 @@ run_step() { # [srun's options] COMMAND...: runs it to its end, passes on the wa
   echo "attempt $attempt: exit code $code" | tee -a "$records/attempts"
 }
 
-requeue() { # only if nobody else has decided: scancel means the end, and what Slurm requeues needs no word of ours
+requeue() { # unless the job is cancelled, or requeued by Slurm itself
   local state
   state=$(scontrol -o show job "$SLURM_JOB_ID" | grep -o "JobState=[A-Z_]*")
   if [[ $state == JobState=RUNNING ]]; then
     scontrol requeue "$SLURM_JOB_ID" || stop "$code" "exit code $code, and the job cannot be requeued"
   else
-    echo "$script: $state: what happens next was decided elsewhere"
+    echo "$script: $state: Slurm cancels or requeues this job by itself"
   fi
 }

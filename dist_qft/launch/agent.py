@@ -1,6 +1,6 @@
 """torchrun's agent on each node, with changes to how ranks restart and how they are stopped.
 
-torchrun restarts ranks whatever ended them. This agent ends the run instead where a restart cannot help (a mistake of
+torchrun restarts ranks after any failure. This agent ends the run instead where a restart cannot help (a mistake of
 the user, a corrupt file, numbers that are not finite) or is not wanted (a signal asked the run to stop, another node
 has given up). The rest of `--max-restarts` is torchrun's own.
 """
@@ -31,7 +31,7 @@ _PEER_LOSS_SECONDS = 10.0
 
 @dataclass
 class LaunchState:
-    """What the launcher and its agent tell each other.
+    """State that the launcher and its agent share.
 
     Attributes:
         stopping: a signal asked the run to stop, so that no rank starts again.
@@ -107,7 +107,7 @@ def _is_closed(rendezvous: RendezvousHandler) -> bool:
 
 
 def first_failure(failures: Mapping[int, ProcessFailure]) -> tuple[int, ProcessFailure]:
-    """The rank whose failure caused the others'.
+    """The first rank that failed by itself, and its failure.
 
     torchrun dates failures to the second, too coarse to tell a rank's failure from its effect on the peers. So the
     first failure counts that is not a consequence of another: not a lost peer, not SIGTERM, by which torchrun ends the

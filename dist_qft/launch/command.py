@@ -1,6 +1,6 @@
 """`python -m dist_qft.launch [torchrun options] -- ARGS`: torchrun, running `-m dist_qft ARGS`, with honest exit codes.
 
-Options, restarts and log files are torchrun's own. What differs:
+Options, restarts and log files are torchrun's own, with these differences:
 
 * The exit code of the first failing rank reaches the shell (128 + n if signal n killed it), and the rank's own
   message is the last word: no traceback, no table of failures.
@@ -14,8 +14,8 @@ Options, restarts and log files are torchrun's own. What differs:
 * Several nodes meet at --master-addr and --master-port, each as its --node-rank; a single one listens on loopback only.
   See `rendezvous`; another --rdzv-backend or --standalone is torchrun's own.
 * OMP_NUM_THREADS defaults to the cores divided by the ranks, not to 1.
-* With `--dry-run` among ARGS no rank starts: the command is printed and, for `train`, what rank 0 of that world
-  would do.
+* With `--dry-run` among ARGS no rank starts: the command is printed and, for `train`, the plan of that
+  world.
 
 Not here: the ranks' side (ranks/).
 """
@@ -58,7 +58,7 @@ _USAGE = "python -m dist_qft.launch [torchrun options] -- train CONFIG [key.sub=
 
 
 def main(argv: Sequence[str] | None = None, module: str = "dist_qft") -> int:
-    """Run `-m module` with what follows `--`, on every rank of this node, and return the exit code for the shell."""
+    """Run `-m module` with the arguments behind `--` on every rank of this node; return the exit code for the shell."""
     argv = sys.argv[1:] if argv is None else argv
     try:
         args = _parse(argv, module)
@@ -118,7 +118,7 @@ def _launch(args: Namespace) -> int:
     os.environ[LAUNCHER] = launcher_mark()
     state = LaunchState()
     signals = _Signals(args.signals_to_handle.split(","), args.shutdown_timeout, state)
-    # Ranks that lost a peer have nothing to save: what takes long to leave, hangs. A checkpoint may be being written.
+    # Ranks that lost a peer have nothing to save: one that stays long hangs. A checkpoint may be being written.
     args.shutdown_timeout = min(args.shutdown_timeout, _CLEARING_SECONDS)
     # All that torchrun itself still answers: stop at once. A signal that nobody uses where even that is ignored.
     args.signals_to_handle = "SIGQUIT" if heeded(signal.SIGQUIT) else "SIGRTMAX"
@@ -142,7 +142,7 @@ def _launch(args: Namespace) -> int:
 def _meet_our_way(args: Namespace) -> None:
     use_our_rendezvous()
     args.nnodes = str(parse_min_max_nnodes(args.nnodes)[1])
-    # A local address of torchrun's choosing would stand for MASTER_ADDR: the ranks are told what the nodes were told.
+    # Without an endpoint torchrun would choose a local address for MASTER_ADDR: the ranks get the nodes' own.
     args.rdzv_endpoint = args.rdzv_endpoint or f"{args.master_addr}:{args.master_port or _DEFAULT_PORT}"
     own = f"node={args.node_rank}"
     args.rdzv_conf = f"{args.rdzv_conf},{own}" if args.rdzv_conf else own

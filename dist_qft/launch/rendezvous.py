@@ -4,8 +4,8 @@ torchrun's own choices do not fit: its static rendezvous tells the other nodes n
 numbers the nodes by their addresses and not by NODE_RANK, and both listen on all interfaces.
 
 Here the number of nodes is fixed and each has its NODE_RANK. Node 0 serves a store at MASTER_ADDR:MASTER_PORT, and for
-each round a fresh one for that round's ranks, which outlives them: it can still say which rank was lost. A node whose
-ranks failed asks for the next round; the others notice, stop their ranks, and come to it. Keys of the store: `round`,
+each round a fresh one for that round's ranks, which outlives them: it can still say which rank was lost. A node with
+failed ranks asks for the next round; the others notice, stop their ranks, and come to it. Keys of the store: `round`,
 the highest round that somebody asked for; `<round>/node/<n>`, who came to it as node n; `<round>/ranks`, the address of
 its ranks' store; `closed`, set when a node has ended for good.
 """

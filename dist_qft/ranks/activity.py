@@ -1,4 +1,4 @@
-"""What this rank is doing, in words such as "step 12": for heartbeats, crash reports and messages about lost peers."""
+"""The present activity of this rank, such as "step 12", for heartbeats, crash reports and messages about lost peers."""
 
 from collections.abc import Callable
 

@@ -1,4 +1,4 @@
-"""Small collectives: agreements between the ranks, and the wait for what rank 0 does alone."""
+"""Small collectives: agreements between the ranks, and a barrier for the time in which rank 0 works alone."""
 
 import hashlib
 from collections.abc import Callable, Mapping
@@ -28,7 +28,7 @@ def require_same_inputs(inputs: Mapping[str, str], device: torch.device) -> None
         UserError: on all ranks, naming the input and the ranks that differ from rank 0.
     """
     names = sorted(inputs)
-    # Digests in a tensor of fixed size instead of pickled objects: unpickling would run what a peer sends.
+    # Digests in a tensor of fixed size instead of pickled objects: unpickling would run code that a peer sends.
     own = torch.tensor([_short_digest(inputs[name]) for name in names], device=device)
     everyone = [torch.empty_like(own) for _ in range(dist.get_world_size())]
     dist.all_gather(everyone, own)
@@ -81,7 +81,7 @@ def maximum(value: float, device: torch.device) -> float:
 
 
 class SideGroup:
-    """Where ranks wait for what rank 0 does alone, under a timeout of its own. Making one is collective.
+    """A barrier at which the ranks wait while rank 0 works alone, with a timeout of its own. Making one is collective.
 
     Over MPI if it started us, else over a gloo group: neither the training group's timeout nor, on CUDA, its streams
     have a part in it.

@@ -120,14 +120,14 @@ def _store(world: World, timeout: timedelta) -> dist.Store:
 
 
 def _patience() -> float:
-    """Seconds before a rank says what it waits for: few where somebody sits at a terminal."""
+    """Seconds of waiting before a rank reports the missing ones: few where somebody sits at a terminal."""
     job = os.path.basename(os.environ.get("SLURM_JOB_NAME", ""))
     interactive = sys.stdin is not None and sys.stdin.isatty()
     return _INTERACTIVE_PATIENCE_SECONDS if interactive or job in _INTERACTIVE_JOBS else _PATIENCE_SECONDS
 
 
 def _announce_wait(world: World, come: int) -> None:
-    """Say what this rank waits for, and how to run without the others. Rank 0, or the first of a node, speaks."""
+    """Report the missing ranks, and how to run without them. Rank 0 speaks, and on other nodes local rank 0."""
     place = f"{world.master_address}:{world.master_port}"
     if world.rank == 0:
         missing = world.world_size - come

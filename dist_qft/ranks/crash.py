@@ -1,7 +1,7 @@
-"""What a rank leaves behind when it fails: `<output_dir>/crash/rank-<r>.txt`, for whoever looks into it.
+"""Crash reports: `<output_dir>/crash/rank-<r>.txt`, written by a rank that fails.
 
 Written for lost peers, for bugs of ours, and by Python's faulthandler for signals such as SIGSEGV; not for mistakes
-of the user, whose message says all there is.
+of the user, which their message explains.
 """
 
 import contextlib

@@ -1,8 +1,8 @@
-"""Heartbeats: which ranks do not answer when a collective fails, and what each was doing when last heard of.
+"""Heartbeats: which ranks do not answer when a collective fails, and the last known activity of each.
 
 A thread on each rank writes twice a second into the store through which the ranks met. The beats of a rank that is
-stopped, hangs in C or lost its network stop; a rank that merely never came to the collective still says what it is
-doing. Processes of this machine that have ended are known sooner: see local_peers.py. What a rank writes else: that it
+stopped, hangs in C or lost its network stop; a rank that merely never came to the collective still says its
+activity. Processes of this machine that have ended are known sooner: see local_peers.py. A rank also writes that it
 exits because of another (`exit`), that it left in order (`left`), and that it found a rank lost (`lost`).
 """
 
@@ -54,7 +54,7 @@ class Heartbeat:
 
     @property
     def next_rank(self) -> int:
-        """The rank whose beats this one watches, so that the store's work grows with the ranks and not their square."""
+        """The only rank that this one watches: the work of the store then grows with the ranks, not their square."""
         return (self._rank + 1) % (len(self._others) + 1)
 
     def beat_of(self, store: dist.Store, rank: int) -> str:
@@ -66,7 +66,7 @@ class Heartbeat:
         return not store.check([_left_key(rank)]) and not store.check([_exit_key(rank)])
 
     def told_lost(self, store: dist.Store) -> str | None:
-        """What another rank said about a lost one, such as "rank 3 is gone"."""
+        """The words of another rank about a lost one, such as "rank 3 is gone"; None if there are none."""
         return store.get(_LOST).decode() if store.check([_LOST]) else None
 
     def tell_lost(self, text: str) -> None:
@@ -77,13 +77,13 @@ class Heartbeat:
             thread.join(_TELLING_SECONDS)
 
     def lost_rank(self, ended: set[int]) -> str | None:
-        """Name the rank whose failure makes this rank exit, such as "rank 1 is gone"; None if unknown.
+        """Name the lost rank that makes this one exit, such as "rank 1 is gone"; None if unknown.
 
         Takes up to 15 s. Where the network to the store is cut, calls to it return only after many minutes, so they
         are made in a thread that is then abandoned.
 
         Args:
-            ended: the ranks of this machine whose processes have ended.
+            ended: the ranks of this machine that have ended.
         """
         answers: list[str | None] = []
         thread = threading.Thread(target=lambda: answers.append(self._find_lost(ended)), daemon=True)

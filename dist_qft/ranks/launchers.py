@@ -34,12 +34,12 @@ LAUNCHERS = (ENVIRONMENT, OPENMPI, MPICH, SLURM)  # innermost first: where sever
 MPI_LAUNCHERS = (OPENMPI, MPICH)
 
 
-# Set by our own launchers to "host:process id" of the process whose end must end the ranks, too; see process.py.
+# Set by our own launchers to their "host:process id". The ranks end when that process ends; see process.py.
 LAUNCHER = "DIST_QFT_LAUNCHER"
 
 
 def in_charge_of_terminal(env: Mapping[str, str] = os.environ) -> bool:
-    """Whether no launcher started this process, so that it decides itself what a second Ctrl-C means.
+    """Whether no launcher started this process, so that it counts Ctrl-C itself.
 
     Launchers pass on a Ctrl-C that the ranks get from the terminal as well: to a rank, one looks like two.
     """

@@ -1,4 +1,4 @@
-"""The MPI that started us, through mpi4py: where the ranks meet, and the wait for what rank 0 does alone.
+"""The MPI that started this process, through mpi4py: the address where the ranks meet, and a barrier.
 
 MPI is used only when its launcher is the innermost one and nobody set MASTER_ADDR; tensors never pass through it. What
 is sent is bytes, since mpi4py's lower-case methods pickle.
@@ -27,7 +27,7 @@ _world: "MPI.Intracomm | None" = None
 
 
 def with_meeting_point(env: Mapping[str, str]) -> Mapping[str, str]:
-    """`env`, completed by what MPI knows if MPI's launcher started us: local ranks, MASTER_ADDR and MASTER_PORT.
+    """`env`, completed from MPI if its launcher started this process: local ranks, MASTER_ADDR and MASTER_PORT.
 
     Collective over the ranks of the MPI job, if so.
 

@@ -89,7 +89,7 @@ def listening_store(address: str, port: int, timeout: timedelta) -> dist.TCPStor
 
 
 def reaching_address(master_address: str, env: Mapping[str, str] = os.environ) -> str:
-    """The name or address by which this machine reaches what listens at `listening_address`.
+    """The name or address by which this machine reaches a master that listens at its `listening_address`.
 
     On the master itself, its name may lead to a loopback address, on which the master does not listen.
     """
@@ -118,14 +118,14 @@ def client_store(master_address: str, port: int, timeout: timedelta) -> dist.TCP
     thread.start()
     thread.join(max(deadline - time.monotonic(), 1.0))
     if not made:
-        raise TimeoutError(f"what listens at {host}:{port} does not answer; it is not the store of this run")
+        raise TimeoutError(f"a program listens at {host}:{port} and does not answer; it is not the store of this run")
     if isinstance(made[0], RuntimeError):
         raise made[0]
     return made[0]
 
 
 def _listens(host: str, port: int) -> bool:
-    """Whether somebody listens. Asked before the store is made, whose own retries fill the log with stack traces."""
+    """Whether a program listens there. Asked before the store connects, whose retries fill the log with stacks."""
     try:
         socket.create_connection((host, port), timeout=_RETRY_SECONDS * 10).close()
     except OSError:

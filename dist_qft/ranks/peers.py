@@ -1,4 +1,4 @@
-"""The other ranks of a run while it is connected, and what a broken collective says about them."""
+"""The other ranks of a connected run: which one is lost, and the error that a broken collective becomes."""
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -33,7 +33,7 @@ class Peers:
         self._heartbeat = Heartbeat(self.rank, self.world_size, doing)
 
     def lost_rank(self) -> str | None:
-        """Name the rank whose failure makes this rank exit, such as "rank 1 is gone"; None if unknown. Up to 16 s."""
+        """Name the lost rank that makes this one exit, such as "rank 1 is gone"; None if unknown. Takes up to 16 s."""
         lost = self._heartbeat.lost_rank(set(self._local.ended()))
         if lost is not None:
             self._heartbeat.tell_lost(lost)  # to ranks that cannot notice
@@ -70,8 +70,8 @@ def peer_loss_reported(peers: Peers) -> Iterator[None]:
         if not _is_collective_failure(error):
             raise
         reason = str(error).strip().splitlines()[0]
-        what = peers.lost_rank() or "another rank is gone or did not answer in time"
-        lost = PeerLostError(f"{peers.doing()}: {what}; {last_collective(error)} failed ({reason})")
+        loss = peers.lost_rank() or "another rank is gone or did not answer in time"
+        lost = PeerLostError(f"{peers.doing()}: {loss}; {last_collective(error)} failed ({reason})")
         lost.rank_prefix = prefix
         raise lost from error
 

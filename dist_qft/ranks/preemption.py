@@ -28,7 +28,7 @@ _NOTICE = "interrupted: this step ends, is saved, and the run exits; Ctrl-C agai
 
 
 def heeded(number: signal.Signals) -> bool:
-    """Whether a signal may be handled: it is not one that whoever started this process had it ignore."""
+    """Whether a signal may be handled: False if the process was started with this signal ignored."""
     return signal.getsignal(number) != signal.SIG_IGN
 
 
@@ -40,7 +40,7 @@ def leave_before_the_run(number: int, frame: FrameType | None = None) -> None:
 
 
 class _StoppedEarly(BaseException):
-    """Takes the main thread out of whatever it does; not an Exception, which libraries catch."""
+    """Interrupts the main thread wherever it is; not an Exception, which libraries catch."""
 
 
 class StopSignal:
@@ -134,7 +134,7 @@ class StopSignal:
 
     def _notice(self, number: signal.Signals) -> None:
         if not self._holding:
-            # The main thread gets the chance to remove what it has half written.
+            # The main thread gets the chance to remove half-written files.
             if not self._left.wait(_CLEAN_UP_SECONDS) and not self._holding:
                 leave_before_the_run(number)
             return

@@ -1,4 +1,4 @@
-"""What every process of ours does around its work: it ends with its launcher, outlives its terminal, exits at once.
+"""The start and the end of every process of ours: it ends with its launcher, outlives its terminal, exits at once.
 
 Imports nothing heavy: it runs before the imports that take seconds.
 """

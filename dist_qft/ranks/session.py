@@ -1,4 +1,4 @@
-"""The time in which the ranks of a run work together, with all that protects it. Every verb opens one.
+"""A session: the ranks of a run are connected, and failures are reported. Every verb opens one.
 
 A session finds this process's place and device, connects the ranks, makes sure that they were started with the same
 inputs, and from then on turns a lost peer into one clear error and an unexpected error into a crash report.
@@ -57,7 +57,7 @@ def session(
     Args:
         doing: the present activity, for messages; a fixed one such as "evaluation", or a callable such as `Activity`.
         must_match: inputs that must be the same on all ranks, by name; see `require_same_inputs`.
-        crash_dir: folder whose subfolder `crash` gets the report of an unexpected error; None writes no report.
+        crash_dir: its subfolder `crash` gets the report of an unexpected error; None writes no report.
         stop: has been entered; from the connection on, it holds signals until the ranks can stop together.
 
     Raises:
@@ -82,7 +82,7 @@ def errors_reported(peers: Peers, crash_dir: Path | None) -> Iterator[None]:
     """Inside, a lost peer becomes one clear error, and it or an unexpected error leaves a crash report.
 
     Args:
-        crash_dir: folder whose subfolder `crash` gets the report; None writes none.
+        crash_dir: its subfolder `crash` gets the report; None writes none.
     """
     report = crash_report(crash_dir, peers.rank, peers.world_size, peers.doing) if crash_dir else nullcontext()
 

@@ -1,6 +1,6 @@
-"""Who we are among the ranks, read once from whichever launcher started us, and the way to the other ranks.
+"""The place of this process among the ranks, read once from the environment of the launcher that started it.
 
-Not here: what starts the processes (launch.py, launch/*.sh), and what the ranks do together (sharding/).
+Other modules start the processes (`dist_qft.launch`, launch/*.sh) and connect them (`connection`).
 """
 
 import os
@@ -43,7 +43,7 @@ class World:
     def from_environment(cls, env: Mapping[str, str] | None = None) -> "World":
         """Read the variables of torchrun, DeepSpeed, Open MPI, MPICH or Slurm; without any, a single process.
 
-        Without `env` it is this process's own, and MPI is asked what its variables leave open (see `mpi`).
+        Without `env` it is this process's own, and MPI answers the questions that its variables leave open (`mpi`).
 
         The innermost launcher wins. The others must agree with it, except for one that only started a daemon per
         node, which in turn started us: so mpirun uses srun.
@@ -68,7 +68,7 @@ class World:
 
 
 class _Claim(NamedTuple):
-    """What one launcher says of this process; None where it says nothing."""
+    """The place of this process according to one launcher; None for a number that it does not give."""
 
     variables: RankVariables
     rank: int
@@ -85,11 +85,11 @@ class _Claim(NamedTuple):
 
 
 def _claims(env: Mapping[str, str]) -> list[_Claim]:
-    """The claims of all launchers whose variables are set, the innermost first."""
+    """The claims of all launchers that have set variables, the innermost first."""
     if "LOCAL_SIZE" in env and "LOCAL_WORLD_SIZE" not in env:
         env = {**env, "LOCAL_WORLD_SIZE": env["LOCAL_SIZE"]}  # DeepSpeed's name for it
     if "TORCHELASTIC_RUN_ID" in env:
-        # srun or mpirun may have started the torchrun agents in any arrangement: what is outside says nothing.
+        # srun or mpirun may have started the torchrun agents in any arrangement: their variables say nothing.
         return [_claim(env, TORCHRUN)]
     present = [names for names in LAUNCHERS if names.rank in env or names.world_size in env]
     return [_claim(env, names) for names in present if names.launcher != "slurm" or _in_slurm_step(env)]

@@ -166,7 +166,7 @@ def test_scancel_saves_and_is_the_end(cluster, config, tmp_path):
     state = job.finish()
     assert (state["JobState"], state["Restarts"]) == ("CANCELLED", "0")
     assert job.attempts() == [75]
-    assert "what happens next was decided elsewhere" in job.output()
+    assert "Slurm cancels or requeues this job by itself" in job.output()
 
 
 def rank_of(job: Job, rank: int) -> psutil.Process:
