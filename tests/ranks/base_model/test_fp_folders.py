@@ -1,6 +1,7 @@
 """FP8, MXFP4 and NVFP4 folders: every weight is the one that is meant, and the loaded base has those weights."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -11,15 +12,15 @@ from transformers import AutoModelForCausalLM
 
 import dist_qft
 from dist_qft.base_model.load import load_base
-from dist_qft.base_model.requantization import requantization_notes
 from dist_qft.base_model.skeleton import build_skeleton
 from dist_qft.base_model.weight_files import open_source
 from dist_qft.config.schema import ModelConfig, QuantizationConfig
 from dist_qft.errors import DistQFTError
+from dist_qft.plan import make_plan
 from dist_qft.quant.codebook4 import Codebook4
 from dist_qft.sharding.engines import make_engine
 from tests.support.packed_folders import float_twin, set_quantization
-from tests.support.tiny_model import save_tiny_model, tiny_llama_config
+from tests.support.tiny_model import save_tiny_model, tiny_config, tiny_llama_config
 
 IDS = torch.arange(3, 40)[None]
 PARTS = ("_packed", "_scale", "_scale_inv", "_scale_2", "_global_scale")
@@ -111,17 +112,34 @@ def test_the_logits_are_those_of_the_same_weights_as_floats(folders, tmp_path, n
     assert (found - expected).abs().max() <= 1e-5 * expected.abs().max()
 
 
-@pytest.mark.parametrize("name", ["fp8 blocks", "nvfp4-divided"])
-def test_auto_quantizes_fp8_as_floats_and_keeps_fp4(folders, name):
-    folder, _ = folders[name]
-    section = {"linear": "affine4", "block": [1, 8]} if "fp8" in name else {}
-    base = build_skeleton(ModelConfig(path=str(folder)), QuantizationConfig(**section), torch.float32)
-    notes = requantization_notes(base, open_source(ModelConfig(path=str(folder))))
-    if "fp8" in name:
-        assert len(notes) == 1 and notes[0].startswith("FP8 E4M3, blocks of 16 x 32 -> affine4 [1, 8]: 12 weights, ")
-        assert "quantized a second time, mean error" in notes[0]
+@pytest.mark.parametrize(
+    ("name", "section", "start", "end"),
+    [
+        (
+            "fp8 blocks",
+            {"linear": "affine4", "block": [1, 8]},
+            "FP8 E4M3, blocks of 16 x 32 -> affine4 [1, 8]",
+            "error",
+        ),
+        ("fp8 rows", {"linear": "dense"}, "FP8 E4M3, a scale per output -> dense", "dequantized without an error"),
+        ("mxfp4", {"linear": "nf4"}, "MXFP4 (mxfp4) -> nf4 64", "error"),
+        ("nvfp4-divided", {"linear": "auto"}, "NVFP4 (nvfp4-divided) -> codebook4 nvfp4-divided", "value for value"),
+    ],
+)
+def test_validate_says_what_becomes_of_the_weights(folders, tmp_path, name, section, start, end):
+    """`validate` prints the plan's warnings."""
+    quantization = {"block": None, **section}
+    method = {"name": "qlora", "rank": 4}
+    config = tiny_config(folders[name][0], tmp_path / "run", quantization=quantization, method=method)
+    notes = [note for note in make_plan(config, 1)["warnings"] if " -> " in note]
+    assert len(notes) == 1 and notes[0].startswith(f"{start}: 12 weights, ")
+    if end == "error":
+        mean, largest = re.search(
+            r"second time, mean error ([\d.]+)% of the mean weight, largest ([\d.]+)%", notes[0]
+        ).groups()
+        assert 0 < float(mean) < float(largest)
     else:
-        assert notes == ["NVFP4 (nvfp4-divided) -> codebook4 nvfp4-divided: 12 weights, value for value"]
+        assert notes[0].endswith(end)
 
 
 def loaded(path: Path, engine_name: str, section: dict[str, Any]) -> str:
