@@ -31,6 +31,7 @@ from dist_qft.ranks.device import compute_dtype
 from dist_qft.ranks.preemption import StopSignal
 from dist_qft.ranks.session import place, session
 from dist_qft.ranks.world import World
+from dist_qft.sharding.shard_group import ranks_in_group
 from dist_qft.storage.checkpoint import (
     checkpoint_path,
     clean_up,
@@ -72,6 +73,7 @@ def gather_inputs(
     """
     # Does the request make sense for this world, and can its results be written?
     accumulation_steps(config, world.world_size)
+    ranks_in_group(config.sharding.group, world.world_size, world.local_world_size)
     if config.data is None:
         raise UserError("data: training needs data.train")
     output_dir = Path(config.output_dir)

@@ -66,8 +66,12 @@ class Heartbeat:
         return not store.check([_left_key(rank)]) and not store.check([_exit_key(rank)])
 
     def told_lost(self, store: dist.Store) -> str | None:
-        """The words of another rank about a lost one, such as "rank 3 is gone"; None if there are none."""
-        return store.get(_LOST).decode() if store.check([_LOST]) else None
+        """The words of another rank about a lost one, such as "rank 3 is gone"; None if there are none.
+
+        A rank that was stopped and woken finds itself lost: that does not count.
+        """
+        told = store.get(_LOST).decode() if store.check([_LOST]) else None
+        return None if told is not None and told.startswith(f"rank {self._rank} ") else told
 
     def tell_lost(self, text: str) -> None:
         """Say to all ranks which one was lost, unless the store does not answer in time."""
@@ -113,9 +117,11 @@ class Heartbeat:
         try:
             before = self._beats()
             time.sleep(_SILENCE_SECONDS)
-            after, exiting = self._beats(), self._exiting()
+            after, exiting, told = self._beats(), self._exiting(), self.told_lost(self._store)
         except RuntimeError:
             return "rank 0 does not answer" if self._rank else None  # rank 0 or its launcher serves the store
+        if told is not None:
+            return told  # by a rank of that machine, which knows better
         silent = [rank for rank in self._others if rank not in exiting and before[rank] == after[rank]]
         if silent:
             activity = after[silent[0]].partition(" ")[2] or "start-up"
