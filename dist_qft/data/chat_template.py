@@ -49,7 +49,7 @@ class ChatTemplate:
         self._setup: dict[str, Any] = {"template": source, "variables": variables, "date": today.isoformat()}
         self._setup["cpu_seconds"] = CPU_SECONDS
         self._process: subprocess.Popen[bytes] | None = None
-        self._finalizer: weakref.finalize | None = None  # type: ignore[type-arg]
+        self._finalizer: weakref.finalize | None = None
 
     def render(self, requests: Sequence[Request]) -> list[Rendered]:
         """The texts of some conversations; a refusal by the template is in `Rendered.error`.
@@ -88,7 +88,7 @@ class ChatTemplate:
         try:
             process.stdin.write(json.dumps(request).encode() + b"\n")
             process.stdin.flush()
-            parts = []
+            parts: list[bytes] = []
             while not parts or not parts[-1].endswith(b"\n"):
                 if not select.select([process.stdout], [], [], WALL_SECONDS)[0]:
                     break
@@ -117,7 +117,9 @@ def _end(process: subprocess.Popen[bytes]) -> None:
 
 def template_source(tokenizer: PreTrainedTokenizerBase, tools: Sequence[Tool] | None) -> str | None:
     """The template that the tokenizer uses with or without tools; None if it has none."""
-    return tokenizer.get_chat_template(tools=tools) if tokenizer.chat_template else None
+    if not tokenizer.chat_template:
+        return None
+    return tokenizer.get_chat_template(tools=None if tools is None else list(tools))
 
 
 def has_clock(tokenizer: PreTrainedTokenizerBase) -> bool:

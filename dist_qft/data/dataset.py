@@ -102,7 +102,7 @@ class TokenDataset:
         digest = hashlib.sha256(f"{FORMAT_VERSION} {self.pad_id} {self.packed_length}".encode())
         for name, array in self._arrays().items():
             digest.update(f"{name} {array.dtype} {array.shape}".encode())
-            digest.update(array.view(np.uint8))
+            digest.update(array.view(np.uint8).data)
         return digest.hexdigest()
 
     def _arrays(self) -> dict[str, np.ndarray]:

@@ -45,7 +45,7 @@ def resolve_format(dataset: DatasetConfig, first: LocatedRecord, key: str) -> st
     Also checks that `columns` names fields of that format. `key` is the config section, for messages.
     """
     record, where = first
-    name = dataset.format
+    name: str = dataset.format
     if name == "auto":
         fits = [
             format_name

@@ -88,6 +88,7 @@ class SpanFinder:
         if rendered.error is not None:
             raise TemplateRefusal(f"the chat template refuses the conversation: {rendered.error}")
         text = rendered.text
+        found: tuple[list[Piece], list[Occurrence], Shape | None] | None = None
         for choice in CHOICES:
             found = self._align(text, messages, tools, choice)
             if found is not None:

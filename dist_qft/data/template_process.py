@@ -41,8 +41,9 @@ class GenerationBlocks(jinja2.ext.Extension):
 
     def _mark(self, caller: Callable[[], str]) -> str:
         text = caller()
-        start = sum(map(len, self.environment.rendered))  # type: ignore[attr-defined]
-        self.environment.marked.append((start, start + len(text)))  # type: ignore[attr-defined]
+        state = vars(self.environment)
+        start = sum(len(piece) for piece in state["rendered"])
+        state["marked"].append((start, start + len(text)))
         return text
 
 
@@ -94,9 +95,9 @@ def render(template: jinja2.Template, request: dict[str, Any], variables: dict[s
         ValueError: the text is longer than `limit` characters.
         Exception: whatever the template raises.
     """
-    environment: Any = template.environment
-    pieces, marked = [], []
-    environment.rendered, environment.marked = pieces, marked
+    pieces: list[str] = []
+    marked: list[tuple[int, int]] = []
+    vars(template.environment).update(rendered=pieces, marked=marked)  # `extend` would keep those of the last request
     length = 0
     for piece in template.generate(
         messages=request["messages"],

@@ -7,7 +7,6 @@ everything here reads the module's current attributes, when it computes and not 
 
 from collections.abc import Callable, Iterator
 from math import prod
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -84,6 +83,8 @@ class FrozenLinear(FrozenWeight):
     Only x receives a gradient.
     """
 
+    bias: nn.Parameter | None
+
     def __init__(
         self,
         in_features: int,
@@ -116,6 +117,12 @@ class FrozenLinear(FrozenWeight):
         return many and self.dtype == torch.float32 and next(self.parameters()).device.type == "cpu"
 
 
+class _ProductContext(FunctionCtx):
+    """The context of a `_FrozenProduct`."""
+
+    module: FrozenLinear
+
+
 class _FrozenProduct(torch.autograd.Function):
     """Dequantizes once for the product and again for the gradient, and saves no tensor in between.
 
@@ -124,7 +131,7 @@ class _FrozenProduct(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: FunctionCtx, x: Tensor, module: FrozenLinear) -> Tensor:
+    def forward(ctx: _ProductContext, x: Tensor, module: FrozenLinear) -> Tensor:
         ctx.module = module
         if not module.in_pieces:
             return F.linear(x, module.dequantize(), module.bias)
@@ -138,7 +145,7 @@ class _FrozenProduct(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: _ProductContext, grad_output: Tensor) -> tuple[Tensor, None]:
         module = ctx.module
         if not module.in_pieces:
             return grad_output @ module.dequantize(), None

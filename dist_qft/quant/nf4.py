@@ -62,7 +62,7 @@ class NF4(Format):
 
     def packed_shapes(self, shape: Shape) -> PackedShapes:
         out_features, in_features = shape
-        codes = {"codes": ((out_features, in_features // 2), torch.uint8)}
+        codes: PackedShapes = {"codes": ((out_features, in_features // 2), torch.uint8)}
         if not self.double_quant:
             return codes | {"absmax": ((out_features, in_features // self.block), torch.float32)}
         blocks = out_features * in_features // self.block

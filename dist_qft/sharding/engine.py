@@ -5,7 +5,7 @@ decides which rows of every parameter this rank keeps, allocates just those, and
 modules callable as if they were whole. It knows neither formats nor methods; trainables never pass through it.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, Self
 
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from dist_qft.config.schema import RunConfig
+from dist_qft.quant.frozen import FrozenWeight
 
 
 @dataclass(frozen=True)
@@ -24,8 +25,8 @@ class Units:
     positions) form the last unit.
     """
 
-    tables: list[nn.Module]
-    layers: list[nn.Module]
+    tables: Sequence[FrozenWeight]
+    layers: Sequence[nn.Module]
     root: nn.Module
 
 
@@ -82,13 +83,13 @@ class Engine(Protocol):
     def shard(self, units: Units, device: torch.device) -> None:
         """Take modules on meta, allocate this rank's part of every parameter on `device`. Collective."""
 
-    def shape(self, parameter: nn.Parameter) -> torch.Size:
+    def shape(self, parameter: Tensor) -> torch.Size:
         """The shape of the whole parameter; `parameter.shape` may be that of a part."""
 
-    def rows(self, parameter: nn.Parameter) -> tuple[int, int]:
+    def rows(self, parameter: Tensor) -> tuple[int, int]:
         """First and one-past-last dim-0 index that this rank must be given of `parameter`."""
 
-    def span(self, parameter: nn.Parameter) -> tuple[int, int]:
+    def span(self, parameter: Tensor) -> tuple[int, int]:
         """First and one-past-last element of this rank's part, in the whole parameter flattened."""
 
     def store(self, parameter: nn.Parameter, first: int, rows: Tensor) -> None:

@@ -115,15 +115,15 @@ class FsdpEngine:
         if device.type == "cpu":
             return_freed_memory_between(units.layers)
 
-    def shape(self, parameter: nn.Parameter) -> torch.Size:
+    def shape(self, parameter: Tensor) -> torch.Size:
         return parameter.shape
 
-    def rows(self, parameter: nn.Parameter) -> tuple[int, int]:
+    def rows(self, parameter: Tensor) -> tuple[int, int]:
         height, chunk = parameter.shape[0], self._rows_per_rank(parameter)
         first = min(self._shards.rank * chunk, height)
         return first, min(first + chunk, height)
 
-    def span(self, parameter: nn.Parameter) -> tuple[int, int]:
+    def span(self, parameter: Tensor) -> tuple[int, int]:
         begin, end = self.rows(parameter)
         width = math.prod(parameter.shape[1:])
         return begin * width, end * width
@@ -177,7 +177,7 @@ class FsdpEngine:
     def after_backward(self) -> None:
         pass
 
-    def _rows_per_rank(self, parameter: nn.Parameter) -> int:
+    def _rows_per_rank(self, parameter: Tensor) -> int:
         """Dim-0 entries of every rank's part but the last ones': FSDP2 cuts as `torch.chunk` does."""
         return -(-parameter.shape[0] // self._shards.size)
 

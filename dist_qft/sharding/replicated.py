@@ -39,13 +39,13 @@ class ReplicatedEngine:
             module.register_parameter(name, whole)
             self._parameters.append(whole)
 
-    def shape(self, parameter: nn.Parameter) -> torch.Size:
+    def shape(self, parameter: Tensor) -> torch.Size:
         return parameter.shape
 
-    def rows(self, parameter: nn.Parameter) -> tuple[int, int]:
+    def rows(self, parameter: Tensor) -> tuple[int, int]:
         return 0, parameter.shape[0]
 
-    def span(self, parameter: nn.Parameter) -> tuple[int, int]:
+    def span(self, parameter: Tensor) -> tuple[int, int]:
         return 0, parameter.numel()
 
     def store(self, parameter: nn.Parameter, first: int, rows: Tensor) -> None:

@@ -55,7 +55,7 @@ class _ZeroParameter(Protocol):
     all_gather_coalesced: AllGather
 
 
-def _zero(parameter: nn.Parameter) -> _ZeroParameter:
+def _zero(parameter: Tensor) -> _ZeroParameter:
     return cast(_ZeroParameter, parameter)
 
 
@@ -151,15 +151,15 @@ class ZeroEngine:
         if device.type == "cpu":
             return_freed_memory_between(units.layers)
 
-    def shape(self, parameter: nn.Parameter) -> torch.Size:
+    def shape(self, parameter: Tensor) -> torch.Size:
         return _zero(parameter).ds_shape
 
-    def rows(self, parameter: nn.Parameter) -> tuple[int, int]:
+    def rows(self, parameter: Tensor) -> tuple[int, int]:
         begin, end = self.span(parameter)
         width = math.prod(_zero(parameter).ds_shape[1:])
         return begin // width, -(-end // width)
 
-    def span(self, parameter: nn.Parameter) -> tuple[int, int]:
+    def span(self, parameter: Tensor) -> tuple[int, int]:
         size = _zero(parameter).ds_tensor.numel()
         begin = min(self._shards.rank * size, _zero(parameter).ds_numel)
         return begin, min(begin + size, _zero(parameter).ds_numel)

@@ -178,7 +178,7 @@ def list_checkpoints(output_dir: Path) -> list[Path]:
 
 def newest_valid(output_dir: Path) -> tuple[Path | None, list[str]]:
     """The newest checkpoint that verifies, and one line for each newer one that does not."""
-    refused = []
+    refused: list[str] = []
     for path in reversed(list_checkpoints(output_dir)):
         fault = fault_in(path)
         if fault is None:
