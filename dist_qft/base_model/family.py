@@ -4,6 +4,8 @@ The loss is computed inside the head, so it must repeat whatever the causal LM d
 the library's own code to see that nothing else is done. Not here: the decoder, which is the library's own.
 """
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
@@ -11,6 +13,10 @@ from transformers.masking_utils import create_causal_mask
 
 from dist_qft.base_model.loss import LogitMap
 from dist_qft.errors import UserError
+from dist_qft.quant.frozen import FrozenEmbedding
+
+if TYPE_CHECKING:
+    from torch.nn.attention.flex_attention import BlockMask
 
 _SCALE_KEYS = {"logit_scale": 1, "logits_scaling": -1}  # config key -> exponent
 _CAP_KEY = "final_logit_softcapping"
@@ -34,7 +40,7 @@ def disable_dropout(config: PretrainedConfig) -> None:
             setattr(config, key, 0.0)
 
 
-def packed_mask(config: PretrainedConfig, position_ids: Tensor, dtype: torch.dtype) -> Tensor | None:
+def packed_mask(config: PretrainedConfig, position_ids: Tensor, dtype: torch.dtype) -> "Tensor | BlockMask | None":
     """The attention mask to hand to the decoder, None where it makes a right one from the position ids itself."""
     if config.model_type not in _BLIND_TO_POSITIONS:
         return None
@@ -63,6 +69,7 @@ def check_logits(causal: PreTrainedModel, decoder: nn.Module, head: nn.Module, e
         UserError: the head was not given the decoder's states, or the logits are not `expected` of the head's.
     """
     embedding = causal.get_input_embeddings()
+    assert isinstance(embedding, FrozenEmbedding), "the skeleton has replaced it"
     hidden = torch.linspace(-1, 1, embedding.embedding_dim).view(1, 1, -1)
     raw = torch.linspace(-60, 60, embedding.num_embeddings).view(1, 1, -1)
     given: list[Tensor] = []

@@ -39,12 +39,13 @@ class OutputHead(nn.Module):
 
         def use(table: FrozenEmbedding, states: Tensor) -> Tensor:
             nonlocal gradient
+            tokens, dim = states.shape
             loss, gradient = summed_cross_entropy(
                 states,
                 targets,
                 table,
                 logit_map=self.loss_map,
-                slice_size=slice_rows(*states.shape, self.loss_megabytes),
+                slice_size=slice_rows(tokens, dim, self.loss_megabytes),
                 with_gradient=with_gradient,
             )
             return loss

@@ -15,6 +15,7 @@ from typing import Protocol
 
 import torch
 from torch import Tensor
+from torch.autograd.function import FunctionCtx
 
 from dist_qft.data.samples import IGNORED
 
@@ -72,8 +73,8 @@ def summed_cross_entropy(
     maximum = torch.full((tokens,), -torch.inf, device=hidden.device)
     total = torch.zeros(tokens, device=hidden.device)
     target_logit = torch.zeros(tokens, device=hidden.device)
-    mean_row = torch.zeros_like(hidden, dtype=torch.float32) if with_gradient else None
-    target_row = torch.zeros_like(mean_row) if with_gradient else None
+    mean_row = hidden.new_zeros(hidden.shape if with_gradient else (0,), dtype=torch.float32)
+    target_row = torch.zeros_like(mean_row)
     for start in range(0, head.num_embeddings, slice_size):
         stop = min(start + slice_size, head.num_embeddings)
         rows = head.rows(start, stop)
@@ -99,17 +100,26 @@ def summed_cross_entropy(
     return loss, mean_row.div_(total[:, None]).sub_(target_row).to(hidden.dtype)
 
 
+class _KnownGradientContext(FunctionCtx):
+    """The context of a `_KnownGradient`."""
+
+    shape: torch.Size
+    saved_tensors: tuple[Tensor, Tensor]
+
+
 class _KnownGradient(torch.autograd.Function):
     """Ties a loss that was computed outside autograd to its input through an already known gradient."""
 
     @staticmethod
-    def forward(ctx, hidden: Tensor, loss: Tensor, positions: Tensor, gradient: Tensor) -> Tensor:
+    def forward(
+        ctx: _KnownGradientContext, hidden: Tensor, loss: Tensor, positions: Tensor, gradient: Tensor
+    ) -> Tensor:
         ctx.save_for_backward(positions, gradient)
         ctx.shape = hidden.shape
         return loss.clone()
 
     @staticmethod
-    def backward(ctx, grad_output: Tensor):
+    def backward(ctx: _KnownGradientContext, grad_output: Tensor) -> tuple[Tensor, None, None, None]:
         positions, gradient = ctx.saved_tensors
         full = gradient.new_zeros(ctx.shape)
         full.view(-1, ctx.shape[-1])[positions] = gradient * grad_output.to(gradient.dtype)

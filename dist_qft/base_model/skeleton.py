@@ -73,14 +73,15 @@ class BaseModel:
     @property
     def units(self) -> Units:
         """What an engine gathers as one."""
-        tables = [self.embedding] if self.tied else [self.embedding, self.head.table]
+        own = self.head.table
+        tables = [self.embedding] if own is None else [self.embedding, own]
         return Units(tables=tables, layers=self.layers, root=self.decoder)
 
     def tables(self) -> dict[str, FrozenEmbedding]:
         """Vocabulary tables by their checkpoint name."""
         names = {module: name for name, module in self.model.named_modules()}
         tables = {names[self.embedding]: self.embedding}
-        if not self.tied:
+        if self.head.table is not None:
             tables[names[self.head]] = self.head.table
         return tables
 
@@ -247,7 +248,12 @@ def _freeze_tables(
     causal: PreTrainedModel, formats: ChosenFormats, dtype: torch.dtype
 ) -> tuple[FrozenEmbedding, OutputHead]:
     paths = {module: name for name, module in causal.named_modules()}
-    source = causal.get_input_embeddings()
+    source, lm_head = causal.get_input_embeddings(), causal.get_output_embeddings()
+    if not isinstance(source, nn.Embedding) or not isinstance(lm_head, nn.Linear):
+        raise UserError(
+            f"model type '{causal.config.model_type}': got {type(source).__name__} and {type(lm_head).__name__} as "
+            "embedding and LM head, must be nn.Embedding and nn.Linear"
+        )
     scale = getattr(source, "embed_scale", None)
     shape = (source.num_embeddings, source.embedding_dim)
     embedding = FrozenEmbedding(
@@ -258,7 +264,6 @@ def _freeze_tables(
         scale=None if scale is None else float(scale),
     )
     causal.set_input_embeddings(embedding)
-    lm_head = causal.get_output_embeddings()
     config = causal.config.get_text_config()
     own = None
     if not config.tie_word_embeddings:

@@ -245,7 +245,7 @@ def _read(entry: _Entry, box: Sequence[tuple[int, int]]) -> Tensor:
     data = torch.empty((stop - first) * width, dtype=dtype)
     with entry.path.open("rb", buffering=0) as file:
         file.seek(entry.start + first * width * dtype.itemsize)
-        _fill(file, memoryview(data.view(torch.uint8).numpy()), entry.path)
+        _fill(file, data.view(torch.uint8).numpy().data, entry.path)
     if not box:
         return data.view(())
     rows = data.view(stop - first, *shape[1:])

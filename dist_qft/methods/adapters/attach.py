@@ -34,6 +34,7 @@ class AdapterSet(HookedTrainables):
             raise UserError("method: no layer has an adapter, there is nothing to train")
         # A ModuleDict key may not hold a dot; a module path never holds a slash.
         self._adapters = nn.ModuleDict({path.replace(".", "/"): adapter for path, adapter in adapters.items()})
+        self._by_path = dict(adapters)
         self._changed: list[FrozenLinear] = []
 
     @classmethod
@@ -47,7 +48,7 @@ class AdapterSet(HookedTrainables):
     @property
     def by_path(self) -> dict[str, TileAdapter]:
         """The adapters by layer path, in model order."""
-        return {key.replace("/", "."): adapter for key, adapter in self._adapters.items()}
+        return dict(self._by_path)
 
     def named_tensors(self) -> list[tuple[str, nn.Parameter]]:
         """("model.layers.0.self_attn.q_proj.A", parameter) for every trainable.

@@ -45,7 +45,8 @@ class CachedForward:
 
     def __call__(self, batch: MicroBatch) -> Tensor:
         if self._cached:
-            states = self._cache.read(batch.row_ids, tuple(batch.input_ids.shape), self._device)
+            rows, length = batch.input_ids.shape
+            states = self._cache.read(batch.row_ids, (rows, length), self._device)
             return self._side(states, batch.position_ids.to(self._device))
         self._side.observer = partial(self._cache.write, batch.row_ids)
         try:

@@ -199,4 +199,4 @@ def _word_sum(values: Tensor) -> int:
 
 
 def _checksum(values: Tensor) -> int:
-    return 1 + zlib.crc32(values.view(torch.uint8).numpy())
+    return 1 + zlib.crc32(values.view(torch.uint8).numpy().data)

@@ -56,13 +56,14 @@ class SideNetwork(HookedTrainables):
         self.settings = settings
         self.observer: Callable[[BaseStates], None] | None = None
         self.decoder = _narrow_decoder(config)
-        depth, narrow = len(self.decoder.layers), config.hidden_size
+        self.layers = list(decoder_layers(self.decoder))  # in a list: not registered a second time
+        depth, narrow = len(self.layers), config.hidden_size
         released = settings.compat == "released"
         self.gates = nn.Parameter(torch.full((depth, narrow), 0.5) if released else torch.zeros(depth))
         self.downsamples = nn.ModuleList(make_downsample(settings, width) for _ in range(depth))
         self.upsample = nn.Linear(narrow, out_width)
         self.alpha = nn.Parameter(torch.ones(out_width) if released else torch.ones(()))
-        for index, layer in enumerate(self.decoder.layers):
+        for index, layer in enumerate(self.layers):
             layer.register_forward_pre_hook(self._mix_hook(index))
         self._states: BaseStates | None = None  # of the forward pass that is going on
         self._collected: list[Tensor] = []
@@ -80,7 +81,7 @@ class SideNetwork(HookedTrainables):
     def named_tensors(self) -> list[tuple[str, nn.Parameter]]:
         """Every trainable in the order of the forward pass, layer by layer; the gates, which all layers use, first."""
         named = [("gates", self.gates)]
-        for index, (downsample, layer) in enumerate(zip(self.downsamples, self.decoder.layers, strict=True)):
+        for index, (downsample, layer) in enumerate(zip(self.downsamples, self.layers, strict=True)):
             named += [(f"downsamples.{index}.{name}", parameter) for name, parameter in downsample.named_parameters()]
             named += [(f"layers.{index}.{name}", parameter) for name, parameter in layer.named_parameters()]
         listed = {id(parameter) for _, parameter in named}
@@ -95,11 +96,11 @@ class SideNetwork(HookedTrainables):
         if self._handles:
             raise RuntimeError("SideNetwork.attach: already attached")
         decoder = model.get_decoder()
-        if len(decoder.layers) != len(self.decoder.layers):
-            count = len(decoder.layers)
-            raise UserError(f"side network of {len(self.decoder.layers)} layers does not fit a base of {count}")
-        self._handles = [decoder.layers[0].register_forward_pre_hook(self._collect_input)]
-        self._handles += [layer.register_forward_hook(self._collect_output) for layer in decoder.layers]
+        wide = decoder_layers(decoder)
+        if len(wide) != len(self.layers):
+            raise UserError(f"side network of {len(self.layers)} layers does not fit a base of {len(wide)}")
+        self._handles = [wide[0].register_forward_pre_hook(self._collect_input)]
+        self._handles += [layer.register_forward_hook(self._collect_output) for layer in wide]
         self._handles.append(decoder.register_forward_hook(self._tune, with_kwargs=True))
         return self._handles
 
@@ -137,9 +138,11 @@ class SideNetwork(HookedTrainables):
     def _mix_hook(self, index: int) -> Callable[..., tuple[Tensor, ...]]:
         def mix_in(layer: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
             # Whatever the decoder did to its input embeddings (scale, positions) is the base's business.
-            below = args[0] if index else self._narrow(0, self._states.layers[0])
+            states = self._states
+            assert states is not None, "the side decoder runs only inside forward"
+            below = args[0] if index else self._narrow(0, states.layers[0])
             gate = torch.sigmoid(self.gates[index])
-            return ((1.0 - gate) * self._narrow(index, self._states.layers[index + 1]) + gate * below, *args[1:])
+            return ((1.0 - gate) * self._narrow(index, states.layers[index + 1]) + gate * below, *args[1:])
 
         return mix_in
 
@@ -169,7 +172,7 @@ class SideNetwork(HookedTrainables):
             return None
         if not isinstance(base, DynamicCache):
             raise UserError(f"generate: a side network needs a DynamicCache, got {type(base).__name__}")
-        depth = len(self.decoder.layers)
+        depth = len(self.layers)
         own = DynamicCache(config=self.decoder.config)
         if len(base.layers) == depth:
             base.layers += own.layers
@@ -182,6 +185,13 @@ class _Zero(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         return torch.zeros(())
+
+
+def decoder_layers(decoder: nn.Module) -> nn.ModuleList:
+    """The decoder layers of a decoder of transformers."""
+    layers = decoder.layers
+    assert isinstance(layers, nn.ModuleList), "a base without such layers is refused when its skeleton is built"
+    return layers
 
 
 def _narrow_decoder(config: PretrainedConfig) -> PreTrainedModel:

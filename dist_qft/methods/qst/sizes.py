@@ -26,14 +26,15 @@ def shrunken_config(base: PretrainedConfig, reduction: int) -> PretrainedConfig:
         UserError: r does not fit the base's widths; names the nearest that do.
     """
     text = base.get_text_config()
-    if not _fits(text, reduction):
+    attention = _attention(text, reduction)
+    if attention is None:
         widths = ", ".join(f"{name} {size}" for name, size in _widths(text).items())
         raise UserError(f"method.reduction: {reduction} does not fit {widths}; nearest: {_nearest(text, reduction)}")
     side = copy.deepcopy(text)
     for key in _WIDTHS:
         if key in vars(side):
             setattr(side, key, getattr(side, key) // reduction)
-    heads, key_value_heads, head_dim = _attention(text, reduction)
+    heads, key_value_heads, head_dim = attention
     if "query_pre_attn_scalar" in vars(side):  # Gemma2 scales scores by it instead of the head size
         side.query_pre_attn_scalar = max(1, side.query_pre_attn_scalar * head_dim // _head_dim(text))
     side.num_attention_heads = heads
@@ -64,14 +65,10 @@ def _widths(config: PretrainedConfig) -> dict[str, int]:
     return widths if inner == config.hidden_size else widths | {"heads x head_dim": inner}
 
 
-def _fits(config: PretrainedConfig, reduction: int) -> bool:
-    if any(size % reduction for size in _widths(config).values()):
-        return False
-    return _attention(config, reduction) is not None
-
-
 def _attention(config: PretrainedConfig, reduction: int) -> tuple[int, int, int] | None:
-    """Heads, key-value heads and head size of the side network; None if no number of heads will do."""
+    """Heads, key-value heads and head size of the side network; None if r does not divide a width, or no heads fit."""
+    if any(size % reduction for size in _widths(config).values()):
+        return None
     inner = config.num_attention_heads * _head_dim(config) // reduction
     step = 2 if hasattr(config, "rope_parameters") else 1  # rotary embeddings turn pairs of channels
     for heads in range(config.num_attention_heads, 0, -1):
@@ -83,7 +80,7 @@ def _attention(config: PretrainedConfig, reduction: int) -> tuple[int, int, int]
 
 
 def _nearest(config: PretrainedConfig, reduction: int) -> str:
-    legal = [r for r in range(2, config.hidden_size // 2 + 1) if _fits(config, r)]
+    legal = [r for r in range(2, config.hidden_size // 2 + 1) if _attention(config, r) is not None]
     below = [r for r in legal if r < reduction][-1:]
     above = [r for r in legal if r > reduction][:1]
     return " or ".join(map(str, below + above)) or "none; this base cannot have a side network"

@@ -174,7 +174,7 @@ def _check_linears(spec: SideSpec, base: BaseModel) -> None:
     with torch.device("meta"):
         network = SideNetwork(spec.settings, spec.config, spec.width, spec.out_width)
     wide = dict(base.layers[0].named_modules())
-    for name, narrow in network.decoder.layers[0].named_modules():
+    for name, narrow in network.layers[0].named_modules():
         if isinstance(narrow, nn.Linear) and narrow.in_features * spec.settings.reduction != wide[name].in_features:
             raise UserError(
                 f"method.name: qst does not know how to shrink model type '{base.config.model_type}': "
