@@ -93,10 +93,10 @@ def _all(path: Path, study: Study, rows: Sequence[Row], jobs: int, retry_failed:
     _report(study, rows)
     from dist_qft.study.results import collect
 
-    failed = [outcome for outcome in collect(rows) if outcome.result and outcome.result.exit_code]
+    failed = [outcome.result.exit_code for outcome in collect(rows) if outcome.result and outcome.result.exit_code]
     if failed:
         print(f"{len(failed)} of {len(rows)} runs failed; --retry-failed runs them again", file=sys.stderr)
-    return failed[0].result.exit_code if failed else 0
+    return failed[0] if failed else 0
 
 
 def _report(study: Study, rows: Sequence[Row]) -> None:

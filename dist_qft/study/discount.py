@@ -100,10 +100,15 @@ def _rules(members: Sequence[LinearShape], chosen: Mapping[str, _Choice]) -> lis
     """One rule for each run of decoder layers whose layers of a type have the same settings."""
     rules = []
     for kind in dict.fromkeys(layer_type(layer.path) for layer in members):
-        own = sorted((layer for layer in members if layer_type(layer.path) == kind), key=lambda layer: layer.depth)
+        own = sorted((layer for layer in members if layer_type(layer.path) == kind), key=_depth)
         # Consecutive depths with equal settings share a key: depth minus position is constant along them.
-        keys = [(chosen[layer.path].settings, layer.depth - place) for place, layer in enumerate(own)]
+        keys = [(chosen[layer.path].settings, _depth(layer) - place) for place, layer in enumerate(own)]
         for (settings, _), run in groupby(zip(keys, own, strict=True), key=lambda pair: pair[0]):
-            depths = [layer.depth for _, layer in run]
+            depths = [_depth(layer) for _, layer in run]
             rules.append(Group(kind, layers=kind, depth=(depths[0], depths[-1])).rule(**dict(settings)))
     return rules
+
+
+def _depth(layer: LinearShape) -> int:
+    assert layer.depth is not None, "every linear layer that is adapted is in a decoder layer"
+    return layer.depth

@@ -3,7 +3,9 @@
 import io
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from statistics import fmean
+from typing import TYPE_CHECKING, Any
 
 import matplotlib
 from matplotlib.axes import Axes
@@ -12,10 +14,13 @@ from matplotlib.figure import Figure
 from dist_qft.study.measurements import Estimate, Subject
 from dist_qft.study.presets import REFERENCE, Variant
 
+if TYPE_CHECKING:
+    from matplotlib.typing import RcKeyType
+
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 _AXIS = {"rank": "rank", "alpha": "alpha", "balance": "balancing factor"}
-_STYLE = {
+_STYLE: "dict[RcKeyType, Any]" = {
     "font.family": "DejaVu Sans",  # comes with matplotlib: the same picture on every machine
     "font.size": 9,
     "axes.spines.top": False,
@@ -114,8 +119,8 @@ def _two_rows(
     figure = Figure(figsize=(1.2 + 4.0 * len(subjects), 6.2), layout="constrained")
     grid = figure.subplots(2, len(subjects), squeeze=False)
     for column, subject in enumerate(subjects):
-        draw(grid[0][column], subject, lambda v, s=subject: Estimate(tuple(s.figures[v].values())))
-        draw(grid[1][column], subject, lambda v, s=subject: Estimate(tuple(_changes(s, v))))
+        draw(grid[0][column], subject, partial(_measured, subject))
+        draw(grid[1][column], subject, partial(_changed, subject))
         grid[0][column].set_title(subject.label)
         grid[1][column].axhline(0, color="#444444", linewidth=0.8)
         grid[0][column].legend(fontsize=8)
@@ -180,6 +185,14 @@ def _spread(axes: Axes, place: float, estimate: Estimate, colour: str) -> None:
     """Standard deviation over the seeds, and every seed as a dot."""
     axes.errorbar(place, estimate.mean, estimate.spread, color=colour, capsize=3, linewidth=1)
     axes.scatter([place + 0.08] * len(estimate.per_seed), estimate.per_seed, s=5, color=colour, alpha=0.6, linewidths=0)
+
+
+def _measured(subject: Subject, variant: Variant) -> Estimate:
+    return Estimate(tuple(subject.figures[variant].values()))
+
+
+def _changed(subject: Subject, variant: Variant) -> Estimate:
+    return Estimate(tuple(_changes(subject, variant)))
 
 
 def _changes(subject: Subject, variant: Variant) -> list[float]:

@@ -96,7 +96,9 @@ def _type_contrast(subject: Subject, preset: str, claim: str, statement: str, un
     estimate = _by_seed(lambda seed: fmean(c[seed] for c in costs[0]) - fmean(c[seed] for c in costs[1]), *costs)
     what = "tile" if preset.startswith("balance") else "rank"
     contrast = f"the cost of a smaller adapter ({what} {', '.join(values)}) in attention minus that in MLP"
-    return estimate and Finding(claim, statement, subject.label, contrast, unit, estimate)
+    if estimate is None:
+        return None
+    return Finding(claim, statement, subject.label, contrast, unit, estimate)
 
 
 def _balance_by_type(subject: Subject, unit: str) -> Finding | None:
@@ -124,7 +126,9 @@ def _value_over_group(
     estimate = _by_seed(contrast, [known[key] for key in product(groups, values)])
     statement = f"the effect of the balancing factor depends more on its value than on {what}"
     text = f"the mean square between balancing factors {', '.join(values)} minus that between {', '.join(groups)}"
-    return estimate and Finding(claim, statement, subject.label, text, f"({unit})^2", estimate)
+    if estimate is None:
+        return None
+    return Finding(claim, statement, subject.label, text, f"({unit})^2", estimate)
 
 
 def _type_over_depth(subject: Subject, unit: str) -> Finding | None:
@@ -156,7 +160,11 @@ def _type_over_depth(subject: Subject, unit: str) -> Finding | None:
     estimate = _by_seed(contrast, used)
     statement = "layer type matters more than depth"
     text = f"the mean square between layer types minus that between thirds of the depth (rank {', '.join(values)})"
-    return estimate and Finding("4 (type over depth)", statement, subject.label, text, f"({unit})^2", estimate)
+    return (
+        None
+        if estimate is None
+        else Finding("4 (type over depth)", statement, subject.label, text, f"({unit})^2", estimate)
+    )
 
 
 def _equal_discount(subject: Subject, unit: str) -> Finding | None:
@@ -169,7 +177,9 @@ def _equal_discount(subject: Subject, unit: str) -> Finding | None:
     share, hold = known[TYPES[0]].value.split(" ")
     statement = "for the same discount, a cut in MLP layers preserves more than one in attention layers"
     contrast = f"the cost of a discount of {share} ({hold}) in attention minus that in MLP"
-    return estimate and Finding("5 (equal discount)", statement, subject.label, contrast, unit, estimate)
+    return (
+        None if estimate is None else Finding("5 (equal discount)", statement, subject.label, contrast, unit, estimate)
+    )
 
 
 def _mean_square(table: Sequence[Sequence[float]]) -> float:

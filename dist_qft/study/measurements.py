@@ -100,8 +100,8 @@ def measure(outcomes: Sequence[Outcome], metric: str) -> list[Subject]:
     """The subjects of a study with what their finished runs measured; those without a finished run are left out."""
     subjects: dict[str, Subject] = {}
     for outcome in outcomes:
-        row = outcome.row
-        if not outcome.done or metric not in outcome.result.tuned:
+        row, result = outcome.row, outcome.finished
+        if result is None or metric not in result.tuned:
             continue
         label = ", ".join(row.subject.values()) or row.config.method.name
         sign = 1 if metric == "loss" else -1
@@ -110,7 +110,7 @@ def measure(outcomes: Sequence[Outcome], metric: str) -> list[Subject]:
             if variant.preset == REFERENCE:
                 subject.method = row.config.method
             seed = row.config.train.seed
-            subject.figures.setdefault(variant, {})[seed] = outcome.result.tuned[metric]
-            subject.curves.setdefault(variant, {})[seed] = outcome.result.history
+            subject.figures.setdefault(variant, {})[seed] = result.tuned[metric]
+            subject.curves.setdefault(variant, {})[seed] = result.history
             subject.kept[variant], subject.trainables[variant] = row.kept, row.trainables
     return [subject for subject in subjects.values() if subject.reference]

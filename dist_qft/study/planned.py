@@ -62,17 +62,17 @@ def _table(outcomes: Sequence[Outcome]) -> Table:
 def _time_needed(rows: Sequence[Row], outcomes: Sequence[Outcome]) -> str:
     """What the runs that are left will take, and how that is known."""
     missing = sum(not outcome.done for outcome in outcomes)
-    measured = [outcome.result.seconds for outcome in outcomes if outcome.done]
+    measured = [outcome.finished.seconds for outcome in outcomes if outcome.finished]
     if measured:
         seconds, how = median(measured), f"the median of {len(measured)} runs that are done"
-    elif rows[0].config.train.max_steps is None:
+    elif (steps := rows[0].config.train.max_steps) is None:
         return f"{missing} to do; how long they take depends on the data: train.max_steps is not set"
     else:
-        seconds, how = _estimate(rows[0].config), "estimated from one decoder layer; training steps only"
+        seconds, how = _estimate(rows[0].config, steps), "estimated from one decoder layer; training steps only"
     return f"{missing} to do; {seconds:,.0f} s each, {missing * seconds / 60:,.0f} minutes one after another ({how})"
 
 
-def _estimate(config: RunConfig) -> float:
+def _estimate(config: RunConfig, steps: int) -> float:
     """Seconds for the training steps of a run, from one decoder layer's linear layers on one micro-batch."""
     device = planned_device(config.sharding.device)
     if device.type == "cuda" and not torch.cuda.is_available():
@@ -81,7 +81,7 @@ def _estimate(config: RunConfig) -> float:
     micro_batch = config.train.per_device_train_batch_size
     tokens = micro_batch * (config.data.max_length if config.data else 1)
     seconds = _layer_seconds(base, tokens, device) * len(base.layers)
-    return seconds * config.train.max_steps * config.train.global_batch_size / micro_batch
+    return seconds * steps * config.train.global_batch_size / micro_batch
 
 
 def _layer_seconds(base: BaseModel, tokens: int, device: torch.device) -> float:

@@ -68,7 +68,7 @@ def _groups(preset: TypePreset | DepthPreset, layers: Sequence[LinearShape]) -> 
         return [group_named(name, layers) for name in preset.groups]
     if isinstance(preset.depths, int):
         return depth_groups(layers, preset.depths)
-    return [Group(name, depth=tuple(depth)) for name, depth in preset.depths.items()]
+    return [Group(name, depth=(first, last)) for name, (first, last) in preset.depths.items()]
 
 
 def _settings(preset: TypePreset | DepthPreset, value: int | float | list[int], method: TileMethod) -> dict[str, Any]:

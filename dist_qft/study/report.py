@@ -16,7 +16,7 @@ from dist_qft.study.figures import draw_all
 from dist_qft.study.findings import Finding, find
 from dist_qft.study.measurements import measure
 from dist_qft.study.page import make_page
-from dist_qft.study.results import Outcome, as_csv, as_json, collect
+from dist_qft.study.results import Result, as_csv, as_json, collect
 from dist_qft.study.rows import Row
 from dist_qft.study.settings import Study
 
@@ -38,10 +38,10 @@ def write_report(study: Study, rows: Sequence[Row]) -> str:
     """
     metric = study.settings.metric
     outcomes = collect(rows)
-    done = [outcome for outcome in outcomes if outcome.done]
+    done = [(outcome.row, outcome.finished) for outcome in outcomes if outcome.finished]
     subjects = measure(outcomes, metric)
     if not subjects:
-        known = sorted({name for outcome in done for name in outcome.result.tuned})
+        known = sorted({name for _, result in done for name in result.tuned})
         what = f"none of the {len(done)} runs that are done is a reference with the held-out figure '{metric}'"
         raise UserError(f"{study.output_dir}: nothing to report: {what}; measured: {', '.join(known) or 'nothing'}")
     unit = _LOSS_UNITS[study.base.task.name] if metric == "loss" else ""
@@ -74,13 +74,12 @@ def _write_bytes(path: Path, content: bytes) -> None:
         raise SetupError(f"{path}: cannot write: {error.strerror}") from error
 
 
-def _write_hparams(folder: Path, outcomes: Sequence[Outcome], metric: str) -> None:
+def _write_hparams(folder: Path, done: Sequence[tuple[Row, Result]], metric: str) -> None:
     """One set of settings and results for each run, as TensorBoard's hparams tab reads them."""
     from torch.utils.tensorboard import SummaryWriter
 
     shutil.rmtree(folder, ignore_errors=True)
-    for outcome in outcomes:
-        row, result = outcome.row, outcome.result
+    for row, result in done:
         settings = {
             **row.subject,
             "variant": " = ".join(map(str, row.variants)),

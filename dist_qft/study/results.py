@@ -93,8 +93,13 @@ class Outcome:
     result: Result | None
 
     @property
+    def finished(self) -> Result | None:
+        """The result of a run that ended well; None of any other."""
+        return self.result if self.result is not None and self.result.exit_code == 0 else None
+
+    @property
     def done(self) -> bool:
-        return self.result is not None and self.result.exit_code == 0
+        return self.finished is not None
 
     @property
     def status(self) -> str:
@@ -135,7 +140,7 @@ def as_csv(outcomes: Sequence[Outcome]) -> str:
     """One line for each run and each variant it stands for."""
     groups = ["total", *TYPES, *THIRDS]
     axes = list(outcomes[0].row.subject)
-    figures = sorted({name for o in outcomes if o.done for name in o.result.tuned})
+    figures = sorted({name for outcome in outcomes if outcome.finished for name in outcome.finished.tuned})
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(
@@ -145,7 +150,7 @@ def as_csv(outcomes: Sequence[Outcome]) -> str:
         + ["last_training_loss"]
     )
     for outcome in outcomes:
-        row, result = outcome.row, outcome.result if outcome.done else None
+        row, result = outcome.row, outcome.finished
         measured: list[Any] = [""] * (2 * len(figures) + 1)
         if result:
             measured = [f"{getattr(result, which)[name]:.6f}" for name in figures for which in ("base", "tuned")]

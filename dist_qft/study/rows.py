@@ -9,12 +9,14 @@ import itertools
 import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
 from dist_qft.base_model.skeleton import BaseModel, build_skeleton
+from dist_qft.config.fault import KeyPath
 from dist_qft.config.load import change_config
 from dist_qft.config.methods.tile_method import TileMethod
 from dist_qft.config.renamed import with_earlier_names
@@ -28,6 +30,8 @@ from dist_qft.study.groups import kept_shares
 from dist_qft.study.presets import REFERENCE, Variant, preset_variants
 from dist_qft.study.settings import Study, axis_labels
 from dist_qft.tuned_model.task import head_outputs
+
+_T = TypeVar("_T")
 
 RUNS_FOLDER = "runs"
 
@@ -93,18 +97,18 @@ def _subjects(study: Study) -> Iterator[tuple[dict[str, str], RunConfig]]:
         for axis, label in subject.items():
             values = axes[axis]
             changes = values[label] if isinstance(values, dict) else {axis: values[axis_labels(values).index(label)]}
-            place = ("axes", axis, label) if isinstance(values, dict) else ("axes", axis)
-            config = _placed(study, place, lambda c=config, new=changes: change_config(c, new))
+            place: KeyPath = ("axes", axis, label) if isinstance(values, dict) else ("axes", axis)
+            config = _placed(study, place, partial(change_config, config, changes))
         yield subject, config
 
 
 def _subject_rows(study: Study, subject: dict[str, str], config: RunConfig, skeletons: "_Skeletons") -> Iterator[Row]:
     """The reference and all variants of one combination of the axes, for every seed."""
-    place = ("axes",) if subject else ("base",)
+    place: KeyPath = ("axes",) if subject else ("base",)
     base = _placed(study, place, lambda: skeletons.get(config))
     reference = _placed(study, place, lambda: make_spec(config, base))
     layers = linear_shapes(base)
-    chosen: list[tuple[tuple[str | int, ...], Variant]] = [(place, Variant(REFERENCE))]
+    chosen: list[tuple[KeyPath, Variant]] = [(place, Variant(REFERENCE))]
     for index, preset in enumerate(study.settings.presets):
         if any(subject[axis] != label for axis, label in preset.when.items()):
             continue
@@ -112,10 +116,9 @@ def _subject_rows(study: Study, subject: dict[str, str], config: RunConfig, skel
         if not (isinstance(reference, AdapterSpec) and isinstance(config.method, TileMethod)):
             raise UserError(f"{study.place(*place)}: {preset.preset} varies adapters, {config.method.name} has none")
         variants = preset_variants(preset, config.method, reference.tiles, layers)
-        found: list[Variant] = _placed(study, place, lambda v=variants: list(v))
-        chosen += [(place, variant) for variant in found]
+        chosen += [(place, variant) for variant in _placed(study, place, partial(list[Variant], variants))]
     for place, variant in chosen:
-        changed, spec = _placed(study, place, lambda v=variant: _with_variant(config, v, base))
+        changed, spec = _placed(study, place, partial(_with_variant, config, variant, base))
         kept: dict[str, float] = {}
         if isinstance(reference, AdapterSpec) and isinstance(spec, AdapterSpec):
             kept = kept_shares(reference.tiles, spec.tiles, layers)
@@ -143,7 +146,7 @@ def with_rules(config: RunConfig, rules: Sequence[dict[str, Any]]) -> RunConfig:
     return change_config(config, {"method.schedule": [*own, *rules]})
 
 
-def _placed(study: Study, path: tuple[str | int, ...], work: Callable[[], Any]) -> Any:
+def _placed(study: Study, path: KeyPath, work: Callable[[], _T]) -> _T:
     """The result of `work`, whose UserError gets the place in the study file; its first line says enough."""
     try:
         return work()

@@ -186,6 +186,7 @@ class _Runner:
         with errors_reported(self._peers, row.folder):
             require_same_inputs(inputs.must_match(), self._device)
             run = execute_run(inputs, self._stop, self._activity)
+        assert run is not None, "the checkpoints of a finished run are gone, so there was work to do"
         if run.flat.count != row.trainables:
             raise AssertionError(f"{row.name} trains {run.flat.count} values, the formula says {row.trainables}")
         self._keep_base(row, run)

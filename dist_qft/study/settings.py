@@ -8,9 +8,10 @@ import difflib
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import Field, ValidationError
+from pydantic_core import ErrorDetails
 
 from dist_qft.config.document import Document
 from dist_qft.config.fault import KeyPath, dotted
@@ -62,7 +63,7 @@ Preset = TypePreset | DepthPreset | EqualDiscount
 _PRESETS: dict[str, type[Section]] = {
     name: kind
     for kind in (TypePreset, DepthPreset, EqualDiscount)
-    for name in kind.model_fields["preset"].annotation.__args__
+    for name in get_args(kind.model_fields["preset"].annotation)
 }
 
 
@@ -149,13 +150,14 @@ def _contradictions(settings: StudySettings) -> list[tuple[KeyPath, str]]:
 
 def _value_faults(index: int, preset: TypePreset | DepthPreset) -> list[tuple[KeyPath, str]]:
     knob = preset.preset.partition("_")[0]
-    kinds = {"rank": int, "alpha": (int, float), "balance": (int, list)}
+    kinds: dict[str, type | tuple[type, ...]] = {"rank": int, "alpha": (int, float), "balance": (int, list)}
     allowed = {
         "rank": "whole numbers",
         "alpha": "numbers",
         "balance": "whole numbers, or for qahira and qablora [repeat, pool]",
     }
-    path, key = ("presets", index, "values"), f"presets.{index}.values"
+    path: KeyPath = ("presets", index, "values")
+    key = dotted(path)
     faults = [(path, f"{key}: got {v}, need {allowed[knob]}") for v in preset.values if not isinstance(v, kinds[knob])]
     if knob != "rank" and "keep" in preset.model_fields_set:
         faults.append((("presets", index, "keep"), f"presets.{index}.keep: only for ranks; remove it"))
@@ -175,7 +177,7 @@ def _line(document: Document, path: KeyPath) -> str:
     return str(document.path)
 
 
-def _fault(document: Document, item: dict[str, Any]) -> str:
+def _fault(document: Document, item: ErrorDetails) -> str:
     """One of pydantic's errors as one line."""
     path = _given_path(item["loc"], document.values)
     where, key = _line(document, path), dotted(path)
@@ -199,8 +201,7 @@ def _given_path(location: KeyPath, values: Any) -> KeyPath:
     """A pydantic location without what is not in the file: tags of unions, and a missing key at its end."""
     path: list[str | int] = []
     for part in location:
-        entries = range(len(values)) if isinstance(values, list) else values
-        if isinstance(values, dict | list) and part in entries:
+        if part in (range(len(values)) if isinstance(values, list) else values if isinstance(values, dict) else ()):
             values = values[part]
             path.append(part)
     return tuple(path)

@@ -64,8 +64,8 @@ def _best(subject: Subject, config: RunConfig, budget: int) -> tuple[list[_Chang
     base = build_skeleton(
         config.model, config.quantization, compute_dtype(config.train.precision, planned_device(config.sharding.device))
     )
-    found = []
-    smallest = None
+    found: list[tuple[float, int, int, list[_Change], RunConfig]] = []
+    smallest: int | None = None
     for changes in _combinations(subject):
         tried = with_rules(config, [rule for change in changes for rule in change.variant.rules])
         parameters = make_spec(tried, base).parameters
@@ -77,15 +77,15 @@ def _best(subject: Subject, config: RunConfig, budget: int) -> tuple[list[_Chang
         raise UserError(f"--suggest: the study varies no rank or balancing factor for {subject.label}")
     if not found:
         raise UserError(f"--suggest: got {budget:,}, the smallest combination of {subject.label} has {smallest:,}")
-    _, parameters, _, changes, tried = min(found, key=lambda each: each[:3])
-    return changes, parameters, tried
+    _, parameters, _, best, config = min(found, key=lambda each: each[:3])
+    return best, parameters, config
 
 
 def _combinations(subject: Subject) -> Iterator[tuple[_Change, ...]]:
     """For types, then for depths: in each group, the reference's value or a measured one of each setting."""
     for kind in _KINDS:
         presets = [name for name in (f"rank_{kind}", f"balance_{kind}") if subject.variants(name)]
-        options = []
+        options: list[list[_Change | None]] = []
         for preset in presets:
             own = subject.variants(preset)
             for group in dict.fromkeys(variant.group for variant in own):
