@@ -68,8 +68,8 @@ def on_rank_0(action: Callable[[], _T], device: torch.device) -> _T | None:
         raise everywhere(failure)
     if code:
         kinds = {kind.exit_code: kind for kind in DistQFTError.__subclasses__()}
-        text = bytes(byte for byte in content if byte).decode(errors="replace")
-        raise everywhere(kinds.get(code, DistQFTError)(text))
+        reason = bytes(byte for byte in content if byte).decode(errors="replace")
+        raise everywhere(kinds.get(code, DistQFTError)(reason))
     return result
 
 

@@ -145,11 +145,9 @@ def _local_place(env: Mapping[str, str], claims: list[_Claim]) -> tuple[int, int
         local_world_size = world_size
     if local_rank is None and local_world_size == world_size:
         local_rank = rank
-    for name, value in ((names.local_world_size, local_world_size), (names.local_rank, local_rank)):
-        if value is None:
-            raise UserError(
-                f"{name} is not set, and which of the {world_size} ranks share a node is not known otherwise"
-            )
+    if local_world_size is None or local_rank is None:
+        name = names.local_world_size if local_world_size is None else names.local_rank
+        raise UserError(f"{name} is not set, and which of the {world_size} ranks share a node is not known otherwise")
     if local_rank >= local_world_size:
         raise UserError(
             f"{names.local_rank}={local_rank} must be less than {names.local_world_size}={local_world_size}"

@@ -94,7 +94,8 @@ class FlatParameters:
         # One allocation for gradients and header: the last bucket takes the header along.
         lanes = _FIXED_LANES + self._world * (1 + rank_stats_size)
         self._reduced = torch.zeros(self.count + lanes, device=device)
-        self.values.grad = self._reduced[: self.count]
+        self._gradients = self._reduced[: self.count]
+        self.values.grad = self._gradients
         self._header = self._reduced[self.count :]
         self.spans: dict[str, tuple[int, int]] = {}
         self._buckets: list[_Bucket] = []
@@ -160,7 +161,7 @@ class FlatParameters:
         self._header[_LOSS] += loss_sum
         self._mark_bad(self._header[_LOSS])
         if self._tree is not None:
-            self._mark_bad(self.values.grad.sum())
+            self._mark_bad(self._gradients.sum())
             if not self._reducing:  # the last one waits for the rest of the header
                 self._tree.add(self._reduced)
                 self._reduced.zero_()
@@ -224,7 +225,7 @@ class FlatParameters:
         self._require_finite(lanes, step)
         total = int(lanes[_TOKENS_HIGH]) * _TOKEN_BASE + int(lanes[_TOKENS_LOW])
         if total:
-            self.values.grad.div_(total)
+            self._gradients.div_(total)
         everyone = lanes[_FIXED_LANES + self._world :]
         size = self._rank_stats_size
         by_rank = [everyone[rank * size : (rank + 1) * size] for rank in range(self._world)]
@@ -249,7 +250,7 @@ class FlatParameters:
 
     def _require_finite(self, lanes: list[float], step: int) -> None:
         bad = [rank for rank in range(self._world) if lanes[_FIXED_LANES + rank] > 0]
-        if not bad and math.isfinite(lanes[_LOSS]) and torch.isfinite(self.values.grad.sum()):
+        if not bad and math.isfinite(lanes[_LOSS]) and torch.isfinite(self._gradients.sum()):
             return
         first = self.first_non_finite(gradients=True) or "the loss"
         where = f"on rank {', '.join(map(str, bad))}" if bad else "in the sum over ranks"

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping
+from typing import TypedDict
 
 import torch
 from torch import Tensor, nn
@@ -27,14 +28,23 @@ def learning_rate(config: TrainConfig, step: int, total_steps: int) -> float:
     return config.learning_rate * 0.5 * (1.0 + math.cos(math.pi * done))
 
 
+class _AdamW(TypedDict):
+    """The settings that torch's AdamW and those of bitsandbytes have in common."""
+
+    lr: float
+    betas: tuple[float, float]
+    eps: float
+    weight_decay: float
+
+
 def make_optimizer(config: TrainConfig, values: nn.Parameter) -> torch.optim.Optimizer:
     """One fused AdamW over the flat buffer; bitsandbytes' paged AdamW (as in the papers) on CUDA only."""
-    settings = {
-        "lr": config.learning_rate,
-        "betas": (config.adam_beta1, config.adam_beta2),
-        "eps": config.adam_epsilon,
-        "weight_decay": config.weight_decay,
-    }
+    settings = _AdamW(
+        lr=config.learning_rate,
+        betas=(config.adam_beta1, config.adam_beta2),
+        eps=config.adam_epsilon,
+        weight_decay=config.weight_decay,
+    )
     if config.optim == "adamw":
         return torch.optim.AdamW([values], fused=True, **settings)
     if values.device.type != "cuda":
@@ -48,10 +58,12 @@ def make_optimizer(config: TrainConfig, values: nn.Parameter) -> torch.optim.Opt
 def clip_gradient(values: nn.Parameter, max_norm: float | None) -> Tensor:
     """Scale the flat gradient to at most `max_norm` (L2); returns the norm before, as a float64 tensor."""
     # In float64, because squares of finite float32 values overflow float32: clipping by inf would zero the step.
-    parts = values.grad.split(_NORM_CHUNK)
+    gradient = values.grad
+    assert gradient is not None, "the flat buffer has its gradients from the start"
+    parts = gradient.split(_NORM_CHUNK)
     norm = torch.stack([torch.linalg.vector_norm(part, dtype=torch.float64) for part in parts]).norm()
     if max_norm is not None:
-        values.grad.mul_((max_norm / (norm + 1e-6)).clamp(max=1.0))
+        gradient.mul_((max_norm / (norm + 1e-6)).clamp(max=1.0))
     return norm
 
 
@@ -126,5 +138,8 @@ def _fresh_state(optimizer: torch.optim.Optimizer, values: nn.Parameter) -> dict
         # As the fused kernel wants it: the step count is a float32 scalar on the parameter's device.
         step = torch.zeros((), device=values.device)
         return {"step": step, "exp_avg": torch.zeros_like(values), "exp_avg_sq": torch.zeros_like(values)}
+    from bitsandbytes.optim.optimizer import Optimizer2State
+
+    assert isinstance(optimizer, Optimizer2State), "make_optimizer makes no others"
     optimizer.init_state(optimizer.param_groups[0], values, 0, 0)
     return dict(optimizer.state[values])
