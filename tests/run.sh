@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The test command: installs what is missing, then ruff and pytest.
+# The test command: installs what is missing, then ruff, mypy and pytest.
 #   tests/run.sh                     everything
 #   tests/run.sh unit|ranks|whole    one tier: single functions; pools of ranks; launchers, faults, Slurm and SmolLM2
 # Further arguments go to pytest: tests/run.sh unit -k merge
@@ -14,6 +14,7 @@ while [[ ${1:-} == unit || ${1:-} == ranks || ${1:-} == whole ]]; do tiers+=("te
 cd "$ROOT"
 ruff check .
 ruff format --check .
+mypy
 # Many tests run several ranks at a time: one thread each keeps them from fighting over the cores, and the results the
 # same on every machine. No test may need the network.
 export OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
