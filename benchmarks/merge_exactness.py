@@ -17,7 +17,7 @@ from dist_qft.data.batches import eval_batches
 from dist_qft.data.prepare import prepare
 from dist_qft.merge.live_model import LiveModel
 from dist_qft.merge.probe import as_written, compare_logits, logits_of, probe_ids
-from dist_qft.methods.adapters.exact_fold import folded, folding_tensor
+from dist_qft.methods.adapters.exact_fold import folded
 from dist_qft.quant.formats import linear_format
 from dist_qft.ranks.connection import connect
 from dist_qft.ranks.world import World
@@ -34,10 +34,10 @@ def folded_zeros(model: LiveModel, *, rounded: bool) -> Iterator[None]:
     before = {}
     for path, adapter in model.adapters.by_path.items():
         layer = model.base.linears[path]
-        name, block = folding_tensor(layer.format)
-        assert name == "zero", "this script compares merges of affine4 layers"
+        target = layer.format.fold_target
+        assert target is not None and target.tensor == "zero", "this script compares merges of affine4 layers"
         zero = before[layer] = layer.zero.data
-        written, exact = folded(zero.view(-1), 0, zero.shape[1], block, adapter)
+        written, exact = folded(zero.view(-1), 0, zero.shape[1], target.block, adapter)
         layer.zero.data = (written if rounded else exact.float()).view_as(zero)
         layer._packed_dtypes["zero"] = layer.zero.dtype
     try:

@@ -17,7 +17,8 @@ def overrides_of(words: list[str]) -> Iterator[str]:
         if key.split(".")[0].replace("-", "_") not in RunConfig.model_fields:
             raise UserError(f"unknown option '{word}'")
         if not equals:
-            value = next(rest, None)
-            if value is None:
+            following = next(rest, None)
+            if following is None:
                 raise UserError(f"option '{word}' needs a value")
+            value = following
         yield f"{key}={value}"
