@@ -127,32 +127,38 @@ class NodeRendezvous(RendezvousHandler):
         except (OSError, RuntimeError) as error:
             raise RendezvousConnectionError(str(error).partition("\n")[0]) from error
 
+    @property
+    def _meeting(self) -> dist.Store:
+        """The store of the launchers."""
+        assert self._store is not None, "next_rendezvous opens it first"
+        return self._store
+
     def _ask_for_round(self) -> int:
         """The round to come to: the next one, or a later one that others wait in."""
         highest = self._highest_round()
         if highest > self._round:
             everyone = [f"{highest}/node/{node}" for node in range(self._nodes)]
             # A node that was started anew comes to a job that runs: a round that is complete goes on without it.
-            wanted = highest + 1 if self._store.check(everyone) else highest
+            wanted = highest + 1 if self._meeting.check(everyone) else highest
         else:
             wanted = self._round + 1
         if wanted > highest:
-            self._store.set("round", str(wanted))
+            self._meeting.set("round", str(wanted))
         return wanted
 
     def _highest_round(self) -> int:
-        return int(self._store.get("round")) if self._store.check(["round"]) else 0
+        return int(self._meeting.get("round")) if self._meeting.check(["round"]) else 0
 
     def _serve_ranks(self) -> None:
         """A fresh store for this round's ranks: in an old one they would find the addresses of those before them."""
         address = listening_address(self._nodes == 1, self._host)
         self._ranks_store = listening_store(address, 0, _STORE_TIMEOUT)
         host = LOOPBACK if self._nodes == 1 else self._host
-        self._store.set(self._key("ranks"), f"{host} {self._ranks_store.port}")
+        self._meeting.set(self._key("ranks"), f"{host} {self._ranks_store.port}")
 
     def _await_nodes(self, deadline: float) -> None:
         speak_at = time.monotonic() + _PATIENCE_SECONDS
-        while missing := [n for n in range(self._nodes) if not self._store.check([self._key(f"node/{n}")])]:
+        while missing := [n for n in range(self._nodes) if not self._meeting.check([self._key(f"node/{n}")])]:
             if self.is_closed():
                 raise RendezvousClosedError("another node has ended the run")
             names = f"node {', '.join(map(str, missing))} of {self._nodes}"
@@ -162,7 +168,7 @@ class NodeRendezvous(RendezvousHandler):
                 speak_at = deadline
                 print(f"dist_qft.launch: waiting for {names} at {self._host}:{self._port}", file=sys.stderr, flush=True)
             time.sleep(_POLL_SECONDS)
-        present = self._store.get(self._key(f"node/{self._node}")).decode()
+        present = self._meeting.get(self._key(f"node/{self._node}")).decode()
         if present != self._identity:
             raise RendezvousStateError(f"two launchers are node {self._node}: {present} and {self._identity}")
 
@@ -174,5 +180,5 @@ def use_our_rendezvous() -> None:
 
 def _create(parameters: RendezvousParameters) -> NodeRendezvous:
     host, _, port = parameters.endpoint.rpartition(":")
-    node, timeout = parameters.get_as_int("node", 0), parameters.get_as_int("timeout", 600)
+    node, timeout = int(parameters.get("node", 0)), int(parameters.get("timeout", 600))
     return NodeRendezvous(parameters.max_nodes, node, host, int(port), timeout, parameters.run_id)

@@ -102,6 +102,7 @@ class StopSignal:
             over = signal.SIG_DFL if handler == leave_before_the_run else handler
             signal.signal(number, over)
         signal.set_wakeup_fd(self._wakeup_before)
+        assert self._pipe is not None, "__enter__ has made it"
         reader, writer = self._pipe
         os.close(writer)  # ends the watcher
         self._watcher.join()

@@ -99,7 +99,9 @@ class FsdpEngine:
 
     def shard(self, units: Units, device: torch.device) -> None:
         self._shards = ShardGroup.make(self._group_setting, device, self._timeout_seconds)
-        mesh = DeviceMesh.from_group(self._shards.process_group or dist.group.WORLD, device.type)
+        group = self._shards.process_group or dist.group.WORLD
+        assert group is not None, "the ranks are connected"
+        mesh = DeviceMesh.from_group(group, device.type)
         owners = parameter_owners(units)
         counter = CountedAllGather(self.traffic)
         for unit in [*units.tables, *units.layers, units.root]:  # the root last: it takes what is left
