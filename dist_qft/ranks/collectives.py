@@ -27,6 +27,8 @@ def require_same_inputs(inputs: Mapping[str, str], device: torch.device) -> None
     Raises:
         UserError: on all ranks, naming the input and the ranks that differ from rank 0.
     """
+    if not dist.is_initialized():  # a single process, which has nobody to differ from
+        return
     names = sorted(inputs)
     # Digests in a tensor of fixed size instead of pickled objects: unpickling would run code that a peer sends.
     own = torch.tensor([_short_digest(inputs[name]) for name in names], device=device)
