@@ -2,8 +2,8 @@
 
 No process group is needed: the base is built on the meta device from its configuration. Of a base that comes quantized
 a few rows are read, to say what another format costs; of no other base is a weight read.
-The plan is plain data, printed as tables or as JSON. Counts are exact; what depends on the data set (steps per
-epoch) or on the allocator (peak memory) is not in it.
+The plan (`training.run_plan`) is printed as tables or as JSON. Counts are exact. Steps per epoch, which depend on the
+data set, and peak memory, which depends on the allocator, are not in it.
 """
 
 import json
@@ -31,6 +31,7 @@ from dist_qft.sharding.engines import engine_of
 from dist_qft.sharding.shard_group import ranks_in_group
 from dist_qft.training.links import Placement, Traffic, between_nodes
 from dist_qft.training.optimizer import checkpoint_bytes, optimizer_bytes
+from dist_qft.training.run_plan import PlannedBatch, PlannedModel, PlannedOptimization, RunPlan
 from dist_qft.tuned_model.task import head_outputs
 
 
@@ -41,21 +42,8 @@ def ranks_on_each(nodes: int, world_size: int) -> int:
     return world_size // nodes
 
 
-def make_plan(config: RunConfig, world_size: int, ranks_per_node: int | None = None) -> dict[str, Any]:
-    """The plan of `config` on `world_size` ranks as JSON-able data; every `_bytes` value is in bytes.
-
-    `ranks_per_node` is all of them by default. N below is the size of a shard group (`sharding.group`).
-
-    * trainable_parameters: the adapters' or the side network's, and those of the task's own head.
-    * base_bytes_per_rank: the bytes that the fullest rank holds, as the engine cuts each packed tensor.
-    * gather_bytes_per_micro_batch: the bytes that one rank receives: (N-1)/N * (embedding + LM head + 2 * rest), the
-      rest once if the engine does not gather it again in backward. A tied table counts once, the LM head not at all if
-      the task has a head of its own. Where no gradient flows back through the base (qst) the rest counts once, or not
-      at all if the engine keeps it gathered. 0 with `replicated`.
-    * gather_bytes_per_step: that times the accumulation steps.
-    * reduce_bytes_per_step: 4 * trainable parameters, the fp32 gradient buffer without its small header.
-    * between_nodes: bytes that come into each node from others; see `links.between_nodes`.
-    * checkpoint_bytes: adapter (fp32) and optimizer state.
+def make_plan(config: RunConfig, world_size: int, ranks_per_node: int | None = None) -> RunPlan:
+    """The plan of `config` on `world_size` ranks; `ranks_per_node` is all of them by default.
 
     Raises:
         UserError: unknown model, a shape that a format or adapter cannot hold, a selection that matches no layer,
@@ -74,60 +62,54 @@ def make_plan(config: RunConfig, world_size: int, ranks_per_node: int | None = N
     passes = int(spec.backward_through_base) + int(engine.gathers_in_backward)  # that gather the layers
     head_gathered = head_outputs(config.task) == 0 and not base.tied  # beside the embedding
     gathered = _gather_bytes(base, engine, group, passes=passes, head=head_gathered)
-    return {
-        "model": _model(config, base),
-        "method": config.method.name,
-        "engine": engine.name,
-        "world_size": world_size,
-        "nodes": world_size // ranks_per_node,
-        "shard_group": group,
-        "trainable_parameters": trainable,
-        **_trainables(spec, base),
-        "base_bytes": sum(tensor.nbytes for tensor in tensors),
-        "base_bytes_per_rank": sum(engine.part_bytes(tensor, group) for tensor in tensors),
-        "base_formats": _format_rows(base),
-        "gather_bytes_per_micro_batch": gathered,
-        "gather_bytes_per_step": gathered * accumulation,
-        "reduce_bytes_per_step": 4 * trainable,
-        "between_nodes": between_nodes(
+    counts = spec.counts(base)
+    return RunPlan(
+        model=_model(config, base),
+        method=config.method.name,
+        engine=engine.name,
+        world_size=world_size,
+        nodes=world_size // ranks_per_node,
+        shard_group=group,
+        trainable_parameters=trainable,
+        trainable_parameters_by_layer_type=counts.by_part,
+        trainable_parameters_by_depth=counts.by_depth,
+        trainables=spec.title,
+        adapters=counts.rows,
+        base_bytes=sum(tensor.nbytes for tensor in tensors),
+        base_bytes_per_rank=sum(engine.part_bytes(tensor, group) for tensor in tensors),
+        base_formats=_format_rows(base),
+        gather_bytes_per_micro_batch=gathered,
+        gather_bytes_per_step=gathered * accumulation,
+        reduce_bytes_per_step=4 * trainable,
+        between_nodes=between_nodes(
             Placement(world_size, ranks_per_node, group),
             Traffic(gathered, 4 * trainable, accumulation, config.sharding.gradient_sum == "invariant"),
         ),
-        "optimizer_bytes": optimizer_bytes(config.train, trainable),
-        "checkpoint_bytes": checkpoint_bytes(config.train, trainable),
-        "batch": _batch(config, accumulation),
-        "optimization": _optimization(config.train),
-        "warnings": _warnings(config, spec, base),
-    }
+        optimizer_bytes=optimizer_bytes(config.train, trainable),
+        checkpoint_bytes=checkpoint_bytes(config.train, trainable),
+        batch=_batch(config, accumulation),
+        optimization=_optimization(config.train),
+        warnings=_warnings(config, spec, base),
+    )
 
 
-def _model(config: RunConfig, base: BaseModel) -> dict[str, Any]:
-    return {
-        "path": config.model.path,
-        "type": base.config.model_type,
-        "decoder_layers": len(base.layers),
-        "vocab_size": base.vocab_size,
-        "compute_dtype": str(base.dtype).removeprefix("torch."),
-    }
+def _model(config: RunConfig, base: BaseModel) -> PlannedModel:
+    return PlannedModel(
+        path=config.model.path,
+        type=base.config.model_type,
+        decoder_layers=len(base.layers),
+        vocab_size=base.vocab_size,
+        compute_dtype=str(base.dtype).removeprefix("torch."),
+    )
 
 
-def _batch(config: RunConfig, accumulation: int) -> dict[str, Any]:
-    return {
-        "global_batch_size": config.train.global_batch_size,
-        "per_device_train_batch_size": config.train.per_device_train_batch_size,
-        "accumulation_steps": accumulation,
-        "max_length": config.data.max_length if config.data else None,
-    }
-
-
-def _trainables(spec: TrainableSpec[Any], base: BaseModel) -> dict[str, Any]:
-    counts = spec.counts(base)
-    return {
-        "trainable_parameters_by_layer_type": counts.by_part,
-        "trainable_parameters_by_depth": counts.by_depth,
-        "trainables": spec.title,
-        "adapters": counts.rows,
-    }
+def _batch(config: RunConfig, accumulation: int) -> PlannedBatch:
+    return PlannedBatch(
+        global_batch_size=config.train.global_batch_size,
+        per_device_train_batch_size=config.train.per_device_train_batch_size,
+        accumulation_steps=accumulation,
+        max_length=config.data.max_length if config.data else None,
+    )
 
 
 def _warnings(config: RunConfig, spec: TrainableSpec[Any], base: BaseModel) -> list[str]:
@@ -136,16 +118,16 @@ def _warnings(config: RunConfig, spec: TrainableSpec[Any], base: BaseModel) -> l
     return config_warnings(config) + spec.warnings(base) + base.notes + stored
 
 
-def print_plan(plan: dict[str, Any], *, as_json: bool = False) -> None:
+def print_plan(plan: RunPlan, *, as_json: bool = False) -> None:
     """Write a plan to standard output: as tables, or as one JSON document and nothing else."""
     if as_json:
-        print(json.dumps(plan, indent=2))
+        print(json.dumps(plan.to_dict(), indent=2))
         return
     console = Console(highlight=False)
     console.print(_summary_table(plan))
-    console.print(_rows_table(plan["trainables"], plan["adapters"]))
-    console.print(_rows_table("base", plan["base_formats"]))
-    for warning in plan["warnings"]:
+    console.print(_rows_table(plan.trainables, plan.adapters))
+    console.print(_rows_table("base", plan.base_formats))
+    for warning in plan.warnings:
         console.print(f"warning: {warning}", markup=False, soft_wrap=True)
 
 
@@ -164,20 +146,20 @@ def _gather_bytes(base: BaseModel, engine: Engine, ranks: int, *, passes: int, h
     return tables[0] + head * tables[-1] + passes * rest
 
 
-def _optimization(train: TrainConfig) -> dict[str, Any]:
+def _optimization(train: TrainConfig) -> PlannedOptimization:
     warmup_steps = train.warmup_steps
     if warmup_steps is None and train.max_steps is not None:
         warmup_steps = math.ceil(train.warmup_ratio * train.max_steps)
-    return {
-        "optim": train.optim,
-        "learning_rate": train.learning_rate,
-        "lr_scheduler_type": train.lr_scheduler_type,
-        "max_steps": train.max_steps,
-        "num_train_epochs": train.num_train_epochs if train.max_steps is None else None,
-        "warmup_steps": warmup_steps,
-        "max_grad_norm": train.max_grad_norm,
-        "weight_decay": train.weight_decay,
-    }
+    return PlannedOptimization(
+        optim=train.optim,
+        learning_rate=train.learning_rate,
+        lr_scheduler_type=train.lr_scheduler_type,
+        max_steps=train.max_steps,
+        num_train_epochs=train.num_train_epochs if train.max_steps is None else None,
+        warmup_steps=warmup_steps,
+        max_grad_norm=train.max_grad_norm,
+        weight_decay=train.weight_decay,
+    )
 
 
 def _format_rows(base: BaseModel) -> list[dict[str, Any]]:
@@ -207,42 +189,42 @@ def _format_rows(base: BaseModel) -> list[dict[str, Any]]:
     return [*rows, rest]
 
 
-def _summary_table(plan: dict[str, Any]) -> Table:
-    model, batch, optimization = plan["model"], plan["batch"], plan["optimization"]
-    length = f"{optimization['max_steps']} steps"
-    if optimization["max_steps"] is None:
-        length = f"{optimization['num_train_epochs']:g} epochs"
+def _summary_table(plan: RunPlan) -> Table:
+    model, batch, optimization = plan.model, plan.batch, plan.optimization
+    length = f"{optimization.max_steps} steps"
+    if optimization.max_steps is None:
+        length = f"{optimization.num_train_epochs:g} epochs"
     table = Table(title="plan", title_justify="left", show_header=False)
     for name, value in {
-        "model": f"{model['path']} ({model['type']}, {model['decoder_layers']} layers, {model['compute_dtype']})",
-        "method": f"{plan['method']}, {plan['trainable_parameters']:,} trainable parameters",
-        "ranks": f"{plan['world_size']} x {plan['engine']}{_groups(plan)}",
-        "base": f"{_size(plan['base_bytes'])}, {_size(plan['base_bytes_per_rank'])} per rank",
-        "gathered": f"{_size(plan['gather_bytes_per_micro_batch'])} per rank and micro-batch, "
-        f"{_size(plan['gather_bytes_per_step'])} per step",
-        "reduced": f"{_size(plan['reduce_bytes_per_step'])} per step",
+        "model": f"{model.path} ({model.type}, {model.decoder_layers} layers, {model.compute_dtype})",
+        "method": f"{plan.method}, {plan.trainable_parameters:,} trainable parameters",
+        "ranks": f"{plan.world_size} x {plan.engine}{_groups(plan)}",
+        "base": f"{_size(plan.base_bytes)}, {_size(plan.base_bytes_per_rank)} per rank",
+        "gathered": f"{_size(plan.gather_bytes_per_micro_batch)} per rank and micro-batch, "
+        f"{_size(plan.gather_bytes_per_step)} per step",
+        "reduced": f"{_size(plan.reduce_bytes_per_step)} per step",
         **_between_nodes_row(plan),
-        "optimizer": f"{optimization['optim']}, {_size(plan['optimizer_bytes'])} per rank",
-        "checkpoint": _size(plan["checkpoint_bytes"]),
-        "batch": f"{batch['global_batch_size']} = {batch['per_device_train_batch_size']} x "
-        f"{plan['world_size']} ranks x {batch['accumulation_steps']} accumulation",
-        "schedule": f"{length}, learning rate {optimization['learning_rate']:g} {optimization['lr_scheduler_type']}",
+        "optimizer": f"{optimization.optim}, {_size(plan.optimizer_bytes)} per rank",
+        "checkpoint": _size(plan.checkpoint_bytes),
+        "batch": f"{batch.global_batch_size} = {batch.per_device_train_batch_size} x "
+        f"{plan.world_size} ranks x {batch.accumulation_steps} accumulation",
+        "schedule": f"{length}, learning rate {optimization.learning_rate:g} {optimization.lr_scheduler_type}",
     }.items():
         table.add_row(name, value)
     return table
 
 
-def _groups(plan: dict[str, Any]) -> str:
-    groups = plan["world_size"] // plan["shard_group"]
-    return f", {groups} groups of {plan['shard_group']}" if groups > 1 else ""
+def _groups(plan: RunPlan) -> str:
+    groups = plan.world_size // plan.shard_group
+    return f", {groups} groups of {plan.shard_group}" if groups > 1 else ""
 
 
-def _between_nodes_row(plan: dict[str, Any]) -> dict[str, str]:
-    if plan["nodes"] == 1:
+def _between_nodes_row(plan: RunPlan) -> dict[str, str]:
+    if plan.nodes == 1:
         return {}
-    link = plan["between_nodes"]
+    link = plan.between_nodes
     base, gradients = _size(link["gather_bytes_per_micro_batch"]), _size(link["reduce_bytes_per_step"])
-    words = f"into each of {plan['nodes']}: base {base} per micro-batch, gradients {gradients} per step"
+    words = f"into each of {plan.nodes}: base {base} per micro-batch, gradients {gradients} per step"
     return {"between nodes": words}
 
 

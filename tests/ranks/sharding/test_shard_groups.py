@@ -70,11 +70,11 @@ def test_two_bases_of_two_ranks_each_give_the_same_bits(pools, tiny_gguf, tmp_pa
     merged, expected = (Path(each.output_dir) / "merged.gguf" for each in (config, of_flat))
     assert sha256_of(merged) == sha256_of(expected)
     plan = make_plan(config, world_size=4, ranks_per_node=2)
-    assert {each.gathered_bytes for each in found} == {plan["gather_bytes_per_step"]}
-    assert max(each.resident_bytes for each in found) == plan["base_bytes_per_rank"]
-    assert plan["between_nodes"]["gather_bytes_per_step"] == 0
+    assert {each.gathered_bytes for each in found} == {plan.gather_bytes_per_step}
+    assert max(each.resident_bytes for each in found) == plan.base_bytes_per_rank
+    assert plan.between_nodes["gather_bytes_per_step"] == 0
     across = make_plan(of_flat, world_size=4, ranks_per_node=2)
-    assert across["between_nodes"]["gather_bytes_per_step"] == whole[0].gathered_bytes
+    assert across.between_nodes["gather_bytes_per_step"] == whole[0].gathered_bytes
 
 
 def load_group_of_two(mine: Path, others: Path) -> str:

@@ -174,7 +174,7 @@ def outcome(config):
 def test_a_small_model_learns_to_label(pools, tiny_llama, tmp_path, method):
     config = labelled_config(tiny_llama, tmp_path, method)
     before, after, trainables = pools[2].run(outcome, config=config)[0]
-    assert trainables == make_plan(config, world_size=2)["trainable_parameters"]
+    assert trainables == make_plan(config, world_size=2).trainable_parameters
     assert before.loss == pytest.approx(math.log(3), rel=1e-5)  # the head starts at zero
     assert after.metrics["accuracy"] > 0.8
     assert after.tokens == 12

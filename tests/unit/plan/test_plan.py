@@ -7,6 +7,7 @@ import pytest
 from dist_qft.config.load import load_config
 from dist_qft.errors import UserError
 from dist_qft.plan import make_plan, print_plan
+from dist_qft.training.run_plan import RunPlan
 
 TINY = {
     "model_type": "llama",
@@ -36,16 +37,24 @@ NORM_BYTES = 5 * 64 * 4
 
 
 @pytest.fixture
-def plan(tmp_path):
+def make(tmp_path):
     """A function from overrides to the plan; the model's folder holds a config.json and nothing else."""
 
-    def plan_with(*overrides: str, world_size: int = 1, ranks_per_node: int | None = None, model: dict = TINY) -> dict:
+    def make_with(
+        *overrides: str, world_size: int = 1, ranks_per_node: int | None = None, model: dict = TINY
+    ) -> RunPlan:
         (tmp_path / "config.json").write_text(json.dumps(model))
         path = tmp_path / "run.yaml"
         path.write_text(f"output_dir: {tmp_path}/out\nmodel: {{path: {tmp_path}}}\nsharding: {{device: cpu}}\n")
         return make_plan(load_config(path, overrides), world_size, ranks_per_node)
 
-    return plan_with
+    return make_with
+
+
+@pytest.fixture
+def plan(make):
+    """The same, as its JSON form."""
+    return lambda *overrides, **settings: make(*overrides, **settings).to_dict()
 
 
 def test_base_bytes_and_blocks(plan):
@@ -200,16 +209,16 @@ def test_refusals(plan, overrides, world_size, message):
     assert message in str(refusal.value)
 
 
-def test_json_is_the_only_output_and_survives_the_trip(plan, capsys):
-    result = plan("method.name=qalora", world_size=2)
+def test_json_is_the_only_output_and_survives_the_trip(make, capsys):
+    result = make("method.name=qalora", world_size=2)
     print_plan(result, as_json=True)
     output = capsys.readouterr()
-    assert json.loads(output.out) == result
+    assert json.loads(output.out) == result.to_dict()
     assert output.err == ""
 
 
-def test_tables_show_the_same_numbers(plan, capsys):
-    print_plan(plan("method.name=qalora", "method.rank=4", "train.max_steps=7", world_size=2))
+def test_tables_show_the_same_numbers(make, capsys):
+    print_plan(make("method.name=qalora", "method.rank=4", "train.max_steps=7", world_size=2))
     text = capsys.readouterr().out
     for part in ("qalora", "2 x fsdp", "16 = 1 x 2 ranks x 8 accumulation", "7 steps", "nf4 block=64", "128 x 64"):
         assert part in text

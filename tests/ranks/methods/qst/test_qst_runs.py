@@ -80,12 +80,12 @@ def test_a_step_gathers_the_base_once_and_leaves_it_as_it_was(pools, tiny_llama,
     plan = make_plan(config, world_size=2)
     for result in pools[2].run(train_and_look, config=config):
         assert result["base unchanged"]
-        assert result["gathered"] == plan["gather_bytes_per_step"]
-        assert result["trainables"] == plan["trainable_parameters"]
-        assert 0 <= result["reduced"] - plan["reduce_bytes_per_step"] < 256
+        assert result["gathered"] == plan.gather_bytes_per_step
+        assert result["trainables"] == plan.trainable_parameters
+        assert 0 <= result["reduced"] - plan.reduce_bytes_per_step < 256
     formats = {"linear": "nf4", "block": [64]}
     adapters = tiny_config(tiny_llama, tmp_path / "run", quantization=formats, sharding=sharding)
-    assert plan["gather_bytes_per_step"] < 0.75 * make_plan(adapters, world_size=2)["gather_bytes_per_step"]
+    assert plan.gather_bytes_per_step < 0.75 * make_plan(adapters, world_size=2).gather_bytes_per_step
 
 
 def test_resume_is_exact(pools, tiny_llama, tmp_path):

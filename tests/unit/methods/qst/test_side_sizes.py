@@ -1,6 +1,7 @@
 """Sizes and counts of side networks, from shapes alone: the paper's percentages, head counts, what does not fit."""
 
 import json
+from typing import Any
 
 import pytest
 from transformers import GemmaConfig, LlamaConfig, OPTConfig, PretrainedConfig, Qwen3Config
@@ -36,11 +37,11 @@ GEMMA = GemmaConfig(hidden_size=2048, intermediate_size=16384, num_attention_hea
 
 @pytest.fixture
 def plan(tmp_path):
-    def plan_with(model: PretrainedConfig, *overrides: str, world_size: int = 1) -> dict:
+    def plan_with(model: PretrainedConfig, *overrides: str, world_size: int = 1) -> dict[str, Any]:
         (tmp_path / "config.json").write_text(json.dumps(model.to_dict()))
         path = tmp_path / "run.yaml"
         path.write_text(f"output_dir: {tmp_path}/out\nmodel: {{path: {tmp_path}}}\nmethod: {{name: qst}}\n")
-        return make_plan(load_config(path, overrides), world_size)
+        return make_plan(load_config(path, overrides), world_size).to_dict()
 
     return plan_with
 
