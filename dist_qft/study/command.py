@@ -7,7 +7,7 @@ from pathlib import Path
 
 from dist_qft.errors import UserError
 from dist_qft.ranks.world import World
-from dist_qft.study.rows import Row, expand
+from dist_qft.study.rows import StudyRun, expand
 from dist_qft.study.run import outcome_of, require_data, run_in_processes, run_rows
 from dist_qft.study.settings import Study, load_study
 
@@ -67,7 +67,7 @@ def _require_one(given: dict[str, bool]) -> None:
         raise UserError(f"{' and '.join(names)}: allowed is one of them")
 
 
-def _one(rows: Sequence[Row], number: int, retry_failed: bool) -> int:
+def _one(rows: Sequence[StudyRun], number: int, retry_failed: bool) -> int:
     if not 0 <= number < len(rows):
         raise UserError(f"--row: got {number}, the study has runs 0 to {len(rows) - 1}")
     require_data([rows[number]], retry_failed=retry_failed)
@@ -75,7 +75,7 @@ def _one(rows: Sequence[Row], number: int, retry_failed: bool) -> int:
     return outcome_of(rows[number])
 
 
-def _all(path: Path, study: Study, rows: Sequence[Row], jobs: int, retry_failed: bool, write_report: bool) -> int:
+def _all(path: Path, study: Study, rows: Sequence[StudyRun], jobs: int, retry_failed: bool, write_report: bool) -> int:
     """All runs, then the report; the exit code of the first run that failed."""
     if write_report:
         _require_report_packages()
@@ -99,7 +99,7 @@ def _all(path: Path, study: Study, rows: Sequence[Row], jobs: int, retry_failed:
     return failed[0] if failed else 0
 
 
-def _report(study: Study, rows: Sequence[Row]) -> None:
+def _report(study: Study, rows: Sequence[StudyRun]) -> None:
     _require_report_packages()
     from dist_qft.study.report import write_report
 

@@ -19,11 +19,11 @@ from dist_qft.quant.frozen import FrozenLinear
 from dist_qft.ranks.device import compute_dtype, planned_device
 from dist_qft.study.groups import THIRDS, TYPES
 from dist_qft.study.results import Outcome, collect
-from dist_qft.study.rows import Row
+from dist_qft.study.rows import StudyRun
 from dist_qft.study.settings import Study
 
 
-def print_plan(study: Study, rows: Sequence[Row]) -> None:
+def print_plan(study: Study, rows: Sequence[StudyRun]) -> None:
     """Print one line for each run, and the total."""
     outcomes = collect(rows)
     table = _table(outcomes)
@@ -59,7 +59,7 @@ def _table(outcomes: Sequence[Outcome]) -> Table:
     return table
 
 
-def _time_needed(rows: Sequence[Row], outcomes: Sequence[Outcome]) -> str:
+def _time_needed(rows: Sequence[StudyRun], outcomes: Sequence[Outcome]) -> str:
     """What the runs that are left will take, and how that is known."""
     missing = sum(not outcome.done for outcome in outcomes)
     measured = [outcome.finished.seconds for outcome in outcomes if outcome.finished]

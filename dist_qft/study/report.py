@@ -17,7 +17,7 @@ from dist_qft.study.findings import Finding, find
 from dist_qft.study.measurements import measure
 from dist_qft.study.page import make_page
 from dist_qft.study.results import Result, as_csv, as_json, collect
-from dist_qft.study.rows import Row
+from dist_qft.study.rows import StudyRun
 from dist_qft.study.settings import Study
 
 REPORT_FOLDER = "report"
@@ -30,7 +30,7 @@ _LOSS_UNITS = {
 }
 
 
-def write_report(study: Study, rows: Sequence[Row]) -> str:
+def write_report(study: Study, rows: Sequence[StudyRun]) -> str:
     """Write the report of all runs that are done, and return a line that says where.
 
     Raises:
@@ -74,7 +74,7 @@ def _write_bytes(path: Path, content: bytes) -> None:
         raise SetupError(f"{path}: cannot write: {error.strerror}") from error
 
 
-def _write_hparams(folder: Path, done: Sequence[tuple[Row, Result]], metric: str) -> None:
+def _write_hparams(folder: Path, done: Sequence[tuple[StudyRun, Result]], metric: str) -> None:
     """One set of settings and results for each run, as TensorBoard's hparams tab reads them."""
     from torch.utils.tensorboard import SummaryWriter
 

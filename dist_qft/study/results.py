@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from dist_qft.errors import CorruptFileError
 from dist_qft.storage.atomic import write_text
 from dist_qft.study.groups import THIRDS, TYPES
-from dist_qft.study.rows import Row
+from dist_qft.study.rows import StudyRun
 from dist_qft.training.metrics_file import read_history
 from dist_qft.tuned_model.held_out import HeldOut
 
@@ -43,12 +43,12 @@ class Result:
     seconds: float = 0.0
 
     @classmethod
-    def failed(cls, row: Row, exit_code: int, error: str) -> "Result":
+    def failed(cls, row: StudyRun, exit_code: int, error: str) -> "Result":
         """The record of a run that would fail again."""
         return cls(row.name, exit_code, error)
 
     @classmethod
-    def of_run(cls, row: Row, run: "TrainingRun", seconds: float) -> "Result":
+    def of_run(cls, row: StudyRun, run: "TrainingRun", seconds: float) -> "Result":
         """The record of a run that came to its end."""
         return cls(
             row.name,
@@ -89,7 +89,7 @@ def write_result(folder: Path, result: Result) -> None:
 class Outcome:
     """A run and its result; None if it has not ended."""
 
-    row: Row
+    row: StudyRun
     result: Result | None
 
     @property
@@ -108,7 +108,7 @@ class Outcome:
         return "done" if self.done else f"failed ({self.result.exit_code})"
 
 
-def collect(rows: Sequence[Row]) -> list[Outcome]:
+def collect(rows: Sequence[StudyRun]) -> list[Outcome]:
     """Every run with what is known of it, in the study's order."""
     return [Outcome(row, read_result(row.folder)) for row in rows]
 

@@ -37,7 +37,7 @@ RUNS_FOLDER = "runs"
 
 
 @dataclass(frozen=True)
-class Row:
+class StudyRun:
     """One run of a study.
 
     Attributes:
@@ -66,13 +66,13 @@ class Row:
         return ", ".join([*subject, " = ".join(map(str, self.variants)), f"seed {self.config.train.seed}"])
 
 
-def expand(study: Study) -> list[Row]:
+def expand(study: Study) -> list[StudyRun]:
     """All runs, each once, in the order of the file. Reads no weights.
 
     Raises:
         UserError: the first axis or preset that asks for something impossible, with its place in the file.
     """
-    rows: dict[str, Row] = {}
+    rows: dict[str, StudyRun] = {}
     skeletons = _Skeletons()
     for subject, config in _subjects(study):
         for row in _subject_rows(study, subject, config, skeletons):
@@ -102,7 +102,9 @@ def _subjects(study: Study) -> Iterator[tuple[dict[str, str], RunConfig]]:
         yield subject, config
 
 
-def _subject_rows(study: Study, subject: dict[str, str], config: RunConfig, skeletons: "_Skeletons") -> Iterator[Row]:
+def _subject_rows(
+    study: Study, subject: dict[str, str], config: RunConfig, skeletons: "_Skeletons"
+) -> Iterator[StudyRun]:
     """The reference and all variants of one combination of the axes, for every seed."""
     place: KeyPath = ("axes",) if subject else ("base",)
     base = _placed(study, place, lambda: skeletons.get(config))
@@ -130,7 +132,7 @@ def _subject_rows(study: Study, subject: dict[str, str], config: RunConfig, skel
             if seeded.data is not None and seeded.data.cache_dir is None:
                 settings["data.cache_dir"] = str(study.output_dir / "data_cache")
             final = change_config(seeded, settings)
-            yield Row(name, final, subject, (variant,), trainables, kept, _base_key(final, spec))
+            yield StudyRun(name, final, subject, (variant,), trainables, kept, _base_key(final, spec))
 
 
 def _with_variant(config: RunConfig, variant: Variant, base: BaseModel) -> tuple[RunConfig, TrainableSpec[Any]]:

@@ -36,7 +36,7 @@ from dist_qft.storage.atomic import remove_folder
 from dist_qft.storage.checkpoint import list_checkpoints
 from dist_qft.storage.trainer_state import BaseEvaluation
 from dist_qft.study.results import Result, read_result, write_result
-from dist_qft.study.rows import Row
+from dist_qft.study.rows import StudyRun
 from dist_qft.train import execute_run, gather_inputs
 from dist_qft.training.run_inputs import LoadedBase
 
@@ -46,7 +46,7 @@ if TYPE_CHECKING:
 LOG_FILE = "log.txt"
 
 
-def run_rows(rows: Sequence[Row], numbers: Sequence[int], *, retry_failed: bool) -> None:
+def run_rows(rows: Sequence[StudyRun], numbers: Sequence[int], *, retry_failed: bool) -> None:
     """Do those of `rows` at the positions `numbers` that are not done yet.
 
     Raises:
@@ -78,7 +78,7 @@ def run_rows(rows: Sequence[Row], numbers: Sequence[int], *, retry_failed: bool)
                 raise Preempted("stopped by a signal between two runs; start the study again to go on")
 
 
-def require_data(rows: Sequence[Row], *, retry_failed: bool) -> None:
+def require_data(rows: Sequence[StudyRun], *, retry_failed: bool) -> None:
     """Refuse files of training or held-out text that are missing, before any of the runs that are to be done starts."""
     parts = {}
     for row in rows:
@@ -119,13 +119,13 @@ def run_in_processes(study_file: Path, jobs: int, *, retry_failed: bool) -> None
         raise error
 
 
-def _wanted(row: Row, retry_failed: bool) -> bool:
+def _wanted(row: StudyRun, retry_failed: bool) -> bool:
     result = read_result(row.folder)
     return result is None or (retry_failed and result.exit_code != 0)
 
 
 @contextlib.contextmanager
-def _claimed(row: Row, world: World) -> Iterator[bool]:
+def _claimed(row: StudyRun, world: World) -> Iterator[bool]:
     """Whether the run is this process's to do. Several ranks do a run together and ask nobody."""
     if world.world_size > 1:
         yield True
@@ -156,7 +156,7 @@ class _Runner:
         self._key = ""
         self._evaluations: dict[str, BaseEvaluation] = {}
 
-    def run(self, row: Row) -> Result:
+    def run(self, row: StudyRun) -> Result:
         """One run from wherever it stands to its end, well or not."""
         started = time.perf_counter()
         if row.base_key != self._key:
@@ -175,7 +175,7 @@ class _Runner:
                 return Result.failed(row, code, text)
         return Result.of_run(row, run, time.perf_counter() - started)
 
-    def _train(self, row: Row) -> "TrainingRun":
+    def _train(self, row: StudyRun) -> "TrainingRun":
         config = row.config
         # A summary of the whole run stands for its results; without them the run is begun anew.
         inputs = gather_inputs(config, "auto", self._world, self._device, self._loaded_for(row))
@@ -195,7 +195,7 @@ class _Runner:
                 remove_folder(path)
         return run
 
-    def _loaded_for(self, row: Row) -> LoadedBase | None:
+    def _loaded_for(self, row: StudyRun) -> LoadedBase | None:
         if self._loaded is None:
             return None
         # The bare base's answers to prompts are not kept: a run that wants them evaluates it again.
@@ -203,7 +203,7 @@ class _Runner:
         loaded = self._loaded
         return LoadedBase(loaded.tokenizer, loaded.base, loaded.source, loaded.engine, known)
 
-    def _keep_base(self, row: Row, run: "TrainingRun") -> None:
+    def _keep_base(self, row: StudyRun, run: "TrainingRun") -> None:
         if run.state.base_eval is not None:
             self._evaluations[_evaluation_key(row)] = run.state.base_eval
         if row.base_key != row.config.output_dir:
@@ -212,13 +212,13 @@ class _Runner:
             self._loaded = LoadedBase(inputs.tokenizer, parts.base, inputs.source, parts.engine, None)
 
 
-def _evaluation_key(row: Row) -> str:
+def _evaluation_key(row: StudyRun) -> str:
     """Equal for runs that evaluate a base on the same data in the same way."""
     parts = row.config.model_dump(include={"data", "task"})
     return json.dumps([parts, row.config.train.per_device_train_batch_size], sort_keys=True)
 
 
-def _common_device(rows: Sequence[Row], world: World) -> torch.device:
+def _common_device(rows: Sequence[StudyRun], world: World) -> torch.device:
     """The device of all runs of a study: one process group serves them all."""
     for key in ("device", "timeout_seconds"):
         values = sorted({str(getattr(row.config.sharding, key)) for row in rows})
@@ -227,7 +227,7 @@ def _common_device(rows: Sequence[Row], world: World) -> torch.device:
     return device_for(world, rows[0].config.sharding.device)
 
 
-def _tell(number: int, count: int, row: Row, result: Result) -> None:
+def _tell(number: int, count: int, row: StudyRun, result: Result) -> None:
     if result.exit_code:
         outcome = f"failed with exit code {result.exit_code}: {result.error}"
     elif result.tuned:
@@ -237,7 +237,7 @@ def _tell(number: int, count: int, row: Row, result: Result) -> None:
     print(f"[{number}] of {count}  {row.name}  {row}: {outcome}", file=sys.stderr, flush=True)
 
 
-def outcome_of(row: Row) -> int:
+def outcome_of(row: StudyRun) -> int:
     """The exit code of a run that has been done. UserError if it has not: another process is at it."""
     result = read_result(row.folder)
     if result is None:

@@ -19,7 +19,7 @@ from dist_qft.ranks.device import compute_dtype, planned_device
 from dist_qft.study.measurements import Estimate, Subject, measure
 from dist_qft.study.presets import REFERENCE, Variant
 from dist_qft.study.results import collect
-from dist_qft.study.rows import Row, with_rules
+from dist_qft.study.rows import StudyRun, with_rules
 from dist_qft.study.settings import Study
 
 _KINDS = ("by_type", "by_depth")
@@ -33,7 +33,7 @@ class _Change:
     costs: dict[int, float]
 
 
-def write_suggestions(study: Study, rows: Sequence[Row], budget: int) -> None:
+def write_suggestions(study: Study, rows: Sequence[StudyRun], budget: int) -> None:
     """Write `suggested-<subject>.yaml` for every subject, and print what was chosen.
 
     Raises:
