@@ -17,7 +17,7 @@ from typing import NamedTuple
 from dist_qft.config.data_schema import DatasetConfig
 from dist_qft.data.fields import Fields, field_names
 from dist_qft.data.messages import read_messages, read_tools
-from dist_qft.data.records import LocatedRecord, Record
+from dist_qft.data.records import Record
 from dist_qft.data.samples import IGNORED, Conversation, Labelled, Message, PromptCompletion, Sample, Text, Tokenized
 from dist_qft.errors import UserError
 
@@ -39,8 +39,8 @@ FORMATS = {
 _NEVER_GUESSED = "classification"  # a text beside a label is also just a text: the task decides
 
 
-def resolve_format(dataset: DatasetConfig, first: LocatedRecord, key: str) -> str:
-    """The format of `dataset`, for `auto` the only one whose required fields the first record has.
+def resolve_format(dataset: DatasetConfig, first: tuple[Record, str], key: str) -> str:
+    """The format of `dataset`, for `auto` the only one whose required fields the first record (with its place) has.
 
     Also checks that `columns` names fields of that format. `key` is the config section, for messages.
     """

@@ -18,6 +18,7 @@ from dist_qft.config.data_schema import DataConfig, DatasetConfig, TaskConfig
 from dist_qft.data.dataset import FORMAT_VERSION, TokenDataset
 from dist_qft.data.formats import resolve_format, to_sample
 from dist_qft.data.lengths import limit_length
+from dist_qft.data.records import LocatedRecord, Record, RowError
 from dist_qft.data.sources import Source, load_records, open_source
 from dist_qft.data.tokens import SampleEncoder, TokenSequence
 from dist_qft.errors import CorruptFileError, SetupError, UserError
@@ -136,18 +137,26 @@ def _build(data: DataConfig, encoder: SampleEncoder, train_source: Source, eval_
     return Prepared(train, TokenDataset.from_sequences(held_out, pad_id, packed_length, eval_report))
 
 
+def _readable(located: LocatedRecord) -> tuple[Record, str]:
+    """The record and its place. Raises the RowError of one that cannot be read."""
+    record, where = located
+    if isinstance(record, RowError):
+        raise record
+    return record, where
+
+
 def _encode_all(
     data: DataConfig, dataset: DatasetConfig, source: Source, encoder: SampleEncoder, key: str
 ) -> tuple[list[TokenSequence], dict[str, int]]:
     """Every kept sample of one data set, and the counts of what became of the others."""
     counts: Counter[str] = Counter(read=0, blank_lines=0, truncated=0)
     records = load_records(dataset, source, key, counts)
-    first = next(records)
+    first = _readable(next(records))
     if encoder.task.name != "causal-lm":
         dataset = dataset.model_copy(update={"format": "classification"})
     format_name = resolve_format(dataset, first, key)
     sequences = []
-    for record, where in chain([first], records):
+    for record, where in chain([first], map(_readable, records)):
         sequence = encoder.encode(to_sample(record, format_name, dataset.columns, where), where)
         kept = limit_length(sequence, data.max_length, data.overlong, where, counts)
         if kept is not None:

@@ -8,8 +8,9 @@ Record = dict[str, Any]
 
 
 class RowError(UserError):
-    """One row of the data cannot be used."""
+    """One row of the data cannot be used. `data.on_bad_row: skip` leaves such rows out; other errors end the run."""
 
 
-# The place is `file:line`, or `file: record N` (from 1) where a file has no lines.
-LocatedRecord = tuple[Record, str]
+# The place is `file:line`, or `file: record N` (from 1) where a file has no lines. A row that cannot be read is there,
+# too, as its error, so that the rows behind it can be.
+LocatedRecord = tuple[Record | RowError, str]
