@@ -41,11 +41,11 @@ def freeze_described(model: PreTrainedModel, weights: Mapping[str, tuple[Format,
     Raises:
         CorruptFileError: a path that is no linear layer or embedding of this shape in the model.
     """
-    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    head = model.get_output_embeddings()
     for path, (format, shape) in weights.items():
         module = _module(model, path, shape)
         frozen: nn.Module
-        if module is embedding:
+        if isinstance(module, nn.Embedding):
             frozen = FrozenEmbedding(*shape, format, dtype, padding_idx=module.padding_idx, scale=_scale(module))
         elif module is head:
             frozen = FrozenHead(*shape, format, dtype)
@@ -55,18 +55,17 @@ def freeze_described(model: PreTrainedModel, weights: Mapping[str, tuple[Format,
     table = model.get_input_embeddings()
     if model.config.get_text_config().tie_word_embeddings and isinstance(table, FrozenEmbedding):
         model.set_output_embeddings(TiedHead(table))
-        for module in model.modules():
-            if isinstance(module, PreTrainedModel):
-                module.all_tied_weights_keys = {}  # there is no parameter to tie any more
+        for part in model.modules():
+            if isinstance(part, PreTrainedModel):
+                part.all_tied_weights_keys = {}  # there is no parameter to tie any more
 
 
-def _module(model: PreTrainedModel, path: str, shape: Shape) -> nn.Module:
+def _module(model: PreTrainedModel, path: str, shape: Shape) -> nn.Linear | nn.Embedding:
     try:
         module = model.get_submodule(path)
     except AttributeError:
         raise CorruptFileError(f"quantization_config: the model has no module '{path}'") from None
-    weight = getattr(module, "weight", None)
-    if not isinstance(module, nn.Linear | nn.Embedding) or tuple(weight.shape) != tuple(shape):
+    if not isinstance(module, nn.Linear | nn.Embedding) or tuple(module.weight.shape) != tuple(shape):
         raise CorruptFileError(f"quantization_config: '{path}' is not a linear layer or embedding of {list(shape)}")
     return module
 

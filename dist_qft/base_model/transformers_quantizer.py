@@ -31,7 +31,7 @@ class DistQFTConfig(QuantizationConfigMixin):
     """
 
     def __init__(self, weights_file: str = SINGLE_FILE, weights: dict[str, Any] | None = None, **others: Any) -> None:
-        self.quant_method = METHOD
+        self.quant_method = METHOD  # type: ignore[assignment]  # an enumeration, which has none of the registered ones
         self.weights_file = weights_file
         self.weights = weights or {}
         vars(self).update(others)
@@ -40,6 +40,8 @@ class DistQFTConfig(QuantizationConfigMixin):
 @register_quantizer(METHOD)
 class DistQFTQuantizer(HfQuantizer):
     """Builds frozen layers for the weights that `quantization_config` describes."""
+
+    quantization_config: DistQFTConfig
 
     def update_attn_implementation(self, config: "PretrainedConfig") -> "PretrainedConfig":
         # Nothing about attention: of the calls that see the configuration this one comes before the files are looked
