@@ -3,6 +3,7 @@
 Rank 0 reads the lines and prints; the other ranks get each line from it, because a sharded base answers together.
 """
 
+import datetime
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -23,9 +24,10 @@ from dist_qft.ranks.session import session
 from dist_qft.ranks.world import World
 from dist_qft.storage.checkpoint import ADAPTER_MODEL
 from dist_qft.storage.manifest import sha256_of
-from dist_qft.tuned_model.answer import Messages, Sampling, answers, prompt_ids
+from dist_qft.tuned_model.answer import Sampling, answers
 from dist_qft.tuned_model.checkpointed import config_of, find_checkpoint, open_checkpointed, run_folder
 from dist_qft.tuned_model.loaded_model import holds_model, load
+from dist_qft.tuned_model.prompts import Messages, date_of, prompt_ids
 
 _COMMANDS = """/base     answer the last message with the base model, without the adapters
 /system TEXT   set the system prompt and begin anew (without TEXT: remove it)
@@ -44,6 +46,7 @@ class Chat:
     Attributes:
         trainables: None for a merged model.
         output: gets answers and remarks; None on ranks other than 0.
+        today: the date for chat templates that print it; None takes the day of each answer.
     """
 
     base: BaseModel
@@ -53,6 +56,7 @@ class Chat:
     sampling: Sampling
     system: str | None = None
     output: TextIO | None = None
+    today: datetime.date | None = None
     turns: Messages = field(default_factory=list)
 
     def take(self, line: str) -> bool:
@@ -99,13 +103,13 @@ class Chat:
         prompt: str | Messages = [*system, *asked]
         if not self.tokenizer.chat_template:  # a base model goes on with the text
             prompt = "\n".join([*([self.system] if self.system else []), *(turn["content"] for turn in asked)])
-        length = len(prompt_ids(self.tokenizer, prompt))
+        length = len(prompt_ids(self.tokenizer, prompt, self.today))
         limit = getattr(self.base.config.get_text_config(), "max_position_embeddings", None)
         if isinstance(limit, int) and length + self.sampling.max_new_tokens > limit:
             self._say(f"({length} tokens and an answer do not fit into the model's {limit}; /reset begins anew)")
             return None
         streamer = None if self.output is None else Streamer(self.tokenizer, self.output)
-        return answers(self.base, self.tokenizer, [prompt], self.sampling, self.device, streamer)[0]
+        return answers(self.base, self.tokenizer, [prompt], self.sampling, self.device, self.today, streamer)[0]
 
     def _say(self, text: str) -> None:
         if self.output is not None and text:
@@ -159,7 +163,7 @@ def _opened(path: str, sampling: Sampling, system: str | None) -> Iterator[Chat]
     with session(config.sharding, doing="a chat", must_match=must_match, crash_dir=run_folder(path)) as (world, device):
         parts, tokenizer = open_checkpointed(checkpoint, config, device)
         output = sys.stdout if world.rank == 0 else None
-        yield Chat(parts.base, tokenizer, parts.trainables, device, sampling, system, output)
+        yield Chat(parts.base, tokenizer, parts.trainables, device, sampling, system, output, date_of(config))
 
 
 def _read(asking: bool) -> str | None:

@@ -1,11 +1,12 @@
 """`dist-qft eval`: held-out loss and metrics of the base and of the tuned model, side by side."""
 
 import json
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from dist_qft.base_model.skeleton import build_skeleton
-from dist_qft.base_model.tokenizer import load_tokenizer
+from dist_qft.base_model.tokenizer import run_tokenizer
 from dist_qft.config.load import override_config
 from dist_qft.config.schema import RunConfig
 from dist_qft.data.batches import eval_batches
@@ -17,7 +18,7 @@ from dist_qft.ranks.session import place, session
 from dist_qft.storage.checkpoint import ADAPTER_MODEL, Checkpoint, list_checkpoints
 from dist_qft.storage.manifest import sha256_of
 from dist_qft.tuned_model.assemble import assemble
-from dist_qft.tuned_model.checkpointed import config_of, find_checkpoint, open_checkpointed, run_folder
+from dist_qft.tuned_model.checkpointed import config_of, find_checkpoint, open_checkpointed, run_folder, with_date
 from dist_qft.tuned_model.held_out import HeldOut, held_out_loss
 
 
@@ -55,7 +56,11 @@ def _evaluate(config: RunConfig, checkpoint: Checkpoint | None, run: Path, as_js
     world, device = place(config.sharding)
     skeleton = build_skeleton(config.model, config.quantization, compute_dtype(config.train.precision, device))
     cache_dir = Path(config.data.cache_dir or run / "data_cache")
-    data = prepare(config.data, load_tokenizer(config.model), skeleton.vocab_size, cache_dir, config.task)
+    tokenizer = run_tokenizer(config)
+    config = with_date(config, tokenizer, checkpoint)
+    data = prepare(config.data, tokenizer, skeleton.vocab_size, cache_dir, config.task)
+    if world.rank == 0:
+        print(*data.notes(), sep="\n", end="\n" * bool(data.notes()), file=sys.stderr)
     assert data.eval is not None, "refused above"
     must_match = _must_match(config, data, checkpoint)
     with session(config.sharding, doing="evaluation", must_match=must_match, crash_dir=run):

@@ -10,6 +10,7 @@ from dist_qft.storage.manifest import sha256_of
 from dist_qft.tuned_model.answer import Sampling, answers
 from dist_qft.tuned_model.checkpointed import config_of, find_checkpoint, open_checkpointed, run_folder
 from dist_qft.tuned_model.loaded_model import load
+from dist_qft.tuned_model.prompts import date_of
 
 
 def run_generation(path: str, prompts: Sequence[str], sampling: Sampling, base: bool) -> None:
@@ -38,8 +39,8 @@ def run_generation(path: str, prompts: Sequence[str], sampling: Sampling, base: 
         found = {}
         if base:
             with parts.trainables.disabled():
-                found["base"] = answers(parts.base, tokenizer, prompts, sampling, device)
-        found["tuned"] = answers(parts.base, tokenizer, prompts, sampling, device)
+                found["base"] = answers(parts.base, tokenizer, prompts, sampling, device, date_of(config))
+        found["tuned"] = answers(parts.base, tokenizer, prompts, sampling, device, date_of(config))
         if world.rank == 0:
             for index in range(len(prompts)):
                 for model, texts in found.items():

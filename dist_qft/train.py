@@ -14,7 +14,7 @@ import torch
 from dist_qft.base_model.load import check_names
 from dist_qft.base_model.requantization import requantization_notes
 from dist_qft.base_model.skeleton import build_skeleton
-from dist_qft.base_model.tokenizer import load_tokenizer
+from dist_qft.base_model.tokenizer import run_tokenizer
 from dist_qft.base_model.weight_files import open_source
 from dist_qft.config.check import accumulation_steps, config_warnings
 from dist_qft.config.schema import RunConfig
@@ -40,13 +40,14 @@ from dist_qft.storage.checkpoint import (
     require_writable,
 )
 from dist_qft.storage.lock import RUN_LOCK, FolderLock
-from dist_qft.training.optimizer import checkpoint_bytes
+from dist_qft.training.optimizer import check_warmup, checkpoint_bytes
 from dist_qft.training.resume import changed_settings, check_trajectory, choose_checkpoint, resume_after_restart
 from dist_qft.training.run_inputs import LoadedBase, RunInputs
 from dist_qft.training.training_run import TrainingRun
 from dist_qft.tuned_model.assemble import assemble, attach_trainables, start_fresh
-from dist_qft.tuned_model.checkpointed import check_adapter, check_fingerprint
+from dist_qft.tuned_model.checkpointed import check_adapter, check_fingerprint, with_date
 from dist_qft.tuned_model.task import head_outputs
+from dist_qft.tuned_model.warm_start import starting_values, take_values
 
 
 def run_training(config: RunConfig, resume: str | None = None, stop: StopSignal | None = None) -> None:
@@ -90,14 +91,19 @@ def gather_inputs(
     notes += [f"warning: {warning}" for warning in spec.warnings(skeleton)]
     head = head_outputs(config.task) * skeleton.embedding.embedding_dim
     require_space(output_dir, checkpoint_bytes(config.train, spec.parameters + head))
+    start = None
     if checkpoint is not None:
         check_adapter(checkpoint, spec)
+    elif config.method.init_from is not None:
+        start = starting_values(config.method.init_from, spec)
+        notes.append(f"trainables begin with the values of {start.where}")
 
     # The tokens.
-    tokenizer = loaded.tokenizer if loaded else load_tokenizer(config.model)
+    tokenizer = loaded.tokenizer if loaded else run_tokenizer(config)
     cache_dir = Path(config.data.cache_dir or output_dir / "data_cache")
+    config = with_date(config, tokenizer, checkpoint)
     data = prepare(config.data, tokenizer, skeleton.vocab_size, cache_dir, config.task)
-
+    notes += data.notes()
     notes += spec.disk_notes(output_dir, skeleton, data.train)
 
     # Where the weights are, their names and shapes. Last, because it downloads those of a Hub id.
@@ -107,15 +113,20 @@ def gather_inputs(
         notes += requantization_notes(skeleton, source)
 
     recipe = recipe_at_end(config, skeleton, spec)
-    inputs = RunInputs(
-        config, world, device, tokenizer, skeleton, source, spec, data, checkpoint, existing, recipe, notes, loaded
-    )
-    if recipe is not None and not inputs.finished:
-        require_free(recipe.request)
+    found = (tokenizer, skeleton, source, spec, data, checkpoint, existing, recipe, notes, loaded, start)
+    return _checked(RunInputs(config, world, device, *found))
+
+
+def _checked(inputs: RunInputs) -> RunInputs:
+    """The inputs, if this run may end where its config says and continue from its checkpoint. UserError otherwise."""
+    config, checkpoint = inputs.config, inputs.checkpoint
+    if inputs.recipe is not None and not inputs.finished:
+        require_free(inputs.recipe.request)
+    total_steps, _ = inputs.length()
+    check_warmup(config.train, total_steps)
     if checkpoint is not None:
-        total_steps, _ = inputs.length()
-        check_trajectory(checkpoint, config, data.train.digest, total_steps)
-        notes.extend(changed_settings(checkpoint, config))
+        check_trajectory(checkpoint, config, inputs.data.train.digest, total_steps)
+        inputs.notes.extend(changed_settings(checkpoint, config))
     return inputs
 
 
@@ -139,6 +150,8 @@ def execute_run(inputs: RunInputs, stop: StopSignal, activity: Activity | None =
             check_fingerprint(inputs.checkpoint, parts.base)
         else:
             start_fresh(parts, inputs.spec, inputs.source)
+            if inputs.start is not None:
+                take_values(parts, inputs.start)
 
         # Train, evaluate, save.
         run = TrainingRun(inputs, parts, stop, lock)

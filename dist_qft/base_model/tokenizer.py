@@ -1,11 +1,12 @@
-"""The model's own tokenizer, from its folder, the Hub, or inside a GGUF file."""
+"""The model's tokenizer, from its folder, the Hub, or inside a GGUF file, and a run's with its chat template."""
 
 import textwrap
 from pathlib import Path
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from dist_qft.config.schema import ModelConfig
+from dist_qft.config.schema import ModelConfig, RunConfig
+from dist_qft.data.templates import use_template
 from dist_qft.errors import UserError
 
 
@@ -24,3 +25,9 @@ def load_tokenizer(model: ModelConfig) -> PreTrainedTokenizerBase:
     except Exception as error:  # the Rust library behind it raises nothing more precise
         reason = textwrap.shorten(str(error), 300) or type(error).__name__
         raise UserError(f"model.path: cannot read a tokenizer from '{model.path}': {reason}") from error
+
+
+def run_tokenizer(config: RunConfig) -> PreTrainedTokenizerBase:
+    """The model's tokenizer with the chat template that the run trains with (`data.template`). Raises as above."""
+    tokenizer = load_tokenizer(config.model)
+    return use_template(tokenizer, config.data.template) if config.data is not None else tokenizer

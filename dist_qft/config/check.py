@@ -7,8 +7,10 @@ in the plan and in the log.
 
 from collections.abc import Iterator
 
+from dist_qft.config.data_faults import data_faults
 from dist_qft.config.deepspeed_file import zero_file_faults
 from dist_qft.config.fault import Fault, value_fault
+from dist_qft.config.methods.tile_method import TileMethod
 from dist_qft.config.schema import QuantizationConfig, RunConfig, ShardingConfig
 from dist_qft.config.section import Section
 from dist_qft.divisors import divisors, either, nearest_multiples
@@ -19,6 +21,7 @@ _BLOCK_FORM = {
     "nf4": (1, "one length such as [64]"),
     "affine4": (2, "[b_out, b_in] such as [1, 32]"),
 }
+TASK_METRICS = {"causal-lm": (), "classification": ("accuracy", "matthews", "f1"), "regression": ("pearson",)}
 _ENGINE_SETTINGS = {
     "reshard_after_forward": "fsdp",
     "prefetch_megabytes": "zero",
@@ -34,6 +37,7 @@ def cross_field_faults(config: RunConfig) -> list[Fault]:
         *_quantization_faults(config.quantization),
         *config.method.faults(config),
         *_task_faults(config),
+        *data_faults(config),
         *_train_faults(config),
         *_sharding_faults(config.sharding),
         *(value_fault(("sharding", "deepspeed_config"), fault) for fault in zero_file_faults(config)),
@@ -116,14 +120,7 @@ def _task_faults(config: RunConfig) -> Iterator[Fault]:
         yield value_fault(("task", "labels"), f"'{twice}' is listed twice")
     if task.labels and task.name != "classification":
         yield value_fault(("task", "labels"), f"{task.name} has no labels; remove them or choose classification")
-    predicts_labels = task.name != "causal-lm"
-    for part in ("train", "eval"):
-        dataset = getattr(data, part, None)
-        given = dataset.format if dataset is not None else "auto"
-        if given != "auto" and (given == "classification") != predicts_labels:
-            wanted = "classification" if predicts_labels else "another format, or task.name classification"
-            yield value_fault(("data", part, "format"), f"{given} does not fit task {task.name}; need {wanted}")
-    if not predicts_labels:
+    if task.name == "causal-lm":
         return
     if data is not None and data.packing:
         yield value_fault(("data", "packing"), f"{task.name} reads the last token of each row; remove it")
@@ -148,6 +145,15 @@ def _train_faults(config: RunConfig) -> Iterator[Fault]:
             f"{train.warmup_steps} leaves no step at the full learning rate; need less than train.max_steps "
             f"{train.max_steps}",
         )
+    if train.loraplus_lr_ratio is not None and not (isinstance(config.method, TileMethod) and config.method.ranked):
+        yield value_fault(("train", "loraplus_lr_ratio"), f"{config.method.name} has no pairs of A and B; remove it")
+    kind = train.lr_scheduler_type
+    if train.min_lr_ratio and kind.startswith("constant"):
+        yield value_fault(("train", "min_lr_ratio"), f"no effect with lr_scheduler_type {kind}; remove it")
+    if kind == "cosine_with_min_lr" and not train.min_lr_ratio:
+        yield value_fault(("train", "min_lr_ratio"), "missing; lr_scheduler_type cosine_with_min_lr needs it above 0")
+    if kind != "warmup_stable_decay" and _changed(train, "decay_ratio"):
+        yield value_fault(("train", "decay_ratio"), f"no effect with lr_scheduler_type {kind}; remove it")
     if train.optim.startswith("paged_") and config.sharding.device == "cpu":
         yield value_fault(("train", "optim"), f"{train.optim} needs CUDA, sharding.device is cpu; use adamw")
 
@@ -166,8 +172,28 @@ def _evaluation_faults(config: RunConfig) -> Iterator[Fault]:
         yield value_fault(("data", "train_on"), "data.loss_on all predicts every turn; remove one of them")
     if config.evaluation.eval_steps is not None and not has_eval:
         yield value_fault(("evaluation", "eval_steps"), "nothing to evaluate; set data.eval or data.eval_samples")
-    if config.checkpoint.keep_best and config.evaluation.eval_steps is None:
-        yield value_fault(("checkpoint", "keep_best"), "nothing to compare; set evaluation.eval_steps")
+    yield from _best_evaluation_faults(config)
+
+
+def _best_evaluation_faults(config: RunConfig) -> Iterator[Fault]:
+    evaluation, keep_best = config.evaluation, config.checkpoint.keep_best
+    patience = evaluation.early_stopping_patience
+    for key, given in ((("checkpoint", "keep_best"), keep_best), (("evaluation", "early_stopping_patience"), patience)):
+        if given and evaluation.eval_steps is None:
+            yield value_fault(key, "nothing to compare; set evaluation.eval_steps")
+    if patience is None and _changed(evaluation, "early_stopping_threshold"):
+        yield value_fault(
+            ("evaluation", "early_stopping_threshold"), "no effect without evaluation.early_stopping_patience"
+        )
+    known = ("loss", *TASK_METRICS[config.task.name])
+    if evaluation.metric not in known:
+        yield value_fault(
+            ("evaluation", "metric"), f"got {evaluation.metric}, task {config.task.name} has {either(list(known))}"
+        )
+    elif evaluation.metric != "loss" and not keep_best and patience is None:
+        yield value_fault(
+            ("evaluation", "metric"), "no effect without checkpoint.keep_best or evaluation.early_stopping_patience"
+        )
 
 
 def _changed(section: Section, setting: str) -> bool:

@@ -2,9 +2,10 @@
 
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Discriminator, Field, Tag
 
-from dist_qft.config.section import NonNegative, Positive, Section, Text
+from dist_qft.config.paths import ExpandedPath
+from dist_qft.config.section import UNION_TAGS, NonNegative, Positive, PositiveNumber, Section, Text
 
 
 class TaskConfig(Section):
@@ -19,7 +20,7 @@ class TaskConfig(Section):
 class DatasetConfig(Section):
     """A data set: where it lies and what its columns mean."""
 
-    path: Text = Field(
+    path: ExpandedPath = Field(
         description="Hub id, local file or folder, or 'stdlib-docs': questions on this Python's own library",
         json_schema_extra={"axolotl": "path"},
     )
@@ -34,12 +35,29 @@ class DatasetConfig(Section):
     )
     columns: dict[str, str] = Field({}, description="our field name -> the data's column name")
     limit: Positive | None = Field(None, description="use only the first so many samples")
+    weight: PositiveNumber | None = Field(
+        None, description="of several in data.train: its share of the rows drawn; none of them: all rows in one order"
+    )
+
+
+def _number(value: object) -> str:
+    return UNION_TAGS[isinstance(value, list)]
+
+
+TrainSets = Annotated[
+    Annotated[DatasetConfig, Tag(UNION_TAGS[0])]
+    | Annotated[list[DatasetConfig], Field(min_length=1), Tag(UNION_TAGS[1])],
+    Discriminator(_number),
+]
 
 
 class DataConfig(Section):
     """The text that is trained on and the text that is held out, and how both become rows of tokens."""
 
-    train: DatasetConfig = Field(description="the data that is trained on", json_schema_extra={"axolotl": "datasets"})
+    train: TrainSets = Field(
+        description="the data that is trained on: one data set, or a list of them",
+        json_schema_extra={"axolotl": "datasets"},
+    )
     eval: DatasetConfig | None = Field(
         None, description="held-out data", json_schema_extra={"axolotl": "test_datasets"}
     )
@@ -72,8 +90,34 @@ class DataConfig(Section):
     on_missing: Literal["error", "warn"] = Field(
         "error", description="where the chat template leaves out what was said, such as reasoning: refuse, or warn"
     )
-    cache_dir: str | None = Field(
+    template: Literal["chat", "alpaca", "none"] = Field(
+        "chat",
+        description="chat: the tokenizer's own; alpaca, none: for base models without one (docs/data.md)",
+        json_schema_extra={"axolotl": "chat_template"},
+    )
+    date: str | None = Field(
+        None, description="YYYY-MM-DD that chat templates print; default: the day the run began, kept on resume"
+    )
+    max_source_length: Positive | None = Field(
+        None, description="tokens of a sample before its first target; longer ones keep their end"
+    )
+    max_target_length: Positive | None = Field(
+        None, description="tokens of a sample from its first target on; longer ones keep their beginning"
+    )
+    on_bad_row: Literal["error", "skip"] = Field(
+        "error", description="a row that cannot be used: ends the run, or is left out and counted"
+    )
+    max_bad_rows: Annotated[float, Field(ge=0, le=1)] = Field(
+        0.01, description="on_bad_row skip: share of a data set's rows above which the run is refused"
+    )
+    cache_dir: ExpandedPath | None = Field(
         None,
         description="folder of tokenized data; default <output_dir>/data_cache",
         json_schema_extra={"axolotl": "dataset_prepared_path"},
     )
+
+    def train_sets(self) -> dict[str, DatasetConfig]:
+        """The data sets that are trained on, by the key that messages name."""
+        if isinstance(self.train, list):
+            return {f"data.train[{index}]": dataset for index, dataset in enumerate(self.train)}
+        return {"data.train": self.train}

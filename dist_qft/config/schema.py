@@ -13,8 +13,10 @@ from pydantic import Field, PrivateAttr, model_validator
 from dist_qft.config.data_schema import DataConfig, TaskConfig
 from dist_qft.config.methods.door import AnyMethod
 from dist_qft.config.methods.qlora import QloraConfig
+from dist_qft.config.paths import ExpandedPath
 from dist_qft.config.renamed import with_current_names
-from dist_qft.config.section import Fraction, NonNegative, Positive, PositiveNumber, Section, Text
+from dist_qft.config.section import NonNegative, Positive, PositiveNumber, Section
+from dist_qft.config.train_schema import TrainConfig
 
 MergeTarget = Literal["gguf", "quantized", "dense", "peft"]
 LinearFormat = Literal["auto", "stored", "nf4", "affine4", "dense"]
@@ -23,7 +25,7 @@ LinearFormat = Literal["auto", "stored", "nf4", "affine4", "dense"]
 class ModelConfig(Section):
     """The base: which model, and how its attention is computed."""
 
-    path: Text = Field(
+    path: ExpandedPath = Field(
         description="Hub id or folder (docs/formats-of-bases.md has the formats), or .gguf file",
         json_schema_extra={"transformers": "model_name_or_path", "axolotl": "base_model"},
     )
@@ -76,104 +78,6 @@ class QuantizationConfig(Section):
         return {} if value == "auto" else value
 
 
-class TrainConfig(Section):
-    """The length of training, its batches, and the optimizer."""
-
-    max_steps: Positive | None = Field(
-        None,
-        description="optimizer steps; wins over num_train_epochs",
-        json_schema_extra={"transformers": "max_steps", "axolotl": "max_steps"},
-    )
-    num_train_epochs: PositiveNumber = Field(
-        1.0,
-        description="passes over the training data; may be a fraction",
-        json_schema_extra={"transformers": "num_train_epochs", "axolotl": "num_epochs"},
-    )
-    global_batch_size: Positive = Field(
-        16,
-        description="rows per optimizer step, over all ranks; a row is a sample, or with data.packing several samples",
-    )
-    per_device_train_batch_size: Positive = Field(
-        1,
-        description="rows per micro-batch of one rank",
-        json_schema_extra={"transformers": "per_device_train_batch_size", "axolotl": "micro_batch_size"},
-    )
-    learning_rate: PositiveNumber = Field(
-        2e-4,
-        description="peak learning rate; mean pooling in a tile method needs a higher one",
-        json_schema_extra={"transformers": "learning_rate", "axolotl": "learning_rate"},
-    )
-    lr_scheduler_type: Literal["constant", "linear", "cosine"] = Field(
-        "constant",
-        description="course of the rate after the warm-up; linear and cosine end at 0",
-        json_schema_extra={"transformers": "lr_scheduler_type", "axolotl": "lr_scheduler"},
-    )
-    warmup_ratio: Fraction = Field(
-        0.03,
-        description="share of the steps over which the rate rises from 0, also with constant; 0 for no warm-up",
-        json_schema_extra={"transformers": "warmup_ratio", "axolotl": "warmup_ratio"},
-    )
-    warmup_steps: NonNegative | None = Field(
-        None,
-        description="steps of the warm-up; wins over warmup_ratio",
-        json_schema_extra={"transformers": "warmup_steps", "axolotl": "warmup_steps"},
-    )
-    optim: Literal["adamw", "paged_adamw_32bit", "paged_adamw_8bit"] = Field(
-        "adamw",
-        description="optimizer; the paged ones are of bitsandbytes and need CUDA",
-        json_schema_extra={"transformers": "optim", "axolotl": "optimizer"},
-    )
-    adam_beta1: Fraction = Field(
-        0.9,
-        description="decay of AdamW's mean of gradients",
-        json_schema_extra={"transformers": "adam_beta1", "axolotl": "adam_beta1"},
-    )
-    adam_beta2: Fraction = Field(
-        0.999,
-        description="decay of AdamW's mean of squared gradients",
-        json_schema_extra={"transformers": "adam_beta2", "axolotl": "adam_beta2"},
-    )
-    adam_epsilon: PositiveNumber = Field(
-        1e-8,
-        description="added to the root in AdamW's denominator",
-        json_schema_extra={"transformers": "adam_epsilon", "axolotl": "adam_epsilon"},
-    )
-    weight_decay: Annotated[float, Field(ge=0)] = Field(
-        0.0,
-        description="AdamW's decoupled weight decay",
-        json_schema_extra={"transformers": "weight_decay", "axolotl": "weight_decay"},
-    )
-    max_grad_norm: PositiveNumber | None = Field(
-        0.3,
-        description="clip the norm of all gradients to this; null for no clipping",
-        json_schema_extra={"transformers": "max_grad_norm", "axolotl": "max_grad_norm"},
-    )
-    gradient_checkpointing: bool = Field(
-        False,
-        description="keep one activation per decoder layer and compute the others again in backward",
-        json_schema_extra={"transformers": "gradient_checkpointing", "axolotl": "gradient_checkpointing"},
-    )
-    precision: Literal["auto", "float32", "bfloat16"] = Field(
-        "auto",
-        description="compute dtype; auto: bfloat16 on CUDA, else float32. Trainables are always float32",
-        json_schema_extra={"transformers": "bf16", "axolotl": "bf16"},
-    )
-    loss_chunk_megabytes: PositiveNumber | None = Field(
-        None,
-        description="MB of logits held at a time; default 64 on CUDA, 8 on a CPU (fits the cache)",
-    )
-    seed: NonNegative = Field(
-        0,
-        description="seed of initial values, dropout and the order of samples",
-        json_schema_extra={"transformers": "seed", "axolotl": "seed"},
-    )
-    logging_steps: Positive = Field(
-        1,
-        description="write figures every so many steps",
-        json_schema_extra={"transformers": "logging_steps", "axolotl": "logging_steps"},
-    )
-
-
 class ShardingConfig(Section):
     """How the frozen base is divided over the ranks, and how the ranks work together."""
 
@@ -191,7 +95,7 @@ class ShardingConfig(Section):
         0.0, description="zero: MB of the base that may be gathered ahead of their use"
     )
     offload: bool = Field(False, description="zero, CUDA: keep each rank's part of the base in host memory")
-    deepspeed_config: Text | None = Field(
+    deepspeed_config: ExpandedPath | None = Field(
         None,
         description="zero: a DeepSpeed JSON file, merged into our settings",
         json_schema_extra={"transformers": "deepspeed", "axolotl": "deepspeed"},
@@ -232,7 +136,7 @@ class CheckpointConfig(Section):
         description="checkpoints that are kept, the newest ones",
         json_schema_extra={"transformers": "save_total_limit", "axolotl": "save_total_limit"},
     )
-    keep_best: bool = Field(False, description="save at, and never prune, the evaluation with the lowest loss")
+    keep_best: bool = Field(False, description="save at, and never prune, the best evaluation (evaluation.metric)")
 
 
 class EvaluationConfig(Section):
@@ -249,13 +153,28 @@ class EvaluationConfig(Section):
         description="tokens of an answer at most",
         json_schema_extra={"transformers": "max_new_tokens", "axolotl": "eval_max_new_tokens"},
     )
+    metric: Literal["loss", "accuracy", "matthews", "f1", "pearson"] = Field(
+        "loss",
+        description="figure that tells the best evaluation: loss, or one of the task's, of which more is better",
+        json_schema_extra={"transformers": "metric_for_best_model", "axolotl": "metric_for_best_model"},
+    )
+    early_stopping_patience: Positive | None = Field(
+        None,
+        description="end the run after so many evaluations in a row without a better one",
+        json_schema_extra={"transformers": "early_stopping_patience", "axolotl": "early_stopping_patience"},
+    )
+    early_stopping_threshold: Annotated[float, Field(ge=0)] = Field(
+        0.0,
+        description="a better evaluation is better by more than this",
+        json_schema_extra={"transformers": "early_stopping_threshold"},
+    )
 
 
 class MergeConfig(Section):
     """The merge that ends a run, if any; `dist-qft merge` does it later."""
 
     at_end: MergeTarget | None = Field(None, description="merge the trained adapters into a result of this kind")
-    path: Text | None = Field(
+    path: ExpandedPath | None = Field(
         None, description="file or folder of the result; default <output_dir>/merged.gguf or merged-<kind>"
     )
     dtype: Literal["float32", "bfloat16", "float16"] = Field("bfloat16", description="dense only: dtype of the weights")
@@ -265,7 +184,7 @@ class MergeConfig(Section):
 class RunConfig(Section):
     """The whole tree."""
 
-    output_dir: Text = Field(
+    output_dir: ExpandedPath = Field(
         description="folder of the run: checkpoints, logs, summary",
         json_schema_extra={"transformers": "output_dir", "axolotl": "output_dir"},
     )

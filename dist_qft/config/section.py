@@ -11,6 +11,9 @@ Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
 Text = Annotated[str, Field(min_length=1)]
 
 
+# The tags of a union of one section and a list of them. They stand in pydantic's locations, but not in a file.
+UNION_TAGS = ("one", "several")
+
 # Programs whose name for a key may stand in its field: `json_schema_extra={"peft": "r", "axolotl": "lora_r"}`.
 PROGRAMS = {"transformers": "Transformers", "peft": "PEFT", "axolotl": "axolotl"}
 

@@ -15,7 +15,7 @@ from pydantic import ValidationError
 from dist_qft.config.fault import Fault, KeyPath, dotted, value_fault
 from dist_qft.config.methods.door import DEFAULT
 from dist_qft.config.schema import RunConfig
-from dist_qft.config.section import PROGRAMS
+from dist_qft.config.section import PROGRAMS, UNION_TAGS
 
 # Our keys by the names that other programs give them, besides those that stand in the schema.
 OTHER_NAMES = {
@@ -196,16 +196,16 @@ def _known_keys(section: KeyPath = ()) -> Iterator[KeyPath]:
 
 
 def _given_part(location: KeyPath, values: Any) -> KeyPath:
-    """The start of a pydantic location that exists in the values; a method's name in it, which no file has, left out.
+    """The start of a pydantic location that exists in the values; the tags in it, which no file has, left out.
 
-    After that start come a missing key or the tag of another union.
+    A missing key may follow.
     """
     path: list[str | int] = []
     for part in location:
         if _holds(values, part):
             values = values[part]
             path.append(part)
-        elif not (isinstance(values, dict) and part == values.get("name", DEFAULT)):
+        elif part not in UNION_TAGS and not (isinstance(values, dict) and part == values.get("name", DEFAULT)):
             break
     return tuple(path)
 

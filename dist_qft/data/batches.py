@@ -9,12 +9,12 @@ j in [r a, (r + 1) a), where a = G / (m W).
 """
 
 from dataclasses import dataclass
-from functools import lru_cache
 
 import numpy as np
 import torch
 
 from dist_qft.data.dataset import Row, TokenDataset
+from dist_qft.data.mixture import RowOrder
 from dist_qft.data.samples import IGNORED
 
 PAD_MULTIPLE = 8  # row lengths are rounded up to it: matrix kernels like it
@@ -42,24 +42,12 @@ class MicroBatch:
     labels: torch.Tensor | None = None
 
 
-@lru_cache(maxsize=2)  # a step may span two epochs
-def order(seed: int, epoch: int, num_rows: int) -> np.ndarray:
-    """(num_rows,) int64: the permutation of rows in one epoch.
-
-    By sorting Philox's raw output, whose stream NumPy never changes (NEP 19), unlike that of `permutation`.
-    """
-    keys = np.random.Philox(key=np.array([seed, epoch], dtype=np.uint64)).random_raw(num_rows)
-    permutation = np.argsort(keys, kind="stable")
-    permutation.flags.writeable = False  # the cache hands out the same array again
-    return permutation
-
-
 class Batches:
     """Training micro-batches of rank `rank` of `world_size`, for `total_rows` rows in all.
 
     A row is one sample, or with packing several.
 
-    Position p is row order(seed, p // n)[p % n] of the n rows. The last step is filled up with empty rows without
+    `mixture` has the row at each global position. The last step is filled up with empty rows without
     targets, so that every rank runs the same number of forward passes.
 
     The global batch divides into micro-batches of every rank: `accumulation_steps` refuses any other.
@@ -78,7 +66,7 @@ class Batches:
         per_round = micro_batch_size * world_size
         assert global_batch_size % per_round == 0, "accumulation_steps has refused such a batch"
         self.dataset = dataset
-        self.seed = seed
+        self._order = RowOrder(seed, len(dataset), dataset.mixture)
         self.global_batch_size = global_batch_size
         self.micro_batch_size = micro_batch_size
         self.accumulation = global_batch_size // per_round
@@ -94,7 +82,7 @@ class Batches:
         if not 0 <= step < len(self):
             raise IndexError(f"step {step} of {len(self)}")
         first = step * self.global_batch_size
-        return [self._row_id(p) for p in range(first, min(first + self.global_batch_size, self.total_rows))]
+        return [self._order[p] for p in range(first, min(first + self.global_batch_size, self.total_rows))]
 
     def micro_batches(self, step: int) -> list[MicroBatch]:
         """This rank's micro-batches of `step`: `accumulation` of them, in order."""
@@ -102,10 +90,6 @@ class Batches:
         size = self.micro_batch_size
         indices = range(self.rank * self.accumulation, (self.rank + 1) * self.accumulation)
         return [collate(self.dataset, row_ids[j * size : (j + 1) * size], size, j) for j in indices]
-
-    def _row_id(self, position: int) -> int:
-        num_rows = len(self.dataset)
-        return int(order(self.seed, position // num_rows, num_rows)[position % num_rows])
 
 
 def eval_batches(dataset: TokenDataset, micro_batch_size: int, rank: int, world_size: int) -> list[MicroBatch]:

@@ -34,6 +34,13 @@ class Row(NamedTuple):
     segment_starts: np.ndarray
 
 
+class Part(NamedTuple):
+    """One of several data sets that are mixed: its rows, and its share of the rows that are drawn."""
+
+    rows: int
+    weight: float
+
+
 @dataclass(frozen=True)
 class TokenDataset:
     """Rows of one or (packed) several samples; a sample within a row is a *segment*.
@@ -43,6 +50,8 @@ class TokenDataset:
     tokens, ascending. packed_length: tokens of a row in a batch if packed, else None. pad_id: fills the rest of a row.
     report: counts made while building (read, kept, dropped_*, truncated, tokens, target_tokens, rows, ...).
     labels: (rows,) float32 if rows are labelled: each row's last token is then its one target, for the label.
+    notes: lines for the user about what became of the samples. mixture: rows and weight of each of several data sets,
+    which lie one behind the other; () if rows are used in one order over all.
     """
 
     tokens: np.ndarray
@@ -53,6 +62,8 @@ class TokenDataset:
     packed_length: int | None = None
     report: dict[str, int] = field(default_factory=dict)
     labels: np.ndarray | None = None
+    notes: tuple[str, ...] = ()
+    mixture: tuple[Part, ...] = ()
 
     @classmethod
     def from_sequences(
@@ -83,6 +94,26 @@ class TokenDataset:
             labels=labels,
         )
 
+    @classmethod
+    def mixed(cls, parts: Sequence["TokenDataset"], weights: Sequence[float], report: dict[str, int]) -> "TokenDataset":
+        """Several data sets one behind the other, to be drawn by their weights; completes the report."""
+        ends = np.cumsum([len(part.tokens) for part in parts])
+        starts = [end - len(part.tokens) for end, part in zip(ends, parts, strict=True)]
+        row_ends = [part.row_offsets[1:] + start for part, start in zip(parts, starts, strict=True)]
+        counts = {name: sum(part.report[name] for part in parts) for name in ("rows", "tokens", "target_tokens")}
+        labels = [part.labels for part in parts if part.labels is not None]
+        return cls(
+            tokens=np.concatenate([part.tokens for part in parts]),
+            targets=np.concatenate([part.targets for part in parts]),
+            row_offsets=np.concatenate([[0], *row_ends]),
+            segment_starts=np.concatenate([part.segment_starts + at for part, at in zip(parts, starts, strict=True)]),
+            pad_id=parts[0].pad_id,
+            packed_length=parts[0].packed_length,
+            report=report | counts,
+            labels=np.concatenate(labels) if labels else None,
+            mixture=tuple(Part(len(part), weight) for part, weight in zip(parts, weights, strict=True)),
+        )
+
     def __len__(self) -> int:
         return len(self.row_offsets) - 1
 
@@ -98,8 +129,9 @@ class TokenDataset:
 
     @cached_property
     def digest(self) -> str:
-        """SHA-256 (hex) of all that decides the batches; the report does not count."""
-        digest = hashlib.sha256(f"{FORMAT_VERSION} {self.pad_id} {self.packed_length}".encode())
+        """SHA-256 (hex) of all that decides the batches; report and notes do not count."""
+        mixture = f" {[tuple(part) for part in self.mixture]}" if self.mixture else ""
+        digest = hashlib.sha256(f"{FORMAT_VERSION} {self.pad_id} {self.packed_length}{mixture}".encode())
         for name, array in self._arrays().items():
             digest.update(f"{name} {array.dtype} {array.shape}".encode())
             digest.update(array.view(np.uint8).data)
@@ -117,6 +149,8 @@ class TokenDataset:
             "pad_id": self.pad_id,
             "packed_length": self.packed_length,
             "report": self.report,
+            "notes": self.notes,
+            "mixture": self.mixture,
         }
         with publishing(path, overwrite=True) as temporary:
             try:
@@ -138,6 +172,8 @@ class TokenDataset:
                 pad_id=metadata["pad_id"],
                 packed_length=metadata["packed_length"],
                 report=metadata["report"],
+                notes=tuple(metadata.get("notes", ())),  # older files have neither
+                mixture=tuple(Part(*part) for part in metadata.get("mixture", ())),
             )
             expected = metadata["digest"]
         except (SafetensorError, KeyError, TypeError, ValueError) as error:

@@ -1,4 +1,4 @@
-"""What a record's fields mean: from a record of one of seven known formats to a sample.
+"""The meaning of a record's fields: from a record of one of seven known formats to a sample.
 
     alpaca             instruction, output [input, system, history: list of [question, answer]]
     sharegpt           conversations: list of {from, value} or of {role, content} [system, tools]

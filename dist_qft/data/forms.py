@@ -6,14 +6,17 @@ mend this are tried. The choice depends on the conversation and the template alo
 """
 
 import json
+import reprlib
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from typing import Any
 
+from dist_qft.data.chat_template import ChatTemplate, Request
 from dist_qft.data.samples import REASONING, WEIGHT, Conversation, Message
 from dist_qft.data.spans import Located, SpanFinder, TemplateRefusal
 from dist_qft.data.standins import REASONING_KEYS, Piece
+from dist_qft.errors import UserError
 
 FOLDED = "the chat template has no system role; the system message is put before the first user message"
 
@@ -90,6 +93,27 @@ def locate(conversation: Conversation, finder: SpanFinder, wanted: set[int], che
     if isinstance(best, TemplateRefusal):
         raise best
     return best
+
+
+def prompt_text(conversation: Conversation, template: ChatTemplate, *, prompt: bool = True) -> str:
+    """The conversation as text, with the header of the answer to come if `prompt`.
+
+    Raises:
+        UserError: no form of the conversation can be rendered with all that is asked, or the template took too long.
+    """
+    # Templates may cut an earlier answer's reasoning, but nothing of what the model is asked.
+    said = [message["content"] for message in conversation.messages if message["role"] != "assistant"]
+    reason, forms = "", [Form()]
+    for form in forms:
+        messages, _ = form.apply(conversation.messages, "developer" in template.source)
+        (rendered,) = template.render([Request(messages, conversation.tools, prompt)])
+        missing = [text for text in said if text.strip() not in rendered.text]
+        if rendered.error is None and not missing:
+            return rendered.text
+        if not reason:
+            reason = rendered.error or f"it leaves out {reprlib.repr(missing[0])}"
+            forms += _repaired(TemplateRefusal(reason), conversation)
+    raise UserError(f"model.path: the chat template refuses the conversation: {reason}")
 
 
 def _repaired(failure: Located | TemplateRefusal, conversation: Conversation) -> Iterator[Form]:

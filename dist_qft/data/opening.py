@@ -1,4 +1,4 @@
-"""Where an assistant's message begins: behind the prompt with which a template asks for it."""
+"""The beginning of an assistant's message: behind the prompt with which a template asks for it."""
 
 import re
 
@@ -8,7 +8,7 @@ _LAST_TAG = re.compile(rf"(?:</?(?:seed:)?(?:{_THOUGHT})>|\[/?(?:{_THOUGHT})\]|<
 
 
 def opening_length(gap: str, prompt: str | None, notes: set[str]) -> int | None:
-    """How much of `gap`, the text before a message's first piece, is the prompt for it; None if it cannot be told.
+    """The length of the prompt in `gap`, the text before a message's first piece; None if it cannot be told.
 
     prompt: the text with which a template asks for this message, anchored where `gap` begins. Some prompts open or
     close a block of reasoning that finished turns have not, or have empty. The block then belongs to the message.

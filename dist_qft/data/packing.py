@@ -1,4 +1,4 @@
-"""Which samples share a row, so that short samples do not leave most of a row to padding.
+"""Packing: several short samples share a row, which would otherwise be padding for the most part.
 
 Greedy best fit in data order: each sample goes to the fullest row that still takes it. Samples in a row do not see
 each other: the positions of each restart at 0, which Hugging Face attention reads as the border of a sequence. It does

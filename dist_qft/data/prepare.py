@@ -4,30 +4,35 @@ Meant to run before the process group starts, so that no rank waits in a collect
 `cache_dir` may all call it at once: the first builds under a file lock, the others load what it wrote.
 """
 
+import datetime
 import hashlib
 import json
-from collections import Counter
-from dataclasses import dataclass
-from itertools import chain
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import filelock
 from transformers import PreTrainedTokenizerBase
 
-from dist_qft.config.data_schema import DataConfig, DatasetConfig, TaskConfig
+from dist_qft.config.data_schema import DataConfig, TaskConfig
 from dist_qft.data.dataset import FORMAT_VERSION, TokenDataset
-from dist_qft.data.formats import resolve_format, to_sample
-from dist_qft.data.lengths import limit_length
-from dist_qft.data.records import LocatedRecord, Record, RowError
-from dist_qft.data.sources import Source, load_records, open_source
+from dist_qft.data.encode import Encoded, encode_records, report_line
+from dist_qft.data.mixture import shares
+from dist_qft.data.sources import Source, open_source
 from dist_qft.data.tokens import SampleEncoder, TokenSequence
 from dist_qft.errors import CorruptFileError, SetupError, UserError
 
 
 @dataclass(frozen=True)
 class Prepared:
+    """Training data, and held-out data if the config asks for any."""
+
     train: TokenDataset
     eval: TokenDataset | None
+
+    def notes(self) -> list[str]:
+        """Lines for the user: what was left out or cut, and what a template did not render."""
+        held_out = [self.eval] if self.eval is not None else []
+        return [note for dataset in (self.train, *held_out) for note in dataset.notes]
 
 
 def prepare(
@@ -39,28 +44,42 @@ def prepare(
 ) -> Prepared:
     """The tokenized training data, and the held-out data if the config asks for any.
 
-    vocab_size: rows of the model's embedding; no token id may reach it. task: tokens (the default) or labels. A changed
-    config section, tokenizer, chat template, data file or Python (for stdlib-docs) makes another cache entry; a damaged
-    entry is rebuilt.
+    A changed config section, tokenizer, chat template, date (for templates that print it), data file or Python (for
+    stdlib-docs) makes another cache entry; a damaged entry is rebuilt.
 
-    UserError: whatever is wrong with the data, naming the place. SetupError: the cache cannot be written.
+    Args:
+        tokenizer: with the chat template of `data.template` (see `templates`).
+        vocab_size: rows of the model's embedding; no token id may reach it.
+        task: tokens (the default) or labels.
+
+    Raises:
+        UserError: something is wrong with the data, naming the place.
+        SetupError: the cache cannot be written.
     """
     assert data.eval is None or not data.eval_samples, "the config's check refuses both"
-    train_source = open_source(data.train, "data.train")
-    eval_source = open_source(data.eval, "data.eval") if data.eval is not None else None
+    sources = {key: open_source(dataset, key) for key, dataset in data.train_sets().items()}
+    if data.eval is not None:
+        sources["data.eval"] = open_source(data.eval, "data.eval")
     task = task or TaskConfig()
     encoder = SampleEncoder(
-        tokenizer, vocab_size, data.loss_on, task, train_on=data.train_on, on_missing=data.on_missing
+        tokenizer,
+        vocab_size,
+        data.loss_on,
+        task,
+        train_on=data.train_on,
+        on_missing=data.on_missing,
+        today=datetime.date.fromisoformat(data.date) if data.date else None,
+        template=data.template,
     )
     has_eval = data.eval is not None or data.eval_samples > 0
 
-    key = _cache_key(data, tokenizer, vocab_size, train_source, eval_source, task)
+    key = _cache_key(data, tokenizer, vocab_size, list(sources.values()), task)
     train_path, eval_path = (cache_dir / f"{key}-{part}.safetensors" for part in ("train", "eval"))
     lock = _lock(cache_dir, key)
     try:
         if cached := _load(train_path, eval_path if has_eval else None):
             return cached
-        prepared = _build(data, encoder, train_source, eval_source)
+        prepared = _build(data, encoder, sources)
         _save(prepared, train_path, eval_path)
         return prepared
     finally:
@@ -95,12 +114,7 @@ def _save(prepared: Prepared, train_path: Path, eval_path: Path) -> None:
 
 
 def _cache_key(
-    data: DataConfig,
-    tokenizer: PreTrainedTokenizerBase,
-    vocab_size: int,
-    train_source: Source,
-    eval_source: Source | None,
-    task: TaskConfig,
+    data: DataConfig, tokenizer: PreTrainedTokenizerBase, vocab_size: int, sources: list[Source], task: TaskConfig
 ) -> str:
     # A tokenizer's last padding and truncation are part of its file, but say nothing about its tokens.
     model = json.loads(tokenizer.backend_tokenizer.to_str()) | {"padding": None, "truncation": None}
@@ -112,59 +126,73 @@ def _cache_key(
         "special_tokens": {name: str(token) for name, token in tokenizer.special_tokens_map.items()},
         "chat_template": tokenizer.chat_template,
         "vocab_size": vocab_size,
-        "sources": [train_source.digest, eval_source.digest if eval_source else None],
+        "sources": [source.digest for source in sources],
     }
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
 
 
-def _build(data: DataConfig, encoder: SampleEncoder, train_source: Source, eval_source: Source | None) -> Prepared:
-    pad_id = _pad_id(encoder)
-    packed_length = data.max_length if data.packing else None
-    sequences, report = _encode_all(data, data.train, train_source, encoder, "data.train")
+def _build(data: DataConfig, encoder: SampleEncoder, sources: dict[str, Source]) -> Prepared:
+    """Encode every data set, hold samples out if the config says so, and lay the rest out in rows."""
+    train_sets = data.train_sets()
+    encoded = {key: encode_records(data, train_sets[key], sources[key], encoder, key) for key in train_sets}
+    notes = [line for key, part in encoded.items() for line in _told(key, part)]
+    report: dict[str, int] = {}
+    for part in encoded.values():
+        report = {name: report.get(name, 0) + part.report.get(name, 0) for name in {**report, **part.report}}
+    kept = [part.sequences for part in encoded.values()]
     held_out: list[TokenSequence] = []
-    eval_report: dict[str, int] = {}
-    if data.eval is not None and eval_source is not None:
-        held_out, eval_report = _encode_all(data, data.eval, eval_source, encoder, "data.eval")
-    elif data.eval_samples:
-        chosen = held_out_indices(len(sequences), data.eval_samples)
-        held_out = [sequences[i] for i in sorted(chosen)]
-        sequences = [sequence for i, sequence in enumerate(sequences) if i not in chosen]
-        report |= {"kept": len(sequences), "held_out": len(held_out)}
-        eval_report = {"kept": len(held_out)}
-    train = TokenDataset.from_sequences(sequences, pad_id, packed_length, report)
-    if not held_out:
-        return Prepared(train, None)
-    return Prepared(train, TokenDataset.from_sequences(held_out, pad_id, packed_length, eval_report))
+    if data.eval_samples:
+        kept, held_out = _hold_out(kept, data.eval_samples, list(encoded))
+        report |= {"kept": sum(map(len, kept)), "held_out": len(held_out)}
+
+    def rows(sequences: list[TokenSequence], counts: dict[str, int]) -> TokenDataset:
+        packed_length = data.max_length if data.packing else None
+        return TokenDataset.from_sequences(sequences, _pad_id(encoder), packed_length, counts)
+
+    weights = [dataset.weight for dataset in train_sets.values() if dataset.weight is not None]
+    if weights:
+        train = TokenDataset.mixed([rows(sequences, {}) for sequences in kept], weights, report)
+        notes.append(_told_mixture(train, list(encoded)))
+    else:
+        train = rows([sequence for sequences in kept for sequence in sequences], report)
+    train = replace(train, notes=tuple(notes))
+    if data.eval is not None:
+        part = encode_records(data, data.eval, sources["data.eval"], encoder, "data.eval")
+        return Prepared(train, replace(rows(part.sequences, part.report), notes=tuple(_told("data.eval", part))))
+    return Prepared(train, rows(held_out, {"kept": len(held_out)}) if held_out else None)
 
 
-def _readable(located: LocatedRecord) -> tuple[Record, str]:
-    """The record and its place. Raises the RowError of one that cannot be read."""
-    record, where = located
-    if isinstance(record, RowError):
-        raise record
-    return record, where
+def _told(key: str, encoded: Encoded) -> list[str]:
+    line = report_line(key, encoded.report)
+    return [*([line] if line else []), *encoded.notes]
 
 
-def _encode_all(
-    data: DataConfig, dataset: DatasetConfig, source: Source, encoder: SampleEncoder, key: str
-) -> tuple[list[TokenSequence], dict[str, int]]:
-    """Every kept sample of one data set, and the counts of what became of the others."""
-    counts: Counter[str] = Counter(read=0, blank_lines=0, truncated=0)
-    records = load_records(dataset, source, key, counts)
-    first = _readable(next(records))
-    if encoder.task.name != "causal-lm":
-        dataset = dataset.model_copy(update={"format": "classification"})
-    format_name = resolve_format(dataset, first, key)
-    sequences = []
-    for record, where in chain([first], map(_readable, records)):
-        sequence = encoder.encode(to_sample(record, format_name, dataset.columns, where), where)
-        kept = limit_length(sequence, data.max_length, data.overlong, where, counts)
-        if kept is not None:
-            sequences.append(kept)
-    if not sequences:
-        reasons = ", ".join(f"{name} {count}" for name, count in sorted(counts.items()) if count)
-        raise UserError(f"{key}: no sample of {dataset.path} has a token to train on ({reasons})")
-    return sequences, {**counts, "kept": len(sequences)}
+def _told_mixture(train: TokenDataset, keys: list[str]) -> str:
+    """Say how many rows of each data set an epoch has; UserError for one that has none."""
+    drawn = shares(train.mixture)
+    for key, share in zip(keys, drawn, strict=True):
+        if not share:
+            raise UserError(f"{key}.weight: too small, an epoch of {len(train):,} rows has none of this data set")
+    told = ", ".join(
+        f"{share:,} of {key} ({part.rows:,} rows)" for key, part, share in zip(keys, train.mixture, drawn, strict=True)
+    )
+    return f"data.train: an epoch draws {told}"
+
+
+def _hold_out(
+    kept: list[list[TokenSequence]], wanted: int, keys: list[str]
+) -> tuple[list[list[TokenSequence]], list[TokenSequence]]:
+    """The samples of each data set that are trained on, and those of all that are held out."""
+    chosen = held_out_indices(sum(map(len, kept)), wanted)
+    trained, held_out, first = [], [], 0
+    for key, sequences in zip(keys, kept, strict=True):
+        numbered = list(enumerate(sequences, start=first))
+        held_out += [sequence for index, sequence in numbered if index in chosen]
+        trained.append([sequence for index, sequence in numbered if index not in chosen])
+        first += len(sequences)
+        if not trained[-1]:
+            raise UserError(f"data.eval_samples: got {wanted}, which leaves no sample of {key} to train on")
+    return trained, held_out
 
 
 def held_out_indices(count: int, wanted: int) -> set[int]:
@@ -176,7 +204,7 @@ def held_out_indices(count: int, wanted: int) -> set[int]:
 
 
 def _pad_id(encoder: SampleEncoder) -> int:
-    """A token id for the rest of a row; causal attention and masked targets make its choice matter to nobody."""
+    """Padding id. Any id works: padding is neither attended to nor trained on."""
     tokenizer = encoder.tokenizer
     for token in (tokenizer.pad_token_id, tokenizer.eos_token_id):
         if token is not None and token < encoder.vocab_size:

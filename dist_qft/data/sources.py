@@ -1,4 +1,4 @@
-"""Where records come from: local files, the Hub, or the standard library's documentation.
+"""The sources of records: local files, the Hub, or the standard library's documentation.
 
 `open_source` interprets no record, so that a wrong path is refused before anything heavy starts.
 """
@@ -14,8 +14,9 @@ from pathlib import Path
 
 from dist_qft.config.data_schema import DatasetConfig
 from dist_qft.data import stdlib_docs
-from dist_qft.data.files import READERS, find_files, read_file, without_nulls
+from dist_qft.data.files import READERS, find_files, read_file
 from dist_qft.data.records import LocatedRecord
+from dist_qft.data.tables import without_nulls
 from dist_qft.errors import UserError
 from dist_qft.storage.manifest import sha256_of
 
@@ -28,10 +29,12 @@ class Source:
 
     digest: equal for equal content. Local files count by content, so touching one changes nothing.
     read: yields (record, where) and adds to the given counter what it skipped.
+    notes: lines for the user, such as which of a folder's files were taken.
     """
 
     digest: str
     read: Callable[[Counter[str]], Iterator[LocatedRecord]]
+    notes: tuple[str, ...] = ()
 
 
 def open_source(dataset: DatasetConfig, key: str) -> Source:
@@ -49,7 +52,7 @@ def open_source(dataset: DatasetConfig, key: str) -> Source:
 def require_local_files(dataset: DatasetConfig, key: str) -> None:
     """Refuse files of this machine that are missing or empty, without reading them. Elsewhere nothing is asked."""
     if dataset.path != STDLIB_DOCS and (path := _local_path(dataset)) is not None:
-        find_files(path, f"{key}.path")
+        find_files(path, key, dataset.split)
 
 
 def load_records(dataset: DatasetConfig, source: Source, key: str, counts: Counter[str]) -> Iterator[LocatedRecord]:
@@ -71,19 +74,18 @@ def _local_path(dataset: DatasetConfig) -> Path | None:
 
 
 def _open_files(dataset: DatasetConfig, path: Path, key: str) -> Source:
-    if dataset.split != "train" or dataset.name is not None:
-        setting = "split" if dataset.split != "train" else "name"
-        raise UserError(f"{key}.{setting}: {path} is local and has none; name the wanted file in {key}.path")
-    files = find_files(path, f"{key}.path")
+    if dataset.name is not None:
+        raise UserError(f"{key}.name: {path} is local and has none; name the wanted file in {key}.path")
+    found = find_files(path, key, dataset.split)
     digest = hashlib.sha256()
-    for file in files:
+    for file in found.files:
         digest.update(f"{file.name}\0{sha256_of(file)}\0".encode())
 
     def read(counts: Counter[str]) -> Iterator[LocatedRecord]:
-        for file in files:
+        for file in found.files:
             yield from read_file(file, counts)
 
-    return Source(digest.hexdigest(), read)
+    return Source(digest.hexdigest(), read, tuple(found.notes))
 
 
 def _open_stdlib_docs(dataset: DatasetConfig, key: str) -> Source:
@@ -108,7 +110,9 @@ def _open_hub(dataset: DatasetConfig, key: str) -> Source:
 
     def refuse(error: Exception) -> UserError:
         reason = str(error).partition("\n")[0]
-        return UserError(f"{key}.path: {dataset.path!r} is no local file, and the Hub does not give it: {reason}")
+        return UserError(
+            f"{key}.path: {dataset.path!r} is not a local file, and loading it from the Hub failed: {reason}"
+        )
 
     try:
         builder = datasets.load_dataset_builder(dataset.path, dataset.name)

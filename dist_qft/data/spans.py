@@ -1,4 +1,4 @@
-"""Which characters of a rendered conversation the assistant writes, and whether everything said is there.
+"""The characters of a rendered conversation that the assistant writes, and a check that everything said is there.
 
 All places are found in the one text that is trained on: by the template's `{% generation %}` blocks if it has them,
 else by stand-ins (`standins`). No rendering of fewer messages has to be a prefix of it. Templates that write a turn in
@@ -24,7 +24,7 @@ _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 
 class TemplateRefusal(Exception):
-    """Why a conversation cannot be rendered, or the assistant's part in it not be found."""
+    """A conversation cannot be rendered, or the assistant's part in it cannot be found."""
 
 
 class Tail(NamedTuple):
@@ -36,7 +36,7 @@ class Tail(NamedTuple):
 
 @dataclass(frozen=True)
 class Shape:
-    """How a template renders conversations that differ in their texts only.
+    """The rendering of conversations that differ in their texts only.
 
     parts: the rendering with stand-ins, split. before: by message, the tail of a rendering that ends with the prompt
     for this message. after: by message, the tail of a rendering that ends with this message.
@@ -207,7 +207,7 @@ class SpanFinder:
         return shape.headers[message]
 
     def _closing_length(self, rest: str, closing: str | None) -> int:
-        """How much of the text behind a message's last piece belongs to it: the end-of-turn token, or what closes it.
+        """The length of the text behind a message's last piece that belongs to it, such as the end-of-turn token.
 
         closing: the text that ends a conversation with this message. Where other messages follow, the template may end
         the turn in another way, and writes what it puts at the very end of every conversation there only.

@@ -162,7 +162,7 @@ def _calls(message: Message) -> list[dict[str, Any]]:
 
 
 def align(text: str, parts: Sequence[str], pieces: Sequence[Piece]) -> list[Occurrence] | None:
-    """Where the pieces are in `text`, given the same rendering with stand-ins, split; None if the two do not agree."""
+    """The places of the pieces in `text`, given its rendering with stand-ins, split; None if the two do not agree."""
     if not text.startswith(parts[0]):
         return None
     occurrences, position = [], len(parts[0])
@@ -180,7 +180,7 @@ def align(text: str, parts: Sequence[str], pieces: Sequence[Piece]) -> list[Occu
 
 
 def search(text: str, pieces: Sequence[Piece]) -> list[Occurrence]:
-    """Where the pieces are found in `text` one after the other; those that are not found are left out."""
+    """The places of the pieces in `text`, one after the other; those that are not found are left out."""
     occurrences, position = [], 0
     for number, piece in enumerate(pieces):
         for spelling in piece.spellings():

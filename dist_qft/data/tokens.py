@@ -23,6 +23,7 @@ from dist_qft.data.records import RowError
 from dist_qft.data.samples import WEIGHT, Conversation, Labelled, PromptCompletion, Sample, Text, Tokenized
 from dist_qft.data.spans import Located, Span, SpanFinder, TemplateRefusal
 from dist_qft.data.standins import Piece
+from dist_qft.data.templates import with_inputs
 from dist_qft.errors import UserError
 
 
@@ -41,7 +42,7 @@ class TokenSequence:
 
 @dataclass
 class Remarks:
-    """What the user is to know about the encoded samples: how many there were of each kind, and the first of them."""
+    """Remarks on encoded samples for the user: how many samples had each, and the first of them."""
 
     counts: Counter[str] = field(default_factory=Counter)
     first: dict[str, str] = field(default_factory=dict)
@@ -57,7 +58,8 @@ class SampleEncoder:
     loss_on: "assistant" predicts the assistant's turns (content and end-of-turn token, not the header), or of a
     prompt and completion the completion; "all" predicts every token.
     task: what labelled samples are judged by. train_on: the assistant's turns that are predicted. on_missing: what
-    happens if a template leaves out what was said. today: the date that templates with a clock are told.
+    happens if a template leaves out what was said. today: the date that templates with a clock are told. template: the
+    `data.template` that the tokenizer has been given.
     """
 
     def __init__(
@@ -70,6 +72,7 @@ class SampleEncoder:
         train_on: Literal["all-turns", "last-turn"] = "all-turns",
         on_missing: Literal["error", "warn"] = "error",
         today: datetime.date | None = None,
+        template: str = "chat",
     ) -> None:
         if not tokenizer.is_fast:
             kind = type(tokenizer).__name__
@@ -82,6 +85,7 @@ class SampleEncoder:
         self.on_missing = on_missing
         self.remarks = Remarks()
         self._today = today or datetime.date.today()
+        self._template = template
         self._end_markers = tuple(str(token) for token in tokenizer.added_tokens_decoder.values())
         self._finders: dict[str, SpanFinder] = {}
 
@@ -134,6 +138,8 @@ class SampleEncoder:
         return input_ids, targets
 
     def _encode_conversation(self, sample: Conversation, where: str) -> tuple[list[int], np.ndarray]:
+        if self._template == "alpaca":
+            sample = with_inputs(sample)
         finder = self._finder(sample)
         answers = {i for i, message in enumerate(sample.messages) if message["role"] == "assistant"}
         trained = {i for i in answers if sample.messages[i].get(WEIGHT, 1) != 0}
@@ -169,8 +175,8 @@ class SampleEncoder:
         source = template_source(self.tokenizer, sample.tools)
         if source is None:
             raise UserError(
-                "model.path: the tokenizer has no chat template, and the data are conversations; "
-                "need a chat_template.jinja beside the model, or data of format prompt-completion or text"
+                "data.template: got chat, but the model's tokenizer has no chat template and the data are "
+                "conversations; must be alpaca or none, or put a chat_template.jinja beside the model"
             )
         if source not in self._finders:
             variables = {name: str(token) for name, token in self.tokenizer.special_tokens_map.items()}

@@ -17,6 +17,7 @@ from dist_qft.storage.checkpoint import ADAPTER_MODEL
 from dist_qft.storage.manifest import sha256_of
 
 IN_FOLDER = "certificate.json"
+CARD = "README.md"  # is there to be edited, so it is not certified
 VERSION = 1
 
 # Zeros have 11 bits. A dW below their steps is rounded away or up, not merged: the certificate then says so.
@@ -25,7 +26,7 @@ SMALL_SHARE = 0.1
 
 @dataclass(frozen=True)
 class Origin:
-    """Where merged adapters come from: their run's config, the checkpoint's folder, its optimizer step."""
+    """The origin of merged adapters: their run's config, the checkpoint's folder, its optimizer step."""
 
     config: RunConfig
     checkpoint: Path
@@ -34,7 +35,7 @@ class Origin:
 
 @dataclass(frozen=True)
 class Findings:
-    """What was measured of a result.
+    """The measurements of a result.
 
     Attributes:
         weights: distance of the result's weights from the live model's; for an exact merge that of its zeros, which
@@ -192,10 +193,10 @@ def summary(recipe: Recipe, findings: Findings, lossless: bool) -> str:
 
 
 def file_digests(written: Path, name: str) -> dict[str, str]:
-    """SHA-256 of a result's files by name, its certificate excepted; a result that is one file is called `name`."""
+    """SHA-256 of a result's files by name, without certificate and card; a result that is one file is called `name`."""
     if not written.is_dir():
         return {name: sha256_of(written)}
-    return {file.name: sha256_of(file) for file in sorted(written.iterdir()) if file.name != IN_FOLDER}
+    return {file.name: sha256_of(file) for file in sorted(written.iterdir()) if file.name not in (IN_FOLDER, CARD)}
 
 
 def _relative(path: Path, certificate: Path) -> str:

@@ -1,4 +1,4 @@
-"""How a result will be made, decided before any weight is read: the request, and each layer's format in the result."""
+"""The plan of a merge, made before any weight is read: the request, and each layer's format in the result."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -34,7 +34,7 @@ class MergeRequest:
 
 @dataclass(frozen=True)
 class Recipe:
-    """How a request is carried out.
+    """The plan that carries out a request.
 
     Attributes:
         kind: `exact` folds dW into zeros, `rounded` then also rounds all constants of a layer and keeps its codes,

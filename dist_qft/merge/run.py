@@ -10,7 +10,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from dist_qft.base_model.skeleton import BaseModel, build_skeleton
-from dist_qft.base_model.tokenizer import load_tokenizer
+from dist_qft.base_model.tokenizer import run_tokenizer
 from dist_qft.config.check import merge_obstacle
 from dist_qft.config.schema import RunConfig
 from dist_qft.errors import CorruptFileError, NumericError, UserError
@@ -18,6 +18,7 @@ from dist_qft.merge.certificate import Certificate, Findings, Origin, make_certi
 from dist_qft.merge.collective import failing_together, total_difference, write_result
 from dist_qft.merge.difference import Difference
 from dist_qft.merge.live_model import LiveModel
+from dist_qft.merge.model_card import write_companions
 from dist_qft.merge.probe import compare_logits, logits_of, probe_ids
 from dist_qft.merge.recipe import MergeRequest, Recipe, require_free
 from dist_qft.merge.target import Probe
@@ -96,7 +97,7 @@ def gather_merge_inputs(request: MergeRequest, checkpoint: Checkpoint, world: Wo
     skeleton = build_skeleton(config.model, config.quantization, compute_dtype(config.train.precision, device))
     spec = stored_adapters(checkpoint.adapter_config, str(checkpoint.path))
     recipe = make_recipe(request, config, skeleton, spec.tiles)
-    return MergeInputs(recipe, config, world, device, load_tokenizer(config.model), skeleton, spec, checkpoint)
+    return MergeInputs(recipe, config, world, device, run_tokenizer(config), skeleton, spec, checkpoint)
 
 
 def execute_merge(inputs: MergeInputs, stop: StopSignal) -> Certificate | None:
@@ -160,6 +161,9 @@ def export(
     if certificate is not None:
         seconds = time.perf_counter() - started
         print(f"merged {origin.checkpoint} into {recipe.request.path} ({len(recipe.tiles)} layers, {seconds:.1f} s)")
+        named = live.base.model.generation_config.eos_token_id
+        files = write_companions(recipe, origin, certificate, tokenizer, named)
+        print("beside the weights:", ", ".join(file.name for file in files))
         lines = [f"certificate: {certificate.summary}", *TARGETS[recipe.request.target].hints(recipe, origin.config)]
         print(*lines, sep="\n", flush=True)
     return certificate

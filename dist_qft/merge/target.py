@@ -42,7 +42,7 @@ class OpenResult(Protocol):
 
 
 class Writer(Protocol):
-    """How one result is written. Every rank has one, to agree on what is gathered; rank 0 opens it."""
+    """Writes one result. Every rank has a writer, to agree on the tensors that are gathered; rank 0 opens it."""
 
     def notes(self) -> list[str]:
         """Reasons in words why the result is not quite the model that was run; empty if there are none."""

@@ -43,7 +43,9 @@ class TrainerState:
         world_size: of the run that wrote it, for the record; any other may resume.
         base_eval: None if there is no held-out data.
         evaluated_step: the last step after which held-out loss was measured; a signal may have cut one short.
-        best_step, best_loss: with `checkpoint.keep_best`, where held-out loss was lowest so far; else 0 and None.
+        best_step, best_loss: with `checkpoint.keep_best` or early stopping, the best evaluation so far and its figure,
+            held-out loss or `evaluation.metric`; else 0 and None.
+        stopped_early: the last evaluations were no better, so the run has ended before its last step.
         config: the resolved config.
     """
 
@@ -61,6 +63,7 @@ class TrainerState:
     evaluated_step: NonNegative = 0
     best_step: NonNegative = 0
     best_loss: Finite | None = None
+    stopped_early: bool = False
     config: dict[str, Any] = field(default_factory=dict)
 
     def to_bytes(self) -> bytes:

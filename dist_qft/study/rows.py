@@ -166,6 +166,8 @@ def _name(config: RunConfig, spec: TrainableSpec[Any]) -> str:
         settings["method"] = {} if config.method.name == "qlora" else {"name": config.method.name}
         if not spec.leaves_base_clean:
             settings["method"]["merge_aware"] = True
+        if config.method.init_from is not None:
+            settings["method"]["init_from"] = config.method.init_from
     else:
         settings["method"] = config.method.model_dump(exclude_unset=True)
     text = json.dumps([settings, spec.describe()], sort_keys=True)
@@ -178,7 +180,9 @@ def _base_key(config: RunConfig, spec: TrainableSpec[Any]) -> str:
         return config.output_dir
     parts = config.model_dump(include={"model", "quantization", "sharding"})
     train = config.train.model_dump(include={"precision", "gradient_checkpointing"})
-    return json.dumps([parts, train], sort_keys=True)
+    # The base is kept with its tokenizer, which has the run's template.
+    template = [config.data.template] if config.data is not None and config.data.template != "chat" else []
+    return json.dumps([parts, train, *template], sort_keys=True)
 
 
 class _Skeletons:

@@ -85,9 +85,9 @@ def require_data(rows: Sequence[StudyRun], *, retry_failed: bool) -> None:
         data = row.config.data
         if data is None or not _wanted(row, retry_failed):
             continue
-        for key, dataset in (("data.train", data.train), ("data.eval", data.eval)):
-            if dataset is not None:
-                parts[key, dataset.path] = dataset
+        held_out = {} if data.eval is None else {"data.eval": data.eval}
+        for key, dataset in {**data.train_sets(), **held_out}.items():
+            parts[key, dataset.path] = dataset
     for (key, _), dataset in parts.items():
         require_local_files(dataset, key)
 

@@ -16,10 +16,11 @@ from dist_qft.tuned_model.checkpointed import adapter_config
 
 
 def first_state(inputs: RunInputs) -> TrainerState:
-    """Where the run begins: at its checkpoint, or at step 0 under a new run id."""
+    """The state in which the run begins: its checkpoint's, or step 0 under a new run id."""
     checkpoint = inputs.checkpoint
     state = checkpoint.state if checkpoint else TrainerState(data_digest=inputs.data.train.digest)
     state.run_id = state.run_id or uuid.uuid4().hex
+    state.stopped_early = inputs.stopped_early
     state.config, state.world_size = inputs.config.model_dump(), inputs.world.world_size
     return state
 

@@ -1,13 +1,15 @@
 """Looks at the model during a run: held-out loss and answers to prompts, of the base and of the tuned model."""
 
+from dist_qft.config.schema import EvaluationConfig
 from dist_qft.data.batches import eval_batches
 from dist_qft.ranks.preemption import StopSignal
 from dist_qft.storage.trainer_state import BaseEvaluation
 from dist_qft.training.monitor import Monitor
 from dist_qft.training.run_inputs import RunInputs
-from dist_qft.tuned_model.answer import answer
+from dist_qft.tuned_model.answer import Sampling, answers
 from dist_qft.tuned_model.assemble import Assembled
 from dist_qft.tuned_model.held_out import HeldOut, held_out_loss
+from dist_qft.tuned_model.prompts import date_of
 
 
 class Evaluations:
@@ -76,16 +78,11 @@ class Evaluations:
 
     def answer_prompts(self, which: str, step: int) -> None:
         """Have the model as it stands answer the config's prompts; `which` is told with the answers."""
-        settings = self._inputs.config.evaluation
+        config, tokenizer, device = self._inputs.config, self._inputs.tokenizer, self._inputs.device
+        prompts, sampling = config.evaluation.prompts, Sampling(config.evaluation.max_new_tokens)
         self._parts.trainables.eval()
-        for prompt in settings.prompts:
-            text = answer(
-                self._parts.base,
-                self._inputs.tokenizer,
-                prompt,
-                max_new_tokens=settings.max_new_tokens,
-                device=self._inputs.device,
-            )
+        texts = answers(self._parts.base, tokenizer, prompts, sampling, device, date_of(config))
+        for prompt, text in zip(prompts, texts, strict=True):
             self._monitor.text(step, f"answer/{which}", f"{prompt}\n\n{text}")
             self._monitor.say(f"{which}: {prompt}\n    {text}")
         self._parts.trainables.train()
@@ -93,3 +90,16 @@ class Evaluations:
     @property
     def _data_digest(self) -> str | None:
         return self._data.digest if self._data else None
+
+
+def figure(held_out: HeldOut, metric: str) -> float:
+    """The value of `evaluation.metric`."""
+    return held_out.loss if metric == "loss" else held_out.metrics[metric]
+
+
+def is_better(held_out: HeldOut, best: float | None, settings: EvaluationConfig) -> bool:
+    """True if an evaluation beats the best figure so far by more than the threshold. Of loss less is better."""
+    if best is None:
+        return True
+    gained = figure(held_out, settings.metric) - best
+    return (-gained if settings.metric == "loss" else gained) > settings.early_stopping_threshold

@@ -45,7 +45,7 @@ _FIXED_LANES = _DIGEST.stop
 
 @dataclass(frozen=True)
 class StepTotals:
-    """What one step's reduction brought, equal on all ranks.
+    """The sums of one step's reduction, equal on all ranks.
 
     `tokens` and `loss_sum` are sums over ranks and micro-batches; `stop` says that some rank was asked to stop;
     `rank_stats[rank]` are the numbers that rank sent about itself.
@@ -128,7 +128,7 @@ class FlatParameters:
 
     @property
     def bytes_per_reduction(self) -> int:
-        """What one step reduces: 4 bytes per trainable, and the header."""
+        """Bytes that one step reduces: 4 per trainable, and the header."""
         return self._reduced.nbytes
 
     @torch.no_grad()

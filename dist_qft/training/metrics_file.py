@@ -52,7 +52,7 @@ class MetricsFile:
 
 @dataclass(frozen=True)
 class StepRecord:
-    """What a step that was logged said; `step` counts from 1."""
+    """The record of one logged step; `step` counts from 1."""
 
     step: int
     loss: float

@@ -1,4 +1,4 @@
-"""What a run tells the world: TensorBoard events, JSON lines, and one line or bar on rank 0's terminal.
+"""The reports of a run: TensorBoard events, JSON lines, and one line or bar on rank 0's terminal.
 
 The same numbers go to all three, so a figure seen in TensorBoard can be found in `metrics.jsonl`. Other ranks
 hold a monitor that does nothing, so the training code has no `if rank == 0`.

@@ -25,6 +25,6 @@ def opening_lines(inputs: RunInputs, parts: Assembled, flat: FlatParameters, acc
 
 
 def _rows(data: TokenDataset) -> str:
-    """How many rows a data set has and, if it is packed, how many samples these hold."""
+    """The number of a data set's rows and, if it is packed, of the samples in them."""
     rows = f"{len(data):,} rows"
     return rows if data.packed_length is None else f"{len(data.segment_starts):,} samples packed into {rows}"

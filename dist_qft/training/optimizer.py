@@ -14,18 +14,34 @@ _NORM_CHUNK = 1 << 22  # values per piece of the norm: bounds the float64 copy t
 
 
 def learning_rate(config: TrainConfig, step: int, total_steps: int) -> float:
-    """Learning rate of optimizer step `step` (0-based): linear warmup, then constant, linear or cosine to 0."""
+    """Learning rate of optimizer step `step` (0-based): linear warm-up, then the schedule's share of the peak.
+
+    `min_lr_ratio` is the share that decaying schedules end at. `warmup_stable_decay` stays at the peak until the last
+    `decay_ratio` of all steps and then falls along a cosine, as transformers' schedule of that name.
+    """
     warmup = config.warmup_steps
     if warmup is None:
         warmup = math.ceil(config.warmup_ratio * total_steps)
     if step < warmup:
         return config.learning_rate * (step + 1) / warmup
-    if config.lr_scheduler_type == "constant":
+    kind, lowest = config.lr_scheduler_type, config.min_lr_ratio
+    if kind in ("constant", "constant_with_warmup"):
         return config.learning_rate
-    done = (step - warmup) / max(1, total_steps - warmup)
-    if config.lr_scheduler_type == "linear":
-        return config.learning_rate * (1.0 - done)
-    return config.learning_rate * 0.5 * (1.0 + math.cos(math.pi * done))
+    start = warmup
+    if kind == "warmup_stable_decay":
+        start = max(warmup, total_steps - math.ceil(config.decay_ratio * total_steps))
+    done = max(0, step - start) / max(1, total_steps - start)
+    share = 1.0 - done if kind == "linear" else 0.5 * (1.0 + math.cos(math.pi * done))
+    return config.learning_rate * (lowest + (1.0 - lowest) * share if lowest else share)
+
+
+def check_warmup(config: TrainConfig, total_steps: int) -> None:
+    """Refuse a warm-up as long as the run, whose length in epochs is known only with its data. UserError."""
+    if config.max_steps is None and config.warmup_steps is not None and 0 < total_steps <= config.warmup_steps:
+        raise UserError(
+            f"train.warmup_steps: got {config.warmup_steps}, must be less than the run's {total_steps} steps "
+            f"(train.num_train_epochs {config.num_train_epochs:g}), or no step has the full learning rate"
+        )
 
 
 class _AdamW(TypedDict):
@@ -53,6 +69,28 @@ def make_optimizer(config: TrainConfig, values: nn.Parameter) -> torch.optim.Opt
 
     kind = {"paged_adamw_32bit": "PagedAdamW32bit", "paged_adamw_8bit": "PagedAdamW8bit"}[config.optim]
     return getattr(bitsandbytes.optim, kind)([values], **settings)
+
+
+def faster_ranges(config: TrainConfig, spans: Mapping[str, tuple[int, int]]) -> list[tuple[int, int]]:
+    """The ranges of the flat buffer that `loraplus_lr_ratio` speeds up: every adapter's B (LoRA+, arXiv 2402.12354)."""
+    if config.loraplus_lr_ratio is None:
+        return []
+    return [span for name, span in spans.items() if name.endswith(".B")]
+
+
+@torch.no_grad()
+def step_with_ranges(
+    optimizer: torch.optim.Optimizer, values: nn.Parameter, ranges: list[tuple[int, int]], ratio: float
+) -> None:
+    """One optimizer step, with `ratio` times the learning rate in some ranges of the flat buffer.
+
+    AdamW's step is linear in the learning rate, weight decay included, so the step of a range is scaled afterwards. The
+    optimizer's state is that of a step without ranges.
+    """
+    before = [values[start:stop].clone() for start, stop in ranges]
+    optimizer.step()
+    for (start, stop), old in zip(ranges, before, strict=True):
+        values[start:stop].sub_(old).mul_(ratio).add_(old)
 
 
 def clip_gradient(values: nn.Parameter, max_norm: float | None) -> Tensor:

@@ -1,4 +1,4 @@
-"""Which checkpoint a run continues from, and whether it may."""
+"""The choice of the checkpoint that a run continues from, and the checks that it may."""
 
 import hashlib
 from collections.abc import Mapping
@@ -13,7 +13,7 @@ _CHOICES = "continue with --resume auto, or choose another folder"
 
 
 def resume_after_restart(output_dir: Path, resume: str | None, env: Mapping[str, str]) -> str | None:
-    """What `--resume` means in this start: 'auto' where a launcher starts the run again by itself and it has saved.
+    """The meaning of `--resume` in this start: 'auto' where a launcher starts the run again by itself and it has saved.
 
     So a requeued Slurm job and a group that torchrun restarts (--max-restarts) go on where they were, whatever they
     were first told; before the first checkpoint they begin as they were told to. torchrun does not tell all nodes alike
@@ -74,7 +74,8 @@ def check_trajectory(checkpoint: Checkpoint, config: RunConfig, data_digest: str
     if state.data_digest != data_digest:
         raise UserError(
             f"{path}: trained on data {state.data_digest[:16]}..., data.train is now {data_digest[:16]}... "
-            "(another file, tokenizer, template or data setting)"
+            "(another file, tokenizer, template or data setting); a new run with method.init_from trains on from its "
+            "values with other data"
         )
     if state.step > total_steps:
         key = "num_train_epochs" if config.train.max_steps is None else "max_steps"

@@ -21,6 +21,7 @@ from dist_qft.sharding.engine import Engine
 from dist_qft.storage.checkpoint import Checkpoint
 from dist_qft.storage.trainer_state import BaseEvaluation
 from dist_qft.training.summary import summarized_steps
+from dist_qft.tuned_model.warm_start import StartingValues
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,7 @@ class LoadedBase:
 
 @dataclass(frozen=True)
 class RunInputs:
-    """What a run is made of.
+    """The parts of a run.
 
     Attributes:
         skeleton: the base on the meta device.
@@ -50,6 +51,7 @@ class RunInputs:
         existing: names of the checkpoints in the run's folder when this was gathered.
         recipe: the merge that ends the run, if the config asks for one.
         notes: lines to tell the user at the start, such as a checkpoint that was refused.
+        start: values that the trainables of a new run begin with, if not their own.
         loaded: the base, if it need not be loaded any more; `skeleton` is then no longer on the meta device.
     """
 
@@ -66,6 +68,7 @@ class RunInputs:
     recipe: Recipe | None
     notes: list[str]
     loaded: LoadedBase | None = None
+    start: StartingValues | None = None
 
     @property
     def output_dir(self) -> Path:
@@ -85,11 +88,18 @@ class RunInputs:
 
     @property
     def finished(self) -> bool:
-        """Whether there is nothing left to do: the last step is saved, the summary written, the merge there."""
+        """True if there is nothing left to do: the last step is saved, the summary written, the merge there."""
         steps, _ = self.length()
-        trained = self.checkpoint is not None and steps == self.checkpoint.state.step
+        saved = self.checkpoint.state.step if self.checkpoint is not None else None
+        trained = saved == steps or self.stopped_early
         merged = self.recipe is None or self.recipe.request.path.exists()
-        return trained and merged and steps == summarized_steps(self.output_dir)
+        return trained and merged and saved == summarized_steps(self.output_dir)
+
+    @property
+    def stopped_early(self) -> bool:
+        """True if the checkpoint's run ended early and the config still asks for that."""
+        asked = self.config.evaluation.early_stopping_patience is not None
+        return asked and self.checkpoint is not None and self.checkpoint.state.stopped_early
 
     def length(self) -> tuple[int, int]:
         """Optimizer steps and data rows of the run.

@@ -12,7 +12,7 @@ from dist_qft.errors import NumericError
 from dist_qft.methods.forward import Forward
 from dist_qft.ranks.preemption import StopSignal
 from dist_qft.training.flat_parameters import FlatParameters, StepTotals
-from dist_qft.training.optimizer import clip_gradient, learning_rate
+from dist_qft.training.optimizer import clip_gradient, faster_ranges, learning_rate, step_with_ranges
 from dist_qft.tuned_model.assemble import Assembled
 
 RANK_STATS = 2  # numbers of each rank that ride along with a step: MiB held, compute seconds
@@ -115,7 +115,8 @@ class TrainStep:
         rate = learning_rate(self.config, step, self.total_steps)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        self.optimizer.step()
+        ranges = faster_ranges(self.config, self.flat.spans)
+        step_with_ranges(self.optimizer, values, ranges, self.config.loraplus_lr_ratio or 1.0)
         # The largest magnitude is NaN or infinite if any value is. No later gradient may come to show it.
         largest = torch.linalg.vector_norm(values.detach(), ord=math.inf)
         grad_norm, magnitude = torch.stack([norm, largest.double()]).tolist()

@@ -13,7 +13,7 @@ from dist_qft.storage.atomic import publishing
 from dist_qft.storage.lock import FolderLock
 from dist_qft.storage.trainer_state import chain_step
 from dist_qft.training.checkpointing import Checkpointing, first_state
-from dist_qft.training.evaluations import Evaluations
+from dist_qft.training.evaluations import Evaluations, figure, is_better
 from dist_qft.training.fixed_tree import FixedTree
 from dist_qft.training.flat_parameters import FlatParameters
 from dist_qft.training.monitor import EVENTS_FOLDER, Monitor
@@ -112,12 +112,14 @@ class TrainingRun:
         self.parts.trainables.train()
         self.monitor.start()
         self._evaluate_if_due()  # one that a signal cut short
-        while self.state.step < self.total_steps:
+        if self.state.stopped_early:
+            self.save()
+        while self.state.step < self.total_steps and not self.state.stopped_early:
             result = self.run_step()
             if result.stop and self.state.step < self.total_steps:
                 self._leave()
             self._evaluate_if_due()
-            if self._save_due(self.state.step) and self.state.best_step != self.state.step:
+            if self._save_due(self.state.step) and not self._saved_as_best():
                 self.save()
         self._wait_for_save()
 
@@ -216,16 +218,32 @@ class TrainingRun:
             self._leave()
         self.evaluations.answer_prompts("eval", state.step)
         state.evaluated_step = state.step
-        if self.config.checkpoint.keep_best and held_out is not None and self._is_best(held_out):
-            state.best_loss, state.best_step = held_out.loss, state.step
-            self.save()
+        if held_out is not None:
+            self._compare(held_out)
 
-    def _is_best(self, held_out: HeldOut) -> bool:
-        return self.state.best_loss is None or held_out.loss < self.state.best_loss
+    def _compare(self, held_out: HeldOut) -> None:
+        """Keep an evaluation that is the best so far; end the run early if the last ones were no better."""
+        state, settings = self.state, self.config.evaluation
+        patience = settings.early_stopping_patience
+        if not self.config.checkpoint.keep_best and patience is None:
+            return
+        if is_better(held_out, state.best_loss, settings):
+            state.best_loss, state.best_step = figure(held_out, settings.metric), state.step
+            if self.config.checkpoint.keep_best:
+                self.save()
+        elif patience is not None and settings.eval_steps is not None:
+            waited = (state.step - state.best_step) // settings.eval_steps
+            state.stopped_early = waited >= patience
+            if state.stopped_early:
+                best = f"{settings.metric} {state.best_loss:.4f} at step {state.best_step}"
+                self.monitor.say(f"stopped early: no evaluation of the last {waited} was better than {best}")
+
+    def _saved_as_best(self) -> bool:
+        return self.config.checkpoint.keep_best and self.state.best_step == self.state.step
 
     def _save_due(self, step: int) -> bool:
         every = self.config.checkpoint.save_steps
-        return step == self.total_steps or bool(every and step % every == 0)
+        return step == self.total_steps or self.state.stopped_early or bool(every and step % every == 0)
 
     def _figures(self) -> SummaryFigures:
         base, tuned, engine, device = (

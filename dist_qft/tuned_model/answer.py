@@ -1,5 +1,6 @@
 """Answers to prompts, through Hugging Face's `generate`: greedy or sampled, several prompts at a time."""
 
+import datetime
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -11,16 +12,15 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from dist_qft.base_model.skeleton import BaseModel
-from dist_qft.base_model.stop_tokens import stop_ids
 from dist_qft.errors import UserError
+from dist_qft.tuned_model.prompts import Messages, prompt_ids, stop_ids
 
-Messages = list[dict[str, str]]  # a conversation: role and content of each turn
 _BATCH = 16  # prompts that are answered together
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How the next token is chosen.
+    """The settings by which the next token is chosen.
 
     Attributes:
         temperature: 0 takes the likeliest token; higher values flatten the distribution.
@@ -57,13 +57,6 @@ class Sampling:
         return chosen
 
 
-def answer(
-    base: BaseModel, tokenizer: PreTrainedTokenizerBase, prompt: str, *, max_new_tokens: int, device: torch.device
-) -> str:
-    """The greedy answer to one prompt; see `answers`."""
-    return answers(base, tokenizer, [prompt], Sampling(max_new_tokens), device)[0]
-
-
 @torch.no_grad()
 def answers(
     base: BaseModel,
@@ -71,6 +64,7 @@ def answers(
     prompts: Sequence[str | Messages],
     sampling: Sampling,
     device: torch.device,
+    today: datetime.date | None = None,
     streamer: Any = None,
 ) -> list[str]:
     """One answer for each prompt: text (a user's turn if the tokenizer has a chat template), or a conversation.
@@ -80,6 +74,7 @@ def answers(
     is gathered for each token.
 
     Args:
+        today: the date for chat templates that print it (`data.date`); None takes the day of this call.
         streamer: of transformers, for a single prompt; gets tokens as they come.
     """
     was_training = base.model.training
@@ -87,23 +82,11 @@ def answers(
     try:
         found: list[str] = []
         for start in range(0, len(prompts), _BATCH):
-            encoded = [prompt_ids(tokenizer, prompt) for prompt in prompts[start : start + _BATCH]]
+            encoded = [prompt_ids(tokenizer, prompt, today) for prompt in prompts[start : start + _BATCH]]
             found += _answer_batch(base, tokenizer, encoded, sampling, device, streamer)
         return found
     finally:
         base.model.train(was_training)
-
-
-def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: str | Messages) -> list[int]:
-    """Token ids of a prompt up to where the answer begins."""
-    if isinstance(prompt, str):
-        if not tokenizer.chat_template:
-            return list(tokenizer(prompt)["input_ids"])
-        prompt = [{"role": "user", "content": prompt}]
-    if not tokenizer.chat_template:
-        raise UserError("the tokenizer has no chat template, so it takes no conversations")
-    text = tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
-    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
 def _answer_batch(

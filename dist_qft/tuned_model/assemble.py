@@ -61,7 +61,7 @@ def start_fresh(parts: Assembled, spec: TrainableSpec[Any], source: TensorSource
 def make_forward(
     config: RunConfig, parts: Assembled, spec: TrainableSpec[Any], data: TokenDataset, device: torch.device
 ) -> Forward:
-    """How training runs the model: through the base, or as the spec has it."""
+    """The forward pass of training: through the base, or as the spec has it."""
     keep_head = partial(parts.engine.keep_gathered, parts.base.units.tables[-1])
     return spec.forward(TrainingParts(parts.base, parts.trainables, data, Path(config.output_dir), device, keep_head))
 

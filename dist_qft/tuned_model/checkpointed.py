@@ -1,5 +1,6 @@
 """A run's checkpoints: finding one, its config, and its base with the trainables on it."""
 
+import datetime
 from pathlib import Path
 from typing import Any
 
@@ -8,8 +9,9 @@ from pydantic import ValidationError
 from transformers import PreTrainedTokenizerBase
 
 from dist_qft.base_model.skeleton import BaseModel, build_skeleton
-from dist_qft.base_model.tokenizer import load_tokenizer
+from dist_qft.base_model.tokenizer import run_tokenizer
 from dist_qft.config.schema import RunConfig
+from dist_qft.data.chat_template import has_clock
 from dist_qft.errors import CorruptFileError, NumericError, UserError
 from dist_qft.methods.specs import stored_spec
 from dist_qft.methods.trainable import TrainableSpec
@@ -57,6 +59,18 @@ def config_of(checkpoint: Checkpoint) -> RunConfig:
         raise CorruptFileError(f"{checkpoint.path / TRAINER_STATE}: not a config of this version: {error}") from error
 
 
+def with_date(config: RunConfig, tokenizer: PreTrainedTokenizerBase, checkpoint: Checkpoint | None) -> RunConfig:
+    """The config with `data.date`, if it has none and the chat template prints the date.
+
+    That of the checkpoint, so that a run meets the same tokens on another day, or for a new run this day's.
+    """
+    if config.data is None or config.data.date is not None or not has_clock(tokenizer):
+        return config
+    stored = (checkpoint.state.config.get("data") or {}).get("date") if checkpoint else None
+    day = stored if isinstance(stored, str) else datetime.date.today().isoformat()
+    return config.model_copy(update={"data": config.data.model_copy(update={"date": day})})
+
+
 def open_checkpointed(
     checkpoint: Checkpoint, config: RunConfig, device: torch.device
 ) -> tuple[Assembled, PreTrainedTokenizerBase]:
@@ -67,7 +81,7 @@ def open_checkpointed(
         NumericError: its trainables are not finite.
     """
     require_finite_trainables(checkpoint)
-    tokenizer = load_tokenizer(config.model)
+    tokenizer = run_tokenizer(config)
     skeleton = build_skeleton(config.model, config.quantization, compute_dtype(config.train.precision, device))
     parts = assemble(config, skeleton, stored_spec(checkpoint, skeleton), device)
     check_fingerprint(checkpoint, parts.base)
@@ -86,7 +100,7 @@ def require_finite_trainables(checkpoint: Checkpoint) -> None:
 
 
 def adapter_config(config: RunConfig, base: BaseModel, spec: TrainableSpec[Any]) -> dict[str, Any]:
-    """What an adapter file must say about itself to be loaded, checked and merged later."""
+    """The description in an adapter's folder, from which it is loaded, checked and merged later."""
     return {
         "peft_type": spec.peft_type,
         "format_version": 1,

@@ -33,7 +33,7 @@ class HeldOut:
 
     @property
     def figures(self) -> dict[str, float]:
-        """What to show beside the loss: the metrics, or for tokens the perplexity."""
+        """Figures to show beside the loss: the metrics, or for tokens the perplexity."""
         return self.metrics or {"perplexity": self.perplexity}
 
 

@@ -1,5 +1,6 @@
 """`dist_qft.load`: a model ready to answer, from a run, a checkpoint, or a model file or folder."""
 
+import datetime
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -26,18 +27,25 @@ from dist_qft.storage.checkpoint import TRAINER_STATE, Checkpoint, list_checkpoi
 from dist_qft.tuned_model.answer import Sampling, answers
 from dist_qft.tuned_model.assemble import Assembled, materialize
 from dist_qft.tuned_model.checkpointed import config_of, find_checkpoint, open_checkpointed
+from dist_qft.tuned_model.prompts import date_of
 
 _TIMEOUT_SECONDS = 600
 
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A model held whole by this process, with its tokenizer; `trainables` is None for a merged one."""
+    """A model held whole by this process, with its tokenizer.
+
+    Attributes:
+        trainables: None for a merged model.
+        today: the date that the chat template prints, as in the run; None takes the day of each answer.
+    """
 
     base: BaseModel
     tokenizer: PreTrainedTokenizerBase
     trainables: TrainableSet | None
     device: torch.device
+    today: datetime.date | None = None
 
     @property
     def adapters(self) -> AdapterSet | None:
@@ -55,7 +63,8 @@ class LoadedModel:
             sampling: fields of `Sampling`: temperature (0, greedy, by default), top_p, top_k, seed.
         """
         several = [prompts] if isinstance(prompts, str) else prompts
-        found = answers(self.base, self.tokenizer, several, Sampling(max_new_tokens, **sampling), self.device)
+        settings = Sampling(max_new_tokens, **sampling)
+        found = answers(self.base, self.tokenizer, several, settings, self.device, self.today)
         return found[0] if isinstance(prompts, str) else found
 
     @torch.no_grad()
@@ -84,8 +93,9 @@ def load(path: str | Path, device: str | torch.device = "cpu", dtype: str | torc
         if holds_model(path):
             base = open_base(path, device, precision=precision or "auto")
             return LoadedModel(base, load_tokenizer(ModelConfig(path=str(path))), None, device)
-        parts, tokenizer = whole_on_this_rank(find_checkpoint(path), device, precision=precision)
-        return LoadedModel(parts.base, tokenizer, parts.trainables, device)
+        checkpoint = find_checkpoint(path)
+        parts, tokenizer = whole_on_this_rank(checkpoint, device, precision=precision)
+        return LoadedModel(parts.base, tokenizer, parts.trainables, device, date_of(config_of(checkpoint)))
 
 
 def _device(device: str | torch.device) -> torch.device:

@@ -1,4 +1,4 @@
-"""What a tuned model is asked for: the next token, or a label for a whole text.
+"""The tasks of a tuned model: the next token, or a label for a whole text.
 
 A task turns last hidden states into a loss summed over targets. Predicting labels (the GLUE benchmark's way, the QST
 paper's main table) needs a head of its own, which trains with the rest; it reads the last token of each row that is
@@ -37,7 +37,7 @@ class Task(Protocol):
         """
 
     def metrics(self, predicted: np.ndarray, labels: np.ndarray) -> dict[str, float]:
-        """How good predictions of labels are."""
+        """Figures on predicted labels."""
 
 
 def make_task(config: TaskConfig, base: BaseModel, device: torch.device) -> Task:

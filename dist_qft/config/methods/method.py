@@ -3,9 +3,10 @@
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from pydantic import model_validator
+from pydantic import Field, model_validator
 
 from dist_qft.config.fault import Fault
+from dist_qft.config.paths import ExpandedPath
 from dist_qft.config.section import Section
 
 if TYPE_CHECKING:
@@ -28,13 +29,19 @@ class MethodConfig(Section):
     """
 
     name: str
+    init_from: ExpandedPath | None = Field(
+        None,
+        description="run, checkpoint, or for qlora a PEFT LoRA folder or its Hub id: values that a new run begins with",
+        json_schema_extra={"axolotl": "lora_model_dir"},
+    )
 
     merge_obstacle: ClassVar[str | None] = None
 
     @classmethod
     def own_keys(cls) -> list[str]:
-        """The keys of the section besides `name`."""
-        return [key for key in cls.model_fields if key != "name"]
+        """The keys of the section besides `name`: the method's own first, then those of every method."""
+        shared = [key for key in MethodConfig.model_fields if key != "name"]
+        return [*(key for key in cls.model_fields if key not in MethodConfig.model_fields), *shared]
 
     def faults(self, run: "RunConfig") -> Iterator[Fault]:
         """Broken rules between keys of this section, and between them and the rest of the config."""

@@ -33,7 +33,7 @@ class DenseTarget(MergedModel):
         return Recipe(request, "dense", tiles, {}, QuantizationConfig(linear="dense", embedding="dense"))
 
     def writer(self, live: LiveModel, recipe: Recipe, config: RunConfig) -> Writer:
-        return FolderWriter(DenseForm(live, DTYPES[recipe.request.dtype]), live, config.model)
+        return FolderWriter(DenseForm(live, DTYPES[recipe.request.dtype]), live, config)
 
 
 class DenseForm:

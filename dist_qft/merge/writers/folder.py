@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from dist_qft.base_model.load import check_names
+from dist_qft.base_model.tokenizer import run_tokenizer
 from dist_qft.base_model.weight_files import open_source
-from dist_qft.config.schema import ModelConfig
+from dist_qft.config.schema import RunConfig
 from dist_qft.errors import UserError
 from dist_qft.merge.difference import Difference
 from dist_qft.merge.live_model import LiveModel
@@ -19,7 +20,7 @@ from dist_qft.merge.writers.safetensors_folder import Entry, SafetensorsFolder
 
 
 class WeightForm(Protocol):
-    """How frozen weights are stored in a folder: the seam between a quantized and a dense one.
+    """A storage form of frozen weights in a folder: the difference between a quantized and a dense one.
 
     Attributes:
         stem: of the safetensors files' names.
@@ -53,8 +54,8 @@ def require_folder(request: MergeRequest) -> None:
 class FolderWriter:
     """Writes one folder; see `target.Writer`."""
 
-    def __init__(self, form: WeightForm, live: LiveModel, model: ModelConfig) -> None:
-        self._form, self._live, self._model = form, live, model
+    def __init__(self, form: WeightForm, live: LiveModel, config: RunConfig) -> None:
+        self._form, self._live, self._config = form, live, config
         self._weights = live.weights()
 
     def notes(self) -> list[str]:
@@ -66,10 +67,10 @@ class FolderWriter:
     def open(self, temporary: Path) -> "OpenFolder":
         base = self._live.base
         temporary.mkdir()
-        write_model_files(temporary, self._model, base, self._form.dtype)
+        write_model_files(temporary, self._config.model, base, self._form.dtype, run_tokenizer(self._config))
         for name, text in self._form.extra_files().items():
             (temporary / name).write_text(text)
-        source = open_source(self._model)
+        source = open_source(self._config.model)
         stored = check_names(base, source)
         others = {name: source.read(stored[name]) for name, _ in base.dense_parameters()}
         entries = {name: entry for path in self._weights for name, entry in self._form.entries(path).items()}

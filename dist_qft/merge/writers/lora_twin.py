@@ -78,7 +78,7 @@ def _padded(lora: TileAdapter, rank: int, scale: float | None) -> TileAdapter:
 
 @torch.no_grad()
 def lora_difference(live: LiveModel, lora: AdapterSet) -> Difference:
-    """How far the LoRAs' dW is from the one that the live model computes with.
+    """The distance of the LoRAs' dW from the one that the live model computes with.
 
     That is the rounding of A / p to float32, or for merge-aware adapters the rounding of the live model's zeros,
     counted on the part of them that this rank holds.

@@ -13,15 +13,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig
+from transformers import AutoConfig, PreTrainedTokenizerBase
 
 from dist_qft.base_model.model_config import read_model_config
 from dist_qft.base_model.skeleton import BaseModel
-from dist_qft.base_model.stop_tokens import GENERATION_CONFIG, eos_ids, stop_ids
+from dist_qft.base_model.stop_tokens import GENERATION_CONFIG, eos_ids
 from dist_qft.base_model.tokenizer import load_tokenizer
 from dist_qft.config.schema import ModelConfig
+from dist_qft.tuned_model.prompts import stop_ids
 
-CONFIG, TOKENIZER_CONFIG = "config.json", "tokenizer_config.json"
+CONFIG, TOKENIZER_CONFIG, CHAT_TEMPLATE = "config.json", "tokenizer_config.json", "chat_template.jinja"
 
 # Copied from the base: tokenizers of every kind, templates, processors, licences. Code is not: nothing here runs it.
 _COPIED = (
@@ -31,14 +32,21 @@ _COPIED = (
 _NEVER = ("*.py", "*.safetensors", "*.bin", "*.gguf", "*.index.json")
 
 
-def write_model_files(folder: Path, model: ModelConfig, base: BaseModel, dtype: torch.dtype) -> None:
-    """Write what readers need besides the weights, whose float type is `dtype`."""
+def write_model_files(
+    folder: Path, model: ModelConfig, base: BaseModel, dtype: torch.dtype, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    """Write what readers need besides the weights, whose float type is `dtype`.
+
+    Args:
+        tokenizer: the run's, with the chat template that it was trained with.
+    """
     if model.path.endswith(".gguf"):
         _write_from_gguf(folder, model)
     else:
         _copy_files(_own_files(model), folder)
     edit_json(folder / CONFIG, lambda content: _merged_config(content, base, dtype, folder))
-    tokenizer = load_tokenizer(model)
+    if isinstance(template := tokenizer.chat_template, str) and template != load_tokenizer(model).chat_template:
+        (folder / CHAT_TEMPLATE).write_text(template, encoding="utf-8")  # `data.template`; it wins over other places
     stops = stop_ids(eos_ids(model, base.config), tokenizer)
     edit_json(folder / GENERATION_CONFIG, lambda content: _with_stops(content, stops))
 

@@ -19,6 +19,7 @@ from dist_qft.errors import CorruptFileError
 from dist_qft.merge.difference import Difference
 from dist_qft.merge.live_model import LiveModel
 from dist_qft.merge.merged_weight import require_numbers
+from dist_qft.merge.names import portable_name
 from dist_qft.merge.probe import logits_of
 from dist_qft.merge.recipe import Kind, MergeRequest, Recipe
 from dist_qft.merge.target import Converted, OpenResult, Probe, Target
@@ -146,17 +147,6 @@ def peft_config(settings: Mapping[str, TileSettings], model: ModelConfig) -> dic
         "rank_pattern": {},
         "alpha_pattern": {},
     }
-
-
-def portable_name(path: str) -> str:
-    """A base's name that means something elsewhere: its Hub id, also of a Hub cache folder, or the absolute path."""
-    if not Path(path).exists():
-        return path
-    place = Path(path).absolute()
-    for folder in (place, *place.parents):
-        if folder.name.startswith("models--") and folder.name.count("--") == 2 and "snapshots" in place.parts:
-            return folder.name.removeprefix("models--").replace("--", "/")
-    return str(place)
 
 
 def read_lora(folder: Path, tiles: Mapping[str, TileSettings]) -> AdapterSet:

@@ -42,7 +42,7 @@ class QuantizedTarget(MergedModel):
         return quantized_recipe(request, config, base, tiles)
 
     def writer(self, live: LiveModel, recipe: Recipe, config: RunConfig) -> Writer:
-        return FolderWriter(PackedForm(live, recipe), live, config.model)
+        return FolderWriter(PackedForm(live, recipe), live, config)
 
 
 class PackedForm:

@@ -13,6 +13,7 @@ import torch
 from transformers import Lfm2Config
 
 from dist_qft.config.load import CONFIG_FILE, load_config
+from dist_qft.config.schema import EvaluationConfig
 from dist_qft.storage.checkpoint import fault_in, list_checkpoints, read_checkpoint
 from dist_qft.training.flat_parameters import FlatParameters
 from dist_qft.training.metrics_file import METRICS_FILE
@@ -104,6 +105,25 @@ def test_keep_best_keeps_the_checkpoint_of_the_lowest_held_out_loss_beside_the_n
     assert state.best_step < 7, "or the newest would be the best as well"
     names = {path.name for path in list_checkpoints(tmp_path / "run")}
     assert names == {f"checkpoint-{state.best_step}", "checkpoint-7", "checkpoint-8"}
+
+
+def test_a_run_that_gets_no_better_ends_early_and_stays_ended(pools, tiny_llama, tmp_path):
+    config = tiny_config(
+        tiny_llama,
+        tmp_path / "run",
+        train={"max_steps": 8},
+        evaluation={"eval_steps": 1, "early_stopping_patience": 2, "early_stopping_threshold": 100.0},
+        data={"eval_samples": 10},
+    )
+    for resume in (None, "auto"):
+        assert [outcome.error for outcome in pools[2].run(attempt, config=config, resume=resume)] == ["", ""]
+        (path,) = list_checkpoints(tmp_path / "run")
+        state = read_checkpoint(path).state
+        assert (state.step, state.best_step, state.stopped_early) == (3, 1, True)
+        assert read_summary(tmp_path / "run")["steps"] == 3
+    longer = config.model_copy(update={"evaluation": EvaluationConfig()})
+    pools[2].run(attempt, config=longer, resume="auto")
+    assert read_summary(tmp_path / "run")["steps"] == 8
 
 
 def test_packing_is_refused_for_a_family_that_carries_a_state_from_sample_to_sample(pools, tmp_path):

@@ -9,8 +9,9 @@ import torch
 import dist_qft
 from dist_qft.chat import Chat, shared_lines
 from dist_qft.errors import UserError
-from dist_qft.tuned_model.answer import Sampling, prompt_ids
+from dist_qft.tuned_model.answer import Sampling
 from dist_qft.tuned_model.checkpointed import config_of, find_checkpoint, open_checkpointed
+from dist_qft.tuned_model.prompts import prompt_ids
 
 PROMPTS = ["Say cat 3:", "the quiet sea had left what the dogs ran over", "a"]
 CPU = torch.device("cpu")

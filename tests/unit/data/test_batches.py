@@ -7,8 +7,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from dist_qft.data.batches import Batches, eval_batches, order
+from dist_qft.data.batches import Batches, eval_batches
 from dist_qft.data.dataset import TokenDataset
+from dist_qft.data.mixture import order
 from dist_qft.data.tokens import TokenSequence
 
 PAD = 999

@@ -8,12 +8,16 @@ import pytest
 from pyarrow import parquet
 
 from dist_qft.data.files import find_files, read_file
+from dist_qft.data.records import RowError
 from dist_qft.errors import UserError
 
 
 def read(path):
     counts = Counter()
-    located = [located for file in find_files(path, "data.train.path") for located in read_file(file, counts)]
+    located = [located for file in find_files(path, "data.train").files for located in read_file(file, counts)]
+    for record, _ in located:
+        if isinstance(record, RowError):
+            raise record
     return located, counts
 
 
@@ -153,12 +157,14 @@ def test_truncated_parquet_names_the_file(tmp_path):
         (
             "a.txt",
             b"x",
-            "data.train.path: {path} has an unknown file type; allowed: .json, .jsonl, .csv, .parquet (uncompressed)",
+            "data.train.path: {path} has an unknown file type; "
+            "allowed: .json, .jsonl, .csv, .parquet, .arrow (uncompressed)",
         ),
         (
             "a.jsonl.gz",
             b"x",
-            "data.train.path: {path} has an unknown file type; allowed: .json, .jsonl, .csv, .parquet (uncompressed)",
+            "data.train.path: {path} has an unknown file type; "
+            "allowed: .json, .jsonl, .csv, .parquet, .arrow (uncompressed)",
         ),
     ],
 )
@@ -167,13 +173,13 @@ def test_unusable_path(tmp_path, name, content, message):
     if content is not None:
         path.write_bytes(content)
     with pytest.raises(UserError) as caught:
-        find_files(path, "data.train.path")
+        find_files(path, "data.train")
     assert str(caught.value) == message.format(path=path)
 
 
 def test_name_that_no_file_system_takes(tmp_path):
     with pytest.raises(UserError, match=r"^data.train.path: cannot read .*x\.jsonl: File name too long$"):
-        find_files(tmp_path / f"{'x' * 300}.jsonl", "data.train.path")
+        find_files(tmp_path / f"{'x' * 300}.jsonl", "data.train")
 
 
 def test_folder_without_data_files(tmp_path):
@@ -181,11 +187,26 @@ def test_folder_without_data_files(tmp_path):
     with pytest.raises(
         UserError, match=r"the folder .* holds no data files; allowed: \.json, \.jsonl, \.csv, \.parquet"
     ):
-        find_files(tmp_path, "data.train.path")
+        find_files(tmp_path, "data.train")
 
 
 def test_dangling_link_in_a_folder_is_not_skipped(tmp_path):
     (tmp_path / "a.jsonl").write_text("{}\n")
     (tmp_path / "b.jsonl").symlink_to(tmp_path / "gone")
     with pytest.raises(UserError, match=r"data.train.path: cannot read .*b\.jsonl: No such file or directory"):
-        find_files(tmp_path, "data.train.path")
+        find_files(tmp_path, "data.train")
+
+
+def test_rows_behind_one_that_cannot_be_read(tmp_path):
+    contents = {
+        "a.jsonl": b'{"text": "1"}\n{"text": \n\xff\n[]\n{"text": "5"}\n',
+        "b.csv": b"text\none\ntwo,more\nthree\n",
+        "c.json": b'[{"text": "a"}, 3, {"text": "b"}]',
+    }
+    for name, content in contents.items():
+        (tmp_path / name).write_bytes(content)
+    kept = {name: [row for row, _ in read_file(tmp_path / name, Counter())] for name in contents}
+    assert [isinstance(row, RowError) for row in kept["a.jsonl"]] == [False, True, True, True, False]
+    assert [isinstance(row, RowError) for row in kept["b.csv"]] == [False, True, False]
+    assert [isinstance(row, RowError) for row in kept["c.json"]] == [False, True, False]
+    assert f"{tmp_path / 'a.jsonl'}:3:1: byte 0xff" in str(kept["a.jsonl"][2])

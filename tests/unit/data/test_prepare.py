@@ -8,6 +8,7 @@ import filelock
 import pytest
 
 from dist_qft.config.data_schema import DataConfig, DatasetConfig
+from dist_qft.data.batches import Batches
 from dist_qft.data.prepare import held_out_indices, prepare
 from dist_qft.errors import UserError
 
@@ -213,3 +214,70 @@ def test_smollm2_on_stdlib_docs(smollm2, tmp_path):
     assert text.startswith("<|im_start|>system\n")
     assert text.endswith(f"<|im_start|>assistant\n{predicted}\n")
     assert predicted.endswith("<|im_end|>")
+
+
+def conversation(answer="Paris", **extra):
+    return {"messages": [{"role": "user", "content": "where"}, {"role": "assistant", "content": answer, **extra}]}
+
+
+def test_what_the_template_leaves_out_is_told_also_from_the_cache(run, corpus):
+    path = corpus([conversation(), conversation(reasoning_content="thinking"), conversation(reasoning_content="more")])
+    for _ in range(2):
+        (note,) = run(path, on_missing="warn").notes()
+        assert note.startswith("data.train: ") and "reasoning (2 of 3 rows" in note and "train.jsonl:2" in note
+
+
+def test_what_was_dropped_and_cut_is_told(run, corpus):
+    prepared = run(corpus([*tokenized(12, 12, 8), {"input_ids": [1]}]), max_length=8)
+    (note,) = prepared.notes()
+    assert note == "data.train: of 4 rows 1 dropped, without a token to train on; 2 cut to data.max_length"
+    assert run(corpus(tokenized(8, 8), "fine.jsonl"), max_length=8).notes() == []
+
+
+def bad_rows(count, good):
+    """Rows with every kind of fault among good ones."""
+    faults = [{"messages": "x"}, {"other": 1}, conversation("\ud800"), {"messages": []}]
+    return [conversation() for _ in range(good)] + [faults[index % len(faults)] for index in range(count)]
+
+
+def test_rows_that_cannot_be_used_end_the_run_or_are_skipped_and_named(run, corpus, tmp_path):
+    path = corpus(bad_rows(12, 88))
+    with pytest.raises(UserError, match=r"train.jsonl:89"):
+        run(path)
+    prepared = run(path, on_bad_row="skip", max_bad_rows=0.2)
+    assert prepared.train.report["skipped"] == 12 and len(prepared.train) == 88
+    told = "\n".join(prepared.notes())
+    assert "12 of 100 rows" in told and told.count("train.jsonl:") == 10 and "12 skipped" in told
+    with pytest.raises(UserError, match=r"12 of 100 rows(.|\n)*max_bad_rows"):
+        run(path, on_bad_row="skip")
+    torn = tmp_path / "torn.jsonl"
+    torn.write_text(json.dumps(conversation()) + "\n{\n" + json.dumps(conversation()) + "\n")
+    assert len(run(str(torn), on_bad_row="skip", max_bad_rows=0.5).train) == 2
+
+
+def test_several_data_sets_with_weights(run, corpus, tmp_path, chatml):
+    files = [corpus([{"input_ids": [5, 5, 5]}] * 30, "a.jsonl"), corpus([{"input_ids": [7, 7]}] * 10, "b.jsonl")]
+
+    def prepared(*weights, **settings):
+        train = [DatasetConfig(path=path, weight=weight) for path, weight in zip(files, weights, strict=True)]
+        return prepare(DataConfig(train=train, **settings), chatml, 330, tmp_path / "cache")
+
+    together = prepared(None, None).train
+    assert len(together) == 40 and not together.mixture and together.report["read"] == 40
+    mixed = prepared(1, 3, eval_samples=4)
+    assert mixed.train.mixture[1].weight == 3 and len(mixed.train) == 36 and len(mixed.eval) == 4
+    batches = Batches(mixed.train, 0, 4, 1, 0, 1, 36)
+    rows = [mixed.train.row(row).tokens[0] for step in range(9) for row in batches.row_ids(step)]
+    assert rows.count(7) == 27 and "27 of data.train[1]" in mixed.notes()[-1]
+    with pytest.raises(UserError, match=r"^data.train\[1\].weight"):
+        prepared(1, 1e-6)
+
+
+def test_a_date_is_part_of_the_tokens(run, corpus, make_tokenizer):
+    clock = make_tokenizer(
+        "{{ strftime_now('%d %B') }}{% for message in messages %}{{ message.content }}<|im_end|>{% endfor %}"
+    )
+    path = corpus([conversation()])
+    days = ["2024-07-26", "2024-07-26", "2024-07-27"]
+    texts = [clock.decode(run(path, clock, date=day).train.tokens) for day in days]
+    assert texts[0] == texts[1] != texts[2] and texts[0].startswith("26 July")

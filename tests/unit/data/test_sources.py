@@ -36,7 +36,10 @@ def test_only_blank_lines_is_no_data(tmp_path):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"split": "test"}, "data.train.split: {path} is local and has none; name the wanted file in data.train.path"),
+        (
+            {"split": "test"},
+            "data.train.split: {path} is one file and has no splits; name the wanted file in data.train.path",
+        ),
         ({"name": "main"}, "data.train.name: {path} is local and has none; name the wanted file in data.train.path"),
     ],
 )
@@ -90,7 +93,7 @@ def test_hub_id_that_cannot_be_had(offline_datasets):
     with pytest.raises(UserError) as caught:
         open_source(DatasetConfig(path="nobody/no-such-data"), "data.train")
     assert str(caught.value).startswith(
-        "data.train.path: 'nobody/no-such-data' is no local file, and the Hub does not give it: Couldn't reach"
+        "data.train.path: 'nobody/no-such-data' is not a local file, and loading it from the Hub failed: Couldn't reach"
     )
 
 
@@ -121,5 +124,5 @@ def test_hub_splits(offline_datasets, repository):
 
 
 def test_hub_name_that_does_not_exist(offline_datasets, repository):
-    with pytest.raises(UserError, match=r"the Hub does not give it: BuilderConfig 'french' not found"):
+    with pytest.raises(UserError, match=r"loading it from the Hub failed: BuilderConfig 'french' not found"):
         _open_hub(DatasetConfig(path=str(repository), name="french"), "data.train")

@@ -7,7 +7,7 @@ import pytest
 from tokenizers import processors
 
 from dist_qft.data.formats import Conversation, PromptCompletion, Text, Tokenized
-from dist_qft.data.lengths import limit_length
+from dist_qft.data.lengths import Lengths, limit_length
 from dist_qft.data.tokens import SampleEncoder, TokenSequence
 from dist_qft.errors import UserError
 
@@ -127,7 +127,7 @@ RAISING = "{{ raise_exception('no such conversation') }}"
 TOOL = {"type": "function", "function": {"name": "get_weather"}}
 CALL = {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "sum_up"}}]}
 REFUSED = {
-    "no template": (None, Conversation(TWO_TURNS), "model.path: the tokenizer has no chat template"),
+    "no template": (None, Conversation(TWO_TURNS), "data.template: got chat, but"),
     "template raises": (RAISING, Conversation(TWO_TURNS), f"{WHERE}: the chat template refuses the conversation: no"),
     "assistant first": (..., Conversation(TWO_TURNS[2:]), f"{WHERE}: message 0 is the assistant's"),
     "lone surrogate": (..., Text("a\ud800b"), f"{WHERE}: got a lone surrogate '\\ud800'"),
@@ -148,16 +148,36 @@ def test_refusals(make_tokenizer, chatml, template, sample, message):
 def test_length_policies(chatml):
     counts = Counter()
     sequence = TokenSequence(np.arange(10, dtype=np.int32), np.arange(10) >= 6)
-    assert limit_length(sequence, 10, "error", WHERE, counts) is sequence
-    cut = limit_length(sequence, 8, "truncate", WHERE, counts)
+    assert limit_length(sequence, Lengths(10, "error"), WHERE, counts) is sequence
+    cut = limit_length(sequence, Lengths(8, "truncate"), WHERE, counts)
     assert (cut.input_ids.tolist(), cut.targets.tolist()) == (list(range(8)), [False] * 6 + [True] * 2)
-    assert limit_length(sequence, 8, "drop", WHERE, counts) is None
-    assert limit_length(sequence, 6, "truncate", WHERE, counts) is None
+    assert limit_length(sequence, Lengths(8, "drop"), WHERE, counts) is None
+    assert limit_length(sequence, Lengths(6, "truncate"), WHERE, counts) is None
     unlabelled = TokenSequence(np.arange(3, dtype=np.int32), np.zeros(3, dtype=bool))
-    assert limit_length(unlabelled, 8, "error", WHERE, counts) is None
+    assert limit_length(unlabelled, Lengths(8, "error"), WHERE, counts) is None
     assert counts == {"truncated": 1, "dropped_overlong": 1, "dropped_targets_cut_off": 1, "dropped_no_targets": 1}
     with pytest.raises(UserError, match=r"^data.jsonl:7: got 10 tokens, must be at most data.max_length 8"):
-        limit_length(sequence, 8, "error", WHERE, counts)
+        limit_length(sequence, Lengths(8, "error"), WHERE, counts)
+
+
+def test_source_and_target_have_limits_of_their_own():
+    counts = Counter()
+    sequence = TokenSequence(np.arange(10, 30, dtype=np.int32), np.arange(20) >= 12)
+    limits = {"source": 4, "target": 3, "bos_id": 10}
+
+    def ids(**changes):
+        cut = limit_length(sequence, Lengths(64, **{**limits, **changes}), WHERE, counts)
+        assert cut.targets.sum() == (np.asarray(cut.input_ids) >= 22).sum()
+        return cut.input_ids.tolist()
+
+    assert ids() == [10, 19, 20, 21, 22, 23, 24]
+    assert ids(bos_id=None) == [18, 19, 20, 21, 22, 23, 24]
+    assert ids(target=None) == [10, 19, 20, 21, *range(22, 30)]
+    assert ids(source=12, target=8) == list(range(10, 30))
+    assert counts == {"shortened": 3}
+    with pytest.raises(UserError, match=r"got 12 tokens, must be at most data.max_source_length 4"):
+        limit_length(sequence, Lengths(64, "error", **limits), WHERE, counts)
+    assert limit_length(sequence, Lengths(64, "drop", **limits), WHERE, counts) is None
 
 
 def test_slow_tokenizer_is_refused(tmp_path):

@@ -7,11 +7,12 @@ import pytest
 import torch
 from transformers import AutoConfig, LlamaConfig, LlamaForCausalLM
 
-from dist_qft.base_model.stop_tokens import eos_ids, stop_ids, turn_end_id
+from dist_qft.base_model.stop_tokens import eos_ids
 from dist_qft.base_model.tokenizer import load_tokenizer
 from dist_qft.config.schema import ModelConfig
+from dist_qft.merge.names import portable_name
 from dist_qft.merge.writers.model_files import write_model_files
-from dist_qft.merge.writers.peft import portable_name
+from dist_qft.tuned_model.prompts import stop_ids, turn_end_id
 from tests.support.tiny_gguf import save_tiny_gguf
 from tests.support.tiny_model import save_tiny_model, tiny_llama_config, tiny_tokenizer
 
@@ -48,7 +49,8 @@ def base(tmp_path):
 def written(base, tmp_path, dtype=torch.bfloat16):
     result = tmp_path / "result"
     result.mkdir()
-    write_model_files(result, ModelConfig(path=str(base)), BASE, dtype)
+    model = ModelConfig(path=str(base))
+    write_model_files(result, model, BASE, dtype, load_tokenizer(model))
     return result
 
 
@@ -95,7 +97,8 @@ def test_a_turn_end_that_the_base_does_not_know_is_added_to_the_stops(base, tmp_
     assert json.loads((result / "generation_config.json").read_text()) == {"eos_token_id": [7, end], "top_p": 0.9}
     (base / "generation_config.json").unlink()
     (result / "generation_config.json").unlink()
-    write_model_files(result, ModelConfig(path=str(base)), BASE, torch.bfloat16)
+    model = ModelConfig(path=str(base))
+    write_model_files(result, model, BASE, torch.bfloat16, load_tokenizer(model))
     assert json.loads((result / "generation_config.json").read_text()) == {"eos_token_id": end}
 
 

@@ -6,17 +6,20 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from transformers.optimization import get_cosine_with_min_lr_schedule_with_warmup, get_wsd_schedule
 
 from dist_qft.config.schema import TrainConfig
 from dist_qft.errors import CorruptFileError, NumericError, SetupError, UserError
 from dist_qft.training.optimizer import (
     checkpoint_bytes,
     clip_gradient,
+    faster_ranges,
     learning_rate,
     load_optimizer_tensors,
     make_optimizer,
     optimizer_tensors,
     require_finite_state,
+    step_with_ranges,
 )
 
 SHAPES = [(3, 5), (7,), (2, 2, 2), (1,)]
@@ -35,6 +38,8 @@ SHAPES = [(3, 5), (7,), (2, 2, 2), (1,)]
         ({"lr_scheduler_type": "constant", "warmup_ratio": 0.3}, 5, [0.5, 1.0, 1.0, 1.0, 1.0]),
         ({"lr_scheduler_type": "constant", "warmup_ratio": 0.3, "warmup_steps": 1}, 2, [1.0, 1.0]),
         ({"lr_scheduler_type": "linear", "warmup_steps": 9}, 3, [1 / 9, 2 / 9, 3 / 9]),
+        ({"lr_scheduler_type": "linear", "warmup_steps": 0, "min_lr_ratio": 0.5}, 4, [1.0, 0.875, 0.75, 0.625]),
+        ({"lr_scheduler_type": "constant_with_warmup", "warmup_steps": 2}, 3, [0.5, 1.0, 1.0]),
     ],
 )
 def test_learning_rate(settings, total, expected):
@@ -52,8 +57,49 @@ def test_decay_never_rises_and_never_reaches_zero(kind, warmup):
     assert all(rate > 0.0 for rate in rates)
 
 
+@pytest.mark.parametrize("total", [1, 7, 40])
+@pytest.mark.parametrize("lowest", [0.0, 0.1])
+def test_schedules_are_those_of_transformers(total, lowest):
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
+    decaying = math.ceil(0.3 * total)
+    theirs = {
+        "cosine": get_cosine_with_min_lr_schedule_with_warmup(optimizer, 0, total, min_lr_rate=lowest),
+        "warmup_stable_decay": get_wsd_schedule(
+            optimizer, 0, decaying, num_stable_steps=total - decaying, min_lr_ratio=lowest
+        ),
+    }
+    for kind, schedule in theirs.items():
+        config = TrainConfig(
+            learning_rate=1.0, lr_scheduler_type=kind, warmup_steps=0, min_lr_ratio=lowest, decay_ratio=0.3
+        )
+        expected = [schedule.lr_lambdas[0](step) for step in range(total)]
+        assert [learning_rate(config, step, total) for step in range(total)] == pytest.approx(expected), kind
+
+
 def flat(tensors: list[torch.Tensor]) -> torch.Tensor:
     return torch.cat([tensor.detach().flatten() for tensor in tensors])
+
+
+def test_loraplus_is_torchs_parameter_groups():
+    generator = torch.Generator().manual_seed(3)
+    start = [torch.randn(6, generator=generator) for _ in range(4)]
+    names = ["q.B", "q.A", "up.B", "up.A"]
+    spans = {name: (6 * index, 6 * index + 6) for index, name in enumerate(names)}
+    config = TrainConfig(learning_rate=0.01, weight_decay=0.1, loraplus_lr_ratio=16.0)
+    values = nn.Parameter(torch.cat(start))
+    optimizer = make_optimizer(config, values)
+    theirs = [nn.Parameter(tensor.clone()) for tensor in start]
+    groups = [{"params": theirs[first::2], "lr": rate} for first, rate in ((0, 0.16), (1, 0.01))]
+    reference = torch.optim.AdamW(groups, weight_decay=0.1)
+    ranges = faster_ranges(config, spans)
+    assert ranges == [(0, 6), (12, 18)] and faster_ranges(TrainConfig(), spans) == []
+    for _ in range(5):
+        values.grad = torch.randn(24, generator=generator)
+        for parameter, (first, last) in zip(theirs, spans.values(), strict=True):
+            parameter.grad = values.grad[first:last].clone()
+        step_with_ranges(optimizer, values, ranges, 16.0)
+        reference.step()
+    torch.testing.assert_close(values.detach(), flat(theirs), rtol=1e-5, atol=1e-7)
 
 
 @pytest.mark.parametrize("weight_decay", [0.0, 0.1])

@@ -1,0 +1,99 @@
+"""The files that go along with an export for its readers: a model card, and for GGUF a Modelfile for Ollama.
+
+They are written after the result and are not certified: a card is there to be edited. A card says what was trained,
+how the result differs from the model that was trained, and how it is loaded. It names no path of this machine.
+"""
+
+from pathlib import Path
+
+from transformers import PreTrainedTokenizerBase
+
+from dist_qft.config.data_schema import DataConfig
+from dist_qft.config.schema import RunConfig
+from dist_qft.merge.certificate import CARD, Certificate, Origin
+from dist_qft.merge.modelfile import modelfile
+from dist_qft.merge.names import portable_name
+from dist_qft.merge.recipe import Recipe
+from dist_qft.storage.atomic import write_text
+from dist_qft.tuned_model.prompts import stop_ids
+
+_USE = {
+    "dense": (
+        "python",
+        'AutoModelForCausalLM.from_pretrained("{name}")  # transformers; vLLM: vllm serve {name}',
+    ),
+    "quantized": ("python", 'dist_qft.load("{name}").generate("...")'),
+    "peft": (
+        "python",
+        'PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("{base}"), "{name}")  # vLLM: --lora-modules',
+    ),
+    "gguf": ("bash", "llama-cli -m {name} -cnv   # or: ollama create my-model -f {name}.Modelfile"),
+}
+
+
+def write_companions(
+    recipe: Recipe, origin: Origin, certificate: Certificate, tokenizer: PreTrainedTokenizerBase, named: object
+) -> list[Path]:
+    """Write the card into a folder, or card and Modelfile beside a GGUF file; those that are there are replaced.
+
+    Args:
+        named: the ids that the base's own files call ends of a text.
+
+    Returns:
+        The files.
+    """
+    result = recipe.request.path
+    card = model_card(origin, certificate)
+    if result.is_dir():
+        write_text(result / CARD, card)
+        return [result / CARD]
+    stops = [str(tokenizer.convert_ids_to_tokens(index)) for index in stop_ids(named, tokenizer)]
+    files = {f"{result.name}.md": card, f"{result.name}.Modelfile": modelfile(result.name, tokenizer, stops)}
+    for name, text in files.items():
+        write_text(result.with_name(name), text)
+    return [result.with_name(name) for name in files]
+
+
+def model_card(origin: Origin, certificate: Certificate) -> str:
+    """The card in Markdown, with the metadata that the Hub reads in front."""
+    config, name = origin.config, Path(certificate.result.path).name
+    base = portable_name(config.model.path, short=True)
+    language, use = _USE[certificate.target]
+    metadata = {
+        "base_model": base if "/" in base else None,  # a Hub id
+        "base_model_relation": {"peft": "adapter", "quantized": "quantized", "gguf": "quantized"}.get(
+            certificate.target, "finetune"
+        ),
+        "library_name": {"peft": "peft", "dense": "transformers"}.get(certificate.target),
+        "pipeline_tag": "text-generation",
+    }
+    front = "".join(f"{key}: {value}\n" for key, value in metadata.items() if value is not None)
+    rows = "".join(f"| {key} | {value} |\n" for key, value in _facts(config, certificate, base).items())
+    return (
+        f"---\n{front}tags: [dist-qft, {config.method.name}]\n---\n\n# {name}\n\n"
+        f"Fine-tuned with dist_qft from {base}.\n\n| | |\n|---|---|\n{rows}\n"
+        f"## Difference from the trained model\n\n{certificate.summary[:1].upper()}{certificate.summary[1:]}.\n\n"
+        f"## Use\n\n```{language}\n{use.format(name=name, base=base)}\n```\n"
+    )
+
+
+def _facts(config: RunConfig, certificate: Certificate, base: str) -> dict[str, str]:
+    train = config.train
+    facts = {
+        "base model": f"{base}, weights with fingerprint {certificate.base.fingerprint[:16]}",
+        "method": f"{config.method.name} on {certificate.adapter.layers} layers",
+        "base held as": f"{config.quantization.linear}, embedding {config.quantization.embedding}",
+        "training": f"{certificate.adapter.step} steps of {train.global_batch_size} rows, learning rate "
+        f"{train.learning_rate:g} ({train.lr_scheduler_type}), seed {train.seed}",
+        "adapter": f"SHA-256 {certificate.adapter.sha256}",
+        "versions": ", ".join(f"{name} {version}" for name, version in certificate.versions.items()),
+    }
+    if config.data is not None:
+        facts["data"] = "; ".join(_data_facts(config.data))
+    return facts
+
+
+def _data_facts(data: DataConfig) -> list[str]:
+    names = [portable_name(dataset.path, short=True) for dataset in data.train_sets().values()]
+    template = [] if data.template == "chat" else [f"prompt template {data.template}"]
+    return [", ".join(names), f"at most {data.max_length} tokens", *template]

@@ -1,0 +1,82 @@
+"""`method.init_from`: values of a run or of a stock PEFT folder, on other data, with a fresh optimizer."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import dist_qft
+from dist_qft.methods.adapters.tile_adapter import exact_dW
+from dist_qft.storage.checkpoint import list_checkpoints, read_checkpoint
+from tests.support.merges import merge_run
+from tests.support.outcomes import attempt
+from tests.support.tiny_model import tiny_config, write_data
+
+QLORA = {"method": {"name": "qlora", "rank": 4, "pool": None, "repeat": None}}
+STILL = {"max_steps": 1, "learning_rate": 1e-12}
+
+
+def errors(pools, config, world=1):
+    return [outcome.error for outcome in pools[world].run(attempt, config=config)]
+
+
+def updates(run):
+    return {path: exact_dW(adapter) for path, adapter in dist_qft.load(run).adapters.by_path.items()}
+
+
+@pytest.mark.parametrize("source", ["run", "checkpoint", "peft"])
+def test_a_run_begins_with_the_values_of_another(pools, make_run, tiny_llama, tmp_path, source):
+    trained = make_run(tiny_llama, **QLORA)
+    place = {"run": trained, "checkpoint": list_checkpoints(trained)[-1], "peft": tmp_path / "lora"}[source]
+    method = dict(QLORA["method"], init_from=str(place))
+    if source == "peft":
+        pools[1].run(merge_run, source=trained, target="peft", path=place)
+        method["alpha"] = 5.0  # another scale than theirs: B makes up for it
+    data = {"train": {"path": str(write_data(tmp_path / "other.jsonl", 20))}}
+    config = tiny_config(tiny_llama, tmp_path / "run", method=method, data=data, train=STILL)
+    assert errors(pools, config, world=2) == ["", ""]
+    wanted, found = updates(trained), updates(config.output_dir)
+    assert wanted.keys() == found.keys()
+    for path, update in wanted.items():
+        torch.testing.assert_close(found[path], update, rtol=1e-5, atol=1e-8)
+        assert update.abs().max() > 0
+    state = read_checkpoint(list_checkpoints(tmp_path / "run")[-1]).state
+    assert state.step == 1
+
+
+def test_what_does_not_fit_is_refused_by_name(pools, make_run, tiny_llama, tmp_path):
+    trained = make_run(tiny_llama, **QLORA)
+    pools[1].run(merge_run, source=trained, target="peft", path=tmp_path / "lora")
+
+    def refusal(place, **changes):
+        method = {**QLORA["method"], "init_from": str(place), **changes}
+        (error,) = errors(pools, tiny_config(tiny_llama, tmp_path / "run", method=method, train=STILL))
+        assert error.startswith("method.init_from: ") and not list_checkpoints(tmp_path / "run")
+        return error
+
+    assert "rank was 4, the config says 8" in refusal(trained, rank=8)
+    assert "must be [8, " in refusal(tmp_path / "lora", rank=8)
+    assert "must be qlora" in refusal(tmp_path / "lora", name="qahira", pool=4, repeat=8)
+    _drop_a_layer(tmp_path / "lora")
+    assert "layers missing" in refusal(tmp_path / "lora")
+    assert "DORA" in _with(tmp_path / "lora", {"peft_type": "DORA"}, refusal)
+    assert "use_dora" in _with(tmp_path / "lora", {"use_dora": True}, refusal)
+    assert "PEFT folder" in refusal(tmp_path)
+
+
+def _drop_a_layer(folder):
+    tensors = load_file(folder / "adapter_model.safetensors")
+    gone = next(iter(tensors)).rpartition(".lora_")[0]
+    kept = {name: tensor for name, tensor in tensors.items() if not name.startswith(gone)}
+    save_file(kept, folder / "adapter_model.safetensors")
+
+
+def _with(folder, changes, refusal):
+    path = folder / "adapter_config.json"
+    before = path.read_text()
+    path.write_text(json.dumps({**json.loads(before), **changes}))
+    try:
+        return refusal(folder)
+    finally:
+        path.write_text(before)

@@ -1,0 +1,64 @@
+"""Rules of the section `data`, and paths with `~` and `$VAR`."""
+
+from pathlib import Path
+
+import pytest
+
+from dist_qft.config.load import load_config, save_config
+from dist_qft.errors import UserError
+
+BASE = "output_dir: out\nmodel: {path: m}\n"
+
+
+def load(tmp_path, data="{train: {path: a.jsonl}}", *overrides):
+    path = tmp_path / "c.yaml"
+    path.write_text(f"{BASE}data: {data}\n")
+    return load_config(path, overrides)
+
+
+@pytest.mark.parametrize(
+    ("data", "key"),
+    [
+        ("{train: []}", "data.train"),
+        ("{train: [{path: a, pth: b}]}", "data.train.0.pth"),
+        ("{train: {path: a, pth: b}}", "data.train.pth"),
+        ("{train: [{path: 3}]}", "data.train.0.path"),
+        ("{train: [{}]}", "data.train.0.path"),
+        ("{train: 3}", "data.train"),
+        ("{train: [{path: a, weight: 0}]}", "data.train.0.weight"),
+        ("{train: [{path: a, weight: 1}, {path: b}]}", "data.train.1.weight"),
+        ("{train: [{path: a, weight: 1}]}", "data.train.0.weight"),
+        ("{train: {path: a, weight: 1}}", "data.train.weight"),
+        ("{train: {path: a}, eval: {path: b, weight: 2}}", "data.eval.weight"),
+        ("{train: [{path: a}, {path: b, format: classification}]}", "data.train.1.format"),
+        ("{train: {path: a}, date: yesterday}", "data.date"),
+        ("{train: {path: a}, max_bad_rows: 0.5}", "data.max_bad_rows"),
+        ("{train: {path: a}, loss_on: all, max_source_length: 5}", "data.max_source_length"),
+        ("{train: {path: a}, template: chatml}", "data.template"),
+        ("{train: {path: '$NO_SUCH_NAME/a'}}", "data.train.path"),
+        ("{train: {path: a}, cache_dir: '${NO_SUCH_NAME}'}", "data.cache_dir"),
+    ],
+)
+def test_what_makes_no_sense_is_refused_by_key(tmp_path, data, key):
+    with pytest.raises(UserError, match=rf"(: |'){key}\b"):
+        load(tmp_path, data)
+
+
+def test_several_data_sets_survive_saving_and_overriding(tmp_path):
+    config = load(tmp_path, "{train: [{path: a, weight: 1}, {path: b, weight: 2.5}]}", "data.train.1.limit=4")
+    assert list(config.data.train_sets()) == ["data.train[0]", "data.train[1]"]
+    assert config.data.train[1].limit == 4
+    save_config(config, tmp_path / "again.yaml")
+    assert load_config(tmp_path / "again.yaml") == config
+
+
+def test_home_and_variables_in_paths(tmp_path, monkeypatch):
+    monkeypatch.setenv("PLACE", "/mnt/data")
+    monkeypatch.setenv("HOME", "/home/me")
+    config = load(tmp_path, "{train: {path: $PLACE/a.jsonl}, cache_dir: ~/c}", "output_dir=~/out", "merge.at_end=gguf",
+                  "merge.path=${PLACE}/x.gguf", "model.path=~/models/tiny")  # fmt: skip
+    assert config.data.train.path == "/mnt/data/a.jsonl" and config.data.cache_dir == "/home/me/c"
+    assert (config.output_dir, config.merge.path) == ("/home/me/out", "/mnt/data/x.gguf")
+    assert Path(config.model.path) == Path("/home/me/models/tiny")
+    with pytest.raises(UserError, match=r"output_dir.*got '~no-such-user/out'"):
+        load(tmp_path, "{train: {path: a}}", "output_dir=~no-such-user/out")
