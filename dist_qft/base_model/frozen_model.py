@@ -15,7 +15,7 @@ from dist_qft.quant.frozen import FrozenEmbedding, FrozenLinear
 class FrozenHead(FrozenEmbedding):
     """An LM head with a table of its own: hidden states in, logits out."""
 
-    def forward(self, hidden: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(self, hidden: Tensor) -> Tensor:  # type: ignore[override]  # states, not ids
         return super().forward(hidden, use=project)
 
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import datetime
+import io
 import json
 import select
 import subprocess
@@ -84,7 +85,7 @@ class ChatTemplate:
 
     def _ask(self, request: Any) -> Any:
         process = self._process
-        assert process is not None and process.stdin is not None and process.stdout is not None
+        assert process is not None and process.stdin is not None and isinstance(process.stdout, io.BufferedReader)
         try:
             process.stdin.write(json.dumps(request).encode() + b"\n")
             process.stdin.flush()
@@ -92,7 +93,7 @@ class ChatTemplate:
             while not parts or not parts[-1].endswith(b"\n"):
                 if not select.select([process.stdout], [], [], WALL_SECONDS)[0]:
                     break
-                part = process.stdout.read1(2**20)  # type: ignore[attr-defined]
+                part = process.stdout.read1(2**20)
                 if not part:
                     break
                 parts.append(part)
@@ -109,8 +110,9 @@ class ChatTemplate:
 
 def _end(process: subprocess.Popen[bytes]) -> None:
     for pipe in (process.stdin, process.stdout):
+        assert pipe is not None, "it was opened with the process"
         with contextlib.suppress(OSError):
-            pipe.close()  # type: ignore[union-attr]
+            pipe.close()
     process.kill()
     process.wait()
 

@@ -41,7 +41,8 @@ class Heartbeat:
 
     def connection(self) -> dist.Store:
         """A connection to the store for one thread: while another waits on a connection, nobody else can use it."""
-        store: dist.Store = dist.distributed_c10d._get_default_store().clone()  # type: ignore[attr-defined]
+        shared = dist.distributed_c10d._get_default_store()
+        store: dist.Store = shared.clone()  # type: ignore[attr-defined]  # not in torch's stubs
         store.set_timeout(_STORE_TIMEOUT)
         return store
 

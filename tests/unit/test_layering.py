@@ -142,6 +142,17 @@ def assert_within(sizes: dict[str, int], limit: int, known: dict[str, int]) -> N
     assert not {name for name in known if sizes.get(name, 0) <= limit}, "no longer too long: take it off the list"
 
 
+def test_every_type_ignore_has_a_code_and_a_reason() -> None:
+    good = re.compile(r"# type: ignore\[[a-z, -]+\]  # \w")
+    bare = [
+        f"{file.relative_to(ROOT)}:{number}"
+        for file in MODULES.values()
+        for number, line in enumerate(file.read_text().splitlines(), 1)
+        if "type: ignore" in line and not good.search(line)
+    ]
+    assert not bare
+
+
 def test_files_are_short() -> None:
     sizes = {str(file.relative_to(ROOT)): len(file.read_text().splitlines()) for file in SOURCES}
     assert_within(sizes, MAX_FILE, LONG_FILES)
