@@ -92,7 +92,7 @@ def copy_metadata(reader: gguf.GGUFReader, writer: gguf.GGUFWriter) -> None:
 
 
 def quantized_again(source: Path, target: Path, type_of: Callable[[str, int], str]) -> Path:
-    """The model of a GGUF file with its matrices in other types, quantized by ggml.
+    """The model of a GGUF file with matrices in other types, quantized by ggml; those of the same type are copied.
 
     Args:
         type_of: the GGUF type of a tensor, from its name and its number of columns.
@@ -103,12 +103,13 @@ def quantized_again(source: Path, target: Path, type_of: Callable[[str, int], st
     writer = gguf.GGUFWriter(target, "llama", use_temp_file=True)
     copy_metadata(reader, writer)
     for tensor in reader.tensors:
-        values = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
-        if values.ndim == 1:
-            writer.add_tensor(tensor.name, values)
-            continue
-        kind = gguf.GGMLQuantizationType[type_of(tensor.name, values.shape[1])]
-        writer.add_tensor(tensor.name, quantize(values, kind), raw_dtype=kind)
+        kind = tensor.tensor_type
+        if len(tensor.shape) > 1:
+            kind = gguf.GGMLQuantizationType[type_of(tensor.name, int(tensor.shape[0]))]
+        data = tensor.data
+        if kind != tensor.tensor_type:
+            data = quantize(gguf.quants.dequantize(data, tensor.tensor_type), kind)
+        writer.add_tensor(tensor.name, data, raw_dtype=kind)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
