@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
     from dist_qft.tuned_model.loaded_model import LoadedModel
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 register_with_transformers()
 
