@@ -1,7 +1,9 @@
 """`sharding.group`: several whole bases in one run, each over some of the ranks, change neither results nor files."""
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -77,20 +79,27 @@ def test_two_bases_of_two_ranks_each_give_the_same_bits(pools, tiny_gguf, tmp_pa
     assert across.between_nodes["gather_bytes_per_step"] == whole[0].gathered_bytes
 
 
-def load_group_of_two(mine: Path, others: Path) -> str:
-    """The refusal where the ranks of the second group find other weights than those of the first."""
-    path = mine if dist.get_rank() < 2 else others
-    model = ModelConfig(path=str(path))
-    base = build_skeleton(model, QuantizationConfig(linear="affine4", block=[8, 4]), torch.float32)
-    try:
-        materialize(base, open_source(model), make_engine("fsdp", group=2), CPU)
-    except UserError as error:
-        return f"{error.everywhere} {error}"
-    return "loaded"
+def refusals(mine: Path, others: Path) -> list[str]:
+    """What loading says on two nodes of two ranks with a base each: first with the ranks dealt out in turn, then, in
+    the usual order, with other weights on the second node."""
+    rank, found = dist.get_rank(), []
+    for local_rank, path in ((rank // 2, mine), (rank % 2, mine if rank < 2 else others)):
+        place = {"RANK": rank, "WORLD_SIZE": 4, "LOCAL_RANK": local_rank, "LOCAL_WORLD_SIZE": 2}
+        place |= {"MASTER_ADDR": "node1", "MASTER_PORT": 29500}
+        model = ModelConfig(path=str(path))
+        base = build_skeleton(model, QuantizationConfig(linear="affine4", block=[8, 4]), torch.float32)
+        with patch.dict(os.environ, {name: str(value) for name, value in place.items()}):
+            try:
+                materialize(base, open_source(model), make_engine("fsdp", group="node"), CPU)
+            except UserError as error:
+                found.append(f"{error.everywhere} {error}")
+    return found
 
 
-def test_groups_that_loaded_different_weights_are_named(pools, tmp_path):
+def test_ranks_out_of_order_and_groups_with_different_weights_are_named(pools, tmp_path):
     one = save_tiny_model(tmp_path / "one", tiny_llama_config(num_hidden_layers=1))
     other = save_tiny_model(tmp_path / "other", tiny_llama_config(num_hidden_layers=1, initializer_range=0.03))
-    words = "True ranks were started with different weights of the base: rank 2, 3 differs from rank 0"
-    assert pools[4].run(load_group_of_two, mine=one, others=other) == [words] * 4
+    order = "order on their node, which sharding.group: node needs: rank 1, 2 differs from rank 0"
+    weights = "weights of the base: rank 2, 3 differs from rank 0"
+    expected = [f"True ranks were started with different {what}" for what in (order, weights)]
+    assert pools[4].run(refusals, mine=one, others=other) == [expected] * 4
