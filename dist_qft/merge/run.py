@@ -163,8 +163,8 @@ def export(
         print(f"merged {origin.checkpoint} into {recipe.request.path} ({len(recipe.tiles)} layers, {seconds:.1f} s)")
         named = live.base.model.generation_config.eos_token_id
         files = write_companions(recipe, origin, certificate, tokenizer, named)
-        print("beside the weights:", ", ".join(file.name for file in files))
         lines = [f"certificate: {certificate.summary}", *TARGETS[recipe.request.target].hints(recipe, origin.config)]
+        lines.append(f"beside the weights: {', '.join(file.name for file in files)}")
         print(*lines, sep="\n", flush=True)
     return certificate
 

@@ -46,8 +46,12 @@ def test_results_go_into_the_run_and_replace_nothing_unasked(shell, gguf_run, tm
         "checkpoint-3",
         "merged-peft",
         "merged.gguf",
+        "merged.gguf.Modelfile",
         "merged.gguf.certificate.json",
+        "merged.gguf.md",
     ]
+    assert (run / "merged.gguf.Modelfile").read_text().startswith("FROM ./merged.gguf\nTEMPLATE ")
+    assert str(tmp_path) not in (run / "merged.gguf.md").read_text()
     code, out, _ = shell("generate", run / "merged.gguf", "--prompt", "Say cat", "--max-new-tokens", 2)
     assert code == 0 and len(out.splitlines()) == 1
     code, _, err = shell("generate", run / "merged.gguf", "--prompt", "Say cat", "--base")
