@@ -17,6 +17,7 @@ from dist_qft.merge.recipe import Recipe
 from dist_qft.storage.atomic import write_text
 from dist_qft.tuned_model.prompts import stop_ids
 
+# How each kind of result is used: language and command. A kind that is not here is no model, and gets no card.
 _USE = {
     "dense": (
         "python",
@@ -36,12 +37,16 @@ def write_companions(
 ) -> list[Path]:
     """Write the card into a folder, or card and Modelfile beside a GGUF file; those that are there are replaced.
 
+    Nothing is written for a kind of result that no reader knows.
+
     Args:
         named: the ids that the base's own files call ends of a text.
 
     Returns:
         The files.
     """
+    if certificate.target not in _USE:
+        return []
     result = recipe.request.path
     card = model_card(origin, certificate)
     if result.is_dir():
