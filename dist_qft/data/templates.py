@@ -45,11 +45,15 @@ def use_template(tokenizer: PreTrainedTokenizerBase, template: str) -> PreTraine
 
 def template_for(tokenizer: PreTrainedTokenizerBase, template: str) -> str:
     """The Jinja source of the template `alpaca` or `none`: with BOS if the tokenizer writes one before texts."""
-    ids = tokenizer("a")["input_ids"]
-    has_bos = tokenizer.bos_token_id is not None and ids[:1] == [tokenizer.bos_token_id]
-    bos = "{{ bos_token }}" if has_bos else ""
+    bos = "{{ bos_token }}" if writes_bos(tokenizer) else ""
     eos = "{{ eos_token }}" if tokenizer.eos_token else ""
     return _FRAMES[template].format(bos=bos, eos=eos)
+
+
+def writes_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """True if the tokenizer puts its BOS token before every text."""
+    ids = tokenizer("a")["input_ids"]
+    return tokenizer.bos_token_id is not None and ids[:1] == [tokenizer.bos_token_id]
 
 
 def with_inputs(conversation: Conversation) -> Conversation:

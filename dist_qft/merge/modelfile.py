@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from transformers import PreTrainedTokenizerBase
 
 from dist_qft.data.samples import Message
+from dist_qft.data.templates import writes_bos
 from dist_qft.errors import UserError
 from dist_qft.tuned_model.prompts import conversation_text
 
@@ -113,8 +114,9 @@ def _system_frame(
 
 
 def _text(tokenizer: PreTrainedTokenizerBase, messages: list[Message], *, prompt: bool = True) -> str:
-    """The rendered conversation without BOS, which the runtime adds by itself."""
-    return conversation_text(tokenizer, messages, prompt=prompt).removeprefix(tokenizer.bos_token or "")
+    """The rendered conversation, without BOS if the runtime adds it by itself; some begin their turns with it."""
+    text = conversation_text(tokenizer, messages, prompt=prompt)
+    return text.removeprefix(str(tokenizer.bos_token)) if writes_bos(tokenizer) else text
 
 
 def _escaped(text: str) -> str:

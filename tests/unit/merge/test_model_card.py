@@ -3,6 +3,7 @@
 import pytest
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
+from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
 from dist_qft.config.schema import RunConfig
@@ -36,6 +37,7 @@ LAST = "{% for m in messages %}{{ 'last ' if loop.last }}{{ m.role }}: {{ m.cont
 def tokenizer_with(template: str | None) -> PreTrainedTokenizerFast:
     words = {word: index for index, word in enumerate(["<s>", "</s>", "x"])}
     plain = Tokenizer(WordLevel(words, unk_token="x"))
+    plain.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=plain, bos_token="<s>", eos_token="</s>", unk_token="x")
     tokenizer.chat_template = template
     return tokenizer
@@ -55,6 +57,14 @@ def test_frames(template, start, system, user, assistant, prompt):
     assert frames is not None
     assert (frames.start, frames.user[0], frames.assistant[1], frames.prompt) == (start, user, assistant, prompt)
     assert (frames.system is not None) == system
+
+
+def test_a_turn_that_begins_with_the_bos_token_keeps_it():
+    tokenizer = tokenizer_with(TURN + PROMPT)
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="$A", special_tokens=[])
+    tokenizer.add_special_tokens({"bos_token": "<|im_start|>"})
+    frames = frames_of(tokenizer)
+    assert frames is not None and frames.user == ("<|im_start|>user\n", "<|im_end|>\n")
 
 
 def test_a_modelfile_has_the_template_and_the_ends():
