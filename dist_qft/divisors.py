@@ -1,5 +1,7 @@
 """Whole numbers that would do instead of one that does not divide; for messages. Imports nothing."""
 
+from collections.abc import Iterable
+
 
 def divisors(number: int) -> list[int]:
     """All divisors of a positive number, ascending."""
@@ -19,7 +21,7 @@ def nearest_multiples(wanted: int, of: int) -> list[int]:
     return [below, below + of] if below else [of]
 
 
-def either(values: list[int]) -> str:
+def either(values: Iterable[object]) -> str:
     """The values as words: "1, 2 or 4"."""
     *most, last = map(str, values)
     return f"{', '.join(most)} or {last}" if most else last

@@ -58,6 +58,7 @@ def _evaluate(config: RunConfig, checkpoint: Checkpoint | None, run: Path, as_js
     cache_dir = Path(config.data.cache_dir or run / "data_cache")
     tokenizer = run_tokenizer(config)
     config = with_date(config, tokenizer, checkpoint)
+    assert config.data is not None, "a date takes no data away"
     data = prepare(config.data, tokenizer, skeleton.vocab_size, cache_dir, config.task)
     if world.rank == 0:
         print(*data.notes(), sep="\n", end="\n" * bool(data.notes()), file=sys.stderr)

@@ -102,6 +102,7 @@ def gather_inputs(
     tokenizer = loaded.tokenizer if loaded else run_tokenizer(config)
     cache_dir = Path(config.data.cache_dir or output_dir / "data_cache")
     config = with_date(config, tokenizer, checkpoint)
+    assert config.data is not None, "a date takes no data away"
     data = prepare(config.data, tokenizer, skeleton.vocab_size, cache_dir, config.task)
     notes += data.notes()
     notes += spec.disk_notes(output_dir, skeleton, data.train)
