@@ -1,7 +1,8 @@
 """What a config would train, hold and move, worked out from shapes alone.
 
-No process group is needed: the base is built on the meta device from its configuration. Of a base that comes quantized
-a few rows are read, to say what another format costs; of no other base is a weight read.
+No process group is needed: the base is built on the meta device from its configuration. The names and shapes in its
+files are compared with it where they are on this machine. Of a base that comes quantized a few rows are read, to say
+what another format costs; of no other base is a weight read.
 The plan (`training.run_plan`) is printed as tables or as JSON. Counts are exact. Steps per epoch, which depend on the
 data set, and peak memory, which depends on the allocator, are not in it.
 """
@@ -15,9 +16,10 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from dist_qft.base_model.model_tensors import check_names
 from dist_qft.base_model.requantization import requantization_notes
 from dist_qft.base_model.skeleton import BaseModel, build_skeleton
-from dist_qft.base_model.weight_files import quantized_source
+from dist_qft.base_model.weight_files import has_weights, open_source, quantized_source
 from dist_qft.config.check import accumulation_steps, config_warnings
 from dist_qft.config.schema import RunConfig, TrainConfig
 from dist_qft.errors import UserError
@@ -52,6 +54,9 @@ def make_plan(config: RunConfig, world_size: int, ranks_per_node: int | None = N
     accumulation = accumulation_steps(config, world_size)
     dtype = compute_dtype(config.train.precision, planned_device(config.sharding.device))
     base = build_skeleton(config.model, config.quantization, dtype)
+    base.notes += _notes_on_files(config, base)
+    if config.data is not None:
+        base.require_positions(config.data.max_length)
     spec = make_spec(config, base)
     head = head_outputs(config.task) * base.embedding.embedding_dim
     trainable = spec.parameters + head
@@ -113,9 +118,16 @@ def _batch(config: RunConfig, accumulation: int) -> PlannedBatch:
 
 
 def _warnings(config: RunConfig, spec: TrainableSpec[Any], base: BaseModel) -> list[str]:
-    source = quantized_source(config.model)
-    stored = [] if source is None else requantization_notes(base, source)
-    return config_warnings(config) + spec.warnings(base) + base.notes + stored
+    return config_warnings(config) + spec.warnings(base) + base.notes
+
+
+def _notes_on_files(config: RunConfig, base: BaseModel) -> list[str]:
+    """Compare the base with its files, where that downloads no weights that are floats; lines to tell the user."""
+    source = open_source(config.model) if has_weights(config.model) else quantized_source(config.model)
+    if source is None:
+        return []
+    tensors = check_names(base, source)
+    return tensors.notes + requantization_notes(base, tensors)
 
 
 def print_plan(plan: RunPlan, *, as_json: bool = False) -> None:
@@ -165,7 +177,7 @@ def _optimization(train: TrainConfig) -> PlannedOptimization:
 def _format_rows(base: BaseModel) -> list[dict[str, Any]]:
     """One row for each format of the base, and one for the tensors that have none (norms, biases)."""
     frozen: dict[Format, list[FrozenWeight]] = {}
-    for module in [*base.linears.values(), *base.units.tables]:
+    for module in base.weights().values():
         frozen.setdefault(module.format, []).append(module)
     rows = []
     for format, modules in frozen.items():

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from dist_qft.base_model.load import check_names
+from dist_qft.base_model.model_tensors import check_names
 from dist_qft.base_model.requantization import requantization_notes
 from dist_qft.base_model.skeleton import build_skeleton
 from dist_qft.base_model.tokenizer import run_tokenizer
@@ -87,6 +87,7 @@ def gather_inputs(
     # The model's shape and the spec of the trainables; no weight is read.
     dtype = compute_dtype(config.train.precision, device)
     skeleton = loaded.base if loaded else build_skeleton(config.model, config.quantization, dtype)
+    skeleton.require_positions(config.data.max_length)
     spec = make_spec(config, skeleton)
     notes += [f"warning: {warning}" for warning in spec.warnings(skeleton)]
     head = head_outputs(config.task) * skeleton.embedding.embedding_dim
@@ -110,8 +111,8 @@ def gather_inputs(
     # Where the weights are, their names and shapes. Last, because it downloads those of a Hub id.
     source = loaded.source if loaded else open_source(config.model)
     if loaded is None:
-        check_names(skeleton, source)
-        notes += requantization_notes(skeleton, source)
+        tensors = check_names(skeleton, source)
+        notes += tensors.notes + requantization_notes(skeleton, tensors)
 
     recipe = recipe_at_end(config, skeleton, spec)
     found = (tokenizer, skeleton, source, spec, data, checkpoint, existing, recipe, notes, loaded, start)

@@ -1,6 +1,8 @@
 """The format of each weight of a base: from the config section, and from the formats in which its files hold it."""
 
-from dist_qft.base_model.sources import TensorSource, matching_name
+from collections.abc import Mapping
+
+from dist_qft.base_model.tensor_views import View, kept_format
 from dist_qft.config.schema import QuantizationConfig
 from dist_qft.errors import UserError
 from dist_qft.quant.contract import Shape
@@ -13,17 +15,14 @@ class ChosenFormats:
     """Formats by module path.
 
     Args:
-        source: the weights, if the model's files hold some of them quantized; None for a model of floats.
-        prefix: the decoder's attribute in the causal LM, which some checkpoints leave out of their names.
+        stored: the model's tensors by name, if its files may hold some of them quantized; empty for a model of floats.
 
     Raises:
         UserError: a setting that formats kept from the files would ignore.
     """
 
-    def __init__(self, quantization: QuantizationConfig, source: TensorSource | None, prefix: str) -> None:
-        self._source, self._prefix = source, prefix
-        self._names = source.names() if source is not None else set()
-        self._settings = quantization
+    def __init__(self, quantization: QuantizationConfig, stored: Mapping[str, View]) -> None:
+        self._stored, self._settings = stored, quantization
         self._keeps = quantization.linear == "stored" or (quantization.linear == "auto" and self._any_kept())
         if self._keeps:
             self._refuse_unused()
@@ -47,16 +46,13 @@ class ChosenFormats:
         return embedding_format({"auto": "q8_0", "stored": "dense"}.get(wanted, wanted))
 
     def _kept(self, path: str) -> Format | None:
-        if self._source is None:
-            return None
-        name = matching_name(f"{path}.weight", self._prefix, self._names)
-        return None if name is None else self._source.kept_format(name)
+        view = self._stored.get(f"{path}.weight")
+        return None if view is None else kept_format(view)
 
     def _any_kept(self) -> bool:
         """True if the files hold any matrix of a decoder layer in a format that is to be kept."""
-        source = self._source
-        layers = [name for name in self._names if any(part.isdigit() for part in name.split("."))]
-        return source is not None and any(source.kept_format(name) is not None for name in layers)
+        layers = [view for name, view in self._stored.items() if any(part.isdigit() for part in name.split("."))]
+        return any(kept_format(view) is not None for view in layers)
 
     def _refuse_unused(self) -> None:
         for key in _UNUSED_WHEN_KEPT:

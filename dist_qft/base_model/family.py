@@ -4,12 +4,15 @@ The loss is computed inside the head, so it must repeat whatever the causal LM d
 the library's own code to see that nothing else is done. Not here: the decoder, which is the library's own.
 """
 
+import inspect
+import re
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.masking_utils import create_causal_mask
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from dist_qft.base_model.loss import LogitMap
 from dist_qft.errors import UserError
@@ -21,23 +24,55 @@ if TYPE_CHECKING:
 _SCALE_KEYS = {"logit_scale": 1, "logits_scaling": -1}  # config key -> exponent
 _CAP_KEY = "final_logit_softcapping"
 _BLIND_TO_POSITIONS = ("opt",)  # families whose attention mask ignores restarting position ids
-_DROPOUT_KEYS = (
-    "attention_dropout",
-    "dropout",
-    "activation_dropout",
-    "hidden_dropout",
-    "layerdrop",
-    "resid_pdrop",
-    "embd_pdrop",
-    "attn_pdrop",
-)
+_DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
+_RANDOM = re.compile("drop|jitter|noise")  # in the names of rates of dropout and of routers' noise
 
 
 def disable_dropout(config: PretrainedConfig) -> None:
-    """A frozen base is a function, not a random variable, in whatever mode its modules are."""
-    for key in _DROPOUT_KEYS:
-        if isinstance(getattr(config, key, None), float):
-            setattr(config, key, 0.0)
+    """Set every rate of dropout or noise in a configuration to 0, so that a frozen base is a function of its input."""
+    for part in (config, config.get_text_config()):
+        _set_rates_to_zero(part)
+
+
+def silence(causal: PreTrainedModel) -> None:
+    """Leave a built model no randomness in any mode, whatever its configuration calls it.
+
+    `train()` from now on sets only the flag that layers look at when they recompute their activations; whatever else
+    a module does in training mode, such as a router that draws its experts, stays off.
+    """
+    for module in causal.modules():
+        _set_rates_to_zero(module)
+        if isinstance(module, _DROPOUTS):
+            module.p = 0.0
+    causal.eval()
+
+    def train(mode: bool = True) -> PreTrainedModel:
+        for module in causal.modules():
+            if isinstance(module, GradientCheckpointingLayer):
+                module.training = mode
+        return causal
+
+    causal.train = train  # type: ignore[method-assign]
+
+
+def _set_rates_to_zero(part: object) -> None:
+    for key, value in vars(part).items():
+        if isinstance(value, float) and _RANDOM.search(key):
+            setattr(part, key, 0.0)
+
+
+def takes_positions(decoder: nn.Module) -> bool:
+    """Whether a decoder's forward pass can be told the positions of its tokens."""
+    parameters = inspect.signature(decoder.forward).parameters
+    return "position_ids" in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+
+
+def learned_positions(decoder: nn.Module) -> int | None:
+    """The number of positions in a decoder's table of them; None if it has no such table."""
+    for path, module in decoder.named_modules():
+        if isinstance(module, nn.Embedding) and re.search("pos|wpe", path.rpartition(".")[2]):
+            return module.num_embeddings - int(getattr(module, "offset", 0))
+    return None
 
 
 def packed_mask(config: PretrainedConfig, position_ids: Tensor, dtype: torch.dtype) -> "Tensor | BlockMask | None":

@@ -7,8 +7,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from dist_qft.base_model.head import project
+from dist_qft.base_model.mixtures import compute_packed_experts, expert_stacks
+from dist_qft.base_model.quantized_folder import Described
+from dist_qft.base_model.sources import rows_and_columns
 from dist_qft.errors import CorruptFileError
-from dist_qft.quant.contract import Format, Shape
 from dist_qft.quant.frozen import FrozenEmbedding, FrozenLinear
 
 
@@ -31,26 +33,38 @@ class TiedHead(nn.Module):
         return self._table[0](hidden, use=project)
 
 
-def freeze_described(model: PreTrainedModel, weights: Mapping[str, tuple[Format, Shape]], dtype: torch.dtype) -> None:
+def freeze_described(model: PreTrainedModel, weights: Mapping[str, Described], dtype: torch.dtype) -> None:
     """Replace modules of a model on meta by frozen ones, also on meta, whose parameters are the packed tensors.
 
     Args:
-        weights: format and shape (out_features, in_features) by module path; every other module stays as it is.
+        weights: format and shape, (out_features, in_features) or for a stack of experts (experts, out_features,
+            in_features), by module path; every other module stays as it is.
         dtype: compute dtype.
 
     Raises:
         CorruptFileError: a path that is no linear layer or embedding of this shape in the model.
     """
     head = model.get_output_embeddings()
+    stacks = {stack.path: stack for stack in expert_stacks(model) if stack.path in weights}
+    for path, stack in stacks.items():
+        format, shape = weights[path]
+        if tuple(shape) != stack.shape:
+            raise CorruptFileError(f"quantization_config: '{path}' is not a stack of experts of {list(shape)}")
+        stack.freeze(format, dtype)
+    if stacks:
+        compute_packed_experts(model)
     for path, (format, shape) in weights.items():
+        if path in stacks:
+            continue
         module = _module(model, path, shape)
+        rows, columns = rows_and_columns(shape)
         frozen: nn.Module
         if isinstance(module, nn.Embedding):
-            frozen = FrozenEmbedding(*shape, format, dtype, padding_idx=module.padding_idx, scale=_scale(module))
+            frozen = FrozenEmbedding(rows, columns, format, dtype, padding_idx=module.padding_idx, scale=_scale(module))
         elif module is head:
-            frozen = FrozenHead(*shape, format, dtype)
+            frozen = FrozenHead(rows, columns, format, dtype)
         else:
-            frozen = FrozenLinear(shape[1], shape[0], format, module.bias is not None, dtype)
+            frozen = FrozenLinear(columns, rows, format, module.bias is not None, dtype)
         model.set_submodule(path, frozen)
     table = model.get_input_embeddings()
     if model.config.get_text_config().tie_word_embeddings and isinstance(table, FrozenEmbedding):
@@ -60,7 +74,7 @@ def freeze_described(model: PreTrainedModel, weights: Mapping[str, tuple[Format,
                 part.all_tied_weights_keys = {}  # there is no parameter to tie any more
 
 
-def _module(model: PreTrainedModel, path: str, shape: Shape) -> nn.Linear | nn.Embedding:
+def _module(model: PreTrainedModel, path: str, shape: tuple[int, ...]) -> nn.Linear | nn.Embedding:
     try:
         module = model.get_submodule(path)
     except AttributeError:

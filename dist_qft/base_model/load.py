@@ -18,9 +18,9 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor, nn
 
+from dist_qft.base_model.model_tensors import ModelTensors, check_names
 from dist_qft.base_model.skeleton import BaseModel
-from dist_qft.base_model.sources import TensorSource, matching_name, require_finite
-from dist_qft.errors import UserError
+from dist_qft.base_model.sources import TensorSource, require_finite
 from dist_qft.quant.contract import Format, Shape, row_entries
 from dist_qft.quant.frozen import FrozenWeight
 from dist_qft.ranks.collectives import require_same_inputs
@@ -51,31 +51,6 @@ class Fingerprint:
         return hashlib.sha256(json.dumps(pairs).encode()).hexdigest()
 
 
-def check_names(base: BaseModel, source: TensorSource) -> dict[str, str]:
-    """Model tensor name -> source tensor name, for all the base needs.
-
-    Raises:
-        UserError: missing tensors, or a vocabulary or layer of another shape; before anything is read.
-    """
-    stored = source.names()
-    found, missing = {}, []
-    for name in base.shapes:
-        match = matching_name(name, base.model.base_model_prefix, stored)
-        if match is None:
-            missing.append(name)
-        else:
-            found[name] = match
-    if missing:
-        raise UserError(f"{source.where}: has no tensor '{missing[0]}' ({len(missing)} of {len(base.shapes)} missing)")
-    for name, shape in base.shapes.items():
-        if source.shape(found[name]) != shape:
-            raise UserError(
-                f"{source.where}: tensor '{found[name]}' is {list(source.shape(found[name]))}, "
-                f"the configuration says {list(shape)}"
-            )
-    return found
-
-
 @torch.no_grad()
 def load_base(
     base: BaseModel, source: TensorSource, engine: Engine, device: torch.device, poll: Callable[[], None] | None = None
@@ -89,12 +64,12 @@ def load_base(
 
     poll: called after each decoder layer, by all ranks alike; what it raises ends the loading.
     """
-    names = check_names(base, source)
+    tensors = check_names(base, source)
     fingerprint = Fingerprint()
-    modules: dict[str, FrozenWeight] = {**base.linears, **base.tables()}
+    modules = base.weights()
     depths = [base.depth_of(path) for path in modules]
     for (path, module), depth, next_depth in zip(modules.items(), depths, [*depths[1:], None], strict=True):
-        _load_packed(names[f"{path}.weight"], path, module, source, engine, fingerprint)
+        _load_packed(path, module, tensors, engine, fingerprint)
         layer_done = depth != next_depth
         if layer_done or math.prod(module.weight_shape) > _LARGE:
             return_freed_memory()
@@ -102,13 +77,29 @@ def load_base(
             poll()
     for name, parameter in base.dense_parameters():
         first, stop = engine.rows(parameter)
-        rows = source.read(names[name], (first, stop))
-        require_finite(source, names[name], rows)
+        rows = tensors.read(name, (first, stop))
+        require_finite(source, tensors.stored_name(name), rows)
         engine.store(parameter, first, rows.to(parameter.dtype))
         own = _own_elements(rows.float(), first, parameter, engine)
         fingerprint.add(f"{name} {list(engine.shape(parameter))} dense", *own)
+    _load_buffers(base, tensors, engine, fingerprint)
     base.fingerprint = fingerprint.hexdigest(engine, device)
     require_same_inputs({"weights of the base": base.fingerprint}, device)
+
+
+def _load_buffers(base: BaseModel, tensors: ModelTensors, engine: Engine, fingerprint: Fingerprint) -> None:
+    """Read the buffers, whole on every rank; that which keeps the first element of the embedding counts them."""
+    first, stop = engine.span(next(base.embedding.parameters()))
+    counts = first == 0 < stop
+    for name, shape in base.buffers.items():
+        if name not in tensors:
+            continue
+        value, buffer = tensors.read(name), base.model.get_buffer(name)
+        if value.is_floating_point():
+            require_finite(tensors.source, tensors.stored_name(name), value)
+        buffer.copy_(value)
+        digits = value.float() if buffer.is_floating_point() else value.long()
+        fingerprint.add(f"{name} {list(shape)} buffer", digits.reshape(-1)[: None if counts else 0], 0)
 
 
 class _Loading:
@@ -140,25 +131,27 @@ class _Loading:
 
 
 def _load_packed(
-    name: str, path: str, module: FrozenWeight, source: TensorSource, engine: Engine, fingerprint: Fingerprint
+    path: str, module: FrozenWeight, tensors: ModelTensors, engine: Engine, fingerprint: Fingerprint
 ) -> None:
     """Hand the rows that this rank keeps of one matrix to the engine, quantized unless the file has their codes.
 
     Collective for a format that is not `row_local` and is quantized here.
     """
+    name = f"{path}.weight"
     loading = _Loading(path, module, engine, fingerprint)
-    stored = source.stored_format(name)
+    tensor = f"tensor '{tensors.stored_name(name)}'"
+    stored = tensors.stored_format(name)
     if stored is not None and module.format.keeps_codes_of(stored):
         for index, (first, stop) in enumerate(_own_rows(module, engine, _READ)):
-            packed = source.read_packed(name, (first, stop))
-            packed = module.format.from_stored(packed, stored, f"{source.where}: tensor '{name}'")
+            packed = tensors.read_packed(name, (first, stop))
+            packed = module.format.from_stored(packed, stored, f"{tensors.where}: {tensor}")
             loading.take(packed, first, stop, whole=index == 0)
         return
     row_format = module.format.row_format or module.format
     constants: dict[str, Tensor] = {}
     for index, (first, stop) in enumerate(_own_rows(module, engine, _QUANTIZED)):
-        where = f"{source.where}: rows {first} to {stop} of tensor '{name}'"
-        packed = row_format.quantize(source.read(name, (first, stop)), where)
+        where = f"{tensors.where}: rows {first} to {stop} of {tensor}"
+        packed = row_format.quantize(tensors.read_rows(name, first, stop), where)
         loading.take(packed, first, stop, whole=index == 0)
         if row_format is not module.format:
             _collect(constants, packed, loading, row_format, module.weight_shape, (first, stop))

@@ -9,16 +9,17 @@ nothing, not start with random weights.
 """
 
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from dist_qft.base_model.sources import Rows, SafetensorsSource, dequantized_rows
+from dist_qft.base_model.sources import Rows, SafetensorsSource, dequantized_rows, rows_and_columns
 from dist_qft.config.schema import QuantizationConfig
 from dist_qft.errors import CorruptFileError, UserError
-from dist_qft.quant.contract import Format, Shape, row_entries
+from dist_qft.quant.contract import Format, row_entries
 from dist_qft.quant.formats import described_format
 
 QUANTIZATION_FILE = "quantization.json"
@@ -26,6 +27,8 @@ WEIGHTS_NAME = "packed"
 SINGLE_FILE = f"{WEIGHTS_NAME}.safetensors"
 METHOD = "dist_qft"  # `quant_method` in config.json
 _VERSION = 1
+
+Described = tuple[Format, tuple[int, ...]]  # format, and shape with every dimension of the weight
 
 
 def is_quantized_folder(path: Path) -> bool:
@@ -65,11 +68,11 @@ class QuantizedSource:
 
     def read_packed(self, name: str, rows: Rows = None) -> dict[str, Tensor]:
         path = name.removesuffix(".weight")
-        format, shape = self._formats[path], self.shape(name)
-        first, stop = rows or (0, shape[0])
+        format, (height, width) = self._formats[path], rows_and_columns(self.shape(name))
+        first, stop = rows or (0, height)
         packed = {}
-        for key, (tensor_shape, _) in format.packed_shapes((shape[0], shape[1])).items():
-            span = None if format.shared(key) else row_entries(tensor_shape[0], shape[0], first, stop)
+        for key, (tensor_shape, _) in format.packed_shapes((height, width)).items():
+            span = None if format.shared(key) else row_entries(tensor_shape[0], height, first, stop)
             packed[key] = self._files.read(f"{path}.{key}", span)
         return packed
 
@@ -77,13 +80,17 @@ class QuantizedSource:
         return self._files.read(name, rows) if self.stored_format(name) is None else dequantized_rows(self, name, rows)
 
 
-def manifest_of(quantization: QuantizationConfig, weights: Mapping[str, tuple[Format, tuple[int, int]]]) -> dict:
+def manifest_of(quantization: QuantizationConfig, weights: Mapping[str, Described]) -> dict[str, Any]:
     """The content of quantization.json; `weights` gives format and shape of every packed weight by module path."""
     return {
         "version": _VERSION,
         "quantization": quantization.model_dump(),
         "weights": {
-            path: {"format": format.describe(), "shape": list(shape), "tensors": list(format.packed_shapes(shape))}
+            path: {
+                "format": format.describe(),
+                "shape": list(shape),
+                "tensors": list(format.packed_shapes(rows_and_columns(shape))),
+            }
             for path, (format, shape) in weights.items()
         },
     }
@@ -94,7 +101,7 @@ def transformers_settings(manifest: Mapping[str, Any], weights_file: str) -> dic
     return {"quant_method": METHOD, "weights_file": weights_file, "weights": manifest["weights"]}
 
 
-def described_weights(weights: Mapping[str, Any], where: str) -> dict[str, tuple[Format, Shape]]:
+def described_weights(weights: Mapping[str, Any], where: str) -> dict[str, Described]:
     """Format and shape of each packed weight by module path.
 
     Raises:
@@ -102,7 +109,7 @@ def described_weights(weights: Mapping[str, Any], where: str) -> dict[str, tuple
     """
     try:
         return {
-            path: (described_format(entry["format"]), (int(entry["shape"][0]), int(entry["shape"][1])))
+            path: (described_format(entry["format"]), tuple(int(size) for size in entry["shape"]))
             for path, entry in weights.items()
         }
     except (UserError, TypeError, KeyError, ValueError, IndexError, AttributeError) as error:
@@ -116,8 +123,13 @@ def _manifest(folder: Path) -> dict[str, Any]:
         if manifest["version"] != _VERSION:
             raise UserError(f"{path}: version {manifest['version']}, this program reads {_VERSION}")
         for entry in manifest["weights"].values():
-            rows, columns = entry["shape"]
-            if not (isinstance(entry["format"], dict) and rows * columns > 0 and isinstance(entry["tensors"], list)):
+            sizes = entry["shape"]
+            if not (
+                isinstance(entry["format"], dict)
+                and len(sizes) in (2, 3)
+                and math.prod(sizes) > 0
+                and isinstance(entry["tensors"], list)
+            ):
                 raise ValueError(f"entry {entry}")
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CorruptFileError(f"{path}: not a description of quantized weights: {error}") from error

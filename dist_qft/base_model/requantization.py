@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 
 import torch
 
+from dist_qft.base_model.model_tensors import ModelTensors
 from dist_qft.base_model.skeleton import BaseModel
-from dist_qft.base_model.sources import TensorSource, matching_name
 from dist_qft.quant.contract import Format
 from dist_qft.quant.frozen import FrozenWeight
 
@@ -34,57 +34,56 @@ class _Group:
         return list(zip(self.names, self.weights, strict=True))[:_MEASURED_WEIGHTS]
 
 
-def requantization_notes(base: BaseModel, source: TensorSource) -> list[str]:
+def requantization_notes(base: BaseModel, tensors: ModelTensors) -> list[str]:
     """A line for each kind of quantized weight in the files: what was found, what it becomes, and at what error.
 
     Reads some rows of the first weights of each kind. Errors are relative to the mean magnitude of the weights.
     """
-    return [_note(group, source) for group in _groups(base, source)]
+    return [_note(group, tensors) for group in _groups(base, tensors)]
 
 
-def _groups(base: BaseModel, source: TensorSource) -> Iterable[_Group]:
+def _groups(base: BaseModel, tensors: ModelTensors) -> Iterable[_Group]:
     groups: dict[tuple[str, Format], _Group] = {}
-    stored_names, prefix = source.names(), base.model.base_model_prefix
-    for path, weight in {**base.linears, **base.tables()}.items():
-        name = matching_name(f"{path}.weight", prefix, stored_names)
-        kind = None if name is None else source.kind(name)
-        if name is None or kind is None:
+    for path, weight in base.weights().items():
+        name = f"{path}.weight"
+        kind = tensors.kind(name)
+        if kind is None:
             continue
-        group = groups.setdefault((kind, weight.format), _Group(kind, weight.format, source.stored_format(name)))
+        group = groups.setdefault((kind, weight.format), _Group(kind, weight.format, tensors.stored_format(name)))
         group.names.append(name)
         group.weights.append(weight)
     return groups.values()
 
 
-def _note(group: _Group, source: TensorSource) -> str:
+def _note(group: _Group, tensors: ModelTensors) -> str:
     count = len(group.names)
     what = f"{group.kind} -> {group.format.words}: {count} {'weight' if count == 1 else 'weights'}"
     if group.stored == group.format:
         return f"{what}, value for value"
     if group.stored is not None and group.format.keeps_codes_of(group.stored):
-        return f"{what}, codes kept, constants rounded{_rounding(group, group.stored, source)}"
+        return f"{what}, codes kept, constants rounded{_rounding(group, group.stored, tensors)}"
     done = "dequantized" if group.format.name == "dense" else "quantized a second time"
-    return f"{what}, {done}{_error(group, source)}"
+    return f"{what}, {done}{_error(group, tensors)}"
 
 
-def _rounding(group: _Group, stored: Format, source: TensorSource) -> str:
+def _rounding(group: _Group, stored: Format, tensors: ModelTensors) -> str:
     """How far rounded constants move a weight at most, in steps of the codes."""
     steps = []
     for name, weight in group.first():
-        before = source.read_packed(name, (0, _measured_rows(weight, stored)))
+        before = tensors.read_packed(name, (0, _measured_rows(weight, stored)))
         after = group.format.from_stored(before, stored, name)
         steps.append(group.format.rounding_in_steps(before, after))
     known = [step for step in steps if step is not None]
     return f", off by at most {max(known):.2g} of a step" if known else ""
 
 
-def _error(group: _Group, source: TensorSource) -> str:
+def _error(group: _Group, tensors: ModelTensors) -> str:
     """Mean and largest error relative to the mean magnitude of the weights."""
     total = magnitude = largest = 0.0
     count = 0
     for name, weight in group.first():
         height, width = _measured_rows(weight, group.format), weight.weight_shape[1]
-        before = source.read(name, (0, height)).float()
+        before = tensors.read_rows(name, 0, height).float()
         packed = group.format.quantize(before, name)
         if group.format.name == "dense":
             packed = {key: tensor.to(weight.dtype) for key, tensor in packed.items()}

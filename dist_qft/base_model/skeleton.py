@@ -4,30 +4,38 @@ The decoder stays Hugging Face's own class: only its `nn.Linear`s, its embedding
 so every family that is built of those works, and attention, norms and caches are the library's.
 """
 
-import copy
+import re
 from dataclasses import dataclass, field
 
 import torch
-from accelerate import init_empty_weights
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
-from transformers.initialization import no_init_weights
+from transformers import PretrainedConfig, PreTrainedModel
 
 from dist_qft.base_model.chosen_formats import ChosenFormats
+from dist_qft.base_model.conversions import Conversions
 from dist_qft.base_model.dry_run import called_linears
-from dist_qft.base_model.family import check_logits, disable_dropout, logit_map, packed_mask
+from dist_qft.base_model.exemptions import Exemptions
+from dist_qft.base_model.family import (
+    check_logits,
+    disable_dropout,
+    learned_positions,
+    packed_mask,
+    silence,
+    takes_positions,
+)
+from dist_qft.base_model.freezing import freeze_experts, freeze_linears, freeze_tables, unquantized
 from dist_qft.base_model.head import OutputHead
+from dist_qft.base_model.meta_model import build_on_meta
 from dist_qft.base_model.model_config import library_refusal, read_model_config
 from dist_qft.base_model.stop_tokens import eos_ids
-from dist_qft.base_model.weight_files import quantized_source
+from dist_qft.base_model.stored_head import untie_if_stored
+from dist_qft.base_model.weight_files import has_weights, open_source, quantized_source
 from dist_qft.config.schema import ModelConfig, QuantizationConfig
 from dist_qft.errors import UserError
-from dist_qft.quant.frozen import FrozenEmbedding, FrozenLinear
+from dist_qft.quant.experts import FrozenExperts
+from dist_qft.quant.frozen import FrozenEmbedding, FrozenLinear, FrozenWeight
 from dist_qft.ranks.collectives import everywhere
 from dist_qft.sharding.engine import Units
-
-_COMMON_POSITIONS = 1 << 20
-_LARGEST_BUFFERS = 1 << 30  # bytes
 
 
 @dataclass
@@ -39,10 +47,14 @@ class BaseModel:
         decoder: its body, from token ids to last hidden states.
         layers: the decoder layers, in order.
         linears: module path -> frozen linear, in model order (decoder layers only).
+        experts: module path -> stacked experts of a mixture, likewise.
         embedding, head: the vocabulary tables; a tied head has no table of its own.
         dtype: compute dtype.
+        conversions: from the names of a checkpoint's tensors to the model's.
+        layers_path: the module path of the list of decoder layers.
         fingerprint: hex digest of the base's content, set by loading.
         shapes: of all tensors that its files must hold, by name. Once sharded, parameters need not have these.
+        buffers: shapes of the buffers that a checkpoint holds beside the parameters, by name; older files lack some.
     """
 
     model: PreTrainedModel
@@ -50,17 +62,22 @@ class BaseModel:
     decoder: nn.Module
     layers: list[nn.Module]
     linears: dict[str, FrozenLinear]
+    experts: dict[str, FrozenExperts]
     embedding: FrozenEmbedding
     head: OutputHead
     dtype: torch.dtype
+    conversions: Conversions
+    layers_path: str
     fingerprint: str = ""
     notes: list[str] = field(default_factory=list)
     shapes: dict[str, tuple[int, ...]] = field(init=False)
+    buffers: dict[str, tuple[int, ...]] = field(init=False)
 
     def __post_init__(self) -> None:
-        weights = {**self.linears, **self.tables()}
-        self.shapes = {f"{path}.weight": weight.weight_shape for path, weight in weights.items()}
+        self.shapes = {f"{path}.weight": weight.full_shape for path, weight in self.weights().items()}
         self.shapes |= {name: tuple(parameter.shape) for name, parameter in self.dense_parameters()}
+        stored = self.model.state_dict().keys()
+        self.buffers = {name: tuple(b.shape) for name, b in self.model.named_buffers() if name in stored}
 
     @property
     def vocab_size(self) -> int:
@@ -77,6 +94,23 @@ class BaseModel:
         tables = [self.embedding] if own is None else [self.embedding, own]
         return Units(tables=tables, layers=self.layers, root=self.decoder)
 
+    def ignores(self, name: str) -> bool:
+        """Whether the library says that a checkpoint may have this tensor for nothing."""
+        patterns = self.model._keys_to_ignore_on_load_unexpected or ()
+        return any(re.search(pattern, name) for pattern in patterns)
+
+    def weights(self) -> dict[str, FrozenWeight]:
+        """Every packed weight by module path: linear layers, experts, vocabulary tables."""
+        return {**self.linears, **self.experts, **self.tables()}
+
+    def library_shape(self, path: str) -> tuple[str, tuple[int, ...]]:
+        """What the library's model calls a packed weight, and the shape that the weight has there."""
+        stack = self.experts.get(path)
+        if stack is None:
+            return f"{path}.weight", self.shapes[f"{path}.weight"]
+        experts, rows, columns = stack.full_shape
+        return path, (experts, columns, rows) if stack.transposed else (experts, rows, columns)
+
     def tables(self) -> dict[str, FrozenEmbedding]:
         """Vocabulary tables by their checkpoint name."""
         names = {module: name for name, module in self.model.named_modules()}
@@ -89,9 +123,15 @@ class BaseModel:
         """(name, parameter) of norms, biases and everything else that is kept as is."""
         found = []
         for path, module in self.model.named_modules():
-            packed = module.packed() if isinstance(module, FrozenLinear | FrozenEmbedding) else {}
+            packed = module.packed() if isinstance(module, FrozenWeight) else {}
             found += [(f"{path}.{n}", p) for n, p in module.named_parameters(recurse=False) if n not in packed]
         return found
+
+    def require_positions(self, length: int) -> None:
+        """UserError if samples of so many tokens are longer than the positions that the base has learned."""
+        limit = learned_positions(self.decoder)
+        if limit is not None and length > limit:
+            raise UserError(f"data.max_length: got {length}, must be at most {limit}, the base's learned positions")
 
     def depth_of(self, path: str) -> int | None:
         """Index of the decoder layer that holds the module `path`."""
@@ -107,7 +147,8 @@ class BaseModel:
         ids that restart, as far as the family can (`require_separate_samples`).
         """
         mask = packed_mask(self.config, position_ids, self.dtype)
-        output = self.decoder(input_ids=input_ids, position_ids=position_ids, attention_mask=mask, use_cache=False)
+        more = {"position_ids": position_ids} if takes_positions(self.decoder) else {}
+        output = self.decoder(input_ids=input_ids, attention_mask=mask, use_cache=False, **more)
         return output.last_hidden_state
 
     @torch.no_grad()
@@ -140,141 +181,71 @@ def build_skeleton(model: ModelConfig, quantization: QuantizationConfig, dtype: 
     """
     config, _ = read_model_config(model)
     disable_dropout(config)
-    causal = _build_on_meta(config, model, dtype)
-    formats = ChosenFormats(quantization, quantized_source(model), causal.base_model_prefix)
+    causal = build_on_meta(config, model, dtype)
+    source = open_source(model) if has_weights(model) else quantized_source(model)
     with library_refusal(f"model.path: model type '{config.model_type}' cannot be taken apart"):
-        base = _take_apart(causal, config, formats, quantization.exempt, dtype)
+        conversions = Conversions(causal)
+        stored = conversions.apply(source)[0] if source else {}
+        own_head = untie_if_stored(causal, config, stored)
+        formats = ChosenFormats(quantization, stored)
+        base = _take_apart(causal, config, conversions, formats, quantization.exempt, dtype)
+    if own_head:
+        base.notes.append(f"'{model.path}': config.json ties the LM head, the files hold another one, which counts")
     causal.generation_config.eos_token_id = eos_ids(model, config) or None
     return base
 
 
+def _layers(decoder: nn.Module, config: PretrainedConfig) -> nn.ModuleList | None:
+    """The decoder's own list of layers, whatever it is called: 'layers', 'h', 'blocks'."""
+    count = getattr(config.get_text_config(), "num_hidden_layers", None)
+    lists = {name: child for name, child in decoder.named_children() if isinstance(child, nn.ModuleList)}
+    if "layers" in lists:
+        return lists["layers"]
+    found = [child for child in lists.values() if len(child) == count]
+    return found[0] if len(found) == 1 else None
+
+
 def _take_apart(
-    causal: PreTrainedModel, config: PretrainedConfig, formats: ChosenFormats, exempt: list[str], dtype: torch.dtype
-) -> BaseModel:
-    decoder = causal.get_decoder()
-    layers = getattr(decoder, "layers", None)
-    if not isinstance(layers, nn.ModuleList) or causal.get_output_embeddings() is None:
-        raise UserError(f"model.path: model type '{config.model_type}' is not a decoder with 'layers' and an LM head")
-    called = called_linears(causal, decoder)
-    linears = _freeze_linears(causal, layers, formats, exempt, dtype, called)
-    embedding, head = _freeze_tables(causal, formats, dtype)
-    causal.requires_grad_(False)
-    causal.eval()
-    check_logits(causal, decoder, head, head.loss_map)
-    base = BaseModel(causal, config, decoder, list(layers), linears, embedding, head, dtype)
-    _require_all_in_units(base)
-    base.notes += _unquantized(base)
-    return base
-
-
-def _build_on_meta(config: PretrainedConfig, model: ModelConfig, dtype: torch.dtype) -> PreTrainedModel:
-    """The library's model with parameters on meta and real buffers: rotary frequencies are computed, not loaded."""
-    with library_refusal(f"model.path: cannot build '{config.model_type}'"):
-        _refuse_huge_buffers(config)
-        try:
-            # The random initialization would only be thrown away, and takes most of the time even on meta.
-            with no_init_weights(), init_empty_weights(include_buffers=False):
-                return _causal_lm(config, model.attention, dtype)
-        except (ValueError, ImportError) as error:
-            if "attention implementation" in str(error) or "flash" in str(error).lower():
-                key = f"model.attention: '{model.attention}'"
-                raise UserError(f"{key} does not work for model type '{config.model_type}'; try 'eager'") from error
-            raise
-
-
-def _causal_lm(config: PretrainedConfig, attention: str, dtype: torch.dtype) -> PreTrainedModel:
-    return AutoModelForCausalLM.from_config(config, attn_implementation=attention, dtype=dtype, trust_remote_code=False)
-
-
-def _refuse_huge_buffers(config: PretrainedConfig) -> None:
-    """Refuse a configuration whose buffers, such as tables of positions, would not fit into memory.
-
-    Only where a number of positions makes that possible, since it takes a second model, all of it on meta.
-    """
-    positions = [value for key, value in config.to_dict().items() if "position" in key or key == "n_ctx"]
-    if max((value for value in positions if isinstance(value, int)), default=0) <= _COMMON_POSITIONS:
-        return
-    with no_init_weights(), torch.device("meta"):
-        total = sum(buffer.nbytes for buffer in _causal_lm(copy.deepcopy(config), "eager", torch.float32).buffers())
-    if total > _LARGEST_BUFFERS:
-        raise UserError(
-            f"model.path: model type '{config.model_type}' with {max(positions):,} positions has tables of "
-            f"{total / 2**30:,.0f} GiB; lower the number in config.json"
-        )
-
-
-def _freeze_linears(
     causal: PreTrainedModel,
-    layers: nn.ModuleList,
+    config: PretrainedConfig,
+    conversions: Conversions,
     formats: ChosenFormats,
     exempt: list[str],
     dtype: torch.dtype,
-    called: set[nn.Module] | None,
-) -> dict[str, FrozenLinear]:
-    """Replace the decoder layers' linears; those that the family's code never calls as layers (`called`) stay."""
-    paths = {module: name for name, module in causal.named_modules()}
-    prefix = paths[layers] + "."
-    unused = set(exempt)
-    frozen: dict[str, FrozenLinear] = {}
-    faults = []
-    for path, module in [(n, m) for n, m in causal.named_modules() if n.startswith(prefix)]:
-        if type(module) is not nn.Linear:
-            continue
-        matches = {pattern for pattern in exempt if path == pattern or path.rsplit(".", 1)[-1] == pattern}
-        unused -= matches
-        if called is not None and module not in called:
-            continue
-        chosen = formats.linear(path, exempt=bool(matches))
-        try:
-            chosen.check((module.out_features, module.in_features), path)
-        except UserError as error:
-            faults.append(str(error))
-            continue
-        frozen[path] = FrozenLinear(
-            module.in_features, module.out_features, chosen, bias=module.bias is not None, dtype=dtype
-        )
-        causal.set_submodule(path, frozen[path])
-    if unused:
-        raise UserError(f"quantization.exempt: no linear layer is called {', '.join(map(repr, sorted(unused)))}")
-    if faults:
-        more = f" (and {len(faults) - 1} more layers)" if len(faults) > 1 else ""
-        raise UserError(faults[0] + more)
-    if not frozen:
-        raise UserError(f"model type '{causal.config.model_type}' has no nn.Linear in its decoder layers")
-    return frozen
-
-
-def _freeze_tables(
-    causal: PreTrainedModel, formats: ChosenFormats, dtype: torch.dtype
-) -> tuple[FrozenEmbedding, OutputHead]:
-    paths = {module: name for name, module in causal.named_modules()}
-    source, lm_head = causal.get_input_embeddings(), causal.get_output_embeddings()
-    if not isinstance(source, nn.Embedding) or not isinstance(lm_head, nn.Linear):
+) -> BaseModel:
+    decoder = causal.get_decoder()
+    layers = _layers(decoder, config)
+    if layers is None or not isinstance(causal.get_output_embeddings(), nn.Linear):
         raise UserError(
-            f"model type '{causal.config.model_type}': got {type(source).__name__} and {type(lm_head).__name__} as "
-            "embedding and LM head, must be nn.Embedding and nn.Linear"
+            f"model.path: model type '{config.model_type}' is not a decoder with one list of layers and an LM head"
         )
-    scale = getattr(source, "embed_scale", None)
-    shape = (source.num_embeddings, source.embedding_dim)
-    embedding = FrozenEmbedding(
-        *shape,
-        formats.table(paths[source], shape),
+    called = called_linears(causal, decoder)
+    layers_path = next(name for name, module in causal.named_modules() if module is layers)
+    prefix, exemptions = f"{layers_path}.", Exemptions(exempt)
+    linears = freeze_linears(causal, prefix, formats, exemptions, dtype, called)
+    experts = freeze_experts(causal, prefix, formats, exemptions, dtype)
+    notes = unquantized(causal, prefix, [*linears.values(), *experts.values()], exemptions)
+    exemptions.require_used()
+    embedding, head = freeze_tables(causal, formats, dtype)
+    causal.requires_grad_(False)
+    silence(causal)
+    check_logits(causal, decoder, head, head.loss_map)
+    base = BaseModel(
+        model=causal,
+        config=config,
+        decoder=decoder,
+        layers=list(layers),
+        linears=linears,
+        experts=experts,
+        embedding=embedding,
+        head=head,
         dtype=dtype,
-        padding_idx=source.padding_idx,
-        scale=None if scale is None else float(scale),
+        conversions=conversions,
+        layers_path=layers_path,
+        notes=notes,
     )
-    causal.set_input_embeddings(embedding)
-    config = causal.config.get_text_config()
-    own = None
-    if not config.tie_word_embeddings:
-        shape = (lm_head.out_features, lm_head.in_features)
-        own = FrozenEmbedding(*shape, formats.table(paths[lm_head], shape), dtype=dtype)
-    if lm_head.bias is not None:
-        raise UserError(f"model type '{config.model_type}': an LM head with a bias is not supported")
-    # The causal LM applies its own scale and cap when generating; the loss, computed inside the head, must too.
-    head = OutputHead(embedding, own, loss_map=logit_map(config))
-    causal.set_output_embeddings(head)
-    return embedding, head
+    _require_all_in_units(base)
+    return base
 
 
 def _require_all_in_units(base: BaseModel) -> None:
@@ -283,14 +254,7 @@ def _require_all_in_units(base: BaseModel) -> None:
     outside = [name for name, parameter in base.model.named_parameters() if parameter not in owned]
     if outside:
         kind = base.config.model_type
-        raise UserError(f"model.path: model type '{kind}' has weights outside its text decoder: '{outside[0]}'")
-
-
-def _unquantized(base: BaseModel) -> list[str]:
-    """A note on matrices of the decoder layers that are no `nn.Linear`, such as a mixture's stacked experts."""
-    packed = {parameter for linear in base.linears.values() for parameter in linear.packed().values()}
-    dense = [p for layer in base.layers for p in layer.parameters() if p not in packed and p.dim() > 1]
-    if not dense:
-        return []
-    count = sum(parameter.numel() for parameter in dense)
-    return [f"{count:,} weights of the decoder layers are not in linear layers and stay unquantized"]
+        raise UserError(
+            f"model.path: model type '{kind}' has weights outside its text decoder: '{outside[0]}'; need the text "
+            "model alone"
+        )

@@ -7,7 +7,6 @@ of the Hugging Face model where a source translates them (GGUF); `model_tensors`
 import json
 import math
 from collections.abc import Sequence
-from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from io import FileIO
 from pathlib import Path
@@ -81,22 +80,28 @@ class TensorSource(Protocol):
         """Rows of one tensor as floats, dequantized if need be; to be read, not written to nor kept."""
 
 
-def matching_name(name: str, prefix: str, stored: AbstractSet[str]) -> str | None:
-    """The stored name of a model's tensor, or None.
-
-    Some published checkpoints were saved from the bare decoder, without the causal LM's `prefix`.
-    """
-    choices = (name, name.removeprefix(f"{prefix}."), f"{prefix}.{name}")
-    return next((choice for choice in choices if choice in stored), None)
-
-
 def dequantized_rows(source: TensorSource, name: str, rows: Rows) -> Tensor:
-    """Any rows, as float32, of a tensor that `source` holds packed."""
+    """Any entries of dim 0, as float32, of a tensor that `source` holds packed."""
     format = source.stored_format(name)
     if format is None:
         raise ValueError(f"'{name}' is not packed")
-    height, width = source.shape(name)
-    start, stop = rows or (0, height)
+    whole = source.shape(name)
+    height, width = rows_and_columns(whole)
+    per_entry = height // whole[0]
+    start, stop = (0, height) if rows is None else (rows[0] * per_entry, rows[1] * per_entry)
+    found = _dequantized_rows(source, name, format, (height, width), start, stop)
+    return found if len(whole) == 2 else found.view(-1, *whole[1:])
+
+
+def rows_and_columns(shape: Sequence[int]) -> tuple[int, int]:
+    """A weight's shape, or a stack's, as that of one matrix: all dimensions but the last are rows."""
+    return math.prod(shape[:-1]), shape[-1]
+
+
+def _dequantized_rows(
+    source: TensorSource, name: str, format: Format, shape: tuple[int, int], start: int, stop: int
+) -> Tensor:
+    height, width = shape
     if format.row_format is not None:
         packed = format.row_part(source.read_packed(name), (height, width), start, stop)
         return format.row_format.dequantize(packed, (stop - start, width), torch.float32)

@@ -37,6 +37,12 @@ def open_source(model: ModelConfig) -> TensorSource:
     return BitsAndBytesSource(folder) if is_nf4(settings) else open_packed_folder(folder, settings)
 
 
+def has_weights(model: ModelConfig) -> bool:
+    """Whether the weights are on this machine under `model.path`, so that opening them downloads nothing."""
+    path = Path(model.path)
+    return path.suffix == ".gguf" or (path.is_dir() and any(path.glob("*.safetensors")))
+
+
 def require_readable(settings: Mapping[str, Any], where: str) -> None:
     """Refuse a `quantization_config` of weights that no reader knows."""
     if settings.get("quant_method") != METHOD and not is_nf4(settings) and not has_reader(settings):

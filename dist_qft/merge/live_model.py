@@ -31,4 +31,4 @@ class LiveModel:
 
 def frozen_weights(base: BaseModel) -> dict[str, FrozenWeight]:
     """Every packed weight by module path, in the order in which a merge walks over them."""
-    return {**base.linears, **base.tables()}
+    return base.weights()

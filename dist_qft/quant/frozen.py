@@ -35,6 +35,11 @@ class FrozenWeight(nn.Module):
             self._packed_dtypes[name] = packed_dtype or dtype
             self.register_parameter(name, _frozen(tensor_shape, packed_dtype or dtype, device))
 
+    @property
+    def full_shape(self) -> tuple[int, ...]:
+        """The weight's shape with every dimension that it has; `weight_shape` counts all but the last as rows."""
+        return self.weight_shape
+
     def packed(self) -> dict[str, Tensor]:
         """The packed tensors as they are now; raises TypeError if one was cast.
 
@@ -57,8 +62,11 @@ class FrozenWeight(nn.Module):
     def rows(self, start: int, stop: int) -> Tensor:
         """The rows start..stop of the weight in the compute dtype, not to be written to.
 
-        Converts these rows alone, or the whole weight if its format is not `row_local`.
+        Converts these rows alone, or the whole weight if its format does not allow that.
         """
+        if self.format.row_format is not None:
+            packed = self.format.row_part(self.packed(), self.weight_shape, start, stop)
+            return self.format.row_format.dequantize(packed, (stop - start, self.weight_shape[1]), self.dtype)
         if not self.format.row_local:
             return self.dequantize()[start:stop]
         alignment = self.format.row_alignment

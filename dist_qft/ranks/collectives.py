@@ -21,13 +21,15 @@ all_gather_flat = getattr(dist, "all_gather_single", None) or dist.all_gather_in
 def require_same_inputs(inputs: Mapping[str, str], device: torch.device) -> None:
     """Stop every rank, before the base is loaded, if the ranks were started with different inputs. Collective.
 
+    A process without a group has nobody to differ from.
+
     Args:
         inputs: name -> text that must be the same on all ranks (config, data digest, versions, ...).
 
     Raises:
         UserError: on all ranks, naming the input and the ranks that differ from rank 0.
     """
-    if not dist.is_initialized():  # a single process, which has nobody to differ from
+    if not dist.is_initialized():
         return
     names = sorted(inputs)
     # Digests in a tensor of fixed size instead of pickled objects: unpickling would run code that a peer sends.

@@ -43,20 +43,31 @@ class DenseForm:
 
     def __init__(self, live: LiveModel, dtype: torch.dtype) -> None:
         self.dtype, self.difference = dtype, Difference()
-        self._weights = live.weights()
+        self._base, self._weights = live.base, live.weights()
         self._adapters = live.adapters.by_path
 
     def entries(self, path: str) -> dict[str, Entry]:
-        return {f"{path}.weight": (self._weights[path].weight_shape, self.dtype)}
+        name, shape = self._base.library_shape(path)
+        return {name: (shape, self.dtype)}
 
     def tensors(self, path: str, packed: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+        name, _ = self._base.library_shape(path)
+        pieces = self._rows(path, packed)
+        stack = self._base.experts.get(path)
+        if stack is not None and stack.transposed:
+            yield name, torch.cat(list(pieces)).view(stack.full_shape).transpose(1, 2)
+        else:
+            yield from ((name, rows) for rows in pieces)
+
+    def _rows(self, path: str, packed: Mapping[str, Tensor]) -> Iterator[Tensor]:
+        """A weight with its adapter's dW in pieces of consecutive rows."""
         weight, adapter = self._weights[path], self._adapters.get(path)
         for exact in live_rows(weight.format, packed, weight.weight_shape, adapter):
             require_numbers(exact.live, path)
             rows = exact.live.to(self.dtype)
             require_range(rows, exact.live, path)
             self.difference.add(rows, exact.live, None if adapter is None else exact.base)
-            yield f"{path}.weight", rows
+            yield rows
 
     def extra_files(self) -> dict[str, str]:
         return {}

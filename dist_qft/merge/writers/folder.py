@@ -7,7 +7,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from dist_qft.base_model.load import check_names
+from dist_qft.base_model.model_tensors import check_names
 from dist_qft.base_model.tokenizer import run_tokenizer
 from dist_qft.base_model.weight_files import open_source
 from dist_qft.config.schema import RunConfig
@@ -70,9 +70,10 @@ class FolderWriter:
         write_model_files(temporary, self._config.model, base, self._form.dtype, run_tokenizer(self._config))
         for name, text in self._form.extra_files().items():
             (temporary / name).write_text(text)
-        source = open_source(self._config.model)
-        stored = check_names(base, source)
-        others = {name: source.read(stored[name]) for name, _ in base.dense_parameters()}
+        stored = check_names(base, open_source(self._config.model))
+        others = {name: stored.read(name) for name, _ in base.dense_parameters()}
+        for name in base.buffers:
+            others[name] = stored.read(name) if name in stored else base.model.get_buffer(name).cpu()
         entries = {name: entry for path in self._weights for name, entry in self._form.entries(path).items()}
         entries |= {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in others.items()}
         files = SafetensorsFolder(temporary, self._form.stem, entries)

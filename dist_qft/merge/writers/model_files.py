@@ -103,6 +103,8 @@ def _merged_config(content: dict[str, Any], base: BaseModel, dtype: torch.dtype,
         content["dtype"] = name
     if "dtype" in content:
         content["torch_dtype"] = content["dtype"]
+    if content.get("tie_word_embeddings") and not base.tied:
+        content["tie_word_embeddings"] = False  # the files hold a head of their own
     architecture = type(base.model).__name__
     if architecture not in (content.get("architectures") or []):
         content["architectures"] = [architecture]

@@ -52,11 +52,15 @@ class PackedForm:
 
     def __init__(self, live: LiveModel, recipe: Recipe) -> None:
         self.recipe, self.dtype, self.difference = recipe, live.base.dtype, Difference()
-        self._weights = live.weights()
+        self._base, self._weights = live.base, live.weights()
         self._adapters = live.adapters.by_path
 
     def entries(self, path: str) -> dict[str, Entry]:
-        shapes = self._format(path).packed_shapes(self._weights[path].weight_shape)
+        weight = self._weights[path]
+        if self._format(path).name == "dense":
+            name, shape = self._base.library_shape(path)
+            return {name: (shape, self.dtype)}
+        shapes = self._format(path).packed_shapes(weight.weight_shape)
         return {f"{path}.{name}": (shape, dtype or self.dtype) for name, (shape, dtype) in shapes.items()}
 
     def tensors(self, path: str, packed: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
@@ -64,6 +68,11 @@ class PackedForm:
         if new is not None:
             weight = self._weights[path]
             packed = requantized(weight, path, packed, self._adapters.get(path), new, self.difference)
+        stack = self._base.experts.get(path)
+        if stack is not None and stack.format.name == "dense":
+            values = packed["weight"].view(stack.full_shape)
+            yield path, values.transpose(1, 2) if stack.transposed else values
+            return
         for name, tensor in packed.items():
             yield f"{path}.{name}", tensor
 
@@ -77,7 +86,7 @@ class PackedForm:
 
     def _manifest(self) -> dict[str, Any]:
         packed = {
-            path: (self._format(path), weight.weight_shape)
+            path: (self._format(path), weight.full_shape)
             for path, weight in self._weights.items()
             if self._format(path).name != "dense"
         }

@@ -21,7 +21,10 @@ _DTYPE_NAMES = {
     torch.bfloat16: "BF16",
     torch.uint8: "U8",
     torch.int8: "I8",
+    torch.int16: "I16",
     torch.int32: "I32",
+    torch.int64: "I64",
+    torch.bool: "BOOL",
     torch.float8_e4m3fn: "F8_E4M3",
 }
 

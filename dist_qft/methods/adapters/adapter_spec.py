@@ -64,9 +64,10 @@ class AdapterSpec(TrainableSpec[AdapterSet]):
         return f"{len(self.tiles)} layers"
 
     def warnings(self, base: BaseModel) -> list[str]:
-        """An obstacle to the exact merge, for a method that is made for it."""
+        """Experts that get no adapters; an obstacle to the exact merge, for a method that is made for it."""
+        lines = [] if not base.experts else [_experts_line(base)]
         obstacle = folding_obstacle(self.tiles, base.linears) if self.made_to_merge else None
-        return [] if obstacle is None else [f"method.name: will not merge exactly: {obstacle}"]
+        return lines if obstacle is None else [*lines, f"method.name: will not merge exactly: {obstacle}"]
 
     def counts(self, base: BaseModel) -> Counts:
         """Trainable parameters by layer type and by depth; one row for each type, size and setting."""
@@ -92,6 +93,7 @@ def adapter_spec(method: TileMethod, base: BaseModel) -> AdapterSpec:
         UserError: the section does not fit the base's layers, or asks for merge-aware training of adapters that do not
             merge exactly.
     """
+    _refuse_experts(method)
     spec = AdapterSpec(plan_adapters(method, linear_shapes(base)), made_to_merge=isinstance(method, BlockMethod))
     if not spec.leaves_base_clean:
         obstacle = folding_obstacle(spec.tiles, base.linears)
@@ -121,6 +123,23 @@ def linear_shapes(base: BaseModel) -> list[LinearShape]:
         LinearShape(path, layer.in_features, layer.out_features, base.depth_of(path))
         for path, layer in base.linears.items()
     ]
+
+
+def _refuse_experts(method: TileMethod) -> None:
+    selections = [("method.targets", method.targets)]
+    selections += [(f"method.schedule.{index}.layers", rule.layers) for index, rule in enumerate(method.schedule)]
+    for key, selectors in selections:
+        if "experts" in ([selectors] if isinstance(selectors, str) else selectors):
+            raise UserError(
+                f"{key}: got 'experts', must name linear layers; adapters on a mixture's experts are not supported"
+            )
+
+
+def _experts_line(base: BaseModel) -> str:
+    experts = sum(stack.weight_shape[0] * stack.in_features for stack in base.experts.values())
+    linears = sum(layer.out_features * layer.in_features for layer in base.linears.values())
+    share = experts / (experts + linears)
+    return f"method.targets: the experts, {share:.0%} of the decoder's matrices, stay as they are and get no adapters"
 
 
 def _row(name: str, settings: TileSettings, count: int) -> dict[str, Any]:

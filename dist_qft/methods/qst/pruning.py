@@ -7,7 +7,7 @@ has the very same frequency. That needs the base's own number of heads.
 
 import torch
 
-from dist_qft.base_model.load import check_names
+from dist_qft.base_model.model_tensors import check_names
 from dist_qft.base_model.skeleton import BaseModel
 from dist_qft.base_model.sources import TensorSource
 from dist_qft.methods.qst.network import SideNetwork
@@ -16,9 +16,9 @@ from dist_qft.methods.qst.network import SideNetwork
 @torch.no_grad()
 def start_from_base(side: SideNetwork, base: BaseModel, source: TensorSource) -> None:
     """Overwrite layers and final norm of a fresh side network, reading the base's weights one tensor at a time."""
-    names = check_names(base, source)
+    tensors = check_names(base, source)
     decoder = next(name for name, module in base.model.named_modules() if module is base.decoder)
     every = slice(None, None, side.settings.reduction)
     for name, parameter in side.decoder.named_parameters():
-        wide = source.read(names[f"{decoder}.{name}"])
+        wide = tensors.read(f"{decoder}.{name}")
         parameter.copy_(wide[(every,) * wide.ndim])

@@ -51,6 +51,7 @@ def shrunken_config(base: PretrainedConfig, reduction: int) -> PretrainedConfig:
     side.vocab_size = 1
     side.pad_token_id = side.bos_token_id = side.eos_token_id = None
     side.tie_word_embeddings = True
+    side._experts_implementation = None  # the library's default: a side network's experts are not packed
     return side
 
 

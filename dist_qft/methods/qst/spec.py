@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from transformers import PretrainedConfig
 
+from dist_qft.base_model.model_config import library_refusal
 from dist_qft.base_model.skeleton import BaseModel
 from dist_qft.base_model.sources import TensorSource
 from dist_qft.config.methods.qst import QstConfig
@@ -163,9 +164,13 @@ def stored_side_network(stored: Mapping[str, Any], base: BaseModel, where: str) 
 
 
 def _spec(settings: SideSettings, base: BaseModel) -> SideSpec:
-    config = shrunken_config(base.config, settings.reduction)
-    spec = SideSpec(settings, config, base.config.get_text_config().hidden_size, base.embedding.embedding_dim)
-    _check_linears(spec, base)
+    kind = base.config.model_type
+    if not base.layers_path.endswith("layers"):
+        raise UserError(f"method.name: qst needs a decoder with 'layers', which model type '{kind}' does not have")
+    with library_refusal(f"method.name: qst does not know how to shrink model type '{kind}'"):
+        config = shrunken_config(base.config, settings.reduction)
+        spec = SideSpec(settings, config, base.config.get_text_config().hidden_size, base.embedding.embedding_dim)
+        _check_linears(spec, base)
     return spec
 
 

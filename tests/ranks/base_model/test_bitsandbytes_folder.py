@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 import dist_qft
 from dist_qft.base_model.load import load_base
+from dist_qft.base_model.model_tensors import check_names
 from dist_qft.base_model.requantization import requantization_notes
 from dist_qft.base_model.skeleton import build_skeleton
 from dist_qft.base_model.weight_files import open_source
@@ -166,7 +167,7 @@ def formats_and_notes(folder: Path, section: dict[str, Any]) -> tuple[dict[str, 
     model = ModelConfig(path=str(folder))
     base = build_skeleton(model, QuantizationConfig(**section), torch.float32)
     formats = {path: weight.format.words for path, weight in {**base.linears, **base.tables()}.items()}
-    return formats, requantization_notes(base, open_source(model))
+    return formats, requantization_notes(base, check_names(base, open_source(model)))
 
 
 def test_settings_that_kept_formats_would_ignore_are_refused(folders):

@@ -131,7 +131,7 @@ def test_validate_says_what_becomes_of_the_weights(folders, tmp_path, name, sect
     quantization = {"block": None, **section}
     method = {"name": "qlora", "rank": 4}
     config = tiny_config(folders[name][0], tmp_path / "run", quantization=quantization, method=method)
-    notes = [note for note in make_plan(config, 1)["warnings"] if " -> " in note]
+    notes = [note for note in make_plan(config, 1).warnings if " -> " in note]
     assert len(notes) == 1 and notes[0].startswith(f"{start}: 12 weights, ")
     if end == "error":
         mean, largest = re.search(

@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from dist_qft.base_model.gguf_file import GgufSource
 from dist_qft.base_model.load import load_base
+from dist_qft.base_model.model_tensors import check_names
 from dist_qft.base_model.requantization import requantization_notes
 from dist_qft.base_model.skeleton import BaseModel, build_skeleton
 from dist_qft.base_model.weight_files import open_source
@@ -166,7 +167,7 @@ def test_rows_are_rows_of_the_whole(small):
 def test_another_format_than_the_files_says_so(small):
     model = ModelConfig(path=str(small))
     base = build_skeleton(model, QuantizationConfig(linear="nf4", block=[32]), torch.float32)
-    notes = requantization_notes(base, open_source(model))
+    notes = requantization_notes(base, check_names(base, open_source(model)))
     assert [note.partition(",")[0] for note in notes] == [
         "GGUF Q4_1 -> nf4 32: 6 weights",
         "GGUF Q8_0 -> nf4 32: 1 weight",
@@ -180,7 +181,9 @@ def test_auto_holds_every_weight_as_the_file_does(small):
     base = build_skeleton(model, QuantizationConfig(), torch.float32)
     formats = {path.split(".")[-1]: linear.format for path, linear in base.linears.items()}
     assert formats == {name: Q8_0() if name == "v_proj" else Affine4((1, 32)) for name in formats}
-    assert all(note.endswith("value for value") for note in requantization_notes(base, open_source(model)))
+    assert all(
+        note.endswith("value for value") for note in requantization_notes(base, check_names(base, open_source(model)))
+    )
 
 
 # --- refusals --------------------------------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ import torch
 import dist_qft
 from dist_qft.base_model.gguf_file import GgufSource
 from dist_qft.base_model.gguf_types import GGUF_TYPES
+from dist_qft.base_model.model_tensors import check_names
 from dist_qft.base_model.requantization import requantization_notes
 from dist_qft.base_model.skeleton import build_skeleton
 from dist_qft.config.schema import ModelConfig, QuantizationConfig
@@ -77,7 +78,7 @@ def test_the_logits_are_those_of_llama_cpp(tmp_path, name):
 def test_what_becomes_of_each_type_is_said(tmp_path, name):
     path = save(tmp_path, name)
     base = build_skeleton(ModelConfig(path=str(path)), QuantizationConfig(), torch.float32)
-    notes = requantization_notes(base, GgufSource(path))
+    notes = requantization_notes(base, check_names(base, GgufSource(path)))
     kinds = {MIXTURES[name][0], MIXTURES[name][1], *MIXTURES[name][2].values()}
     assert {note.split()[1] for note in notes} == kinds
     for note in notes:

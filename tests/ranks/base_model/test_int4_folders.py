@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM
 
 import dist_qft
 from dist_qft.base_model.load import load_base
+from dist_qft.base_model.model_tensors import check_names
 from dist_qft.base_model.requantization import requantization_notes
 from dist_qft.base_model.skeleton import build_skeleton
 from dist_qft.base_model.weight_files import open_source
@@ -148,7 +149,8 @@ def test_the_same_base_on_any_number_of_ranks(pools, folders, world, engine):
 def test_float16_zeros_say_how_far_they_move_a_weight(folders):
     model = ModelConfig(path=str(folders["awq"][0]))
     base = build_skeleton(model, QuantizationConfig(linear="affine4", exempt=["o_proj", "down_proj"]), torch.float32)
-    kept = [note for note in requantization_notes(base, open_source(model)) if "affine4 [1, 32]" in note]
+    notes = requantization_notes(base, check_names(base, open_source(model)))
+    kept = [note for note in notes if "affine4 [1, 32]" in note]
     assert len(kept) == 1 and "codes kept, constants rounded, off by at most" in kept[0]
     assert 0 < float(kept[0].split(" of a step")[0].split()[-1]) < 0.01
 

@@ -238,7 +238,7 @@ def tensors(odd_llama) -> dict[str, torch.Tensor]:
 def test_missing_tensors(odd_llama, tensors, tmp_path):
     del tensors["model.layers.0.mlp.up_proj.weight"], tensors["lm_head.weight"]
     path = copied(odd_llama, tmp_path / "x", tensors)
-    assert refused(path) == f"{path}: has no tensor 'model.layers.0.mlp.up_proj.weight' (2 of 12 missing)"
+    assert refused(path).startswith(f"{path}: has no tensor 'model.layers.0.mlp.up_proj.weight' (2 of 12 missing)")
 
 
 @pytest.mark.parametrize(

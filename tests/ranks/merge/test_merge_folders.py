@@ -9,6 +9,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Gemma3TextConfig
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 
 import dist_qft
+from dist_qft.base_model.model_tensors import check_names
 from dist_qft.base_model.requantization import requantization_notes
 from dist_qft.base_model.skeleton import build_skeleton
 from dist_qft.base_model.weight_files import open_source
@@ -67,7 +68,8 @@ def test_a_side_network_can_be_pruned_from_a_quantized_folder(pools, quantized):
 def test_another_format_than_the_folders_is_said_with_its_error(quantized):
     model = ModelConfig(path=str(quantized[1]))
     base = build_skeleton(model, QuantizationConfig(linear="affine4", block=[1, 32]), torch.float32)
-    again = [note for note in requantization_notes(base, open_source(model)) if "quantized a second time" in note]
+    notes = requantization_notes(base, check_names(base, open_source(model)))
+    again = [note for note in notes if "quantized a second time" in note]
     assert len(again) == 1 and "[8, 4]" in again[0] and "[1, 32]" in again[0] and "mean error" in again[0]
 
 

@@ -1,121 +1,42 @@
 """Frozen decoders of every family against transformers' own models with the same (dequantized) weights."""
 
-import copy
 import json
-from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import (
-    AutoModelForCausalLM,
-    CohereConfig,
     FalconH1Config,
-    Gemma2Config,
     Gemma3Config,
-    GemmaConfig,
     GPT2Config,
-    GraniteConfig,
     Lfm2Config,
-    LlamaConfig,
-    MistralConfig,
+    MambaConfig,
     MixtralConfig,
-    OPTConfig,
     PhiConfig,
     PretrainedConfig,
-    Qwen2Config,
-    Qwen3Config,
 )
 
-from dist_qft.base_model.load import load_base
 from dist_qft.base_model.loss import token_loss
-from dist_qft.base_model.skeleton import BaseModel, build_skeleton
-from dist_qft.base_model.sources import SafetensorsSource
+from dist_qft.base_model.skeleton import build_skeleton
 from dist_qft.config.schema import ModelConfig, QuantizationConfig
 from dist_qft.errors import UserError
-from dist_qft.sharding.replicated import ReplicatedEngine
+from tests.support.families import (
+    COMMON,
+    FAMILIES,
+    GROUPED,
+    QUANTIZED,
+    VOCABULARY,
+    WINDOW,
+    open_base,
+    reference_model,
+    refused,
+    save_random,
+    tokens_of,
+)
 
-VOCABULARY = 131
-COMMON = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": VOCABULARY}
-GROUPED = {**COMMON, "intermediate_size": 96, "num_key_value_heads": 2, "head_dim": 16}
-WINDOW = 4
-
-FAMILIES: dict[str, PretrainedConfig] = {
-    "llama": LlamaConfig(**GROUPED, attention_bias=True, mlp_bias=True),
-    "llama-tied": LlamaConfig(**GROUPED, tie_word_embeddings=True),
-    "mistral": MistralConfig(**GROUPED, sliding_window=WINDOW),
-    "qwen2": Qwen2Config(**GROUPED, tie_word_embeddings=True),
-    "qwen3": Qwen3Config(**GROUPED),
-    "opt": OPTConfig(**COMMON, ffn_dim=96, max_position_embeddings=64, word_embed_proj_dim=64, dropout=0.1),
-    "opt-projected": OPTConfig(
-        **COMMON, ffn_dim=96, max_position_embeddings=64, word_embed_proj_dim=32, do_layer_norm_before=False
-    ),
-    "gemma": GemmaConfig(**GROUPED),
-    "gemma2": Gemma2Config(**GROUPED, sliding_window=WINDOW, final_logit_softcapping=2.0, query_pre_attn_scalar=16),
-    "cohere": CohereConfig(**COMMON, intermediate_size=96, logit_scale=0.25),
-    "granite": GraniteConfig(**COMMON, intermediate_size=96, logits_scaling=8.0, embedding_multiplier=3.0),
-}
-QUANTIZED = {
-    "dense": {"linear": "dense", "embedding": "dense"},
-    "nf4": {"linear": "nf4", "block": [32], "embedding": "dense"},
-    "nf4 twice": {"linear": "nf4", "block": [32], "double_quant": True, "embedding": "q8_0"},
-    "affine4": {"linear": "affine4", "block": [8, 4], "embedding": "q8_0"},
-}
-
+ONE_SAMPLE_A_ROW = ("falcon", "gpt_oss")  # their attention masks do not look at positions
 each_family = pytest.mark.parametrize("family", FAMILIES)
-
-
-@pytest.fixture(scope="module")
-def folder_of(tmp_path_factory: pytest.TempPathFactory):
-    """family -> Hugging Face folder with random weights, norms and biases included."""
-    folders: dict[str, Path] = {}
-
-    def get(family: str) -> Path:
-        if family not in folders:
-            folders[family] = save_random(FAMILIES[family], tmp_path_factory.mktemp(family))
-        return folders[family]
-
-    return get
-
-
-def save_random(config: PretrainedConfig, folder: Path) -> Path:
-    """Every weight random, so that a norm or a bias left out shows."""
-    # Attention's implementation is chosen per model and stays in the config: a copy keeps the family's own clean.
-    model = AutoModelForCausalLM.from_config(copy.deepcopy(config))
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.15)
-    model.save_pretrained(folder)
-    return folder
-
-
-def open_base(folder: Path, quantization: dict | None = None, dtype: torch.dtype = torch.float32) -> BaseModel:
-    settings = QuantizationConfig(**(quantization or QUANTIZED["dense"]))
-    # transformers has no SDPA for Gemma 2: its attention logits are capped.
-    attention = "eager" if folder.name.startswith("gemma2") else "sdpa"
-    base = build_skeleton(ModelConfig(path=str(folder), attention=attention), settings, dtype)
-    engine = ReplicatedEngine()
-    engine.shard(base.units, torch.device("cpu"))
-    load_base(base, SafetensorsSource(folder), engine, torch.device("cpu"))
-    return base
-
-
-def reference_model(base: BaseModel, folder: Path):
-    """transformers' own model on the weights that the base's packed tensors stand for."""
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    state = model.state_dict()
-    for path, module in {**base.linears, **base.tables()}.items():
-        state[f"{path}.weight"].copy_(module.dequantize())
-    return model
-
-
-def tokens_of(batch: int, length: int, seed: int = 0) -> tuple[Tensor, Tensor]:
-    # Away from the families' padding ids, which their attention masks would guess from.
-    tokens = torch.randint(3, VOCABULARY - 3, (batch, length), generator=torch.Generator().manual_seed(seed))
-    return tokens, torch.arange(length).expand(batch, -1)
 
 
 @each_family
@@ -148,7 +69,7 @@ def test_gradient_of_the_states_through_the_frozen_layers(folder_of, family):
     gradients = []
     for causal, decoder in ((base.model, base.decoder), (model, model.get_decoder())):
         offset = torch.zeros(64, requires_grad=True)
-        hook = decoder.layers[0].register_forward_hook(lambda module, args, y, o=offset: _shifted(y, o))
+        hook = layers_of(decoder)[0].register_forward_hook(lambda module, args, y, o=offset: _shifted(y, o))
         if causal is model:
             logits = model(input_ids=tokens, position_ids=positions).logits.flatten(0, 1)
             F.cross_entropy(logits, tokens.roll(-1, 1).flatten(), reduction="sum").backward()
@@ -160,11 +81,15 @@ def test_gradient_of_the_states_through_the_frozen_layers(folder_of, family):
     assert all(parameter.grad is None for parameter in base.model.parameters())
 
 
+def layers_of(decoder: torch.nn.Module) -> torch.nn.ModuleList:
+    return decoder.h if hasattr(decoder, "h") else decoder.layers
+
+
 def _shifted(output, offset: Tensor):
     return (output[0] + offset, *output[1:]) if isinstance(output, tuple) else output + offset
 
 
-@each_family
+@pytest.mark.parametrize("family", [family for family in FAMILIES if family not in ONE_SAMPLE_A_ROW])
 @torch.no_grad()
 def test_packed_samples_do_not_see_each_other(folder_of, family):
     base = open_base(folder_of(family))
@@ -183,6 +108,12 @@ def test_packed_samples_do_not_see_each_other(folder_of, family):
     lone_row = base.hidden_states(rows[0][1:], rows[1][1:])
     torch.testing.assert_close(together[1:], lone_row, rtol=1e-4, atol=2e-5)
     base.require_separate_samples(torch.device("cpu"))
+
+
+@pytest.mark.parametrize("family", ONE_SAMPLE_A_ROW)
+def test_packing_is_refused_where_masks_know_no_samples(folder_of, family):
+    with pytest.raises(UserError, match="cannot keep packed samples apart"):
+        open_base(folder_of(family)).require_separate_samples(torch.device("cpu"))
 
 
 def test_packing_is_refused_where_layers_carry_a_state_along_the_row(tmp_path):
@@ -227,10 +158,11 @@ def test_bfloat16_stays_close_to_float32(folder_of):
     assert losses[1] == pytest.approx(losses[0], rel=1e-2)
 
 
+@pytest.mark.parametrize("family", ["opt", "mixtral", "seed_oss"])
 @torch.no_grad()
-def test_training_mode_changes_nothing(folder_of):
-    """Gradient checkpointing needs `train()`; OPT's own dropout of 0.1 must not come to life with it."""
-    base = open_base(folder_of("opt"))
+def test_training_mode_changes_nothing(folder_of, family):
+    """Gradient checkpointing needs `train()`; neither dropout nor a router's jitter may come to life with it."""
+    base = open_base(folder_of(family))
     tokens, positions = tokens_of(1, 8)
     before = base.hidden_states(tokens, positions)
     base.model.train()
@@ -260,6 +192,25 @@ def test_exempt_layers_stay_dense(folder_of):
     }
 
 
+def test_experts_may_be_exempt(folder_of):
+    for exempt, dense in (["experts"], {"gate_up_proj", "down_proj"}), (["down_proj"], {"down_proj"}):
+        quantization = QuantizationConfig(linear="nf4", block=[32], exempt=exempt)
+        base = build_skeleton(ModelConfig(path=str(folder_of("mixtral"))), quantization, torch.float32)
+        found = {path.rpartition(".")[2] for path, stack in base.experts.items() if stack.format.name == "dense"}
+        assert found == dense
+
+
+def test_too_much_that_would_stay_unquantized_is_refused(tmp_path):
+    """A convolution of 64 taps is larger than all linear layers together."""
+    config = Lfm2Config(**GROUPED, conv_L_cache=640, full_attn_idxs=[1], layer_types=["conv", "full_attention"])
+    folder = save_random(config, tmp_path)
+    text = refused(folder, {"linear": "nf4", "block": [32]})
+    assert "of the decoder layers, are in no linear layer" in text
+    assert "model.layers.0.conv.conv.weight; name them in quantization.exempt" in text
+    base = open_base(folder, {"linear": "nf4", "block": [32], "exempt": ["conv"]})
+    assert base.notes == ["40,960 weights of the decoder layers are not in linear layers and stay unquantized"]
+
+
 def test_weights_outside_linear_layers_are_noted(tmp_path):
     config = MixtralConfig(**GROUPED, num_local_experts=2, num_experts_per_tok=1)
     folder = save_random(config, tmp_path)
@@ -268,53 +219,7 @@ def test_weights_outside_linear_layers_are_noted(tmp_path):
     assert base.notes[0].endswith("weights of the decoder layers are not in linear layers and stay unquantized")
 
 
-# --- checkpoints as people publish them -------------------------------------------------------------------------------
-
-
-@torch.no_grad()
-def states_of(folder: Path) -> Tensor:
-    return open_base(folder).hidden_states(*tokens_of(1, 8))
-
-
-def copied(folder: Path, to: Path, tensors: dict[str, Tensor]) -> Path:
-    to.mkdir(exist_ok=True)
-    (to / "config.json").write_bytes((folder / "config.json").read_bytes())
-    save_file(tensors, to / "model.safetensors")
-    return to
-
-
-def test_sharded_files_with_an_index(folder_of, tmp_path):
-    folder = folder_of("llama")
-    AutoModelForCausalLM.from_pretrained(folder).save_pretrained(tmp_path, max_shard_size="100KB")
-    assert len(list(tmp_path.glob("model-*.safetensors"))) > 2
-    assert torch.equal(states_of(tmp_path), states_of(folder))
-
-
-def test_checkpoint_of_the_bare_decoder(folder_of, tmp_path):
-    folder = folder_of("llama-tied")
-    tensors = load_file(folder / "model.safetensors")
-    bare = copied(folder, tmp_path, {name.removeprefix("model."): tensor for name, tensor in tensors.items()})
-    assert "layers.0.mlp.up_proj.weight" in SafetensorsSource(bare).names()
-    assert torch.equal(states_of(bare), states_of(folder))
-
-
-def test_other_safetensors_beside_the_model_are_left_alone(folder_of, tmp_path):
-    folder = folder_of("llama")
-    tensors = load_file(folder / "model.safetensors")
-    both = copied(folder, tmp_path, tensors)
-    save_file({"model.norm.weight": tensors["model.norm.weight"] + 1}, both / "adapter_model.safetensors")
-    assert torch.equal(states_of(both), states_of(folder))
-
-
 # --- what cannot be taken ---------------------------------------------------------------------------------------------
-
-
-def refused(folder: Path, quantization: dict | None = None) -> str:
-    with pytest.raises(UserError) as raised:
-        open_base(folder, quantization)
-    assert raised.value.exit_code == 2
-    assert "\n" not in str(raised.value)
-    return str(raised.value)
 
 
 def test_no_such_model(tmp_path):
@@ -335,7 +240,11 @@ def test_unknown_model_type(tmp_path):
 @pytest.mark.parametrize(
     ("config", "text"),
     [
-        (GPT2Config(n_embd=32, n_layer=1, n_head=2), "model type 'gpt2' is not a decoder with 'layers' and an LM head"),
+        (GPT2Config(n_embd=32, n_layer=1, n_head=2), "model type 'gpt2' has no nn.Linear in its decoder layers"),
+        (
+            MambaConfig(hidden_size=32, state_size=4, num_hidden_layers=1, vocab_size=VOCABULARY),
+            "model type 'mamba'",
+        ),
         (
             PhiConfig(**COMMON, intermediate_size=96),
             "model type 'phi': an LM head with a bias is not supported",

@@ -1,0 +1,144 @@
+"""The model's tensors as its files hold them: found, compared with the configuration, and read by rows.
+
+All faults that headers can show are raised here, before anything is read: missing tensors, other shapes than the
+configuration says, layers that only the files or only the configuration have, integers where floats are meant.
+"""
+
+import difflib
+import re
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from dist_qft.base_model import tensor_views
+from dist_qft.base_model.skeleton import BaseModel
+from dist_qft.base_model.sources import TensorSource
+from dist_qft.base_model.tensor_views import Stored, View
+from dist_qft.errors import UserError
+from dist_qft.quant.contract import Format
+
+# What old checkpoints carry and nobody reads: caches of rotary frequencies and of causal masks.
+_CACHES = re.compile(r"(rotary_emb\.(inv_freq|cos_cached|sin_cached)|attn\.(masked_)?bias|position_ids)$")
+_NAMED = 3  # tensors that a note lists
+
+
+class ModelTensors:
+    """What the base needs of its files, by its name in the model.
+
+    Attributes:
+        source: the files.
+        notes: lines to tell the user.
+    """
+
+    def __init__(self, source: TensorSource, views: Mapping[str, View]) -> None:
+        self.source, self._views = source, views
+        self.notes: list[str] = []
+
+    @property
+    def where(self) -> str:
+        return self.source.where
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._views
+
+    def stored_name(self, name: str) -> str:
+        """What the files call a tensor, or the first of those that it is made of."""
+        return next(iter(self._views[name].leaves())).name
+
+    def untouched(self) -> set[str]:
+        """Tensors of the files, by their names there, that the base takes nothing of."""
+        return self.source.names() - {leaf.name for view in self._views.values() for leaf in view.leaves()}
+
+    def read(self, name: str, rows: tuple[int, int] | None = None) -> Tensor:
+        """Entries of dimension 0 of a tensor (all for None); to be read, not written to nor kept."""
+        view = self._views[name]
+        box = [(0, size) for size in view.shape]
+        if rows is not None:
+            box[0] = rows
+        if any(first == stop for first, stop in box):
+            return torch.empty([stop - first for first, stop in box])
+        return view.read(tuple(box))
+
+    def read_rows(self, name: str, first: int, stop: int) -> Tensor:
+        """Rows of a weight as floats, all dimensions but the last counted as rows: (rows, columns)."""
+        return tensor_views.read_rows(self._views[name], first, stop)
+
+    def kind(self, name: str) -> str | None:
+        """The way in which the files quantize a tensor, in words for messages; None if they hold floats."""
+        return tensor_views.kind(self._views[name])
+
+    def stored_format(self, name: str) -> Format | None:
+        """The format in which `read_packed` gives a weight, code for code; None if the files have no such codes."""
+        return tensor_views.stored_format(self._views[name])
+
+    def read_packed(self, name: str, rows: tuple[int, int]) -> dict[str, Tensor]:
+        """The packed tensors of rows of a weight, counted as in `read_rows`; tensors that all rows share are whole."""
+        return tensor_views.read_packed(self._views[name], *rows)
+
+
+def check_names(base: BaseModel, source: TensorSource) -> ModelTensors:
+    """The tensors of the base in the files of `source`.
+
+    Raises:
+        UserError: missing tensors, a vocabulary, a layer or a number of layers or experts other than the configuration
+            says, tensors that are no floats; before anything is read.
+    """
+    found, renamed = base.conversions.apply(source)
+    shapes = base.shapes | base.buffers
+    views = {name: found[name] for name in shapes if name in found}
+    tensors = ModelTensors(source, views)
+    _require_layers(base, source, renamed)
+    missing = [name for name in base.shapes if name not in views]
+    if missing:
+        near = difflib.get_close_matches(missing[0], source.names(), n=1)
+        hint = f"; the nearest that it has is '{near[0]}'" if near else ""
+        raise UserError(
+            f"{source.where}: has no tensor '{missing[0]}' ({len(missing)} of {len(base.shapes)} missing){hint}"
+        )
+    for name, view in views.items():
+        _require_fit(source, name, view, shapes[name])
+        integers = name in base.buffers and not base.model.get_buffer(name).is_floating_point()
+        odd = next((leaf.name for leaf in view.leaves() if not integers and not source.is_float(leaf.name)), None)
+        if odd is not None:
+            raise UserError(f"{source.where}: tensor '{odd}' holds integers, must be floats")
+    absent = [name for name in base.buffers if name not in views]
+    if absent:
+        tensors.notes.append(
+            f"'{source.where}' has no '{absent[0]}' ({len(absent)} such tensors); the library's initial value is used"
+        )
+    unused = sorted(name for name in tensors.untouched() if not _expected(base, renamed[name]))
+    if unused:
+        more = f" and {len(unused) - _NAMED:,} more" if len(unused) > _NAMED else ""
+        names = ", ".join(unused[:_NAMED])
+        tensors.notes.append(f"tensors of '{source.where}' that the model does not take: {names}{more}")
+    return tensors
+
+
+def _require_fit(source: TensorSource, name: str, view: View, shape: tuple[int, ...]) -> None:
+    if view.shape != shape:
+        if len(view.shape) == len(shape) == 3 and view.shape[1:] == shape[1:]:
+            count = view.shape[0]
+            raise UserError(f"{source.where}: holds {count} experts of '{name}', the configuration says {shape[0]}")
+        stored = view.name if isinstance(view, Stored) else name
+        raise UserError(
+            f"{source.where}: tensor '{stored}' is {list(view.shape)}, the configuration says {list(shape)}"
+        )
+
+
+def _require_layers(base: BaseModel, source: TensorSource, renamed: Mapping[str, str]) -> None:
+    """Refuse files with more or fewer decoder layers than the configuration says."""
+    prefix, _, name = base.layers_path.rpartition(".")
+    outer = f"(?:{re.escape(prefix)}\\.)?" if prefix else ""
+    pattern = re.compile(f"{outer}{re.escape(name)}\\.(\\d+)\\.")
+    numbers = {int(match[1]) for new in renamed.values() if (match := pattern.match(new)) and not base.ignores(new)}
+    # Layers that predict further tokens, which DeepSeek and others store behind the decoder's own.
+    spare = int(getattr(base.config.get_text_config(), "num_nextn_predict_layers", 0) or 0)
+    count, expected = max(numbers, default=-1) + 1, len(base.layers)
+    if numbers and not expected <= count <= expected + spare:
+        raise UserError(f"{source.where}: holds {count} decoder layers, the configuration says {expected}")
+
+
+def _expected(base: BaseModel, name: str) -> bool:
+    """Whether a tensor that the base does not take belongs to the model all the same, or is only a cache."""
+    return name in base.conversions.shapes or bool(_CACHES.search(name)) or base.ignores(name)

@@ -1,0 +1,39 @@
+"""A checkpoint whose configuration ties the LM head to the embedding, while its files hold another head: theirs counts.
+
+transformers compares the two and does not tie them if they differ (`PreTrainedModel.tie_weights`); here likewise.
+"""
+
+from collections.abc import Mapping
+
+import torch
+from transformers import PretrainedConfig, PreTrainedModel
+
+from dist_qft.base_model.tensor_views import View, read_rows
+
+_ROWS = 4096  # compared at a time
+
+
+def untie_if_stored(causal: PreTrainedModel, config: PretrainedConfig, views: Mapping[str, View]) -> bool:
+    """Set `tie_word_embeddings` to false if the class has no tied weights or the files hold a head of their own.
+
+    Reads the files' two tables, as far as they are equal, if they hold both. Returns whether they hold another head.
+    """
+    text = config.get_text_config()
+    if not text.tie_word_embeddings:
+        return False
+    different = _differ(causal, views)
+    if different or not causal._tied_weights_keys:
+        for each in (config, text, causal.config, causal.config.get_text_config()):
+            each.tie_word_embeddings = False
+    return different
+
+
+def _differ(causal: PreTrainedModel, views: Mapping[str, View]) -> bool:
+    names = {module: f"{path}.weight" for path, module in causal.named_modules()}
+    table = views.get(names.get(causal.get_input_embeddings(), ""))
+    head = views.get(names.get(causal.get_output_embeddings(), ""))
+    if table is None or head is None or table.shape != head.shape:
+        return False
+    starts = range(0, table.shape[0], _ROWS)
+    parts = ((start, min(start + _ROWS, table.shape[0])) for start in starts)
+    return not all(torch.equal(read_rows(table, *rows), read_rows(head, *rows)) for rows in parts)

@@ -1,0 +1,92 @@
+"""A mixture of experts in 4 bits on real ranks: losses, bytes, fingerprint, and what readers of its merges see."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, Qwen3MoeConfig
+
+import dist_qft
+from dist_qft.config.schema import RunConfig
+from dist_qft.errors import UserError
+from dist_qft.plan import make_plan
+from dist_qft.training.training_run import TrainingRun
+from tests.support.merges import merge_run
+from tests.support.tiny_model import VOCABULARY, save_tiny_model, tiny_config
+from tests.support.whole_runs import METHODS, train, train_losses
+
+IDS = torch.tensor([[5, 40, 77, 120, 33, 9, 201, 60, 12, 300]])
+SIZES = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16}
+MIXTURE = {"moe_intermediate_size": 64, "num_experts": 4, "num_experts_per_tok": 2, "intermediate_size": 64}
+AFFINE4 = {"linear": "affine4", "block": [8, 4]}
+
+
+@pytest.fixture(scope="module")
+def mixture(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Published names: one tensor for each expert and product."""
+    config = Qwen3MoeConfig(**SIZES, **MIXTURE, vocab_size=VOCABULARY, initializer_range=0.1)
+    return save_tiny_model(tmp_path_factory.mktemp("mixture"), config)
+
+
+def run_of(mixture: Path, folder: Path, engine: str, method: str = "qlora") -> RunConfig:
+    sections = {**METHODS[method], "sharding": {"engine": engine}}
+    return tiny_config(mixture, folder / f"{engine}-{method}", **sections)
+
+
+def measured(config: RunConfig) -> tuple[list[float], str, int]:
+    """Losses, the base's fingerprint and the bytes of it that this rank holds."""
+    losses = train_losses(config)
+    run: TrainingRun = train(config.model_copy(update={"output_dir": f"{config.output_dir}-again"}))
+    return losses, run.parts.base.fingerprint, run.parts.engine.resident_bytes()
+
+
+def test_losses_bytes_and_fingerprint_on_any_world(pools, mixture, tmp_path):
+    found = {
+        (world, engine): pools[world].run(measured, config=run_of(mixture, tmp_path / str(world), engine))
+        for world, engine in [(1, "replicated"), (2, "fsdp"), (2, "zero")]
+    }
+    (reference, fingerprint, whole), *_ = found[1, "replicated"]
+    assert reference[-1] < reference[0]
+    for (world, engine), results in found.items():
+        plan = make_plan(run_of(mixture, tmp_path, engine), world).to_dict()
+        for losses, own, held in results:
+            assert losses == pytest.approx(reference, rel=1e-4)
+            assert own == fingerprint
+            assert held <= 1.02 * whole / world + 65536
+        assert max(held for *_, held in results) == plan["base_bytes_per_rank"]
+
+
+@torch.no_grad()
+def test_merges_hold_the_experts(pools, mixture, tmp_path):
+    run = run_of(mixture, tmp_path, "fsdp", "qahira")
+    pools[2].run(train_losses, config=run)
+    live = dist_qft.load(run.output_dir)
+    expected = live.logits(IDS)
+    for target in ("dense", "quantized"):
+        pools[2].run(merge_run, source=Path(run.output_dir), target=target, path=tmp_path / target)
+    dense = AutoModelForCausalLM.from_pretrained(tmp_path / "dense", dtype=torch.float32)
+    torch.testing.assert_close(dense(IDS).logits, expected, rtol=1e-4, atol=1e-4)
+    merged = dist_qft.load(tmp_path / "quantized")
+    assert (merged.logits(IDS) - expected).abs().max() < 5e-3 * expected.abs().max()
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "quantized", dtype=torch.float32)
+    torch.testing.assert_close(theirs(IDS).logits, merged.logits(IDS), rtol=1e-4, atol=1e-4)
+    for path, experts in live.base.experts.items():
+        for name, tensor in experts.packed().items():
+            assert torch.equal(tensor, merged.base.experts[path].packed()[name])
+
+
+def test_the_plan_counts_experts_and_leaves_the_router_alone(mixture, tmp_path):
+    plan = make_plan(run_of(mixture, tmp_path, "fsdp"), 2).to_dict()
+    attention, experts = 2 * (2 * 64 * 64 + 2 * 64 * 32), 2 * 4 * 3 * 64 * 64
+    assert plan["base_formats"][0]["weights"] == attention + experts
+    assert [kind for kind in plan["trainable_parameters_by_layer_type"] if not kind.endswith("_proj")] == []
+    assert any(warning.startswith("512 weights") for warning in plan["warnings"])  # the routers
+    assert any("the experts, 80% of" in warning for warning in plan["warnings"])
+
+
+@pytest.mark.parametrize("selection", [{"targets": "experts"}, {"schedule": [{"layers": ["experts"], "rank": 2}]}])
+def test_adapters_on_experts_are_refused(mixture, tmp_path, selection):
+    config = tiny_config(mixture, tmp_path / "run", method=selection)
+    with pytest.raises(UserError, match="got 'experts', must name linear layers") as raised:
+        make_plan(config, 2)
+    assert raised.value.exit_code == 2
