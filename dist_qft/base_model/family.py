@@ -52,7 +52,7 @@ def silence(causal: PreTrainedModel) -> None:
                 module.training = mode
         return causal
 
-    causal.train = train  # type: ignore[method-assign]
+    causal.train = train  # type: ignore[method-assign]  # this model alone
 
 
 def _set_rates_to_zero(part: object) -> None:
