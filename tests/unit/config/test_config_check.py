@@ -47,17 +47,17 @@ def load(tmp_path):
         (
             ["method.pool=4"],
             "method.pool",
-            "qlora does not use it; qlora has rank, alpha, dropout, targets, schedule",
+            "qlora does not use it; qlora has init_from, rank, alpha, dropout, targets, schedule",
         ),
         (
             ["method.name=qahira", "method.balance=2"],
             "method.balance",
-            "qahira does not use it; qahira has rank, alpha, dropout, targets, schedule, pool_mode, merge_aware, pool",
+            "qahira does not use it; qahira has init_from, rank, alpha, dropout, targets, schedule, pool_mode",
         ),
         (
             ["method.name=qalora", "method.repeat=2"],
             "method.repeat",
-            "qalora does not use it; qalora has rank, alpha",
+            "qalora does not use it; qalora has init_from, rank, alpha",
         ),
         (["method.pool_mode=sum"], "method.pool_mode", "qlora does not use it; qlora has"),
         (
@@ -105,12 +105,12 @@ def load(tmp_path):
         (
             ["method.reduction=8"],
             "method.reduction",
-            "qlora does not use it; qlora has rank, alpha",
+            "qlora does not use it; qlora has init_from, rank, alpha",
         ),
         (
             ["method.name=qst", "method.rank=8"],
             "method.rank",
-            "qst does not use it; qst has reduction, downsample, downsample_rank, compat, init, cache",
+            "qst does not use it; qst has init_from, reduction, downsample, downsample_rank, compat, init, cache",
         ),
         (
             ["method={name: qst, downsample: linear, downsample_rank: 8}"],
