@@ -71,7 +71,7 @@ class Agent(LocalElasticAgent):
     def _decide_on_restart(self, result: RunResult, rendezvous: RendezvousHandler) -> None:
         self._state.failures = result.failures
         rank, failure = first_failure(result.failures)
-        if failure.exitcode in _FINAL or self._state.stopping or _is_closed(rendezvous):
+        if failure.exitcode in _FINAL or self._state.stopping or _cannot_meet(rendezvous):
             self._remaining_restarts = 0
         if self._remaining_restarts:
             again = f"starting again, {self._remaining_restarts - 1} more restarts left"
@@ -104,6 +104,11 @@ class Agent(LocalElasticAgent):
 def _is_closed(rendezvous: RendezvousHandler) -> bool:
     """Whether a node has ended the run for good; only our rendezvous can tell."""
     return isinstance(rendezvous, NodeRendezvous) and rendezvous.is_closed()
+
+
+def _cannot_meet(rendezvous: RendezvousHandler) -> bool:
+    """Whether no new round can come about, since a node has ended the run or the link to node 0 is cut."""
+    return _is_closed(rendezvous) or (isinstance(rendezvous, NodeRendezvous) and rendezvous.is_cut_off)
 
 
 def first_failure(failures: Mapping[int, ProcessFailure]) -> tuple[int, ProcessFailure]:

@@ -10,11 +10,15 @@ the highest round that somebody asked for; `<round>/node/<n>`, who came to it as
 its ranks' store; `closed`, set when a node has ended for good.
 """
 
+import contextlib
 import os
+import queue
 import socket
 import sys
 import time
+from collections.abc import Callable
 from datetime import timedelta
+from threading import Thread
 
 import torch.distributed as dist
 from torch.distributed.elastic.rendezvous import (
@@ -36,6 +40,11 @@ BACKEND = "dist_qft"
 _POLL_SECONDS = 0.2
 _PATIENCE_SECONDS = 10.0
 _STORE_TIMEOUT = timedelta(seconds=60)
+_ANSWER_SECONDS = 10.0
+
+
+class NoAnswerError(Exception):
+    """The launchers' store does not answer: the link to node 0 is cut, or its machine has stopped."""
 
 
 class NodeRendezvous(RendezvousHandler):
@@ -54,6 +63,7 @@ class NodeRendezvous(RendezvousHandler):
         self._ranks_store: dist.TCPStore | None = None
         self._identity = f"{socket.gethostname()}:{os.getpid()}"
         self._closed = False
+        self._unanswered: queue.SimpleQueue[bool | RuntimeError] | None = None
 
     def get_backend(self) -> str:
         return BACKEND
@@ -91,28 +101,69 @@ class NodeRendezvous(RendezvousHandler):
         """1 if another node asks for a new round, for which this node's ranks must stop."""
         if self._store is None or self.is_closed():
             return 0
-        return int(self._highest_round() > self._round)
+        try:
+            return int(self._ask(lambda: self._highest_round() > self._round))
+        except (NoAnswerError, RuntimeError):
+            return 0
 
     def is_closed(self) -> bool:
         """Whether a node has ended for good; so has node 0 if its store is gone."""
         if not self._closed and self._store is not None:
             try:
-                self._closed = self._store.check(["closed"])
+                self._closed = self._ask(lambda: self._meeting.check(["closed"]))
+            except NoAnswerError:
+                return False
             except RuntimeError:
                 self._closed = True
         return self._closed
 
+    @property
+    def is_cut_off(self) -> bool:
+        """Whether the store owes an answer: this node can meet no other then."""
+        return self._unanswered is not None and self._unanswered.empty()
+
     def set_closed(self) -> None:
+        def close() -> bool:
+            self._meeting.set("closed", "1")
+            return True
+
         self._closed = True
         if self._store is not None:
-            try:
-                self._store.set("closed", "1")
-            except RuntimeError:
-                return
+            with contextlib.suppress(NoAnswerError, RuntimeError):
+                self._ask(close)
 
     def shutdown(self) -> bool:
         """Called when this launcher ends, well or not; the agent calls `set_closed` if it is for all nodes."""
         return True
+
+    def _ask(self, request: Callable[[], bool]) -> bool:
+        """The result of a request to the store, which another thread makes: into a cut link it does not return.
+
+        Raises:
+            NoAnswerError: this request, or the one before it, has had no answer for `_ANSWER_SECONDS`.
+            RuntimeError: the store is gone.
+        """
+        if self._node == 0:
+            return request()
+        if self.is_cut_off:
+            raise NoAnswerError
+        answers: queue.SimpleQueue[bool | RuntimeError] = queue.SimpleQueue()
+
+        def ask() -> None:
+            try:
+                answers.put(request())
+            except RuntimeError as error:
+                answers.put(error)
+
+        Thread(target=ask, daemon=True).start()
+        try:
+            answer = answers.get(timeout=_ANSWER_SECONDS)
+        except queue.Empty:
+            self._unanswered = answers
+            raise NoAnswerError from None
+        if isinstance(answer, RuntimeError):
+            raise answer
+        return answer
 
     def _key(self, name: str) -> str:
         return f"{self._round}/{name}"
