@@ -115,9 +115,9 @@ def _launch(args: Namespace) -> int:
         logging.disable(logging.ERROR)
     threads = len(os.sched_getaffinity(0)) // int(args.nproc_per_node)
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, threads)))
-    os.environ[LAUNCHER] = launcher_mark()
     state = LaunchState()
     signals = _Signals(args.signals_to_handle.split(","), args.shutdown_timeout, state)
+    os.environ[LAUNCHER] = launcher_mark()  # for the ranks
     # Ranks that lost a peer have nothing to save: one that stays long hangs. A checkpoint may be being written.
     args.shutdown_timeout = min(args.shutdown_timeout, _CLEARING_SECONDS)
     # All that torchrun itself still answers: stop at once. A signal that nobody uses where even that is ignored.
