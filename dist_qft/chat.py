@@ -20,13 +20,10 @@ from transformers import PreTrainedTokenizerBase, TextStreamer
 from dist_qft.base_model.skeleton import BaseModel
 from dist_qft.errors import UserError
 from dist_qft.methods.trainable import TrainableSet
-from dist_qft.ranks.session import session
 from dist_qft.ranks.world import World
-from dist_qft.storage.checkpoint import ADAPTER_MODEL
-from dist_qft.storage.manifest import sha256_of
 from dist_qft.tuned_model.answer import Sampling, answers
-from dist_qft.tuned_model.checkpointed import config_of, find_checkpoint, open_checkpointed, run_folder
 from dist_qft.tuned_model.loaded_model import holds_model, load
+from dist_qft.tuned_model.opened_run import opened_to_answer
 from dist_qft.tuned_model.prompts import Messages, date_of, prompt_ids
 
 _COMMANDS = """/base     answer the last message with the base model, without the adapters
@@ -151,19 +148,10 @@ def _opened(path: str, sampling: Sampling, system: str | None) -> Iterator[Chat]
         model = load(path)
         yield Chat(model.base, model.tokenizer, None, model.device, sampling, system, sys.stdout)
         return
-    checkpoint = find_checkpoint(path)
-    config = config_of(checkpoint)
-    if config.task.name != "causal-lm":
-        raise UserError(f"{checkpoint.path}: trained for {config.task.name}, it answers no prompts; use `eval`")
-    must_match = {
-        "config": config.model_dump_json(),
-        "adapter": sha256_of(checkpoint.path / ADAPTER_MODEL),
-        "settings": repr((sampling, system)),
-    }
-    with session(config.sharding, doing="a chat", must_match=must_match, crash_dir=run_folder(path)) as (world, device):
-        parts, tokenizer = open_checkpointed(checkpoint, config, device)
-        output = sys.stdout if world.rank == 0 else None
-        yield Chat(parts.base, tokenizer, parts.trainables, device, sampling, system, output, date_of(config))
+    with opened_to_answer(path, doing="a chat", request={"settings": repr((sampling, system))}) as run:
+        output = sys.stdout if run.world.rank == 0 else None
+        base, trainables, today = run.parts.base, run.parts.trainables, date_of(run.config)
+        yield Chat(base, run.tokenizer, trainables, run.device, sampling, system, output, today)
 
 
 def _read(asking: bool) -> str | None:

@@ -2,14 +2,10 @@
 
 from collections.abc import Sequence
 
-from dist_qft.errors import UserError
-from dist_qft.ranks.session import session
 from dist_qft.ranks.world import World
-from dist_qft.storage.checkpoint import ADAPTER_MODEL
-from dist_qft.storage.manifest import sha256_of
 from dist_qft.tuned_model.answer import Sampling, answers
-from dist_qft.tuned_model.checkpointed import config_of, find_checkpoint, open_checkpointed, run_folder
 from dist_qft.tuned_model.loaded_model import load
+from dist_qft.tuned_model.opened_run import opened_to_answer
 from dist_qft.tuned_model.prompts import date_of
 
 
@@ -24,27 +20,18 @@ def run_generation(path: str, prompts: Sequence[str], sampling: Sampling, base: 
         UserError: there is no checkpoint, it answers no prompts, or its adapter belongs to another base.
         CorruptFileError: the checkpoint fails verification.
     """
-    checkpoint = find_checkpoint(path)
-    config = config_of(checkpoint)
-    if config.task.name != "causal-lm":
-        raise UserError(f"{checkpoint.path}: trained for {config.task.name}, it answers no prompts; use `eval`")
-    must_match = {
-        "config": config.model_dump_json(),
-        "adapter": sha256_of(checkpoint.path / ADAPTER_MODEL),
-        "prompts": repr((list(prompts), sampling, base)),
-    }
-    run = run_folder(path)
-    with session(config.sharding, doing="generation", must_match=must_match, crash_dir=run) as (world, device):
-        parts, tokenizer = open_checkpointed(checkpoint, config, device)
+    request = {"prompts": repr((list(prompts), sampling, base))}
+    with opened_to_answer(path, doing="generation", request=request) as run:
+        model, today = run.parts.base, date_of(run.config)
         found = {}
         if base:
-            with parts.trainables.disabled():
-                found["base"] = answers(parts.base, tokenizer, prompts, sampling, device, date_of(config))
-        found["tuned"] = answers(parts.base, tokenizer, prompts, sampling, device, date_of(config))
-        if world.rank == 0:
+            with run.parts.trainables.disabled():
+                found["base"] = answers(model, run.tokenizer, prompts, sampling, run.device, today)
+        found["tuned"] = answers(model, run.tokenizer, prompts, sampling, run.device, today)
+        if run.world.rank == 0:
             for index in range(len(prompts)):
-                for model, texts in found.items():
-                    print(f"[{model}] {texts[index]}" if base else texts[index], flush=True)
+                for name, texts in found.items():
+                    print(f"[{name}] {texts[index]}" if base else texts[index], flush=True)
 
 
 def run_model_generation(path: str, prompts: Sequence[str], sampling: Sampling) -> None:

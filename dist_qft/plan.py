@@ -19,7 +19,7 @@ from torch import Tensor
 from dist_qft.base_model.model_tensors import check_names
 from dist_qft.base_model.requantization import requantization_notes
 from dist_qft.base_model.skeleton import BaseModel, build_skeleton
-from dist_qft.base_model.weight_files import has_weights, open_source, quantized_source
+from dist_qft.base_model.weight_files import local_source
 from dist_qft.config.check import accumulation_steps, config_warnings
 from dist_qft.config.schema import RunConfig, TrainConfig
 from dist_qft.errors import UserError
@@ -123,7 +123,7 @@ def _warnings(config: RunConfig, spec: TrainableSpec[Any], base: BaseModel) -> l
 
 def _notes_on_files(config: RunConfig, base: BaseModel) -> list[str]:
     """Compare the base with its files, where that downloads no weights that are floats; lines to tell the user."""
-    source = open_source(config.model) if has_weights(config.model) else quantized_source(config.model)
+    source = local_source(config.model)
     if source is None:
         return []
     tensors = check_names(base, source)

@@ -29,7 +29,7 @@ from dist_qft.base_model.meta_model import build_on_meta
 from dist_qft.base_model.model_config import library_refusal, read_model_config
 from dist_qft.base_model.stop_tokens import eos_ids
 from dist_qft.base_model.stored_head import untie_if_stored
-from dist_qft.base_model.weight_files import has_weights, open_source, quantized_source
+from dist_qft.base_model.weight_files import local_source
 from dist_qft.config.schema import ModelConfig, QuantizationConfig
 from dist_qft.errors import UserError
 from dist_qft.quant.experts import FrozenExperts
@@ -182,7 +182,7 @@ def build_skeleton(model: ModelConfig, quantization: QuantizationConfig, dtype: 
     config, _ = read_model_config(model)
     disable_dropout(config)
     causal = build_on_meta(config, model, dtype)
-    source = open_source(model) if has_weights(model) else quantized_source(model)
+    source = local_source(model)
     with library_refusal(f"model.path: model type '{config.model_type}' cannot be taken apart"):
         conversions = Conversions(causal)
         stored = conversions.apply(source)[0] if source else {}

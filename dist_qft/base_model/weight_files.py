@@ -43,6 +43,11 @@ def has_weights(model: ModelConfig) -> bool:
     return path.suffix == ".gguf" or (path.is_dir() and any(path.glob("*.safetensors")))
 
 
+def local_source(model: ModelConfig) -> TensorSource | None:
+    """The weights of `model.path`, unless they are floats that would have to be downloaded."""
+    return open_source(model) if has_weights(model) else quantized_source(model)
+
+
 def require_readable(settings: Mapping[str, Any], where: str) -> None:
     """Refuse a `quantization_config` of weights that no reader knows."""
     if settings.get("quant_method") != METHOD and not is_nf4(settings) and not has_reader(settings):

@@ -12,13 +12,12 @@ its ranks' store; `closed`, set when a node has ended for good.
 
 import contextlib
 import os
-import queue
 import socket
 import sys
 import time
 from collections.abc import Callable
 from datetime import timedelta
-from threading import Thread
+from typing import TypeVar
 
 import torch.distributed as dist
 from torch.distributed.elastic.rendezvous import (
@@ -34,6 +33,7 @@ from torch.distributed.elastic.rendezvous import (
 )
 
 from dist_qft.ranks.network import LOOPBACK, client_store, listening_address, listening_store
+from dist_qft.ranks.patience import NoAnswerError, answer_within
 
 BACKEND = "dist_qft"
 
@@ -42,9 +42,7 @@ _PATIENCE_SECONDS = 10.0
 _STORE_TIMEOUT = timedelta(seconds=60)
 _ANSWER_SECONDS = 10.0
 
-
-class NoAnswerError(Exception):
-    """The launchers' store does not answer: the link to node 0 is cut, or its machine has stopped."""
+T = TypeVar("T")
 
 
 class NodeRendezvous(RendezvousHandler):
@@ -63,7 +61,7 @@ class NodeRendezvous(RendezvousHandler):
         self._ranks_store: dist.TCPStore | None = None
         self._identity = f"{socket.gethostname()}:{os.getpid()}"
         self._closed = False
-        self._unanswered: queue.SimpleQueue[bool | RuntimeError] | None = None
+        self._owed: NoAnswerError | None = None
 
     def get_backend(self) -> str:
         return BACKEND
@@ -120,24 +118,20 @@ class NodeRendezvous(RendezvousHandler):
     @property
     def is_cut_off(self) -> bool:
         """Whether the store owes an answer: this node can meet no other then."""
-        return self._unanswered is not None and self._unanswered.empty()
+        return self._owed is not None and not self._owed.answered.is_set()
 
     def set_closed(self) -> None:
-        def close() -> bool:
-            self._meeting.set("closed", "1")
-            return True
-
         self._closed = True
         if self._store is not None:
             with contextlib.suppress(NoAnswerError, RuntimeError):
-                self._ask(close)
+                self._ask(lambda: self._meeting.set("closed", "1"))
 
     def shutdown(self) -> bool:
         """Called when this launcher ends, well or not; the agent calls `set_closed` if it is for all nodes."""
         return True
 
-    def _ask(self, request: Callable[[], bool]) -> bool:
-        """The result of a request to the store, which another thread makes: into a cut link it does not return.
+    def _ask(self, request: Callable[[], T]) -> T:
+        """The result of a request to the store, which may be behind a cut link.
 
         Raises:
             NoAnswerError: this request, or the one before it, has had no answer for `_ANSWER_SECONDS`.
@@ -145,25 +139,13 @@ class NodeRendezvous(RendezvousHandler):
         """
         if self._node == 0:
             return request()
-        if self.is_cut_off:
-            raise NoAnswerError
-        answers: queue.SimpleQueue[bool | RuntimeError] = queue.SimpleQueue()
-
-        def ask() -> None:
-            try:
-                answers.put(request())
-            except RuntimeError as error:
-                answers.put(error)
-
-        Thread(target=ask, daemon=True).start()
+        if self._owed is not None and self.is_cut_off:
+            raise self._owed
         try:
-            answer = answers.get(timeout=_ANSWER_SECONDS)
-        except queue.Empty:
-            self._unanswered = answers
-            raise NoAnswerError from None
-        if isinstance(answer, RuntimeError):
-            raise answer
-        return answer
+            return answer_within(_ANSWER_SECONDS, request)
+        except NoAnswerError as error:
+            self._owed = error
+            raise
 
     def _key(self, name: str) -> str:
         return f"{self._round}/{name}"

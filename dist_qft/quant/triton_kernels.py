@@ -16,15 +16,21 @@ _COLUMNS = 512  # of one row, per program
 
 
 @triton.jit
+def _nibble(codes, row, column, columns, inside, GROUP: tl.constexpr):
+    """The 4-bit codes of these columns as float32, from the packing of `nibbles` in groups of GROUP."""
+    half: tl.constexpr = GROUP // 2
+    byte = tl.load(codes + row * (columns // 2) + column // GROUP * half + column % half, mask=inside, other=0)
+    return tl.where(column % GROUP < half, byte & 0x0F, byte >> 4).to(tl.float32)
+
+
+@triton.jit
 def _affine4_kernel(
     codes, scale, zero, out, columns, B_OUT: tl.constexpr, B_IN: tl.constexpr, GROUP: tl.constexpr, WIDTH: tl.constexpr
 ):
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
     inside = column < columns
-    half: tl.constexpr = GROUP // 2
-    byte = tl.load(codes + row * (columns // 2) + column // GROUP * half + column % half, mask=inside, other=0)
-    nibble = tl.where(column % GROUP < half, byte & 0x0F, byte >> 4).to(tl.float32)
+    nibble = _nibble(codes, row, column, columns, inside, GROUP)
     block = row // B_OUT * (columns // B_IN) + column // B_IN
     factor = tl.load(scale + block, mask=inside, other=0.0).to(tl.float32)
     offset = tl.load(zero + block, mask=inside, other=0.0).to(tl.float32)
@@ -36,9 +42,7 @@ def _affine4_gathered_kernel(codes, scale, zero, group, out, columns, groups, GR
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
     inside = column < columns
-    half: tl.constexpr = GROUP // 2
-    byte = tl.load(codes + row * (columns // 2) + column // GROUP * half + column % half, mask=inside, other=0)
-    nibble = tl.where(column % GROUP < half, byte & 0x0F, byte >> 4).to(tl.float32)
+    nibble = _nibble(codes, row, column, columns, inside, GROUP)
     block = row * groups + tl.load(group + column, mask=inside, other=0)
     factor = tl.load(scale + block, mask=inside, other=0.0).to(tl.float32)
     offset = tl.load(zero + block, mask=inside, other=0.0).to(tl.float32)

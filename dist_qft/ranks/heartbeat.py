@@ -14,6 +14,8 @@ from datetime import timedelta
 
 import torch.distributed as dist
 
+from dist_qft.ranks.patience import NoAnswerError, answer_within
+
 _LOST = "dist_qft/lost"
 _BEAT_SECONDS = 0.5
 _SILENCE_SECONDS = 2.5  # a rank without a beat for so long counts as silent
@@ -76,10 +78,8 @@ class Heartbeat:
 
     def tell_lost(self, text: str) -> None:
         """Say to all ranks which one was lost, unless the store does not answer in time."""
-        with contextlib.suppress(RuntimeError):
-            thread = threading.Thread(target=lambda: self.connection().set(_LOST, text), daemon=True)
-            thread.start()
-            thread.join(_TELLING_SECONDS)
+        with contextlib.suppress(NoAnswerError, RuntimeError):
+            answer_within(_TELLING_SECONDS, lambda: self.connection().set(_LOST, text))
 
     def lost_rank(self, ended: set[int]) -> str | None:
         """Name the lost rank that makes this one exit, such as "rank 1 is gone"; None if unknown.
@@ -90,11 +90,10 @@ class Heartbeat:
         Args:
             ended: the ranks of this machine that have ended.
         """
-        answers: list[str | None] = []
-        thread = threading.Thread(target=lambda: answers.append(self._find_lost(ended)), daemon=True)
-        thread.start()
-        thread.join(_ANSWER_SECONDS)
-        return answers[0] if answers else "rank 0 does not answer"
+        try:
+            return answer_within(_ANSWER_SECONDS, lambda: self._find_lost(ended))
+        except NoAnswerError:
+            return "rank 0 does not answer"
 
     def _find_lost(self, ended: set[int]) -> str | None:
         self._announce_exit()

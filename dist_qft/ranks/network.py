@@ -11,10 +11,11 @@ import socket
 import time
 from collections.abc import Mapping, MutableMapping
 from datetime import timedelta
-from threading import Thread
 
 import psutil
 import torch.distributed as dist
+
+from dist_qft.ranks.patience import NoAnswerError, answer_within
 
 LOOPBACK = "127.0.0.1"
 
@@ -112,16 +113,16 @@ def client_store(master_address: str, port: int, timeout: timedelta) -> dist.TCP
         if time.monotonic() > deadline:
             raise TimeoutError(f"nobody listens at {host}:{port}")
         time.sleep(_RETRY_SECONDS)
-    made: list[dist.TCPStore | RuntimeError] = []
-    # In a thread: towards a listener that never answers, the constructor waits without a limit.
-    thread = Thread(target=_connect, args=(host, port, timeout, made), daemon=True)
-    thread.start()
-    thread.join(max(deadline - time.monotonic(), 1.0))
-    if not made:
-        raise TimeoutError(f"a program listens at {host}:{port} and does not answer; it is not the store of this run")
-    if isinstance(made[0], RuntimeError):
-        raise made[0]
-    return made[0]
+    try:
+        # Towards a listener that never answers, the constructor waits without a limit.
+        return answer_within(
+            max(deadline - time.monotonic(), 1.0),
+            lambda: dist.TCPStore(host, port, is_master=False, timeout=timeout, wait_for_workers=False),
+        )
+    except NoAnswerError:
+        raise TimeoutError(
+            f"a program listens at {host}:{port} and does not answer; it is not the store of this run"
+        ) from None
 
 
 def _listens(host: str, port: int) -> bool:
@@ -131,13 +132,6 @@ def _listens(host: str, port: int) -> bool:
     except OSError:
         return False
     return True
-
-
-def _connect(host: str, port: int, timeout: timedelta, made: list[dist.TCPStore | RuntimeError]) -> None:
-    try:
-        made.append(dist.TCPStore(host, port, is_master=False, timeout=timeout, wait_for_workers=False))
-    except RuntimeError as error:
-        made.append(error)
 
 
 def _source_address(host: str) -> str | None:
