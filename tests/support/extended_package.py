@@ -166,54 +166,7 @@ class Half(Format):
     def dequantize(self, packed, shape, dtype, out=None):
         return packed["values"].to(dtype) if out is None else out.copy_(packed["values"])
 """,
-    "merge/writers/sums.py": """
-import json
-
-import torch
-
-from dist_qft.config.schema import QuantizationConfig
-from dist_qft.merge.difference import Difference
-from dist_qft.merge.merged_weight import live_weight
-from dist_qft.merge.recipe import Recipe
-from dist_qft.merge.writers.merged_model import MergedModel
-
-
-class SumsTarget(MergedModel):
-    name = "sums"
-    default_name = "sums.json"
-
-    def recipe(self, request, config, base, tiles):
-        return Recipe(request, "dense", tiles, {}, QuantizationConfig(linear="dense", embedding="dense"))
-
-    def writer(self, live, recipe, config):
-        return SumsWriter(live)
-
-
-class SumsWriter:
-    def __init__(self, live):
-        self.live, self.difference, self.sums = live, Difference(), {}
-
-    def notes(self):
-        return []
-
-    def wanted(self, path):
-        return tuple(self.live.weights()[path].packed())
-
-    def open(self, temporary):
-        self.path = temporary
-        return self
-
-    def write(self, path, packed):
-        weight, adapter = self.live.weights()[path], self.live.adapters.by_path.get(path)
-        merged = live_weight(weight.format, packed, weight.weight_shape, adapter, torch.float64)
-        self.sums[path] = float(merged.sum())
-
-    def finish(self):
-        self.path.write_text(json.dumps(self.sums))
-
-    def close(self):
-        pass
-""",
+    "merge/writers/sums.py": Path(__file__).with_name("sums_target.py").read_text(),
 }
 DOORS = {
     "config/methods/door.py": [

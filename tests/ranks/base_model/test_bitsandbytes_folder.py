@@ -14,7 +14,6 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel
 
 import dist_qft
-from dist_qft.base_model.load import load_base
 from dist_qft.base_model.model_tensors import check_names
 from dist_qft.base_model.requantization import requantization_notes
 from dist_qft.base_model.skeleton import build_skeleton
@@ -22,7 +21,7 @@ from dist_qft.base_model.weight_files import open_source
 from dist_qft.config.schema import ModelConfig, QuantizationConfig
 from dist_qft.errors import CorruptFileError, UserError
 from dist_qft.quant.nf4 import NF4
-from dist_qft.sharding.engines import make_engine
+from tests.support.loading import loaded_fingerprint
 from tests.support.qst_models import not_pruned_from
 from tests.support.tiny_model import tiny_config
 from tests.support.whole_runs import train_losses
@@ -59,21 +58,12 @@ def folders(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[
     return {name: quantize(tiny_llama, to / name, **settings) for name, (settings, _) in VARIANTS.items()}
 
 
-def loaded(path: Path, engine_name: str, quantization: dict[str, Any]) -> str:
-    model = ModelConfig(path=str(path))
-    base = build_skeleton(model, QuantizationConfig(**quantization), torch.float32)
-    engine = make_engine(engine_name)
-    engine.shard(base.units, CPU)
-    load_base(base, open_source(model), engine, CPU)
-    return base.fingerprint
-
-
 @pytest.mark.parametrize(("world", "engine"), [(1, "replicated"), (2, "fsdp"), (2, "zero"), (4, "fsdp")])
 @pytest.mark.parametrize("name", VARIANTS)
 def test_it_is_the_base_that_is_quantized_here(pools, folders, tiny_llama, name, world, engine):
     section = {"linear": "nf4", **VARIANTS[name][1]}
-    here = pools[world].run(loaded, path=tiny_llama, engine_name=engine, quantization=section)
-    assert pools[world].run(loaded, path=folders[name], engine_name=engine, quantization=section) == here
+    here = pools[world].run(loaded_fingerprint, path=tiny_llama, engine_name=engine, quantization=section)
+    assert pools[world].run(loaded_fingerprint, path=folders[name], engine_name=engine, quantization=section) == here
 
 
 def dequantized(folder: Path) -> PreTrainedModel:

@@ -11,14 +11,12 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import dist_qft
-from dist_qft.base_model.load import load_base
-from dist_qft.base_model.skeleton import build_skeleton
 from dist_qft.base_model.weight_files import open_source
-from dist_qft.config.schema import ModelConfig, QuantizationConfig
+from dist_qft.config.schema import ModelConfig
 from dist_qft.errors import DistQFTError
 from dist_qft.plan import make_plan
 from dist_qft.quant.codebook4 import Codebook4
-from dist_qft.sharding.engines import make_engine
+from tests.support.loading import loaded_fingerprint
 from tests.support.packed_folders import float_twin, set_quantization
 from tests.support.tiny_model import save_tiny_model, tiny_config, tiny_llama_config
 
@@ -142,20 +140,12 @@ def test_validate_says_what_becomes_of_the_weights(folders, tmp_path, name, sect
         assert notes[0].endswith(end)
 
 
-def loaded(path: Path, engine_name: str, section: dict[str, Any]) -> str:
-    model = ModelConfig(path=str(path))
-    base = build_skeleton(model, QuantizationConfig(**section), torch.float32)
-    engine = make_engine(engine_name)
-    engine.shard(base.units, torch.device("cpu"))
-    load_base(base, open_source(model), engine, torch.device("cpu"))
-    return base.fingerprint
-
-
 @pytest.mark.parametrize(("world", "engine"), [(2, "fsdp"), (2, "zero"), (4, "fsdp")])
 def test_the_same_base_on_any_number_of_ranks(pools, folders, world, engine):
     for name, section in {"fp8 blocks": {"linear": "affine4", "block": [1, 8]}, "mxfp4": {}, "nvfp4": {}}.items():
-        alone = pools[1].run(loaded, path=folders[name][0], engine_name="replicated", section=section)
-        assert pools[world].run(loaded, path=folders[name][0], engine_name=engine, section=section) == alone * world
+        request = {"path": folders[name][0], "quantization": section}
+        alone = pools[1].run(loaded_fingerprint, engine_name="replicated", **request)
+        assert pools[world].run(loaded_fingerprint, engine_name=engine, **request) == alone * world
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,6 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import dist_qft
-from dist_qft.base_model.load import load_base
 from dist_qft.base_model.model_tensors import check_names
 from dist_qft.base_model.requantization import requantization_notes
 from dist_qft.base_model.skeleton import build_skeleton
@@ -20,7 +19,7 @@ from dist_qft.config.schema import ModelConfig, QuantizationConfig
 from dist_qft.errors import DistQFTError
 from dist_qft.quant.affine4 import Affine4
 from dist_qft.quant.affine4_gathered import Affine4Gathered
-from dist_qft.sharding.engines import make_engine
+from tests.support.loading import loaded_fingerprint
 from tests.support.packed_folders import awq, compressed, float_twin, gptq, save_int4_folder
 from tests.support.tiny_model import tiny_config, tiny_llama_config
 from tests.support.whole_runs import train_losses
@@ -130,20 +129,12 @@ def test_the_logits_are_those_of_the_same_weights_as_floats(folders, tmp_path, n
     assert (found - expected).abs().max() <= 1e-5 * expected.abs().max()
 
 
-def loaded(path: Path, engine_name: str) -> str:
-    model = ModelConfig(path=str(path))
-    base = build_skeleton(model, QuantizationConfig(), torch.float32)
-    engine = make_engine(engine_name)
-    engine.shard(base.units, torch.device("cpu"))
-    load_base(base, open_source(model), engine, torch.device("cpu"))
-    return base.fingerprint
-
-
 @pytest.mark.parametrize(("world", "engine"), [(2, "fsdp"), (2, "zero"), (4, "fsdp")])
 def test_the_same_base_on_any_number_of_ranks(pools, folders, world, engine):
     for name in ("gptq, odd groups", "gptq asymmetric act-order", "awq", "compressed asymmetric"):
-        alone = pools[1].run(loaded, path=folders[name][0], engine_name="replicated")
-        assert pools[world].run(loaded, path=folders[name][0], engine_name=engine) == alone * world
+        request = {"path": folders[name][0], "quantization": {}}
+        alone = pools[1].run(loaded_fingerprint, engine_name="replicated", **request)
+        assert pools[world].run(loaded_fingerprint, engine_name=engine, **request) == alone * world
 
 
 def test_float16_zeros_say_how_far_they_move_a_weight(folders):
