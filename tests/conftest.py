@@ -27,6 +27,16 @@ settings.load_profile("busy")
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+@pytest.fixture(autouse=True)
+def environment_of_its_own() -> Iterator[None]:
+    """Undo what a test leaves in the environment: a run of one process chooses its network interface there."""
+    before = dict(os.environ)
+    yield
+    for name in os.environ.keys() - before.keys():
+        del os.environ[name]
+    os.environ.update(before)
+
+
 @pytest.fixture(scope="session")
 def pools() -> Iterator[dict[int, RankPool]]:
     """Pools of 1, 2 and 4 ranks; each starts when it is first used."""

@@ -13,7 +13,8 @@ SECONDS = timedelta(seconds=20)
 
 @pytest.fixture
 def names(monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
-    """Names and their addresses, as /etc/hosts has them; other names are looked up as usual."""
+    """Names and their addresses, as /etc/hosts has them; others are looked up as usual; no interface is set."""
+    monkeypatch.delenv("GLOO_SOCKET_IFNAME", raising=False)
     hosts: dict[str, str] = {}
     look_up = socket.getaddrinfo
     monkeypatch.setattr(
