@@ -15,6 +15,7 @@ from transformers.utils import logging as transformers_logging
 
 from dist_qft.base_model.gguf_config import check_sizes, complete_config
 from dist_qft.base_model.gguf_header import read_header
+from dist_qft.base_model.gguf_metadata import quick_metadata
 from dist_qft.base_model.weight_files import require_readable
 from dist_qft.config.schema import ModelConfig
 from dist_qft.errors import DistQFTError, UserError
@@ -63,7 +64,7 @@ def _gguf_config(path: Path) -> PretrainedConfig:
         raise UserError(f"model.path: no file '{path}'")
     header = read_header(path)
     check_sizes(header)
-    with library_refusal(f"model.path: cannot read the configuration of '{path}'"):
+    with library_refusal(f"model.path: cannot read the configuration of '{path}'"), quick_metadata():
         config = AutoConfig.from_pretrained(str(path.parent), gguf_file=header.files[0].name)
         return complete_config(config, header)
 

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from dist_qft.base_model.gguf_metadata import quick_metadata
 from dist_qft.config.schema import ModelConfig, RunConfig
 from dist_qft.data.templates import use_template
 from dist_qft.errors import UserError
@@ -19,7 +20,8 @@ def load_tokenizer(model: ModelConfig) -> PreTrainedTokenizerBase:
     path = Path(model.path)
     try:
         if path.suffix == ".gguf":
-            return AutoTokenizer.from_pretrained(str(path.parent), gguf_file=path.name, trust_remote_code=False)
+            with quick_metadata():
+                return AutoTokenizer.from_pretrained(str(path.parent), gguf_file=path.name, trust_remote_code=False)
         # Not the default, which is to ask on the terminal.
         return AutoTokenizer.from_pretrained(model.path, revision=model.revision, trust_remote_code=False)
     except Exception as error:  # the Rust library behind it raises nothing more precise

@@ -20,6 +20,7 @@ import numpy as np
 from torch import Tensor
 
 from dist_qft.base_model.gguf_file import GgufSource
+from dist_qft.base_model.gguf_metadata import MetadataReader
 from dist_qft.base_model.skeleton import BaseModel
 from dist_qft.config.schema import RunConfig
 from dist_qft.errors import CorruptFileError, UserError
@@ -180,7 +181,7 @@ class PatchedFile:
     """A copy of a GGUF file in which tensors are overwritten by others of the same size."""
 
     def __init__(self, source: Path, target: Path) -> None:
-        reader = gguf.GGUFReader(source)
+        reader = MetadataReader(source)
         self._places = {tensor.name: (int(tensor.data_offset), int(tensor.n_bytes)) for tensor in reader.tensors}
         del reader  # it maps the whole file
         shutil.copyfile(source, target)
@@ -212,7 +213,7 @@ class RewrittenFile:
     """
 
     def __init__(self, sources: Sequence[Path], target: Path, replaced: list[str]) -> None:
-        readers = [(source, gguf.GGUFReader(source)) for source in sources]
+        readers = [(source, MetadataReader(source)) for source in sources]
         first, reader = readers[0]
         field = reader.get_field(gguf.Keys.General.ARCHITECTURE)
         if field is None:
