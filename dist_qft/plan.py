@@ -29,7 +29,7 @@ from dist_qft.quant.contract import Format
 from dist_qft.quant.frozen import FrozenWeight
 from dist_qft.ranks.device import compute_dtype, planned_device
 from dist_qft.sharding.engine import Engine, parameter_owners
-from dist_qft.sharding.engines import engine_of
+from dist_qft.sharding.engines import engine_of, engine_warnings
 from dist_qft.sharding.shard_group import ranks_in_group
 from dist_qft.training.links import Placement, Traffic, between_nodes
 from dist_qft.training.optimizer import checkpoint_bytes, optimizer_bytes
@@ -118,7 +118,7 @@ def _batch(config: RunConfig, accumulation: int) -> PlannedBatch:
 
 
 def _warnings(config: RunConfig, spec: TrainableSpec[Any], base: BaseModel) -> list[str]:
-    return config_warnings(config) + spec.warnings(base) + base.notes
+    return config_warnings(config) + engine_warnings(config) + spec.warnings(base) + base.notes
 
 
 def _notes_on_files(config: RunConfig, base: BaseModel) -> list[str]:

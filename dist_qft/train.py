@@ -31,12 +31,13 @@ from dist_qft.ranks.device import compute_dtype
 from dist_qft.ranks.preemption import StopSignal
 from dist_qft.ranks.session import place, session
 from dist_qft.ranks.world import World
+from dist_qft.sharding.engines import engine_warnings
 from dist_qft.sharding.shard_group import ranks_in_group
 from dist_qft.storage.checkpoint import (
     checkpoint_path,
     clean_up,
     list_checkpoints,
-    require_space,
+    require_checkpoint_space,
     require_writable,
 )
 from dist_qft.storage.lock import RUN_LOCK, FolderLock
@@ -82,7 +83,7 @@ def gather_inputs(
     existing = tuple(path.name for path in list_checkpoints(output_dir))
     resume = resume_after_restart(output_dir, resume, os.environ)
     checkpoint, notes = choose_checkpoint(output_dir, resume)
-    notes += [f"warning: {warning}" for warning in config_warnings(config)]
+    notes += [f"warning: {warning}" for warning in config_warnings(config) + engine_warnings(config)]
 
     # The model's shape and the spec of the trainables; no weight is read.
     dtype = compute_dtype(config.train.precision, device)
@@ -91,7 +92,7 @@ def gather_inputs(
     spec = make_spec(config, skeleton)
     notes += [f"warning: {warning}" for warning in spec.warnings(skeleton)]
     head = head_outputs(config.task) * skeleton.embedding.embedding_dim
-    require_space(output_dir, checkpoint_bytes(config.train, spec.parameters + head))
+    require_checkpoint_space(output_dir, checkpoint_bytes(config.train, spec.parameters + head))
     start = None
     if checkpoint is not None:
         check_adapter(checkpoint, spec)

@@ -1,10 +1,11 @@
 """Choose the reader of a folder that another program quantized, by its `quantization_config`."""
 
-import json
 from collections.abc import Callable, Iterable, Mapping
 from itertools import chain
 from pathlib import Path
 from typing import Any
+
+from transformers import PretrainedConfig
 
 from dist_qft.base_model.codebook_folder import compressed_fp4_weights, modelopt_fp4_weights
 from dist_qft.base_model.fp8_folder import fp8_weights
@@ -53,11 +54,16 @@ def has_reader(settings: Settings) -> bool:
     return isinstance(method, str) and method in _READERS
 
 
-def quantization_settings(folder: Path) -> dict[str, Any] | None:
-    """The `quantization_config` of a folder's config.json; None if it has none, or if there is no such file."""
+def quantization_settings(path: str | Path, revision: str | None = None) -> dict[str, Any] | None:
+    """The `quantization_config` in the config.json of a folder or Hub id.
+
+    Returns:
+        None if it has none, or if there is no such file.
+    """
     try:
-        found = json.loads((folder / "config.json").read_bytes()).get("quantization_config")
-    except (OSError, ValueError, AttributeError):
+        tree, _ = PretrainedConfig.get_config_dict(str(path), revision=revision)
+        found = tree.get("quantization_config")
+    except (OSError, ValueError, TypeError, AttributeError):  # the last two: JSON, but not an object
         return None
     return found if isinstance(found, dict) else None
 

@@ -4,8 +4,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from transformers import PretrainedConfig
-
 from dist_qft.base_model.bitsandbytes_folder import BitsAndBytesSource, is_nf4
 from dist_qft.base_model.gguf_file import GgufSource
 from dist_qft.base_model.quantized_folder import METHOD, QUANTIZATION_FILE, QuantizedSource, is_quantized_folder
@@ -73,15 +71,10 @@ def quantized_source(model: ModelConfig) -> TensorSource | None:
     Of a Hub id, those are fetched whose config.json says so.
     """
     path = Path(model.path)
-    quantized = path.suffix == ".gguf" or is_quantized_folder(path) or _quantization_config(model) is not None
-    return open_source(model) if quantized else None
-
-
-def _quantization_config(model: ModelConfig) -> dict[str, Any] | None:
-    """The `quantization_config` of the model's config.json; None if it has none."""
-    tree, _ = PretrainedConfig.get_config_dict(model.path, revision=model.revision)
-    found = tree.get("quantization_config")
-    return found if isinstance(found, dict) else None
+    quantized = path.suffix == ".gguf" or is_quantized_folder(path)
+    if not quantized and quantization_settings(model.path, model.revision) is None:
+        return None
+    return open_source(model)
 
 
 def stored_quantization() -> QuantizationConfig:

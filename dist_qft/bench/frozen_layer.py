@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from dist_qft.bench.measuring import alternating_seconds
 from dist_qft.bench.options import Options
-from dist_qft.bench.peers_step import compute_dtype
 from dist_qft.bench.report import Comparison, Report, Side
 from dist_qft.quant.affine4 import Affine4
 from dist_qft.quant.contract import Format
@@ -19,6 +18,7 @@ from dist_qft.quant.dense import Dense
 from dist_qft.quant.frozen import FrozenLinear
 from dist_qft.quant.nf4 import NF4
 from dist_qft.quant.q8_0 import Q8_0
+from dist_qft.ranks.device import compute_dtype
 
 FORMATS: dict[str, Format] = {
     "nf4": NF4(64),
@@ -50,7 +50,7 @@ def run(options: Options) -> Report:
 def _one_shape(
     where: str, shape: tuple[int, int], tokens: int, device: torch.device, rounds: int
 ) -> tuple[list[Side], list[Comparison], list[str]]:
-    dtype = compute_dtype(device)
+    dtype = compute_dtype("auto", device)
     generator = torch.Generator().manual_seed(0)
     weight = (torch.randn(shape, generator=generator) / shape[1] ** 0.5).to(device)
     training = tokens > DECODE_TOKENS

@@ -11,10 +11,11 @@ from dist_qft.base_model.weight_files import open_source
 from dist_qft.bench.measuring import Memory, synchronize
 from dist_qft.bench.models import dense_folder
 from dist_qft.bench.options import Options
-from dist_qft.bench.peers_step import compute_dtype, quantized_model
+from dist_qft.bench.peers_step import quantized_model
 from dist_qft.bench.processes import common_settings, run_side
 from dist_qft.bench.report import Report, compare
 from dist_qft.config.schema import ModelConfig, QuantizationConfig
+from dist_qft.ranks.device import compute_dtype
 from dist_qft.sharding.engines import make_engine
 from dist_qft.tuned_model.assemble import materialize
 
@@ -42,7 +43,7 @@ def ours(settings: dict[str, Any]) -> dict[str, float]:
 
     memory, started = _begin(device)
     model = ModelConfig(path=settings["model"])
-    skeleton = build_skeleton(model, QuantizationConfig(linear="nf4", block=[64]), compute_dtype(device))
+    skeleton = build_skeleton(model, QuantizationConfig(linear="nf4", block=[64]), compute_dtype("auto", device))
     materialize(skeleton, open_source(model), make_engine("fsdp"), device)
     return _end(memory, started, device)
 

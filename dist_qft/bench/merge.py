@@ -14,7 +14,7 @@ from dist_qft.base_model.skeleton import build_skeleton
 from dist_qft.bench.measuring import Memory, synchronize
 from dist_qft.bench.models import dense_folder
 from dist_qft.bench.options import Options
-from dist_qft.bench.peers_step import compute_dtype, peft_model
+from dist_qft.bench.peers_step import peft_model
 from dist_qft.bench.processes import common_settings, run_side
 from dist_qft.bench.report import Report, compare
 from dist_qft.bench.step import run_config
@@ -24,6 +24,7 @@ from dist_qft.merge.recipe import MergeRequest
 from dist_qft.merge.run import make_recipe
 from dist_qft.methods.adapters.adapter_spec import require_tiles
 from dist_qft.methods.specs import make_spec
+from dist_qft.ranks.device import compute_dtype
 from dist_qft.tuned_model.assemble import assemble
 
 
@@ -43,7 +44,7 @@ def run(options: Options) -> Report:
 def ours(settings: dict[str, Any]) -> dict[str, float]:
     """The exact fold of every layer."""
     config, device = run_config(settings), torch.device(settings["device"])
-    skeleton = build_skeleton(config.model, config.quantization, compute_dtype(device))
+    skeleton = build_skeleton(config.model, config.quantization, compute_dtype("auto", device))
     spec = make_spec(config, skeleton)
     recipe = make_recipe(MergeRequest("quantized", Path("unused")), config, skeleton, require_tiles(spec))
     parts = assemble(config, skeleton, spec, device)

@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedMod
 
 from dist_qft.bench.batches import random_ids
 from dist_qft.bench.measuring import Memory, measure_steps
+from dist_qft.ranks.device import compute_dtype
 from dist_qft.sharding.engines import make_engine
 
 MAX_GRAD_NORM = 0.3  # as in ours
@@ -34,17 +35,12 @@ def peer(settings: dict[str, Any]) -> dict[str, float]:
     return found | {"tokens_per_second": tokens / found["seconds"], "base_bytes": _base_bytes(step.model)}
 
 
-def compute_dtype(device: torch.device) -> torch.dtype:
-    """The dtype in which ours computes by default."""
-    return torch.bfloat16 if device.type == "cuda" else torch.float32
-
-
 def quantized_model(folder: str, device: torch.device, *, in_floats: bool = False) -> PreTrainedModel:
     """The folder's model with NF4 linear layers by `from_pretrained`, whole on this rank.
 
     `in_floats` stores the packed bytes as numbers of the compute dtype, which FSDP needs to shard them.
     """
-    dtype = compute_dtype(device)
+    dtype = compute_dtype("auto", device)
     quantization = BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",

@@ -12,7 +12,7 @@ from dist_qft.config.deepspeed_file import zero_file_faults
 from dist_qft.config.fault import Fault, value_fault
 from dist_qft.config.methods.tile_method import TileMethod
 from dist_qft.config.schema import QuantizationConfig, RunConfig, ShardingConfig
-from dist_qft.config.section import Section
+from dist_qft.config.section import changed
 from dist_qft.divisors import divisors, either, nearest_multiples
 from dist_qft.errors import UserError
 
@@ -22,12 +22,6 @@ _BLOCK_FORM = {
     "affine4": (2, "[b_out, b_in] such as [1, 32]"),
 }
 TASK_METRICS = {"causal-lm": (), "classification": ("accuracy", "matthews", "f1"), "regression": ("pearson",)}
-_ENGINE_SETTINGS = {
-    "reshard_after_forward": "fsdp",
-    "prefetch_megabytes": "zero",
-    "offload": "zero",
-    "deepspeed_config": "zero",
-}
 
 
 def cross_field_faults(config: RunConfig) -> list[Fault]:
@@ -47,19 +41,14 @@ def cross_field_faults(config: RunConfig) -> list[Fault]:
 
 
 def config_warnings(config: RunConfig) -> list[str]:
-    """Notes of reading the config, and settings that are allowed but without effect."""
+    """Notes of reading the config, and settings without effect; those of engines are in `sharding.engines`."""
     train, sharding = config.train, config.sharding
     warnings = [*config.notes, *config.method.warnings(config)]
-    if train.max_steps is not None and _changed(train, "num_train_epochs"):
+    if train.max_steps is not None and changed(train, "num_train_epochs"):
         warnings.append("train.num_train_epochs: no effect, train.max_steps is set")
-    if train.warmup_steps is not None and _changed(train, "warmup_ratio"):
+    if train.warmup_steps is not None and changed(train, "warmup_ratio"):
         warnings.append("train.warmup_ratio: no effect, train.warmup_steps is set")
-    for name, engine in _ENGINE_SETTINGS.items():
-        if sharding.engine != engine and _changed(sharding, name):
-            warnings.append(f"sharding.{name}: no effect with engine {sharding.engine}")
-    if sharding.engine == "replicated" and _changed(sharding, "group"):
-        warnings.append("sharding.group: no effect with engine replicated")
-    if sharding.gradient_sum != "fast" and _changed(sharding, "bucket_megabytes"):
+    if sharding.gradient_sum != "fast" and changed(sharding, "bucket_megabytes"):
         warnings.append(f"sharding.bucket_megabytes: no effect with gradient_sum {sharding.gradient_sum}")
     return warnings
 
@@ -152,7 +141,7 @@ def _train_faults(config: RunConfig) -> Iterator[Fault]:
         yield value_fault(("train", "min_lr_ratio"), f"no effect with lr_scheduler_type {kind}; remove it")
     if kind == "cosine_with_min_lr" and not train.min_lr_ratio:
         yield value_fault(("train", "min_lr_ratio"), "missing; lr_scheduler_type cosine_with_min_lr needs it above 0")
-    if kind != "warmup_stable_decay" and _changed(train, "decay_ratio"):
+    if kind != "warmup_stable_decay" and changed(train, "decay_ratio"):
         yield value_fault(("train", "decay_ratio"), f"no effect with lr_scheduler_type {kind}; remove it")
     if train.optim.startswith("paged_") and config.sharding.device == "cpu":
         yield value_fault(("train", "optim"), f"{train.optim} needs CUDA, sharding.device is cpu; use adamw")
@@ -181,7 +170,7 @@ def _best_evaluation_faults(config: RunConfig) -> Iterator[Fault]:
     for key, given in ((("checkpoint", "keep_best"), keep_best), (("evaluation", "early_stopping_patience"), patience)):
         if given and evaluation.eval_steps is None:
             yield value_fault(key, "nothing to compare; set evaluation.eval_steps")
-    if patience is None and _changed(evaluation, "early_stopping_threshold"):
+    if patience is None and changed(evaluation, "early_stopping_threshold"):
         yield value_fault(
             ("evaluation", "early_stopping_threshold"), "no effect without evaluation.early_stopping_patience"
         )
@@ -194,11 +183,6 @@ def _best_evaluation_faults(config: RunConfig) -> Iterator[Fault]:
         yield value_fault(
             ("evaluation", "metric"), "no effect without checkpoint.keep_best or evaluation.early_stopping_patience"
         )
-
-
-def _changed(section: Section, setting: str) -> bool:
-    """True if a setting is not its default. Being given says nothing: a config that was saved whole names them all."""
-    return getattr(section, setting) != type(section).model_fields[setting].default
 
 
 def merge_obstacle(config: RunConfig) -> str | None:
@@ -216,7 +200,7 @@ def _merge_faults(config: RunConfig) -> Iterator[Fault]:
         yield value_fault(("merge", "at_end"), obstacle)
     elif merge.at_end is None:
         for key in type(merge).model_fields:
-            if _changed(merge, key):
+            if changed(merge, key):
                 yield value_fault(("merge", key), "no effect without merge.at_end; set that or remove this")
-    elif merge.at_end != "dense" and _changed(merge, "dtype"):
+    elif merge.at_end != "dense" and changed(merge, "dtype"):
         yield value_fault(("merge", "dtype"), f"no effect with merge.at_end {merge.at_end}; only dense has it")

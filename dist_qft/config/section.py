@@ -22,3 +22,11 @@ class Section(BaseModel):
     """A part of the config: unknown keys, silent type conversions, NaN and infinities are errors."""
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, validate_default=True, allow_inf_nan=False)
+
+
+def changed(section: Section, setting: str) -> bool:
+    """True if a setting is not its default.
+
+    Being given in the file says nothing: a config that was saved whole names every setting.
+    """
+    return bool(getattr(section, setting) != type(section).model_fields[setting].default)

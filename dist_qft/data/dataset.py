@@ -48,7 +48,7 @@ class TokenDataset:
     tokens: (total,) int32. targets: (total,) bool, whether a token is predicted from those before it in its segment,
     so False at each segment's start. row_offsets: (rows + 1,) int64, in tokens. segment_starts: (segments,) int64, in
     tokens, ascending. packed_length: tokens of a row in a batch if packed, else None. pad_id: fills the rest of a row.
-    report: counts made while building (read, kept, dropped_*, truncated, tokens, target_tokens, rows, ...).
+    counts: made while building (read, kept, dropped_*, truncated, tokens, target_tokens, rows, ...).
     labels: (rows,) float32 if rows are labelled: each row's last token is then its one target, for the label.
     notes: lines for the user about what became of the samples. mixture: rows and weight of each of several data sets,
     which lie one behind the other; () if rows are used in one order over all.
@@ -60,16 +60,16 @@ class TokenDataset:
     segment_starts: np.ndarray
     pad_id: int
     packed_length: int | None = None
-    report: dict[str, int] = field(default_factory=dict)
+    counts: dict[str, int] = field(default_factory=dict)
     labels: np.ndarray | None = None
     notes: tuple[str, ...] = ()
     mixture: tuple[Part, ...] = ()
 
     @classmethod
     def from_sequences(
-        cls, sequences: Sequence[TokenSequence], pad_id: int, packed_length: int | None, report: dict[str, int]
+        cls, sequences: Sequence[TokenSequence], pad_id: int, packed_length: int | None, counts: dict[str, int]
     ) -> "TokenDataset":
-        """One row a sequence, or packed into rows of `packed_length`; completes the report."""
+        """One row a sequence, or packed into rows of `packed_length`; completes the counts."""
         lengths = np.array([len(sequence.input_ids) for sequence in sequences], dtype=np.int64)
         rows = [[i] for i in range(len(sequences))] if packed_length is None else pack(lengths.tolist(), packed_length)
         order = [i for row in rows for i in row]
@@ -82,7 +82,7 @@ class TokenDataset:
             labels = np.array([sequences[i].label for i in order], dtype=np.float32)
             targets[:] = False
             targets[starts[1:] - 1] = True
-        counts = {"rows": len(rows), "tokens": int(starts[-1]), "target_tokens": int(targets.sum())}
+        laid_out = {"rows": len(rows), "tokens": int(starts[-1]), "target_tokens": int(targets.sum())}
         return cls(
             tokens=np.concatenate([sequences[i].input_ids for i in order]),
             targets=targets,
@@ -90,17 +90,17 @@ class TokenDataset:
             segment_starts=starts[:-1],
             pad_id=pad_id,
             packed_length=packed_length,
-            report=report | counts,
+            counts=counts | laid_out,
             labels=labels,
         )
 
     @classmethod
-    def mixed(cls, parts: Sequence["TokenDataset"], weights: Sequence[float], report: dict[str, int]) -> "TokenDataset":
-        """Several data sets one behind the other, to be drawn by their weights; completes the report."""
+    def mixed(cls, parts: Sequence["TokenDataset"], weights: Sequence[float], counts: dict[str, int]) -> "TokenDataset":
+        """Several data sets one behind the other, to be drawn by their weights; completes the counts."""
         ends = np.cumsum([len(part.tokens) for part in parts])
         starts = [end - len(part.tokens) for end, part in zip(ends, parts, strict=True)]
         row_ends = [part.row_offsets[1:] + start for part, start in zip(parts, starts, strict=True)]
-        counts = {name: sum(part.report[name] for part in parts) for name in ("rows", "tokens", "target_tokens")}
+        laid_out = {name: sum(part.counts[name] for part in parts) for name in ("rows", "tokens", "target_tokens")}
         labels = [part.labels for part in parts if part.labels is not None]
         return cls(
             tokens=np.concatenate([part.tokens for part in parts]),
@@ -109,7 +109,7 @@ class TokenDataset:
             segment_starts=np.concatenate([part.segment_starts + at for part, at in zip(parts, starts, strict=True)]),
             pad_id=parts[0].pad_id,
             packed_length=parts[0].packed_length,
-            report=report | counts,
+            counts=counts | laid_out,
             labels=np.concatenate(labels) if labels else None,
             mixture=tuple(Part(len(part), weight) for part, weight in zip(parts, weights, strict=True)),
         )
@@ -129,7 +129,7 @@ class TokenDataset:
 
     @cached_property
     def digest(self) -> str:
-        """SHA-256 (hex) of all that decides the batches; report and notes do not count."""
+        """SHA-256 (hex) of all that decides the batches; `counts` and `notes` are not part of it."""
         mixture = f" {[tuple(part) for part in self.mixture]}" if self.mixture else ""
         digest = hashlib.sha256(f"{FORMAT_VERSION} {self.pad_id} {self.packed_length}{mixture}".encode())
         for name, array in self._arrays().items():
@@ -148,7 +148,7 @@ class TokenDataset:
             "digest": self.digest,
             "pad_id": self.pad_id,
             "packed_length": self.packed_length,
-            "report": self.report,
+            "report": self.counts,  # its name in files of every version
             "notes": self.notes,
             "mixture": self.mixture,
         }
@@ -171,7 +171,7 @@ class TokenDataset:
                 **arrays,
                 pad_id=metadata["pad_id"],
                 packed_length=metadata["packed_length"],
-                report=metadata["report"],
+                counts=metadata["report"],
                 notes=tuple(metadata.get("notes", ())),  # older files have neither
                 mixture=tuple(Part(*part) for part in metadata.get("mixture", ())),
             )

@@ -1,7 +1,7 @@
 """From a data set's records to token sequences, with an account of what became of every record."""
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
 from dist_qft.config.data_schema import DataConfig, DatasetConfig
@@ -20,7 +20,7 @@ class Encoded:
     """The kept samples of one data set, counts of what became of the others, and lines for the user."""
 
     sequences: list[TokenSequence]
-    report: dict[str, int]
+    counts: dict[str, int]
     notes: list[str]
 
 
@@ -109,8 +109,8 @@ def _kept(
             yield kept
 
 
-def report_line(key: str, report: dict[str, int]) -> str | None:
-    """One line on rows that were dropped, cut or skipped; None if none were. `report` is a `TokenDataset`'s."""
+def dropped_line(key: str, counts: Mapping[str, int]) -> str | None:
+    """One line on rows that were dropped, cut or skipped; None if none were. `counts` are a `TokenDataset`'s."""
     told = {
         "dropped_overlong": "dropped, longer than data.max_length",
         "dropped_no_targets": "dropped, without a token to train on",
@@ -120,5 +120,5 @@ def report_line(key: str, report: dict[str, int]) -> str | None:
         "shortened": "cut to data.max_source_length or data.max_target_length",
         "blank_lines": "blank lines",
     }
-    parts = [f"{report[name]:,} {words}" for name, words in told.items() if report.get(name)]
-    return f"{key}: of {report.get('read', 0):,} rows {'; '.join(parts)}" if parts else None
+    parts = [f"{counts[name]:,} {words}" for name, words in told.items() if counts.get(name)]
+    return f"{key}: of {counts.get('read', 0):,} rows {'; '.join(parts)}" if parts else None

@@ -15,9 +15,9 @@ from transformers import PreTrainedTokenizerBase
 
 from dist_qft.config.data_schema import DataConfig, TaskConfig
 from dist_qft.data.dataset import FORMAT_VERSION, TokenDataset
-from dist_qft.data.encode import Encoded, encode_records, report_line
+from dist_qft.data.encode import Encoded, dropped_line, encode_records
 from dist_qft.data.mixture import shares
-from dist_qft.data.sources import Source, open_source
+from dist_qft.data.sources import Source, open_data_source
 from dist_qft.data.tokens import SampleEncoder, TokenSequence
 from dist_qft.errors import CorruptFileError, SetupError, UserError
 
@@ -57,9 +57,9 @@ def prepare(
         SetupError: the cache cannot be written.
     """
     assert data.eval is None or not data.eval_samples, "the config's check refuses both"
-    sources = {key: open_source(dataset, key) for key, dataset in data.train_sets().items()}
+    sources = {key: open_data_source(dataset, key) for key, dataset in data.train_sets().items()}
     if data.eval is not None:
-        sources["data.eval"] = open_source(data.eval, "data.eval")
+        sources["data.eval"] = open_data_source(data.eval, "data.eval")
     task = task or TaskConfig()
     encoder = SampleEncoder(
         tokenizer,
@@ -136,34 +136,34 @@ def _build(data: DataConfig, encoder: SampleEncoder, sources: dict[str, Source])
     train_sets = data.train_sets()
     encoded = {key: encode_records(data, train_sets[key], sources[key], encoder, key) for key in train_sets}
     notes = [line for key, part in encoded.items() for line in _told(key, part)]
-    report: dict[str, int] = {}
+    counts: dict[str, int] = {}
     for part in encoded.values():
-        report = {name: report.get(name, 0) + part.report.get(name, 0) for name in {**report, **part.report}}
+        counts = {name: counts.get(name, 0) + part.counts.get(name, 0) for name in {**counts, **part.counts}}
     kept = [part.sequences for part in encoded.values()]
     held_out: list[TokenSequence] = []
     if data.eval_samples:
         kept, held_out = _hold_out(kept, data.eval_samples, list(encoded))
-        report |= {"kept": sum(map(len, kept)), "held_out": len(held_out)}
+        counts |= {"kept": sum(map(len, kept)), "held_out": len(held_out)}
 
-    def rows(sequences: list[TokenSequence], counts: dict[str, int]) -> TokenDataset:
+    def rows(sequences: list[TokenSequence], counted: dict[str, int]) -> TokenDataset:
         packed_length = data.max_length if data.packing else None
-        return TokenDataset.from_sequences(sequences, _pad_id(encoder), packed_length, counts)
+        return TokenDataset.from_sequences(sequences, _pad_id(encoder), packed_length, counted)
 
     weights = [dataset.weight for dataset in train_sets.values() if dataset.weight is not None]
     if weights:
-        train = TokenDataset.mixed([rows(sequences, {}) for sequences in kept], weights, report)
+        train = TokenDataset.mixed([rows(sequences, {}) for sequences in kept], weights, counts)
         notes.append(_told_mixture(train, list(encoded)))
     else:
-        train = rows([sequence for sequences in kept for sequence in sequences], report)
+        train = rows([sequence for sequences in kept for sequence in sequences], counts)
     train = replace(train, notes=tuple(notes))
     if data.eval is not None:
         part = encode_records(data, data.eval, sources["data.eval"], encoder, "data.eval")
-        return Prepared(train, replace(rows(part.sequences, part.report), notes=tuple(_told("data.eval", part))))
+        return Prepared(train, replace(rows(part.sequences, part.counts), notes=tuple(_told("data.eval", part))))
     return Prepared(train, rows(held_out, {"kept": len(held_out)}) if held_out else None)
 
 
 def _told(key: str, encoded: Encoded) -> list[str]:
-    line = report_line(key, encoded.report)
+    line = dropped_line(key, encoded.counts)
     return [*([line] if line else []), *encoded.notes]
 
 

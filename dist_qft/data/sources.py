@@ -1,6 +1,6 @@
 """The sources of records: local files, the Hub, or the standard library's documentation.
 
-`open_source` interprets no record, so that a wrong path is refused before anything heavy starts.
+`open_data_source` interprets no record, so that a wrong path is refused before anything heavy starts.
 """
 
 import hashlib
@@ -37,7 +37,7 @@ class Source:
     notes: tuple[str, ...] = ()
 
 
-def open_source(dataset: DatasetConfig, key: str) -> Source:
+def open_data_source(dataset: DatasetConfig, key: str) -> Source:
     """The source that `dataset` names. `key` is its config section (`data.train`), for messages.
 
     UserError: no such file, folder or Hub data set; a file that cannot be read, is empty, or has an unknown type;

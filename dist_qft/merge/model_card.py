@@ -14,30 +14,18 @@ from dist_qft.merge.certificate import CARD, Certificate, Origin
 from dist_qft.merge.modelfile import modelfile
 from dist_qft.merge.names import portable_name
 from dist_qft.merge.recipe import Recipe
+from dist_qft.merge.target import CardText
+from dist_qft.merge.targets import TARGETS
 from dist_qft.storage.atomic import write_text
 from dist_qft.tuned_model.prompts import stop_ids
-
-# How each kind of result is used: language and command. A kind that is not here is no model, and gets no card.
-_USE = {
-    "dense": (
-        "python",
-        'AutoModelForCausalLM.from_pretrained("{name}")  # transformers; vLLM: vllm serve {name}',
-    ),
-    "quantized": ("python", 'dist_qft.load("{name}").generate("...")'),
-    "peft": (
-        "python",
-        'PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("{base}"), "{name}")  # vLLM: --lora-modules',
-    ),
-    "gguf": ("bash", "llama-cli -m {name} -cnv   # or: ollama create my-model -f {name}.Modelfile"),
-}
 
 
 def write_companions(
     recipe: Recipe, origin: Origin, certificate: Certificate, tokenizer: PreTrainedTokenizerBase, named: object
 ) -> list[Path]:
-    """Write the card into a folder, or card and Modelfile beside a GGUF file; those that are there are replaced.
+    """Write the card into a folder, or beside a file, with a Modelfile for GGUF; replace those that are there.
 
-    Nothing is written for a kind of result that no reader knows.
+    Nothing is written for a target without a card.
 
     Args:
         named: the ids that the base's own files call ends of a text.
@@ -45,31 +33,31 @@ def write_companions(
     Returns:
         The files.
     """
-    if certificate.target not in _USE:
+    text = TARGETS[certificate.target].card
+    if text is None:
         return []
     result = recipe.request.path
-    card = model_card(origin, certificate)
+    card = model_card(origin, certificate, text)
     if result.is_dir():
         write_text(result / CARD, card)
         return [result / CARD]
-    stops = [str(tokenizer.convert_ids_to_tokens(index)) for index in stop_ids(named, tokenizer)]
-    files = {f"{result.name}.md": card, f"{result.name}.Modelfile": modelfile(result.name, tokenizer, stops)}
-    for name, text in files.items():
-        write_text(result.with_name(name), text)
+    files = {f"{result.name}.md": card}
+    if text.modelfile:
+        stops = [str(tokenizer.convert_ids_to_tokens(index)) for index in stop_ids(named, tokenizer)]
+        files[f"{result.name}.Modelfile"] = modelfile(result.name, tokenizer, stops)
+    for name, content in files.items():
+        write_text(result.with_name(name), content)
     return [result.with_name(name) for name in files]
 
 
-def model_card(origin: Origin, certificate: Certificate) -> str:
+def model_card(origin: Origin, certificate: Certificate, text: CardText) -> str:
     """The card in Markdown, with the metadata that the Hub reads in front."""
     config, name = origin.config, Path(certificate.result.path).name
     base = portable_name(config.model.path, short=True)
-    language, use = _USE[certificate.target]
     metadata = {
         "base_model": base if "/" in base else None,  # a Hub id
-        "base_model_relation": {"peft": "adapter", "quantized": "quantized", "gguf": "quantized"}.get(
-            certificate.target, "finetune"
-        ),
-        "library_name": {"peft": "peft", "dense": "transformers"}.get(certificate.target),
+        "base_model_relation": text.relation,
+        "library_name": text.library,
         "pipeline_tag": "text-generation",
     }
     front = "".join(f"{key}: {value}\n" for key, value in metadata.items() if value is not None)
@@ -78,7 +66,7 @@ def model_card(origin: Origin, certificate: Certificate) -> str:
         f"---\n{front}tags: [dist-qft, {config.method.name}]\n---\n\n# {name}\n\n"
         f"Fine-tuned with dist_qft from {base}.\n\n| | |\n|---|---|\n{rows}\n"
         f"## Difference from the trained model\n\n{certificate.summary[:1].upper()}{certificate.summary[1:]}.\n\n"
-        f"## Use\n\n```{language}\n{use.format(name=name, base=base)}\n```\n"
+        f"## Use\n\n```{text.language}\n{text.command.format(name=name, base=base)}\n```\n"
     )
 
 

@@ -70,6 +70,25 @@ class Probe:
     device: torch.device
 
 
+@dataclass(frozen=True)
+class CardText:
+    """The lines of a model card that differ between kinds of result (`model_card`).
+
+    Attributes:
+        language: of the command, for highlighting.
+        command: how the result is loaded; `{name}` stands for the result and `{base}` for the base model.
+        relation: `base_model_relation` of the Hub's metadata.
+        library: `library_name` there.
+        modelfile: whether a Modelfile for Ollama is written beside the result.
+    """
+
+    language: str
+    command: str
+    relation: str = "finetune"
+    library: str | None = None
+    modelfile: bool = False
+
+
 class Target(ABC):
     """One kind of result.
 
@@ -77,11 +96,13 @@ class Target(ABC):
         name: as in `--to` and `merge.at_end`.
         default_name: of the result inside a run's folder; a name with a suffix is a file, any other a folder.
         requantizes: True if `--requantize` makes sense for it.
+        card: its part of a model card; None for a result that is not a model, which gets no card.
     """
 
     name: ClassVar[MergeTarget]
     default_name: ClassVar[str]
     requantizes: ClassVar[bool] = False
+    card: ClassVar[CardText | None] = None
 
     @abstractmethod
     def recipe(

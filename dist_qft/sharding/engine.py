@@ -7,7 +7,7 @@ modules callable as if they were whole. It knows neither formats nor methods; tr
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, Self
+from typing import Any, ClassVar, Protocol, Self
 
 import torch
 from torch import Tensor, nn
@@ -55,11 +55,13 @@ class Engine(Protocol):
 
     Attributes:
         name: `sharding.engine` of the config.
+        settings: keys of `config.sharding` that this engine reads and not every engine does.
         traffic: counts what this rank has received.
         gathers_in_backward: whether the layers are gathered a second time, for the backward pass.
     """
 
     name: str
+    settings: ClassVar[frozenset[str]]
     traffic: Traffic
     gathers_in_backward: bool
 

@@ -3,6 +3,7 @@
 from typing import Any, Protocol
 
 from dist_qft.config.schema import RunConfig
+from dist_qft.config.section import changed
 from dist_qft.errors import UserError
 from dist_qft.sharding.engine import Engine
 from dist_qft.sharding.fsdp import FsdpEngine
@@ -12,6 +13,8 @@ from dist_qft.sharding.zero import ZeroEngine
 
 class EngineClass(Protocol):
     """A class whose objects are engines."""
+
+    settings: frozenset[str]
 
     def __call__(self, *args: Any, **options: Any) -> Engine: ...
 
@@ -25,6 +28,17 @@ ENGINES: dict[str, EngineClass] = {"fsdp": FsdpEngine, "zero": ZeroEngine, "repl
 def engine_of(config: RunConfig) -> Engine:
     """The engine that `config.sharding` asks for, with its settings there."""
     return _class_of(config.sharding.engine).from_config(config)
+
+
+def engine_warnings(config: RunConfig) -> list[str]:
+    """Lines on settings of `config.sharding` that are changed but belong to other engines than the one chosen."""
+    sharding, own = config.sharding, _class_of(config.sharding.engine).settings
+    others = frozenset[str]().union(*(engine.settings for engine in ENGINES.values())) - own
+    return [
+        f"sharding.{name}: no effect with engine {sharding.engine}"
+        for name in type(sharding).model_fields
+        if name in others and changed(sharding, name)
+    ]
 
 
 def make_engine(name: str, **options: Any) -> Engine:

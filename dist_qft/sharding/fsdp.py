@@ -22,7 +22,7 @@ import math
 import time
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import Any, Self, cast
+from typing import Any, ClassVar, Self, cast
 
 import torch
 import torch.distributed as dist
@@ -68,6 +68,7 @@ class FsdpEngine:
     """FSDP2 `fully_shard` per decoder layer, per table and at the decoder's root."""
 
     name = "fsdp"
+    settings: ClassVar[frozenset[str]] = frozenset({"group", "reshard_after_forward"})
 
     def __init__(
         self, *, reshard_after_forward: bool = True, group: Setting = "world", timeout_seconds: float = 600

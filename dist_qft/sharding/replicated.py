@@ -1,6 +1,6 @@
 """Engine `replicated`: every rank holds the whole base. For models that fit, and as the other engines' reference."""
 
-from typing import Self
+from typing import ClassVar, Self
 
 import torch
 import torch.distributed as dist
@@ -14,6 +14,7 @@ class ReplicatedEngine:
     """Holds the base whole on every rank; nothing of it ever crosses the network."""
 
     name = "replicated"
+    settings: ClassVar[frozenset[str]] = frozenset()
     gathers_in_backward = False
 
     def __init__(self) -> None:

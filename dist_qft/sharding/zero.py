@@ -25,7 +25,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from importlib.util import find_spec
-from typing import Any, Protocol, Self, cast
+from typing import Any, ClassVar, Protocol, Self, cast
 
 import torch
 import torch.distributed as dist
@@ -69,6 +69,7 @@ class ZeroEngine:
     """
 
     name = "zero"
+    settings: ClassVar[frozenset[str]] = frozenset({"group", "prefetch_megabytes", "offload", "deepspeed_config"})
     gathers_in_backward = True
 
     def __init__(

@@ -231,7 +231,7 @@ def _nearest_existing(path: Path) -> Path:
     return next(folder for folder in [path, *path.absolute().parents] if folder.exists())
 
 
-def require_space(output_dir: Path, needed: int) -> None:
+def require_checkpoint_space(output_dir: Path, needed: int) -> None:
     """Refuse to start a run whose first checkpoint, of at least `needed` bytes, would not fit.
 
     Raises:

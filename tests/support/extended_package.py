@@ -116,6 +116,7 @@ from dist_qft.sharding.replicated import ReplicatedEngine
 
 class LentEngine(ReplicatedEngine):
     name = "lent"
+    settings = frozenset({"prefetch_megabytes"})
     gathers_in_backward = True
 
     def __init__(self, *, prefetch_megabytes):

@@ -13,7 +13,7 @@ from dist_qft.merge.difference import Difference
 from dist_qft.merge.live_model import LiveModel
 from dist_qft.merge.merged_weight import live_rows, require_numbers, require_range
 from dist_qft.merge.recipe import DTYPES, MergeRequest, Recipe
-from dist_qft.merge.target import Writer
+from dist_qft.merge.target import CardText, Writer
 from dist_qft.merge.writers.folder import FolderWriter, require_folder
 from dist_qft.merge.writers.merged_model import MergedModel
 from dist_qft.merge.writers.safetensors_folder import Entry
@@ -25,6 +25,11 @@ class DenseTarget(MergedModel):
 
     name = "dense"
     default_name = "merged-dense"
+    card = CardText(
+        "python",
+        'AutoModelForCausalLM.from_pretrained("{name}")  # transformers; vLLM: vllm serve {name}',
+        library="transformers",
+    )
 
     def recipe(
         self, request: MergeRequest, config: RunConfig, base: BaseModel, tiles: Mapping[str, TileSettings]

@@ -27,7 +27,7 @@ from dist_qft.errors import CorruptFileError, UserError
 from dist_qft.merge.difference import Difference
 from dist_qft.merge.live_model import LiveModel
 from dist_qft.merge.recipe import MergeRequest, Recipe, quantized_recipe
-from dist_qft.merge.target import OpenResult, Writer
+from dist_qft.merge.target import CardText, OpenResult, Writer
 from dist_qft.merge.writers.merged_model import MergedModel
 from dist_qft.merge.writers.requantize import requantized
 from dist_qft.methods.adapters.schedule import TileSettings
@@ -45,6 +45,12 @@ class GgufTarget(MergedModel):
     name = "gguf"
     default_name = "merged.gguf"
     requantizes = True
+    card = CardText(
+        "bash",
+        "llama-cli -m {name} -cnv   # or: ollama create my-model -f {name}.Modelfile",
+        relation="quantized",
+        modelfile=True,
+    )
 
     def recipe(
         self, request: MergeRequest, config: RunConfig, base: BaseModel, tiles: Mapping[str, TileSettings]

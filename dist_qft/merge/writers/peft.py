@@ -22,7 +22,7 @@ from dist_qft.merge.merged_weight import require_numbers
 from dist_qft.merge.names import portable_name
 from dist_qft.merge.probe import logits_of
 from dist_qft.merge.recipe import Kind, MergeRequest, Recipe
-from dist_qft.merge.target import Converted, OpenResult, Probe, Target
+from dist_qft.merge.target import CardText, Converted, OpenResult, Probe, Target
 from dist_qft.merge.writers.folder import require_folder
 from dist_qft.merge.writers.lora_twin import PLAIN, lora_difference, lora_twin
 from dist_qft.merge.writers.peft_support import require_low_rank, require_peft_support
@@ -41,6 +41,12 @@ class PeftTarget(Target):
 
     name = "peft"
     default_name = "merged-peft"
+    card = CardText(
+        "python",
+        'PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("{base}"), "{name}")  # vLLM: --lora-modules',
+        relation="adapter",
+        library="peft",
+    )
 
     def recipe(
         self, request: MergeRequest, config: RunConfig, base: BaseModel, tiles: Mapping[str, TileSettings]

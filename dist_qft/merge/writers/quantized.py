@@ -19,7 +19,7 @@ from dist_qft.config.schema import RunConfig
 from dist_qft.merge.difference import Difference
 from dist_qft.merge.live_model import LiveModel
 from dist_qft.merge.recipe import MergeRequest, Recipe, quantized_recipe
-from dist_qft.merge.target import Writer
+from dist_qft.merge.target import CardText, Writer
 from dist_qft.merge.writers.folder import FolderWriter, require_folder
 from dist_qft.merge.writers.merged_model import MergedModel
 from dist_qft.merge.writers.requantize import requantized
@@ -34,6 +34,7 @@ class QuantizedTarget(MergedModel):
     name = "quantized"
     default_name = "merged-quantized"
     requantizes = True
+    card = CardText("python", 'dist_qft.load("{name}").generate("...")', relation="quantized")
 
     def recipe(
         self, request: MergeRequest, config: RunConfig, base: BaseModel, tiles: Mapping[str, TileSettings]

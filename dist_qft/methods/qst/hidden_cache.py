@@ -144,7 +144,7 @@ def cache_folder(output_dir: Path) -> Path:
     return output_dir / _FOLDER
 
 
-def require_space(folder: Path, needed: int) -> None:
+def require_cache_space(folder: Path, needed: int) -> None:
     """Refuse, before anything heavy is done, a cache that does not fit; what an older one occupies counts as free.
 
     Raises:

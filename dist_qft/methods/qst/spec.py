@@ -20,7 +20,7 @@ from dist_qft.data.dataset import TokenDataset
 from dist_qft.errors import UserError
 from dist_qft.methods.forward import BaseForward, Forward
 from dist_qft.methods.qst.cached_forward import CachedForward
-from dist_qft.methods.qst.hidden_cache import CacheLayout, HiddenCache, cache_folder, require_space
+from dist_qft.methods.qst.hidden_cache import CacheLayout, HiddenCache, cache_folder, require_cache_space
 from dist_qft.methods.qst.network import SideNetwork
 from dist_qft.methods.qst.pruning import start_from_base
 from dist_qft.methods.qst.settings import SideSettings
@@ -123,7 +123,7 @@ class SideSpec(TrainableSpec[SideNetwork]):
         if self.cache == "none":
             return []
         size, folder = self.cache_layout(base.dtype).bytes_of(data.lengths), cache_folder(output_dir)
-        require_space(folder, size)
+        require_cache_space(folder, size)
         return [f"hidden-state cache {folder}: {size / 2**30:,.2f} GiB for {len(data):,} rows"]
 
     def forward(self, parts: TrainingParts[SideNetwork]) -> Forward:

@@ -6,6 +6,7 @@ from dist_qft.config.check import accumulation_steps, config_warnings
 from dist_qft.config.load import load_config
 from dist_qft.config.schema import RunConfig
 from dist_qft.errors import UserError
+from dist_qft.sharding.engines import engine_warnings
 
 
 @pytest.fixture
@@ -175,10 +176,20 @@ def test_allowed_neighbours_of_the_refused(load):
             ["sharding={engine: replicated, reshard_after_forward: false}"],
             ["sharding.reshard_after_forward: no effect with engine replicated"],
         ),
+        (
+            ["sharding={engine: replicated, group: node}", "sharding.bucket_megabytes=8"],
+            ["sharding.group: no effect with engine replicated"],
+        ),
+        (["sharding={engine: fsdp, group: node}"], []),
+        (
+            ["sharding={engine: zero, prefetch_megabytes: 1, reshard_after_forward: false}"],
+            ["sharding.reshard_after_forward: no effect with engine zero"],
+        ),
     ],
 )
 def test_warnings(load, overrides, expected):
-    assert config_warnings(load(*overrides)) == expected
+    config = load(*overrides)
+    assert config_warnings(config) + engine_warnings(config) == expected
 
 
 @pytest.mark.parametrize("world_size, micro, steps", [(1, 1, 48), (1, 48, 1), (2, 4, 6), (3, 4, 4), (16, 3, 1)])

@@ -9,6 +9,7 @@ import pytest
 from dist_qft.config.check import accumulation_steps, config_warnings
 from dist_qft.config.load import load_config
 from dist_qft.errors import UserError
+from dist_qft.sharding.engines import engine_warnings
 
 ROOT = Path(__file__).parents[3]
 CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
@@ -52,7 +53,7 @@ def test_there_is_a_config_for_every_method_and_size():
 @every_config
 def test_loads_without_warnings_and_divides_over_its_ranks(path):
     config = load_config(path)
-    assert config_warnings(config) == []
+    assert config_warnings(config) + engine_warnings(config) == []
     for world_size in RANKS[path.parent.name]:
         assert accumulation_steps(config, world_size) >= 1
     assert path.name == "quickstart.yaml" or config.method.name == path.stem.partition("-")[0]

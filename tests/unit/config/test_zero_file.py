@@ -4,10 +4,10 @@ import json
 
 import pytest
 
-from dist_qft.config.check import config_warnings
 from dist_qft.config.deepspeed_file import read_zero_options
 from dist_qft.config.load import load_config
 from dist_qft.errors import UserError
+from dist_qft.sharding.engines import engine_warnings
 
 
 @pytest.fixture
@@ -104,6 +104,6 @@ def test_offload_on_a_cpu_is_refused(load):
 
 def test_settings_of_another_engine_are_warned_of(load):
     config = load({}, "sharding.engine=fsdp", "sharding.prefetch_megabytes=8")
-    warnings = config_warnings(config)
+    warnings = engine_warnings(config)
     assert "sharding.prefetch_megabytes: no effect with engine fsdp" in warnings
     assert "sharding.deepspeed_config: no effect with engine fsdp" in warnings

@@ -18,7 +18,7 @@ def sequences(lengths):
 
 @pytest.fixture
 def packed():
-    return TokenDataset.from_sequences(sequences([6, 5, 4, 3]), pad_id=7, packed_length=10, report={"read": 4})
+    return TokenDataset.from_sequences(sequences([6, 5, 4, 3]), pad_id=7, packed_length=10, counts={"read": 4})
 
 
 def test_packed_rows(packed):
@@ -30,12 +30,12 @@ def test_packed_rows(packed):
     # A segment's first token has nothing before it: no target, whatever the sample said.
     assert np.flatnonzero(targets).tolist() == [2, 4, 8]
     assert packed.row(1).segment_starts.tolist() == [0, 5]
-    assert packed.report == {"read": 4, "rows": 2, "tokens": 18, "target_tokens": 6}
+    assert packed.counts == {"read": 4, "rows": 2, "tokens": 18, "target_tokens": 6}
 
 
 def test_unpacked_rows_are_the_samples():
     samples = sequences([6, 1, 4])
-    dataset = TokenDataset.from_sequences(samples, pad_id=0, packed_length=None, report={})
+    dataset = TokenDataset.from_sequences(samples, pad_id=0, packed_length=None, counts={})
     assert [dataset.row(i).tokens.tolist() for i in range(3)] == [sample.input_ids.tolist() for sample in samples]
     assert [dataset.row(i).segment_starts.tolist() for i in range(3)] == [[0], [0], [0]]
 
@@ -48,7 +48,7 @@ def test_saved_and_loaded(packed, tmp_path):
         expected, found = getattr(packed, name), getattr(loaded, name)
         assert found.dtype == expected.dtype
         assert found.tolist() == expected.tolist()
-    assert (loaded.pad_id, loaded.packed_length, loaded.report) == (7, 10, packed.report)
+    assert (loaded.pad_id, loaded.packed_length, loaded.counts) == (7, 10, packed.counts)
     assert loaded.digest == packed.digest
     assert [file.name for file in tmp_path.iterdir()] == ["a.safetensors"]
 
@@ -64,7 +64,7 @@ def test_digest_covers_what_decides_a_batch(packed):
     }
     digests = {replace(packed, **{name: value}).digest for name, value in changes.items()}
     assert len(digests | {packed.digest}) == len(changes) + 1
-    assert replace(packed, report={}).digest == packed.digest
+    assert replace(packed, counts={}).digest == packed.digest
 
 
 def test_every_flipped_byte_of_the_arrays_is_seen(packed, tmp_path):

@@ -6,7 +6,7 @@ from collections import Counter
 import pytest
 
 from dist_qft.config.data_schema import DatasetConfig
-from dist_qft.data.sources import load_records, open_source
+from dist_qft.data.sources import load_records, open_data_source
 from dist_qft.errors import UserError
 
 
@@ -25,7 +25,7 @@ def folder(tmp_path):
 
 
 def texts(path, split="train"):
-    source = open_source(DatasetConfig(path=str(path), split=split), "data.train")
+    source = open_data_source(DatasetConfig(path=str(path), split=split), "data.train")
     records = load_records(DatasetConfig(path=str(path)), source, "data.train", Counter())
     return [record["text"] for record, _ in records], source.notes
 

@@ -61,7 +61,7 @@ def test_data_sets_lie_one_behind_the_other(packed_length, tmp_path):
     for index, row in enumerate(rows):
         for mine, theirs in zip(mixed.row(index), row, strict=True):
             assert mine.tolist() == theirs.tolist()
-    assert len(mixed) == len(rows) and mixed.report["tokens"] == 25 and mixed.report["rows"] == len(rows)
+    assert len(mixed) == len(rows) and mixed.counts["tokens"] == 25 and mixed.counts["rows"] == len(rows)
     mixed.save(tmp_path / "x.safetensors")
     loaded = TokenDataset.load(tmp_path / "x.safetensors")
     assert loaded.digest == mixed.digest and loaded.mixture == mixed.mixture

@@ -51,7 +51,7 @@ def test_counts_of_every_fate(run, corpus):
     ]
     path = corpus(records)
     prepared = run(path, max_length=8)
-    assert prepared.train.report == {
+    assert prepared.train.counts == {
         "read": 6,
         "blank_lines": 0,
         "truncated": 1,
@@ -64,7 +64,7 @@ def test_counts_of_every_fate(run, corpus):
     }
     assert prepared.eval is None
     assert prepared.train.pad_id == 0
-    dropped = run(path, max_length=8, overlong="drop").train.report
+    dropped = run(path, max_length=8, overlong="drop").train.counts
     assert (dropped["kept"], dropped["dropped_overlong"], dropped["truncated"]) == (2, 2, 0)
     with pytest.raises(UserError, match=r"train.jsonl:2: got 12 tokens, must be at most data.max_length 8"):
         run(path, max_length=8, overlong="error")
@@ -102,7 +102,7 @@ def test_eval_samples_are_held_out_once_and_for_all(run, corpus):
     assert sorted(train + held_out) == [[i, i, i] for i in range(100)]
     assert [row[0] for row in held_out] == sorted(held_out_indices(100, 10))
     assert held_out_indices(100, 10) < held_out_indices(100, 20)
-    assert (prepared.train.report["held_out"], prepared.eval.report["kept"]) == (10, 10)
+    assert (prepared.train.counts["held_out"], prepared.eval.counts["kept"]) == (10, 10)
     packed = run(path, eval_samples=10, packing=True, max_length=30)
     assert (len(packed.eval), len(packed.train)) == (1, 9)
     for wanted in (100, 1000):
@@ -131,7 +131,7 @@ def test_cache_is_used_until_something_that_matters_changes(run, corpus, tmp_pat
     assert len(files) == 1
     again = run(path)
     assert cache_files(tmp_path) == files  # not written again: the same inode
-    assert (again.train.digest, again.train.report) == (first.train.digest, first.train.report)
+    assert (again.train.digest, again.train.counts) == (first.train.digest, first.train.counts)
 
     other_tokenizer = make_tokenizer(eos_token="<|endoftext|>")
     other_template = make_tokenizer("{{ messages }}")
@@ -208,7 +208,7 @@ def test_cache_folder_that_cannot_be_made(corpus, tmp_path, chatml):
 def test_smollm2_on_stdlib_docs(smollm2, tmp_path):
     train = DatasetConfig(path="stdlib-docs", limit=40)
     prepared = prepare(DataConfig(train=train, max_length=256), smollm2, 49152, tmp_path)
-    assert prepared.train.report["kept"] == 40
+    assert prepared.train.counts["kept"] == 40
     row = prepared.train.row(0)
     text, predicted = smollm2.decode(row.tokens), smollm2.decode(row.tokens[row.targets])
     assert text.startswith("<|im_start|>system\n")
@@ -245,7 +245,7 @@ def test_rows_that_cannot_be_used_end_the_run_or_are_skipped_and_named(run, corp
     with pytest.raises(UserError, match=r"train.jsonl:89"):
         run(path)
     prepared = run(path, on_bad_row="skip", max_bad_rows=0.2)
-    assert prepared.train.report["skipped"] == 12 and len(prepared.train) == 88
+    assert prepared.train.counts["skipped"] == 12 and len(prepared.train) == 88
     told = "\n".join(prepared.notes())
     assert "12 of 100 rows" in told and told.count("train.jsonl:") == 10 and "12 skipped" in told
     with pytest.raises(UserError, match=r"12 of 100 rows(.|\n)*max_bad_rows"):
@@ -263,7 +263,7 @@ def test_several_data_sets_with_weights(run, corpus, tmp_path, chatml):
         return prepare(DataConfig(train=train, **settings), chatml, 330, tmp_path / "cache")
 
     together = prepared(None, None).train
-    assert len(together) == 40 and not together.mixture and together.report["read"] == 40
+    assert len(together) == 40 and not together.mixture and together.counts["read"] == 40
     mixed = prepared(1, 3, eval_samples=4)
     assert mixed.train.mixture[1].weight == 3 and len(mixed.train) == 36 and len(mixed.eval) == 4
     batches = Batches(mixed.train, 0, 4, 1, 0, 1, 36)

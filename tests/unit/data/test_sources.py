@@ -6,13 +6,13 @@ from collections import Counter
 import pytest
 
 from dist_qft.config.data_schema import DatasetConfig
-from dist_qft.data.sources import _open_hub, load_records, open_source
+from dist_qft.data.sources import _open_hub, load_records, open_data_source
 from dist_qft.errors import UserError
 
 
 def records(dataset):
     counts = Counter()
-    source = open_source(dataset, "data.train")
+    source = open_data_source(dataset, "data.train")
     return list(load_records(dataset, source, "data.train", counts)), counts
 
 
@@ -47,7 +47,7 @@ def test_settings_that_a_local_file_would_ignore(tmp_path, settings, message):
     path = tmp_path / "a.jsonl"
     path.write_text("{}\n")
     with pytest.raises(UserError) as caught:
-        open_source(DatasetConfig(path=str(path), **settings), "data.train")
+        open_data_source(DatasetConfig(path=str(path), **settings), "data.train")
     assert str(caught.value) == message.format(path=path)
 
 
@@ -55,7 +55,7 @@ def test_settings_that_a_local_file_would_ignore(tmp_path, settings, message):
 def test_what_looks_like_a_file_is_not_asked_of_the_hub(tmp_path, monkeypatch, path):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match=r"data.train.path: no such file or folder: .*missing"):
-        open_source(DatasetConfig(path=path), "data.train")
+        open_data_source(DatasetConfig(path=path), "data.train")
 
 
 def test_digest_follows_content_not_time(tmp_path):
@@ -64,20 +64,20 @@ def test_digest_follows_content_not_time(tmp_path):
 
     def digest(text):
         path.write_text(text)
-        return open_source(dataset, "data.train").digest
+        return open_data_source(dataset, "data.train").digest
 
     first = digest('{"a": 1}\n{"a": 2}\n')
     os.utime(path, (0, 0))
-    assert open_source(dataset, "data.train").digest == first
+    assert open_data_source(dataset, "data.train").digest == first
     assert digest('{"a": 2}\n{"a": 1}\n') != first  # reordered
     assert digest('{"a": 1}\n') != first  # cut
     assert digest('{"a": 1}\n{"a": 2}\n') == first
 
 
 def test_stdlib_docs_splits():
-    assert open_source(DatasetConfig(path="stdlib-docs", split="eval"), "data.eval").digest
+    assert open_data_source(DatasetConfig(path="stdlib-docs", split="eval"), "data.eval").digest
     with pytest.raises(UserError) as caught:
-        open_source(DatasetConfig(path="stdlib-docs", split="test"), "data.eval")
+        open_data_source(DatasetConfig(path="stdlib-docs", split="test"), "data.eval")
     assert str(caught.value) == "data.eval.split: stdlib-docs has no 'test'; allowed: split train or eval"
 
 
@@ -91,7 +91,7 @@ def offline_datasets(tmp_path, monkeypatch):
 
 def test_hub_id_that_cannot_be_had(offline_datasets):
     with pytest.raises(UserError) as caught:
-        open_source(DatasetConfig(path="nobody/no-such-data"), "data.train")
+        open_data_source(DatasetConfig(path="nobody/no-such-data"), "data.train")
     assert str(caught.value).startswith(
         "data.train.path: 'nobody/no-such-data' is not a local file, and loading it from the Hub failed: Couldn't reach"
     )

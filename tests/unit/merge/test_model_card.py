@@ -18,6 +18,7 @@ from dist_qft.merge.certificate import (
 from dist_qft.merge.model_card import model_card
 from dist_qft.merge.modelfile import frames_of, modelfile
 from dist_qft.merge.probe import LogitDifference
+from dist_qft.merge.targets import TARGETS
 
 TURN = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
 PROMPT = "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
@@ -96,7 +97,9 @@ def test_a_card_names_base_data_and_difference_and_no_path_of_this_machine(tmp_p
         adapter=AdapterUsed("checkpoint", "a" * 64, "qlora", 12, 7), weights=WeightFigures(0.0),
         logits=LogitDifference(0.0, 0.0, 1.0, 1.0, 1.0), notes=[], probe=[], versions={"torch": "2"},
     )  # fmt: skip
-    card = model_card(Origin(config, tmp_path, 12), certificate)
+    text = TARGETS[target].card
+    assert text is not None
+    card = model_card(Origin(config, tmp_path, 12), certificate, text)
     assert card.startswith("---\nbase_model: owner/base\n") and "Lossless: all is well." in card
     assert "12 steps" in card and tmp_path.name in card and "owner/set" in card
     assert str(tmp_path) not in card

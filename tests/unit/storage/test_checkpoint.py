@@ -27,7 +27,7 @@ from dist_qft.storage.checkpoint import (
     newest_valid,
     prune,
     read_checkpoint,
-    require_space,
+    require_checkpoint_space,
     require_writable,
     write_checkpoint,
 )
@@ -338,9 +338,9 @@ def test_an_output_folder_that_cannot_be_made_or_is_too_small_is_refused(tmp_pat
     assert refusal.value.exit_code == 2
     require_writable(tmp_path / "new" / "run")
     assert not (tmp_path / "new").exists(), "a run that is refused later leaves nothing behind"
-    require_space(tmp_path / "new" / "run", 1)
+    require_checkpoint_space(tmp_path / "new" / "run", 1)
     with pytest.raises(SetupError, match=f"bytes free, a checkpoint needs {2**80}") as refusal:
-        require_space(tmp_path, 2**80)
+        require_checkpoint_space(tmp_path, 2**80)
     assert refusal.value.exit_code == 3
 
 

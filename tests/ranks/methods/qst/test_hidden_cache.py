@@ -11,7 +11,7 @@ import torch
 
 from dist_qft.config.schema import RunConfig
 from dist_qft.errors import SetupError
-from dist_qft.methods.qst.hidden_cache import CacheLayout, HiddenCache, require_space
+from dist_qft.methods.qst.hidden_cache import CacheLayout, HiddenCache, require_cache_space
 from dist_qft.methods.qst.network import BaseStates
 from tests.support.qst_models import qst_config
 from tests.support.whole_runs import adapter_digest, train
@@ -101,7 +101,7 @@ def test_a_cache_of_something_else_is_discarded(tmp_path, change):
 
 def test_no_room(tmp_path):
     with pytest.raises(SetupError) as refusal:
-        require_space(tmp_path / "run" / "hidden_cache", 2**60)
+        require_cache_space(tmp_path / "run" / "hidden_cache", 2**60)
     assert refusal.value.exit_code == 3
     text = str(refusal.value)
     assert text.startswith(f"method.cache: needs 1,073,741,824.0 GiB in '{tmp_path}/run/hidden_cache', ")
