@@ -3,11 +3,9 @@
 import base64
 from collections import Counter
 from collections.abc import Sequence
-from importlib.resources import files
 from typing import Any
 
-from jinja2 import Environment, StrictUndefined
-
+from dist_qft.pages import render
 from dist_qft.study.figures import Picture
 from dist_qft.study.findings import Finding, number
 from dist_qft.study.measurements import Estimate, Subject
@@ -24,10 +22,10 @@ def make_page(
     pictures: Sequence[Picture],
 ) -> str:
     """The page's HTML."""
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    template = environment.from_string((files("dist_qft.study") / "page.html.jinja").read_text(encoding="utf-8"))
     config = study.base
-    return template.render(
+    return render(
+        __package__,
+        "page.html.jinja",
         title=study.title,
         command=f"dist-qft study {study.document.path}",
         base={

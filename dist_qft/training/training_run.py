@@ -16,7 +16,7 @@ from dist_qft.training.checkpointing import Checkpointing, first_state
 from dist_qft.training.evaluations import Evaluations, figure, is_better
 from dist_qft.training.fixed_tree import FixedTree
 from dist_qft.training.flat_parameters import FlatParameters
-from dist_qft.training.monitor import EVENTS_FOLDER, Monitor
+from dist_qft.training.monitor import Monitor
 from dist_qft.training.opening import opening_lines
 from dist_qft.training.optimizer import make_optimizer
 from dist_qft.training.resume import chain_rows
@@ -178,7 +178,6 @@ class TrainingRun:
             settings |= {"engine": figures.engine, "world_size": figures.world_size}
             self.monitor.hparams(settings, {f"result/{key}": value for key, value in figures.results().items()})
             self.monitor.say(f"checkpoint  {self.checkpoints.newest}")
-            self.monitor.say(f"TensorBoard tensorboard --logdir {self.inputs.output_dir / EVENTS_FOLDER}")
             self.monitor.say(f"summary     {path}")
         self.monitor.flush()
 

@@ -14,7 +14,7 @@ PACKAGE = ROOT / "dist_qft"
 # Low to high. A part may import the parts of lower floors, and of its own floor none.
 FLOORS = (
     ("errors", "divisors"),
-    ("ranks", "storage", "quant"),
+    ("ranks", "storage", "quant", "pages"),
     ("config", "launch"),
     ("sharding", "data"),
     ("base_model",),
@@ -22,8 +22,8 @@ FLOORS = (
     ("tuned_model",),
     ("merge",),
     ("training",),
-    ("train", "evaluate", "generate", "chat", "plan"),
-    ("study", "bench"),
+    ("train", "evaluate", "generate", "chat", "plan", "doctor", "init"),
+    ("study", "bench", "report"),
     ("__init__",),  # the public interface: dist_qft.load
     ("cli",),
     ("__main__",),

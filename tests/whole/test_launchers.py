@@ -151,6 +151,8 @@ def test_a_killed_rank_ends_the_job_and_the_run_goes_on_from_its_checkpoint(
     job = start(launcher, str(config), f"output_dir={run}", f"train.max_steps={STEPS}", *resume)
     assert job.process.wait(timeout=150) == 0, job.log.read_text()
     assert losses_in(run) == pytest.approx(reference[4:], rel=1e-4)  # a folder of its own begins with the resumed step
+    assert f"finished: {STEPS} steps" in (run / "report.html").read_text()
+    assert f"dist-qft eval {run}" in job.log.read_text()
 
 
 # --- the scripts ------------------------------------------------------------------------------------------------------

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from dist_qft import __version__, cli
-from dist_qft.cli import print_error
+from dist_qft import __version__
+from dist_qft.cli import app, print_error
 from dist_qft.errors import NumericError
 from dist_qft.ranks.launchers import LAUNCHERS
 
@@ -47,7 +47,7 @@ def test_version_and_help(shell):
     assert shell("version") == (0, f"{__version__}\n", "")
     code, out, _ = shell("--help")
     assert code == 0
-    registered = {command.name or command.callback.__name__ for command in cli.app.registered_commands}
+    registered = {command.name or command.callback.__name__ for command in app.registered_commands}
     assert registered >= {"train", "validate", "eval", "generate", "merge", "verify", "bench", "study", "version"}
     assert registered <= set(out.split())
 
@@ -151,7 +151,7 @@ def test_the_first_rank_of_a_node_speaks_and_the_launcher_ends_the_others(variab
 
 
 def test_where_no_launcher_ends_it_a_rank_speaks_for_itself_in_the_end(shell, monkeypatch):
-    monkeypatch.setattr(cli, "FIRST_RANK_SECONDS", 0.0)
+    monkeypatch.setattr("dist_qft.cli.entry.FIRST_RANK_SECONDS", 0.0)
     monkeypatch.setenv("LOCAL_RANK", "1")
     said = "error: absent.yaml: cannot read the config: No such file or directory\n"
     assert shell("validate", "absent.yaml") == (2, "", said)

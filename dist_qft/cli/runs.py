@@ -1,0 +1,156 @@
+"""Verbs that train, and that use what was trained."""
+
+import os
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from dist_qft.cli.app import (
+    OVERRIDABLE,
+    AsJson,
+    Config,
+    MaxNewTokens,
+    Overrides,
+    RunOrModel,
+    Seed,
+    Temperature,
+    TopK,
+    TopP,
+    app,
+    read_config,
+)
+from dist_qft.errors import DistQFTError, UserError
+
+
+@app.command(context_settings=OVERRIDABLE)
+def train(
+    config: Config,
+    overrides: Overrides = None,
+    resume: Annotated[
+        str | None, typer.Option(metavar="auto|PATH", help="Continue from the newest good checkpoint, or this one.")
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and stop.")] = False,
+) -> None:
+    """Fine-tune as CONFIG says."""
+    settings = read_config(config, overrides)
+    if dry_run:
+        from dist_qft.plan import make_plan, print_plan
+        from dist_qft.ranks.world import World
+
+        world = World.from_environment(os.environ)
+        if world.rank == 0:
+            print_plan(make_plan(settings, world.world_size, world.local_world_size))
+        return
+    from dist_qft.ranks.preemption import StopSignal
+
+    with StopSignal() as stop:  # before the imports below, which take seconds
+        from dist_qft.train import run_training
+
+        run_training(settings, resume, stop)
+    _end_of_run(Path(settings.output_dir))
+
+
+def _end_of_run(folder: Path) -> None:
+    """Have rank 0 write the page of a run that has ended well and say what to do next.
+
+    A run is no failure for want of its page.
+    """
+    from dist_qft.ranks.world import World
+    from dist_qft.report.page import next_steps, write_report
+    from dist_qft.report.records import RunRecords
+
+    if World.from_environment(os.environ).rank != 0:
+        return
+    try:
+        lines = [f"report      {write_report(folder)}", "next:"]
+        lines += [f"  {command}   # {words}" for words, command in next_steps(RunRecords.read(folder))]
+    except DistQFTError as error:
+        lines = [f"warning: no report: {error}"]
+    print(*lines, sep="\n", file=sys.stderr)
+
+
+@app.command(context_settings=OVERRIDABLE)
+def validate(
+    config: Config,
+    overrides: Overrides = None,
+    as_json: AsJson = False,
+    world_size: Annotated[int, typer.Option(min=1, help="Ranks to plan for.")] = 1,
+    nodes: Annotated[int, typer.Option(min=1, help="Nodes that the ranks are on.")] = 1,
+) -> None:
+    """Check CONFIG and print what it will train, hold and move; loads no weights."""
+    settings = read_config(config, overrides)
+    from dist_qft.plan import make_plan, print_plan, ranks_on_each
+
+    print_plan(make_plan(settings, world_size, ranks_on_each(nodes, world_size)), as_json=as_json)
+
+
+@app.command(name="eval", context_settings=OVERRIDABLE)
+def evaluate(
+    config: Annotated[
+        Path,
+        typer.Argument(
+            metavar="CONFIG_OR_RUN", help="YAML file, or the folder of a run or checkpoint.", show_default=False
+        ),
+    ],
+    overrides: Overrides = None,
+    checkpoint: Annotated[str | None, typer.Option(metavar="PATH", help="Checkpoint of the adapter.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Print held-out loss and perplexity of the base and of the tuned model, side by side.
+
+    Given a folder, its newest checkpoint is evaluated with the config that it was trained with.
+    """
+    if config.is_dir():
+        from dist_qft.config.command_words import overrides_of
+        from dist_qft.evaluate import evaluate_run
+
+        evaluate_run(config, list(overrides_of(overrides or [])), checkpoint, as_json)
+        return
+    settings = read_config(config, overrides)
+    from dist_qft.evaluate import evaluate_config
+
+    evaluate_config(settings, checkpoint, as_json)
+
+
+@app.command()
+def generate(
+    run: RunOrModel,
+    prompt: Annotated[list[str], typer.Option(metavar="TEXT", help="May be given several times.", show_default=False)],
+    max_new_tokens: MaxNewTokens = 64,
+    temperature: Temperature = 0.0,
+    top_p: TopP = 1.0,
+    top_k: TopK = 0,
+    seed: Seed = 0,
+    base: Annotated[bool, typer.Option("--base", help="Also show the base model's answers.")] = False,
+) -> None:
+    """Answer prompts with a fine-tuned or merged model; several prompts are answered as one batch."""
+    from dist_qft.generate import run_generation, run_model_generation
+    from dist_qft.tuned_model.answer import Sampling
+    from dist_qft.tuned_model.loaded_model import holds_model
+
+    sampling = Sampling(max_new_tokens, temperature, top_p, top_k, seed)
+    if not holds_model(Path(run)):
+        run_generation(run, prompt, sampling, base)
+    elif base:
+        raise UserError(f"--base: '{run}' is a model by itself, it has no adapters to leave out")
+    else:
+        run_model_generation(run, prompt, sampling)
+
+
+@app.command()
+def chat(
+    run: RunOrModel,
+    system: Annotated[str | None, typer.Option(metavar="TEXT", help="System prompt.")] = None,
+    max_new_tokens: MaxNewTokens = 256,
+    temperature: Temperature = 0.0,
+    top_p: TopP = 1.0,
+    top_k: TopK = 0,
+    seed: Seed = 0,
+) -> None:
+    """Chat with a fine-tuned or merged model; /help lists the commands. Reads a pipe as well as a terminal."""
+    from dist_qft.chat import run_chat
+    from dist_qft.tuned_model.answer import Sampling
+
+    run_chat(run, Sampling(max_new_tokens, temperature, top_p, top_k, seed), system)

@@ -1,0 +1,175 @@
+"""A run as one HTML page: losses, answers, memory, traffic, time, the merge, and what to type next."""
+
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from dist_qft.config.load import CONFIG_FILE
+from dist_qft.errors import DistQFTError
+from dist_qft.pages import render
+from dist_qft.pages.chart import Curve, line_chart
+from dist_qft.plan import make_plan
+from dist_qft.report.records import RunRecords
+from dist_qft.storage.atomic import write_text
+from dist_qft.training.monitor import EVENTS_FOLDER
+
+REPORT_FILE = "report.html"
+
+_MIB = 2**20
+# The parts of a step under their tags. Gathers happen while the step computes, so they are a part of that time.
+_TIMES = (
+    ("computing and gathering", "time/compute(s)"),
+    ("of it, waiting for gathers", "time/gather(s)"),
+    ("reducing gradients", "time/reduce(s)"),
+    ("making batches", "time/data(s)"),
+    ("the whole step", "time/step(s)"),
+)
+
+
+def write_report(folder: Path) -> Path:
+    """Write the page of the run in `folder` and return its path.
+
+    Raises:
+        UserError: `folder` is not a run's.
+        SetupError: the page cannot be written.
+    """
+    path = folder / REPORT_FILE
+    write_text(path, make_page(RunRecords.read(folder)))
+    return path
+
+
+def make_page(run: RunRecords) -> str:
+    """The page's HTML; it depends on the run's files alone."""
+    return render(
+        __package__,
+        "page.html.jinja",
+        title=run.folder.resolve().name,
+        model=run.config.model.path,
+        method=run.config.method.name,
+        status=_status(run),
+        cards=list(_cards(run)),
+        charts=[chart for chart in _charts(run) if chart["svg"]],
+        answers=run.answers(),
+        times=list(_times(run)),
+        memory=_memory(run),
+        traffic=_traffic(run),
+        checks=sum(value for _, value in run.curve("replicas/digest_checked")),
+        merges=[(place.name, certificate) for place, certificate in run.certificates],
+        next_steps=list(next_steps(run)),
+        config=(run.folder / CONFIG_FILE).read_text(encoding="utf-8"),
+        versions=run.summary.get("versions", {}),
+    )
+
+
+def _status(run: RunRecords) -> str:
+    done = int(run.steps[-1]["step"]) if run.steps else 0
+    if not run.summary:
+        return f"not finished: {done} steps are recorded"
+    ranks, steps, engine = (run.summary[key] for key in ("world_size", "steps", "engine"))
+    return f"finished: {steps} steps on {ranks} {'rank' if ranks == 1 else 'ranks'} ({engine})"
+
+
+def _cards(run: RunRecords) -> Iterator[tuple[str, str]]:
+    """The few figures one looks for first: value and words."""
+    held_out = [*run.curve("base/loss")[:1], *run.curve("eval/loss")[-1:]]
+    if held_out:
+        yield " → ".join(f"{loss:.4f}" for _, loss in held_out), "held-out loss, base → tuned (nats per token)"
+    if run.steps and math.isfinite(run.steps[-1]["train/loss"] or math.nan):
+        yield f"{run.steps[-1]['train/loss']:.4f}", "training loss of the last step"
+    summary = run.summary
+    if not summary:
+        return
+    yield f"{summary['trainable_parameters']:,}", "trainable parameters"
+    yield f"{summary['base_bytes_per_rank'] / _MIB:,.1f} MiB", "base on the fullest rank"
+    peak = summary["peak_device_bytes"] or summary["peak_rss_bytes"]
+    yield (
+        f"{peak / _MIB:,.0f} MiB",
+        "peak memory of the fullest rank" + ("" if summary["peak_device_bytes"] else " (process)"),
+    )
+    if summary["tokens_per_second"] is not None:
+        yield f"{summary['tokens_per_second']:,.0f}", "target tokens per second"
+    yield _duration(summary["seconds"]), "from the first line to the summary"
+
+
+def _charts(run: RunRecords) -> Iterator[dict[str, Any]]:
+    held_out = [*run.curve("base/loss")[:1], *run.curve("eval/loss")]
+    loss = [Curve("training", run.curve("train/loss")), Curve("held-out", held_out)]
+    yield {"title": "Loss", "svg": line_chart([c for c in loss if c.points], "optimizer step", "nats per token")}
+    for title, tag, unit in (
+        ("Learning rate", "train/learning_rate", "learning rate"),
+        ("Gradient norm", "train/grad_norm", "L2 norm before clipping"),
+        ("Speed", "train/target_tokens_per_second", "target tokens per second"),
+    ):
+        yield {"title": title, "svg": line_chart([Curve(title, run.curve(tag))], "optimizer step", unit)}
+
+
+def _times(run: RunRecords) -> Iterator[dict[str, Any]]:
+    """The mean of each part of a step, and its share of the whole in percent."""
+    whole = run.mean("time/step(s)")
+    for label, tag in _TIMES:
+        seconds = run.mean(tag)
+        if seconds is not None and whole:
+            yield {"label": label, "seconds": f"{seconds:.4g}", "share": 100 * min(seconds / whole, 1.0)}
+
+
+def _memory(run: RunRecords) -> list[dict[str, Any]]:
+    """The largest logged memory of each rank, with its share of the largest in percent."""
+    tags = sorted(
+        {tag for line in run.steps for tag in line if tag.startswith("memory/rank")}, key=lambda t: (len(t), t)
+    )
+    most = {tag: max((value for _, value in run.curve(tag)), default=0.0) for tag in tags}
+    largest = max(most.values(), default=0.0)
+    names = {tag: tag.removeprefix("memory/").removesuffix("(MiB)").replace("rank", "rank ") for tag in tags}
+    return [
+        {"rank": names[tag], "mebibytes": f"{value:,.0f}", "share": 100 * value / largest}
+        for tag, value in most.items()
+        if largest
+    ]
+
+
+def _traffic(run: RunRecords) -> list[dict[str, str]]:
+    """Bytes per step and rank, as measured and as planned; the plan is missing if the base is not at hand."""
+    if not run.summary:
+        return []
+    try:
+        plan = make_plan(run.config, run.summary["world_size"])
+        planned = {"gathered": plan.gather_bytes_per_step, "reduced": plan.reduce_bytes_per_step}
+    except DistQFTError:
+        planned = {}
+    rows = (
+        ("base gathered", "gathered", run.summary["gather_bytes_per_step"]),
+        ("gradients reduced", "reduced", run.summary["reduce_bytes_per_step"]),
+    )
+    return [
+        {"what": label, "measured": f"{measured:,}", "planned": f"{planned[key]:,}" if planned else ""}
+        for label, key, measured in rows
+        if measured is not None
+    ]
+
+
+def next_steps(run: RunRecords) -> Iterator[tuple[str, str]]:
+    """What one may want next, and what to type for it."""
+    folder = run.folder
+    if not run.summary:
+        yield "go on with training", f"dist-qft train {folder / CONFIG_FILE} --resume auto"
+    if run.checkpoints:
+        yield "evaluate the newest checkpoint", f"dist-qft eval {folder}"
+        if run.config.task.name == "causal-lm":
+            yield "talk to the model", f"dist-qft chat {folder}"
+        if run.config.method.name != "qst":
+            yield "write a model of its own", f"dist-qft merge {folder} --to gguf|quantized|dense|peft"
+    for _, certificate in run.certificates:
+        yield (
+            "check a merged result against its certificate",
+            f"dist-qft verify {folder / Path(certificate.result.path).name}",
+        )
+    yield "look at the curves live", f"tensorboard --logdir {folder / EVENTS_FOLDER}"
+
+
+def _duration(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    parts = [(hours, "h"), (minutes, "min"), (seconds, "s")]
+    first = next((i for i, (number, _) in enumerate(parts) if number), 2)
+    return " ".join(f"{number} {unit}" for number, unit in parts[first : first + 2])

@@ -1,0 +1,74 @@
+"""The page of a run, from files as a run writes them."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from dist_qft.config.load import load_config, save_config
+from dist_qft.errors import UserError
+from dist_qft.report.page import write_report
+from dist_qft.training.summary import SummaryFigures
+
+PROMPT = "What is <b>bold</b>?"
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    """The folder of a run that is stopped after step 2; its base is not on this machine."""
+    file = tmp_path / "given.yaml"
+    file.write_text(
+        f"output_dir: {tmp_path / 'run'}\nmodel: {{path: {tmp_path / 'gone.gguf'}}}\nmethod: {{name: qlora, rank: 4}}\n"
+        f"train: {{max_steps: 3, global_batch_size: 2}}\nevaluation: {{prompts: ['{PROMPT}']}}\n"
+        "data: {train: {path: stdlib-docs}}\n"
+    )
+    folder = tmp_path / "run"
+    folder.mkdir()
+    save_config(load_config(file), folder / "config.yaml")
+    lines = [
+        {"step": 0, "base/loss": 3.0},
+        {"step": 0, "answer/base": f"{PROMPT}\n\n<script>alert(1)</script>"},
+        {"step": 1, "train/loss": 2.5, "time/step(s)": 2.0, "time/compute(s)": 1.5, "memory/rank0(MiB)": 100.0},
+        {"step": 2, "train/loss": None, "time/step(s)": 2.0, "time/compute(s)": 0.5, "memory/rank0(MiB)": 300.0},
+    ]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"step": 3, "train')
+    return folder
+
+
+def test_a_stopped_run_has_a_page_that_says_how_to_go_on(run):
+    page = write_report(run).read_text()
+    assert "not finished: 2 steps are recorded" in page
+    assert f"dist-qft train {run / 'config.yaml'} --resume auto" in page
+    assert "50 %" in page, "computing took 2 of 4 seconds"
+    assert "300" in page and "planned" not in page
+
+
+def test_what_a_model_answers_is_text(run):
+    page = write_report(run).read_text()
+    assert "<script>" not in page and "&lt;script&gt;alert(1)" in page
+    assert "What is &lt;b&gt;bold" in page
+
+
+def test_a_finished_run_shows_its_figures_without_the_base(run):
+    figures = dict.fromkeys(SummaryFigures.__dataclass_fields__, 0)
+    figures |= {"steps": 3, "world_size": 2, "engine": "fsdp", "trainable_parameters": 12_345, "seconds": 4000.0}
+    figures |= {
+        "peak_rss_bytes": 2**20,
+        "peak_device_bytes": None,
+        "tokens_per_second": None,
+        "versions": {"torch": "2"},
+    }
+    figures |= {"gather_bytes_per_step": 0, "reduce_bytes_per_step": 49_548}
+    (run / "summary.json").write_text(json.dumps(figures))
+    page = write_report(run).read_text()
+    assert all(text in page for text in ("finished: 3 steps on 2 ranks (fsdp)", "12,345", "1 h 6 min", "49,548"))
+    assert "--resume" not in page
+
+
+def test_the_same_files_give_the_same_page(run):
+    assert write_report(run).read_bytes() == write_report(run).read_bytes()
+
+
+def test_another_folder_is_refused(tmp_path):
+    with pytest.raises(UserError, match=r"config\.yaml"):
+        write_report(tmp_path)
