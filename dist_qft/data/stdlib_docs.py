@@ -9,6 +9,7 @@ parsing takes a few seconds.
 """
 
 import ast
+import functools
 import hashlib
 import re
 import sys
@@ -55,9 +56,16 @@ def load(split: str) -> list[dict[str, Any]]:
     So the first n are a fair sample of all modules, for every n. Each is
     {"messages": [user, assistant], "module": top-level module, "name": full dotted name}.
     """
+    samples = _samples(Path(sysconfig.get_path("stdlib")))
+    return [sample for sample in samples if is_held_out(sample["module"]) == (split == "eval")]
+
+
+@functools.cache  # a run wants both splits, and parsing takes seconds
+def _samples(root: Path) -> list[dict[str, Any]]:
+    """The samples of both splits from the modules below `root`, in order."""
     seen: set[str] = set()
     samples = []
-    for module, path in _public_modules(Path(sysconfig.get_path("stdlib"))):
+    for module, path in _public_modules(root):
         top_level = module.partition(".")[0]
         for kind, name, signature, docstring in _documented(module, ast.parse(path.read_bytes())):
             # Modules repeat each other's text (posixpath and ntpath, say): only its first owner keeps it, or the
@@ -65,9 +73,8 @@ def load(split: str) -> list[dict[str, Any]]:
             if len(docstring) < MIN_DOCSTRING_CHARACTERS or docstring in seen:
                 continue
             seen.add(docstring)
-            if is_held_out(top_level) == (split == "eval"):
-                messages = _messages(kind, name, signature, docstring)
-                samples.append({"messages": messages, "module": top_level, "name": name})
+            messages = _messages(kind, name, signature, docstring)
+            samples.append({"messages": messages, "module": top_level, "name": name})
     return sorted(samples, key=lambda sample: _stable_hash(f"place of {sample['name']}"))
 
 

@@ -5,7 +5,10 @@ from pathlib import Path
 
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+from dist_qft.base_model.tokenizer import load_tokenizer
+from dist_qft.config.schema import ModelConfig
 
 CHATML = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
@@ -47,9 +50,9 @@ def chatml(make_tokenizer) -> PreTrainedTokenizerFast:
 
 
 @pytest.fixture(scope="session")
-def smollm2():
+def smollm2() -> PreTrainedTokenizerBase:
     default = "~/.cache/dist_qft/SmolLM2-135M-Instruct.Q4_1.gguf"
     path = Path(os.environ.get("DIST_QFT_SMOLLM2", default)).expanduser()
     if not path.exists():
         pytest.skip(f"needs the SmolLM2 file: {path} (or set DIST_QFT_SMOLLM2)")
-    return AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+    return load_tokenizer(ModelConfig(path=str(path)))

@@ -1,29 +1,48 @@
 """The embedded data set: deterministic, split by module without leaks, and true to the documentation."""
 
-import functools
 import inspect
+import os
+import shutil
+import subprocess
 import sys
+import sysconfig
 import textwrap
+from pathlib import Path
 
 import pytest
 
 from dist_qft.data import stdlib_docs
+from dist_qft.data.stdlib_docs import load
 
-load = functools.cache(stdlib_docs.load)
+ROOT = Path(__file__).parents[3]
 
 
 def by_name(split):
     return {sample["name"]: sample["messages"] for sample in load(split)}
 
 
-def test_loading_is_deterministic_and_imports_nothing():
-    modules = set(sys.modules)
-    assert stdlib_docs.load("eval") == load("eval")
-    assert {name.partition(".")[0] for name in set(sys.modules) - modules} & {
-        "turtle",
-        "tkinter",
-        "antigravity",
-    } == set()
+def test_loading_is_deterministic_and_imports_nothing(tmp_path):
+    """In a process whose sets have another order; a few modules, since all of them take seconds."""
+    stdlib = Path(sysconfig.get_path("stdlib"))
+    for name in ("antigravity.py", "textwrap.py", "turtle.py", "json"):
+        copy = shutil.copytree if (stdlib / name).is_dir() else shutil.copy
+        copy(stdlib / name, tmp_path / name)
+    program = (
+        "import sys; from pathlib import Path; from dist_qft.data import stdlib_docs\n"
+        "print(stdlib_docs._samples(Path(sys.argv[1])))\n"
+        "assert not {'antigravity', 'turtle', 'tkinter'} & set(sys.modules)"
+    )
+    outputs = [
+        subprocess.run(
+            [sys.executable, "-c", program, tmp_path],
+            env={**os.environ, "PYTHONHASHSEED": seed, "PYTHONPATH": str(ROOT)},
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
+        for seed in ("1", "2")
+    ]
+    assert outputs[0] == outputs[1] and outputs[0].count("'name': ") > 50
 
 
 def test_splits_share_no_module_and_no_text():

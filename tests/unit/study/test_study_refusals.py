@@ -7,7 +7,6 @@ import pytest
 from dist_qft.errors import UserError
 from dist_qft.study.rows import expand
 from dist_qft.study.settings import load_study
-from tests.support.commands import Command
 from tests.support.study_files import write_study
 
 MLP = "need one of attention, mlp, early, middle, late, q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj"
@@ -112,7 +111,7 @@ CASES = {
 
 
 @pytest.mark.parametrize(("keys", "message"), CASES.values(), ids=CASES)
-def test_refused_before_any_run(tiny_llama, tmp_path, keys, message):
+def test_refused_before_any_run(shell, tiny_llama, tmp_path, keys, message):
     path = write_study(tmp_path, tiny_llama, **keys)
     with pytest.raises(UserError) as refusal:
         expand(load_study(path))
@@ -131,15 +130,12 @@ def test_the_place_is_the_line_of_the_preset(tiny_llama, tmp_path):
         expand(load_study(path))
 
 
-def test_the_shell_sees_one_line_and_exit_code_2(tiny_llama, tmp_path):
+def test_the_shell_sees_one_line_and_exit_code_2(shell, tiny_llama, tmp_path):
     path = write_study(tmp_path, tiny_llama, axes={"method.rnk": [1, 2]})
-    with Command("study", path) as command:
-        found = command.finish()
+    code, out, err = shell("study", path)
     line = next(number for number, text in enumerate(path.read_text().splitlines(), 1) if "method.rnk" in text)
-    assert (found.code, found.out) == (2, "")
-    assert found.err == (
-        f"error: {path}:{line}: axes.method.rnk: unknown key 'method.rnk', did you mean 'method.rank'?\n"
-    )
+    assert (code, out) == (2, "")
+    assert err == f"error: {path}:{line}: axes.method.rnk: unknown key 'method.rnk', did you mean 'method.rank'?\n"
     assert not (tmp_path / "out").exists()
 
 
@@ -152,19 +148,17 @@ def test_the_shell_sees_one_line_and_exit_code_2(tiny_llama, tmp_path):
         (["--report"], "nothing to report: none of the 0 runs that are done is a reference"),
     ],
 )
-def test_options_that_ask_for_what_there_is_not(tiny_llama, tmp_path, words, message):
+def test_options_that_ask_for_what_there_is_not(shell, tiny_llama, tmp_path, words, message):
     path = write_study(tmp_path, tiny_llama)
-    with Command("study", path, *words) as command:
-        found = command.finish()
-    assert found.code == 2
-    assert message in found.err and found.err.count("\n") == 1
+    code, _, err = shell("study", path, *words)
+    assert code == 2
+    assert message in err and err.count("\n") == 1
 
 
 @pytest.mark.parametrize("words", [[], ["--jobs", "2"], ["--row", "1"]], ids=str)
-def test_a_missing_text_is_refused_before_any_run(tiny_llama, tmp_path, words):
+def test_a_missing_text_is_refused_before_any_run(shell, tiny_llama, tmp_path, words):
     texts = [str(tmp_path / "data.jsonl"), "no.jsonl"]
     path = write_study(tmp_path, tiny_llama, presets=None, seeds=[0], axes={"data.train.path": texts})
-    with Command("study", path, *words) as command:
-        found = command.finish()
-    assert (found.code, found.err) == (2, "error: data.train.path: no such file or folder: no.jsonl\n")
+    code, _, err = shell("study", path, *words)
+    assert (code, err) == (2, "error: data.train.path: no such file or folder: no.jsonl\n")
     assert not (tmp_path / "out").exists()
