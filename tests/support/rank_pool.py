@@ -1,4 +1,6 @@
-"""Pools of real gloo processes that live for the whole test run, since starting one costs seconds.
+"""Pools of real gloo processes that live for the whole test run.
+
+All of them are forked from one process that has imported what takes seconds.
 
 `pool.run(function, **arguments)` calls a module-level function on every rank, with the process group up, and returns
 the list of results by rank. A failure on any rank fails the test with that rank's traceback, and the pool is started
@@ -14,6 +16,7 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 TIMEOUT_SECONDS = 180
+_PRELOADED = ["dist_qft.train", "tests.support.whole_runs"]
 
 
 class RankPool:
@@ -48,7 +51,8 @@ class RankPool:
         self._pipes, self._processes = [], []
 
     def _start(self) -> None:
-        context = multiprocessing.get_context("spawn")
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(_PRELOADED)
         store = os.path.join(tempfile.mkdtemp(prefix="ranks-"), "store")
         for rank in range(self.size):
             ours, theirs = context.Pipe()
