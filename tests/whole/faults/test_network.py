@@ -10,12 +10,11 @@ from pathlib import Path
 import pytest
 
 from dist_qft.config.load import save_config
-from dist_qft.storage.checkpoint import fault_in, list_checkpoints, read_checkpoint
+from dist_qft.storage.checkpoint import fault_in, list_checkpoints
 from tests.support.commands import Command, Finished
 from tests.support.tiny_model import tiny_config
-from tests.support.whole_runs import adapter_digest, train_only
 
-STEPS, TIMEOUT_SECONDS = 24, 30
+TIMEOUT_SECONDS = 20
 ADDRESSES = ("10.213.0.1", "10.213.0.2")
 
 
@@ -44,30 +43,24 @@ def hosts() -> Iterator[list[str]]:
             subprocess.run(["ip", "netns", "delete", name], capture_output=True)
 
 
-def train_on(hosts: list[str], config: Path, *words: str, meanwhile: Callable[[], None]) -> list[Finished]:
+def train_on(hosts: list[str], config: Path, meanwhile: Callable[[], None]) -> list[Finished]:
     """One rank on each host; `meanwhile` happens while they run."""
     common = ["PET_NNODES=2", f"PET_MASTER_ADDR={ADDRESSES[0]}", "PET_MASTER_PORT=29533", "GLOO_SOCKET_IFNAME=wire"]
     starts = [("ip", "netns", "exec", h, "env", *common, f"PET_NODE_RANK={node}") for node, h in enumerate(hosts)]
     with (
-        Command("train", config, *words, ranks=1, wrapper=starts[0]) as first,
-        Command("train", config, *words, ranks=1, wrapper=starts[1]) as second,
+        Command("train", config, ranks=1, wrapper=starts[0]) as first,
+        Command("train", config, ranks=1, wrapper=starts[1]) as second,
     ):
         meanwhile()
         return [first.finish(), second.finish()]
 
 
-def outcome(run: Path) -> tuple[str, str]:
-    return adapter_digest(run), read_checkpoint(run / f"checkpoint-{STEPS}").state.history_digest
-
-
-def test_a_cut_link_ends_both_hosts_in_time_and_the_run_goes_on_when_it_is_back(pools, tiny_llama, tmp_path, hosts):
+def test_a_cut_link_ends_both_hosts_in_time_and_leaves_whole_checkpoints(tiny_llama, tmp_path, hosts):
     sections = {
-        "train": {"max_steps": STEPS},
+        "train": {"max_steps": 5000},
         "checkpoint": {"save_steps": 2},
         "sharding": {"timeout_seconds": TIMEOUT_SECONDS},
     }
-    undisturbed = tiny_config(tiny_llama, tmp_path / "undisturbed", **sections)
-    pools[2].run(train_only, config=undisturbed)
     config, run = tmp_path / "run.yaml", tmp_path / "run"
     save_config(tiny_config(tiny_llama, run, **sections), config)
     cut_at = 0.0
@@ -81,7 +74,7 @@ def test_a_cut_link_ends_both_hosts_in_time_and_the_run_goes_on_when_it_is_back(
         ip("-n", hosts[0], "link", "set", "wire", "down")
         cut_at = time.monotonic()
 
-    ended = train_on(hosts, config, meanwhile=cut)
+    ended = train_on(hosts, config, cut)
     seconds = time.monotonic() - cut_at
     for rank, done in enumerate(ended):
         assert done.code == 4, done.err
@@ -90,7 +83,3 @@ def test_a_cut_link_ends_both_hosts_in_time_and_the_run_goes_on_when_it_is_back(
     assert seconds < 3 * TIMEOUT_SECONDS
     saved = list_checkpoints(run)
     assert saved and [fault_in(path) for path in saved] == [None] * len(saved)
-
-    ip("-n", hosts[0], "link", "set", "wire", "up")
-    assert [done.code for done in train_on(hosts, config, "--resume", "auto", meanwhile=lambda: None)] == [0, 0]
-    assert outcome(run) == outcome(tmp_path / "undisturbed")
