@@ -22,7 +22,7 @@ from dist_qft.tuned_model.assemble import materialize
 
 def run(options: Options) -> Report:
     """Both sides on 2 ranks and on 4, and on 2 with the larger model."""
-    cases = [(options.model, 2)] if options.quick else [("smollm2", 2), ("smollm2", 4), ("llama-1b", 2)]
+    cases = [(options.model, 1)] if options.quick else [("smollm2", 2), ("smollm2", 4), ("llama-1b", 2)]
     sides, comparisons = [], []
     for model, ranks in cases:
         settings = common_settings(options.device, ranks) | {"model": str(dense_folder(model))}

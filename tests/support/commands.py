@@ -58,8 +58,8 @@ class Command:
         ranks = psutil.Process(self.process.pid).children(recursive=True)
         return next(process for process in ranks if process.environ().get("RANK") == str(rank))
 
-    def finish(self) -> Finished:
-        out, err = self.process.communicate(timeout=TIMEOUT_SECONDS)
+    def finish(self, seconds: float = TIMEOUT_SECONDS) -> Finished:
+        out, err = self.process.communicate(timeout=seconds)
         return Finished(self.process.returncode, out, err)
 
     def _family(self) -> list[psutil.Process]:

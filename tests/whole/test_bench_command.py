@@ -12,20 +12,16 @@ NAMES = "step, loading, frozen-layer, all-reduce, merge, scaling"
 
 @pytest.fixture(scope="module")
 def bench(tmp_path_factory):
-    """Run a benchmark with --quick; returns its report and what it printed."""
+    """The reports of all benchmarks by name, and what they printed."""
     folder = tmp_path_factory.mktemp("bench")
-
-    def run(name: str) -> tuple[dict, str]:
-        path = folder / f"{name}.jsonl"
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setenv("DIST_QFT_CACHE", str(folder))
-            with Command("bench", name, "--quick", "--json", path) as command:
-                done = command.finish()
-        assert done.code == 0, done.err
-        (line,) = path.read_text().splitlines()
-        return json.loads(line), done.out
-
-    return run
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("DIST_QFT_CACHE", str(folder))
+        with Command("bench", "--all", "--quick", "--json", folder / "all.jsonl") as command:
+            done = command.finish(seconds=900)
+    assert done.code == 0, done.err
+    reports = [json.loads(line) for line in (folder / "all.jsonl").read_text().splitlines()]
+    assert [report["benchmark"] for report in reports] == list(BENCHMARKS)
+    return {report["benchmark"]: report for report in reports}, done.out
 
 
 @pytest.mark.parametrize(
@@ -38,16 +34,14 @@ def bench(tmp_path_factory):
         (["step", "--json", "/nowhere/x.jsonl"], "--json: there is no folder '/nowhere'"),
     ],
 )
-def test_refusals_are_one_line(words, message):
-    with Command("bench", *words) as command:
-        done = command.finish()
-    assert (done.code, done.err.strip().splitlines()[-1]) == (2, f"error: {message}")
+def test_refusals_are_one_line(shell, words, message):
+    assert shell("bench", *words) == (2, "", f"error: {message}\n")
 
 
 @pytest.mark.parametrize("name", BENCHMARKS)
 def test_every_benchmark_runs_in_small(bench, name):
-    report, out = bench(name)
-    assert report["benchmark"] == name
+    reports, out = bench
+    report = reports[name]
     ours = [side for side in report["sides"] if "PEFT" not in side["name"]]
     assert [side["error"] for side in ours] == [None] * len(ours)
     # One rank sends nothing; three small layers fit into memory that the process has to spare.
