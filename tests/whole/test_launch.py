@@ -169,15 +169,6 @@ def test_what_all_ranks_refuse_is_told_once_however_late_the_first_rank_is(start
     assert launcher.returncode == 2
 
 
-def test_saved_and_preempted_reaches_the_shell(start) -> None:
-    launcher = start("--max-restarts", "3", "--", "save")  # which a signal does not use
-    await_ranks(launcher)
-    launcher.send_signal(signal.SIGTERM)
-    _, errors = launcher.communicate(timeout=30)
-    assert errors == ""
-    assert launcher.returncode == 75
-
-
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP])
 def test_an_interrupt_and_a_closed_terminal_have_the_ranks_save(start, number) -> None:
     launcher = start("--", "save on")
@@ -199,35 +190,30 @@ def test_a_second_interrupt_kills_the_ranks(start) -> None:
     assert "interrupted twice" in errors and "starting again" not in errors
 
 
-def test_a_signal_ignored_at_the_start_stays_ignored(start) -> None:
-    launcher = start("--", "save", ignored=(signal.SIGHUP,))
+def test_a_signal_ignored_at_the_start_stays_ignored_and_another_has_the_ranks_save(start) -> None:
+    launcher = start("--max-restarts", "3", "--", "save", ignored=(signal.SIGHUP,))  # a signal uses no restart
     await_ranks(launcher)
     for process in (launcher, *psutil.Process(launcher.pid).children()):
         process.send_signal(signal.SIGHUP)
     time.sleep(1.0)
     assert launcher.poll() is None
     launcher.send_signal(signal.SIGTERM)
-    launcher.communicate(timeout=30)
+    _, errors = launcher.communicate(timeout=30)
+    assert errors == ""
     assert launcher.returncode == 75
 
 
-def test_the_ranks_end_with_their_launcher(start) -> None:
-    launcher = start("--", "save")
+def test_a_single_node_listens_on_loopback_only_and_its_ranks_end_with_the_launcher(start) -> None:
+    launcher = start("--", "listen")
     await_ranks(launcher)
     ranks = psutil.Process(launcher.pid).children()
     assert len(ranks) == 2
+    family = [psutil.Process(launcher.pid), *ranks]
+    listening = [c.laddr.ip for p in family for c in p.net_connections() if c.status == psutil.CONN_LISTEN]
+    assert listening and set(listening) == {"127.0.0.1"}
     launcher.kill()
     _, alive = psutil.wait_procs(ranks, timeout=10)
     assert not alive
-
-
-def test_a_single_node_listens_on_loopback_only(start) -> None:
-    launcher = start("--", "listen")
-    await_ranks(launcher)
-    family = [psutil.Process(launcher.pid), *psutil.Process(launcher.pid).children()]
-    listening = [c.laddr.ip for p in family for c in p.net_connections() if c.status == psutil.CONN_LISTEN]
-    assert listening and set(listening) == {"127.0.0.1"}
-    launcher.terminate()
 
 
 def free_port() -> str:

@@ -1,58 +1,79 @@
 """What is left behind when a merge dies, when the disk is full, or when somebody else is faster."""
 
 import errno
+import itertools
 import os
+import resource
 import signal
-import subprocess
 import sys
-from pathlib import Path
+import tempfile
+import traceback
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 
+from dist_qft.cli import main
 from dist_qft.errors import SetupError
 from dist_qft.merge.certificate_file import read_certificate
+from dist_qft.sharding.fsdp import FsdpEngine
 from dist_qft.storage.atomic import publishing
 
-# The product's own command, killed just before its n-th gather or its rename.
-KILLED = """
-import os, signal, sys
 
-where, count = sys.argv.pop(1).split(":")
-calls = 0
+def in_a_fork(harm: Callable[[], None], *words: object) -> tuple[int, str]:
+    """Wait status and standard error of the command in a child, which has imported everything, after `harm` there."""
+    with tempfile.TemporaryFile("w+") as errors:
+        child = os.fork()
+        if child == 0:
+            code = 1
+            try:
+                os.dup2(errors.fileno(), 2)
+                sys.stderr = open(2, "w", closefd=False)  # noqa: SIM115
+                sys.argv = ["dist-qft", *map(str, words)]
+                harm()
+                main()
+            except SystemExit as end:
+                code = int(end.code or 0)
+            except BaseException:
+                traceback.print_exc()
+            finally:
+                sys.stderr.flush()
+                os._exit(code)
+        _, status = os.waitpid(child, 0)
+        errors.seek(0)
+        return status, errors.read()
 
-def killing(function):
-    def call(*arguments, **keywords):
-        global calls
-        calls += 1
-        if calls == int(count):
+
+def killing(owner: Any, name: str, count: int) -> None:
+    """Let a function kill its process just before its `count`-th call does anything."""
+    function, calls = getattr(owner, name), itertools.count(1)
+
+    def call(*arguments: Any, **keywords: Any) -> Any:
+        if next(calls) == count:
             os.kill(os.getpid(), signal.SIGKILL)
         return function(*arguments, **keywords)
-    return call
 
-if where == "gather":
-    from dist_qft.sharding.fsdp import FsdpEngine
-    FsdpEngine.gather = killing(FsdpEngine.gather)
-else:
-    os.replace = killing(os.replace)
-from dist_qft.cli import main
-sys.argv[0] = "dist-qft"
-main()
-"""
+    setattr(owner, name, call)
 
 
-def environment() -> dict[str, str]:
-    return {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"}
+def no_room() -> None:
+    """Let files have 60 kB: the kernel refuses the write in the middle of the file, as when no space is left."""
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, 60_000))
 
 
-@pytest.mark.parametrize("moment", ["gather:1", "gather:21", "rename:1", "rename:2"])
-def test_a_killed_merge_leaves_nothing_under_the_final_name(gguf_run, tmp_path, moment):
+@pytest.mark.parametrize(
+    ("owner", "name", "count"),
+    [(FsdpEngine, "gather", 1), (FsdpEngine, "gather", 21), (os, "replace", 1), (os, "replace", 2)],
+)
+def test_a_killed_merge_leaves_nothing_under_the_final_name(gguf_run, tmp_path, owner, name, count):
     names = ["merged.gguf", "merged.gguf.certificate.json"]
-    command = [sys.executable, "-c", KILLED, moment, "merge", gguf_run, "--to", "gguf", "-o", tmp_path / names[0]]
-    killed = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=120)
-    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    words = ["merge", gguf_run, "--to", "gguf", "-o", tmp_path / names[0]]
+    status, errors = in_a_fork(lambda: killing(owner, name, count), *words)
+    assert os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL, errors
     left = {path.name for path in tmp_path.iterdir()}
     # The last rename only settles the certificate: the file has its name by then, and one that is its own.
-    published = moment == "rename:2"
+    published = (name, count) == ("replace", 2)
     assert (names[0] in left, names[1] in left) == (published, published)
     if published:
         assert read_certificate(tmp_path / names[0])[1].target == "gguf"
@@ -64,15 +85,11 @@ def test_a_killed_merge_leaves_nothing_under_the_final_name(gguf_run, tmp_path, 
 
 
 def test_a_full_disk_is_one_line_and_code_3(gguf_run, tmp_path):
-    """A file size limit: the kernel refuses the write in the middle of the file, as it does when no space is left."""
     target = tmp_path / "merged.gguf"
-    limited = "import resource, signal, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); "
-    limited += "resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, 60_000)); from dist_qft.cli import main; main()"
-    command = [sys.executable, "-c", limited, "merge", gguf_run, "--to", "gguf", "-o", target]
-    result = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=120)
-    assert result.returncode == 3, result.stderr
-    assert len(result.stderr.splitlines()) == 1
-    assert result.stderr.startswith(f"error: {target}: cannot write: File too large (")
+    status, errors = in_a_fork(no_room, "merge", gguf_run, "--to", "gguf", "-o", target)
+    assert os.waitstatus_to_exitcode(status) == 3, errors
+    assert len(errors.splitlines()) == 1
+    assert errors.startswith(f"error: {target}: cannot write: File too large (")
     assert list(tmp_path.iterdir()) == []
 
 

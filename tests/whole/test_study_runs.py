@@ -14,7 +14,7 @@ from dist_qft.study.results import RESULT_FILE, read_result
 from dist_qft.study.rows import expand
 from dist_qft.study.run import run_rows
 from dist_qft.study.settings import load_study
-from tests.support.commands import Command
+from tests.support.commands import Command, Finished
 from tests.support.study_files import write_study
 
 PRESETS = [
@@ -26,9 +26,10 @@ PRESETS = [
 COUNT = 2 * (1 + 2 + 3 + 4 + 2)
 
 
-def run(*words):
-    with Command("study", *words) as command:
-        return command.finish()
+@pytest.fixture
+def study(shell):
+    """`study(*words)`: the command in this process, for tests of what it finds, writes and prints."""
+    return lambda *words: Finished(*shell("study", *words))
 
 
 def result_files(folder: Path) -> dict[str, Path]:
@@ -45,14 +46,15 @@ def finished(tiny_llama, tmp_path_factory):
     """A study that was done in one go, with its report."""
     folder = tmp_path_factory.mktemp("finished")
     path = write_study(folder, tiny_llama, presets=PRESETS)
-    found = run(path)
+    with Command("study", path) as command:
+        found = command.finish()
     assert found.code == 0, found.err
     assert found.err.count("held-out loss") == COUNT
     assert found.out.startswith(f"report of {COUNT} of {COUNT} runs: {folder}/out/report/report.html")
     return folder
 
 
-def test_interrupted_and_started_again_only_the_rest_is_run_and_the_report_is_the_same(finished, tmp_path):
+def test_interrupted_and_started_again_only_the_rest_is_run_and_the_report_is_the_same(finished, study, tmp_path):
     """The same folder with the same files, so that even the data's path and the names of runs are equal."""
     kept = tmp_path / "kept"
     finished_report = report_files(finished)
@@ -68,13 +70,13 @@ def test_interrupted_and_started_again_only_the_rest_is_run_and_the_report_is_th
         assert stopped.code == 75, stopped.err
         before = {name: path.stat().st_mtime_ns for name, path in result_files(finished).items()}
         assert 5 <= len(before) < COUNT
-        again = run(finished / "study.yaml")
+        again = study(finished / "study.yaml")
         assert again.code == 0, again.err
         assert again.err.count("held-out loss") == COUNT - len(before)
         after = {name: path.stat().st_mtime_ns for name, path in result_files(finished).items()}
         assert {name: after[name] for name in before} == before and len(after) == COUNT
         assert report_files(finished) == finished_report
-        nothing = run(finished / "study.yaml", "--no-report")
+        nothing = study(finished / "study.yaml", "--no-report")
         assert (nothing.code, nothing.out, nothing.err) == (0, "", "")
     finally:
         shutil.rmtree(finished)
@@ -90,11 +92,11 @@ def test_what_was_trained_is_what_the_formula_says(finished):
     assert not list((finished / "out" / "runs").glob("*/checkpoint-*"))
 
 
-def test_a_run_on_a_shared_base_equals_the_run_alone(finished, tmp_path):
+def test_a_run_on_a_shared_base_equals_the_run_alone(finished, study, tmp_path):
     rows = expand(load_study(finished / "study.yaml"))
     for number in (3, COUNT - 1):
         moved = rows[number].folder.rename(tmp_path / str(number))
-        alone = run(finished / "study.yaml", "--row", number)
+        alone = study(finished / "study.yaml", "--row", number)
         assert alone.code == 0, alone.err
         for figure in ("base", "tuned", "history"):
             assert getattr(read_result(rows[number].folder), figure) == getattr(read_result(moved), figure)
@@ -102,30 +104,31 @@ def test_a_run_on_a_shared_base_equals_the_run_alone(finished, tmp_path):
 
 def test_several_processes_share_the_runs(finished, tiny_llama, tmp_path):
     path = write_study(tmp_path, tiny_llama, presets=PRESETS[:1])
-    found = run(path, "--jobs", 2, "--no-report")
+    with Command("study", path, "--jobs", 2, "--no-report") as command:
+        found = command.finish()
     assert found.code == 0, found.err
     assert found.err.count("held-out loss") == len(result_files(tmp_path)) == 6
 
 
-def test_a_failed_run_is_recorded_shown_and_run_again_on_request(tiny_llama, tmp_path):
+def test_a_failed_run_is_recorded_shown_and_run_again_on_request(study, tiny_llama, tmp_path):
     """One learning rate is so high that the numbers become non-finite."""
     axes = {"train.learning_rate": [1e-3, 1e30]}
     train = {"max_steps": 3, "max_grad_norm": None}
     path = write_study(tmp_path, tiny_llama, axes=axes, presets=None, seeds=[0], train=train)
-    found = run(path)
+    found = study(path)
     assert found.code == 6
     assert (
         "failed with exit code 6: " in found.err and "1 of 2 runs failed; --retry-failed runs them again" in found.err
     )
     assert "Runs that failed" in (tmp_path / "out" / "report" / "report.html").read_text()
-    assert run(path, "--count").out == "2\n"
+    assert study(path, "--count").out == "2\n"
 
-    again = run(path)
+    again = study(path)
     assert (again.code, again.err.count("non-finite")) == (6, 0)
-    assert run(path, "--row", 0).code == 0
-    alone = run(path, "--row", 1)
+    assert study(path, "--row", 0).code == 0
+    alone = study(path, "--row", 1)
     assert alone.code == 6 and alone.err.startswith("error: qbara-")
-    retried = run(path, "--retry-failed", "--no-report")
+    retried = study(path, "--retry-failed", "--no-report")
     assert retried.err.count("failed with exit code 6") == 1
 
 
@@ -197,24 +200,23 @@ def test_every_run_is_in_tensorboards_hparams(finished):
     assert len(list((finished / "out" / "hparams").iterdir())) == COUNT
 
 
-def test_a_suggestion_keeps_the_budget_and_can_be_trained(finished):
+def test_a_suggestion_keeps_the_budget_and_can_be_trained(finished, study, shell):
     rows = expand(load_study(finished / "study.yaml"))
     full = rows[0].trainables
     budget = full * 7 // 10
-    found = run(finished / "study.yaml", "--suggest", budget)
+    found = study(finished / "study.yaml", "--suggest", budget)
     assert found.code == 0, found.err
     target = finished / "out" / "suggested-qbara.yaml"
     assert found.out.startswith(f"{target}: ") and "effects added up" in found.out
     suggested = load_config(target)
-    with Command("validate", target, "--json") as command:
-        plan = json.loads(command.finish().out)
+    plan = json.loads(shell("validate", target, "--json")[1])
     assert plan["trainable_parameters"] <= budget < full
     assert suggested.method.schedule
-    assert run(finished / "study.yaml", "--suggest", 10).err.startswith("error: --suggest: got 10, the smallest ")
+    assert study(finished / "study.yaml", "--suggest", 10).err.startswith("error: --suggest: got 10, the smallest ")
 
 
-def test_the_plan_lists_every_run_with_its_count(finished):
-    found = run(finished / "study.yaml", "--plan")
+def test_the_plan_lists_every_run_with_its_count(finished, study):
+    found = study(finished / "study.yaml", "--plan")
     rows = expand(load_study(finished / "study.yaml"))
     for row in rows:
         line = next(line for line in found.out.splitlines() if row.name in line)
