@@ -18,6 +18,7 @@ from dist_qft.ranks.groups import leave_group
 from dist_qft.ranks.launchers import LAUNCHER
 from dist_qft.ranks.network import LOOPBACK, choose_interface, client_store, listening_address, listening_store
 from dist_qft.ranks.peers import Peers
+from dist_qft.ranks.process import imported
 from dist_qft.ranks.world import World
 
 _COME = "dist_qft/come"
@@ -42,6 +43,7 @@ def connect(
     Raises:
         SetupError: the ranks did not meet.
     """
+    imported()
     _join(world, device, timedelta(seconds=timeout_seconds))
     try:
         peers = Peers(doing or Activity(), device, timeout_seconds)
