@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The test command: installs what is missing, then ruff, mypy and pytest.
-#   tests/run.sh                     everything
+#   tests/run.sh                     everything, as two streams side by side
 #   tests/run.sh unit|ranks|whole    one tier: single functions; pools of ranks; launchers, faults, Slurm and SmolLM2
 # Further arguments go to pytest: tests/run.sh unit -k merge
 set -euo pipefail
@@ -19,4 +19,8 @@ mypy
 # same on every machine. No test may need the network.
 export OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
 unset PYTHONDONTWRITEBYTECODE # hundreds of processes start, and should not each compile the package
+if [[ ${#tiers[@]} == 0 && $# == 0 ]]; then
+  # File by file to whichever stream is free; the files with the longest tests come first.
+  exec pytest --durations=25 --numprocesses=2 --dist=loadfile --no-loadscope-reorder tests/whole tests/ranks tests/unit
+fi
 exec pytest --durations=25 "${tiers[@]}" "$@"
