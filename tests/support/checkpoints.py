@@ -30,3 +30,9 @@ def save_small_checkpoint(output_dir: Path, step: int, run_id: str = "first") ->
     )
     write_checkpoint(checkpoint)
     return checkpoint.path
+
+
+def flip_a_bit(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 4
+    path.write_bytes(content)
