@@ -11,7 +11,6 @@ import os
 import random
 import shutil
 import signal
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +29,25 @@ from dist_qft.storage.checkpoint import (
 from dist_qft.storage.manifest import MANIFEST
 from dist_qft.training.metrics_file import METRICS_FILE
 from tests.support.commands import Command, Finished
+from tests.support.faults import (
+    FULL_DISK,
+    MERGED,
+    READ_ONLY,
+    Moment,
+    by_itself,
+    flip,
+    kill,
+    merging,
+    nothing,
+    on_disk,
+    pruning,
+    saving,
+    starting,
+    stepping,
+    terminate,
+    terminate_rank_1,
+    truncate,
+)
 from tests.support.qst_models import qst_config
 from tests.support.tiny_model import tiny_config
 from tests.support.whole_runs import adapter_digest, train
@@ -45,95 +63,11 @@ METHODS = {
     "qst": {},
 }
 ENGINES = ("fsdp", "zero", "replicated")
-MERGED = "merged-dense"
-
-# Called right after the start of a command, whose run may have checkpoints of an earlier one; returns when it is time.
-Moment = Callable[[Command, Path, random.Random], None]
-
-
-def starting(command: Command, run: Path, chance: random.Random) -> None:
-    """While ranks import, meet, load and have not taken a step. Only of a run without a folder."""
-    command.wait_until(run.exists)
-    time.sleep(chance.uniform(0, 0.6))
-
-
-def stepping(command: Command, run: Path, chance: random.Random) -> None:
-    """Anywhere in a step: forward, backward, reduction, update; where the config has it, in an evaluation."""
-    before = list_checkpoints(run)[-1:]
-    command.wait_until(lambda: list_checkpoints(run)[-1:] != before)
-    time.sleep(chance.uniform(0, 0.3))
-
-
-def saving(command: Command, run: Path, chance: random.Random) -> None:
-    """While a checkpoint is written under a temporary name."""
-    before = list_checkpoints(run)[-1:]
-    command.wait_until(lambda: list_checkpoints(run)[-1:] != before)
-    command.wait_until(lambda: any(run.glob(".tmp-checkpoint-*")))
-
-
-def pruning(command: Command, run: Path, chance: random.Random) -> None:
-    """When the oldest checkpoint has just lost its name and is being removed."""
-    seen: set[Path] = set()
-
-    def one_is_gone() -> bool:
-        there = set(list_checkpoints(run))
-        seen.update(there)
-        return seen != there
-
-    command.wait_until(one_is_gone)
-
-
-def merging(command: Command, run: Path, chance: random.Random) -> None:
-    """While the merge that ends the run writes, under a temporary name."""
-    command.wait_until(lambda: any(run.glob(f".tmp-{MERGED}-*")))
-
-
-def by_itself(command: Command, run: Path, chance: random.Random) -> None:
-    """The fault needs nobody to cause it."""
-
-
-def kill(rank: int) -> Callable[[Command], None]:
-    return lambda command: command.rank(rank).send_signal(signal.SIGKILL)
-
-
-def terminate(command: Command) -> None:
-    command.process.send_signal(signal.SIGTERM)
-
-
-def terminate_rank_1(command: Command) -> None:
-    command.rank(1).send_signal(signal.SIGTERM)
-
-
-def truncate(path: Path) -> None:
-    os.truncate(path, path.stat().st_size * 2 // 3)
-
-
-def flip(path: Path) -> None:
-    content = bytearray(path.read_bytes())
-    content[len(content) // 2] ^= 1
-    path.write_bytes(content)
-
-
-def nothing(command: Command) -> None:
-    pass
-
-
-# Run in a mount namespace of their own with the run's folder $1 on a disk of $2 bytes, copied to $1.left in the end.
-FULL_DISK = """
-run=$1 size=$2; shift 2; mkdir -p $run; mount -t tmpfs -o size=$size tmpfs $run || exit 99
-"$@"; code=$?; cp -r $run $run.left; exit $code
-"""
-# ... and with a folder above it, after the second step, that is empty and read-only.
-READ_ONLY = """
-run=$1; shift 2; mkdir -p $run; mount -t tmpfs tmpfs $run || exit 99
-(until [ -d $run/checkpoint-2 ]; do sleep 0.01; done; mount -t tmpfs -o ro tmpfs $run) &
-"$@"; code=$?; umount $run; cp -r $run $run.left; exit $code
-"""
 
 
 @dataclass(frozen=True)
 class Fault:
-    """What is done at a moment, the exit codes it may give, and what then happens to a file of the last checkpoint.
+    """An action at a moment, the exit codes it may give, and a change of a file of the last checkpoint.
 
     Attributes:
         said: part of what the command says of it.
@@ -253,7 +187,7 @@ def test_after_faults_the_run_ends_as_if_there_were_none(undisturbed, table, tmp
     step, told = 0, []  # what the next start goes on from, and says
     for name in names:
         fault, chance = FAULTS[name], random.Random(f"{engine} {method} {name}")
-        with Command(*words, ranks=2, wrapper=on_disk(fault, run, config.parent / "run")) as command:
+        with Command(*words, ranks=2, wrapper=on_disk(fault.disk, run, config.parent / "run")) as command:
             fault.moment(command, run, chance)
             fault.act(command)
             ended = command.finish()
@@ -302,11 +236,3 @@ def require_steps_once(ended: Finished, first: int) -> None:
     stopped = [line for line in lines if line.startswith(SAVED)]
     if stopped:
         assert stopped == [f"{SAVED}{steps[-1]}, which is saved; continue with --resume auto"]
-
-
-def on_disk(fault: Fault, run: Path, undisturbed: Path) -> tuple[str, ...]:
-    """What starts the command with the fault's disk, if it has one: of room for two checkpoints and a half."""
-    if fault.disk is None:
-        return ()
-    pages = sum(-(-file.stat().st_size // 4096) for file in list_checkpoints(undisturbed)[-1].iterdir())
-    return ("unshare", "-rm", "sh", "-c", fault.disk, "sh", str(run), str(int(4096 * (2.5 * pages + 20))))
