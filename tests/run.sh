@@ -14,13 +14,21 @@ while [[ ${1:-} == unit || ${1:-} == ranks || ${1:-} == whole ]]; do tiers+=("te
 cd "$ROOT"
 ruff check .
 ruff format --check .
-mypy
 # Many tests run several ranks at a time: one thread each keeps them from fighting over the cores, and the results the
 # same on every machine. No test may need the network.
 export OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
 unset PYTHONDONTWRITEBYTECODE # hundreds of processes start, and should not each compile the package
 if [[ ${#tiers[@]} == 0 && $# == 0 ]]; then
+  types=$(mktemp) code=0
+  mypy >"$types" 2>&1 & # takes a minute of one core
+  checker=$!
+  trap 'kill "$checker" 2>/dev/null; rm -f "$types"' EXIT
   # File by file to whichever stream is free; the files with the longest tests come first.
-  exec pytest --durations=25 --numprocesses=2 --dist=loadfile --no-loadscope-reorder tests/whole tests/ranks tests/unit
+  pytest --durations=25 --numprocesses=2 --dist=loadfile --no-loadscope-reorder tests/whole tests/ranks tests/unit ||
+    code=$?
+  wait "$checker" || code=1
+  cat "$types"
+  exit "$code"
 fi
+mypy
 exec pytest --durations=25 "${tiers[@]}" "$@"

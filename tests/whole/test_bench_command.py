@@ -17,7 +17,7 @@ def bench(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("DIST_QFT_CACHE", str(folder))
         with Command("bench", "--all", "--quick", "--json", folder / "all.jsonl") as command:
-            done = command.finish(seconds=900)
+            done = command.finish(seconds=1800)
     assert done.code == 0, done.err
     reports = [json.loads(line) for line in (folder / "all.jsonl").read_text().splitlines()]
     assert [report["benchmark"] for report in reports] == list(BENCHMARKS)
