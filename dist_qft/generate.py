@@ -27,7 +27,8 @@ def run_generation(path: str, prompts: Sequence[str], sampling: Sampling, base: 
         if base:
             with run.parts.trainables.disabled():
                 found["base"] = answers(model, run.tokenizer, prompts, sampling, run.device, today)
-        found["tuned"] = answers(model, run.tokenizer, prompts, sampling, run.device, today)
+        with run.parts.fixed():
+            found["tuned"] = answers(model, run.tokenizer, prompts, sampling, run.device, today)
         if run.world.rank == 0:
             for index in range(len(prompts)):
                 for name, texts in found.items():

@@ -39,20 +39,35 @@ class OutputHead(nn.Module):
 
         def use(table: FrozenEmbedding, states: Tensor) -> Tensor:
             nonlocal gradient
-            tokens, dim = states.shape
-            loss, gradient = summed_cross_entropy(
-                states,
-                targets,
-                table,
-                logit_map=self.loss_map,
-                slice_size=slice_rows(tokens, dim, self.loss_megabytes),
-                with_gradient=with_gradient,
-            )
-            return loss
+            losses, gradients = [], []
+            step, dim = _tokens_at_a_time(states), states.shape[1]
+            for part, part_targets in zip(states.split(step), targets.split(step), strict=True):
+                loss, part_gradient = summed_cross_entropy(
+                    part,
+                    part_targets,
+                    table,
+                    logit_map=self.loss_map,
+                    slice_size=slice_rows(part.shape[0], dim, self.loss_megabytes),
+                    with_gradient=with_gradient,
+                )
+                losses.append(loss)
+                gradients += [] if part_gradient is None else [part_gradient]
+            gradient = torch.cat(gradients) if len(gradients) > 1 else next(iter(gradients), None)
+            return torch.stack(losses).sum() if len(losses) > 1 else losses[0]
 
         with torch.no_grad():
             # detach: a hook on a tied embedding may have asked for a gradient of what it returned.
             return self._weights[0](hidden, use=use).detach(), gradient
+
+
+def _tokens_at_a_time(states: Tensor) -> int:
+    """Tokens whose loss is computed in one sweep over the vocabulary.
+
+    A sweep passes over (tokens, dim) float32 values once per slice, and the more tokens the narrower the slices, which
+    hold their logits: of 32k tokens it would move a terabyte. With as many tokens as a row has values both are least.
+    On a CPU the sums keep one order, whatever else is tuned.
+    """
+    return max(states.shape[0], 1) if states.device.type == "cpu" else max(states.shape[1], 1024)
 
 
 def project(table: FrozenEmbedding, hidden: Tensor) -> Tensor:

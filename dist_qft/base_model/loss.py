@@ -7,6 +7,10 @@ rows. Peak memory is one slice of dequantized rows and its logits. The head is t
 micro-batch, in the forward pass only, and a sharded head need not be gathered again in backward.
 
 With p = softmax(z), z = W h and target t:   loss = logsumexp(z) - z_t,   dloss/dh = sum_v p_v W_v - W_t.
+
+The two terms of the gradient all but cancel where p_t is close to 1, which is most tokens of a text that fits well. So
+the products give float32 whatever the compute dtype is: a weighted sum rounded to bfloat16 before W_t is taken off is
+wrong by 17 % at p_t = 0.993 and by more than half at 0.999; logits of 20 rounded to bfloat16 are off by up to 6 % in p.
 """
 
 from collections.abc import Callable
@@ -25,7 +29,11 @@ class Rows(Protocol):
 
     num_embeddings: int
 
-    def rows(self, start: int, stop: int) -> Tensor: ...
+    def rows(self, start: int, stop: int) -> Tensor:
+        """The rows start..stop, (stop - start, dim) in the compute dtype."""
+
+    def rows_of(self, ids: Tensor) -> Tensor:
+        """The rows of these ids (n,), (n, dim) in the compute dtype."""
 
 
 @dataclass(frozen=True)
@@ -70,34 +78,50 @@ def summed_cross_entropy(
         float32 scalar, and (tokens, dim) in hidden's dtype or None.
     """
     tokens, _ = hidden.shape
+    states = _as_factor(hidden)
     maximum = torch.full((tokens,), -torch.inf, device=hidden.device)
     total = torch.zeros(tokens, device=hidden.device)
     target_logit = torch.zeros(tokens, device=hidden.device)
     mean_row = hidden.new_zeros(hidden.shape if with_gradient else (0,), dtype=torch.float32)
-    target_row = torch.zeros_like(mean_row)
     for start in range(0, head.num_embeddings, slice_size):
         stop = min(start + slice_size, head.num_embeddings)
-        rows = head.rows(start, stop)
-        logits = logit_map((hidden @ rows.T).float())
+        rows = _as_factor(head.rows(start, stop))
+        logits = logit_map(_float32_product(states, rows.T))
         new_maximum = torch.maximum(maximum, logits.amax(dim=1))
         shrink = torch.exp(maximum - new_maximum)
         # By masks, not by `nonzero`, which on a GPU would wait for the device once per slice.
         inside = (targets >= start) & (targets < stop)
         local = (targets - start).clamp(0, stop - start - 1)[:, None]
         target_logit = torch.where(inside, logits.gather(1, local)[:, 0], target_logit)
-        if with_gradient:
-            slope = logit_map.slope(logits)
-            target_slope = slope.gather(1, local) if isinstance(slope, Tensor) else slope
-            target_row = torch.where(inside[:, None], rows[local[:, 0]].float() * target_slope, target_row)
+        slope = logit_map.slope(logits) if with_gradient else 1.0
         weights = logits.sub_(new_maximum[:, None]).exp_()
         total.mul_(shrink).add_(weights.sum(dim=1))
         if with_gradient:
-            mean_row.mul_(shrink[:, None]).add_((weights.mul_(slope).to(rows.dtype) @ rows).float())
+            mean_row.mul_(shrink[:, None]).add_(_float32_product(weights.mul_(slope).to(rows.dtype), rows))
         maximum = new_maximum
     loss = (maximum + total.log() - target_logit).sum()
     if not with_gradient:
         return loss, None
+    target_slope = logit_map.slope(target_logit)
+    if isinstance(target_slope, Tensor):
+        target_slope = target_slope[:, None]
+    target_row = head.rows_of(targets).float() * target_slope
     return loss, mean_row.div_(total[:, None]).sub_(target_row).to(hidden.dtype)
+
+
+def _as_factor(matrix: Tensor) -> Tensor:
+    """The matrix as `_float32_product` takes it: on CUDA as it is, elsewhere in float32.
+
+    Only CUDA has products of 16-bit matrices that keep the float32 in which they are summed.
+    """
+    return matrix if matrix.device.type == "cuda" else matrix.float()
+
+
+def _float32_product(left: Tensor, right: Tensor) -> Tensor:
+    """left @ right in float32, not rounded to the factors' dtype in between."""
+    if left.dtype == torch.float32:
+        return left @ right
+    return torch.mm(left, right, out_dtype=torch.float32)
 
 
 class _KnownGradientContext(FunctionCtx):

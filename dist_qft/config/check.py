@@ -128,6 +128,9 @@ def _train_faults(config: RunConfig) -> Iterator[Fault]:
             f"{total} is not a multiple of train.per_device_train_batch_size {micro}; "
             f"nearest: {either(nearest_multiples(total, micro))}",
         )
+    for name in ("checkpoint_every_n_layers", "offload_activations"):
+        if changed(train, name) and not train.gradient_checkpointing:
+            yield value_fault(("train", name), "has no effect without train.gradient_checkpointing; set it to true")
     if train.warmup_steps and train.max_steps and train.warmup_steps >= train.max_steps:
         yield value_fault(
             ("train", "warmup_steps"),

@@ -99,6 +99,15 @@ class TrainConfig(Section):
         description="keep one activation per decoder layer and compute the others again in backward",
         json_schema_extra={"transformers": "gradient_checkpointing", "axolotl": "gradient_checkpointing"},
     )
+    checkpoint_every_n_layers: Positive = Field(
+        1,
+        description="gradient_checkpointing: only every n-th decoder layer, which takes more memory and less computing",
+    )
+    offload_activations: bool = Field(
+        False,
+        description="gradient_checkpointing, CUDA: keep the activations in host memory",
+        json_schema_extra={"axolotl": "activation_offloading"},
+    )
     precision: Literal["auto", "float32", "bfloat16"] = Field(
         "auto",
         description="compute dtype; auto: bfloat16 on CUDA, else float32. Trainables are always float32",

@@ -198,12 +198,15 @@ class FrozenEmbedding(FrozenWeight):
         """
         if use is not None:
             return use(self, ids)
-        flat = ids.reshape(-1)
-        packed = {name: tensor.index_select(0, flat) for name, tensor in self.packed().items()}
-        rows = self.format.dequantize(packed, (len(flat), self.embedding_dim), self.dtype)
+        rows = self.rows_of(ids.reshape(-1))
         if self.output_scale is not None:
             rows = rows * self.output_scale
         return rows.view(*ids.shape, self.embedding_dim)
+
+    def rows_of(self, ids: Tensor) -> Tensor:
+        """Rows (n, embedding_dim) of ids (n,) in the compute dtype, without `output_scale`."""
+        packed = {name: tensor.index_select(0, ids) for name, tensor in self.packed().items()}
+        return self.format.dequantize(packed, (len(ids), self.embedding_dim), self.dtype)
 
 
 def _frozen(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | str) -> nn.Parameter:

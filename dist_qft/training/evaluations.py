@@ -66,7 +66,8 @@ class Evaluations:
         batches = eval_batches(self._data, micro, world.rank, world.world_size)
         self._parts.trainables.eval()
         try:
-            held_out = held_out_loss(self._parts.base, batches, self._inputs.device, self._parts.task, stop)
+            with self._parts.fixed():
+                held_out = held_out_loss(self._parts.base, batches, self._inputs.device, self._parts.task, stop)
         finally:
             self._parts.trainables.train()
         tag = "base" if which == "base" else "eval"
@@ -81,7 +82,8 @@ class Evaluations:
         config, tokenizer, device = self._inputs.config, self._inputs.tokenizer, self._inputs.device
         prompts, sampling = config.evaluation.prompts, Sampling(config.evaluation.max_new_tokens)
         self._parts.trainables.eval()
-        texts = answers(self._parts.base, tokenizer, prompts, sampling, device, date_of(config))
+        with self._parts.fixed():
+            texts = answers(self._parts.base, tokenizer, prompts, sampling, device, date_of(config))
         for prompt, text in zip(prompts, texts, strict=True):
             self._monitor.text(step, f"answer/{which}", f"{prompt}\n\n{text}")
             self._monitor.say(f"{which}: {prompt}\n    {text}")

@@ -93,15 +93,16 @@ class TrainStep:
         """Sum the gradients of this rank's micro-batches; the reduction starts during the last backward pass."""
         self.flat.begin_step()
         self.forward.begin_step(micro_batches)
-        for batch in micro_batches:
-            if batch is micro_batches[-1]:
-                self.flat.reduce_during_backward()
-            # Dropout masks depend on the global micro-batch alone: the same on any world size, nothing to save.
-            torch.manual_seed(_dropout_seed(self.config.seed, step, batch.index))
-            loss, _ = self.parts.task.loss(self.forward(batch), batch)
-            loss.backward()
-            self.parts.engine.after_backward()
-            self.flat.end_micro_batch(loss.detach())
+        with self.parts.fixed():
+            for batch in micro_batches:
+                if batch is micro_batches[-1]:
+                    self.flat.reduce_during_backward()
+                # Dropout masks depend on the global micro-batch alone: the same on any world size, nothing to save.
+                torch.manual_seed(_dropout_seed(self.config.seed, step, batch.index))
+                loss, _ = self.parts.task.loss(self.forward(batch), batch)
+                loss.backward()
+                self.parts.engine.after_backward()
+                self.flat.end_micro_batch(loss.detach())
         device = self.flat.values.device
         if device.type == "cuda":
             # Kernels are only launched so far: their time is not the reduction's. Of this stream alone: the buckets'

@@ -12,6 +12,7 @@ from dist_qft.ranks.preemption import StopSignal
 from dist_qft.storage.atomic import publishing
 from dist_qft.storage.lock import FolderLock
 from dist_qft.storage.trainer_state import chain_step
+from dist_qft.training.activations import checkpoint_activations
 from dist_qft.training.checkpointing import Checkpointing, first_state
 from dist_qft.training.evaluations import Evaluations, figure, is_better
 from dist_qft.training.fixed_tree import FixedTree
@@ -78,11 +79,7 @@ class TrainingRun:
     def prepare(self) -> None:
         """Restore a checkpoint if there is one, make the replicas equal, print the opening lines."""
         self.checkpoints.restore()
-        if self.config.train.gradient_checkpointing:
-            self.parts.base.model.gradient_checkpointing_enable({"use_reentrant": False})
-            # transformers makes the embedding's output require a gradient, which only reentrant checkpointing needs.
-            self.parts.base.model.disable_input_require_grads()
-            self.parts.base.model.train()
+        checkpoint_activations(self.parts.base.model, self.config.train, self.inputs.device)
         if self.world.rank == 0:
             with publishing(self.inputs.output_dir / CONFIG_FILE, overwrite=True) as temporary:
                 save_config(self.config, temporary)

@@ -1,6 +1,7 @@
 """From a config to live parts: what training, evaluation, generation and merging all begin with."""
 
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -24,6 +25,7 @@ from dist_qft.sharding.engine import Engine
 from dist_qft.sharding.engines import engine_of
 from dist_qft.sharding.host_memory import keep_one_heap
 from dist_qft.tuned_model.task import Task, head_outputs, make_task
+from dist_qft.tuned_model.written_zeros import fixed_values
 
 # Measured on CPUs: with 64 the step takes 5 % more time and 100 MiB more (docs/performance.md).
 _LOSS_CHUNK_MEGABYTES = {"cuda": 64.0, "cpu": 8.0}
@@ -37,6 +39,10 @@ class Assembled:
     engine: Engine
     trainables: TrainableSet
     task: Task
+
+    def fixed(self) -> AbstractContextManager[None]:
+        """Inside, no trainable changes, so what follows from their values is computed once. Collective."""
+        return fixed_values(self.engine, self.trainables)
 
     def named_tensors(self) -> list[tuple[str, nn.Parameter]]:
         """Every trainable in the order of the forward pass."""

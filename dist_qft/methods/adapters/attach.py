@@ -6,7 +6,8 @@ Not here: the flat fp32 buffer that the parameters become views of, and reading 
 """
 
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 
 import torch
@@ -35,7 +36,8 @@ class AdapterSet(HookedTrainables):
         # A ModuleDict key may not hold a dot; a module path never holds a slash.
         self._adapters = nn.ModuleDict({path.replace(".", "/"): adapter for path, adapter in adapters.items()})
         self._by_path = dict(adapters)
-        self._changed: list[FrozenLinear] = []
+        self._changed: list[tuple[FrozenLinear, TileAdapter]] = []  # those that are merge-aware
+        self._written = False  # the base's zeros have dW in them already
 
     @classmethod
     def build(cls, plan: Mapping[str, TileSettings], seed: int) -> "AdapterSet":
@@ -80,16 +82,30 @@ class AdapterSet(HookedTrainables):
             self._handles.append(modules[path].register_forward_hook(self._hook(adapter)))
             if adapter.settings.merge_aware:
                 modules[path].in_use = partial(self._folded, modules[path].format, adapter)
-                self._changed.append(modules[path])
+                self._changed.append((modules[path], adapter))
         return self._handles
 
     def detach(self) -> None:
         """Remove the hooks: the base computes as if it had never been touched."""
         for handle in self._handles:
             handle.remove()
-        for module in self._changed:
+        for module, _ in self._changed:
             module.in_use = None
         self._handles, self._changed = [], []
+
+    @property
+    def folded_at_use(self) -> list[tuple[FrozenLinear, TileAdapter]]:
+        """The layers that fold dW into their zeros at each use: those that are merge-aware, unless it is in them."""
+        return self._changed if self._enabled and not self._written else []
+
+    @contextmanager
+    def folded_already(self) -> Iterator[None]:
+        """Inside, the base's own zeros have dW in them, and layers take them as they are. Not to be `disabled`."""
+        self._written = True
+        try:
+            yield
+        finally:
+            self._written = False
 
     def _hook(self, adapter: TileAdapter) -> Callable[..., torch.Tensor | None]:
         def add_adapter(module: nn.Module, args: tuple[torch.Tensor], output: torch.Tensor) -> torch.Tensor | None:
@@ -102,6 +118,9 @@ class AdapterSet(HookedTrainables):
         return add_adapter
 
     def _folded(self, format: Format, adapter: TileAdapter, packed: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        if self._written:
+            assert self._enabled, "the zeros have dW in them, which cannot be left out before they are put back"
+            return packed
         return with_folded_zeros(format, packed, adapter) if self._enabled else packed
 
 

@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
+from torch.utils.checkpoint import checkpoint
 
 from dist_qft.config.load import load_config
 from dist_qft.errors import UserError
@@ -14,6 +15,8 @@ from dist_qft.methods.adapters.schedule import TileSettings
 from dist_qft.methods.adapters.tile_adapter import TileAdapter, tile_values
 from dist_qft.quant.affine4 import Affine4
 from dist_qft.quant.frozen import FrozenLinear
+from dist_qft.sharding.replicated import ReplicatedEngine
+from dist_qft.tuned_model.written_zeros import fixed_values
 from tests.support.tiny_model import tiny_config
 from tests.support.whole_runs import train
 
@@ -55,6 +58,40 @@ def test_the_output_is_that_of_the_merged_layer_bit_for_bit(block, pool, repeat,
         merged = linear(x)
     assert torch.equal(live, merged) and torch.equal(with_gradient, merged)
     assert not torch.equal(before, merged)
+
+
+@pytest.mark.parametrize(("block", "pool", "repeat", "inner"), CASES)
+def test_zeros_written_once_give_the_bits_of_zeros_folded_at_each_use(block, pool, repeat, inner, monkeypatch):
+    """With checkpointing's second forward pass, over two steps; afterwards, and after an error, the base is itself."""
+    linear, adapter, adapters = adapted(block, pool, repeat, inner, merge_aware=True)
+    engine, x = ReplicatedEngine(), torch.randn(3, IN, requires_grad=True)
+    original, counted = linear.zero.clone(), []
+    for module in ("tuned_model.written_zeros", "methods.adapters.exact_fold"):
+        counting = lambda *args: counted.append(1) or folded(*args)  # noqa: E731
+        monkeypatch.setattr(f"dist_qft.{module}.folded", counting)
+
+    def pass_through() -> list[torch.Tensor]:
+        for tensor in (x, *adapter.parameters()):
+            tensor.grad = None
+        output = checkpoint(linear, x, use_reentrant=False)
+        output.square().sum().backward()
+        return [output.detach(), x.grad, *(parameter.grad for parameter in adapter.parameters())]
+
+    for _ in range(2):
+        each = pass_through()
+        assert len(counted) == 3, "forward pass, its recomputation, backward pass"
+        with fixed_values(engine, adapters):
+            once = [pass_through() for _ in range(2)][-1]
+        assert len(counted) == 4
+        assert all(torch.equal(a, b) for a, b in zip(each, once, strict=True))
+        counted.clear()
+        with torch.no_grad():
+            adapter.A += 0.01
+    with pytest.raises(KeyError), fixed_values(engine, adapters):
+        raise KeyError
+    with adapters.disabled(), fixed_values(engine, adapters):
+        assert torch.equal(linear.zero, original)
+    assert torch.equal(linear.zero, original)
 
 
 @pytest.mark.parametrize(("block", "pool", "repeat", "inner"), CASES)

@@ -200,7 +200,7 @@ def traffic(path: Path, reshard: bool, checkpointing: bool) -> dict[str, Any]:
     base = open_base(path, engine)
     adapt(base)
     if checkpointing:
-        base.model.gradient_checkpointing_enable({"use_reentrant": False})
+        base.model.activation_checkpointing_enable({"use_reentrant": False})
         base.model.train()
     loaded, log = engine.resident_bytes(), []
     for seed, training in enumerate([True, True, False, False, True, True]):

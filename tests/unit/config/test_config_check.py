@@ -123,6 +123,11 @@ def load(tmp_path):
             "train.gradient_checkpointing",
             "qst keeps nothing of the base for backward; remove it",
         ),
+        (
+            ["train.checkpoint_every_n_layers=2"],
+            "train.checkpoint_every_n_layers",
+            "has no effect without train.gradient_checkpointing; set it to true",
+        ),
         (["model.path=a.gguf", "model.revision=main"], "model.revision", "a GGUF file has no revisions; remove it"),
     ],
 )

@@ -1,0 +1,73 @@
+"""dW written into the zeros that a base keeps, for as long as no adapter changes: once, and not at every use.
+
+Each rank rewrites its own part, so the work is 1/N of the base's and the ranks gather zeros that have dW in them
+already. The zeros as they were are kept beside and put back in the end: outside of such a time the base is itself.
+"""
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
+
+import torch
+from torch import Tensor
+
+from dist_qft.methods.adapters.attach import AdapterSet
+from dist_qft.methods.adapters.exact_fold import folded, zeros_of
+from dist_qft.methods.adapters.tile_adapter import TileAdapter
+from dist_qft.methods.trainable import TrainableSet
+from dist_qft.quant.frozen import FrozenLinear
+from dist_qft.sharding.engine import Engine
+
+
+@contextmanager
+def fixed_values(engine: Engine, trainables: TrainableSet) -> Iterator[None]:
+    """Inside, no trainable changes; merge-aware layers find dW in the zeros that the ranks keep and gather. Collective.
+
+    The trainables are not to be `disabled` inside.
+    """
+    layers = trainables.folded_at_use if isinstance(trainables, AdapterSet) else []
+    if not layers:
+        yield
+        return
+    assert isinstance(trainables, AdapterSet), "others fold nothing"
+    with written_zeros(engine, layers), trainables.folded_already():
+        yield
+
+
+@contextmanager
+def written_zeros(engine: Engine, layers: Iterable[tuple[FrozenLinear, TileAdapter]]) -> Iterator[None]:
+    """Inside, the zeros of these layers have their adapters' dW, with the bits that a merge writes.
+
+    What is gathered is freed at both ends: it holds the other zeros.
+    """
+    engine.release()
+    before = [part for layer in layers if (part := _write(engine, *layer)) is not None]
+    try:
+        yield
+    except BaseException:
+        with suppress(RuntimeError):  # an engine that was interrupted in a pass; the first error counts
+            engine.release()
+        _put_back(before)
+        raise
+    engine.release()
+    _put_back(before)
+
+
+@torch.no_grad()
+def _write(engine: Engine, linear: FrozenLinear, adapter: TileAdapter) -> tuple[Tensor, Tensor] | None:
+    """Write this rank's part of a layer's zeros. Returns it with a copy of what it was, None if the part is empty."""
+    target = zeros_of(linear.format)
+    parameter = getattr(linear, target.tensor)
+    part = engine.local(parameter).view(-1)
+    if part.numel() == 0:
+        return None
+    copy = part.clone()
+    start, _ = engine.span(parameter)
+    width = linear.in_features // target.block[1]
+    part.copy_(folded(copy, start, width, target.block, adapter)[0])
+    return part, copy
+
+
+@torch.no_grad()
+def _put_back(before: list[tuple[Tensor, Tensor]]) -> None:
+    for part, copy in before:
+        part.copy_(copy)
