@@ -8,23 +8,50 @@ a packed layer has not.
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from typing import Any
 
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
 from transformers import PreTrainedModel
 
+from dist_qft.base_model import segment_attention
 from dist_qft.base_model.model_config import library_refusal
+from dist_qft.data.segments import Segments
 from dist_qft.errors import UserError
 
 _TOKENS = 4
 
 
+def choose_attention(causal: PreTrainedModel, decoder: nn.Module, layers: int) -> tuple[bool, set[nn.Module] | None]:
+    """Let a decoder of so many layers have its samples' borders in place of a mask, if its code hands them on.
+
+    Returns:
+        Whether it does, and the linear layers as of `called_linears`.
+
+    Raises:
+        UserError: the forward pass fails.
+    """
+    if segment_attention.may_take_segments(causal):
+        segment_attention.choose(causal, segment_attention.NAME)
+        two = Segments(torch.zeros(3, dtype=torch.int32), (0, 1, _TOKENS), 1)
+        try:
+            with segment_attention.modules_reached() as reached:
+                called = called_linears(causal, decoder, **segment_attention.arguments(two))
+            if len(reached) >= layers:
+                return True, called
+        except UserError:
+            pass  # with its masks it may work
+        segment_attention.choose(causal, segment_attention.SDPA)
+    return False, called_linears(causal, decoder)
+
+
 @torch.no_grad()
-def called_linears(causal: PreTrainedModel, decoder: nn.Module) -> set[nn.Module] | None:
+def called_linears(causal: PreTrainedModel, decoder: nn.Module, **arguments: Any) -> set[nn.Module] | None:
     """The linear layers that a forward pass of the (not yet frozen) decoder calls.
 
-    Returns None if the decoder's code depends on the values of tensors, so that it cannot run without data.
+    `arguments` are further ones of the decoder's. Returns None if its code depends on the values of tensors, so that it
+    cannot run without data.
 
     Raises:
         UserError: the forward pass fails.
@@ -41,7 +68,7 @@ def called_linears(causal: PreTrainedModel, decoder: nn.Module) -> set[nn.Module
                     hook = module.register_forward_hook(lambda layer, *_: called.add(layer))
                     stack.callback(hook.remove)
             stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
-            decoder(input_ids=torch.zeros(1, _TOKENS, dtype=torch.int64, device="meta"), use_cache=False)
+            decoder(input_ids=torch.zeros(1, _TOKENS, dtype=torch.int64, device="meta"), use_cache=False, **arguments)
     except UserError as error:
         if _needs_data(error.__cause__):
             return None

@@ -154,25 +154,28 @@ HeadLoss = Callable[[Tensor, Tensor, bool], tuple[Tensor, Tensor | None]]
 
 
 def token_loss(hidden: Tensor, targets: Tensor, head_loss: HeadLoss) -> Tensor:
+    """`loss_at` all positions of `targets` (batch, length) that are not IGNORED; a GPU that holds them waits."""
+    positions = (targets.flatten() != IGNORED).nonzero().squeeze(1)
+    ids = targets.flatten()[positions]
+    return loss_at(hidden, positions.to(hidden.device), ids.to(hidden.device), head_loss)
+
+
+def loss_at(hidden: Tensor, positions: Tensor, targets: Tensor, head_loss: HeadLoss) -> Tensor:
     """Loss summed over the tokens that have a target, differentiable by `hidden`.
 
     Args:
         hidden: (batch, length, dim) last hidden states.
-        targets: (batch, length) int64, already shifted, IGNORED where there is no loss; best on the CPU, since
-            picking the positions that have a target would make a GPU wait.
+        positions: (tokens,) int64, in the rows of `hidden` one behind the other.
+        targets: (tokens,) int64, what each of them has to predict; both on the device of `hidden`.
         head_loss: called once as head_loss((tokens, dim), (tokens,), with_gradient), also for no tokens at
             all: on a sharded base every rank must take part in gathering the head.
 
     Returns:
         float32 scalar; exactly 0 (with zero gradient) when no token has a target.
     """
-    flat_targets = targets.reshape(-1)
-    positions = (flat_targets != IGNORED).nonzero().squeeze(1)
-    chosen_targets = flat_targets[positions].to(hidden.device)
-    positions = positions.to(hidden.device)
     chosen = hidden.detach().reshape(-1, hidden.shape[-1])[positions]
     needs_gradient = torch.is_grad_enabled() and hidden.requires_grad
-    loss, gradient = head_loss(chosen, chosen_targets, needs_gradient)
+    loss, gradient = head_loss(chosen, targets, needs_gradient)
     if not needs_gradient:
         return loss
     return _KnownGradient.apply(hidden, loss, positions, gradient)

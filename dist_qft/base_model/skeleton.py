@@ -6,14 +6,16 @@ so every family that is built of those works, and attention, norms and caches ar
 
 import re
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
+from dist_qft.base_model import segment_attention
 from dist_qft.base_model.chosen_formats import ChosenFormats
 from dist_qft.base_model.conversions import Conversions
-from dist_qft.base_model.dry_run import called_linears
+from dist_qft.base_model.dry_run import choose_attention
 from dist_qft.base_model.exemptions import Exemptions
 from dist_qft.base_model.family import (
     check_logits,
@@ -31,6 +33,7 @@ from dist_qft.base_model.stop_tokens import eos_ids
 from dist_qft.base_model.stored_head import untie_if_stored
 from dist_qft.base_model.weight_files import local_source
 from dist_qft.config.schema import ModelConfig, QuantizationConfig
+from dist_qft.data.segments import Segments
 from dist_qft.errors import UserError
 from dist_qft.quant.experts import FrozenExperts
 from dist_qft.quant.frozen import FrozenEmbedding, FrozenLinear, FrozenWeight
@@ -52,6 +55,7 @@ class BaseModel:
         dtype: compute dtype.
         conversions: from the names of a checkpoint's tensors to the model's.
         layers_path: the module path of the list of decoder layers.
+        segmented: attention is told where samples begin (`segment_attention`), and needs no mask.
         fingerprint: hex digest of the base's content, set by loading.
         shapes: of all tensors that its files must hold, by name. Once sharded, parameters need not have these.
         buffers: shapes of the buffers that a checkpoint holds beside the parameters, by name; older files lack some.
@@ -68,6 +72,7 @@ class BaseModel:
     dtype: torch.dtype
     conversions: Conversions
     layers_path: str
+    segmented: bool
     fingerprint: str = ""
     notes: list[str] = field(default_factory=list)
     shapes: dict[str, tuple[int, ...]] = field(init=False)
@@ -140,16 +145,21 @@ class BaseModel:
                 return int(part)
         return None
 
-    def hidden_states(self, input_ids: Tensor, position_ids: Tensor) -> Tensor:
+    def hidden_states(self, input_ids: Tensor, position_ids: Tensor, segments: Segments | None = None) -> Tensor:
         """Last hidden states (batch, length, dim) of right-padded or packed token ids (batch, length).
 
-        Padding lies to the right of every real token, so it needs no mask; packed samples are kept apart by position
-        ids that restart, as far as the family can (`require_separate_samples`).
+        Padding lies to the right of every real token, so it needs no mask; packed samples are kept apart by `segments`
+        or by position ids that restart, as far as the family can (`require_separate_samples`).
+
+        Args:
+            segments: where samples begin; None finds out from the position ids, for which a GPU waits.
         """
-        mask = packed_mask(self.config, position_ids, self.dtype)
-        more = {"position_ids": position_ids} if takes_positions(self.decoder) else {}
-        output = self.decoder(input_ids=input_ids, attention_mask=mask, use_cache=False, **more)
-        return output.last_hidden_state
+        more: dict[str, Any] = {"position_ids": position_ids} if takes_positions(self.decoder) else {}
+        if self.segmented:
+            more |= segment_attention.arguments(segments or Segments.of(position_ids))
+        else:
+            more["attention_mask"] = packed_mask(self.config, position_ids, self.dtype)
+        return self.decoder(input_ids=input_ids, use_cache=False, **more).last_hidden_state
 
     @torch.no_grad()
     def require_separate_samples(self, device: torch.device) -> None:
@@ -219,7 +229,7 @@ def _take_apart(
         raise UserError(
             f"model.path: model type '{config.model_type}' is not a decoder with one list of layers and an LM head"
         )
-    called = called_linears(causal, decoder)
+    segmented, called = choose_attention(causal, decoder, len(layers))
     layers_path = next(name for name, module in causal.named_modules() if module is layers)
     prefix, exemptions = f"{layers_path}.", Exemptions(exempt)
     linears = freeze_linears(causal, prefix, formats, exemptions, dtype, called)
@@ -242,6 +252,7 @@ def _take_apart(
         dtype=dtype,
         conversions=conversions,
         layers_path=layers_path,
+        segmented=segmented,
         notes=notes,
     )
     _require_all_in_units(base)

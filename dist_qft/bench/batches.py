@@ -18,4 +18,4 @@ def micro_batch(ids: Tensor, index: int) -> MicroBatch:
     targets = torch.full_like(ids, IGNORED)
     targets[:, :-1] = ids[:, 1:]
     positions = torch.arange(length).expand(rows, -1)
-    return MicroBatch(ids, targets, positions, rows * (length - 1), index)
+    return MicroBatch.of(ids, targets, positions, index)

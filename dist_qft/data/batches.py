@@ -8,7 +8,9 @@ Micro-batch j of a step is the same on every world size; rank r of W takes the a
 j in [r a, (r + 1) a), where a = G / (m W).
 """
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Self
 
 import numpy as np
 import torch
@@ -16,6 +18,7 @@ import torch
 from dist_qft.data.dataset import Row, TokenDataset
 from dist_qft.data.mixture import RowOrder
 from dist_qft.data.samples import IGNORED
+from dist_qft.data.segments import Segments
 
 PAD_MULTIPLE = 8  # row lengths are rounded up to it: matrix kernels like it
 
@@ -24,22 +27,74 @@ PAD_MULTIPLE = 8  # row lengths are rounded up to it: matrix kernels like it
 class MicroBatch:
     """b rows of L tokens, padded on the right; all int64.
 
-    Causal attention needs no mask besides the positions; the model is to be called with `use_cache=False` (`packing`).
+    Causal attention needs no mask besides the segments; the model is to be called with `use_cache=False` (`packing`).
+    Whatever follows from values is computed here, on the CPU: to ask a GPU for it would make the host wait.
 
-    input_ids: (b, L). targets: (b, L), already shifted: what position t has to predict, that is the token at t + 1, or
-    -100. position_ids: (b, L), restarting with each segment of a packed row. num_targets: targets that are not -100.
-    index: the micro-batch's place within its step (or within the evaluation) over all ranks. row_ids: the data set's
-    rows, fewer than b if it was filled up. labels: (rows,) float32 of labelled rows; their one target, at the last
-    token, is 0 and only marks the place.
+    Attributes:
+        input_ids: (b, L).
+        position_ids: (b, L), restarting with each segment of a packed row.
+        segments: where the segments of all rows lie.
+        target_positions: (n,), the positions that have something to predict, in all rows one behind the other.
+        target_ids: (n,), what they have to predict: the token behind each.
+        num_targets: n.
+        index: the micro-batch's place within its step (or within the evaluation) over all ranks.
+        row_ids: the data set's rows, fewer than b if it was filled up.
+        labels: (rows,) float32 of labelled rows; their one target, at the last token, is 0 and only marks the place.
     """
 
     input_ids: torch.Tensor
-    targets: torch.Tensor
     position_ids: torch.Tensor
-    num_targets: int
+    segments: Segments
+    target_positions: torch.Tensor
+    target_ids: torch.Tensor
     index: int
     row_ids: tuple[int, ...] = ()
     labels: torch.Tensor | None = None
+
+    @classmethod
+    def of(
+        cls,
+        input_ids: torch.Tensor,
+        targets: torch.Tensor,
+        position_ids: torch.Tensor,
+        index: int,
+        row_ids: tuple[int, ...] = (),
+        labels: torch.Tensor | None = None,
+    ) -> Self:
+        """From targets (b, L), already shifted: the token that position t has to predict, or -100. All on the CPU."""
+        positions = (targets.flatten() != IGNORED).nonzero().squeeze(1)
+        ids, segments = targets.flatten()[positions], Segments.of(position_ids)
+        return cls(input_ids, position_ids, segments, positions, ids, index, row_ids, labels)
+
+    @property
+    def num_targets(self) -> int:
+        return len(self.target_ids)
+
+    @property
+    def targets(self) -> torch.Tensor:
+        """(b, L): what each position has to predict, -100 where that is nothing."""
+        targets = torch.full_like(self.input_ids, IGNORED)
+        targets.view(-1)[self.target_positions] = self.target_ids
+        return targets
+
+    def to(self, device: torch.device) -> Self:
+        """The same on a device. Out of pinned memory the copies are only launched; nothing waits for them."""
+        return self._with(lambda tensor: tensor.to(device, non_blocking=True), self.segments.to(device))
+
+    def pinned(self) -> Self:
+        """The same in page-locked memory."""
+        return self._with(torch.Tensor.pin_memory, self.segments.pinned())
+
+    def _with(self, move: Callable[[torch.Tensor], torch.Tensor], segments: Segments) -> Self:
+        return replace(
+            self,
+            input_ids=move(self.input_ids),
+            position_ids=move(self.position_ids),
+            segments=segments,
+            target_positions=move(self.target_positions),
+            target_ids=move(self.target_ids),
+            labels=None if self.labels is None else move(self.labels),
+        )
 
 
 class Batches:
@@ -124,12 +179,11 @@ def collate(dataset: TokenDataset, row_ids: list[int], num_rows: int, index: int
             targets[i, : size - 1] = np.where(row.targets[1:], row.tokens[1:], IGNORED)
         if dataset.packed_length is not None:
             position_ids[i] = _packed_positions(row, length)
-    return MicroBatch(
-        input_ids=torch.from_numpy(input_ids),
-        targets=torch.from_numpy(targets),
-        position_ids=torch.from_numpy(position_ids),
-        num_targets=int((targets != IGNORED).sum()),
-        index=index,
+    return MicroBatch.of(
+        torch.from_numpy(input_ids),
+        torch.from_numpy(targets),
+        torch.from_numpy(position_ids),
+        index,
         row_ids=tuple(row_ids),
         labels=None if dataset.labels is None else torch.from_numpy(dataset.labels[row_ids]),
     )

@@ -31,4 +31,5 @@ class BaseForward:
         pass
 
     def __call__(self, batch: MicroBatch) -> Tensor:
-        return self.base.hidden_states(batch.input_ids.to(self.device), batch.position_ids.to(self.device))
+        batch = batch.to(self.device)
+        return self.base.hidden_states(batch.input_ids, batch.position_ids, batch.segments)

@@ -1,5 +1,6 @@
 """The device and the compute dtype of a rank, and those that a plan assumes."""
 
+import os
 from typing import Literal
 
 import torch
@@ -13,6 +14,16 @@ def compute_dtype(setting: str, device: torch.device) -> torch.dtype:
     if setting == "auto":
         return torch.bfloat16 if device.type == "cuda" else torch.float32
     return {"float32": torch.float32, "bfloat16": torch.bfloat16}[setting]
+
+
+def compute_reproducibly(device: torch.device) -> None:
+    """Have a GPU add in one order: attention's backward pass and cuBLAS's products are otherwise free to choose.
+
+    Before the first product. A CPU does so by itself.
+    """
+    if device.type == "cuda":
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True, warn_only=True)
 
 
 def device_for(world: World, setting: Literal["auto", "cpu", "cuda"]) -> torch.device:

@@ -31,15 +31,15 @@ from torch.utils.hooks import RemovableHandle
 
 from dist_qft.errors import NumericError
 from dist_qft.ranks.digest import positional_digest
+from dist_qft.training.digest_lanes import PIECES, digest_pieces, pieces_agree
 from dist_qft.training.fixed_tree import FixedTree
+from dist_qft.training.optimizer import gradient_norm
 
 # Sums in fp32 are exact up to 2^24. Split like this, counts and digests of up to 4096 ranks stay below.
 _TOKEN_BASE = 4096  # two lanes count up to 2^36 tokens per step
-_PIECE_BITS = 4
-_PIECES = 64 // _PIECE_BITS
 
 _TOKENS_HIGH, _TOKENS_LOW, _LOSS, _STOP = range(4)
-_DIGEST = slice(4, 4 + 2 * _PIECES)
+_DIGEST = slice(4, 4 + 2 * PIECES)
 _FIXED_LANES = _DIGEST.stop
 
 
@@ -47,12 +47,13 @@ _FIXED_LANES = _DIGEST.stop
 class StepTotals:
     """The sums of one step's reduction, equal on all ranks.
 
-    `tokens` and `loss_sum` are sums over ranks and micro-batches; `stop` says that some rank was asked to stop;
-    `rank_stats[rank]` are the numbers that rank sent about itself.
+    `tokens` and `loss_sum` are sums over ranks and micro-batches; `grad_norm` is the L2 norm of the mean gradient;
+    `stop` says that some rank was asked to stop; `rank_stats[rank]` are the numbers that rank sent about itself.
     """
 
     tokens: int
     loss_sum: float
+    grad_norm: float
     stop: bool
     rank_stats: list[list[float]]
 
@@ -201,6 +202,8 @@ class FlatParameters:
     ) -> StepTotals:
         """Finish the step's reduction and turn the summed gradient into the mean over target tokens.
 
+        A GPU is read once, for the totals and the norm together.
+
         Args:
             tokens: this rank's sum over its micro-batches of the step.
             step: for messages.
@@ -219,17 +222,23 @@ class FlatParameters:
             self._finish_buckets()
         self._reducing = False
         self.rounds += 1
-        lanes = self._header.tolist()
-        if check_digest and not _pieces_agree(lanes[_DIGEST], self._world):
+        lanes, norm = self._read()
+        if check_digest and not pieces_agree(lanes[_DIGEST], self._world):
             self._name_difference(step)
-        self._require_finite(lanes, step)
+        self._require_finite(lanes, norm, step)
         total = int(lanes[_TOKENS_HIGH]) * _TOKEN_BASE + int(lanes[_TOKENS_LOW])
-        if total:
-            self._gradients.div_(total)
         everyone = lanes[_FIXED_LANES + self._world :]
         size = self._rank_stats_size
         by_rank = [everyone[rank * size : (rank + 1) * size] for rank in range(self._world)]
-        return StepTotals(total, lanes[_LOSS], lanes[_STOP] > 0, by_rank)
+        return StepTotals(total, lanes[_LOSS], norm, lanes[_STOP] > 0, by_rank)
+
+    def _read(self) -> tuple[list[float], float]:
+        """Divide the gradient by the number of target tokens; returns the header and the mean gradient's norm."""
+        counts = self._header[: _TOKENS_LOW + 1].double()
+        total = (counts[_TOKENS_HIGH] * _TOKEN_BASE + counts[_TOKENS_LOW]).clamp(min=1)
+        self._gradients.div_(total.float())
+        *lanes, norm = torch.cat([self._header.double(), gradient_norm(self._gradients)[None]]).tolist()
+        return lanes, norm
 
     def _finish_buckets(self) -> None:
         while self._launched < len(self._buckets):
@@ -243,14 +252,15 @@ class FlatParameters:
         header[_TOKENS_HIGH], header[_TOKENS_LOW] = divmod(tokens, _TOKEN_BASE)
         header[_STOP] = float(stop)
         if check_digest:
-            pieces = _digest_pieces(self.values.data)
+            pieces = digest_pieces(self.values.data)
             header[_DIGEST] = torch.cat([pieces, pieces * pieces])
         first = _FIXED_LANES + self._world + self._rank * self._rank_stats_size
-        header[first : first + self._rank_stats_size] = torch.tensor(rank_stats, dtype=torch.float32)
+        for lane, number in enumerate(rank_stats, first):  # a number rides with its kernel, a tensor would be copied
+            header[lane] = number
 
-    def _require_finite(self, lanes: list[float], step: int) -> None:
+    def _require_finite(self, lanes: list[float], norm: float, step: int) -> None:
         bad = [rank for rank in range(self._world) if lanes[_FIXED_LANES + rank] > 0]
-        if not bad and math.isfinite(lanes[_LOSS]) and torch.isfinite(self._gradients.sum()):
+        if not bad and math.isfinite(lanes[_LOSS]) and math.isfinite(norm):
             return
         first = self.first_non_finite(gradients=True) or "the loss"
         where = f"on rank {', '.join(map(str, bad))}" if bad else "in the sum over ranks"
@@ -281,19 +291,3 @@ class FlatParameters:
                     f"rank {ranks} differs from rank {digests.index(common)}"
                 )
         raise NumericError(f"step {step}: replicas differed when their digests were summed, but no tensor differs now")
-
-
-def _digest_pieces(values: Tensor) -> Tensor:
-    """The 64-bit digest in pieces, each an fp32 number."""
-    digest = positional_digest(values)
-    shifts = torch.arange(0, 64, _PIECE_BITS, device=values.device)
-    return ((digest >> shifts) & (2**_PIECE_BITS - 1)).float()
-
-
-def _pieces_agree(lanes: list[float], world: int) -> bool:
-    """All ranks sent equal pieces if and only if N * sum(p^2) == (sum p)^2 for each (Cauchy-Schwarz).
-
-    Every rank decides from the same reduced numbers, so all stop or none does.
-    """
-    sums, squares = lanes[:_PIECES], lanes[_PIECES:]
-    return all(int(s) ** 2 == world * int(q) for s, q in zip(sums, squares, strict=True))

@@ -93,16 +93,19 @@ def step_with_ranges(
         values[start:stop].sub_(old).mul_(ratio).add_(old)
 
 
-def clip_gradient(values: nn.Parameter, max_norm: float | None) -> Tensor:
-    """Scale the flat gradient to at most `max_norm` (L2); returns the norm before, as a float64 tensor."""
+def gradient_norm(gradient: Tensor) -> Tensor:
+    """L2 norm of a flat gradient, a float64 scalar on its device."""
     # In float64, because squares of finite float32 values overflow float32: clipping by inf would zero the step.
+    parts = gradient.split(_NORM_CHUNK)
+    return torch.stack([torch.linalg.vector_norm(part, dtype=torch.float64) for part in parts]).norm()
+
+
+def clip_gradient(values: nn.Parameter, norm: float, max_norm: float | None) -> None:
+    """Scale the flat gradient, whose L2 norm is known, to at most `max_norm`."""
     gradient = values.grad
     assert gradient is not None, "the flat buffer has its gradients from the start"
-    parts = gradient.split(_NORM_CHUNK)
-    norm = torch.stack([torch.linalg.vector_norm(part, dtype=torch.float64) for part in parts]).norm()
-    if max_norm is not None:
-        gradient.mul_((max_norm / (norm + 1e-6)).clamp(max=1.0))
-    return norm
+    if max_norm is not None and (share := max_norm / (norm + 1e-6)) < 1.0:
+        gradient.mul_(share)
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer, values: nn.Parameter) -> dict[str, Tensor]:

@@ -11,6 +11,7 @@ from dist_qft.data.batches import MicroBatch
 from dist_qft.errors import NumericError
 from dist_qft.methods.forward import Forward
 from dist_qft.ranks.preemption import StopSignal
+from dist_qft.training.compute_clock import ComputeClock
 from dist_qft.training.flat_parameters import FlatParameters, StepTotals
 from dist_qft.training.optimizer import clip_gradient, faster_ranges, learning_rate, step_with_ranges
 from dist_qft.tuned_model.assemble import Assembled
@@ -38,7 +39,7 @@ class StepResult:
     reduce_seconds: float
 
 
-@dataclass(frozen=True)
+@dataclass
 class TrainStep:
     """The parts that an optimizer step works on.
 
@@ -55,6 +56,9 @@ class TrainStep:
     optimizer: torch.optim.Optimizer
     config: TrainConfig
     total_steps: int
+
+    def __post_init__(self) -> None:
+        self.clock = ComputeClock(self.flat.values.device)
 
     def run(
         self,
@@ -76,43 +80,41 @@ class TrainStep:
                 Or the update itself made a value non-finite.
         """
         started = time.perf_counter()
+        self.clock.begin()
         self._accumulate(step, micro_batches)
-        computed = time.perf_counter()
+        self.clock.end()
         totals = self.flat.reduce(
             tokens=sum(batch.num_targets for batch in micro_batches),
             step=step + 1,
             check_digest=check_digest,
             stop=stop is not None and stop.requested,
-            rank_stats=(memory_mebibytes, computed - started),
+            rank_stats=(memory_mebibytes, self.clock.told),
         )
         reduced = time.perf_counter()
-        rate, norm = self._update(step)
-        return _result(totals, norm, rate, computed - started, reduced - computed)
+        rate = self._update(step, totals.grad_norm)
+        seconds = self.clock.seconds()
+        return _result(totals, rate, seconds, max(reduced - started - seconds, 0.0))
 
     def _accumulate(self, step: int, micro_batches: list[MicroBatch]) -> None:
         """Sum the gradients of this rank's micro-batches; the reduction starts during the last backward pass."""
         self.flat.begin_step()
         self.forward.begin_step(micro_batches)
         with self.parts.fixed():
-            for batch in micro_batches:
-                if batch is micro_batches[-1]:
+            for number, batch in enumerate(micro_batches, 1):
+                if number == len(micro_batches):
                     self.flat.reduce_during_backward()
+                batch = batch.to(self.flat.values.device)
                 # Dropout masks depend on the global micro-batch alone: the same on any world size, nothing to save.
                 torch.manual_seed(_dropout_seed(self.config.seed, step, batch.index))
                 loss, _ = self.parts.task.loss(self.forward(batch), batch)
                 loss.backward()
                 self.parts.engine.after_backward()
                 self.flat.end_micro_batch(loss.detach())
-        device = self.flat.values.device
-        if device.type == "cuda":
-            # Kernels are only launched so far: their time is not the reduction's. Of this stream alone: the buckets'
-            # reductions run on another, and to wait for them is to wait for the slowest rank.
-            torch.cuda.current_stream(device).synchronize()
 
-    def _update(self, step: int) -> tuple[float, float]:
-        """Clip and apply the reduced gradient; returns the learning rate and the norm before clipping."""
+    def _update(self, step: int, norm: float) -> float:
+        """Clip and apply the reduced gradient, which has this norm; returns the learning rate."""
         values = self.flat.values
-        norm = clip_gradient(values, self.config.max_grad_norm)
+        clip_gradient(values, norm, self.config.max_grad_norm)
         rate = learning_rate(self.config, step, self.total_steps)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
@@ -120,21 +122,20 @@ class TrainStep:
         step_with_ranges(self.optimizer, values, ranges, self.config.loraplus_lr_ratio or 1.0)
         # The largest magnitude is NaN or infinite if any value is. No later gradient may come to show it.
         largest = torch.linalg.vector_norm(values.detach(), ord=math.inf)
-        grad_norm, magnitude = torch.stack([norm, largest.double()]).tolist()
-        if not math.isfinite(magnitude):
+        if not math.isfinite(float(largest)):
             name = self.flat.first_non_finite(gradients=False)
             raise NumericError(
                 f"step {step + 1}: the update made values of {name} non-finite, with a learning rate of {rate:g}; "
                 "the step is not saved"
             )
-        return rate, grad_norm
+        return rate
 
 
-def _result(totals: StepTotals, norm: float, rate: float, compute_seconds: float, reduce_seconds: float) -> StepResult:
+def _result(totals: StepTotals, rate: float, compute_seconds: float, reduce_seconds: float) -> StepResult:
     return StepResult(
         loss=totals.loss_sum / max(totals.tokens, 1),
         tokens=totals.tokens,
-        grad_norm=norm,
+        grad_norm=totals.grad_norm,
         learning_rate=rate,
         stop=totals.stop,
         rank_stats=totals.rank_stats,

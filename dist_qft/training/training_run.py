@@ -4,9 +4,11 @@ import time
 from typing import NoReturn
 
 from dist_qft.config.load import CONFIG_FILE, save_config
+from dist_qft.data.ahead import BatchesAhead
 from dist_qft.data.batches import Batches
 from dist_qft.errors import Preempted
 from dist_qft.ranks.collectives import maximum
+from dist_qft.ranks.device import compute_reproducibly
 from dist_qft.ranks.groups import leave_group, new_group
 from dist_qft.ranks.preemption import StopSignal
 from dist_qft.storage.atomic import publishing
@@ -51,9 +53,12 @@ class TrainingRun:
             world_size=world.world_size,
             total_rows=total_rows,
         )
-        # A group of its own: these reductions and the engine's gathers need no common order.
+        self._ahead = BatchesAhead(self.batches, pin=True) if inputs.device.type == "cuda" else self.batches
+        # A group of its own: nobody's timeout but this one's, and no queue behind the engine's gathers.
         self._group = new_group(inputs.device, config.sharding.timeout_seconds)
         invariant = config.sharding.gradient_sum == "invariant"
+        if invariant:
+            compute_reproducibly(inputs.device)
         self.flat = FlatParameters(
             parts.named_tensors(),
             bucket_bytes=int(config.sharding.bucket_megabytes * 2**20),
@@ -126,7 +131,7 @@ class TrainingRun:
         self.doing = f"step {step + 1}"
         self.checkpoints.check()
         self.meter.begin()
-        micro_batches = self.batches.micro_batches(step)
+        micro_batches = self._ahead.micro_batches(step)
         self.meter.data_is_ready()
         digest_steps = self.config.sharding.digest_steps
         # Also before each save: a checkpoint of replicas that drifted apart would be worth nothing.
@@ -182,6 +187,8 @@ class TrainingRun:
         """Finish what is being written, close the records and the groups; also after a failure."""
         self.checkpoints.close()
         self.monitor.close()
+        if isinstance(self._ahead, BatchesAhead):
+            self._ahead.close()
         self.flat.close()
         leave_group(self.inputs.device, self._group)  # each keeps threads that wake up a hundred times a second
 

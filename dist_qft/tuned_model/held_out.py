@@ -61,6 +61,7 @@ def held_out_loss(
     for batch in batches:
         if stop is not None and stop.any_rank():
             raise Preempted("stopped by a signal during an evaluation")
+        batch = batch.to(device)
         loss, predicted = task.loss(forward(batch), batch)
         sums[0] += loss
         sums[1] += batch.num_targets
@@ -68,7 +69,7 @@ def held_out_loss(
             predictions.append(predicted)
             found = labels_of(batch)
             labels.append(torch.full_like(predicted, torch.nan))
-            labels[-1][: len(found)] = found.to(device)
+            labels[-1][: len(found)] = found
     dist.all_reduce(sums)
     loss, tokens = sums.tolist()
     if not math.isfinite(loss):

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dist_qft.base_model.loss import IGNORED, token_loss
+from dist_qft.base_model.loss import loss_at
 from dist_qft.base_model.skeleton import BaseModel
 from dist_qft.config.data_schema import TaskConfig
 from dist_qft.data.batches import MicroBatch
@@ -22,7 +22,7 @@ from dist_qft.methods.trainable import copy_tensors
 
 
 class Task(Protocol):
-    """The last stage of a forward pass."""
+    """The last stage of a forward pass. A micro-batch is on the device of the states."""
 
     def named_tensors(self) -> list[tuple[str, nn.Parameter]]:
         """The task's own trainables, fp32."""
@@ -66,7 +66,7 @@ class CausalLM:
         copy_tensors({}, tensors)
 
     def loss(self, hidden: Tensor, batch: MicroBatch) -> tuple[Tensor, None]:
-        return token_loss(hidden, batch.targets.to(hidden.device), self.base.head.loss), None
+        return loss_at(hidden, batch.target_positions, batch.target_ids, self.base.head.loss), None
 
     def metrics(self, predicted: np.ndarray, labels: np.ndarray) -> dict[str, float]:
         return {}
@@ -90,10 +90,9 @@ class Labelling(nn.Module):
         copy_tensors(dict(self.named_tensors()), tensors)
 
     def loss(self, hidden: Tensor, batch: MicroBatch) -> tuple[Tensor, Tensor]:
-        rows, positions = (batch.targets != IGNORED).nonzero(as_tuple=True)
-        rows, positions = rows.to(hidden.device), positions.to(hidden.device)
-        scores = F.linear(hidden[rows, positions].float(), self.score)
-        labels = labels_of(batch).to(hidden.device)
+        rows = batch.target_positions // hidden.shape[1]
+        scores = F.linear(hidden.flatten(0, 1)[batch.target_positions].float(), self.score)
+        labels = labels_of(batch)
         if self.regression:
             best = scores.squeeze(1)
             loss = F.mse_loss(best, labels, reduction="sum")

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 
+from dist_qft.base_model.segment_attention import library_name
 from dist_qft.base_model.skeleton import BaseModel
 from dist_qft.config.schema import RunConfig
 from dist_qft.errors import CorruptFileError
@@ -56,7 +57,7 @@ class MergedModel(Target):
 
 def attention_of(base: BaseModel) -> str:
     """The attention implementation that a base was built with, as `model.attention` names it."""
-    return str(base.config._attn_implementation)
+    return library_name(base.config)
 
 
 def _add_weights(difference: Difference, old: FrozenWeight, new: FrozenWeight, adapter: TileAdapter | None) -> None:

@@ -70,10 +70,12 @@ def folded(part: Tensor, first: int, width: int, block: tuple[int, int], adapter
     settings = adapter.settings
     top, bottom = first // width, -(-(first + part.numel()) // width)
     first_tile, last_tile = (row * block[0] // settings.repeat for row in (top, bottom - 1))
-    rows = torch.arange(top, bottom, device=part.device) * block[0] // settings.repeat - first_tile
-    columns = torch.arange(width, device=part.device) * block[1] // settings.pool
     tiles = tile_rows(adapter, first_tile, last_tile + 1).to(part.device)
-    update = tiles[rows][:, columns].flatten()[first - top * width :][: part.numel()]
+    if settings.repeat != block[0]:
+        tiles = tiles[torch.arange(top, bottom, device=part.device) * block[0] // settings.repeat - first_tile]
+    if settings.pool != block[1]:
+        tiles = tiles[:, torch.arange(width, device=part.device) * block[1] // settings.pool]
+    update = tiles.flatten()[first - top * width :][: part.numel()]
     exact = part.double() + update
     return (_to_float16(exact) if part.dtype == torch.float16 else exact.to(part.dtype)), exact
 

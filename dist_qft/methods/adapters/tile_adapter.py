@@ -12,6 +12,7 @@ may use it as an independent reference.
 """
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -19,7 +20,7 @@ from torch import nn
 
 from dist_qft.errors import UserError
 from dist_qft.methods.adapters.schedule import TileSettings
-from dist_qft.methods.adapters.tiles import add_repeated, sum_neighbours
+from dist_qft.methods.adapters.tiles import add_repeated, sum_neighbours, sum_repeated
 
 
 class TileAdapter(nn.Module):
@@ -60,16 +61,20 @@ class TileAdapter(nn.Module):
 
     def delta(self, x: torch.Tensor) -> torch.Tensor:
         """One value per tile of outputs: (..., d_in) -> (..., d_out / k), computed in x's dtype."""
+        # The mean's 1 / p is in tile_scale.
+        return self.of_pooled(sum_neighbours(x, self.settings.pool), *self.parameters())
+
+    def of_pooled(self, x: torch.Tensor, A: torch.Tensor, B: torch.Tensor | None = None) -> torch.Tensor:
+        """`delta` of inputs (..., d_in / p) that are pooled, with these values of A and B."""
         settings = self.settings
-        x = sum_neighbours(x, settings.pool)  # the mean's 1 / p is in tile_scale
         x = F.dropout(x, settings.dropout, self.training)
         # Scaled where the activation is narrowest.
-        outputs, inputs = self.A.shape
+        outputs, inputs = A.shape
         if inputs < outputs:
-            update = F.linear(x * settings.tile_scale, self.A.to(x.dtype))
+            update = F.linear(x * settings.tile_scale, A.to(x.dtype))
         else:
-            update = F.linear(x, self.A.to(x.dtype)) * settings.tile_scale
-        return update if self.B is None else F.linear(update, self.B.to(x.dtype))
+            update = F.linear(x, A.to(x.dtype)) * settings.tile_scale
+        return update if B is None else F.linear(update, B.to(x.dtype))
 
     def add_to(self, y: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
         """The adapted output (..., d_out) in y's dtype, from the base's output y and its input x (..., d_in)."""
@@ -81,8 +86,30 @@ class TileAdapter(nn.Module):
         Straight through (arXiv 1308.3432): where y was computed from a rounded dW, A and B get the gradient of the
         exact one. x gets its gradient from y alone.
         """
-        delta = self.delta(x.detach()).to(y.dtype)
-        return add_repeated(y, delta - delta.detach(), self.settings.repeat)
+        return _GradientOfAdded.apply(y, x.detach(), self, *self.parameters())
+
+
+class _GradientOfAdded(torch.autograd.Function):
+    """y unchanged, with the gradient of `TileAdapter.add_to` for A and B: nothing is added and taken off again.
+
+    The adapter's activations are computed in the backward pass alone, for its gradient.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, y: torch.Tensor, x: torch.Tensor, adapter: "TileAdapter", *_: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(sum_neighbours(x, adapter.settings.pool))
+        ctx.adapter, ctx.count = adapter, len(_)
+        return y.view_as(y)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        (pooled,), adapter = ctx.saved_tensors, ctx.adapter
+        values = [parameter.detach().requires_grad_() for parameter in adapter.parameters()]
+        with torch.enable_grad():
+            delta = adapter.of_pooled(pooled, *values).to(gradient.dtype)
+            summed = sum_repeated(gradient, adapter.settings.repeat)
+            found = torch.autograd.grad(delta, values, summed)
+        return gradient, None, None, *found
 
 
 @torch.no_grad()

@@ -23,6 +23,11 @@ def add_repeated(y: Tensor, values: Tensor, count: int) -> Tensor:
     return _AddRepeated.apply(y, values, count) if count > 1 else y + values
 
 
+def sum_repeated(gradient: Tensor, count: int) -> Tensor:
+    """The gradient of `add_repeated` by its values: (..., d) -> (..., d / count)."""
+    return _sum(gradient, count) if count > 1 else gradient
+
+
 class _SumNeighbours(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, count: int) -> Tensor:

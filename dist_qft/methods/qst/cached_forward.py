@@ -47,7 +47,8 @@ class CachedForward:
         if self._cached:
             rows, length = batch.input_ids.shape
             states = self._cache.read(batch.row_ids, (rows, length), self._device)
-            return self._side(states, batch.position_ids.to(self._device))
+            batch = batch.to(self._device)
+            return self._side(states, batch.position_ids, segments=batch.segments)
         self._side.observer = partial(self._cache.write, batch.row_ids)
         try:
             return self._through_base(batch)

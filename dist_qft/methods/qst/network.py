@@ -21,6 +21,8 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers import AutoModelForCausalLM, Cache, DynamicCache, PretrainedConfig, PreTrainedModel
 
+from dist_qft.base_model import segment_attention
+from dist_qft.data.segments import Segments
 from dist_qft.errors import UserError
 from dist_qft.methods.qst.downsample import make_downsample, pool
 from dist_qft.methods.qst.settings import SideSettings
@@ -110,11 +112,15 @@ class SideNetwork(HookedTrainables):
         position_ids: Tensor | None,
         attention_mask: Tensor | None = None,
         cache: Cache | None = None,
+        segments: Segments | None = None,
     ) -> Tensor:
         """The tuned last hidden states (batch, length, D), in the dtype of the base's.
 
-        position_ids, attention_mask: as the base was given them. cache: the side network's own.
+        position_ids, attention_mask, segments: as the base was given them. cache: the side network's own.
         """
+        more: dict[str, Any] = {"attention_mask": attention_mask}
+        if segments is not None and segment_attention.in_use(self.decoder.config):
+            more = segment_attention.arguments(segments)
         dtype = states.last.dtype
         self._states = states
         # Products in the compute dtype; the narrow residual stream, norms and the mix stay fp32.
@@ -122,9 +128,9 @@ class SideNetwork(HookedTrainables):
             output = self.decoder(
                 inputs_embeds=self._narrow(0, states.layers[0]),
                 position_ids=position_ids,
-                attention_mask=attention_mask,
                 past_key_values=cache,
                 use_cache=cache is not None,
+                **more,
             )
             side = self.upsample(output.last_hidden_state)
         self._states = None
@@ -163,7 +169,8 @@ class SideNetwork(HookedTrainables):
         if self.observer is not None:
             self.observer(states)
         cache = self._cache_beside(output.past_key_values)
-        output.last_hidden_state = self(states, kwargs.get("position_ids"), kwargs.get("attention_mask"), cache)
+        given = {name: kwargs.get(name) for name in ("position_ids", "attention_mask", "segments")}
+        output.last_hidden_state = self(states, cache=cache, **given)
 
     def _cache_beside(self, base: Cache | None) -> Cache | None:
         """The side network's key-value cache: further layers of the base's own, so that what generation does to one

@@ -11,11 +11,11 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from dist_qft.errors import NumericError
+from dist_qft.training.digest_lanes import pieces_agree
 from dist_qft.training.fixed_tree import FixedTree
-from dist_qft.training.flat_parameters import FlatParameters, _pieces_agree
+from dist_qft.training.flat_parameters import FlatParameters
 
-WIDTH = 6
-LAYERS = 4
+WIDTH, LAYERS = 6, 4
 COUNT = LAYERS * (WIDTH * WIDTH + WIDTH)
 LANES = 4 + 2 * 16  # tokens (2), loss, stop; the digest's pieces and their squares
 
@@ -391,7 +391,7 @@ def test_broadcast_sends_rank_0s_values(pools):
 def test_digest_pieces_are_compared_exactly_for_many_ranks(world):
     """Sums of fp32 lanes: the worst case is all ranks at the largest piece, one of them off by one."""
     pieces = torch.full((world, 16), 15.0)
-    assert _pieces_agree([*pieces.sum(0).tolist(), *pieces.square().sum(0).tolist()], world)
+    assert pieces_agree([*pieces.sum(0).tolist(), *pieces.square().sum(0).tolist()], world)
     for value in (14.0, 0.0):
         pieces[world // 2, 11] = value
-        assert not _pieces_agree([*pieces.sum(0).tolist(), *pieces.square().sum(0).tolist()], world)
+        assert not pieces_agree([*pieces.sum(0).tolist(), *pieces.square().sum(0).tolist()], world)

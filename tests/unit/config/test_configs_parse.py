@@ -16,6 +16,7 @@ CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
 RANKS = {
     "smollm2": (1, 2, 4),
     "llama-8b": (8,),
+    "qwen3-8b": (1, 2),
     "llama-70b": (16,),
     "llama2-7b": (4,),
     "llama2-70b": (4,),
@@ -47,7 +48,8 @@ def test_there_is_a_config_for_every_method_and_size():
     methods = ("qlora", "qbara", "qalora", "qahira", "qablora")
     expected = {f"{folder}/{name}.yaml" for folder in ("smollm2", "llama-8b", "llama-70b") for name in methods}
     side = {f"{folder}/qst.yaml" for folder in ("smollm2", "llama2-7b", "llama2-70b")}
-    assert names == expected | side | {"quickstart.yaml", "smollm2/qst-classification.yaml"}
+    gpu = {"qwen3-8b/qlora.yaml", "qwen3-8b/qahira-32k.yaml"}
+    assert names == expected | side | gpu | {"quickstart.yaml", "smollm2/qst-classification.yaml"}
 
 
 @every_config

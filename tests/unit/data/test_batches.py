@@ -7,6 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from dist_qft.data.ahead import BatchesAhead
 from dist_qft.data.batches import Batches, eval_batches
 from dist_qft.data.dataset import TokenDataset
 from dist_qft.data.mixture import order
@@ -184,3 +185,16 @@ def test_packed_samples_do_not_see_each_other(attention):
         # The check can fail: without the positions the second sample sees the first.
         mixed = model(packed.input_ids, use_cache=False).logits[0]
         assert (mixed[5:12] - together[5:12]).abs().max() > 1e-3
+
+
+def test_batches_made_ahead_are_the_same():
+    """Also where a step is not the one that was prepared; an error of the thread is raised where it is asked for."""
+    batches = make_batches(make_dataset([3, 9, 4, 12, 5]), global_batch=2, total=9)
+    ahead = BatchesAhead(batches, pin=False)
+    for step in (0, 1, 2, 1, 4):
+        for made, expected in zip(ahead.micro_batches(step), batches.micro_batches(step), strict=True):
+            assert torch.equal(made.input_ids, expected.input_ids) and made.row_ids == expected.row_ids
+            assert made.segments.bounds == expected.segments.bounds
+    with pytest.raises(IndexError):
+        ahead.micro_batches(5)
+    ahead.close()

@@ -1,11 +1,13 @@
 """The device of a rank, and the groups that it leaves; GPUs are imagined."""
 
+import os
+
 import pytest
 import torch
 import torch.distributed as dist
 
 from dist_qft.errors import NumericError, SetupError, UserError
-from dist_qft.ranks.device import device_for
+from dist_qft.ranks.device import compute_reproducibly, device_for
 from dist_qft.ranks.groups import leave_group
 from dist_qft.ranks.local_peers import require_own_gpus
 from dist_qft.ranks.world import World
@@ -77,3 +79,14 @@ def test_two_ranks_with_one_gpu_are_refused_on_all_ranks():
 def test_what_others_allocate_on_a_gpu_counts(monkeypatch):
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (30, 100))
     assert held_bytes(torch.device("cuda", 0)) == 70
+
+
+def test_a_gpu_adds_in_one_order_where_bits_are_promised(monkeypatch):
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    try:
+        compute_reproducibly(torch.device("cpu"))
+        assert not torch.are_deterministic_algorithms_enabled() and "CUBLAS_WORKSPACE_CONFIG" not in os.environ
+        compute_reproducibly(torch.device("cuda"))
+        assert torch.are_deterministic_algorithms_enabled() and os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+    finally:
+        torch.use_deterministic_algorithms(False)

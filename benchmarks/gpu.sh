@@ -1,0 +1,21 @@
+#!/usr/bin/env bash
+# Correctness and speed on this machine's GPUs, without a download: one GPU, or with --ranks N several.
+#
+#     benchmarks/gpu.sh [--ranks N] [--device cuda|cpu] [--quick] [--again] [--json FILE]
+#
+# Each part's figures are written to FILE (runs/gpu-<ranks>.json) as soon as they are there; a second call does only
+# what is missing. --quick takes tiny shapes; with --device cpu it tries the script out anywhere.
+set -euo pipefail
+ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+export PYTHONPATH="$ROOT${PYTHONPATH:+:$PYTHONPATH}"
+ranks=1 words=("$@")
+while [[ $# -gt 0 ]]; do
+    [[ $1 != --ranks ]] || ranks=${2:?--ranks needs a number}
+    shift
+done
+PYTHON=${PYTHON:-python}
+if [[ $ranks == 1 ]]; then
+    exec "$PYTHON" "$ROOT/benchmarks/gpu/one.py" ${words[@]+"${words[@]}"}
+fi
+exec "$PYTHON" -m torch.distributed.run --standalone --nproc-per-node "$ranks" "$ROOT/benchmarks/gpu/several.py" \
+    ${words[@]+"${words[@]}"}

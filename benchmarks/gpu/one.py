@@ -1,0 +1,80 @@
+"""The parts for one GPU; started by `benchmarks/gpu.sh`."""
+
+import gc
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import kernels
+import steps
+import torch
+from parts import Figures, Options, options, run_parts
+
+from dist_qft.bench.measuring import median_seconds
+from dist_qft.bench.models import GGUF, cache
+from dist_qft.ranks.connection import connect
+from dist_qft.ranks.world import World
+
+
+def loading(asked: Options) -> Figures:
+    """Weights quantized per second where they are quantized when a model is loaded: on the CPU."""
+    weight = torch.randn(1 << 8 if asked.quick else 1 << 12, 1 << 10)
+    found: Figures = {}
+    for name, format in kernels.formats().items():
+        seconds = median_seconds(lambda f=format: f.quantize(weight), torch.device("cpu"))
+        found[f"{name}, million weights/s"] = weight.numel() / seconds / 1e6
+    return found
+
+
+def smollm2(asked: Options) -> Figures:
+    """A run of two steps on SmolLM2, merged, by the command; skipped where its file is not."""
+    path = cache() / GGUF
+    if not path.is_file() or asked.quick:
+        return {"skipped": "with --quick" if asked.quick else f"no file {path}; launch/get_smollm2.sh gets it"}
+    with tempfile.TemporaryDirectory() as folder:
+        words = [f"output_dir={folder}/run", f"model.path={path}", f"sharding.device={asked.device.type}"]
+        words += ["train.max_steps=2", "merge.at_end=gguf", "data.train.path=stdlib-docs", f"data.cache_dir={folder}"]
+        config = Path(__file__).parents[2] / "configs/smollm2/qahira.yaml"
+        command = [sys.executable, "-m", "dist_qft", "train", str(config), *words]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise RuntimeError(f"exit code {done.returncode}: {done.stderr.strip().splitlines()[-1:]}")
+    return {"run, merged": "exit code 0"}
+
+
+PARTS: dict[str, Callable[[Options], Figures]] = {
+    "environment": kernels.environment,
+    "bits of the kernels": kernels.bits,
+    "bandwidth of the kernels": kernels.bandwidth,
+    "products": kernels.products,
+    "gradient of the loss, bfloat16": kernels.loss_gradient,
+    "loading": loading,
+    "qlora, 4096 tokens": steps.step_of("qlora"),
+    "qbara, 4096 tokens": steps.step_of("qbara"),
+    "qahira, 4096 tokens": steps.step_of("qahira"),
+    "qst, 4096 tokens": steps.step_of("qst"),
+    "PEFT with bitsandbytes, 4096 tokens": steps.peft,
+    "qahira, 32768 tokens": steps.long_row,
+    "SmolLM2": smollm2,
+}
+
+
+def alone(part: Callable[[Options], Figures]) -> Callable[[Options], Figures]:
+    """The part, with the memory of the one before given back."""
+
+    def run(asked: Options) -> Figures:
+        gc.collect()
+        if asked.device.type == "cuda":
+            torch.cuda.empty_cache()
+        return part(asked)
+
+    return run
+
+
+if __name__ == "__main__":
+    given = options()
+    with connect(World.from_environment({}), given.device, 600):
+        code = run_parts(given, {name: alone(part) for name, part in PARTS.items()})
+    sys.exit(code)

@@ -1,0 +1,91 @@
+"""The options of `benchmarks/gpu.sh`, its results on disk, and the table of them."""
+
+import argparse
+import json
+import time
+import traceback
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+Figures = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Options:
+    """What was asked for.
+
+    Attributes:
+        quick: tiny shapes, for trying the script out; its figures mean nothing.
+        again: measure what is there already, too.
+    """
+
+    device: torch.device
+    quick: bool
+    ranks: int
+    again: bool
+    json: Path
+
+
+def options(local_rank: int = 0) -> Options:
+    """From the command line; ends with exit code 2 if there is no such device."""
+    parser = argparse.ArgumentParser(prog="benchmarks/gpu.sh", description="Correctness and speed on GPUs.")
+    parser.add_argument("--ranks", type=int, default=1, help="GPUs; default 1")
+    parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
+    parser.add_argument("--quick", action="store_true", help="tiny shapes: tries the script out")
+    parser.add_argument("--again", action="store_true", help="do not skip what the file has already")
+    parser.add_argument("--json", type=Path, help="file of the figures; default runs/gpu-<ranks>.json")
+    given = parser.parse_args()
+    if given.ranks < 1:
+        parser.error(f"--ranks: got {given.ranks}, must be at least 1")
+    if given.device == "cuda" and torch.cuda.device_count() < given.ranks:
+        parser.error(f"--device: got cuda for {given.ranks} ranks, PyTorch finds {torch.cuda.device_count()} GPUs here")
+    path = given.json or Path("runs") / f"gpu-{given.ranks}.json"
+    device = torch.device("cuda", local_rank) if given.device == "cuda" else torch.device("cpu")
+    return Options(device, given.quick, given.ranks, given.again, path)
+
+
+def run_parts(asked: Options, parts: Mapping[str, Callable[[Options], Figures]], *, writes: bool = True) -> int:
+    """Do every part that the file lacks, and print the table; returns the exit code, 1 if a part failed.
+
+    A part that fails is told with its reason and does not stop the others; it is done again by the next call. On
+    several ranks all run the parts, and one `writes`.
+    """
+    known: dict[str, Figures] = {}
+    if asked.json.is_file() and not asked.again:
+        known = {name: found for name, found in json.loads(asked.json.read_text()).items() if "failed" not in found}
+    for name, part in parts.items():
+        if name in known:
+            continue
+        started = time.perf_counter()
+        try:
+            known[name] = part(asked)
+        except Exception as error:  # whatever a part meets, the others count
+            traceback.print_exc()
+            known[name] = {"failed": f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"}
+        known[name]["seconds of this part"] = round(time.perf_counter() - started, 2)
+        if writes:
+            asked.json.parent.mkdir(parents=True, exist_ok=True)
+            unfinished = asked.json.with_suffix(".tmp")
+            unfinished.write_text(json.dumps(known, indent=1) + "\n")
+            unfinished.replace(asked.json)
+    if writes:
+        _print_table(known)
+        print(f"figures: {asked.json}")
+    return int(any("failed" in found for found in known.values()))
+
+
+def _print_table(known: Mapping[str, Figures]) -> None:
+    for name, found in known.items():
+        print(f"\n{name}")
+        for key, value in found.items():
+            print(f"    {key:44} {_words(value)}")
+
+
+def _words(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:,.4g}" if abs(value) < 1000 else f"{value:,.0f}"
+    return ", ".join(map(str, value)) if isinstance(value, list) else str(value)

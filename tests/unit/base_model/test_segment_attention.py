@@ -1,0 +1,104 @@
+"""Attention by the borders of samples: against transformers' masks, and what it never makes."""
+
+import itertools
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import LlamaConfig, MistralConfig
+
+from dist_qft.base_model import segment_attention
+from dist_qft.base_model.segment_attention import segment_attention as attention
+from dist_qft.base_model.skeleton import BaseModel, build_skeleton
+from dist_qft.config.schema import ModelConfig, QuantizationConfig
+from dist_qft.data.segments import Segments
+from tests.support.families import GROUPED, WITHOUT_SDPA, open_base, save_random, tokens_of
+
+LENGTHS = [5, 1, 9, 6]
+
+
+@pytest.mark.parametrize("window", [None, 4])
+def test_packed_rows_give_what_masks_give(tmp_path, window):
+    """States and gradients, also where a sliding window cuts a sample into pieces."""
+    config = LlamaConfig(**GROUPED) if window is None else MistralConfig(**GROUPED, sliding_window=window)
+    base = open_base(save_random(config, tmp_path))
+    assert base.segmented
+    tokens, _ = tokens_of(2, sum(LENGTHS))
+    packed = torch.cat([torch.arange(length) for length in LENGTHS])
+    positions = torch.stack([packed, torch.arange(len(packed))])
+    found = states_and_gradient(base, tokens, positions)
+    base.segmented = False
+    segment_attention.choose(base.model, segment_attention.SDPA)
+    torch.testing.assert_close(found, states_and_gradient(base, tokens, positions), rtol=1e-4, atol=2e-5)
+
+
+def states_and_gradient(base: BaseModel, tokens: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+    offset = torch.zeros(tokens.shape[1], 1, requires_grad=True)
+    hook = base.layers[0].register_forward_pre_hook(lambda layer, args: (args[0] + offset, *args[1:]))
+    states = base.hidden_states(tokens, positions)
+    (gradient,) = torch.autograd.grad(states.sin().sum(), offset)
+    hook.remove()
+    return states.detach(), gradient
+
+
+def test_families_whose_attention_is_not_in_the_call_keep_their_masks(tmp_path):
+    assert WITHOUT_SDPA  # built for "eager"
+    query = torch.randn(1, 2, 6, 8)
+    segments = Segments.of(torch.tensor([[0, 1, 2, 0, 1, 2]]))
+    with pytest.raises(ValueError, match="changed scores"):
+        attention(torch.nn.Module(), query, query, query, None, segments=segments, softcap=30.0)
+    with pytest.raises(ValueError, match="does not hand on"):
+        attention(torch.nn.Module(), query, query, query, segment_attention.arguments(segments)["attention_mask"])
+
+
+def test_segments_of_positions():
+    found = Segments.of(torch.tensor([[0, 1, 2, 0, 1], [0, 1, 0, 0, 1], [0, 1, 2, 3, 4]]))
+    assert found.bounds == (0, 3, 5, 7, 8, 10, 15) and found.starts.tolist() == list(found.bounds)
+    assert (found.starts.dtype, found.rows, found.longest, found.whole_rows) == (torch.int32, 3, 5, False)
+    assert Segments.of(torch.arange(4).expand(2, -1)).whole_rows
+
+
+class Largest(TorchDispatchMode):
+    """The most elements of a tensor that an operation returned, and the operations that make a host wait for a GPU."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.elements, self.waits, self.names = 0, [], []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function.name()
+        self.names.append(name)
+        if name in ("aten::_local_scalar_dense", "aten::nonzero", "aten::item", "aten::equal"):
+            self.waits.append(name)
+        result = function(*args, **(kwargs or {}))
+        for tensor in torch.utils._pytree.tree_leaves(result):
+            if isinstance(tensor, Tensor):
+                self.elements = max(self.elements, tensor.numel())
+        return result
+
+
+@pytest.mark.parametrize("window", [None, 4096])
+def test_a_packed_row_of_32k_tokens_of_an_8b_shape_has_no_square_mask(tmp_path, monkeypatch, window):
+    """On meta tensors: no tensor of L x L elements, flash attention in each layer, and nothing that asks for values."""
+    monkeypatch.setattr(segment_attention, "_has_flash", lambda query, value: True)
+    shape = {"hidden_size": 4096, "intermediate_size": 14336, "num_attention_heads": 32, "num_key_value_heads": 8}
+    shape |= {"num_hidden_layers": 2, "vocab_size": 1000, "head_dim": 128}
+    config = LlamaConfig(**shape) if window is None else MistralConfig(**shape, sliding_window=window)
+    config.architectures = [f"{type(config).__name__.removesuffix('Config')}ForCausalLM"]
+    config.save_pretrained(tmp_path)
+    dense = QuantizationConfig(linear="dense", embedding="dense")
+    base = build_skeleton(ModelConfig(path=str(tmp_path)), dense, torch.bfloat16)
+    length = 32768
+    borders = [0, 700, 6000, 20000, length]
+    positions = torch.cat([torch.arange(b - a) for a, b in itertools.pairwise(borders)])[None]
+    segments = Segments.of(positions)
+    device = torch.device("meta")
+    base.model.to(device)
+    with torch.no_grad(), Largest() as seen:
+        ids = torch.zeros(1, length, dtype=torch.int64, device=device)
+        states = base.hidden_states(ids, positions.to(device), segments.to(device))
+    assert (states.shape, states.device) == ((1, length, 4096), device)
+    assert seen.waits == []
+    assert sum("_varlen_attn" in name for name in seen.names) == 2
+    assert seen.elements == length * 14336 < length * length / 2

@@ -1,0 +1,31 @@
+"""`benchmarks/gpu.sh` in small on a CPU: every part runs, and what its file has already is left alone."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+KNOWN = {"bfloat16 product, TFLOP/s": 123.0}
+
+
+def test_every_part_for_one_gpu(tmp_path):
+    path = tmp_path / "figures.json"
+    path.write_text(json.dumps({"products": KNOWN, "loading": {"failed": "an earlier call was stopped here"}}))
+    command = [ROOT / "benchmarks/gpu.sh", "--device", "cpu", "--quick", "--json", path]
+    env = {**os.environ, "PYTHON": sys.executable}
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(path.read_text())
+    assert found["products"] == KNOWN
+    assert not [name for name, part in found.items() if "failed" in part] and "qst, 4096 tokens" in found
+    assert all(part["tokens/s"] > 0 for name, part in found.items() if "tokens" in name and "skipped" not in part)
+    assert max(value for key, value in found["gradient of the loss, bfloat16"].items() if key[:2] == "p ") < 0.01
+    assert found["qahira, 4096 tokens"]["tokens/s"] > 0 and f"figures: {path}" in done.stdout
+
+
+def test_a_machine_without_gpus_is_told_so():
+    env = {**os.environ, "PYTHON": sys.executable, "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run([ROOT / "benchmarks/gpu.sh"], env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == 2 and "--device: got cuda for 1 ranks, PyTorch finds 0 GPUs here" in done.stderr
