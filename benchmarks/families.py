@@ -1,4 +1,4 @@
-"""Which model families work: every causal language model that transformers knows, as a tiny random model.
+"""A list of the model families that work: every causal language model that transformers knows, as a tiny random model.
 
     python benchmarks/families.py [model types ...] > page.md
 
@@ -67,7 +67,7 @@ SIZES: dict[str, Any] = {
 
 @dataclass
 class Row:
-    """What was found of one model type."""
+    """The findings on one model type."""
 
     kind: str
     result: str = ""

@@ -1,4 +1,4 @@
-"""How far the bits of a run are its config's alone, with `sharding.gradient_sum: invariant`: a measurement, not a test.
+"""Measure how far the bits of a run depend on its config alone, with `sharding.gradient_sum: invariant`; not a test.
 
     PYTHONPATH=. python benchmarks/invariance.py [STEPS [CHAINS]]
 

@@ -1,4 +1,4 @@
-"""What exactness is worth, as a table; not a test: `python benchmarks/merge_exactness.py CONFIG RUN [ROWS]`.
+"""A table of the benefit of exact merging; not a test: `python benchmarks/merge_exactness.py CONFIG RUN [ROWS]`.
 
 The run's adapter merged in several ways, each against the live model (the base with its adapter): the exact fold; the
 exact sums in float32, which shows what the float16 rounding alone does; and what PEFT does with a 4-bit layer,
@@ -30,7 +30,7 @@ CPU = torch.device("cpu")
 
 @contextmanager
 def folded_zeros(model: LiveModel, *, rounded: bool) -> Iterator[None]:
-    """Inside, the base has the merged zeros: in float16, or as the exact sums in float32."""
+    """Context in which the base has the merged zeros: in float16, or as the exact sums in float32."""
     before = {}
     for path, adapter in model.adapters.by_path.items():
         layer = model.base.linears[path]

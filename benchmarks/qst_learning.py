@@ -1,4 +1,4 @@
-"""What a side network learns on SmolLM2 in minutes, two ranks, through the command line: a measurement, not a test.
+"""Measure the loss that a side network reaches on SmolLM2 in minutes, with two ranks and the command line; not a test.
 
     python benchmarks/qst_learning.py [SmolLM2.gguf]
 

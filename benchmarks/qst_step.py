@@ -97,7 +97,7 @@ def measure(config: RunConfig) -> dict[str, float]:
 
 
 class PeakMemory:
-    """How far the resident memory grows inside; sampled."""
+    """Context that samples the growth of the resident memory."""
 
     def __enter__(self) -> "PeakMemory":
         self._process = psutil.Process()

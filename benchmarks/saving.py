@@ -1,4 +1,4 @@
-"""What checkpoints cost a training step: steps of one run with and without a save every 10, in turns.
+"""The cost of checkpoints to a training step: steps of one run with and without a save every 10, in turns.
 
     python benchmarks/saving.py CONFIG ROUNDS [key.sub=value ...]
 

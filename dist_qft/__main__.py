@@ -1,4 +1,4 @@
-"""`dist-qft VERB ...` and `python -m dist_qft VERB ...`, which is also what every launcher runs on each rank."""
+"""`dist-qft VERB ...` and `python -m dist_qft VERB ...`, the command that every launcher runs on each rank."""
 
 import sys
 import traceback

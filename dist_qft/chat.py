@@ -31,7 +31,7 @@ _COMMANDS = """/base     answer the last message with the base model, without th
 /reset    begin a new conversation
 /help     these lines
 /exit     end (so does the end of the input)"""
-# What other ranks get instead of a line: rank 0's input has ended, or nothing was typed for a while.
+# Sent to other ranks instead of a line: rank 0's input has ended, or nothing was typed for a while.
 _END, _NOTHING = "\x00end", "\x00nothing"
 _IDLE_SECONDS = 30
 
@@ -114,7 +114,7 @@ class Chat:
 
 
 class Streamer(TextStreamer):
-    """Prints an answer as its tokens come, to any stream."""
+    """A printer of an answer's tokens as they come, to any stream."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, output: TextIO) -> None:
         super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)

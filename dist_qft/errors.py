@@ -1,7 +1,7 @@
 """Every way a run can end badly, with the exit code the shell sees.
 
-The code tells a launcher what to do next: 2, 5 and 6 must not be retried, 4 may be, 75 must be. A
-message is one or two lines: the place (file and line, or config key), what was given, what is allowed.
+The code tells a launcher how to go on: 2, 5 and 6 must not be retried, 4 may be, 75 must be. A
+message is one or two lines: the place (file and line, or config key), the given value, the allowed values.
 """
 
 
@@ -9,7 +9,7 @@ class DistQFTError(Exception):
     """Base of all expected failures; anything else is a bug of ours and exits with 1.
 
     Attributes:
-        exit_code: what the shell sees.
+        exit_code: of the process, as the shell sees it.
         everywhere: every rank raises this error at the same point, so one of them prints it.
         rank_prefix: "rank N" on an error that this rank alone met after the ranks had connected.
         after_signal: a signal had asked this process to stop before the error was raised.
@@ -40,7 +40,7 @@ class PeerLostError(DistQFTError):
 
 
 class CorruptFileError(DistQFTError):
-    """A file is torn, altered or hostile: its content is not what its manifest or format says."""
+    """A file is torn, altered or hostile: its content differs from its manifest or its format."""
 
     exit_code = 5
 

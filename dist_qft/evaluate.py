@@ -40,7 +40,8 @@ def evaluate_run(folder: Path, overrides: Sequence[str], checkpoint_path: str | 
 
 
 def evaluate_config(config: RunConfig, checkpoint_path: str | None, as_json: bool) -> None:
-    """Evaluate what a config describes: the checkpoint given, or the newest in `output_dir`, or the base alone.
+    """Evaluate the model that a config describes: the checkpoint given, or the newest in `output_dir`, or the base
+    alone.
 
     Raises:
         UserError: the config names no held-out data, or the adapter belongs to another base.

@@ -1,10 +1,10 @@
-"""What a config would train, hold and move, worked out from shapes alone.
+"""The plan of a run: parameters, bytes held and bytes moved, computed from shapes alone.
 
 No process group is needed: the base is built on the meta device from its configuration. The names and shapes in its
-files are compared with it where they are on this machine. Of a base that comes quantized a few rows are read, to say
-what another format costs; of no other base is a weight read.
-The plan (`training.run_plan`) is printed as tables or as JSON. Counts are exact. Steps per epoch, which depend on the
-data set, and peak memory, which depends on the allocator, are not in it.
+files are compared with it where they are on this machine. Of a base that comes quantized a few rows are read, to tell
+the error of another format; of no other base is a weight read. The plan (`training.run_plan`) is printed as tables or
+as JSON. Counts are exact. Steps per epoch, which depend on the data set, and peak memory, which depends on the
+allocator, are not in it.
 """
 
 import json

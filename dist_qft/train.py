@@ -55,7 +55,7 @@ def run_training(config: RunConfig, resume: str | None = None, stop: StopSignal 
     """Train from a config to a summary. `resume` is None, 'auto' or a checkpoint folder; `stop` has been entered.
 
     Raises:
-        DistQFTError: see `dist_qft.errors`; what is wrong with the input is said before the base is loaded.
+        DistQFTError: see `dist_qft.errors`; faults of the input are told before the base is loaded.
     """
     world, device = place(config.sharding)
     activity = Activity()
@@ -69,7 +69,7 @@ def run_training(config: RunConfig, resume: str | None = None, stop: StopSignal 
 def gather_inputs(
     config: RunConfig, resume: str | None, world: World, device: torch.device, loaded: LoadedBase | None = None
 ) -> RunInputs:
-    """Everything that needs no other rank: refuse what cannot work, tokenize, find the checkpoint.
+    """Do everything that needs no other rank: refuse a run that cannot work, tokenize, find the checkpoint.
 
     `loaded` is a base of the same model, quantization, sharding and precision, to be used instead of loading one.
     """
@@ -176,7 +176,7 @@ def execute_run(inputs: RunInputs, stop: StopSignal, activity: Activity | None =
 
 
 def _lock_folder(inputs: RunInputs) -> FolderLock:
-    """Take the run's folder for this process, and remove what dead processes left half written in it.
+    """Take the run's folder for this process, and remove half-written files of dead processes in it.
 
     Raises:
         UserError: another run works in it.

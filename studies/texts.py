@@ -51,7 +51,7 @@ def _pieces(parts: list[str]) -> Iterator[str]:
 
 
 def held_out(name: str) -> bool:
-    """Whether a topic or module belongs to the held-out part."""
+    """True if a topic or module belongs to the held-out part."""
     return hashlib.sha256(name.encode()).digest()[0] % 10 == 0
 
 

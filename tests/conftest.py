@@ -53,7 +53,7 @@ def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def default_smollm2() -> Path:
-    """Where the real model should be: $DIST_QFT_SMOLLM2, or in the cache folder."""
+    """The place of the real model: $DIST_QFT_SMOLLM2, or in the cache folder."""
     default = Path(os.environ.get("DIST_QFT_CACHE", "~/.cache/dist_qft")) / "SmolLM2-135M-Instruct.Q4_1.gguf"
     return Path(os.environ.get("DIST_QFT_SMOLLM2", default)).expanduser()
 

@@ -100,9 +100,11 @@ class BitsAndBytesSource:
             rows, columns = state["shape"]
             block, twice = state["blocksize"], "nested_blocksize" in state
             if block not in BLOCKS:
-                raise UserError(f"{where}: blocks of {block!r}, need one of {', '.join(map(str, BLOCKS))}")
+                raise UserError(f"{where}: got blocks of {block!r}, must be one of {', '.join(map(str, BLOCKS))}")
             if twice and state["nested_blocksize"] != CONSTANT_BLOCK:
-                raise UserError(f"{where}: constants in blocks of {state['nested_blocksize']}, need {CONSTANT_BLOCK}")
+                raise UserError(
+                    f"{where}: got constants in blocks of {state['nested_blocksize']}, must be {CONSTANT_BLOCK}"
+                )
             stored = _Stored(NF4(block, twice), (rows, columns), float(state["nested_offset"]) if twice else 0.0)
         except (ValueError, KeyError, TypeError) as error:
             raise CorruptFileError(f"{where}: not a description of a quantized weight: {error!r}") from error

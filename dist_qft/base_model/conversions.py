@@ -1,9 +1,9 @@
-"""From the tensors of a checkpoint's files to those of the model, by transformers' own table of conversions.
+"""The tensors of the model, made of those of a checkpoint's files by transformers' own table of conversions.
 
 A published checkpoint may name and cut its tensors as another version of the library, or another program, did. The
-library's table (`transformers.conversion_mapping`) says which names become which and what is stacked, joined, split or
-turned on the way; `from_pretrained` applies it to whole tensors. Here the same table is applied to `View`s, so that a
-rank still reads only the rows it keeps.
+library's table (`transformers.conversion_mapping`) has the new name of each tensor, and says which ones are stacked,
+joined, split or turned on the way; `from_pretrained` applies it to whole tensors. Here the same table is applied to
+`View`s, so that a rank still reads only the rows it keeps.
 """
 
 import copy
@@ -55,7 +55,7 @@ class Conversions:
         self._transforms: list[WeightTransform] = get_model_conversion_mapping(causal) or []
 
     def apply(self, source: TensorSource) -> tuple[dict[str, View], dict[str, str]]:
-        """Every tensor of the model that the source's tensors give; and of each tensor of the source the new name.
+        """The model's tensors that the source's tensors make up, and the new name of each tensor of the source.
 
         Tensors that become one have one name; a name that the model has not is given too. A stack of experts goes, like
         any packed weight, by its path and `.weight`, and has outputs before inputs.
@@ -99,7 +99,7 @@ class Conversions:
 
 
 def _complete(names: Sequence[str]) -> bool:
-    """Whether numbered tensors that become one stack have no gap: numbers 0 to n - 1, and as many of each kind.
+    """True if numbered tensors that become one stack have no gap: numbers 0 to n - 1, and as many of each kind.
 
     The number that counts is the part of the dotted name in which two names of a kind differ.
     """
@@ -118,7 +118,7 @@ def _complete(names: Sequence[str]) -> bool:
 def _converted(
     converter: WeightConverter, parts: _Collected, first: str, shapes: _Shapes, config: object
 ) -> dict[str, View]:
-    """What a chain of operations makes of the tensors it has collected; nothing if one of them is not known here.
+    """The result of a chain of operations on the tensors it has collected; empty if an operation is not known here.
 
     first: the model's name of the first tensor that comes out, from which the others' names follow.
     """

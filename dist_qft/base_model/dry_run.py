@@ -1,4 +1,4 @@
-"""The decoder's own code run once without data: what cannot work is refused before a weight is read.
+"""The decoder's own code run once without data: a decoder that cannot work is refused before a weight is read.
 
 A `config.json` may pass every check of its own and still describe a decoder that fails in its first forward pass, such
 as one whose heads do not divide its width. A pass over tensors that have shapes only costs no memory and shows the
@@ -77,14 +77,14 @@ def called_linears(causal: PreTrainedModel, decoder: nn.Module, **arguments: Any
 
 
 def _needs_data(cause: BaseException | None) -> bool:
-    """Whether a forward pass failed because there are no values, and not because it cannot work."""
+    """True if a forward pass failed because there are no values, and not because it cannot work."""
     kinds = (DataDependentOutputException, DynamicOutputShapeException, NotImplementedError)
     return isinstance(cause, kinds) or "meta tensors" in str(cause)
 
 
 @contextmanager
 def _buffers_on_meta(decoder: nn.Module) -> Iterator[None]:
-    """Inside, the buffers are on meta too: torch refuses to compute with tensors of different devices."""
+    """Context in which the buffers are on meta too: torch refuses to compute with tensors of different devices."""
     kept = [(owner, name, buffer) for owner in decoder.modules() for name, buffer in owner.named_buffers(recurse=False)]
     for owner, name, buffer in kept:
         setattr(owner, name, buffer.to("meta"))
@@ -97,7 +97,7 @@ def _buffers_on_meta(decoder: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def _experts_without_data(causal: PreTrainedModel) -> Iterator[None]:
-    """Inside, mixtures compute every chosen expert by gathering its weights, which looks at no value."""
+    """Context in which mixtures gather the weights of every chosen expert, an operation that looks at no value."""
     config = causal.config.get_text_config()
     before = config._experts_implementation
     config._experts_implementation = "batched_mm"

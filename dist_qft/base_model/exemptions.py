@@ -13,7 +13,7 @@ class Exemptions:
         self._used: set[str] = set()
 
     def cover(self, path: str) -> bool:
-        """Whether a weight at this path, of a module or a parameter, is to stay dense."""
+        """True if a weight at this path, of a module or a parameter, is to stay dense."""
         module = path.removesuffix(".weight")
         parents, _, name = module.rpartition(".")
         names = {path, module, name} | ({"experts"} if parents.rpartition(".")[2] == "experts" else set())

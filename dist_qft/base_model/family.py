@@ -1,6 +1,6 @@
-"""Where model families differ: dropout, masks of packed samples, and what becomes of the head's raw logits.
+"""The differences between model families: dropout, masks of packed samples, and maps of the head's raw logits.
 
-The loss is computed inside the head, so it must repeat whatever the causal LM does to its logits; `check_logits` runs
+The loss is computed inside the head, so it must repeat the causal LM's own map of its logits; `check_logits` runs
 the library's own code to see that nothing else is done. Not here: the decoder, which is the library's own.
 """
 
@@ -62,7 +62,7 @@ def _set_rates_to_zero(part: object) -> None:
 
 
 def takes_positions(decoder: nn.Module) -> bool:
-    """Whether a decoder's forward pass can be told the positions of its tokens."""
+    """True if a decoder's forward pass can be told the positions of its tokens."""
     parameters = inspect.signature(decoder.forward).parameters
     return "position_ids" in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
 
@@ -128,7 +128,7 @@ def check_logits(causal: PreTrainedModel, decoder: nn.Module, head: nn.Module, e
 
 
 class _DecoderOutput(tuple):
-    """Last hidden states, by index and by name; None for whatever else a causal LM asks its decoder's output for."""
+    """Last hidden states, by index and by name; None for all other attributes of a decoder's output."""
 
     def __getattr__(self, name: str) -> Tensor | None:
         return self[0] if name == "last_hidden_state" else None

@@ -1,8 +1,8 @@
 """FP8 weights (E4M3, and E5M2): read as floats, their scales applied while rows are read.
 
 A weight is stored as 8-bit floats beside a scale: one for the tensor, one for each output, or one for each block of
-128 x 128 weights (DeepSeek). The true weight is the product. It is then quantized as any float weight is, which is a
-second quantization and is said to be one. The names differ:
+128 x 128 weights (DeepSeek). The true weight is the product. It is then quantized as any float weight is: a
+second quantization, which the run's notes report as one. The names differ:
 
     fp8 (Hugging Face, DeepSeek)     <module>.weight, <module>.weight_scale_inv
     compressed-tensors, ModelOpt     <module>.weight, <module>.weight_scale

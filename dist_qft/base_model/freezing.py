@@ -30,7 +30,7 @@ def freeze_linears(
 ) -> dict[str, FrozenLinear]:
     """Replace the linear layers under `prefix`.
 
-    Those stay that the family's code never calls as layers (`called`), and those that choose among experts.
+    Layers that the family's code never calls (they are not in `called`) and layers that choose among experts stay.
     """
     frozen: dict[str, FrozenLinear] = {}
     faults = []
@@ -136,7 +136,7 @@ def unquantized(
 
 
 def _computes_linear(kind: type[nn.Module]) -> bool:
-    """Whether a class is `nn.Linear`, or computes the same by code of its own, as Falcon's does."""
+    """True if a class is `nn.Linear`, or computes the same by code of its own, as Falcon's does."""
     if kind is nn.Linear or not issubclass(kind, nn.Linear):
         return kind is nn.Linear
     generator = torch.Generator().manual_seed(0)

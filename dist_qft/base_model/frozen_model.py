@@ -85,6 +85,6 @@ def _module(model: PreTrainedModel, path: str, shape: tuple[int, ...]) -> nn.Lin
 
 
 def _scale(embedding: nn.Module) -> float | None:
-    """The factor of embeddings that scale what is looked up; a plain number, which a buffer on meta is not."""
+    """The factor of embeddings that scale the rows they look up; a plain number, which a buffer on meta is not."""
     scale = getattr(embedding, "scalar_embed_scale", getattr(embedding, "embed_scale", None))
     return None if scale is None else float(scale)

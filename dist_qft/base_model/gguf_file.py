@@ -92,7 +92,7 @@ class GgufSource:
         return torch.from_numpy(values.copy())
 
     def row_order(self, name: str) -> np.ndarray | None:
-        """For Hugging Face's row i the index of the row in the file; None if they are the same."""
+        """The index in the file of each of Hugging Face's rows; None if they are the same."""
         heads = self._heads.get(name.split(".")[-2])
         if heads is None:
             return None

@@ -198,7 +198,7 @@ def _padded(offset: int, alignment: int) -> int:
 
 
 class _Cursor:
-    """A place in a file; every step is checked against what is left of it."""
+    """A place in a file; every step is checked against the bytes that remain."""
 
     def __init__(self, path: Path, data: mmap.mmap, size: int) -> None:
         self.path, self.size, self.at = path, size, 0

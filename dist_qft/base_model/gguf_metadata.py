@@ -55,7 +55,7 @@ class MetadataReader(gguf.GGUFReader):
 
 @contextmanager
 def quick_metadata() -> Iterator[None]:
-    """Inside, transformers reads GGUF files with `MetadataReader`."""
+    """Context in which transformers reads GGUF files with `MetadataReader`."""
     before = gguf.GGUFReader
     gguf.GGUFReader = MetadataReader  # type: ignore[misc]  # transformers looks it up here
     try:

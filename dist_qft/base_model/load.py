@@ -35,7 +35,7 @@ _LARGE = 1 << 22  # weights: freed memory is given back after such a matrix, and
 
 
 class Fingerprint:
-    """Collects additive digests part by part; one sum over the shards turns them into the whole's."""
+    """A collection of additive digests of parts; one sum over the shards turns them into the whole's."""
 
     def __init__(self) -> None:
         self.digests: dict[str, Tensor] = {}
@@ -62,7 +62,7 @@ def load_base(
     Raises:
         UserError: the files differ between ranks; on all ranks.
 
-    poll: called after each decoder layer, by all ranks alike; what it raises ends the loading.
+    poll: called after each decoder layer, by all ranks alike; an error that it raises ends the loading.
     """
     tensors = check_names(base, source)
     fingerprint = Fingerprint()
@@ -88,7 +88,7 @@ def load_base(
 
 
 def _load_buffers(base: BaseModel, tensors: ModelTensors, engine: Engine, fingerprint: Fingerprint) -> None:
-    """Read the buffers, whole on every rank; that which keeps the first element of the embedding counts them."""
+    """Read the buffers, whole on every rank. The rank with the embedding's first element counts them."""
     first, stop = engine.span(next(base.embedding.parameters()))
     counts = first == 0 < stop
     for name, shape in base.buffers.items():
@@ -198,7 +198,7 @@ def _second_pass(constants: Mapping[str, Tensor], loading: _Loading, engine: Eng
 
 
 def _own_elements(rows: Tensor, first: int, parameter: nn.Parameter, engine: Engine) -> tuple[Tensor, int]:
-    """What this rank keeps of some `rows` of a parameter, from row `first` on, and the index of its first element."""
+    """This rank's elements among some `rows` of a parameter, from row `first` on; and the index of the first."""
     begin, end = engine.span(parameter)
     offset = first * math.prod(engine.shape(parameter)[1:])
     start = max(begin, offset)

@@ -38,7 +38,7 @@ class Rows(Protocol):
 
 @dataclass(frozen=True)
 class LogitMap:
-    """What a model family does to its logits: z -> cap * tanh(scale * z / cap), or scale * z without a cap."""
+    """A model family's map of its logits: z -> cap * tanh(scale * z / cap), or scale * z without a cap."""
 
     scale: float = 1.0
     cap: float | None = None
@@ -132,7 +132,7 @@ class _KnownGradientContext(FunctionCtx):
 
 
 class _KnownGradient(torch.autograd.Function):
-    """Ties a loss that was computed outside autograd to its input through an already known gradient."""
+    """An autograd function that ties a loss computed outside autograd to its input by a known gradient."""
 
     @staticmethod
     def forward(

@@ -37,7 +37,7 @@ def build_on_meta(config: PretrainedConfig, model: ModelConfig, dtype: torch.dty
 
 def _no_causal_lm(config: PretrainedConfig) -> str:
     if config.get_text_config() is not config:
-        return f"model type '{config.model_type}' is a multimodal model, which is not read; need its text model alone"
+        return f"model type '{config.model_type}' is multimodal, which is not read; must be its text model alone"
     return f"model type '{config.model_type}' has no causal language model in transformers"
 
 

@@ -80,7 +80,7 @@ def gates(causal: PreTrainedModel) -> set[nn.Module]:
 
 
 def _is_experts(module: nn.Module) -> bool:
-    """Whether a module carries what the library's decorator `use_experts_implementation` leaves on it."""
+    """True if a module has the attributes that the library's decorator `use_experts_implementation` sets."""
     return hasattr(module, "has_gate") and hasattr(module, "is_transposed")
 
 

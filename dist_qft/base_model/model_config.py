@@ -1,7 +1,7 @@
 """The configuration of a model: read without running code of the model's folder, and checked before anything is built.
 
 A `config.json` decides how many modules are built and how large they are, and it comes from elsewhere. Its sizes are
-therefore bounded here first, and whatever the library raises about the rest becomes one line (`library_refusal`).
+therefore bounded here first, and an exception of the library about the rest becomes one line (`library_refusal`).
 """
 
 import re
@@ -47,7 +47,7 @@ def read_model_config(model: ModelConfig) -> tuple[PretrainedConfig, bool]:
     if path.suffix == ".gguf":
         return _gguf_config(path), True
     if path.exists() and not (path / "config.json").is_file():
-        raise UserError(f"model.path: '{path}' has no config.json; need a Hugging Face folder or a .gguf file")
+        raise UserError(f"model.path: '{path}' has no config.json; must be a Hugging Face folder or a .gguf file")
     if not path.exists() and (model.path.count("/") != 1 or model.path.startswith((".", "/", "~"))):
         raise UserError(f"model.path: no such file or folder '{model.path}', and it is not a Hub id (owner/name)")
     with library_refusal(f"model.path: cannot read the configuration of '{model.path}'"):
@@ -71,7 +71,7 @@ def _gguf_config(path: Path) -> PretrainedConfig:
 
 @contextmanager
 def library_refusal(place: str) -> Iterator[None]:
-    """Inside, an exception of the library that reads or builds a model becomes a UserError of one line.
+    """Context in which an exception of the library that reads or builds a model becomes a UserError of one line.
 
     Which exception a bad configuration causes depends on the family's code: a wrong head count may be a
     ZeroDivisionError in one and a RuntimeError of torch in another. Transformers' own log lines are held back.
@@ -89,7 +89,7 @@ def library_refusal(place: str) -> Iterator[None]:
 
 
 def one_line(error: Exception) -> str:
-    """What an exception says, in one line of bounded length; its type too where the text alone says little."""
+    """An exception's message in one line of bounded length; with its type where the text alone says little."""
     text = " ".join(str(error).split())
     if not isinstance(error, ValueError | OSError | ImportError) or not text:
         text = f"{type(error).__name__}: {text}".rstrip(": ")
@@ -106,7 +106,7 @@ def _check_tree(tree: Mapping[str, Any], path: str) -> None:
     if tree.get("auto_map") and kind not in CONFIG_MAPPING:
         raise UserError(
             f"model.path: '{path}': model type '{kind}' needs Python code from the model's own folder, which is never "
-            "run here; need a model type that transformers itself has"
+            "run here; must be a model type that transformers itself has"
         )
     text = tree.get("text_config")
     for part in (tree, text if isinstance(text, dict) else {}):

@@ -18,13 +18,13 @@ from dist_qft.base_model.tensor_views import Stored, View
 from dist_qft.errors import UserError
 from dist_qft.quant.contract import Format
 
-# What old checkpoints carry and nobody reads: caches of rotary frequencies and of causal masks.
+# Tensors that old checkpoints carry and nobody reads: caches of rotary frequencies and of causal masks.
 _CACHES = re.compile(r"(rotary_emb\.(inv_freq|cos_cached|sin_cached)|attn\.(masked_)?bias|position_ids)$")
 _NAMED = 3  # tensors that a note lists
 
 
 class ModelTensors:
-    """What the base needs of its files, by its name in the model.
+    """The tensors that the base needs of its files, by their names in the model.
 
     Attributes:
         source: the files.
@@ -43,7 +43,7 @@ class ModelTensors:
         return name in self._views
 
     def stored_name(self, name: str) -> str:
-        """What the files call a tensor, or the first of those that it is made of."""
+        """The name in the files of a tensor, or of the first of those that it is made of."""
         return next(iter(self._views[name].leaves())).name
 
     def untouched(self) -> set[str]:
@@ -140,5 +140,5 @@ def _require_layers(base: BaseModel, source: TensorSource, renamed: Mapping[str,
 
 
 def _expected(base: BaseModel, name: str) -> bool:
-    """Whether a tensor that the base does not take belongs to the model all the same, or is only a cache."""
+    """True if a tensor that the base does not take belongs to the model all the same, or is only a cache."""
     return name in base.conversions.shapes or bool(_CACHES.search(name)) or base.ignores(name)

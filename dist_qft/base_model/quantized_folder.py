@@ -1,4 +1,4 @@
-"""Our own folder of a quantized model: what `merge --to quantized` writes, and a base like any other.
+"""Our own folder of a quantized model: the result of `merge --to quantized`, and a base like any other.
 
     config.json, tokenizer files     as in a Hugging Face folder; `quantization_config` says the formats to transformers
     packed*.safetensors              `<module path>.<packed tensor>` of every frozen weight; norms and biases by name

@@ -69,6 +69,6 @@ def quantization_settings(path: str | Path, revision: str | None = None) -> dict
 
 
 def open_packed_folder(folder: Path, settings: Settings) -> PackedFolder:
-    """The weights of a folder for whose method there is a reader."""
+    """The weights of a folder whose quantization method has a reader."""
     files = SafetensorsSource(folder)
     return PackedFolder(folder, files, list(_READERS[settings["quant_method"]](files, settings)))

@@ -1,7 +1,7 @@
 """Notes on a base that comes quantized: one line for each kind of weight, with the error where there is one.
 
-A weight that is quantized a second time is not what its maker published, and nobody sees that in a loss. So each pair
-of a stored and a wanted format gets a line that says what it costs, measured on the first weights that it concerns.
+A weight that is quantized a second time differs from the published one, and no loss shows that. So each pair
+of a stored and a wanted format gets a line with its error, measured on the first weights that it concerns.
 """
 
 import math
@@ -35,7 +35,7 @@ class _Group:
 
 
 def requantization_notes(base: BaseModel, tensors: ModelTensors) -> list[str]:
-    """A line for each kind of quantized weight in the files: what was found, what it becomes, and at what error.
+    """A line for each kind of quantized weight in the files: its stored format, its new format, and the error.
 
     Reads some rows of the first weights of each kind. Errors are relative to the mean magnitude of the weights.
     """
@@ -67,7 +67,7 @@ def _note(group: _Group, tensors: ModelTensors) -> str:
 
 
 def _rounding(group: _Group, stored: Format, tensors: ModelTensors) -> str:
-    """How far rounded constants move a weight at most, in steps of the codes."""
+    """The largest change of a weight by rounded constants, in steps of the codes."""
     steps = []
     for name, weight in group.first():
         before = tensors.read_packed(name, (0, _measured_rows(weight, stored)))

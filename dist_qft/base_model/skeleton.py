@@ -1,4 +1,4 @@
-"""From a model's configuration to a decoder of frozen layers on the meta device; no weight is read.
+"""A decoder of frozen layers on the meta device, built from a model's configuration; no weight is read.
 
 The decoder stays Hugging Face's own class: only its `nn.Linear`s, its embedding and its LM head are replaced,
 so every family that is built of those works, and attention, norms and caches are the library's.
@@ -94,13 +94,13 @@ class BaseModel:
 
     @property
     def units(self) -> Units:
-        """What an engine gathers as one."""
+        """The modules that an engine gathers as one."""
         own = self.head.table
         tables = [self.embedding] if own is None else [self.embedding, own]
         return Units(tables=tables, layers=self.layers, root=self.decoder)
 
     def ignores(self, name: str) -> bool:
-        """Whether the library says that a checkpoint may have this tensor for nothing."""
+        """True if the library ignores this tensor when a checkpoint holds it."""
         patterns = self.model._keys_to_ignore_on_load_unexpected or ()
         return any(re.search(pattern, name) for pattern in patterns)
 
@@ -109,7 +109,7 @@ class BaseModel:
         return {**self.linears, **self.experts, **self.tables()}
 
     def library_shape(self, path: str) -> tuple[str, tuple[int, ...]]:
-        """What the library's model calls a packed weight, and the shape that the weight has there."""
+        """The name of a packed weight in the library's model, and its shape there."""
         stack = self.experts.get(path)
         if stack is None:
             return f"{path}.weight", self.shapes[f"{path}.weight"]
@@ -266,6 +266,6 @@ def _require_all_in_units(base: BaseModel) -> None:
     if outside:
         kind = base.config.model_type
         raise UserError(
-            f"model.path: model type '{kind}' has weights outside its text decoder: '{outside[0]}'; need the text "
+            f"model.path: model type '{kind}' has weights outside its text decoder: '{outside[0]}'; must be the text "
             "model alone"
         )

@@ -1,4 +1,4 @@
-"""Where weights come from: safetensors folders and GGUF files, read tensor by tensor, part by part.
+"""The sources of weights: safetensors folders and GGUF files, read tensor by tensor, part by part.
 
 A source knows names, shapes and how to read some rows; it keeps no weight in memory. Names are those of the files, or
 of the Hugging Face model where a source translates them (GGUF); `model_tensors` makes the model's tensors of them.
@@ -70,7 +70,7 @@ class TensorSource(Protocol):
     def kept_format(self, name: str) -> Format | None:
         """The format that `quantization: auto` holds the tensor in: the stored one, or one that loses little by it.
 
-        None for floats, and for what is to be quantized as floats are.
+        None for floats, and for weights that are to be quantized as floats are.
         """
 
     def read_packed(self, name: str, rows: Rows = None) -> dict[str, Tensor]:
@@ -113,7 +113,7 @@ def _dequantized_rows(
 
 @dataclass(frozen=True)
 class _Entry:
-    """Where a safetensors file holds a tensor; `start` is its first byte in the file."""
+    """The place of a tensor in a safetensors file; `start` is its first byte in the file."""
 
     path: Path
     dtype: str
@@ -216,7 +216,7 @@ def _indexed_files(index: Path) -> list[str]:
 
 
 def _read_header(path: Path) -> dict[str, _Entry]:
-    """What a safetensors file holds. The library checks the file; where a tensor lies in it only the header says."""
+    """The entries of a safetensors file, from its header. The library itself checks the file."""
     try:
         with safe_open(path, "pt"):
             pass

@@ -1,4 +1,4 @@
-"""A checkpoint whose configuration ties the LM head to the embedding, while its files hold another head: theirs counts.
+"""Untie the LM head from the embedding where the files hold a head of their own, whatever the configuration says.
 
 transformers compares the two and does not tie them if they differ (`PreTrainedModel.tie_weights`); here likewise.
 """

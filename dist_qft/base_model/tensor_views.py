@@ -241,7 +241,7 @@ def read_rows(view: View, first: int, stop: int) -> Tensor:
 
 
 def kind(view: View) -> str | None:
-    """The way in which the files quantize what a view is made of, in words for messages; None for floats."""
+    """The way in which the files quantize the parts of a view, in words for messages; None for floats."""
     return next((kind for leaf in view.leaves() if (kind := leaf.source.kind(leaf.name)) is not None), None)
 
 

@@ -23,7 +23,7 @@ def register_with_transformers() -> None:
 
 
 class _Waiting(MetaPathFinder):
-    """Finds one module as the other finders do, and adds a call to its execution."""
+    """A finder that finds one module as the other finders do, and adds a call to its execution."""
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None

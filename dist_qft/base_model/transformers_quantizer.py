@@ -4,8 +4,8 @@
 quantizer puts frozen layers in place of the model's own, and transformers reads their packed tensors by name. A
 transformers without it finds no weights, because the file is not called `model.safetensors`.
 
-Importing this module registers it. It is imported while transformers still is, so whatever needs more of it than
-quantizers is imported later, by the methods.
+Importing this module registers the quantizer. That happens while transformers itself is being imported, so the methods
+import the other parts of transformers that they need.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -39,7 +39,7 @@ class DistQFTConfig(QuantizationConfigMixin):
 
 @register_quantizer(METHOD)
 class DistQFTQuantizer(HfQuantizer):
-    """Builds frozen layers for the weights that `quantization_config` describes."""
+    """A quantizer that builds frozen layers for the weights that `quantization_config` describes."""
 
     quantization_config: DistQFTConfig
 

@@ -36,7 +36,7 @@ def open_source(model: ModelConfig) -> TensorSource:
 
 
 def has_weights(model: ModelConfig) -> bool:
-    """Whether the weights are on this machine under `model.path`, so that opening them downloads nothing."""
+    """True if the weights are on this machine under `model.path`, so that opening them downloads nothing."""
     path = Path(model.path)
     return path.suffix == ".gguf" or (path.is_dir() and any(path.glob("*.safetensors")))
 
@@ -51,7 +51,7 @@ def require_readable(settings: Mapping[str, Any], where: str) -> None:
     if settings.get("quant_method") != METHOD and not is_nf4(settings) and not has_reader(settings):
         kind = settings.get("bnb_4bit_quant_type") if settings.get("load_in_4bit") else None
         words = " ".join(str(word) for word in (settings.get("quant_method", "a method without a name"), kind) if word)
-        raise UserError(f"model.path: '{where}' is already quantized by {words}; need {READABLE}")
+        raise UserError(f"model.path: '{where}' is already quantized by {words}; must be {READABLE}")
 
 
 def _downloaded(model: ModelConfig) -> Path:
@@ -68,7 +68,7 @@ def _downloaded(model: ModelConfig) -> Path:
 def quantized_source(model: ModelConfig) -> TensorSource | None:
     """The weights of `model.path` if its files may hold some of them quantized, else None.
 
-    Of a Hub id, those are fetched whose config.json says so.
+    The weights of a Hub id are fetched if its config.json says that they are quantized.
     """
     path = Path(model.path)
     quantized = path.suffix == ".gguf" or is_quantized_folder(path)

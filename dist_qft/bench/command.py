@@ -1,4 +1,4 @@
-"""Which benchmarks there are, and running them one after the other."""
+"""The table of benchmarks, and running them one after the other."""
 
 import importlib
 import importlib.util
@@ -35,9 +35,9 @@ def run_benchmarks(names: Sequence[str], *, every: bool, options: Options, json_
         raise UserError(f"bench: got '{names[0]}' and --all, which has every benchmark; leave one out")
     unknown = [name for name in names if name not in BENCHMARKS]
     if unknown:
-        raise UserError(f"bench: got '{unknown[0]}', need one of {allowed}")
+        raise UserError(f"bench: got '{unknown[0]}', must be one of {allowed}")
     if options.device not in ("cpu", "cuda"):
-        raise UserError(f"--device: got '{options.device}', need cpu or cuda")
+        raise UserError(f"--device: got '{options.device}', must be cpu or cuda")
     if not has_device(options.device):
         raise UserError("--device: got 'cuda', but torch finds no CUDA device here")
     missing = [name for name in PEER_PACKAGES if importlib.util.find_spec(name) is None]

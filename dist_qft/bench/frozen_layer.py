@@ -90,7 +90,7 @@ def _one_shape(
 
 
 def _ceiling(flops: float, dense: float, copied: int, copy: float) -> dict[str, float]:
-    """What this machine reaches: the dense product's speed, and that of copying the matrix (read and written)."""
+    """The speeds that this machine reaches: of the dense product, and of copying the matrix (read and written)."""
     return {"gflops": flops / dense / 1e9, "gigabytes_per_second": 2 * copied / copy / 1e9}
 
 

@@ -1,4 +1,4 @@
-"""How time, memory and bytes on the wire are read, for every side alike. Linux only: the kernel keeps the counters."""
+"""Readings of time, memory and bytes on the wire, for every side alike. Linux only: the kernel keeps the counters."""
 
 import statistics
 import time
@@ -16,8 +16,8 @@ _RESET_PEAK = "5"  # proc(5): the peak resident size becomes the present one
 class Memory:
     """Memory of this process above what it was when the object was made, in bytes.
 
-    On a CPU it is the resident size, mapped file pages included, whose peak the kernel keeps; on CUDA what torch has
-    allocated. Make it after the side's imports: what packages weigh is not compared.
+    On a CPU it is the resident size, mapped file pages included, whose peak the kernel keeps; on CUDA the bytes that
+    torch has allocated. Make it after the side's imports: the packages' own memory is not compared.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -34,12 +34,12 @@ class Memory:
 
     @property
     def peak(self) -> int:
-        """The largest since the last restart."""
+        """Largest number of bytes held since the last restart."""
         return self._read("VmHWM") - self._start
 
     @property
     def held(self) -> int:
-        """What it is now."""
+        """Bytes held now."""
         return self._read("VmRSS") - self._start
 
     def _read(self, field: str) -> int:
@@ -58,7 +58,7 @@ def wire_bytes() -> int:
 def measure_steps(step: Callable[[int], object], steps: int, memory: Memory, device: torch.device) -> dict[str, float]:
     """Median seconds and wire bytes of `steps` calls after two to warm up, and the peak of memory while they ran.
 
-    `cpu_seconds` is what the process's threads computed in a step: on a busy machine it says more than `seconds`.
+    `cpu_seconds` is the CPU time of the process's threads in a step: on a busy machine it says more than `seconds`.
     Collective: all ranks begin and end each step together, so the interface's counter belongs to it.
     """
     for index in range(2):

@@ -39,7 +39,7 @@ def dense_folder(name: str) -> Path:
 
 
 def cache() -> Path:
-    """Where models are kept: $DIST_QFT_CACHE."""
+    """The folder in which models are kept: $DIST_QFT_CACHE."""
     return Path(os.environ.get("DIST_QFT_CACHE", "~/.cache/dist_qft")).expanduser()
 
 

@@ -1,4 +1,4 @@
-"""What a benchmark is asked for, and the sizes that follow from it."""
+"""The options of a benchmark, and the sizes that follow from them."""
 
 from dataclasses import dataclass
 

@@ -31,8 +31,8 @@ def run_side(
     """Run `side` (a key of `worker.SIDES`) on `ranks` ranks, and take times and sizes of the slowest and largest one.
 
     Args:
-        name: what to call the side in the report.
-        settings: what the side's function gets; `device` and `threads` must be in it.
+        name: the side's name in the report.
+        settings: the argument of the side's function; `device` and `threads` must be in it.
         link_megabits: slow the ranks' network down to so many megabits per second, both directions together.
     """
     with tempfile.TemporaryDirectory() as folder:
@@ -48,7 +48,7 @@ def run_side(
 
 
 def _run(command: list[str], threads: int, ranks: int) -> str | None:
-    """Run the ranks' shell to its end; what it died of if it had no word for it, None if all is well."""
+    """Run all ranks to completion. Return the cause of a failure without an error of its own; None on success."""
     env = os.environ | {
         "WORLD_SIZE": str(ranks),
         "LOCAL_WORLD_SIZE": str(ranks),
@@ -79,7 +79,7 @@ def _over_ranks(key: str, values: list[float]) -> float:
 
 @functools.cache
 def isolated() -> bool:
-    """Whether ranks can have a network of their own here."""
+    """True if ranks can have a network of their own here."""
     if not all(map(shutil.which, ("unshare", "ip"))):
         return False
     return subprocess.run([*_namespace(None), "true"], capture_output=True).returncode == 0
@@ -87,7 +87,7 @@ def isolated() -> bool:
 
 @functools.cache
 def can_slow_down() -> bool:
-    """Whether that network can be slowed down."""
+    """True if that network can be slowed down."""
     if not (isolated() and shutil.which("tc")):
         return False
     return subprocess.run([*_namespace(1000), "true"], capture_output=True).returncode == 0
@@ -99,7 +99,7 @@ def common_settings(device: str, ranks: int) -> dict[str, Any]:
 
 
 def has_device(device: str) -> bool:
-    """Whether benchmarks can run on this device here."""
+    """True if benchmarks can run on this device here."""
     return device == "cpu" or torch.cuda.is_available()
 
 
@@ -110,13 +110,13 @@ def _free_port() -> int:
 
 
 def _shell(link_megabits: int | None) -> list[str]:
-    """What starts the command behind it once per rank, and waits for all."""
+    """A command prefix that starts the command behind it once per rank, and waits for all."""
     every = 'for rank in $RANKS; do RANK=$rank LOCAL_RANK=$rank "$@" & done; wait'
     return [*_namespace(link_megabits), "sh", "-c", every, "sh"] if isolated() else ["sh", "-c", every, "sh"]
 
 
 def _namespace(link_megabits: int | None) -> list[str]:
-    """What runs the command behind it in a network of its own."""
+    """A command prefix that runs the command behind it in a network namespace of its own."""
     setup = "ip link set lo up"
     if link_megabits is not None:
         setup += f" && tc qdisc add dev lo root tbf rate {link_megabits}mbit burst 256kb latency 400ms"

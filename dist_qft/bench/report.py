@@ -1,4 +1,4 @@
-"""What a benchmark found: the sides' numbers and the comparisons drawn from them, as tables and as JSON lines."""
+"""The report of a benchmark: the sides' numbers and the comparisons drawn from them, as tables and as JSON lines."""
 
 import json
 import platform
@@ -38,7 +38,7 @@ METRICS = {
 
 @dataclass(frozen=True)
 class Side:
-    """One side's numbers, by the names of METRICS; or why it has none."""
+    """One side's numbers, by the names of METRICS; or the error that it ended with."""
 
     name: str
     metrics: Mapping[str, float] = field(default_factory=dict)
@@ -64,7 +64,7 @@ class Comparison:
 
 @dataclass(frozen=True)
 class Report:
-    """All that one benchmark found. `settings` is what a reader needs to repeat it."""
+    """The results of one benchmark. `settings` has all that a reader needs to repeat it."""
 
     name: str
     settings: Mapping[str, Any]

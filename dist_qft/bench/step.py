@@ -1,4 +1,4 @@
-"""`bench step`: one optimizer step on several ranks, ours on every engine beside PEFT under what shards or copies it.
+"""`bench step`: one optimizer step on several ranks, ours on every engine beside PEFT under DDP, FSDP and ZeRO-3.
 
 All sides train rank-16 adapters on every linear layer of the same dense folder, quantized to NF4 with blocks of 64
 when it is loaded (QA-HiRA: to affine4, the format it exists for), in float32 on a CPU and bfloat16 on CUDA, on the

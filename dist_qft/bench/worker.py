@@ -1,6 +1,6 @@
 """One rank of one side: `python -m dist_qft.bench.worker SIDE SETTINGS_JSON FOLDER`, with RANK and its like set.
 
-Writes `<rank>.json`: the side's numbers, or its error. What it fails of is a result, not a failure of the benchmark.
+Writes `<rank>.json`: the side's numbers, or its error. An error of a side is a result, not a failure of the benchmark.
 """
 
 import importlib

@@ -70,8 +70,8 @@ def accumulation_steps(config: RunConfig, world_size: int) -> int:
     if total % micro == 0:
         remedies.append(f"{either(divisors(total // micro))} ranks")
     raise UserError(
-        f"train.global_batch_size: {total} is not a multiple of {per_round}, train.per_device_train_batch_size "
-        f"{micro} x {world_size} {'rank' if world_size == 1 else 'ranks'}; legal: {', or '.join(remedies)}"
+        f"train.global_batch_size: got {total}, must be a multiple of {per_round}, train.per_device_train_batch_size "
+        f"{micro} x {world_size} {'rank' if world_size == 1 else 'ranks'}; use {', or '.join(remedies)}"
     )
 
 
@@ -87,11 +87,13 @@ def _quantization_faults(quantization: QuantizationConfig) -> Iterator[Fault]:
         if not length:
             yield value_fault(("quantization", "block"), f"{linear} has no blocks; remove it or choose nf4 or affine4")
         elif len(block) != length:
-            yield value_fault(("quantization", "block"), f"got {block}, {_linear_words(linear)} needs {form}")
+            yield value_fault(("quantization", "block"), f"got {block}, must be {form} for {_linear_words(linear)}")
     if quantization.constants is not None and linear != "affine4":
-        yield value_fault(("quantization", "constants"), f"{linear} has no such choice; only affine4 does")
+        yield value_fault(("quantization", "constants"), f"{linear} has no such choice; remove it or choose affine4")
     if quantization.double_quant and linear not in ("auto", "nf4"):
-        yield value_fault(("quantization", "double_quant"), f"{linear} has no absmax to quantize; only nf4 does")
+        yield value_fault(
+            ("quantization", "double_quant"), f"{linear} has no absmax to quantize; remove it or choose nf4"
+        )
     if quantization.exempt and linear == "dense":
         yield value_fault(("quantization", "exempt"), "all linear layers are dense already; remove it")
 
@@ -103,10 +105,10 @@ def _linear_words(linear: str) -> str:
 def _task_faults(config: RunConfig) -> Iterator[Fault]:
     task, data = config.task, config.data
     if task.name == "classification" and len(task.labels) < 2:
-        yield value_fault(("task", "labels"), f"got {len(task.labels)}, classification needs at least 2")
+        yield value_fault(("task", "labels"), f"got {len(task.labels)}, must be at least 2 labels for classification")
     if len(set(task.labels)) < len(task.labels):
         twice = next(label for label in task.labels if task.labels.count(label) > 1)
-        yield value_fault(("task", "labels"), f"'{twice}' is listed twice")
+        yield value_fault(("task", "labels"), f"got '{twice}' twice, must be different labels")
     if task.labels and task.name != "classification":
         yield value_fault(("task", "labels"), f"{task.name} has no labels; remove them or choose classification")
     if task.name == "causal-lm":
@@ -125,8 +127,8 @@ def _train_faults(config: RunConfig) -> Iterator[Fault]:
     if total % micro:
         yield value_fault(
             ("train", "global_batch_size"),
-            f"{total} is not a multiple of train.per_device_train_batch_size {micro}; "
-            f"nearest: {either(nearest_multiples(total, micro))}",
+            f"got {total}, must be a multiple of train.per_device_train_batch_size {micro}: "
+            f"{either(nearest_multiples(total, micro))}",
         )
     for name in ("checkpoint_every_n_layers", "offload_activations"):
         if changed(train, name) and not train.gradient_checkpointing:
@@ -134,8 +136,8 @@ def _train_faults(config: RunConfig) -> Iterator[Fault]:
     if train.warmup_steps and train.max_steps and train.warmup_steps >= train.max_steps:
         yield value_fault(
             ("train", "warmup_steps"),
-            f"{train.warmup_steps} leaves no step at the full learning rate; need less than train.max_steps "
-            f"{train.max_steps}",
+            f"got {train.warmup_steps}, must be less than train.max_steps {train.max_steps}, or no step has the full "
+            "learning rate",
         )
     if train.loraplus_lr_ratio is not None and not (isinstance(config.method, TileMethod) and config.method.ranked):
         yield value_fault(("train", "loraplus_lr_ratio"), f"{config.method.name} has no pairs of A and B; remove it")
@@ -143,11 +145,13 @@ def _train_faults(config: RunConfig) -> Iterator[Fault]:
     if train.min_lr_ratio and kind.startswith("constant"):
         yield value_fault(("train", "min_lr_ratio"), f"no effect with lr_scheduler_type {kind}; remove it")
     if kind == "cosine_with_min_lr" and not train.min_lr_ratio:
-        yield value_fault(("train", "min_lr_ratio"), "missing; lr_scheduler_type cosine_with_min_lr needs it above 0")
+        yield value_fault(
+            ("train", "min_lr_ratio"), "missing, must be above 0 with lr_scheduler_type cosine_with_min_lr"
+        )
     if kind != "warmup_stable_decay" and changed(train, "decay_ratio"):
         yield value_fault(("train", "decay_ratio"), f"no effect with lr_scheduler_type {kind}; remove it")
     if train.optim.startswith("paged_") and config.sharding.device == "cpu":
-        yield value_fault(("train", "optim"), f"{train.optim} needs CUDA, sharding.device is cpu; use adamw")
+        yield value_fault(("train", "optim"), f"got {train.optim}, must be adamw with sharding.device cpu")
 
 
 def _sharding_faults(sharding: ShardingConfig) -> Iterator[Fault]:
@@ -161,7 +165,7 @@ def _evaluation_faults(config: RunConfig) -> Iterator[Fault]:
         yield value_fault(("data", "eval_samples"), "no effect, data.eval is given; remove one of them")
     has_eval = data is not None and (data.eval is not None or data.eval_samples > 0)
     if data is not None and data.loss_on == "all" and data.train_on != "all-turns":
-        yield value_fault(("data", "train_on"), "data.loss_on all predicts every turn; remove one of them")
+        yield value_fault(("data", "train_on"), f"got {data.train_on}, must be all-turns with data.loss_on all")
     if config.evaluation.eval_steps is not None and not has_eval:
         yield value_fault(("evaluation", "eval_steps"), "nothing to evaluate; set data.eval or data.eval_samples")
     yield from _best_evaluation_faults(config)
@@ -175,21 +179,24 @@ def _best_evaluation_faults(config: RunConfig) -> Iterator[Fault]:
             yield value_fault(key, "nothing to compare; set evaluation.eval_steps")
     if patience is None and changed(evaluation, "early_stopping_threshold"):
         yield value_fault(
-            ("evaluation", "early_stopping_threshold"), "no effect without evaluation.early_stopping_patience"
+            ("evaluation", "early_stopping_threshold"),
+            "no effect without evaluation.early_stopping_patience; set that or remove this",
         )
     known = ("loss", *TASK_METRICS[config.task.name])
     if evaluation.metric not in known:
         yield value_fault(
-            ("evaluation", "metric"), f"got {evaluation.metric}, task {config.task.name} has {either(list(known))}"
+            ("evaluation", "metric"),
+            f"got {evaluation.metric}, must be {either(list(known))} for task {config.task.name}",
         )
     elif evaluation.metric != "loss" and not keep_best and patience is None:
         yield value_fault(
-            ("evaluation", "metric"), "no effect without checkpoint.keep_best or evaluation.early_stopping_patience"
+            ("evaluation", "metric"),
+            "no effect without checkpoint.keep_best or evaluation.early_stopping_patience; set one or remove this",
         )
 
 
 def merge_obstacle(config: RunConfig) -> str | None:
-    """Why what this config trains cannot be merged into the base at all, and what to do instead."""
+    """The reason why this config's trainables can never be merged into the base, with a remedy; None if they can."""
     if config.method.merge_obstacle is not None:
         return config.method.merge_obstacle
     if config.task.name != "causal-lm":
@@ -206,4 +213,4 @@ def _merge_faults(config: RunConfig) -> Iterator[Fault]:
             if changed(merge, key):
                 yield value_fault(("merge", key), "no effect without merge.at_end; set that or remove this")
     elif merge.at_end != "dense" and changed(merge, "dtype"):
-        yield value_fault(("merge", "dtype"), f"no effect with merge.at_end {merge.at_end}; only dense has it")
+        yield value_fault(("merge", "dtype"), f"no effect with merge.at_end {merge.at_end}; remove it")

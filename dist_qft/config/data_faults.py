@@ -52,7 +52,7 @@ def _mixture_faults(data: DataConfig) -> Iterator[Fault]:
         if dataset.weight is not None and (len(train) < 2 or key[1] == "eval"):
             yield value_fault((*key, "weight"), "no effect on a single data set; remove it")
         elif key[1] == "train" and len(train) > 1 and dataset.weight is None and any(weighted):
-            yield value_fault((*key, "weight"), "missing; must be given for every data set of data.train or for none")
+            yield value_fault((*key, "weight"), "missing, must be given for every data set of data.train or for none")
 
 
 def _format_faults(config: RunConfig, data: DataConfig) -> Iterator[Fault]:
@@ -61,8 +61,8 @@ def _format_faults(config: RunConfig, data: DataConfig) -> Iterator[Fault]:
     for key, dataset in _datasets(data):
         given = dataset.format
         if given != "auto" and (given == "classification") != predicts_labels:
-            wanted = "classification" if predicts_labels else "another format, or task.name classification"
-            yield value_fault((*key, "format"), f"{given} does not fit task {task}; must be {wanted}")
+            wanted = "classification" if predicts_labels else "another format"
+            yield value_fault((*key, "format"), f"got {given}, must be {wanted} with task {task}")
     if predicts_labels and data.template != "chat":
         yield value_fault(("data", "template"), f"task {task} reads texts as they are; remove it")
     for name in ("max_source_length", "max_target_length"):

@@ -1,4 +1,4 @@
-"""The sections `task` and `data`: what is predicted, and from which text."""
+"""The sections `task` and `data`: the targets of predictions, and the text that they are made from."""
 
 from typing import Annotated, Literal
 
@@ -18,7 +18,7 @@ class TaskConfig(Section):
 
 
 class DatasetConfig(Section):
-    """A data set: where it lies and what its columns mean."""
+    """A data set: its place and the meaning of its columns."""
 
     path: ExpandedPath = Field(
         description="Hub id, local file or folder, or 'stdlib-docs': questions on this Python's own library",

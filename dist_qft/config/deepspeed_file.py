@@ -1,4 +1,5 @@
-"""The user's own DeepSpeed JSON (`sharding.deepspeed_config`): what of it is used, and what contradicts this config.
+"""The user's own DeepSpeed JSON (`sharding.deepspeed_config`): the settings of it that are used, and those that
+contradict this config.
 
 Engine `zero` gives DeepSpeed the frozen base and nothing else, so most of such a file is decided here and not there. A
 value that agrees with ours, or "auto" as Hugging Face writes it, is accepted; another value is a fault that names both
@@ -52,7 +53,7 @@ def _decided(config: RunConfig) -> dict[str, tuple[Any, str]]:
 
 
 def zero_file_faults(config: RunConfig) -> Iterator[str]:
-    """What is wrong with the file, one line for each key."""
+    """The faults of the file, one line for each key."""
     path = config.sharding.deepspeed_config
     if path is None:
         return
@@ -78,7 +79,7 @@ def zero_file_faults(config: RunConfig) -> Iterator[str]:
         elif key not in _FREE:
             yield f"'{path}' has {key}, which has no effect on a frozen base; remove it. Used: {', '.join(_FREE)}"
         elif not isinstance(value, bool):
-            yield f"'{path}' has {key} {json.dumps(value)}, need true or false"
+            yield f"'{path}' has {key} {json.dumps(value)}, must be true or false"
 
 
 def read_zero_options(config: RunConfig) -> dict[str, Any]:

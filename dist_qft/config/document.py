@@ -44,7 +44,7 @@ class Document:
             raise UserError(f"{path}: not valid YAML: nested too deeply") from None
         if not isinstance(values, dict):
             kind = "is empty" if values is None else f"is a {type(values).__name__}"
-            raise UserError(f"{path}: {kind}, need a mapping of settings such as 'output_dir: runs/first'")
+            raise UserError(f"{path}: {kind}, must be a mapping of settings such as 'output_dir: runs/first'")
         return cls(path, text, values)
 
     @cached_property

@@ -1,4 +1,4 @@
-"""A fault of a config: the key it is about, and what to tell the user."""
+"""A fault of a config: the key it is about, and the message to the user."""
 
 from dataclasses import dataclass
 
@@ -19,5 +19,5 @@ def dotted(path: KeyPath) -> str:
 
 
 def value_fault(path: KeyPath, message: str) -> Fault:
-    """A fault in the value of a key; `message` says what was given and what it must be."""
+    """A fault in the value of a key; `message` names the given value and the values that it must have."""
     return Fault(path, f"{dotted(path)}: {message}")

@@ -1,6 +1,6 @@
-"""From a YAML file and `key.sub=value` overrides to a checked `RunConfig`, or to one message with every fault.
+"""Read a YAML file and `key.sub=value` overrides into a checked `RunConfig`, or into one message with every fault.
 
-What the settings mean is not known here: types and ranges are in `schema`, rules between settings in `check`, the
+The meaning of the settings is elsewhere: types and ranges in `schema`, rules between settings in `check`, the
 wording of faults in `validation`.
 `save_config` is the way back, for the copy that a run keeps in its folder.
 """
@@ -67,7 +67,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
 
 
 def _for_the_method_of(overrides: Sequence[Override], values: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
-    """A file's values without what the method that overrides choose does not use, and notes on what was dropped."""
+    """A file's values without keys that the method chosen by overrides does not use, and notes on those dropped."""
     name = next((override.value for override in reversed(overrides) if override.path == ("method", "name")), None)
     section = values.get("method")
     if not (isinstance(section, dict) and isinstance(name, str) and name in METHODS):
@@ -104,7 +104,7 @@ def override_config(config: RunConfig, overrides: Sequence[str]) -> RunConfig:
     """`config` with `key.sub=value` overrides, as `load_config` applies them to a file.
 
     Raises:
-        UserError: an override cannot be applied; or, one line for each, what is wrong with the changed config.
+        UserError: an override cannot be applied; or, one line for each, the faults of the changed config.
     """
     if not overrides:
         return config

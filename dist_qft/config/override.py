@@ -12,7 +12,7 @@ from dist_qft.config.renamed import current_path
 
 
 class OverrideError(Exception):
-    """Why one override cannot be applied."""
+    """The reason why one override cannot be applied."""
 
 
 @dataclass(frozen=True)
@@ -30,10 +30,10 @@ class Override:
 
     @classmethod
     def parse(cls, text: str) -> "Override":
-        """From `key.sub=value`; raises OverrideError unless it is one, with a value in YAML."""
+        """Parse `key.sub=value`; raises OverrideError unless it has that form, with a value in YAML."""
         key, equals, value = text.partition("=")
         if not equals or not all(key.split(".")):
-            raise OverrideError("need key.sub=value")
+            raise OverrideError("must be key.sub=value")
         try:
             return cls(text, current_path(key_path(key)), make_yaml().load(value))
         except (YAMLError, ValueError, RecursionError):

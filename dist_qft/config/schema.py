@@ -1,8 +1,8 @@
 """The config tree: every setting, its type, its default and its allowed range, in one place.
 
 A config file is YAML with these sections; `dist_qft.config.load` reads it, applies `key.sub=value`
-overrides and reports all faults at once. After loading nobody asks for a default again: what a section
-holds is what the run uses. Names follow Hugging Face's where they have one.
+overrides and reports all faults at once. After loading nobody asks for a default again: the run uses the values that a
+section holds. Names follow Hugging Face's where they have one.
 """
 
 from collections.abc import Iterable
@@ -79,7 +79,7 @@ class QuantizationConfig(Section):
 
 
 class ShardingConfig(Section):
-    """How the frozen base is divided over the ranks, and how the ranks work together."""
+    """The division of the frozen base over the ranks, and the work of the ranks together."""
 
     engine: Literal["fsdp", "zero", "replicated"] = Field(
         "fsdp", description="how the base is held: sharded by FSDP2 or by DeepSpeed ZeRO-3, or whole on every rank"
@@ -124,7 +124,7 @@ class ShardingConfig(Section):
 
 
 class CheckpointConfig(Section):
-    """When checkpoints are written and which are kept."""
+    """Checkpoints: when they are written and which are kept."""
 
     save_steps: Positive | None = Field(
         None,
@@ -140,7 +140,7 @@ class CheckpointConfig(Section):
 
 
 class EvaluationConfig(Section):
-    """When held-out data are evaluated, and prompts to answer then."""
+    """Evaluations: when held-out data are evaluated, and prompts to answer then."""
 
     eval_steps: Positive | None = Field(
         None,
@@ -208,7 +208,7 @@ class RunConfig(Section):
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """What reading this config changed, for its user to know: keys with old names, keys that were dropped."""
+        """Notes for the user on changes made while reading: keys with old names, keys that were dropped."""
         return self._notes
 
     def with_notes(self, notes: Iterable[str]) -> "RunConfig":

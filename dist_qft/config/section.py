@@ -1,4 +1,4 @@
-"""What every section of the config tree is made of: the strict base class and the ranges that several keys share."""
+"""The parts of every section of the config tree: the strict base class and the ranges that several keys share."""
 
 from typing import Annotated
 

@@ -1,4 +1,5 @@
-"""Pydantic's errors over a config in plain words: the key, what was given, what it must be, which key was meant.
+"""Pydantic's errors over a config in plain words: the key, the given value, the values that it must have, and the key
+that was probably meant.
 
 Allowed values and key names are read from the schema's own JSON Schema, so they cannot disagree with it.
 Files and lines are not known here; `dist_qft.config.load` puts them in front.
@@ -225,7 +226,7 @@ def _given(value: Any) -> str:
 
 
 def _allowed(path: KeyPath, values: Any = None) -> str:
-    """What the schema admits at a key, in words."""
+    """The values that the schema admits at a key, in words."""
     nodes = _nodes(path, values)
     if all("const" in node for node in nodes):
         return f"one of {', '.join(node['const'] for node in nodes)}"
@@ -233,7 +234,7 @@ def _allowed(path: KeyPath, values: Any = None) -> str:
 
 
 def _allowed_node(node: dict[str, Any]) -> str:
-    """What one JSON Schema node admits; null, the same as leaving the key out, is not worth a word."""
+    """The values that a JSON Schema node admits, in words; without null, which is the same as leaving the key out."""
     variants = [variant for variant in _variants(node) if variant.get("type") != "null"]
     if "discriminator" in node:
         return "a section with name and the keys of that method"

@@ -50,8 +50,8 @@ class TokenDataset:
     tokens, ascending. packed_length: tokens of a row in a batch if packed, else None. pad_id: fills the rest of a row.
     counts: made while building (read, kept, dropped_*, truncated, tokens, target_tokens, rows, ...).
     labels: (rows,) float32 if rows are labelled: each row's last token is then its one target, for the label.
-    notes: lines for the user about what became of the samples. mixture: rows and weight of each of several data sets,
-    which lie one behind the other; () if rows are used in one order over all.
+    notes: lines for the user about samples that were dropped, cut or changed. mixture: rows and weight of each of
+    several data sets, which lie one behind the other; () if rows are used in one order over all.
     """
 
     tokens: np.ndarray
@@ -142,7 +142,7 @@ class TokenDataset:
         return {name: np.ascontiguousarray(getattr(self, name)) for name in names}
 
     def save(self, path: Path) -> None:
-        """Writes the file, whole or not at all. SetupError if there is no space or the folder is not writable."""
+        """Write the file, whole or not at all. SetupError if there is no space or the folder is not writable."""
         metadata = {
             "version": FORMAT_VERSION,
             "digest": self.digest,
@@ -160,7 +160,7 @@ class TokenDataset:
 
     @classmethod
     def load(cls, path: Path) -> "TokenDataset":
-        """Reads what `save` wrote; CorruptFileError if that is not what the file holds."""
+        """Read a file that `save` wrote; CorruptFileError if it holds anything else."""
         try:
             # Through torch, because safetensors maps a file into memory for torch but copies it for numpy.
             with safe_open(path, framework="pt") as file:

@@ -1,4 +1,4 @@
-"""From a data set's records to token sequences, with an account of what became of every record."""
+"""Encode a data set's records as token sequences, and count the records that are kept, cut and dropped."""
 
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -17,7 +17,7 @@ _NAMED = 10  # bad rows that are named
 
 @dataclass(frozen=True)
 class Encoded:
-    """The kept samples of one data set, counts of what became of the others, and lines for the user."""
+    """The kept samples of one data set, counts of the others by reason, and lines for the user."""
 
     sequences: list[TokenSequence]
     counts: dict[str, int]

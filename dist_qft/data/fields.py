@@ -18,7 +18,7 @@ class Fields:
         return RowError(f"{self.where}: field {column!r} {reason}; the record has: {field_names(self.record)}")
 
     def get(self, field: str) -> Any:
-        """None stands for absent: tables fill the fields that a record lacks with nulls."""
+        """The value of a field; None if it is absent, since tables fill the fields that a record lacks with nulls."""
         return self.record.get(self.columns.get(field, field))
 
     def require(self, field: str) -> Any:

@@ -44,10 +44,10 @@ def _list_files(path: Path, key: str, split: str) -> FolderFiles:
     if path.is_dir():
         found = files_of_folder(path, split, tuple(READERS), key)
         if not found.files:
-            raise UserError(f"{key}.path: the folder {path} holds no data files; allowed: {allowed}")
+            raise UserError(f"{key}.path: the folder {path} holds no data files; must be {allowed}")
         return found
     if path.suffix not in READERS:
-        raise UserError(f"{key}.path: {path} has an unknown file type; allowed: {allowed}")
+        raise UserError(f"{key}.path: {path} has an unknown file type; must be {allowed}")
     if split != "train":
         raise UserError(f"{key}.split: {path} is one file and has no splits; name the wanted file in {key}.path")
     return FolderFiles([path])
@@ -76,10 +76,10 @@ def _read_json(path: Path, counts: Counter[str]) -> Iterator[LocatedRecord]:
     document = _parse_json("".join(_checked_lines(path)), path, first_line=1)
     if isinstance(document, dict):
         if "data" not in document:
-            raise UserError(f'{path}: an object without "data"; allowed: an array of objects, or {{"data": [...]}}')
+            raise UserError(f'{path}: an object without "data"; must be an array of objects, or {{"data": [...]}}')
         document = document["data"]
     if not isinstance(document, list):
-        raise UserError(f'{path}: {_json_type(document)}; allowed: an array of objects, or {{"data": [...]}}')
+        raise UserError(f'{path}: {_json_type(document)}; must be an array of objects, or {{"data": [...]}}')
     for number, record in enumerate(document, start=1):
         where = f"{path}: record {number}"
         try:
@@ -183,7 +183,7 @@ def _refuse_constant(name: str) -> NoReturn:
 
 def _require_object(value: Any, where: str) -> Record:
     if not isinstance(value, dict):
-        raise RowError(f"{where}: {_json_type(value)}; allowed: an object")
+        raise RowError(f"{where}: {_json_type(value)}; must be an object")
     return value
 
 

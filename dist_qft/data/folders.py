@@ -1,4 +1,4 @@
-"""The data files of a folder: those of one split, by their names or by what `datasets` wrote about them.
+"""The data files of a folder: those of one split, by their names or by the metadata that `datasets` wrote.
 
 Three kinds of folder are known: plain ones, clones of a Hub repository (files in `data/`), and those that
 `save_to_disk` writes (Arrow files named in `state.json`, and for several splits a folder each).
@@ -37,7 +37,7 @@ def files_of_folder(folder: Path, split: str, suffixes: tuple[str, ...], key: st
         key: the config section to blame, such as `data.train`.
 
     Raises:
-        UserError: the folder has other splits only, or what it says about itself cannot be read.
+        UserError: the folder has other splits only, or its own metadata cannot be read.
     """
     if (folder / "dataset_dict.json").is_file():
         names = _read(folder / "dataset_dict.json", key).get("splits")

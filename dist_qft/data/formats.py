@@ -63,12 +63,12 @@ def resolve_format(dataset: DatasetConfig, first: tuple[Record, str], key: str) 
     known = FORMATS[name].required + FORMATS[name].optional
     for field in dataset.columns:
         if field not in known:
-            raise UserError(f"{key}.columns: {name} has no field {field!r}; allowed: {', '.join(known)}")
+            raise UserError(f"{key}.columns: {name} has no field {field!r}; must be {', '.join(known)}")
     return name
 
 
 def to_sample(record: Record, format_name: str, columns: Mapping[str, str], where: str) -> Sample:
-    """Interprets one record; UserError naming `where`, the field and the fields at hand if it does not fit."""
+    """Interpret one record; UserError naming `where`, the field and the fields at hand if it does not fit."""
     fields = Fields(record, columns, where)
     match format_name:
         case "alpaca":

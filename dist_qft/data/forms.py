@@ -1,4 +1,4 @@
-"""The form in which messages are given to a template: templates differ in what they take.
+"""The form in which messages are given to a template: templates differ in the forms that they take.
 
 Some take the arguments of a call as JSON text, some walk lists of content parts, some know no system role. A
 conversation is given in the usual form first. If the template refuses it or leaves something out, the forms that may
@@ -72,8 +72,8 @@ def system_length(messages: Sequence[Message]) -> int:
 def locate(conversation: Conversation, finder: SpanFinder, wanted: set[int], checked: Collection[int]) -> Located:
     """The rendered conversation and the places of the `wanted` assistant messages in it.
 
-    checked: the messages that must be in the text; `missing` lists what is not, of tools, too. All message numbers are
-    those of `conversation`.
+    checked: the messages that must be in the text; `missing` lists texts that are not in it, of tools, too. All message
+    numbers are those of `conversation`.
 
     Raises:
         TemplateRefusal: no form of the conversation can be rendered, or the places cannot be told.

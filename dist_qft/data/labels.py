@@ -1,4 +1,4 @@
-"""From a label as the data gives it to the number that is trained on."""
+"""The number that is trained on, from a label as the data gives it."""
 
 import math
 import reprlib
@@ -11,8 +11,8 @@ from dist_qft.data.records import RowError
 def label_value(task: TaskConfig, label: Any, where: str) -> float:
     """The position of a label in `task.labels`, or of a regression the number itself.
 
-    A label may be given by name or, as an integer, by position; a name wins. RowError naming `where` and what is
-    allowed for anything else.
+    A label may be given by name or, as an integer, by position; a name wins. RowError naming `where` and the allowed
+    labels for anything else.
     """
     if task.name == "regression":
         return _number(label, where)
@@ -22,7 +22,7 @@ def label_value(task: TaskConfig, label: Any, where: str) -> float:
     if type(label) is int and 0 <= label < len(task.labels):
         return float(label)
     allowed = f"{', '.join(task.labels)}, or a position from 0 to {len(task.labels) - 1}"
-    raise RowError(f"{where}: label {reprlib.repr(label)} is not in task.labels; allowed: {allowed}")
+    raise RowError(f"{where}: label: got {reprlib.repr(label)}, must be one of task.labels: {allowed}")
 
 
 def _number(label: Any, where: str) -> float:
@@ -31,5 +31,5 @@ def _number(label: Any, where: str) -> float:
     except (TypeError, ValueError):
         value = math.nan
     if not math.isfinite(value):
-        raise RowError(f"{where}: label {reprlib.repr(label)} is not a finite number, which task regression needs")
+        raise RowError(f"{where}: label: got {reprlib.repr(label)}, must be a finite number for task regression")
     return value

@@ -16,7 +16,7 @@ class Lengths:
 
     Attributes:
         maximum: tokens of a sample.
-        overlong: what happens to longer ones.
+        overlong: `drop`, `truncate` or `error` for longer ones.
         source: tokens before a sample's first target; None sets no limit.
         target: tokens from its first target on; None sets no limit.
         bos_id: kept at the beginning of a source that is cut; None if the tokenizer has none.

@@ -1,7 +1,7 @@
-"""From the config's data section to tokenized data sets, built once and cached.
+"""The tokenized data sets of a config's data section, built once and cached.
 
 Meant to run before the process group starts, so that no rank waits in a collective for a tokenizer. Ranks that share
-`cache_dir` may all call it at once: the first builds under a file lock, the others load what it wrote.
+`cache_dir` may all call it at once: the first builds under a file lock, the others load its files.
 """
 
 import datetime
@@ -30,7 +30,7 @@ class Prepared:
     eval: TokenDataset | None
 
     def notes(self) -> list[str]:
-        """Lines for the user: what was left out or cut, and what a template did not render."""
+        """Lines for the user: rows that were left out or cut, and texts that a template did not render."""
         held_out = [self.eval] if self.eval is not None else []
         return [note for dataset in (self.train, *held_out) for note in dataset.notes]
 
@@ -87,7 +87,7 @@ def prepare(
 
 
 def _lock(cache_dir: Path, key: str) -> filelock.BaseFileLock:
-    """The cache entry's lock, held; waits for whoever builds the entry."""
+    """The cache entry's lock, held; waits for the process that builds the entry."""
     try:
         cache_dir.mkdir(parents=True, exist_ok=True)
         lock = filelock.FileLock(cache_dir / f"{key}.lock")
@@ -198,7 +198,7 @@ def _hold_out(
 def held_out_indices(count: int, wanted: int) -> set[int]:
     """`wanted` of `count` sample indices, chosen by a hash of the index alone: no seed moves a sample across."""
     if wanted >= count:
-        raise UserError(f"data.eval_samples: {wanted} of {count} samples; allowed: at most {count - 1}")
+        raise UserError(f"data.eval_samples: got {wanted}, must be at most {count - 1} of the {count} samples")
     ranked = sorted(range(count), key=lambda index: hashlib.sha256(f"held out {index}".encode()).digest())
     return set(ranked[:wanted])
 

@@ -28,7 +28,7 @@ class Source:
     """An opened data set.
 
     digest: equal for equal content. Local files count by content, so touching one changes nothing.
-    read: yields (record, where) and adds to the given counter what it skipped.
+    read: yields (record, where) and counts the records that it skipped in the given counter.
     notes: lines for the user, such as which of a folder's files were taken.
     """
 
@@ -93,7 +93,7 @@ def _open_stdlib_docs(dataset: DatasetConfig, key: str) -> Source:
         setting = "split" if dataset.name is None else "name"
         given = getattr(dataset, setting)
         raise UserError(
-            f"{key}.{setting}: {STDLIB_DOCS} has no {given!r}; allowed: split {' or '.join(stdlib_docs.SPLITS)}"
+            f"{key}.{setting}: {STDLIB_DOCS} has no {given!r}; must be split {' or '.join(stdlib_docs.SPLITS)}"
         )
 
     def read(counts: Counter[str]) -> Iterator[LocatedRecord]:
@@ -127,7 +127,7 @@ def _open_hub(dataset: DatasetConfig, key: str) -> Source:
         splits = sorted(builder.info.splits)
         if dataset.split not in splits:
             allowed = ", ".join(splits)
-            raise UserError(f"{key}.split: {dataset.path} has no split {dataset.split!r}; allowed: {allowed}")
+            raise UserError(f"{key}.split: {dataset.path} has no split {dataset.split!r}; must be {allowed}")
         for number, record in enumerate(builder.as_dataset(split=dataset.split), start=1):
             yield without_nulls(record), f"{dataset.path} ({dataset.split}): record {number}"
 

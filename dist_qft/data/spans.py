@@ -53,8 +53,8 @@ class Located:
     """A rendered conversation.
 
     spans: by assistant message, the characters it writes, from behind its header to its end-of-turn token.
-    missing: what was said and is not in the text, or not inside its author's `{% generation %}` blocks.
-    notes: remarks on what is trained, for the user.
+    missing: texts of messages that are not in the rendered text, or not inside its author's `{% generation %}` blocks.
+    notes: remarks on the trained part, for the user.
     """
 
     text: str
@@ -64,7 +64,7 @@ class Located:
 
 
 class SpanFinder:
-    """Renders conversations with one template and finds the assistant's part in them.
+    """A finder of the assistant's part in conversations, which it renders with one template.
 
     end_markers: the tokenizer's added tokens, one of which usually ends a turn.
     """
@@ -178,7 +178,7 @@ class SpanFinder:
             at = gap.rfind(header) if header.strip() else -1
             if at < 0:
                 raise TemplateRefusal(
-                    f"the chat template does not show where message {message} begins; need one with "
+                    f"the chat template does not show where message {message} begins; must be one with "
                     "{% generation %} blocks, or data.loss_on: all"
                 )
             opening = at + len(header)
@@ -196,7 +196,7 @@ class SpanFinder:
         return start, end
 
     def _header(self, message: int, conversation: tuple[Sequence[Message], Sequence[Tool] | None], shape: Shape) -> str:
-        """The generation prompt alone: what a rendering of the messages before gains by it."""
+        """The generation prompt alone: the text that it adds to a rendering of the messages before."""
         if message not in shape.headers:
             messages, tools = conversation
             without, with_prompt = self.template.render(
@@ -210,7 +210,7 @@ class SpanFinder:
         """The length of the text behind a message's last piece that belongs to it, such as the end-of-turn token.
 
         closing: the text that ends a conversation with this message. Where other messages follow, the template may end
-        the turn in another way, and writes what it puts at the very end of every conversation there only.
+        the turn in another way, and text that it puts at the very end of every conversation is missing.
         """
         if closing is None:
             return self._first_marker(rest)

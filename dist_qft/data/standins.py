@@ -1,4 +1,4 @@
-"""Stand-ins: unique words in place of everything that messages say. They show where a template writes each text.
+"""Stand-ins: unique words in place of all texts of messages. They show where a template writes each text.
 
 A template may decide by a text's blanks and tags (`<think>`), so a stand-in keeps both and replaces only the text
 between them. If the rendered stand-ins, with the real texts put back, are exactly the rendered conversation, then the
@@ -24,7 +24,7 @@ class Piece:
     """A text without blanks around it that message `message` says.
 
     kind: content, reasoning, function (the name of a called one) or tool call (a text among its arguments).
-    blanks: what an empty content consists of; its piece has no text.
+    blanks: the blanks of an empty content, whose piece has no text.
     """
 
     message: int

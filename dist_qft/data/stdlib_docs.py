@@ -79,7 +79,7 @@ def _samples(root: Path) -> list[dict[str, Any]]:
 
 
 def is_held_out(top_level_module: str) -> bool:
-    """Whether a module belongs to the `eval` split: about one module in ten, by a hash of its name."""
+    """True if a module belongs to the `eval` split: about one module in ten, by a hash of its name."""
     return _stable_hash(f"split of {top_level_module}") % 10 == 0
 
 

@@ -1,4 +1,4 @@
-"""From a sample to token ids and, for each token, whether the model is trained to predict it.
+"""Encode a sample as token ids and, for each token, whether the model is trained to predict it.
 
 A conversation is rendered as text and tokenized once. The characters that the assistant writes are found in that text
 (`spans`) and carried over to tokens by their character offsets: tokenizing the turns one by one would give other
@@ -32,7 +32,7 @@ class TokenSequence:
     """One sample.
 
     input_ids: (n,) int32. targets: (n,) bool, whether token i is predicted from those before it; the first never is.
-    label: of a labelled sample, what is predicted instead of tokens: a label's position, or a number.
+    label: the target of a labelled sample, predicted instead of tokens: a label's position, or a number.
     """
 
     input_ids: np.ndarray
@@ -53,12 +53,13 @@ class Remarks:
 
 
 class SampleEncoder:
-    """Encodes samples with one tokenizer for a model of `vocab_size` token ids.
+    """An encoder of samples, with one tokenizer, for a model of `vocab_size` token ids.
 
     loss_on: "assistant" predicts the assistant's turns (content and end-of-turn token, not the header), or of a
     prompt and completion the completion; "all" predicts every token.
-    task: what labelled samples are judged by. train_on: the assistant's turns that are predicted. on_missing: what
-    happens if a template leaves out what was said. today: the date that templates with a clock are told. template: the
+    task: the task, with the labels that samples may have. train_on: the assistant's turns that are predicted.
+    on_missing: the reaction to a template that leaves out a part of a conversation.
+    today: the date that templates with a clock are told. template: the
     `data.template` that the tokenizer has been given.
     """
 
@@ -192,7 +193,7 @@ class SampleEncoder:
             key = f"message {piece.message} ({sample.messages[piece.message]['role']}), {piece.kind}"
         if self.on_missing == "error":
             raise RowError(
-                f"{where}: {key}: {reprlib.repr(piece.text)} is not in what the chat template renders; need a template "
+                f"{where}: {key}: {reprlib.repr(piece.text)} is not in the rendered conversation; must be a template "
                 "that writes it, other data, or data.on_missing: warn"
             )
         for kind in sorted({"tool call" if piece.kind == "function" else piece.kind for piece in missing}):

@@ -52,7 +52,7 @@ def use_our_agent(state: LaunchState, max_restarts: int) -> None:
 
 
 class Agent(LocalElasticAgent):
-    """Starts, watches and restarts the ranks of one node."""
+    """An agent that starts, watches and restarts the ranks of one node."""
 
     def __init__(self, state: LaunchState, **options: Any) -> None:
         super().__init__(**options)
@@ -102,12 +102,12 @@ class Agent(LocalElasticAgent):
 
 
 def _is_closed(rendezvous: RendezvousHandler) -> bool:
-    """Whether a node has ended the run for good; only our rendezvous can tell."""
+    """True if a node has ended the run for good; only our rendezvous can tell."""
     return isinstance(rendezvous, NodeRendezvous) and rendezvous.is_closed()
 
 
 def _cannot_meet(rendezvous: RendezvousHandler) -> bool:
-    """Whether no new round can come about, since a node has ended the run or the link to node 0 is cut."""
+    """True if no new round can come about, since a node has ended the run or the link to node 0 is cut."""
     return _is_closed(rendezvous) or (isinstance(rendezvous, NodeRendezvous) and rendezvous.is_cut_off)
 
 
@@ -124,7 +124,7 @@ def first_failure(failures: Mapping[int, ProcessFailure]) -> tuple[int, ProcessF
 
 
 def ending(rank: int, failure: ProcessFailure) -> str:
-    """How a rank ended, such as "rank 1 was killed by SIGKILL"."""
+    """The end of a rank in words, such as "rank 1 was killed by SIGKILL"."""
     if failure.exitcode < 0:
         return f"rank {rank} was killed by {failure.signal_name()}"
     return f"rank {rank} ended with exit code {failure.exitcode}"

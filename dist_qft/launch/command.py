@@ -150,7 +150,7 @@ def _meet_our_way(args: Namespace) -> None:
 
 
 class _Signals:
-    """Passes stop signals on to the ranks, and kills those that are still there `grace_seconds` after the first one."""
+    """A handler of stop signals: passes them on to the ranks, and kills those left `grace_seconds` after the first."""
 
     def __init__(self, names: Sequence[str], grace_seconds: int, state: LaunchState) -> None:
         self.hurried = False

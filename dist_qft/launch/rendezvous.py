@@ -1,4 +1,4 @@
-"""How the launchers of several nodes meet, and meet again after a rank was lost.
+"""The meeting of the launchers of several nodes, at the start and again after a rank was lost.
 
 torchrun's own choices do not fit: its static rendezvous tells the other nodes nothing of a restart, its c10d rendezvous
 numbers the nodes by their addresses and not by NODE_RANK, and both listen on all interfaces.
@@ -71,7 +71,7 @@ class NodeRendezvous(RendezvousHandler):
 
     @property
     def use_agent_store(self) -> bool:
-        """Whether the ranks find their store here, rather than have rank 0 serve one."""
+        """True if the ranks find their store here, rather than have rank 0 serve one."""
         return True
 
     def next_rendezvous(self) -> RendezvousInfo:
@@ -105,7 +105,7 @@ class NodeRendezvous(RendezvousHandler):
             return 0
 
     def is_closed(self) -> bool:
-        """Whether a node has ended for good; so has node 0 if its store is gone."""
+        """True if a node has ended for good; so has node 0 if its store is gone."""
         if not self._closed and self._store is not None:
             try:
                 self._closed = self._ask(lambda: self._meeting.check(["closed"]))
@@ -117,7 +117,7 @@ class NodeRendezvous(RendezvousHandler):
 
     @property
     def is_cut_off(self) -> bool:
-        """Whether the store owes an answer: this node can meet no other then."""
+        """True if the store has not answered in time: this node can meet no other then."""
         return self._owed is not None and not self._owed.answered.is_set()
 
     def set_closed(self) -> None:
@@ -127,7 +127,7 @@ class NodeRendezvous(RendezvousHandler):
                 self._ask(lambda: self._meeting.set("closed", "1"))
 
     def shutdown(self) -> bool:
-        """Called when this launcher ends, well or not; the agent calls `set_closed` if it is for all nodes."""
+        """Do nothing when this launcher ends: the agent calls `set_closed` if all nodes are to end."""
         return True
 
     def _ask(self, request: Callable[[], T]) -> T:

@@ -69,7 +69,7 @@ class Publication:
 
 @contextmanager
 def publishing_certified(final: Path, overwrite: bool) -> Iterator[Publication]:
-    """Like `storage.atomic.publishing`, with a certificate that appears together with the file or folder."""
+    """Publish like `storage.atomic.publishing`, with a certificate that appears together with the file or folder."""
     publication: Publication | None = None
     try:
         with publishing(final, overwrite) as temporary:

@@ -134,7 +134,7 @@ def total_difference(difference: Difference, device: torch.device) -> Difference
 
 @contextmanager
 def failing_together(target: Path, device: torch.device, stop: StopSignal | None = None) -> Iterator[None]:
-    """Inside, ranks work on their own; afterwards all go on, or all raise what one of them met. Collective.
+    """Context in which ranks work on their own. At its end all go on, or all raise the error of one. Collective.
 
     Raises:
         SetupError: a write failed on some rank. The rank that failed names the reason, the others name the result.

@@ -30,7 +30,7 @@ class Difference:
 
     @property
     def share_of_update(self) -> float:
-        """Root mean square of the distances over that of dW: the share of what was learned that rounding takes."""
+        """Root mean square of the distances over that of dW: the share of the update lost to rounding."""
         return math.sqrt(self.squares / self.update_squares) if self.update_squares else 0.0
 
     @property

@@ -1,4 +1,4 @@
-"""The live model: a loaded base with its tile adapters attached, which is what a merge starts from."""
+"""The live model: a loaded base with its tile adapters attached, the start of a merge."""
 
 from dataclasses import dataclass
 

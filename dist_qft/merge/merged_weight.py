@@ -1,8 +1,9 @@
 """Arithmetic on one layer: the weight that the live model computes with, by rows, before any rounding by a result.
 
-That weight is the dequantized one plus the adapter's dW. With `merge_aware` it is what the layer's folded zeros give:
-there the live model itself computes with rounded zeros. The exact fold is `dist_qft.methods.adapters.exact_fold`; which
-rank holds which rows, and where results go, is decided by `collective` and the writers.
+That weight is the dequantized one plus the adapter's dW. With `merge_aware` it is the weight of the layer's folded
+zeros: there the live model itself computes with rounded zeros. The exact fold is
+`dist_qft.methods.adapters.exact_fold`; which rank holds which rows, and where results go, is decided by `collective`
+and the writers.
 """
 
 from collections.abc import Iterable, Iterator, Mapping
@@ -36,7 +37,7 @@ def update_rows(adapter: TileAdapter, start: int, stop: int) -> Tensor:
 def live_rows(
     format: Format, packed: Mapping[str, Tensor], shape: Shape, adapter: TileAdapter | None
 ) -> Iterator[Rows]:
-    """A packed weight in chunks of rows, in order, without and with what its adapter adds."""
+    """A packed weight in chunks of rows, in order, without and with its adapter's dW."""
     base = _dequantized(format, packed, shape)
     if adapter is None:
         yield from (Rows(rows, rows) for _, rows in base)

@@ -1,7 +1,7 @@
 """The files that go along with an export for its readers: a model card, and for GGUF a Modelfile for Ollama.
 
-They are written after the result and are not certified: a card is there to be edited. A card says what was trained,
-how the result differs from the model that was trained, and how it is loaded. It names no path of this machine.
+They are written after the result and are not certified: a card is there to be edited. A card names the training, the
+difference of the result from the trained model, and the way to load it. It names no path of this machine.
 """
 
 from pathlib import Path

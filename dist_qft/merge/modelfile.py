@@ -18,7 +18,7 @@ _SYSTEM, _USER, _ANSWER = "qzsystemKj", "qzuserKj", "qzanswerKj"
 
 @dataclass(frozen=True)
 class Frames:
-    """The texts around what each role says.
+    """The texts around each role's messages.
 
     Attributes:
         start: before the first turn of a conversation without a system message.

@@ -81,7 +81,7 @@ def compare_logits(live: Tensor, other: Tensor, ids: list[int]) -> LogitDifferen
 
 @contextmanager
 def as_written(live: LiveModel, formats: Mapping[str, Format], dtype: torch.dtype | None) -> Iterator[None]:
-    """Inside, the base computes with the weights that an inexact merge would write; adapters should be disabled.
+    """Context in which the base computes with the weights that an inexact merge would write. Disable adapters in it.
 
     Each weight is converted when it is used, from the gathered tensors: no rank ever holds more than one.
 

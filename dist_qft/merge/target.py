@@ -26,7 +26,7 @@ class OpenResult(Protocol):
     """A file or folder that rank 0 has begun to write. `write` for each weight, `finish`; `close` in any case.
 
     Attributes:
-        difference: what conversions have lost so far.
+        difference: the loss of conversions so far.
     """
 
     difference: Difference
@@ -35,14 +35,14 @@ class OpenResult(Protocol):
         """Take one weight's tensors, whole and on the CPU."""
 
     def finish(self) -> None:
-        """Write what is left."""
+        """Write the rest."""
 
     def close(self) -> None:
         """Give up open files; the temporary result is removed by the caller, who chose its name."""
 
 
 class Writer(Protocol):
-    """Writes one result. Every rank has a writer, to agree on the tensors that are gathered; rank 0 opens it."""
+    """A writer of one result. Every rank has one, to agree on the tensors that are gathered; rank 0 opens it."""
 
     def notes(self) -> list[str]:
         """Reasons in words why the result is not quite the model that was run; empty if there are none."""

@@ -40,7 +40,7 @@ def run_verify(path: Path) -> None:
 
     Raises:
         UserError: no certificate, or base or checkpoint are not where it says, or not those it names.
-        CorruptFileError: a file of the result was changed, or the result is not what the certificate says.
+        CorruptFileError: a file of the result was changed, or the result differs from the certificate.
         NumericError: the adapters, the result or the certificate's figures are not finite.
     """
     world = World.from_environment()
@@ -57,7 +57,7 @@ def run_verify(path: Path) -> None:
 
 
 def verify(path: Path, device: torch.device) -> Verified:
-    """See `run_verify`; needs a process group of this process alone."""
+    """Recompute a certificate, see `run_verify`; needs a process group of this process alone."""
     place, said = read_certificate(path)
     result = place.parent / said.result.path
     if not result.exists():

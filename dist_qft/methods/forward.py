@@ -1,4 +1,4 @@
-"""Where the last hidden states of a micro-batch come from. Normally: from running the base."""
+"""The source of a micro-batch's last hidden states, normally a forward pass of the base."""
 
 from dataclasses import dataclass
 from typing import Protocol
@@ -22,7 +22,7 @@ class Forward(Protocol):
 
 @dataclass(frozen=True)
 class BaseForward:
-    """Runs the base with whatever is hooked onto it."""
+    """A forward pass of the base with everything that is hooked onto it."""
 
     base: BaseModel
     device: torch.device

@@ -1,4 +1,4 @@
-"""The door to the methods: from a config, or from a checkpoint, to the spec of what trains beside a base.
+"""The door to the methods: from a config, or from a checkpoint, to the spec of the trainables beside a base.
 
 A method of another kind than those here adds a line to `KINDS`. A tile method needs none: it is settings of an adapter.
 """
@@ -41,13 +41,13 @@ KINDS: dict[type[MethodConfig], Kind] = {
 
 
 def make_spec(config: RunConfig, base: BaseModel) -> TrainableSpec[Any]:
-    """What the config's method trains beside this base; from shapes alone. UserError if it does not fit."""
+    """The spec of the config's trainables beside this base, from shapes alone. UserError if it does not fit."""
     kind = next(kind for section, kind in KINDS.items() if isinstance(config.method, section))
     return kind.make(config.method, base)
 
 
 def stored_spec(checkpoint: Checkpoint, base: BaseModel) -> TrainableSpec[Any]:
-    """What a checkpoint holds, to be put beside this base. UserError if it is nothing of ours or does not fit."""
+    """The spec of a checkpoint's trainables beside this base. UserError if it is not ours or does not fit."""
     stored, where = checkpoint.adapter_config, str(checkpoint.path)
     kinds = {kind.spec.peft_type: kind for kind in KINDS.values()}
     kind = kinds.get(str(stored.get("peft_type")))

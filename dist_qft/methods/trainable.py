@@ -37,7 +37,7 @@ class TrainableSet(Protocol):
         """Hook onto a base: its last hidden states are from now on those of the tuned model."""
 
     def disabled(self) -> AbstractContextManager[None]:
-        """Inside, the hooked model is the base model."""
+        """Context in which the hooked model is the base model."""
 
     def detach(self) -> None:
         """Remove the hooks: the base computes as if it had never been touched."""
@@ -73,7 +73,7 @@ class HookedTrainables(nn.Module):
 
     @contextmanager
     def disabled(self) -> Iterator[None]:
-        """Inside, the hooked model is the base model."""
+        """Context in which the hooked model is the base model."""
         before, self._enabled = self._enabled, False
         try:
             yield
@@ -104,7 +104,7 @@ class Counts:
 
 @dataclass(frozen=True)
 class TrainingParts(Generic[SetT]):
-    """What a spec may use to run the tuned model during training.
+    """The parts that a spec may use to run the tuned model during training.
 
     Attributes:
         keep_head: from the next use on, keep the vocabulary weights of the loss gathered on every rank. For training
@@ -120,7 +120,7 @@ class TrainingParts(Generic[SetT]):
 
 
 class TrainableSpec(ABC, Generic[SetT]):
-    """What will be trained beside a base, decided from shapes alone.
+    """A description of trainables beside a base, decided from shapes alone.
 
     Attributes:
         peft_type: names the kind in `adapter_config.json`. Not a PEFT name: other loaders must fail loudly, not serve
@@ -149,14 +149,14 @@ class TrainableSpec(ABC, Generic[SetT]):
 
     @abstractmethod
     def difference(self, stored: Mapping[str, Any]) -> str | None:
-        """How the spec that `stored` describes differs from this one; None if it does not."""
+        """The difference of the spec that `stored` describes from this one, in words; None if there is none."""
 
     @abstractmethod
     def summary(self) -> str:
-        """Where the trainables are, for the opening lines: "210 layers"."""
+        """The place of the trainables, for the opening lines: "210 layers"."""
 
     def warnings(self, base: BaseModel) -> list[str]:
-        """What is allowed on this base but probably not meant, each line starting with a config key."""
+        """Warnings of settings that this base allows but are probably not meant; each starts with a config key."""
         return []
 
     @abstractmethod
@@ -171,7 +171,7 @@ class TrainableSpec(ABC, Generic[SetT]):
         """Give fresh trainables starting values that depend on the base's weights. Rank 0 calls this alone."""
 
     def disk_notes(self, output_dir: Path, base: BaseModel, data: TokenDataset) -> list[str]:
-        """Lines on what training will keep on disk besides checkpoints.
+        """Lines on the files that training will keep on disk besides checkpoints.
 
         Raises:
             UserError: the disk has no room for it.
@@ -179,7 +179,7 @@ class TrainableSpec(ABC, Generic[SetT]):
         return []
 
     def forward(self, parts: TrainingParts[SetT]) -> Forward:
-        """How training gets the last hidden states of a micro-batch."""
+        """The forward pass by which training gets the last hidden states of a micro-batch."""
         return BaseForward(parts.base, parts.device)
 
 
@@ -194,9 +194,9 @@ def copy_tensors(own: Mapping[str, nn.Parameter], given: Mapping[str, torch.Tens
     for name, parameter in own.items():
         tensor = given.get(name)
         if tensor is not None and tensor.shape != parameter.shape:
-            faults.append(f"{name} has shape {list(tensor.shape)}, need {list(parameter.shape)}")
+            faults.append(f"{name} has shape {list(tensor.shape)}, must be {list(parameter.shape)}")
         elif tensor is not None and not tensor.is_floating_point():
-            faults.append(f"{name} has dtype {tensor.dtype}, need a floating-point type")
+            faults.append(f"{name} has dtype {tensor.dtype}, must be a floating-point type")
     if faults:
         raise UserError(f"adapter tensors do not fit: {'; '.join(faults)}")
     for name, parameter in own.items():

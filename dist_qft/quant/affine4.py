@@ -54,7 +54,7 @@ class Affine4(BlockFormat):
 
     def __post_init__(self) -> None:
         if min(self.block) < 1:
-            raise UserError(f"quantization.block: got {list(self.block)}, affine4 needs two sizes of at least 1")
+            raise UserError(f"quantization.block: got {list(self.block)}, must be two sizes of at least 1 for affine4")
         if self.constants not in CONSTANTS:
             raise UserError(f"quantization.constants: got '{self.constants}', must be one of {', '.join(CONSTANTS)}")
 

@@ -112,7 +112,7 @@ class Codebook4(BlockFormat):
 
 @cache
 def _pairs() -> Tensor:
-    """For each byte its two values: pairs of float32, seen as int64."""
+    """The two values of each byte: pairs of float32, seen as int64."""
     values = torch.tensor([*_E2M1, *(-value for value in _E2M1)])
     byte = torch.arange(256)
     return torch.stack([values[byte & 15], values[byte >> 4]], dim=1).view(torch.int64).squeeze(1)

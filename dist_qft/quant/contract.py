@@ -41,7 +41,7 @@ class FoldTarget:
 
 
 class Format(ABC):
-    """How one weight of shape (out_features, in_features) is stored, and how it comes back."""
+    """The storage of one weight of shape (out_features, in_features), and its way back to floats."""
 
     name: ClassVar[str]
 
@@ -77,16 +77,16 @@ class Format(ABC):
 
     @property
     def row_format(self) -> "Format | None":
-        """For a format that is not `row_local`: the row-local one from whose tensors of all rows its own follow."""
+        """The row-local format whose tensors of all rows determine this one's; None if this one is `row_local`."""
         return None
 
     def second_pass(self, packed: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """From the whole constants of `row_format`, the tensors that this format has in their place."""
+        """The tensors that this format has in place of the whole constants of `row_format`."""
         raise NotImplementedError(f"{self.name} is quantized by rows")
 
     @property
     def fold_target(self) -> FoldTarget | None:
-        """Where a change of the weight that is constant on each block goes exactly; None if there is no such place."""
+        """The tensor into which a change that is constant on each block folds exactly; None if there is none."""
         return None
 
     @property
@@ -133,7 +133,7 @@ class Format(ABC):
     ) -> Tensor:
         """The weight in `dtype`: computed in float32, then rounded once.
 
-        `out`, if given, is a contiguous tensor of this shape and dtype, and is what is returned.
+        `out`, if given, is a contiguous tensor of this shape and dtype, and is returned.
         """
 
     def bytes_of(self, shape: Shape, dense_element_size: int = 4) -> int:
@@ -240,7 +240,9 @@ def finite_rows(weight: Tensor, rows: slice, where: str) -> Tensor:
     if chunk.numel() and not torch.isfinite(torch.stack(torch.aminmax(chunk))).all():
         row, column = (~torch.isfinite(chunk)).nonzero()[0].tolist()
         value = chunk[row, column].item()
-        raise UserError(f"{where}: the weight at [{rows.start + row}, {column}] is {value}, need finite float32 values")
+        raise UserError(
+            f"{where}: the weight at [{rows.start + row}, {column}] is {value}, must be a finite float32 value"
+        )
     return chunk
 
 

@@ -68,7 +68,7 @@ class FrozenExperts(FrozenWeight):
 
 
 class _ExpertProducts(torch.autograd.Function):
-    """Dequantizes an expert for its product and again for its gradient, and saves no tensor in between.
+    """A product that dequantizes an expert, again for its gradient, and saves no tensor in between.
 
     The context keeps the module, not its packed tensors, as the frozen linear layer's does and for the same reason.
     """

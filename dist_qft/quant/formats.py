@@ -20,7 +20,7 @@ _KINDS: dict[str, type[Format]] = {kind.name: kind for kind in (NF4, Affine4, Af
 
 @dataclass(frozen=True)
 class LinearSettings:
-    """What a config can say about the format of linear layers besides its name. The config's check lets pass only
+    """The settings of linear layers' format in a config, besides its name. The config's check lets pass only
     what the named format has; None and False stand for the format's own defaults."""
 
     block: Sequence[int] | None = None
@@ -60,7 +60,7 @@ def embedding_format(name: str) -> Format:
 
 
 def described_format(description: Mapping[str, Any]) -> Format:
-    """The format of which `description` is what its `describe` says.
+    """The format whose `describe` gives `description`.
 
     Raises UserError or TypeError if it describes none: an unknown name, or settings the format does not have.
     """

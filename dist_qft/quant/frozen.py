@@ -43,7 +43,7 @@ class FrozenWeight(nn.Module):
     def packed(self) -> dict[str, Tensor]:
         """The packed tensors as they are now; raises TypeError if one was cast.
 
-        `module.bfloat16()` and an engine's mixed precision cast what is floating point: the block constants.
+        `module.bfloat16()` and an engine's mixed precision cast the floating-point tensors: the block constants.
         """
         tensors = {}
         for name, dtype in self._packed_dtypes.items():
@@ -111,12 +111,12 @@ class FrozenLinear(FrozenWeight):
         return _FrozenProduct.apply(x, self)
 
     def pieces(self) -> Iterator[tuple[slice, Tensor]]:
-        """The weight in ranges of rows, each dequantized when it is asked for; only for what is `in_pieces`."""
+        """The weight in ranges of rows, each dequantized when asked for; only with `in_pieces`."""
         return self.format.row_pieces(self._packed_in_use(), self.weight_shape, self.dtype)
 
     @property
     def in_pieces(self) -> bool:
-        """Whether products with this weight are best made of pieces: on CPUs, in float32, if it has more than one.
+        """True if products with this weight are best made of pieces: on CPUs, in float32, if it has more than one.
 
         A piece stays in the cache between its dequantization and its product, and no block of some 10 MiB, of fresh
         pages each time, is ever asked for. With 16-bit types sums over pieces would be rounded once per piece.
@@ -132,7 +132,7 @@ class _ProductContext(FunctionCtx):
 
 
 class _FrozenProduct(torch.autograd.Function):
-    """Dequantizes once for the product and again for the gradient, and saves no tensor in between.
+    """A product that dequantizes its weight, again for the gradient, and saves no tensor in between.
 
     The context keeps the module, not its packed tensors: an engine frees the gathered ones after the forward pass and
     puts others in their place before the backward pass.
@@ -167,8 +167,8 @@ class _FrozenProduct(torch.autograd.Function):
 class FrozenEmbedding(FrozenWeight):
     """Rows of a packed table (num_embeddings, embedding_dim) by id; only the rows looked up are dequantized.
 
-    `scale`, rounded to `dtype`, multiplies what is looked up (Gemma: sqrt(hidden size)), not what `rows` returns, which
-    a tied LM head uses. Needs a format that stores each row by itself (q8_0, dense). `padding_idx` is only kept.
+    `scale`, rounded to `dtype`, multiplies the rows that are looked up (Gemma: sqrt(hidden size)), not those of `rows`,
+    which a tied LM head uses. Needs a format that stores each row by itself (q8_0, dense). `padding_idx` is only kept.
     """
 
     def __init__(

@@ -42,7 +42,7 @@ class NF4(Format):
 
     def __post_init__(self) -> None:
         if self.block not in BLOCKS:
-            raise UserError(f"quantization.block: got [{self.block}], nf4 needs one of {_listed(BLOCKS)}")
+            raise UserError(f"quantization.block: got [{self.block}], must be one of {_listed(BLOCKS)} for nf4")
 
     @property
     def row_local(self) -> bool:
@@ -54,10 +54,10 @@ class NF4(Format):
     def check(self, shape: Shape, where: str) -> None:
         in_features = shape[1]
         if in_features % self.block:
-            legal = _listed(block for block in BLOCKS if in_features % block == 0) or "none, use affine4 or exempt it"
+            legal = _listed(block for block in BLOCKS if in_features % block == 0) or "affine4, or exempt it"
             raise UserError(
                 f"{where}: nf4 block {self.block} does not divide in_features {in_features} "
-                f"of a weight of shape {shape} (legal: {legal})"
+                f"of a weight of shape {shape}; must be {legal}"
             )
 
     def packed_shapes(self, shape: Shape) -> PackedShapes:

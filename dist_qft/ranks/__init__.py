@@ -1,1 +1,1 @@
-"""Who the ranks are, how they meet, agree and stop, and how a lost one is noticed."""
+"""The ranks: their place in the run, their meeting, agreements and end, and the detection of a lost one."""

@@ -17,5 +17,5 @@ class Activity:
         return self._read()
 
     def follow(self, read: Callable[[], str]) -> None:
-        """From now on `read()` tells the activity. Other threads call it, so it must be quick and take no lock."""
+        """Take the activity from `read()` from now on. Other threads call it, so it must be quick and take no lock."""
         self._read = read

@@ -1,4 +1,4 @@
-"""How the ranks meet: torch.distributed's default process group, and the store through which they find each other."""
+"""The meeting of the ranks: torch.distributed's default process group, and the store through which they meet."""
 
 import os
 import sys

@@ -26,7 +26,7 @@ _PACKAGE = Path(__file__).parents[1]
 
 @contextlib.contextmanager
 def crash_report(output_dir: Path, rank: int, world_size: int, doing: Callable[[], str]) -> Iterator[None]:
-    """Inside, an unexpected error or a lost peer is also written down, with the collective, memory and stacks."""
+    """Context in which an unexpected error or a lost peer is also written to a file, with collective and stacks."""
     with _fatal_signals(_report_path(output_dir, rank).with_suffix(".fatal.txt")):
         try:
             yield

@@ -65,7 +65,7 @@ class Heartbeat:
         return store.get(_beat_key(rank)).decode() if store.check([_beat_key(rank)]) else ""
 
     def is_missed(self, store: dist.Store, rank: int) -> bool:
-        """Whether a rank that has ended did so neither in order nor because of another."""
+        """True if a rank that has ended did so neither in order nor because of another."""
         return not store.check([_left_key(rank)]) and not store.check([_exit_key(rank)])
 
     def told_lost(self, store: dist.Store) -> str | None:
@@ -162,5 +162,5 @@ def _left_key(rank: int) -> str:
 
 
 def rank_names(ranks: list[int]) -> str:
-    """Such as "rank 1, 3"."""
+    """The ranks in words, such as "rank 1, 3"."""
     return f"rank {', '.join(map(str, ranks))}"

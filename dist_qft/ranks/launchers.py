@@ -39,7 +39,7 @@ LAUNCHER = "DIST_QFT_LAUNCHER"
 
 
 def in_charge_of_terminal(env: Mapping[str, str] = os.environ) -> bool:
-    """Whether no launcher started this process, so that it counts Ctrl-C itself.
+    """True if no launcher started this process, so that it counts Ctrl-C itself.
 
     Launchers pass on a Ctrl-C that the ranks get from the terminal as well: to a rank, one looks like two.
     """

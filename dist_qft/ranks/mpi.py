@@ -94,8 +94,8 @@ def _communicator(launcher: str) -> "MPI.Intracomm":
             from mpi4py import MPI
         except ImportError as error:
             raise UserError(
-                f"{launcher} started this process, and mpi4py, which finds its other ranks, cannot be imported"
-                f" ({error}); pip install 'dist-qft[mpi]', or set MASTER_ADDR and MASTER_PORT"
+                f"started by {launcher}, but mpi4py cannot be imported ({error}); pip install 'dist-qft[mpi]', or set "
+                "MASTER_ADDR and MASTER_PORT"
             ) from error
         except RuntimeError as error:
             reason = str(error).partition("\n")[0]

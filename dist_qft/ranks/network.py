@@ -1,4 +1,4 @@
-"""Which network interface the ranks use, and stores that listen on that interface alone.
+"""The choice of the ranks' network interface, and stores that listen on that interface alone.
 
 Ranks of one machine use the loopback interface, which nobody outside can reach. On several nodes it is the interface by
 which the nodes reach MASTER_ADDR: gloo's own choice, the address that the host's name resolves to, is often 127.0.1.1
@@ -126,7 +126,7 @@ def client_store(master_address: str, port: int, timeout: timedelta) -> dist.TCP
 
 
 def _listens(host: str, port: int) -> bool:
-    """Whether a program listens there. Asked before the store connects, whose retries fill the log with stacks."""
+    """True if a program listens there. Asked before the store connects, whose retries fill the log with stacks."""
     try:
         socket.create_connection((host, port), timeout=_RETRY_SECONDS * 10).close()
     except OSError:
@@ -176,7 +176,7 @@ def _is_loopback(address: str) -> bool:
 
 
 def _names_loopback(host: str) -> bool:
-    """Whether the user has written a loopback address, or `localhost`, and not a name that happens to lead there."""
+    """True if the user has written a loopback address, or `localhost`, and not a name that happens to lead there."""
     if host == "localhost":
         return True
     try:

@@ -18,7 +18,7 @@ _BEFORE_TIMEOUT_SECONDS = 5.0
 
 
 class Peers:
-    """Finds out which rank was lost, from ended processes and heartbeats. Construction is collective.
+    """The detector of a lost rank, by ended processes and heartbeats. Construction is collective.
 
     Args:
         doing: returns this rank's present activity, such as "step 12".
@@ -58,7 +58,7 @@ class Peers:
 
 @contextmanager
 def peer_loss_reported(peers: Peers) -> Iterator[None]:
-    """Inside, a failed collective becomes PeerLostError, and errors of this rank alone get its number."""
+    """Context in which a failed collective becomes PeerLostError, and errors of this rank alone get its number."""
     prefix = f"rank {peers.rank}"
     try:
         yield

@@ -28,7 +28,7 @@ _NOTICE = "interrupted: this step ends, is saved, and the run exits; Ctrl-C agai
 
 
 def heeded(number: signal.Signals) -> bool:
-    """Whether a signal may be handled: False if the process was started with this signal ignored."""
+    """True if a signal may be handled: False if the process was started with this signal ignored."""
     return signal.getsignal(number) != signal.SIG_IGN
 
 
@@ -40,7 +40,7 @@ def leave_before_the_run(number: int, frame: FrameType | None = None) -> None:
 
 
 class _StoppedEarly(BaseException):
-    """Interrupts the main thread wherever it is; not an Exception, which libraries catch."""
+    """The interrupt of the main thread, wherever it is; not an Exception, which libraries catch."""
 
 
 class StopSignal:
@@ -109,11 +109,11 @@ class StopSignal:
         os.close(reader)
 
     def hold(self) -> None:
-        """From now on signals only set `requested`: the ranks are connected and stop together."""
+        """Have signals only set `requested` from now on: the ranks are connected and stop together."""
         self._holding = True
 
     def any_rank(self) -> bool:
-        """Whether any rank was asked to stop. Collective, of one number over the default group's CPU side."""
+        """True if any rank was asked to stop. Collective, of one number over the default group's CPU side."""
         import torch
 
         from dist_qft.ranks.collectives import maximum

@@ -106,7 +106,7 @@ def launcher_mark() -> str:
 
 
 def end_with_launcher(env: Mapping[str, str] = os.environ) -> None:
-    """See to it that this process gets SIGTERM when its launcher ends, however that ends, and goes at last.
+    """End this process when its launcher ends, for whatever reason: by SIGTERM, and after 120 s at once.
 
     The launcher is the process that `LAUNCHER` names (all between it and this process count, too), and the parent of a
     rank that torchrun or MPI started. Exits with SetupError's code if the launcher has ended already.

@@ -79,7 +79,7 @@ def session(
 
 @contextmanager
 def errors_reported(peers: Peers, crash_dir: Path | None) -> Iterator[None]:
-    """Inside, a lost peer becomes one clear error, and it or an unexpected error leaves a crash report.
+    """Context in which a lost peer becomes one clear error; that or an unexpected error leaves a crash report.
 
     Args:
         crash_dir: its subfolder `crash` gets the report; None writes none.

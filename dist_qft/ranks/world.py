@@ -36,7 +36,7 @@ class World:
 
     @property
     def single_node(self) -> bool:
-        """Whether all ranks run on this machine."""
+        """True if all ranks run on this machine."""
         return self.local_world_size == self.world_size
 
     @classmethod
@@ -96,7 +96,7 @@ def _claims(env: Mapping[str, str]) -> list[_Claim]:
 
 
 def _in_slurm_step(env: Mapping[str, str]) -> bool:
-    """Whether srun started us; a batch script has rank variables too, but is no rank."""
+    """True if srun started us; a batch script has rank variables too, but is no rank."""
     return "SLURM_STEP_ID" in env and _number(env, "SLURM_STEP_ID") < _FIRST_SPECIAL_STEP
 
 
@@ -147,7 +147,7 @@ def _local_place(env: Mapping[str, str], claims: list[_Claim]) -> tuple[int, int
         local_rank = rank
     if local_world_size is None or local_rank is None:
         name = names.local_world_size if local_world_size is None else names.local_rank
-        raise UserError(f"{name} is not set, and which of the {world_size} ranks share a node is not known otherwise")
+        raise UserError(f"{name} is not set; it is needed to tell which of the {world_size} ranks share a node")
     if local_rank >= local_world_size:
         raise UserError(
             f"{names.local_rank}={local_rank} must be less than {names.local_world_size}={local_world_size}"
@@ -188,7 +188,7 @@ def _master_port(env: Mapping[str, str]) -> int:
     if "MASTER_PORT" in env:
         port = _number(env, "MASTER_PORT")
         if not 1 <= port <= 65535:
-            raise UserError(f"MASTER_PORT={port}: allowed is 1 to 65535")
+            raise UserError(f"MASTER_PORT: got {port}, must be 1 to 65535")
         return port
     job = env.get("PMIX_NAMESPACE")  # Open MPI, and srun --mpi=pmix
     if job is None and "SLURM_JOB_ID" in env:

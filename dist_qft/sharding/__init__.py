@@ -1,1 +1,1 @@
-"""How the frozen base is spread over the ranks: one door (`engine`), one file per engine."""
+"""The engines, which spread the frozen base over the ranks: the contract (`engine`), one file per engine, `engines`."""

@@ -48,7 +48,7 @@ class Traffic:
 
 
 class Engine(Protocol):
-    """How a frozen base lives on the ranks. `shard`, `sum_over_shards` and `gather` are collective.
+    """The contract of an engine, which holds a frozen base. `shard`, `sum_over_shards` and `gather` are collective.
 
     The plan of a run asks `gathers_in_backward`, `part_bytes` and `received_bytes` of an engine that has no base yet,
     on a machine that may have one process and none of the engine's packages.
@@ -56,7 +56,7 @@ class Engine(Protocol):
     Attributes:
         name: `sharding.engine` of the config.
         settings: keys of `config.sharding` that this engine reads and not every engine does.
-        traffic: counts what this rank has received.
+        traffic: counts the bytes that this rank has received.
         gathers_in_backward: whether the layers are gathered a second time, for the backward pass.
     """
 
@@ -104,13 +104,13 @@ class Engine(Protocol):
         """Sum, over the whole base, of integers that each rank computed on its own part (wrapping, in place)."""
 
     def release(self) -> None:
-        """Free what forward passes have left gathered: every module then holds its sharded parameters again."""
+        """Free the gathers of forward passes: every module then holds its sharded parameters again."""
 
     def gather(self, parameter: nn.Parameter) -> Tensor | None:
         """The whole parameter on rank 0 (a copy on the CPU), None elsewhere. Only the group of rank 0 takes part."""
 
     def keep_gathered(self, unit: nn.Module) -> None:
-        """From its next use on, keep `unit` whole on every rank.
+        """Keep `unit` whole on every rank from its next use on.
 
         For a unit that is the only part of the base still needed: the LM head, once all hidden states are cached.
         """
@@ -122,7 +122,7 @@ class Engine(Protocol):
         """Bytes of base parameters this rank holds between forward passes."""
 
     def after_backward(self) -> None:
-        """Free what the engine could not free within the backward pass. Call it after each."""
+        """Free the parts that the engine could not free within the backward pass. Call it after each."""
 
 
 def called_as_head(options: Mapping[str, Any]) -> bool:

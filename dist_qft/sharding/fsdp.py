@@ -14,8 +14,8 @@ A tied table stays gathered from its embedding to its use as a head, which is th
 `dist_qft.base_model.loss`), and the embedding none at all: tables are freed after their use whatever
 `reshard_after_forward` says, for nothing would free them later. FSDP2's default prefetch would gather the embedding
 again in backward because it ran just before the first layer; the explicit order set in `shard` prevents that. An
-evaluation gathers what a forward pass gathers; with reshard_after_forward=False the layers then stay whole, and the
-next forward pass gathers the tables alone.
+evaluation gathers as much as a forward pass; with reshard_after_forward=False the layers then stay whole, and the next
+forward pass gathers the tables alone.
 """
 
 import math

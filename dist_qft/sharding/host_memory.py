@@ -1,4 +1,4 @@
-"""Host memory that is free but still counted as this process's: what glibc keeps of freed blocks, and how to keep less.
+"""Return freed host memory to the system: by default glibc keeps blocks that were freed, and they count as in use.
 
 On a machine with glibc 2.36 a sharded training step on CPUs needs 550 MiB of blocks at its end of a forward pass, and
 holds 1,000: torch asks for aligned blocks, for which glibc before 2.38 does not reuse a hole of the same size
@@ -28,7 +28,7 @@ def keep_one_heap() -> None:
 
 
 def return_freed_memory_between(layers: Sequence[nn.Module]) -> None:
-    """Give holes back a few times in each forward pass that keeps activations, while what is kept piles up.
+    """Return freed memory a few times in each forward pass that keeps activations, while these pile up.
 
     A page that is given back costs time when it is next used: worth it where the base is sharded to save memory.
     """

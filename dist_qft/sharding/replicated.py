@@ -11,7 +11,7 @@ from dist_qft.sharding.engine import Traffic, Units, parameter_owners
 
 
 class ReplicatedEngine:
-    """Holds the base whole on every rank; nothing of it ever crosses the network."""
+    """An engine that holds the base whole on every rank; nothing of it ever crosses the network."""
 
     name = "replicated"
     settings: ClassVar[frozenset[str]] = frozenset()

@@ -1,4 +1,4 @@
-"""Which ranks hold one base between them.
+"""The groups of ranks that hold one base between them.
 
 The frozen base has no gradients, so it may be there several times at no cost in traffic: the ranks are divided into
 groups of equal size, consecutive ranks in each, and every group holds a whole base. With a node's ranks as the group,
@@ -33,7 +33,7 @@ def ranks_in_group(setting: Setting, world_size: int, ranks_per_node: int) -> in
 
 
 def within_nodes(group_size: int, ranks_per_node: int) -> bool:
-    """Whether groups of so many consecutive ranks all lie within a node."""
+    """True if groups of so many consecutive ranks all lie within a node."""
     return ranks_per_node % group_size == 0
 
 

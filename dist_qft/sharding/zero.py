@@ -113,7 +113,7 @@ class ZeroEngine:
 
     def shard(self, units: Units, device: torch.device) -> None:
         if self.offload and device.type == "cpu":
-            raise everywhere(UserError("sharding.offload: the base is in host memory already on a CPU; remove it"))
+            raise everywhere(UserError("sharding.offload: on a CPU the base is in host memory already; remove it"))
         self.start(device)
         from deepspeed.runtime.zero.parameter_offload import DeepSpeedZeRoOffload
         from deepspeed.runtime.zero.partition_parameters import Init
@@ -248,7 +248,7 @@ class ZeroEngine:
         return parameter
 
     def _counted(self, all_gather: AllGather) -> AllGather:
-        """DeepSpeed's gather of some parameters, counting what this rank receives and how long it waits."""
+        """DeepSpeed's gather of some parameters, counting this rank's received bytes and waiting time."""
         peers = self._shards.size - 1
 
         def counted(parameters: Iterable[nn.Parameter], **arguments: Any) -> "_TimedHandle":

@@ -1,1 +1,1 @@
-"""What a run keeps on disk, whole or not at all: atomic writes, manifests, checkpoints, the thread that saves them."""
+"""The files of a run, written whole or not at all: atomic writes, manifests, checkpoints, saving in a thread."""

@@ -1,8 +1,8 @@
 """Put a file or folder in place complete, or not at all: the one way in which anything of ours is written.
 
 It is written under a temporary name beside its place, synced to the disk and renamed. The temporary name tells which
-process writes (`owner`), so that what a killed process leaves behind can be removed without touching what a living one
-is writing, and nothing that is not ours is ever removed.
+process writes (`owner`), so that the leftovers of a killed process can be removed without touching files that a living
+one is writing. Files that are not ours are never removed.
 """
 
 import ctypes
@@ -115,7 +115,7 @@ def remove_folder(folder: Path) -> None:
 
 
 def remove_leftovers(parent: Path, name: str | None = None) -> None:
-    """Remove what dead processes left half written in `parent`; with `name` only what would have become `name`.
+    """Remove half-written files of dead processes in `parent`; with `name` only those that would have become `name`.
 
     Temporaries of living processes stay. Those of other machines, where nobody can look, go after a day without change.
     """
@@ -129,7 +129,7 @@ def remove_leftovers(parent: Path, name: str | None = None) -> None:
 
 
 def remove_unfinished(parent: Path, names: re.Pattern[str]) -> None:
-    """Remove every temporary that would have become one of `names`; only for whoever alone may write those."""
+    """Remove every temporary that would have become one of `names`; only for the one process that may write those."""
     for path in parent.iterdir():
         match = _TEMPORARY.fullmatch(path.name) or _WITHOUT_OWNER.fullmatch(path.name)
         if match and names.fullmatch(match["name"]):

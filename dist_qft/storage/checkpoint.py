@@ -86,7 +86,7 @@ def write_checkpoint(checkpoint: Checkpoint) -> None:
     Raises:
         UserError: another run's checkpoint is there; it is not touched.
         SetupError: no space or no permission; nothing is left behind.
-        CorruptFileError: the files read back differently from what was written, or there is nothing to write.
+        CorruptFileError: the files read back differently from the written bytes, or there is nothing to write.
     """
     final = checkpoint.path
     if not checkpoint.trainables or any(tensor.numel() == 0 for tensor in checkpoint.trainables.values()):
@@ -103,7 +103,7 @@ def write_checkpoint(checkpoint: Checkpoint) -> None:
 
 
 def _is_of_same_run(folder: Path, checkpoint: Checkpoint) -> bool:
-    """Whether the valid checkpoint in `folder` is what this run wrote, or would write, at this step."""
+    """True if this run wrote the valid checkpoint in `folder`, or would write the same at this step."""
     there = read_checkpoint(folder)
     if there.state.run_id:
         return there.state.run_id == checkpoint.state.run_id
@@ -113,7 +113,7 @@ def _is_of_same_run(folder: Path, checkpoint: Checkpoint) -> bool:
 
 
 def fault_in(folder: Path) -> str | None:
-    """Why this checkpoint cannot be trusted, naming the file; None if every file is as the manifest says.
+    """The reason why this checkpoint cannot be trusted, with the file; None if every file is as the manifest says.
 
     A folder called `checkpoint-<step>` must also hold the state of that step: its name decides which one is the newest.
     """
@@ -202,7 +202,7 @@ def prune(output_dir: Path, keep: int, best_step: int = 0) -> None:
 
 
 def clean_up(output_dir: Path) -> None:
-    """Remove what dead processes left in a run's folder; only for the process that holds the run's lock."""
+    """Remove leftovers of dead processes in a run's folder; only for the process that holds the run's lock."""
     # The lock's holder alone writes checkpoints here, so an unfinished one is left over whoever wrote it.
     remove_unfinished(output_dir, _NAME)
     remove_leftovers(output_dir)

@@ -3,7 +3,7 @@
 A lock is a small JSON file that names its owner: process, host, time. It is made by linking, which is atomic on every
 file system including NFS, and needs no lock daemon. A lock whose owner has ended is taken over:
 
-* An owner on this machine is looked up among the processes: what a kill leaves behind does not block the next start.
+* An owner on this machine is looked up among the processes: the lock of a killed process does not block the next start.
 * An owner on another machine touches its lock every few seconds. If it has not done so for `STALE_SECONDS`, by the
   file server's own clock, it counts as ended. Should it wake up after that, `require_held` stops it before it writes.
 """
@@ -148,7 +148,7 @@ class FolderLock:
 
 @contextmanager
 def locked(path: Path, what: str, wait_seconds: float) -> Iterator[None]:
-    """Inside, this process holds the lock file `path`; see `FolderLock.acquire`."""
+    """Context in which this process holds the lock file `path`; see `FolderLock.acquire`."""
     with FolderLock.acquire(path, what, wait_seconds=wait_seconds):
         yield
 
@@ -175,7 +175,7 @@ def _create(path: Path, entry: _Entry) -> bool:
 
 
 class _Watch:
-    """Watches the lock of somebody else."""
+    """A watch over the lock of another process."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -183,7 +183,7 @@ class _Watch:
         self._touched: float | None = None
 
     def holder_is_alive(self) -> bool | None:
-        """Whether the lock's owner runs; None as long as that cannot be told. A lock without an owner is removed."""
+        """True if the lock's owner runs; None as long as that is not known. A lock without an owner is removed."""
         holder = _Entry.read(self._path)
         if holder != self.holder:
             self.holder, self._touched = holder, None
@@ -196,7 +196,7 @@ class _Watch:
         return alive
 
     def _shows_life(self) -> bool | None:
-        """For an owner on another machine: True once its lock is touched while we watch, False once it is stale."""
+        """True once an owner on another machine touches its lock while we watch, False once the lock is stale."""
         try:
             touched = self._path.stat().st_mtime
         except FileNotFoundError:

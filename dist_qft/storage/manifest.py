@@ -39,7 +39,7 @@ def publish_folder(final: Path, files: Iterable[tuple[str, bytes]]) -> None:
 
     Raises:
         SetupError: no space or no permission, or the folder has appeared meanwhile; nothing is left behind.
-        CorruptFileError: the files read back differently from what was written.
+        CorruptFileError: the files read back differently from the written bytes.
     """
     with publishing(final, overwrite=False) as temporary:
         temporary.mkdir()
@@ -50,7 +50,7 @@ def publish_folder(final: Path, files: Iterable[tuple[str, bytes]]) -> None:
 
 
 def fault_in(folder: Path, names: Collection[str]) -> str | None:
-    """Why a folder of exactly these files cannot be trusted, naming the file; None if all are as its manifest says."""
+    """The fault of a folder that must have exactly these files, with the file; None if all are as its manifest says."""
     try:
         raw = (folder / MANIFEST).read_bytes()
         manifest = _Manifest.model_validate_json(raw)

@@ -1,4 +1,4 @@
-"""Which process something on a shared disk belongs to, and whether that process still runs.
+"""The process to which something on a shared disk belongs, and whether it still runs.
 
 A process is named by its machine, the machine's boot, its process id and its start time, so that neither a reused
 process id nor a reboot makes a dead owner look alive. Nobody can look into another machine: there the answer is None.

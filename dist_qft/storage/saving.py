@@ -1,7 +1,7 @@
 """Checkpoints written while training goes on: a copy of the small state, then a thread on rank 0.
 
 At most one is being written. An error in the thread is raised by the next `check`, `start` or `wait`.
-Not here: what a checkpoint is and how it is published (`checkpoint`).
+Not here: the content of a checkpoint and its publication (`checkpoint`).
 """
 
 from pathlib import Path
@@ -12,7 +12,7 @@ from dist_qft.storage.lock import FolderLock
 
 
 class Saver:
-    """Writes the checkpoints of one run, on the rank that has this object.
+    """The writer of one run's checkpoints, on the rank that has this object.
 
     Args:
         keep: newest good checkpoints to keep; the best one (`TrainerState.best_step`) is kept besides.

@@ -1,4 +1,4 @@
-"""Where a run stands: the part of a checkpoint that is plain JSON, and how earlier forms of it are read.
+"""The state of a run: the part of a checkpoint that is plain JSON, and the reading of its earlier forms.
 
 Its size does not grow with the run: the history of the losses is `metrics.jsonl`, the state keeps a digest of it.
 """
@@ -30,7 +30,7 @@ class BaseEvaluation:
 
 @dataclass
 class TrainerState:
-    """Where a run stands. No RNG state: every random draw is a function of (seed, step, position).
+    """The state of a run. It has no RNG state: every random draw is a function of (seed, step, position).
 
     Attributes:
         version: of this form.
@@ -39,7 +39,7 @@ class TrainerState:
         data_chain: hash chain over the ids of all rows used so far, in order.
         history_digest: hash chain over loss, learning rate and gradient norm of every step so far; see `chain_step`.
         last_loss: training loss of the last step; None before the first.
-        metrics_bytes: size of `metrics.jsonl` when this was written: what stands behind it came later.
+        metrics_bytes: size of `metrics.jsonl` when this was written: lines behind it came later.
         world_size: of the run that wrote it, for the record; any other may resume.
         base_eval: None if there is no held-out data.
         evaluated_step: the last step after which held-out loss was measured; a signal may have cut one short.
@@ -99,7 +99,7 @@ class _HistoryEntry:
 
 @dataclass(frozen=True)
 class _FirstVersion:
-    """What version 1 said differently."""
+    """The fields of version 1 that differ from today's."""
 
     history: list[_HistoryEntry] = field(default_factory=list)
     samples_seen: NonNegative = 0

@@ -26,7 +26,7 @@ def run_study(
     retry_failed: bool,
     suggest: int | None,
 ) -> int:
-    """Do what the options say; returns the exit code. At most one of plan, count, row, report and suggest.
+    """Carry out the options; returns the exit code. At most one of plan, count, row, report and suggest.
 
     Raises:
         UserError: anything in the study that cannot work, before any run starts.
@@ -64,7 +64,7 @@ def run_study(
 def _require_one(given: dict[str, bool]) -> None:
     names = [name for name, present in given.items() if present]
     if len(names) > 1:
-        raise UserError(f"{' and '.join(names)}: allowed is one of them")
+        raise UserError(f"use only one of {', '.join(names)}")
 
 
 def _one(rows: Sequence[StudyRun], number: int, retry_failed: bool) -> int:
@@ -82,7 +82,7 @@ def _all(path: Path, study: Study, rows: Sequence[StudyRun], jobs: int, retry_fa
     require_data(rows, retry_failed=retry_failed)
     if jobs > 1:
         if World.from_environment().world_size > 1:
-            raise UserError("--jobs: several ranks were started already; allowed with them is 1")
+            raise UserError(f"--jobs: got {jobs}, must be 1 on several ranks")
         run_in_processes(path, jobs, retry_failed=retry_failed)
     else:
         run_rows(rows, range(len(rows)), retry_failed=retry_failed)

@@ -55,8 +55,8 @@ def discount_rules(
     reached = held - sum(choice.parameters for choice in chosen.values())
     if abs(reached - cut) > TOLERANCE * total:
         raise UserError(
-            f"{group.name} can give up {reached:,} of {total:,} trainables or another step, not {cut:,.0f} within "
-            f"{TOLERANCE:.1%} of all; try a discount of {discount * reached / cut:.3f}"
+            f"no choice of ranks takes {cut:,.0f} trainables from {group.name} within {TOLERANCE:.1%} of all {total:,};"
+            f" the nearest takes {reached:,}: try a discount of {discount * reached / cut:.3f}"
         )
     return _rules(members, chosen)
 

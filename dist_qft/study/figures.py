@@ -36,7 +36,7 @@ _STYLE: "dict[RcKeyType, Any]" = {
 
 @dataclass(frozen=True)
 class Picture:
-    """A figure as files: `name` without ending, and what stands below it."""
+    """A figure as files: `name` without ending, and the caption."""
 
     name: str
     caption: str
@@ -46,7 +46,7 @@ class Picture:
 
 @dataclass(frozen=True)
 class _Labels:
-    """What the vertical axes say: of a figure, and of its change."""
+    """The labels of the vertical axes: of a figure, and of its change."""
 
     figure: str
     change: str
@@ -115,7 +115,7 @@ def _two_rows(
     label: _Labels,
     draw: Callable[[Axes, Subject, Callable[[Variant], Estimate]], None],
 ) -> Picture:
-    """Above the figure itself; below its change against the reference of the same seed, where small effects show."""
+    """A picture of the figure and, below, of its change against the same seed's reference: small effects show."""
     figure = Figure(figsize=(1.2 + 4.0 * len(subjects), 6.2), layout="constrained")
     grid = figure.subplots(2, len(subjects), squeeze=False)
     for column, subject in enumerate(subjects):

@@ -1,4 +1,4 @@
-"""What a study says on the paper's claims: an effect size with its spread over the seeds, and a verdict.
+"""The findings of a study on the paper's claims: an effect size with its spread over the seeds, and a verdict.
 
 The claims are those of the abstract of Shen et al. (CMC 82(1), 2025); their own tables were not readable to us, so the
 contrasts that test them are our choice and stand beside each finding. A claim *holds in this data* if the whole 95 %
@@ -24,7 +24,7 @@ class Finding:
     """One claim on one subject.
 
     Attributes:
-        contrast: what was computed for each seed; positive speaks for the claim.
+        contrast: the figure that is computed for each seed; positive speaks for the claim.
         unit: of the estimate.
     """
 

@@ -52,7 +52,7 @@ def group_named(name: str, layers: Sequence[LinearShape]) -> Group:
     group = Group(name, layers=name)
     if not any(layer in group for layer in layers):
         types = dict.fromkeys(layer_type(layer.path) for layer in layers)
-        raise UserError(f"'{name}' matches no layer; need one of {', '.join([*TYPES, *THIRDS, *types])}")
+        raise UserError(f"'{name}' matches no layer; must be one of {', '.join([*TYPES, *THIRDS, *types])}")
     return group
 
 

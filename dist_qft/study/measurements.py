@@ -1,6 +1,6 @@
 """The held-out figures of a study's runs, put so that runs of one seed can be compared.
 
-A run differs from the reference of its own seed by what its variant changes alone: same data order, same initial values
+A run differs from the reference of its own seed by its variant's change alone: same data order, same initial values
 of every adapter of equal shape. So effects are differences within a seed, and their spread is that over the seeds.
 """
 
@@ -83,12 +83,12 @@ class Subject:
         return [variant for variant in self.figures if variant.preset == preset]
 
     def costs(self, variant: Variant) -> dict[int, float]:
-        """How much worse than the reference, by seed; over seeds where both are known."""
+        """The loss of a variant against the reference, by seed (positive is worse); over seeds where both are known."""
         figures = self.figures[variant]
         return {seed: self.sign * (figures[seed] - best) for seed, best in self.reference.items() if seed in figures}
 
     def reference_value(self, preset: str) -> str:
-        """What the reference has of the setting that a preset varies."""
+        """The reference's value of the setting that a preset varies."""
         knob, method = preset.partition("_")[0], self.tile_method
         if knob == "balance":
             values = [getattr(method, factor) for factor in method.balancing]
@@ -97,7 +97,7 @@ class Subject:
 
 
 def measure(outcomes: Sequence[Outcome], metric: str) -> list[Subject]:
-    """The subjects of a study with what their finished runs measured; those without a finished run are left out."""
+    """The subjects of a study with the figures of their finished runs; those without a finished run are left out."""
     subjects: dict[str, Subject] = {}
     for outcome in outcomes:
         row, result = outcome.row, outcome.finished

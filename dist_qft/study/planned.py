@@ -1,4 +1,4 @@
-"""`--plan`: the table of a study's runs, their trainables, and how long they may take.
+"""`--plan`: the table of a study's runs, their trainables, and the time that they may take.
 
 The time is measured where runs of the study are done; before that it is an estimate from one decoder layer, timed here
 forward and backward on the real shapes and format. Real runs share their cores and pay for attention, evaluation and
@@ -60,7 +60,7 @@ def _table(outcomes: Sequence[Outcome]) -> Table:
 
 
 def _time_needed(rows: Sequence[StudyRun], outcomes: Sequence[Outcome]) -> str:
-    """What the runs that are left will take, and how that is known."""
+    """The time that the remaining runs will take, and the basis of that figure."""
     missing = sum(not outcome.done for outcome in outcomes)
     measured = [outcome.finished.seconds for outcome in outcomes if outcome.finished]
     if measured:

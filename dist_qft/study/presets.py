@@ -1,4 +1,4 @@
-"""From a preset of the study file to schedules, one for each value and group.
+"""The schedules of a preset of the study file, one for each value and group.
 
 The balancing factor is the factor by which an adapter compresses its input and output. That is `balance` (lambda) of
 qbara, `pool` (the group size) of qalora, and the tile, given as [repeat, pool], of qahira, where it also decides the
@@ -21,7 +21,7 @@ REFERENCE = "reference"
 
 @dataclass(frozen=True)
 class Variant:
-    """What a run changes of its reference: `group` (a type or depth) has `value` of what `preset` varies.
+    """A run's change of its reference: `group` (a type or depth) has `value` of the setting that `preset` varies.
 
     Attributes:
         rules: appended to `method.schedule`; they follow from the rest.
@@ -72,7 +72,7 @@ def _groups(preset: TypePreset | DepthPreset, layers: Sequence[LinearShape]) -> 
 
 
 def _settings(preset: TypePreset | DepthPreset, value: int | float | list[int], method: TileMethod) -> dict[str, Any]:
-    """What a rule sets for one value."""
+    """The settings of a rule for one value."""
     knob = preset.preset.partition("_")[0]
     if knob == "balance":
         return _balance(value, method)

@@ -1,4 +1,4 @@
-"""A study's report: tables, figures and one page, from whatever runs are done.
+"""A study's report: tables, figures and one page, from the runs that are done.
 
 Nothing in it depends on when or in how many goes the runs were done, so the same results give the same files.
 TensorBoard's hparams are written beside it; those carry the time, as all event files do.

@@ -1,4 +1,4 @@
-"""What a run left for the report: one small JSON file in its folder, written when it has ended, well or not."""
+"""The record of a run for the report: one small JSON file in its folder, written when it has ended, well or not."""
 
 import csv
 import io
@@ -23,13 +23,13 @@ RESULT_FILE = "result.json"
 
 @dataclass(frozen=True)
 class Result:
-    """How a run ended.
+    """The end of a run, and its figures.
 
     Attributes:
         base, tuned: figure -> value on held-out data, before and after training; "loss" is in nats per target.
         eval_tokens: targets of the held-out data.
         history: training loss of every step that was logged (`train.logging_steps`).
-        seconds: what the run took here, its base's loading included if it loaded one.
+        seconds: of the run here, with the loading of its base if it loaded one.
     """
 
     name: str
@@ -109,7 +109,7 @@ class Outcome:
 
 
 def collect(rows: Sequence[StudyRun]) -> list[Outcome]:
-    """Every run with what is known of it, in the study's order."""
+    """Every run with its result, in the study's order."""
     return [Outcome(row, read_result(row.folder)) for row in rows]
 
 

@@ -1,7 +1,7 @@
-"""From a study to its runs: every combination of the axes, with the reference and each variant of each preset.
+"""The runs of a study: every combination of the axes, with the reference and each variant of each preset.
 
-Runs with equal settings are one run, whichever presets ask for it: what counts is the adapter of every layer, not how
-the schedule spells it. A run's name is a digest of that, so it stays when the study file grows.
+Runs with equal settings are one run, whichever presets ask for it. They are compared by the adapter of every layer, not
+by the text of the schedule. A run's name is a digest of that, so it stays when the study file grows.
 """
 
 import hashlib
@@ -42,7 +42,7 @@ class StudyRun:
 
     Attributes:
         subject: axis -> label.
-        variants: what it stands for; several if presets meet in it.
+        variants: those that the run stands for; several if presets meet in it.
         trainables: number of trainable values, by the method's formula.
         kept: group -> parameters after / parameters of the reference; empty where the method has no adapters.
         base_key: equal for runs that may use one loaded base.
@@ -58,7 +58,7 @@ class StudyRun:
 
     @property
     def folder(self) -> Path:
-        """Where the run keeps its files."""
+        """The folder in which the run keeps its files."""
         return Path(self.config.output_dir)
 
     def __str__(self) -> str:
@@ -157,7 +157,7 @@ def _placed(study: Study, path: KeyPath, work: Callable[[], _T]) -> _T:
 
 
 def _name(config: RunConfig, spec: TrainableSpec[Any]) -> str:
-    """The method, and a digest of all settings that decide what the run computes."""
+    """The method, and a digest of all settings that decide the run's results."""
     # Without defaults: a setting that later versions add must not rename the runs of today.
     settings = config.model_dump(exclude={"output_dir": True, "data": {"cache_dir"}}, exclude_defaults=True)
     settings = with_earlier_names(settings)

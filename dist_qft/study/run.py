@@ -1,8 +1,8 @@
-"""Doing a study's runs: here, one after another in this process, sharing the loaded base; or several processes at once.
+"""Run a study: one run after another in this process, sharing the loaded base; or several processes at once.
 
-A run belongs to whoever holds its lock file, which the system releases when a process ends, however it ends. So the
-same study may be started as often as there is room for: the processes share the work. A run that was interrupted goes
-on from its checkpoint. What is recorded as failed is what would fail again: bad input, corrupt files, non-finite
+A run belongs to the process that holds its lock file, which the system releases when a process ends, however it ends.
+So the same study may be started as often as there is room for: the processes share the work. A run that was interrupted
+goes on from its checkpoint. A run is recorded as failed if it would fail again: bad input, corrupt files, non-finite
 numbers, our own bugs. A full disk or a lost peer ends the study instead, to be started again.
 """
 
@@ -126,7 +126,7 @@ def _wanted(row: StudyRun, retry_failed: bool) -> bool:
 
 @contextlib.contextmanager
 def _claimed(row: StudyRun, world: World) -> Iterator[bool]:
-    """Whether the run is this process's to do. Several ranks do a run together and ask nobody."""
+    """Yield True if this process holds the run's lock file. A job of several ranks takes no lock."""
     if world.world_size > 1:
         yield True
         return
@@ -147,7 +147,7 @@ def _claimed(row: StudyRun, world: World) -> Iterator[bool]:
 
 
 class _Runner:
-    """Runs rows in this process and keeps the base between those that can share it."""
+    """A runner of rows in this process, which keeps the base between those that can share it."""
 
     def __init__(self, world: World, device: torch.device, stop: StopSignal, peers: Peers, activity: Activity) -> None:
         self._world, self._device, self._stop = world, device, stop
@@ -213,7 +213,7 @@ class _Runner:
 
 
 def _evaluation_key(row: StudyRun) -> str:
-    """Equal for runs that evaluate a base on the same data in the same way."""
+    """A key that is equal for runs that evaluate a base on the same data in the same way."""
     parts = row.config.model_dump(include={"data", "task"})
     return json.dumps([parts, row.config.train.per_device_train_batch_size], sort_keys=True)
 

@@ -1,6 +1,6 @@
 """The study file: its sections, types and ranges, and how it is read.
 
-What a preset or an axis means for a model is not known here (`presets`, `rows`); a fault found there is placed by
+The meaning of a preset or an axis for a model belongs to `presets` and `rows`, which place their faults by
 `Study.place`.
 """
 
@@ -99,7 +99,7 @@ class Study:
         return self.output_dir.name
 
     def place(self, *path: str | int) -> str:
-        """`file:line: key`, for a message on what stands at a key."""
+        """`file:line: key`, for a message on a key's value."""
         return f"{_line(self.document, path)}: {dotted(path)}"
 
 
@@ -135,14 +135,14 @@ def _contradictions(settings: StudySettings) -> list[tuple[KeyPath, str]]:
         faults.append((("seeds",), f"seeds: got {settings.seeds}, each seed once"))
     for name, values in settings.axes.items():
         if not values:
-            faults.append((("axes", name), f"axes.{name}: the grid is empty, need at least one value"))
+            faults.append((("axes", name), f"axes.{name}: the grid is empty, must be at least one value"))
     for index, preset in enumerate(settings.presets):
         for axis, label in preset.when.items():
             labels = axis_labels(settings.axes[axis]) if axis in settings.axes else None
             if labels is None or label not in labels:
                 allowed = f"an axis ({', '.join(settings.axes)})" if labels is None else f"one of {', '.join(labels)}"
                 given = axis if labels is None else label
-                faults.append((("presets", index, "when"), f"presets.{index}.when: got '{given}', need {allowed}"))
+                faults.append((("presets", index, "when"), f"presets.{index}.when: got '{given}', must be {allowed}"))
         if isinstance(preset, TypePreset | DepthPreset):
             faults += _value_faults(index, preset)
     return faults
@@ -158,14 +158,16 @@ def _value_faults(index: int, preset: TypePreset | DepthPreset) -> list[tuple[Ke
     }
     path: KeyPath = ("presets", index, "values")
     key = dotted(path)
-    faults = [(path, f"{key}: got {v}, need {allowed[knob]}") for v in preset.values if not isinstance(v, kinds[knob])]
+    faults = [
+        (path, f"{key}: got {v}, must be {allowed[knob]}") for v in preset.values if not isinstance(v, kinds[knob])
+    ]
     if knob != "rank" and "keep" in preset.model_fields_set:
         faults.append((("presets", index, "keep"), f"presets.{index}.keep: only for ranks; remove it"))
     return faults
 
 
 def axis_labels(values: list[Any] | dict[str, dict[str, Any]]) -> list[str]:
-    """What the values of an axis are called in tables and in `when`."""
+    """The names of an axis's values in tables and in `when`."""
     return list(values) if isinstance(values, dict) else [str(value) for value in values]
 
 
@@ -190,15 +192,15 @@ def _fault(document: Document, item: ErrorDetails) -> str:
         hint = f", did you mean '{near[0]}'?" if near else f", allowed here: {', '.join(allowed)}"
         return f"{where}: unknown key '{key}'{hint}"
     if item["type"] == "union_tag_invalid":
-        return f"{where}: {key}.preset: got '{item['input'].get('preset')}', need one of {', '.join(_PRESETS)}"
+        return f"{where}: {key}.preset: got '{item['input'].get('preset')}', must be one of {', '.join(_PRESETS)}"
     if item["type"] == "union_tag_not_found":
-        return f"{where}: {key}: missing 'preset', need one of {', '.join(_PRESETS)}"
+        return f"{where}: {key}: missing 'preset', must be one of {', '.join(_PRESETS)}"
     need = item["msg"].removeprefix("Input should be ").replace("List should have", "a list with")
-    return f"{where}: {key}: got {item['input']!r}, need {need}"
+    return f"{where}: {key}: got {item['input']!r}, must be {need}"
 
 
 def _given_path(location: KeyPath, values: Any) -> KeyPath:
-    """A pydantic location without what is not in the file: tags of unions, and a missing key at its end."""
+    """A pydantic location without the parts that are not in the file: tags of unions, and a missing key at its end."""
     path: list[str | int] = []
     for part in location:
         if part in (range(len(values)) if isinstance(values, list) else values if isinstance(values, dict) else ()):

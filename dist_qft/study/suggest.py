@@ -1,8 +1,8 @@
 """`--suggest`: from a finished study and a budget of trainables, a config for the next run.
 
-Costs of single changes are added up: what a rank or balancing factor costs in attention plus what another costs in MLP
+Costs of single changes are added up: the cost of a rank or balancing factor in attention plus that of another in MLP
 (or over the parts of the depth, where only those were varied). The study has not measured the combination, so the
-config says what was predicted, for the next run to test. A choice is made among measured values only.
+config states the prediction, for the next run to test. A choice is made among measured values only.
 """
 
 import itertools
@@ -27,14 +27,14 @@ _KINDS = ("by_type", "by_depth")
 
 @dataclass(frozen=True)
 class _Change:
-    """One group's new value of one setting, and what it cost, by seed."""
+    """One group's new value of one setting, and its cost by seed."""
 
     variant: Variant
     costs: dict[int, float]
 
 
 def write_suggestions(study: Study, rows: Sequence[StudyRun], budget: int) -> None:
-    """Write `suggested-<subject>.yaml` for every subject, and print what was chosen.
+    """Write `suggested-<subject>.yaml` for every subject, and print the choices.
 
     Raises:
         UserError: runs are missing, the study varies no rank or balancing factor, or nothing fits the budget.
@@ -82,7 +82,7 @@ def _best(subject: Subject, config: RunConfig, budget: int) -> tuple[list[_Chang
 
 
 def _combinations(subject: Subject) -> Iterator[tuple[_Change, ...]]:
-    """For types, then for depths: in each group, the reference's value or a measured one of each setting."""
+    """Combinations for types, then for depths: each group has the reference's or a measured value of each setting."""
     for kind in _KINDS:
         presets = [name for name in (f"rank_{kind}", f"balance_{kind}") if subject.variants(name)]
         options: list[list[_Change | None]] = []

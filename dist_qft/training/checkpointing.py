@@ -94,7 +94,7 @@ class Checkpointing:
         self._side_group.barrier()
 
     def close(self) -> None:
-        """Finish what is being written and give the waiting group up; also after a failure."""
+        """Finish the save that is going on and give the waiting group up; also after a failure."""
         if self._saver is not None:
             self._saver.close()
         self._side_group.close()

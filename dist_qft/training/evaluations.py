@@ -26,7 +26,7 @@ class Evaluations:
         self._data = inputs.data.eval
 
     def evaluate_base(self, known: BaseEvaluation | None, step: int, stop: StopSignal, *, trained: bool) -> None:
-        """Measure the bare base, or take what is known of it where the held-out data are the same.
+        """Measure the bare base, or take a known result where the held-out data are the same.
 
         Args:
             known: an earlier result, if there is one.
@@ -78,7 +78,7 @@ class Evaluations:
         return held_out
 
     def answer_prompts(self, which: str, step: int) -> None:
-        """Have the model as it stands answer the config's prompts; `which` is told with the answers."""
+        """Have the model as it stands answer the config's prompts; `which` heads the answers."""
         config, tokenizer, device = self._inputs.config, self._inputs.tokenizer, self._inputs.device
         prompts, sampling = config.evaluation.prompts, Sampling(config.evaluation.max_new_tokens)
         self._parts.trainables.eval()

@@ -7,9 +7,9 @@ alone determines:
     node (level, index) = node (level - 1, 2 index) + node (level - 1, 2 index + 1)
 
 where a right child that lies beyond M is left out. Rank r of N computes the leaves [r M/N, (r + 1) M/N) and adds up
-what of the tree lies within; a few nodes remain, just one where M/N is a power of two. Then every rank receives all
-nodes for 1/N of the vector, finishes the tree there, and the ranks gather the parts. With one node per rank that puts
-as many bytes on the wire as a ring all-reduce.
+the part of the tree that lies within; a few nodes remain, just one where M/N is a power of two. Then every rank
+receives all nodes for 1/N of the vector, finishes the tree there, and the ranks gather the parts. With one node per
+rank that puts as many bytes on the wire as a ring all-reduce.
 """
 
 from dataclasses import dataclass
@@ -53,7 +53,7 @@ def nodes_within(first: int, stop: int) -> list[Node]:
 
 
 class FixedTree:
-    """Sums vectors, one per micro-batch, over all micro-batches of all ranks.
+    """The sum of vectors, one per micro-batch, over all micro-batches of all ranks.
 
     Args:
         micro_batches: those of each rank in one step, M/N.
@@ -69,7 +69,7 @@ class FixedTree:
         self._sums: list[tuple[Node, Tensor]] = []
 
     def clear(self) -> None:
-        """Forget what was added since the last `reduce`."""
+        """Forget the vectors added since the last `reduce`."""
         self._sums.clear()
         self._next_leaf = self._first_leaf
 

@@ -1,4 +1,4 @@
-"""How much of a step's traffic crosses the network between nodes."""
+"""The part of a step's traffic that crosses the network between nodes."""
 
 from dataclasses import dataclass
 
@@ -8,7 +8,7 @@ from dist_qft.training.fixed_tree import nodes_within
 
 @dataclass(frozen=True)
 class Placement:
-    """Where the ranks of a run are: consecutive ones share a node, and consecutive ones a base."""
+    """The place of a run's ranks: consecutive ones share a node, and consecutive ones share a base."""
 
     world_size: int
     ranks_per_node: int
@@ -17,7 +17,7 @@ class Placement:
 
 @dataclass(frozen=True)
 class Traffic:
-    """What a step moves.
+    """The bytes that a step moves.
 
     Attributes:
         gathered: bytes that one rank receives of the base in a micro-batch.

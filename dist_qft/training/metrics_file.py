@@ -73,7 +73,7 @@ def read_history(output_dir: Path) -> list[StepRecord]:
 
 
 def _records(path: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
-    """Every whole line of the file with what it says; lines that a kill cut short are left out."""
+    """Every whole line of the file with its record; lines that a kill cut short are left out."""
     with open(path, "rb") as file:
         for line in file:
             with contextlib.suppress(ValueError, KeyError, TypeError):

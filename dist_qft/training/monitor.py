@@ -3,8 +3,8 @@
 The same numbers go to all three, so a figure seen in TensorBoard can be found in `metrics.jsonl`. Other ranks
 hold a monitor that does nothing, so the training code has no `if rank == 0`.
 
-A resumed run continues the records of the one before it: what that one reported beyond the checkpoint is dropped,
-since the same steps are about to be reported again.
+A resumed run continues the records of the one before it. Records of steps after the checkpoint are dropped, since the
+same steps are about to be reported again.
 """
 
 import contextlib
@@ -134,7 +134,7 @@ class Monitor:
                 self._writer.close()
 
     def _on_thread_error(self, failure: threading.ExceptHookArgs) -> None:
-        """Leave out what TensorBoard's thread met on the disk: it hands that to the next write, which reports it."""
+        """Leave out disk errors of TensorBoard's thread: the next write gets and reports them."""
         if not (isinstance(failure.exc_value, OSError) and type(failure.thread).__name__ == "_AsyncWriterThread"):
             self._thread_hook(failure)
 

@@ -64,7 +64,7 @@ def make_optimizer(config: TrainConfig, values: nn.Parameter) -> torch.optim.Opt
     if config.optim == "adamw":
         return torch.optim.AdamW([values], fused=True, **settings)
     if values.device.type != "cuda":
-        raise SetupError(f"train.optim: '{config.optim}' needs CUDA; on {values.device.type} use 'adamw'")
+        raise SetupError(f"train.optim: got {config.optim}, must be adamw on {values.device.type}")
     import bitsandbytes
 
     kind = {"paged_adamw_32bit": "PagedAdamW32bit", "paged_adamw_8bit": "PagedAdamW8bit"}[config.optim]

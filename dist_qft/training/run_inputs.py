@@ -29,7 +29,7 @@ class LoadedBase:
     """A base that an earlier run of this process has loaded and left without trainables, for the next one.
 
     Attributes:
-        evaluation: what that run found of the bare base; it counts where the held-out data are the same.
+        evaluation: that run's result for the bare base; it counts where the held-out data are the same.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -46,7 +46,7 @@ class RunInputs:
     Attributes:
         skeleton: the base on the meta device.
         source: where its weights will come from.
-        spec: what is trained.
+        spec: of the trainables.
         checkpoint: where to continue from; None starts fresh.
         existing: names of the checkpoints in the run's folder when this was gathered.
         recipe: the merge that ends the run, if the config asks for one.

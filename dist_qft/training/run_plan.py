@@ -1,4 +1,5 @@
-"""The plan of a run as data: what it would train, hold and move. `dist_qft.plan` works it out and prints it."""
+"""The plan of a run as data: the parameters trained, the bytes held and the bytes moved. `dist_qft.plan` works it out
+and prints it."""
 
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -103,5 +104,5 @@ class RunPlan:
     warnings: list[str]
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON values, under the same names."""
+        """The plan as JSON values, under the same names."""
         return asdict(self)

@@ -1,4 +1,4 @@
-"""Measures a training step from outside: time, bytes gathered and reduced, memory; and the totals of all steps."""
+"""Measure a training step from outside: time, bytes gathered and reduced, memory; and the totals of all steps."""
 
 import resource
 import sys
@@ -26,7 +26,7 @@ class StepCosts:
 
 
 class StepMeter:
-    """Counts the steps of this process.
+    """The counters of this process's steps.
 
     Attributes:
         steps, tokens: done so far; tokens are targets over all ranks.
@@ -40,16 +40,16 @@ class StepMeter:
         self._before = (0, 0.0, 0)
 
     def begin(self) -> None:
-        """A step begins: its micro-batches are about to be made."""
+        """Start the clock of a step, before its micro-batches are made."""
         self._before = (self._traffic.gathered_bytes, self._traffic.seconds, self._flat.reduced_bytes)
         self._begin = time.perf_counter()
 
     def data_is_ready(self) -> None:
-        """The step's micro-batches are made."""
+        """Note the time at which the step's micro-batches are made."""
         self._data_ready = time.perf_counter()
 
     def end(self, tokens: int) -> StepCosts:
-        """The step, of so many target tokens, is done."""
+        """End a step of so many target tokens and return its costs."""
         gathered, gather_seconds, reduced = self._before
         costs = StepCosts(
             seconds=time.perf_counter() - self._begin,
@@ -106,8 +106,8 @@ def step_scalars(result: StepResult, costs: StepCosts, epoch: float, check_diges
 def held_bytes(device: torch.device) -> int:
     """Bytes held on the device now, or by the process where the device is the CPU.
 
-    On CUDA all that is in use counts, with what NCCL, cuBLAS and bitsandbytes allocate beside PyTorch, and with what
-    PyTorch has freed and keeps. So at the end of a step it is close to the step's peak.
+    On CUDA all memory in use counts, with the allocations of NCCL, cuBLAS and bitsandbytes beside PyTorch's, and with
+    freed memory that PyTorch keeps. So at the end of a step it is close to the step's peak.
     """
     if device.type == "cuda":
         free, total = torch.cuda.mem_get_info(device)

@@ -184,7 +184,7 @@ class TrainingRun:
         self.monitor.flush()
 
     def close(self) -> None:
-        """Finish what is being written, close the records and the groups; also after a failure."""
+        """Finish the save that is going on, close the records and the groups; also after a failure."""
         self.checkpoints.close()
         self.monitor.close()
         if isinstance(self._ahead, BatchesAhead):

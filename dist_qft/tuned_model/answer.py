@@ -125,7 +125,7 @@ def _left_padded(rows: list[list[int]], padding: int) -> tuple[Tensor, Tensor]:
 
 @contextmanager
 def _seeded(sampling: Sampling, device: torch.device) -> Iterator[None]:
-    """Inside, random choices depend on the seed alone; the generators are put back afterwards."""
+    """Context in which random choices depend on the seed alone; the generators are put back afterwards."""
     if sampling.temperature == 0:
         yield
         return

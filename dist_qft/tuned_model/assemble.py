@@ -1,4 +1,4 @@
-"""From a config to live parts: what training, evaluation, generation and merging all begin with."""
+"""The live parts of a config, with which training, evaluation, generation and merging all begin."""
 
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager

@@ -26,8 +26,8 @@ def find_checkpoint(path: str | Path) -> Checkpoint:
 
     Raises:
         UserError: there is none.
-        CorruptFileError: it fails verification. An older one is taken only by its own name: nobody shall take it for
-            what the run ended with.
+        CorruptFileError: it fails verification. An older one is taken only by its own name, lest it be mistaken for the
+            run's last.
     """
     folder = Path(path)
     if not folder.is_dir():
@@ -116,7 +116,7 @@ def check_adapter(checkpoint: Checkpoint, spec: TrainableSpec[Any]) -> None:
     """Refuse a checkpoint whose trainables are not those of the config; before the base is loaded."""
     found = checkpoint.adapter_config
     if found.get("peft_type") != spec.peft_type:
-        raise UserError(f"{checkpoint.path}: peft_type is {found.get('peft_type')!r}, need {spec.peft_type!r}")
+        raise UserError(f"{checkpoint.path}: peft_type: got {found.get('peft_type')!r}, must be {spec.peft_type!r}")
     if difference := spec.difference(found):
         raise UserError(f"{checkpoint.path}: {difference}")
 

@@ -1,4 +1,4 @@
-"""A run that answers prompts, opened in a session of its ranks: what `generate` and `chat` begin with."""
+"""A run that answers prompts, opened in a session of its ranks: the start of `generate` and `chat`."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -34,7 +34,7 @@ def opened_to_answer(path: str, *, doing: str, request: dict[str, str]) -> Itera
 
     Args:
         doing: the activity, for messages.
-        request: what the ranks were asked, by name; must be the same on all of them.
+        request: the ranks' arguments, by name; must be the same on all of them.
 
     Raises:
         UserError: there is no checkpoint, it answers no prompts, or its adapter belongs to another base.

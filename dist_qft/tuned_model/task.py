@@ -33,7 +33,7 @@ class Task(Protocol):
     def loss(self, hidden: Tensor, batch: MicroBatch) -> tuple[Tensor, Tensor | None]:
         """Loss summed over the batch's targets, from last hidden states (b, L, D), differentiable by them.
 
-        Also what was predicted, (b,) float32 on the device with NaN for rows that only fill up; None for tokens.
+        Also the predictions, (b,) float32 on the device with NaN for rows that only fill up; None for tokens.
         """
 
     def metrics(self, predicted: np.ndarray, labels: np.ndarray) -> dict[str, float]:

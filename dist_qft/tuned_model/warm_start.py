@@ -26,7 +26,7 @@ from dist_qft.tuned_model.checkpointed import find_checkpoint
 
 KEY = "method.init_from"
 PEFT_CONFIG, PEFT_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-# What a LoRA of ours has not: a folder that uses it would lose something of it.
+# Features that our LoRA lacks: a folder that uses one would lose something of it.
 _UNKNOWN_TO_US = ("use_dora", "modules_to_save", "trainable_token_indices", "fan_in_fan_out", "layer_replication")
 
 
@@ -111,7 +111,7 @@ def _from_peft(folder: Path, spec: TrainableSpec[Any]) -> dict[str, Tensor]:
         path, _, kind = name.removesuffix(".weight").rpartition(".lora_")
         ours = next((each for each in tiles if path == each or path.endswith(f".{each}")), None)
         if kind not in ("A", "B") or ours is None:
-            raise UserError(f"{KEY}: {folder} has {name}, which is no LoRA of a layer that method.targets selects")
+            raise UserError(f"{KEY}: {folder} has {name}, which is not a LoRA of a layer that method.targets selects")
         found[f"{ours}.{kind}"] = _fitting(tensor, name, kind, tiles[ours], _scale(config, path, tensor, kind), folder)
     missing = [path for path in tiles if not {f"{path}.A", f"{path}.B"} <= found.keys()]
     if missing:

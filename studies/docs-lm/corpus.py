@@ -45,7 +45,7 @@ def documents(folder: Path) -> Iterator[tuple[str, str]]:
 
 
 def held_out(name: str) -> bool:
-    """Whether a document belongs to the held-out part."""
+    """True if a document belongs to the held-out part."""
     return hashlib.sha256(name.encode()).digest()[0] < 256 // 50
 
 

@@ -13,7 +13,7 @@ TIMEOUT_SECONDS = 180
 
 
 class Finished(NamedTuple):
-    """What the shell sees of a command."""
+    """The outcome of a command as the shell sees it."""
 
     code: int
     out: str

@@ -240,7 +240,7 @@ def extended_package(folder: Path) -> Path:
 
 
 def run_commands(package: Path, *commands: list[object]) -> list[str]:
-    """What each `dist-qft COMMAND` of the copy prints."""
+    """The output of each `dist-qft COMMAND` of the copy."""
     env = {**os.environ, "PYTHONPATH": str(package)}
     words = json.dumps([[str(word) for word in command] for command in commands])
     done = subprocess.run(

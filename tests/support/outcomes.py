@@ -1,4 +1,4 @@
-"""How a training run ends on each rank of a pool, whether well or with one of our errors."""
+"""The end of a training run on each rank of a pool, well or with one of our errors."""
 
 from collections.abc import Callable
 from contextlib import closing, redirect_stderr

@@ -26,7 +26,7 @@ _UTS = (
 
 
 def missing() -> str | None:
-    """Why there can be no Slurm here, or None."""
+    """The reason why there can be no Slurm here; None if there can."""
     absent = [program for program in _PROGRAMS if shutil.which(program, path=_PATH) is None]
     return f"no {', '.join(absent)}: apt-get install slurmctld slurmd slurm-client munge" if absent else None
 

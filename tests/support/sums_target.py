@@ -29,7 +29,7 @@ class SumsTarget(MergedModel):
 
 
 class SumsWriter:
-    """Also what it opens: a `target.OpenResult`."""
+    """A writer that is its own `target.OpenResult`."""
 
     def __init__(self, live) -> None:
         self.live, self.difference, self.sums = live, Difference(), {}

@@ -27,10 +27,10 @@ def bench(tmp_path_factory):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["nothing"], f"bench: got 'nothing', need one of {NAMES}"),
+        (["nothing"], f"bench: got 'nothing', must be one of {NAMES}"),
         ([], f"bench: needs a NAME or --all; names: {NAMES}"),
         (["step", "--all"], "bench: got 'step' and --all, which has every benchmark; leave one out"),
-        (["step", "--device", "tpu"], "--device: got 'tpu', need cpu or cuda"),
+        (["step", "--device", "tpu"], "--device: got 'tpu', must be cpu or cuda"),
         (["step", "--json", "/nowhere/x.jsonl"], "--json: there is no folder '/nowhere'"),
     ],
 )

@@ -101,7 +101,7 @@ def test_a_merge_that_cannot_be_exact_is_refused_with_what_would_be(shell, make_
     assert "no exact merge: blocks of [8, 4] cross the tiles of model.layers.0.self_attn.q_proj" in err
     assert "(and 20 more layers)" in err and "--requantize affine4" in err and "--to dense" in err
     code, _, err = shell("merge", make_run(tiny_llama, **NF4_RUN), "--to", "quantized")
-    assert code == 2 and "is nf4, which has no zeros to take dW; quantization.linear: affine4 has" in err
+    assert code == 2 and "is nf4, which has no zeros to take dW; choose quantization.linear: affine4" in err
     code, _, err = shell("merge", crossing, "--to", "gguf")
     assert code == 2 and f"--to gguf: the base '{tiny_llama}' is not a GGUF file" in err
 
@@ -203,7 +203,7 @@ def test_merge_settings_without_effect_are_refused(tmp_path):
         f"{path}:3: merge.overwrite: {remedy}",
     ]
     path.write_text("output_dir: o\nmodel: {path: m}\nmerge: {at_end: gguf, dtype: float32}\n")
-    with pytest.raises(UserError, match=r"merge\.dtype: no effect with merge\.at_end gguf; only dense has it"):
+    with pytest.raises(UserError, match=r"merge\.dtype: no effect with merge\.at_end gguf; remove it"):
         load_config(path)
     assert recipe_at_end(tiny_config(tmp_path, tmp_path / "run"), None, None) is None
 

@@ -1,4 +1,4 @@
-"""What is left behind when a merge dies, when the disk is full, or when somebody else is faster."""
+"""The files left behind when a merge dies, when the disk is full, or when somebody else is faster."""
 
 import errno
 import itertools

@@ -1,4 +1,4 @@
-"""What is not installed is not needed, and asking for it is one line: the packages are hidden from the real program."""
+"""The real program without its optional packages: it does not need them, and a request for one gives one line."""
 
 import os
 import subprocess

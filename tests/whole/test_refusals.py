@@ -84,7 +84,7 @@ def test_the_poison_works(command, poisoned, tmp_path):
     assert code == 2
     assert err == (
         f"error: rank 0: {poisoned}: rows 0 to 64 of tensor 'model.layers.0.self_attn.q_proj.weight': "
-        "the weight at [0, 0] is nan, need finite float32 values\n"
+        "the weight at [0, 0] is nan, must be a finite float32 value\n"
     )
 
 
@@ -120,7 +120,7 @@ def test_all_faults_of_a_config_are_told_at_once(refused):
         (["quantization.block=[8, 48]"], "48 does not divide in_features 64 (nearest: 32 or 64)"),
         (["train.global_batch_size=6", "train.per_device_train_batch_size=4"], "nearest: 4 or 8"),
         (["sharding.group=3"], "sharding.group: got 3, must divide the 1 ranks of the run"),
-        (["data.eval_samples=60"], "data.eval_samples: 60 of 60 samples; allowed: at most 59"),
+        (["data.eval_samples=60"], "data.eval_samples: got 60, must be at most 59 of the 60 samples"),
         (["data.train.path=nowhere.jsonl"], "data.train.path: no such file or folder: nowhere.jsonl"),
         (["model.path=./nowhere"], "model.path: no such file or folder './nowhere'"),
         (["model.path=owner/nothing"], "model.path: cannot read the configuration of 'owner/nothing'"),

@@ -25,7 +25,7 @@ class MethodConfig(Section):
 
     Attributes:
         name: the value of `method.name` that chooses the class.
-        merge_obstacle: why the trainables cannot be merged into the base, and what to do instead; None if they can.
+        merge_obstacle: the reason why the trainables cannot be merged into the base, with a remedy; None if they can.
     """
 
     name: str

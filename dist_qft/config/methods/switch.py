@@ -1,4 +1,4 @@
-"""Another method on the command line than in the file: what of the file's `method` section still applies."""
+"""Another method on the command line than in the file: the keys of the file's `method` section that still apply."""
 
 from typing import Any
 
@@ -9,7 +9,7 @@ _SELECTION = {"layers", "depth"}
 
 
 def keys_for(section: dict[str, Any], name: str) -> tuple[dict[str, Any], str | None]:
-    """A file's `method` section for the method `name`, and a note on what was dropped from it.
+    """A file's `method` section for the method `name`, and a note on the keys that were dropped.
 
     Only keys that other methods have are dropped, so a misspelt one is still refused. A rule of the schedule that sets
     nothing afterwards goes, too.

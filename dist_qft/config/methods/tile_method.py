@@ -36,7 +36,7 @@ _RULE_RANK = "rank of these layers' adapters; where the method has none, it only
 
 
 class Tile(NamedTuple):
-    """What shapes one adapter: dW is constant on tiles of `repeat` outputs by `pool` inputs.
+    """The shape of one adapter: dW is constant on tiles of `repeat` outputs by `pool` inputs.
 
     `inner` is the number of rows of A when there is a B; None for a single matrix.
     """
@@ -159,6 +159,8 @@ class BlockMethod(TileMethod):
             return
         linear = run.quantization.linear
         if linear not in ("affine4", "auto", "stored"):
-            yield value_fault(("method", "merge_aware"), f"{linear} has no zeros to take dW; affine4 has")
+            yield value_fault(
+                ("method", "merge_aware"), f"{linear} has no zeros to take dW; choose quantization.linear: affine4"
+            )
         if self.dropout:
             yield value_fault(("method", "dropout"), f"got {self.dropout}, must be 0 with merge_aware")

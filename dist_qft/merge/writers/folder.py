@@ -25,7 +25,7 @@ class WeightForm(Protocol):
     Attributes:
         stem: of the safetensors files' names.
         dtype: the float type that config.json names.
-        difference: what conversions have lost so far.
+        difference: the loss of conversions so far.
     """
 
     stem: str
@@ -42,7 +42,7 @@ class WeightForm(Protocol):
         """Text files that belong to the form, by name."""
 
     def config_entries(self, folder: Path) -> dict[str, Any]:
-        """What config.json says of the form; called when the weights' files have been begun."""
+        """The entries of config.json about the form; called when the weights' files have been begun."""
 
 
 def require_folder(request: MergeRequest) -> None:
@@ -52,7 +52,7 @@ def require_folder(request: MergeRequest) -> None:
 
 
 class FolderWriter:
-    """Writes one folder; see `target.Writer`."""
+    """A writer of one folder; see `target.Writer`."""
 
     def __init__(self, form: WeightForm, live: LiveModel, config: RunConfig) -> None:
         self._form, self._live, self._config = form, live, config

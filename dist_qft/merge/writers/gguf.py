@@ -93,7 +93,7 @@ def _of_tiles(recipe: Recipe, base: BaseModel) -> Recipe:
 
 
 class GgufWriter:
-    """Writes one GGUF file; see `target.Writer`."""
+    """A writer of one GGUF file; see `target.Writer`."""
 
     def __init__(self, live: LiveModel, recipe: Recipe, source: Path) -> None:
         self.recipe = recipe
@@ -124,7 +124,7 @@ class GgufWriter:
         return OpenGguf(self, RewrittenFile(self._source.files, temporary, in_order))
 
     def size_change(self) -> str:
-        """How much larger or smaller than the base the file will be, and why; one line."""
+        """One line on how much larger or smaller than the base the file will be, and why."""
         names = [f"{path}.weight" for path in self.recipe.tiles]
         types = Counter(self._source.gguf_type(name) for name in names)
         before = sum(file.stat().st_size for file in self._source.files)
@@ -158,7 +158,7 @@ class GgufWriter:
         return self._patches and self.recipe.folds(path)
 
     def _held_as_stored(self, path: str) -> bool:
-        """True if the run computed with just what the file holds; a dense weight is held as it was read."""
+        """True if the run computed with exactly the weights of the file; a dense weight is held as it was read."""
         format = self._weights[path].format
         return format.name == "dense" or format == self._source.stored_format(f"{path}.weight")
 

@@ -1,4 +1,5 @@
-"""The part that targets share whose result is a whole model: fold into the base, compare with what will be written."""
+"""The part that targets share whose result is a whole model: fold into the base, compare with the weights that will be
+written."""
 
 from abc import abstractmethod
 from collections.abc import Iterable

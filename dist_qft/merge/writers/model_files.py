@@ -1,6 +1,6 @@
-"""The small files of a model folder: the base's own, byte for byte except where the merge changes what they say.
+"""The small files of a model folder: the base's own, byte for byte except for entries that the merge changes.
 
-What an older reader spells otherwise is there in both spellings: transformers 4 and programs that follow it read
+Settings that older readers know by other names are written under both: transformers 4 and programs that follow it read
 `rope_theta`, `rope_scaling` and `torch_dtype`, transformers 5 writes `rope_parameters` and `dtype` alone.
 """
 
@@ -35,7 +35,7 @@ _NEVER = ("*.py", "*.safetensors", "*.bin", "*.gguf", "*.index.json")
 def write_model_files(
     folder: Path, model: ModelConfig, base: BaseModel, dtype: torch.dtype, tokenizer: PreTrainedTokenizerBase
 ) -> None:
-    """Write what readers need besides the weights, whose float type is `dtype`.
+    """Write the files that readers need besides the weights, whose float type is `dtype`.
 
     Args:
         tokenizer: the run's, with the chat template that it was trained with.
@@ -83,7 +83,7 @@ def _write_from_gguf(folder: Path, model: ModelConfig) -> None:
 
 
 def _plain_tokenizer_config(content: dict[str, Any], template: object) -> dict[str, Any]:
-    """Without what transformers 5 alone understands."""
+    """The content of a tokenizer_config.json without the entries that transformers 5 alone understands."""
     content = {key: value for key, value in content.items() if key not in ("backend", "is_local")}
     if content.get("tokenizer_class") in (None, "TokenizersBackend"):
         content["tokenizer_class"] = "PreTrainedTokenizerFast"

@@ -86,7 +86,7 @@ def _logits_with(live: LiveModel, lora: AdapterSet, probe: Probe) -> Tensor:
 
 
 class PeftWriter:
-    """Writes one folder from plain LoRAs; see `target.Writer`. It needs nothing of the base."""
+    """A writer of one folder from plain LoRAs; see `target.Writer`. It needs nothing of the base."""
 
     def __init__(self, lora: AdapterSet, model: ModelConfig) -> None:
         self._adapters, self._model = lora.by_path, model
@@ -156,7 +156,7 @@ def peft_config(settings: Mapping[str, TileSettings], model: ModelConfig) -> dic
 
 
 def read_lora(folder: Path, tiles: Mapping[str, TileSettings]) -> AdapterSet:
-    """The adapters of such a folder, for a check of what was written; `tiles` gives the layers' sizes."""
+    """The adapters of such a folder, for a check of the written folder; `tiles` gives the layers' sizes."""
     try:
         config = json.loads((folder / CONFIG_FILE).read_bytes())
         tensors = load_file(folder / f"{_STEM}.safetensors")

@@ -132,7 +132,7 @@ def _generator(seed: int, path: str) -> torch.Generator:
 
 
 def _misfit(path: str, adapter: TileAdapter, module: nn.Module | None) -> str | None:
-    """Why an adapter cannot sit on a module, or None."""
+    """The reason why an adapter cannot sit on a module; None if it can."""
     if module is None:
         return f"{path} does not exist"
     sizes = [getattr(module, "in_features", None), getattr(module, "out_features", None)]

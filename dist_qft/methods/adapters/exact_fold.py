@@ -28,7 +28,7 @@ def zeros_of(format: Format) -> FoldTarget:
 
 
 def folding_obstacle(tiles: Mapping[str, TileSettings], linears: Mapping[str, FrozenLinear]) -> str | None:
-    """Why adapters of these tiles do not all fold exactly, with the nearest settings that would; None if they do."""
+    """The reason why not all adapters of these tiles fold exactly, and the nearest settings that would; or None."""
     faults = []
     for path, settings in tiles.items():
         layer = linears[path]
@@ -46,14 +46,14 @@ def folds_exactly(format: Format, shape: Shape, settings: TileSettings) -> bool:
 def _obstacle(path: str, format: Format, shape: Shape, settings: TileSettings) -> str | None:
     target = format.fold_target
     if target is None:
-        return f"{path} is {format.name}, {format.fold_obstacle}; quantization.linear: affine4 has"
+        return f"{path} is {format.name}, {format.fold_obstacle}; choose quantization.linear: affine4"
     faults = []
     sides = (("repeat", settings.repeat, shape[0]), ("pool", settings.pool, shape[1]))
     for (knob, value, size), block in zip(sides, target.block, strict=True):
         if value % block:
             legal = [factor for factor in range(block, size + 1, block) if size % factor == 0]
             nearest = sorted(sorted(legal, key=lambda factor: abs(factor - value))[:2])
-            faults.append(f"{knob} {value} is not a multiple of {block} (nearest legal: {either(nearest)})")
+            faults.append(f"{knob} {value} is not a multiple of {block} (nearest: {either(nearest)})")
     return f"blocks of {list(target.block)} cross the tiles of {path}: {'; '.join(faults)}" if faults else None
 
 
@@ -107,7 +107,7 @@ def tile_rows(adapter: TileAdapter, start: int, stop: int) -> Tensor:
 def _to_float16(exact: Tensor) -> Tensor:
     """float64 rounded once to the nearest float16, ties to even. torch itself goes through float32 and rounds twice.
 
-    Rounding to odd in between keeps what the second rounding must know: on which side of a tie the value lies.
+    Rounding to odd in between keeps the side of a tie on which the value lies, which the second rounding needs.
     """
     single = exact.float()
     bits = single.view(torch.int32)

@@ -1,4 +1,4 @@
-"""Which linear layer gets which adapter: from the config's `method` section to one `TileSettings` per layer.
+"""The adapter of each linear layer: one `TileSettings` per layer, from the config's `method` section.
 
 Pure arithmetic on names and sizes: no torch, no weights, so `validate` can run it on a model's config.json
 alone. The methods are settings of one class (`tile_adapter.TileAdapter`), not classes of their own.
@@ -95,7 +95,7 @@ class TileSettings(Section):
         return {"A": (self.inner, tiles_in), "B": (tiles_out, self.inner)}
 
     def to_dict(self) -> dict[str, object]:
-        """As plain JSON values, for `adapter_config.json`; `use_rslora`, which came later, only where it is used."""
+        """The settings as JSON values for `adapter_config.json`; `use_rslora`, a later key, only where it is used."""
         return self.model_dump(exclude=None if self.use_rslora else {"use_rslora"})
 
     @classmethod

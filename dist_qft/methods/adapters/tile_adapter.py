@@ -114,7 +114,7 @@ class _GradientOfAdded(torch.autograd.Function):
 
 @torch.no_grad()
 def tile_values(adapter: TileAdapter, dtype: torch.dtype = torch.float64) -> torch.Tensor:
-    """The value of each tile of dW, (d_out / k, d_in / p), computed in `dtype`: what a merge adds to a block."""
+    """The value of each tile of dW, (d_out / k, d_in / p), computed in `dtype`; a merge adds it to a block."""
     matrix = adapter.A.to(dtype)
     if adapter.B is not None:
         matrix = adapter.B.to(dtype) @ matrix
@@ -137,7 +137,7 @@ def lora_factors(adapter: TileAdapter) -> tuple[torch.Tensor, torch.Tensor]:
     """
     settings = adapter.settings
     if adapter.B is None:
-        raise UserError("adapter: a single-matrix adapter (qahira) is no LoRA pair; merge it, or export its own format")
+        raise UserError("a single-matrix adapter (qahira) is not a LoRA pair; merge it, or export its own format")
     wide = adapter.A.repeat_interleave(settings.pool, dim=1)
     if settings.pool_mode == "mean":
         wide = wide / settings.pool

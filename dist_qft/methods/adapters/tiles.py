@@ -11,7 +11,7 @@ from torch import Tensor
 
 
 def sum_neighbours(x: Tensor, count: int) -> Tensor:
-    """Sums of `count` neighbours: (..., d) -> (..., d / count)."""
+    """The sums of `count` neighbours: (..., d) -> (..., d / count)."""
     return _SumNeighbours.apply(x, count) if count > 1 else x
 
 

@@ -14,10 +14,10 @@ from dist_qft.methods.qst.network import SideNetwork
 
 
 class CachedForward:
-    """Runs the base and keeps its states, or runs the side network alone on states that were kept.
+    """A forward pass that runs the base and keeps its states, or the side network alone on states that were kept.
 
     Args:
-        through_base: what runs the base, with the side network attached.
+        through_base: the forward pass through the base, with the side network attached.
         before_cached: called once, before the first step from the cache.
     """
 

@@ -1,4 +1,4 @@
-"""From the base's hidden states (..., d) to the side network's width (..., d / r): the variants of the paper's table 6.
+"""Downsampling of the base's hidden states (..., d) to the side network's width (..., d / r): the paper's table 6.
 
     adapter    LayerNorm(L2 swish(L1 h)), L1: d -> rank, L2: rank -> d / r    the default
     lora       L2 L1 h

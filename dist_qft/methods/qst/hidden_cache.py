@@ -9,9 +9,9 @@ Two files that all ranks map into memory and share, so their folder must be on a
 A row is checked before each use: by its CRC-32 before the first use in this process, later by a sum of its words, which
 is several times faster and sees every single flipped bit. A row that is damaged counts as absent: it is computed again.
 
-A row's place follows from the lengths of the rows before it. `cache.json` says what the states belong to (base, data,
-layout); a cache of anything else is discarded. Space is reserved at the start, for a full disk would otherwise end a
-run that writes through a memory map without a word.
+A row's place follows from the lengths of the rows before it. `cache.json` names the base, data and layout of the
+states; a cache of anything else is discarded. Space is reserved at the start, for a full disk would otherwise end a run
+that writes through a memory map without a word.
 """
 
 import json
@@ -39,7 +39,7 @@ _LOCK_SECONDS = 600  # that a rank waits for another one to make the empty files
 
 @dataclass(frozen=True)
 class CacheLayout:
-    """What is stored of each token.
+    """The values that are stored for each token.
 
     depth: layer states, N + 1. width, out_width: values of each of them, and of the last states. pool: the pooling
     downsample behind them, or "none".
@@ -66,7 +66,7 @@ class HiddenCache:
 
     Args:
         lengths: (rows,) tokens of each row.
-        base, data: fingerprint and digest of what the states come from.
+        base, data: fingerprint of the base and digest of the data that the states come from.
 
     Raises:
         SetupError: there is no room for it, or another process holds its lock for too long.
@@ -91,7 +91,7 @@ class HiddenCache:
         return int((self._index != 0).sum())
 
     def has(self, row: int) -> bool:
-        """Whether a row is there and whole at this moment."""
+        """True if a row is there and whole at this moment."""
         entry = int(self._index[row])
         if entry == 0:
             return False
@@ -104,7 +104,7 @@ class HiddenCache:
         return True
 
     def write(self, row_ids: Sequence[int], states: BaseStates) -> None:
-        """Store the rows of a micro-batch (its first ones; the rest only fill it up). What is there stays."""
+        """Store the rows of a micro-batch (its first ones; the rest only fill it up). Rows that are whole stay."""
         for place, row in enumerate(row_ids):
             if self.has(row):
                 continue
@@ -140,12 +140,12 @@ class HiddenCache:
 
 
 def cache_folder(output_dir: Path) -> Path:
-    """Where a run keeps hidden states."""
+    """The folder in which a run keeps hidden states."""
     return output_dir / _FOLDER
 
 
 def require_cache_space(folder: Path, needed: int) -> None:
-    """Refuse, before anything heavy is done, a cache that does not fit; what an older one occupies counts as free.
+    """Refuse, before anything heavy is done, a cache that does not fit; the space of an older one counts as free.
 
     Raises:
         SetupError: with the space that it needs and that there is.

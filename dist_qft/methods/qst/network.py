@@ -5,8 +5,8 @@
     h      = a norm_f(h_f[N]) + (1 - a) up(norm_g(h_g[N])),          a = 1 at the start, so that h is the base's
 
 `h` goes to the base's frozen head. The side layers, their rotary embedding, masks and final norm are those of the
-decoder's own class, built from a shrunken configuration (`sizes`): g is a whole narrow decoder whose layers are told
-by hooks what to mix into their input. Nothing in f requires a gradient, so autograd records nothing of it.
+decoder's own class, built from a shrunken configuration (`sizes`): g is a whole narrow decoder and hooks mix the base's
+states into the input of its layers. Nothing in f requires a gradient, so autograd records nothing of it.
 
 Not here: sizes and counts (`plan`), the base's hidden states on disk (`hidden_cache`).
 """
@@ -31,9 +31,9 @@ from dist_qft.methods.trainable import HookedTrainables
 
 @dataclass(frozen=True)
 class BaseStates:
-    """What the side network reads of one forward pass of the base, in the compute dtype.
+    """The states that the side network reads of one forward pass of the base, in the compute dtype.
 
-    layers: N + 1 tensors, what enters the first layer and what leaves each: (batch, length, d), or (batch, length,
+    layers: N + 1 tensors, the input of the first layer and the output of each: (batch, length, d), or (batch, length,
         d / r) if the downsample pools.
     last: (batch, length, D), the last hidden states behind the final norm.
     """
@@ -173,8 +173,10 @@ class SideNetwork(HookedTrainables):
         output.last_hidden_state = self(states, cache=cache, **given)
 
     def _cache_beside(self, base: Cache | None) -> Cache | None:
-        """The side network's key-value cache: further layers of the base's own, so that what generation does to one
-        (reorder for beams, crop, repeat) it does to both."""
+        """The side network's key-value cache: further layers of the base's own.
+
+        So operations of generation (reorder for beams, crop, repeat) apply to both.
+        """
         if base is None:
             return None
         if not isinstance(base, DynamicCache):
@@ -188,7 +190,7 @@ class SideNetwork(HookedTrainables):
 
 
 class _Zero(nn.Module):
-    """Stands for an embedding that is never looked up, or whose result is not used."""
+    """A stand-in for an embedding that is never looked up, or whose result is not used."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         return torch.zeros(())

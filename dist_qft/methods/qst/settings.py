@@ -1,4 +1,4 @@
-"""What defines a side network besides the base, as it is stored with one."""
+"""The settings that, with the base, define a side network; they are stored with it."""
 
 from pydantic import ValidationError
 
@@ -42,5 +42,5 @@ class SideSettings(Section):
 
     @property
     def pools(self) -> bool:
-        """Whether the downsample has no parameters, so that its results never change either."""
+        """True if the downsample has no parameters: its results never change then."""
         return self.downsample in POOLS

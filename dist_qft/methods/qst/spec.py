@@ -107,12 +107,12 @@ class SideSpec(TrainableSpec[SideNetwork]):
         return SideNetwork.build(self.settings, self.config, width=self.width, out_width=self.out_width, seed=seed)
 
     def start_from_base(self, trainables: SideNetwork, base: BaseModel, source: TensorSource) -> None:
-        """With `init: pruned`, overwrite layers and final norm by the base's own weights."""
+        """Overwrite layers and final norm by the base's own weights, with `init: pruned`."""
         if self.init == "pruned":
             start_from_base(trainables, base, source)
 
     def cache_layout(self, dtype: torch.dtype) -> CacheLayout:
-        """What the hidden-state cache stores of each token, for this compute dtype."""
+        """The layout of the hidden-state cache for this compute dtype."""
         depth = self.config.num_hidden_layers + 1
         if self.settings.pools:
             return CacheLayout(depth, self.config.hidden_size, self.out_width, self.settings.downsample, dtype)
@@ -127,7 +127,7 @@ class SideSpec(TrainableSpec[SideNetwork]):
         return [f"hidden-state cache {folder}: {size / 2**30:,.2f} GiB for {len(data):,} rows"]
 
     def forward(self, parts: TrainingParts[SideNetwork]) -> Forward:
-        """Through the base, or with `cache: disk` from its stored hidden states where they are there."""
+        """The forward pass through the base, or with `cache: disk` from those of its hidden states that are stored."""
         base, data, folder = parts.base, parts.data, cache_folder(parts.output_dir)
         through_base = BaseForward(base, parts.device)
         if self.cache == "none":

@@ -45,7 +45,7 @@ STATE = f"{WEIGHT}.quant_state.bitsandbytes__nf4"
 
 
 def quantize(source: Path, folder: Path, **settings: Any) -> Path:
-    """What a user of transformers does to have such a folder."""
+    """Make such a folder as a user of transformers does."""
     how = BitsAndBytesConfig(load_in_4bit=True, **({"bnb_4bit_quant_type": "nf4"} | settings))
     AutoModelForCausalLM.from_pretrained(source, quantization_config=how).save_pretrained(folder)
     AutoTokenizer.from_pretrained(source).save_pretrained(folder)
@@ -173,7 +173,7 @@ def test_settings_that_kept_formats_would_ignore_are_refused(folders):
 
 def test_quantizations_that_are_not_nf4_are_refused_by_the_configuration(tiny_llama, tmp_path):
     fp4 = quantize(tiny_llama, tmp_path / "fp4", bnb_4bit_quant_type="fp4")
-    assert f"model.path: '{fp4}' is already quantized by bitsandbytes fp4; need " in refusal(fp4, {})
+    assert f"model.path: '{fp4}' is already quantized by bitsandbytes fp4; must be " in refusal(fp4, {})
 
 
 def test_a_quantized_head_is_held_in_a_format_for_tables(tiny_llama, tmp_path):
@@ -210,14 +210,14 @@ def spoiled(tensors: dict[str, torch.Tensor], name: str, value: float) -> None:
     ("name", "damage", "error", "message"),
     [
         ("once", lambda t: state_with(t, shape=[128]), CorruptFileError, "not a description of a quantized weight"),
-        ("once", lambda t: state_with(t, blocksize="64"), UserError, "blocks of '64', need one of 32, 64,"),
+        ("once", lambda t: state_with(t, blocksize="64"), UserError, "got blocks of '64', must be one of 32, 64,"),
         (
             "once",
             lambda t: t.update({STATE: t[STATE][:9]}),
             CorruptFileError,
             "not a description of a quantized weight",
         ),
-        ("once", lambda t: state_with(t, blocksize=48), UserError, "blocks of 48, need one of 32, 64,"),
+        ("once", lambda t: state_with(t, blocksize=48), UserError, "got blocks of 48, must be one of 32, 64,"),
         (
             "once",
             lambda t: t.update({WEIGHT: t[WEIGHT][:-1].clone()}),
@@ -228,7 +228,12 @@ def spoiled(tensors: dict[str, torch.Tensor], name: str, value: float) -> None:
         ("once", without_states, UserError, "no tensor is stored in it"),
         ("once", lambda t: spoiled(t, "quant_map", 0.5), UserError, "is not the code of this version"),
         ("once", lambda t: spoiled(t, "absmax", torch.nan), UserError, "holds a value that is not finite"),
-        ("twice", lambda t: state_with(t, nested_blocksize=128), UserError, "constants in blocks of 128, need 256"),
+        (
+            "twice",
+            lambda t: state_with(t, nested_blocksize=128),
+            UserError,
+            "constants in blocks of 128, must be 256",
+        ),
         ("twice", lambda t: state_with(t, nested_offset=torch.inf), UserError, "holds a value that is not finite"),
         ("twice", lambda t: spoiled(t, "nested_quant_map", 0.5), UserError, "is not the code of this version"),
     ],

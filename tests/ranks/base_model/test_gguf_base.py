@@ -41,7 +41,7 @@ def base(smollm2) -> BaseModel:
 
 @pytest.fixture(scope="module")
 def reference(smollm2) -> PreTrainedModel:
-    """What transformers makes of the same file: dense float32."""
+    """The same file as transformers reads it: dense float32."""
     folder, file = smollm2.parent, smollm2.name
     return AutoModelForCausalLM.from_pretrained(folder, gguf_file=file, dtype=torch.float32).eval()
 

@@ -41,7 +41,7 @@ def fingerprint(**arguments: Any) -> str:
 
 
 def loaded_until_stopped(path: Path, stop_on: int) -> str:
-    """What a rank is told when one of them has got a signal before the base is loaded."""
+    """The error on each rank when one of them has got a signal before the base is loaded."""
     config = RunConfig.model_validate(
         {"output_dir": "unused", "model": {"path": str(path)}, "method": {"name": "qlora"}}
     )

@@ -1,4 +1,4 @@
-"""What a merge writes depends neither on the number of ranks nor on the engine; and ranks stop together."""
+"""The bytes of a merge depend neither on the number of ranks nor on the engine; and ranks stop together."""
 
 from dataclasses import asdict
 from itertools import product

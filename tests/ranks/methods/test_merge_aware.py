@@ -158,7 +158,7 @@ def test_a_merge_of_what_was_trained_so_changes_no_logit(pools, tiny_gguf, tmp_p
         ({"method": {"name": "qlora"}}, "method.merge_aware: qlora does not use it; qlora has "),
         (
             {"method": {"name": "qahira"}, "quantization": {"linear": "nf4"}},
-            "method.merge_aware: nf4 has no zeros to take dW; affine4 has",
+            "method.merge_aware: nf4 has no zeros to take dW; choose quantization.linear: affine4",
         ),
         (
             {"method": {"name": "qahira", "dropout": 0.1}, "quantization": {"linear": "affine4"}},
@@ -181,4 +181,4 @@ def test_tiles_that_cut_blocks_are_refused_before_loading(pools, tiny_llama, tmp
     with pytest.raises(AssertionError) as refused:
         pools[1].run(train_and_merge, config=tiny_config(tiny_llama, tmp_path / "run", method=method))
     assert "UserError: method.merge_aware: no exact merge: blocks of [8, 4] cross the tiles of" in str(refused.value)
-    assert "repeat 4 is not a multiple of 8 (nearest legal: 8 or 16) (and 20 more layers)" in str(refused.value)
+    assert "repeat 4 is not a multiple of 8 (nearest: 8 or 16) (and 20 more layers)" in str(refused.value)

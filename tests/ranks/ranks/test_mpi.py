@@ -89,7 +89,7 @@ def test_mpi4py_missing(monkeypatch):
 
 
 def test_mpi4py_with_the_library_of_another_mpi(tmp_path):
-    """What happens to a user whose mpirun is Open MPI's and whose mpi4py finds MPICH: each rank thinks it is alone."""
+    """A user whose mpirun is Open MPI's and whose mpi4py finds MPICH: each rank thinks it is alone."""
     config = tmp_path / "run.yaml"
     config.write_text(
         f"output_dir: {tmp_path}/run\nmodel: {{path: {tmp_path}}}\ndata: {{train: {{path: stdlib-docs}}}}\n"

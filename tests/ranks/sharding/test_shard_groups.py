@@ -27,7 +27,7 @@ STEPS = 4
 
 @dataclass(frozen=True)
 class Found:
-    """What one rank reports of its run."""
+    """The report of one rank on its run."""
 
     losses: list[float]
     gathered_bytes: int
@@ -80,7 +80,7 @@ def test_two_bases_of_two_ranks_each_give_the_same_bits(pools, tiny_gguf, tmp_pa
 
 
 def refusals(mine: Path, others: Path) -> list[str]:
-    """What loading says on two nodes of two ranks with a base each: first with the ranks dealt out in turn, then, in
+    """Loading on two nodes of two ranks with a base each: first with the ranks dealt out in turn, then, in
     the usual order, with other weights on the second node."""
     rank, found = dist.get_rank(), []
     for local_rank, path in ((rank // 2, mine), (rank % 2, mine if rank < 2 else others)):

@@ -52,7 +52,7 @@ def make(
 
 @contextmanager
 def recorded_reductions(events: list) -> Iterator[None]:
-    """Inside, every all-reduce of this process is noted, and done."""
+    """Context in which every all-reduce of this process is recorded, and done."""
     real = dist.all_reduce
 
     @functools.wraps(real)

@@ -1,4 +1,4 @@
-"""What a run records: read back with TensorBoard's own reader, line by line, and from a real terminal."""
+"""The records of a run: read back with TensorBoard's own reader, line by line, and from a real terminal."""
 
 import contextlib
 import json
@@ -195,7 +195,7 @@ def test_records_that_cannot_be_written_are_a_fault_of_the_environment(tmp_path)
 
 
 def read_all(terminal: int) -> Iterator[str]:
-    """What was written to the other end of a terminal, in pieces, until nobody has that end open."""
+    """The text written to the other end of a terminal, in pieces, until nobody has that end open."""
     with open(terminal, "rb", buffering=0) as stream, contextlib.suppress(OSError):
         while piece := stream.read(4096):
             yield piece.decode(errors="replace")

@@ -118,7 +118,7 @@ def test_a_signal_to_one_rank_stops_all_at_the_same_saved_step(pools, tiny_llama
 
 
 def refusal(config: RunConfig, resume: str | None) -> str:
-    """Why a run on one rank is refused, before a process group exists; and that nothing was touched."""
+    """The refusal of a run on one rank, before a process group exists; asserts that nothing was touched."""
     output_dir = Path(config.output_dir)
     before = files_in(output_dir)
     with pytest.raises(UserError) as error:

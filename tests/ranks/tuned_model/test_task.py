@@ -71,11 +71,11 @@ def test_pairs_are_joined_by_a_line_break_and_long_texts_cut(tmp_path):
 @pytest.mark.parametrize(
     "task, label, message",
     [
-        (TASK, "bird", "label 'bird' is not in task.labels; allowed: cat, dog, sea, or a position from 0 to 2"),
-        (TASK, 3, "label 3 is not in task.labels"),
-        (TASK, True, "label True is not in task.labels"),
-        (TaskConfig(name="regression"), "high", "label 'high' is not a finite number"),
-        (TaskConfig(name="regression"), "inf", "label 'inf' is not a finite number"),
+        (TASK, "bird", "label: got 'bird', must be one of task.labels: cat, dog, sea, or a position from 0 to 2"),
+        (TASK, 3, "label: got 3, must be one of task.labels"),
+        (TASK, True, "label: got True, must be one of task.labels"),
+        (TaskConfig(name="regression"), "high", "label: got 'high', must be a finite number"),
+        (TaskConfig(name="regression"), "inf", "label: got 'inf', must be a finite number"),
     ],
 )
 def test_labels_outside_the_set_are_refused_at_their_line(tmp_path, task, label, message):
@@ -95,11 +95,11 @@ def test_a_record_without_a_label_is_refused(tmp_path):
 @pytest.mark.parametrize(
     "overrides, message",
     [
-        (["task={name: classification}"], "labels: got 0, classification needs at least 2"),
-        (["task={name: classification, labels: [a, b, a]}"], "labels: 'a' is listed twice"),
+        (["task={name: classification}"], "labels: got 0, must be at least 2 labels for classification"),
+        (["task={name: classification, labels: [a, b, a]}"], "labels: got 'a' twice, must be different labels"),
         (["task.labels=[a, b]"], "causal-lm has no labels"),
-        (["data.train.format=classification"], "classification does not fit task causal-lm"),
-        (["task.name=regression", "data.train.format=text"], "text does not fit task regression"),
+        (["data.train.format=classification"], "got classification, must be another format with task causal-lm"),
+        (["task.name=regression", "data.train.format=text"], "got text, must be classification with task regression"),
         (["task.name=regression", "data.packing=true"], "regression reads the last token of each row"),
         (["task.name=regression", "data.loss_on=all"], "regression predicts no tokens"),
         (["task.name=regression", "evaluation.prompts=[hi]"], "a model for regression"),

@@ -38,7 +38,7 @@ def test_it_is_what_the_gguf_library_reads(whole):
 
 
 class Layout:
-    """Where the fields of a file's header are, found without the reader that is tested."""
+    """The places of the fields of a file's header, found without the reader that is tested."""
 
     def __init__(self, path: Path) -> None:
         reader = gguf.GGUFReader(path)

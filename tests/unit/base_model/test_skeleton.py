@@ -232,7 +232,8 @@ def test_no_such_model(tmp_path):
     assert refused(tmp_path / "nowhere").endswith("and it is not a Hub id (owner/name)")
     assert refused(tmp_path / "x.gguf") == f"model.path: no file '{tmp_path / 'x.gguf'}'"
     assert (
-        refused(tmp_path) == f"model.path: '{tmp_path}' has no config.json; need a Hugging Face folder or a .gguf file"
+        refused(tmp_path)
+        == f"model.path: '{tmp_path}' has no config.json; must be a Hugging Face folder or a .gguf file"
     )
 
 
@@ -280,7 +281,7 @@ def test_a_checkpoint_that_is_already_quantized(folder_of, tmp_path):
     config = json.loads((folder_of("llama") / "config.json").read_text())
     config["quantization_config"] = {"quant_method": "vptq", "bits": 4}
     (tmp_path / "config.json").write_text(json.dumps(config))
-    assert "is already quantized by vptq; need 16-bit or 32-bit weights" in refused(tmp_path)
+    assert "is already quantized by vptq; must be 16-bit or 32-bit weights" in refused(tmp_path)
 
 
 def test_an_attention_that_the_family_lacks(folder_of, tmp_path):

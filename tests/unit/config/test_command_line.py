@@ -89,10 +89,10 @@ def test_train_without_data_is_refused(shell, config):
         (("--seed=3",), "error: unknown option '--seed=3'\n"),
         (("-x",), "error: unknown option '-x'\n"),
         (("--train.seed",), "error: option '--train.seed' needs a value\n"),
-        (("more.yaml",), "error: command line: more.yaml: need key.sub=value\n"),
+        (("more.yaml",), "error: command line: more.yaml: must be key.sub=value\n"),
         (
             ("a", "train.seed=x"),
-            "error: command line: a: need key.sub=value\n"
+            "error: command line: a: must be key.sub=value\n"
             "       command line: train.seed=x: got 'x' (str), must be an integer >= 0\n",
         ),
     ],

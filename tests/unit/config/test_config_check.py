@@ -23,12 +23,16 @@ def load(tmp_path):
 @pytest.mark.parametrize(
     "overrides, key, message",
     [
-        (["quantization.constants=float32"], "quantization.constants", "auto has no such choice; only affine4 does"),
-        (["quantization.block=[1, 32]"], "quantization.block", "got [1, 32], nf4 needs one length such as [64]"),
+        (
+            ["quantization.constants=float32"],
+            "quantization.constants",
+            "auto has no such choice; remove it or choose affine4",
+        ),
+        (["quantization.block=[1, 32]"], "quantization.block", "got [1, 32], must be one length such as [64] for nf4"),
         (
             ["quantization.linear=affine4", "quantization.block=[32]"],
             "quantization.block",
-            "got [32], affine4 needs [b_out, b_in] such as [1, 32]",
+            "got [32], must be [b_out, b_in] such as [1, 32] for affine4",
         ),
         (
             ["quantization.linear=dense", "quantization.block=[64]"],
@@ -38,7 +42,7 @@ def load(tmp_path):
         (
             ["quantization.linear=affine4", "quantization.double_quant=true"],
             "quantization.double_quant",
-            "affine4 has no absmax to quantize; only nf4 does",
+            "affine4 has no absmax to quantize; remove it or choose nf4",
         ),
         (
             ["quantization.linear=dense", "quantization.exempt=[q_proj]"],
@@ -84,17 +88,17 @@ def load(tmp_path):
         (
             ["train.per_device_train_batch_size=6"],
             "train.global_batch_size",
-            "16 is not a multiple of train.per_device_train_batch_size 6; nearest: 12 or 18",
+            "got 16, must be a multiple of train.per_device_train_batch_size 6: 12 or 18",
         ),
         (
             ["train.warmup_steps=10", "train.max_steps=10"],
             "train.warmup_steps",
-            "10 leaves no step at the full learning rate; need less than train.max_steps 10",
+            "got 10, must be less than train.max_steps 10, or no step has the full learning rate",
         ),
         (
             ["train.optim=paged_adamw_32bit", "sharding.device=cpu"],
             "train.optim",
-            "paged_adamw_32bit needs CUDA, sharding.device is cpu; use adamw",
+            "got paged_adamw_32bit, must be adamw with sharding.device cpu",
         ),
         (["evaluation.eval_steps=5"], "evaluation.eval_steps", "nothing to evaluate"),
         (["data.train.path=a", "evaluation.eval_steps=5"], "evaluation.eval_steps", "nothing to evaluate"),
@@ -153,7 +157,7 @@ def test_broken_rules_are_reported_together_with_their_lines(tmp_path):
     assert str(refusal.value).replace(str(path), "run.yaml").splitlines() == [
         "run.yaml:4: method.schedule.0.depth: got [2, 1], must be first <= last",
         "run.yaml:6: evaluation.eval_steps: nothing to evaluate; set data.eval or data.eval_samples",
-        "run.yaml:9: quantization.double_quant: affine4 has no absmax to quantize; only nf4 does",
+        "run.yaml:9: quantization.double_quant: affine4 has no absmax to quantize; remove it or choose nf4",
     ]
 
 
@@ -210,23 +214,23 @@ def test_accumulation_steps(load, world_size, micro, steps):
             16,
             2,
             3,
-            "train.global_batch_size: 16 is not a multiple of 6, train.per_device_train_batch_size 2 x 3 ranks; "
-            "legal: train.global_batch_size 12 or 18, or 1, 2, 4 or 8 ranks",
+            "train.global_batch_size: got 16, must be a multiple of 6, train.per_device_train_batch_size 2 x 3 ranks; "
+            "use train.global_batch_size 12 or 18, or 1, 2, 4 or 8 ranks",
         ),
         (
             24,
             4,
             4,
-            "train.global_batch_size: 24 is not a multiple of 16, train.per_device_train_batch_size 4 x 4 ranks; "
-            "legal: train.global_batch_size 16 or 32, or train.per_device_train_batch_size 1, 2, 3 or 6, "
+            "train.global_batch_size: got 24, must be a multiple of 16, train.per_device_train_batch_size 4 x 4 ranks; "
+            "use train.global_batch_size 16 or 32, or train.per_device_train_batch_size 1, 2, 3 or 6, "
             "or 1, 2, 3 or 6 ranks",
         ),
         (
             8,
             1,
             16,
-            "train.global_batch_size: 8 is not a multiple of 16, train.per_device_train_batch_size 1 x 16 ranks; "
-            "legal: train.global_batch_size 16, or 1, 2, 4 or 8 ranks",
+            "train.global_batch_size: got 8, must be a multiple of 16, train.per_device_train_batch_size 1 x 16 ranks; "
+            "use train.global_batch_size 16, or 1, 2, 4 or 8 ranks",
         ),
     ],
 )

@@ -188,9 +188,9 @@ def test_saved_config_loads_as_an_equal_one(write, tmp_path):
 @pytest.mark.parametrize(
     "override, message",
     [
-        ("train.seed", "need key.sub=value"),
-        ("train..seed=1", "need key.sub=value"),
-        ("=1", "need key.sub=value"),
+        ("train.seed", "must be key.sub=value"),
+        ("train..seed=1", "must be key.sub=value"),
+        ("=1", "must be key.sub=value"),
         ("train.seed=[", "the value is not valid YAML; put it in quotes"),
         ("output_dir.sub=1", "'output_dir' is not a section"),
         ("method.schedule.1.rank=2", "'method.schedule' is a list of 1, positions count from 0"),
@@ -209,7 +209,7 @@ def test_bad_overrides(write, override, message):
 
 def test_faults_of_overrides_and_file_come_together(write):
     assert faults(write("train: {seed: x}"), "nonsense", "train.logging_steps=0") == [
-        "command line: nonsense: need key.sub=value",
+        "command line: nonsense: must be key.sub=value",
         "command line: train.logging_steps=0: got 0 (int), must be an integer > 0",
         "run.yaml:3: train.seed: got 'x' (str), must be an integer >= 0",
     ]
@@ -227,8 +227,8 @@ def test_faults_of_overrides_and_file_come_together(write):
         ("a: *b\n", "run.yaml:1: not valid YAML: found undefined alias 'b'"),
         ("a: " + "[" * 1500, "run.yaml: not valid YAML: nested too deeply"),
         ("a: 2024-13-01\n", "run.yaml: not valid YAML: month must be in 1..12"),
-        ("", "run.yaml: is empty, need a mapping of settings such as 'output_dir: runs/first'"),
-        ("- a\n", "run.yaml: is a list, need a mapping of settings such as 'output_dir: runs/first'"),
+        ("", "run.yaml: is empty, must be a mapping of settings such as 'output_dir: runs/first'"),
+        ("- a\n", "run.yaml: is a list, must be a mapping of settings such as 'output_dir: runs/first'"),
     ],
 )
 def test_not_a_config(write, text, message):

@@ -71,7 +71,7 @@ def test_without_a_file_there_are_no_options(load):
         ({"zero_optimization": {"reduce_bucket_size": 5}}, "has no effect on a frozen base; remove it. Used: zero_opt"),
         (
             {"zero_optimization": {"overlap_comm": "yes"}},
-            'has zero_optimization.overlap_comm "yes", need true or false',
+            'has zero_optimization.overlap_comm "yes", must be true or false',
         ),
         ("[1]", "is not a JSON object: its top is not an object"),
         ("{", "is not a JSON object: "),

@@ -87,11 +87,11 @@ MALFORMED = [
     ("quote.jsonl", b"{'a': 1}\n", ":1:2: malformed JSON: Expecting property name enclosed in double quotes"),
     ("comma.jsonl", b'{"a": 1},\n', ":1:9: malformed JSON: Extra data"),
     ("two.jsonl", b'\n\n{"a": 1} {"a": 2}\n', ":3:10: malformed JSON: Extra data"),
-    ("array.jsonl", b"{}\n[1, 2]\n", ":2: an array; allowed: an object"),
-    ("string.jsonl", b'"text"\n', ":1: a string; allowed: an object"),
-    ("number.jsonl", b"12\n", ":1: a number; allowed: an object"),
-    ("null.jsonl", b"null\n", ":1: null; allowed: an object"),
-    ("boolean.jsonl", b"true\n", ":1: a boolean; allowed: an object"),
+    ("array.jsonl", b"{}\n[1, 2]\n", ":2: an array; must be an object"),
+    ("string.jsonl", b'"text"\n', ":1: a string; must be an object"),
+    ("number.jsonl", b"12\n", ":1: a number; must be an object"),
+    ("null.jsonl", b"null\n", ":1: null; must be an object"),
+    ("boolean.jsonl", b"true\n", ":1: a boolean; must be an object"),
     ("nan.jsonl", b'{"a": NaN}\n', ":1: malformed JSON: NaN is not JSON"),
     ("infinity.jsonl", b'{"a": -Infinity}\n', ":1: malformed JSON: -Infinity is not JSON"),
     ("duplicate.jsonl", b'{"a": 1, "b": 2, "a": 3}\n', ":1: malformed JSON: duplicate key 'a'"),
@@ -111,10 +111,10 @@ MALFORMED = [
         ":2:1: malformed JSON: Extra data (one object per line? then name the file .jsonl)",
     ),
     ("cut.json", b'[{"a": 1},\n {"a": 2}\n', ":3:1: malformed JSON: Expecting ',' delimiter"),
-    ("object.json", b'{"a": 1}', ': an object without "data"; allowed: an array of objects, or {"data": [...]}'),
-    ("data_object.json", b'{"data": {"a": 1}}', ': an object; allowed: an array of objects, or {"data": [...]}'),
-    ("number.json", b"7", ': a number; allowed: an array of objects, or {"data": [...]}'),
-    ("entry.json", b'[{"a": 1}, "b"]', ": record 2: a string; allowed: an object"),
+    ("object.json", b'{"a": 1}', ': an object without "data"; must be an array of objects, or {"data": [...]}'),
+    ("data_object.json", b'{"data": {"a": 1}}', ': an object; must be an array of objects, or {"data": [...]}'),
+    ("number.json", b"7", ': a number; must be an array of objects, or {"data": [...]}'),
+    ("entry.json", b'[{"a": 1}, "b"]', ": record 2: a string; must be an object"),
     ("utf8.json", b'[\n{"a": "\xff"}]', ":2:8: byte 0xff is not UTF-8"),
     ("short.csv", b"a,b\n1,2\n1\n", ":3: 1 columns where the header has 2"),
     ("long.csv", b"a,b\n1,2,3\n", ":2: 3 columns where the header has 2"),
@@ -158,13 +158,13 @@ def test_truncated_parquet_names_the_file(tmp_path):
             "a.txt",
             b"x",
             "data.train.path: {path} has an unknown file type; "
-            "allowed: .json, .jsonl, .csv, .parquet, .arrow (uncompressed)",
+            "must be .json, .jsonl, .csv, .parquet, .arrow (uncompressed)",
         ),
         (
             "a.jsonl.gz",
             b"x",
             "data.train.path: {path} has an unknown file type; "
-            "allowed: .json, .jsonl, .csv, .parquet, .arrow (uncompressed)",
+            "must be .json, .jsonl, .csv, .parquet, .arrow (uncompressed)",
         ),
     ],
 )
@@ -185,7 +185,7 @@ def test_name_that_no_file_system_takes(tmp_path):
 def test_folder_without_data_files(tmp_path):
     (tmp_path / "notes.txt").write_text("x")
     with pytest.raises(
-        UserError, match=r"the folder .* holds no data files; allowed: \.json, \.jsonl, \.csv, \.parquet"
+        UserError, match=r"the folder .* holds no data files; must be \.json, \.jsonl, \.csv, \.parquet"
     ):
         find_files(tmp_path, "data.train")
 

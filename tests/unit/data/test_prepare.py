@@ -106,7 +106,7 @@ def test_eval_samples_are_held_out_once_and_for_all(run, corpus):
     packed = run(path, eval_samples=10, packing=True, max_length=30)
     assert (len(packed.eval), len(packed.train)) == (1, 9)
     for wanted in (100, 1000):
-        with pytest.raises(UserError, match=rf"^data.eval_samples: {wanted} of 100 samples; allowed: at most 99$"):
+        with pytest.raises(UserError, match=rf"^data.eval_samples: got {wanted}, must be at most 99 of the 100"):
             run(path, eval_samples=wanted)
 
 

@@ -1,4 +1,4 @@
-"""Which part of a conversation is trained, for templates of every kind: compared with text written by hand."""
+"""The trained part of a conversation, for templates of every kind: compared with text written by hand."""
 
 import pytest
 from hypothesis import HealthCheck, given, settings

@@ -1,4 +1,4 @@
-"""What stock PEFT drops or refuses, against the installed PEFT's own tables."""
+"""Our list of adapters that stock PEFT drops or refuses, against the installed PEFT's own tables."""
 
 import inspect
 import re

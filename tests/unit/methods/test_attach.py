@@ -176,8 +176,8 @@ def test_load_tensors_names_every_misfit_and_changes_nothing():
     assert caught.value.exit_code == 2
     assert str(caught.value) == (
         "adapter tensors do not fit: missing layers.0.self_attn.q_proj.B; unexpected layers.7.mlp.up_proj.A; "
-        "layers.0.mlp.up_proj.A has dtype torch.int8, need a floating-point type; "
-        "layers.1.mlp.up_proj.A has shape [8, 9], need [8, 8]"
+        "layers.0.mlp.up_proj.A has dtype torch.int8, must be a floating-point type; "
+        "layers.1.mlp.up_proj.A has shape [8, 9], must be [8, 8]"
     )
     assert all(torch.equal(parameter, before[name]) for name, parameter in adapters.named_tensors())
 

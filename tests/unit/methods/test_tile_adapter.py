@@ -238,7 +238,7 @@ def test_lora_factors_multiply_to_dW(method, pool_mode):
 
 
 def test_a_single_matrix_has_no_lora_factors():
-    with pytest.raises(UserError, match=r"single-matrix adapter \(qahira\) is no LoRA pair") as caught:
+    with pytest.raises(UserError, match=r"single-matrix adapter \(qahira\) is not a LoRA pair") as caught:
         lora_factors(random_adapter(**METHODS["qahira"]))
     assert caught.value.exit_code == 2
 

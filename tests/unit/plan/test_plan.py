@@ -180,7 +180,7 @@ def test_llama_7b_counts_of_the_papers(plan, method, quantization, millions):
         (["method.name=qalora"], "is nf4, which has no zeros to take dW"),
         (
             ["method={name: qahira, pool: 16, repeat: 4}", "quantization={linear: affine4, block: [8, 32]}"],
-            "repeat 4 is not a multiple of 8 (nearest legal: 8 or 16); pool 16 is not a multiple of 32",
+            "repeat 4 is not a multiple of 8 (nearest: 8 or 16); pool 16 is not a multiple of 32",
         ),
         (
             ["method={name: qalora, schedule: [{layers: mlp, pool: 16}]}", "quantization.linear=affine4"],
@@ -197,7 +197,7 @@ def test_adapters_that_will_not_merge_exactly_are_warned_of(plan, overrides, obs
 @pytest.mark.parametrize(
     "overrides, world_size, message",
     [
-        (["train.global_batch_size=10"], 4, "train.global_batch_size: 10 is not a multiple of 4"),
+        (["train.global_batch_size=10"], 4, "train.global_batch_size: got 10, must be a multiple of 4"),
         (["method.targets=[q_prj]"], 1, "'q_prj' matches no layer"),
         (["method.name=qalora", "method.pool=48", "quantization.linear=affine4"], 1, "48 does not divide"),
         (["quantization.block=[128]"], 1, "nf4 block 128 does not divide in_features 64"),

@@ -111,7 +111,7 @@ def test_refuses_what_does_not_fit_naming_the_nearest_blocks():
         Affine4((1, 5)).quantize(torch.zeros(2, 5))
     with pytest.raises(UserError, match=r"4096 does not divide out_features 64 \(nearest: 64\)"):
         Affine4((4096, 2)).check((64, 64), "w")
-    with pytest.raises(UserError, match=r"quantization.block: got \[0, 32\], affine4 needs two sizes of at least 1"):
+    with pytest.raises(UserError, match=r"quantization.block: got \[0, 32\], must be two sizes of at least 1"):
         Affine4((0, 32))
 
 

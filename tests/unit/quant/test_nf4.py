@@ -84,12 +84,12 @@ def test_refuses_blocks_that_cross_rows_naming_the_legal_ones():
         NF4(128).check((576, 576), "model.layers.0.self_attn.q_proj")
     assert str(refused.value) == (
         "model.layers.0.self_attn.q_proj: nf4 block 128 does not divide in_features 576 "
-        "of a weight of shape (576, 576) (legal: 32, 64)"
+        "of a weight of shape (576, 576); must be 32, 64"
     )
     assert refused.value.exit_code == 2
-    with pytest.raises(UserError, match=r"\(legal: none, use affine4 or exempt it\)"):
+    with pytest.raises(UserError, match=r"; must be affine4, or exempt it"):
         NF4().quantize(torch.zeros(4, 100))
-    with pytest.raises(UserError, match=r"quantization.block: got \[48\], nf4 needs one of 32, 64, 128, "):
+    with pytest.raises(UserError, match=r"quantization.block: got \[48\], must be one of 32, 64, 128, "):
         NF4(48)
 
 

@@ -1,4 +1,4 @@
-"""What every format promises alike: sizes, slices of rows, dtypes, determinism, refusals."""
+"""The promises that every format keeps: sizes, slices of rows, dtypes, determinism, refusals."""
 
 import json
 from math import prod
@@ -135,7 +135,7 @@ def test_a_value_that_is_not_finite_is_refused_with_its_place(format, value):
     weight[17, 5] = value
     with pytest.raises(UserError) as refused:
         format.quantize(weight, where="model.layers.3.mlp.up_proj.weight")
-    expected = f"model.layers.3.mlp.up_proj.weight: the weight at [17, 5] is {value}, need finite float32 values"
+    expected = f"model.layers.3.mlp.up_proj.weight: the weight at [17, 5] is {value}, must be a finite float32 value"
     assert str(refused.value) == expected
     assert refused.value.exit_code == 2
 

@@ -1,4 +1,4 @@
-"""Where the master listens and the others come, when names do not lead where they should."""
+"""The address on which the master listens and the others come, when names do not lead where they should."""
 
 import socket
 from datetime import timedelta

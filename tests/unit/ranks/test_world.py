@@ -1,4 +1,4 @@
-"""Which world each launcher's environment means, and whether ranks that hold one can meet.
+"""The world that each launcher's environment means, and the meeting of ranks that hold one.
 
 The Slurm, Open MPI and MPICH environments are excerpts of what the real launchers set: Slurm 22.05 (two nodes), Open
 MPI 4.1 and 5.0, MPICH 5.0.
@@ -133,7 +133,7 @@ FAULTS = {
     "no ranks": ({"RANK": "0", "WORLD_SIZE": "0"} | LOCAL, "RANK=0 must be less than WORLD_SIZE=0"),
     "local rank too high": (TORCHRUN | {"LOCAL_RANK": "4"}, "LOCAL_RANK=4 must be less than LOCAL_WORLD_SIZE=4"),
     "local world too large": (TORCHRUN | {"LOCAL_WORLD_SIZE": "9"}, "LOCAL_WORLD_SIZE=9 exceeds WORLD_SIZE=8"),
-    "port too high": (TORCHRUN | {"MASTER_PORT": "65536"}, "MASTER_PORT=65536: allowed is 1 to 65535"),
+    "port too high": (TORCHRUN | {"MASTER_PORT": "65536"}, "MASTER_PORT: got 65536, must be 1 to 65535"),
     "port not a number": (TORCHRUN | {"MASTER_PORT": "http"}, "MASTER_PORT='http' is not a whole number"),
     "Open MPI without size": (without(OPENMPI, "OMPI_COMM_WORLD_SIZE"), "OMPI_COMM_WORLD_SIZE is not set"),
     "Open MPI on two nodes, no address": (

@@ -1,4 +1,4 @@
-"""Which groups of ranks a setting means, and what crosses the network between nodes."""
+"""The groups of ranks that a setting means, and the bytes that cross the network between nodes."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""What a checkpoint may hold: earlier versions are read, and content that no run can have written is refused."""
+"""The content of a checkpoint: earlier versions are read, and content that no run can have written is refused."""
 
 import json
 import math

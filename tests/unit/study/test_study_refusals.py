@@ -9,7 +9,9 @@ from dist_qft.study.rows import expand
 from dist_qft.study.settings import load_study
 from tests.support.study_files import write_study
 
-MLP = "need one of attention, mlp, early, middle, late, q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj"
+MLP = (
+    "must be one of attention, mlp, early, middle, late, q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj"
+)
 QAHIRA = {"name": "qahira"}
 QLORA = {"name": "qlora", "rank": 4}
 
@@ -40,17 +42,20 @@ CASES = {
         "axes.train.max_steps: train.max_steps: got 'many' (str), must be an integer > 0",
     ),
     "set with an unknown key": ({"set": {"train.sed": 1}}, "set: unknown key 'train.sed', did you mean 'train.seed'?"),
-    "empty values": ({"presets": rank(values=[])}, "presets.0.values: got [], need a list with at least 1 item"),
-    "empty axis": ({"axes": {"train.seed": []}}, "axes.train.seed: the grid is empty, need at least one value"),
-    "no seed": ({"seeds": []}, "seeds: got [], need a list with at least 1 item"),
+    "empty values": ({"presets": rank(values=[])}, "presets.0.values: got [], must be a list with at least 1 item"),
+    "empty axis": ({"axes": {"train.seed": []}}, "axes.train.seed: the grid is empty, must be at least one value"),
+    "no seed": ({"seeds": []}, "seeds: got [], must be a list with at least 1 item"),
     "a seed twice": ({"seeds": [1, 1]}, "seeds: got [1, 1], each seed once"),
     "nothing varies": ({"presets": None}, "nothing varies: need axes or presets"),
     "unknown preset": (
         {"presets": [{"preset": "rank_by_tipe", "values": [1]}]},
-        "presets.0.preset: got 'rank_by_tipe', need one of rank_by_type, balance_by_type, alpha_by_type, "
+        "presets.0.preset: got 'rank_by_tipe', must be one of rank_by_type, balance_by_type, alpha_by_type, "
         "rank_by_depth, balance_by_depth, equal_discount",
     ),
-    "preset without a name": ({"presets": [{"values": [1]}]}, "presets.0: missing 'preset', need one of rank_by_type"),
+    "preset without a name": (
+        {"presets": [{"values": [1]}]},
+        "presets.0: missing 'preset', must be one of",
+    ),
     "unknown key in a preset": (
         {"presets": rank(value=[1])},
         "unknown key 'presets.0.value', did you mean 'values'?",
@@ -72,9 +77,9 @@ CASES = {
     ),
     "a discount of everything": (
         {"presets": discount(discount=1.0)},
-        "presets.0.discount: got 1.0, need less than 1",
+        "presets.0.discount: got 1.0, must be less than 1",
     ),
-    "ranks that are none": ({"presets": rank(values=[1.5])}, "presets.0.values: got 1.5, need whole numbers"),
+    "ranks that are none": ({"presets": rank(values=[1.5])}, "presets.0.values: got 1.5, must be whole numbers"),
     "a rank for qahira": (
         {"method": QAHIRA, "presets": rank()},
         "presets.0: qahira has no rank in any shape; vary its tile with balance_by_type or balance_by_depth",
@@ -93,11 +98,11 @@ CASES = {
     ),
     "an unknown axis in when": (
         {"presets": rank(when={"txt": "a"}), "axes": {"train.seed": [1]}},
-        "presets.0.when: got 'txt', need an axis (train.seed)",
+        "presets.0.when: got 'txt', must be an axis (train.seed)",
     ),
     "an unknown label in when": (
         {"presets": rank(when={"train.weight_decay": "a"}), "axes": {"train.weight_decay": [0.0, 0.1]}},
-        "presets.0.when: got 'a', need one of 0.0, 0.1",
+        "presets.0.when: got 'a', must be one of 0.0, 0.1",
     ),
     "two combinations with one meaning": (
         {"axes": {"text": {"a": {}, "b": {"train.max_steps": 2}}}},
@@ -142,7 +147,7 @@ def test_the_shell_sees_one_line_and_exit_code_2(shell, tiny_llama, tmp_path):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--plan", "--row", "3"], "--plan and --row: allowed is one of them"),
+        (["--plan", "--row", "3"], "use only one of --plan, --row"),
         (["--row", "36"], "--row: got 36, the study has runs 0 to 35"),
         (["--suggest", "1000"], "--suggest: 36 of 36 runs are not done; finish the study first"),
         (["--report"], "nothing to report: none of the 0 runs that are done is a reference"),

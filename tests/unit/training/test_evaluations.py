@@ -1,4 +1,4 @@
-"""Which of two evaluations is better."""
+"""The better one of two evaluations."""
 
 import pytest
 
