@@ -82,7 +82,9 @@ def test_mpi_is_left_alone_where_it_has_nothing_to_add():
 
 def test_mpi4py_missing(monkeypatch):
     monkeypatch.setitem(sys.modules, "mpi4py", None)
-    message = r"^openmpi started this process, .* pip install 'dist-qft\[mpi\]', or set MASTER_ADDR and MASTER_PORT$"
+    message = (
+        r"^started by openmpi, but mpi4py cannot be imported .*; pip install 'dist-qft\[mpi\]', or set MASTER_ADDR"
+    )
     with pytest.raises(UserError, match=message) as raised:
         mpi.with_meeting_point(OPENMPI)
     assert raised.value.exit_code == 2
