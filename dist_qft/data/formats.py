@@ -63,7 +63,7 @@ def resolve_format(dataset: DatasetConfig, first: tuple[Record, str], key: str) 
     known = FORMATS[name].required + FORMATS[name].optional
     for field in dataset.columns:
         if field not in known:
-            raise UserError(f"{key}.columns: {name} has no field {field!r}; must be {', '.join(known)}")
+            raise UserError(f"{key}.columns: got {field!r}, must be a field of {name}: {', '.join(known)}")
     return name
 
 

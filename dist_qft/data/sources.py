@@ -89,12 +89,11 @@ def _open_files(dataset: DatasetConfig, path: Path, key: str) -> Source:
 
 
 def _open_stdlib_docs(dataset: DatasetConfig, key: str) -> Source:
-    if dataset.split not in stdlib_docs.SPLITS or dataset.name is not None:
-        setting = "split" if dataset.name is None else "name"
-        given = getattr(dataset, setting)
-        raise UserError(
-            f"{key}.{setting}: {STDLIB_DOCS} has no {given!r}; must be split {' or '.join(stdlib_docs.SPLITS)}"
-        )
+    if dataset.name is not None:
+        raise UserError(f"{key}.name: got {dataset.name!r}, must be unset for {STDLIB_DOCS}")
+    if dataset.split not in stdlib_docs.SPLITS:
+        allowed = " or ".join(stdlib_docs.SPLITS)
+        raise UserError(f"{key}.split: got {dataset.split!r}, must be {allowed} for {STDLIB_DOCS}")
 
     def read(counts: Counter[str]) -> Iterator[LocatedRecord]:
         for sample in stdlib_docs.load(dataset.split):
@@ -127,7 +126,7 @@ def _open_hub(dataset: DatasetConfig, key: str) -> Source:
         splits = sorted(builder.info.splits)
         if dataset.split not in splits:
             allowed = ", ".join(splits)
-            raise UserError(f"{key}.split: {dataset.path} has no split {dataset.split!r}; must be {allowed}")
+            raise UserError(f"{key}.split: got {dataset.split!r}, must be {allowed} for {dataset.path}")
         for number, record in enumerate(builder.as_dataset(split=dataset.split), start=1):
             yield without_nulls(record), f"{dataset.path} ({dataset.split}): record {number}"
 

@@ -233,7 +233,7 @@ def test_whatever_json_holds_is_a_sample_or_a_one_line_refusal(format_name, reco
             {},
             "the fields question, answer fit no format (alpaca: instruction, output;",
         ),
-        ({"text": "a"}, {"txt": "text"}, "data.train.columns: text has no field 'txt'; must be text"),
+        ({"text": "a"}, {"txt": "text"}, "data.train.columns: got 'txt', must be a field of text: text"),
     ],
 )
 def test_auto_says_why_it_cannot_decide(record, columns, message):

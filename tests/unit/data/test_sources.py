@@ -78,7 +78,7 @@ def test_stdlib_docs_splits():
     assert open_data_source(DatasetConfig(path="stdlib-docs", split="eval"), "data.eval").digest
     with pytest.raises(UserError) as caught:
         open_data_source(DatasetConfig(path="stdlib-docs", split="test"), "data.eval")
-    assert str(caught.value) == "data.eval.split: stdlib-docs has no 'test'; must be split train or eval"
+    assert str(caught.value) == "data.eval.split: got 'test', must be train or eval for stdlib-docs"
 
 
 @pytest.fixture
@@ -119,7 +119,7 @@ def test_hub_splits(offline_datasets, repository):
         ({"text": "b"}, f"{repository} (train): record 2"),
     ]
     assert texts("test") == [({"text": "c"}, f"{repository} (test): record 1")]
-    with pytest.raises(UserError, match=r"^data.train.split: .* has no split 'validation'; must be test, train$"):
+    with pytest.raises(UserError, match=r"^data.train.split: got 'validation', must be test, train for "):
         texts("validation")
 
 

@@ -121,7 +121,7 @@ def test_merged_weights_are_dequantized_weights_plus_dW(format):
         (Affine4((8, 4)), 16, 128, None),
         (Affine4((1, 32)), 1, 32, None),
         (Dense(), 1, 1, None),
-        (Affine4((8, 4)), 4, 4, "blocks of [8, 4] cross the tiles of q: repeat 4 is not a multiple of 8 (nearest "),
+        (Affine4((8, 4)), 4, 4, "blocks of [8, 4] cross the tiles of q: repeat 4 is not a multiple of 8 (nearest: "),
         (Affine4((1, 32)), 1, 48, "pool 48 is not a multiple of 32 (nearest: 32 or 64)"),
         (Affine4((8, 4)), 12, 2, "(nearest: 8 or 16); pool 2 is not a multiple of 4 (nearest: 4 or 8)"),
         (NF4(), 1, 32, "q is nf4, which has no zeros to take dW; choose quantization.linear: affine4"),
