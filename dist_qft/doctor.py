@@ -84,7 +84,7 @@ def _packages(config: RunConfig | None) -> Iterator[Finding]:
 
 
 def _package(name: str, otherwise: Status, remedy: str) -> Finding:
-    """Whether a package is installed and, if it is one that may be broken by its build, can be imported."""
+    """The finding on a package: installed or not and, if its build may break it, whether it can be imported."""
     try:
         found = version(name)
     except PackageNotFoundError:

@@ -18,7 +18,7 @@ _BATCH = 16
 
 @dataclass(frozen=True)
 class Goal:
-    """What the user wants to have in the end, and the settings that lead there; see docs/choosing.md."""
+    """The result that the user wants, and the settings that lead there; see docs/choosing.md."""
 
     title: str
     linear: str
@@ -140,7 +140,7 @@ def whole_number(question: str, text: str) -> int:
 
 
 def commands(path: Path, answers: Answers) -> list[str]:
-    """What to type next: a check without weights, then the run."""
+    """The commands to type next: a check without weights, then the run."""
     nodes = f" --nodes {answers.nodes}" if answers.nodes > 1 else ""
     check = f"dist-qft validate {path} --world-size {answers.ranks}{nodes}"
     if answers.nodes > 1:

@@ -149,7 +149,7 @@ def _traffic(run: RunRecords) -> list[dict[str, str]]:
 
 
 def next_steps(run: RunRecords) -> Iterator[tuple[str, str]]:
-    """What one may want next, and what to type for it."""
+    """The likely next wishes, and the command for each."""
     folder = run.folder
     if not run.summary:
         yield "go on with training", f"dist-qft train {folder / CONFIG_FILE} --resume auto"

@@ -1,4 +1,4 @@
-"""What a run's folder says of the run: settings, figures per step, answers, checkpoints, merged results.
+"""The records in a run's folder: settings, figures per step, answers, checkpoints, merged results.
 
 Every file may be missing: a run that was stopped has no summary, and still a page.
 """
