@@ -118,7 +118,7 @@ def test_all_faults_of_a_config_are_told_at_once(refused):
     [
         (["method.targets=[query]"], "method.targets: "),
         (["quantization.block=[8, 48]"], "48 does not divide in_features 64 (nearest: 32 or 64)"),
-        (["train.global_batch_size=6", "train.per_device_train_batch_size=4"], "nearest: 4 or 8"),
+        (["train.global_batch_size=6", "train.per_device_train_batch_size=4"], "_size 4: 4 or 8"),
         (["sharding.group=3"], "sharding.group: got 3, must divide the 1 ranks of the run"),
         (["data.eval_samples=60"], "data.eval_samples: got 60, must be at most 59 of the 60 samples"),
         (["data.train.path=nowhere.jsonl"], "data.train.path: no such file or folder: nowhere.jsonl"),
