@@ -1,4 +1,4 @@
-"""What `merge_aware` costs: CPU seconds of a layer's forward and backward pass, the zeros folded at each use or once.
+"""The cost of `merge_aware`: CPU seconds of a layer's forward and backward pass, the zeros folded at each use or once.
 
     PYTHONPATH=. python benchmarks/merge_aware.py
 

@@ -16,7 +16,7 @@ Figures = dict[str, Any]
 
 @dataclass(frozen=True)
 class Options:
-    """What was asked for.
+    """The options of the command.
 
     Attributes:
         quick: tiny shapes, for trying the script out; its figures mean nothing.

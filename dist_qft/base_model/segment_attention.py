@@ -132,7 +132,7 @@ def _windowed(
 
 
 def may_take_segments(causal: PreTrainedModel) -> bool:
-    """Whether a model built for "sdpa" may be given this attention, as far as its configuration tells.
+    """True if a model built for "sdpa" may be given this attention, as far as its configuration tells.
 
     A family with flash attention has all that attention depends on in the call; another one may have it in the mask.
     """
@@ -165,7 +165,7 @@ def choose(causal: PreTrainedModel, name: str) -> None:
 
 
 def in_use(config: PretrainedConfig) -> bool:
-    """Whether a decoder with this configuration takes segments."""
+    """True if a decoder with this configuration takes segments."""
     return config.get_text_config()._attn_implementation == NAME
 
 

@@ -1,4 +1,4 @@
-"""Where the samples of a micro-batch lie: the borders that keep packed samples apart, as attention takes them."""
+"""The places of a micro-batch's samples: the borders that keep packed samples apart, as attention takes them."""
 
 from dataclasses import dataclass, replace
 

@@ -1,4 +1,4 @@
-"""What is kept of a forward pass for its backward pass: everything, or of some layers their inputs alone."""
+"""The activations kept of a forward pass for its backward pass: all, or of some layers their inputs alone."""
 
 import torch
 from transformers import PreTrainedModel
