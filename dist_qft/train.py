@@ -46,9 +46,9 @@ from dist_qft.training.resume import changed_settings, check_trajectory, choose_
 from dist_qft.training.run_inputs import LoadedBase, RunInputs
 from dist_qft.training.training_run import TrainingRun
 from dist_qft.tuned_model.assemble import assemble, attach_trainables, start_fresh
-from dist_qft.tuned_model.checkpointed import check_adapter, check_fingerprint, with_date
+from dist_qft.tuned_model.checkpointed import check_adapter, check_fingerprint, check_settings, settings_of, with_date
 from dist_qft.tuned_model.task import head_outputs
-from dist_qft.tuned_model.warm_start import starting_values, take_values
+from dist_qft.tuned_model.warm_start import require_same_model, starting_values, take_values
 
 
 def run_training(config: RunConfig, resume: str | None = None, stop: StopSignal | None = None) -> None:
@@ -102,6 +102,11 @@ def gather_inputs(
 
     # The tokens.
     tokenizer = loaded.tokenizer if loaded else run_tokenizer(config)
+    settings = settings_of(config, skeleton, tokenizer)
+    if checkpoint is not None:
+        notes += check_settings(checkpoint, config, settings)
+    elif start is not None:
+        require_same_model(start, settings)
     cache_dir = Path(config.data.cache_dir or output_dir / "data_cache")
     config = with_date(config, tokenizer, checkpoint)
     assert config.data is not None, "a date takes no data away"
@@ -116,7 +121,7 @@ def gather_inputs(
         notes += tensors.notes + requantization_notes(skeleton, tensors)
 
     recipe = recipe_at_end(config, skeleton, spec)
-    found = (tokenizer, skeleton, source, spec, data, checkpoint, existing, recipe, notes, loaded, start)
+    found = (tokenizer, skeleton, source, spec, settings, data, checkpoint, existing, recipe, notes, loaded, start)
     return _checked(RunInputs(config, world, device, *found))
 
 

@@ -1,5 +1,6 @@
 """The export as a stage: from a checkpoint, or at the end of training, to a published result with its certificate."""
 
+import sys
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -35,10 +36,12 @@ from dist_qft.storage.manifest import sha256_of
 from dist_qft.tuned_model.assemble import assemble
 from dist_qft.tuned_model.checkpointed import (
     check_fingerprint,
+    check_settings,
     config_of,
     find_checkpoint,
     require_finite_trainables,
     run_folder,
+    settings_of,
 )
 
 
@@ -95,9 +98,13 @@ def gather_merge_inputs(request: MergeRequest, checkpoint: Checkpoint, world: Wo
     require_finite_trainables(checkpoint)
     device = device_for(world, config.sharding.device)
     skeleton = build_skeleton(config.model, config.quantization, compute_dtype(config.train.precision, device))
+    tokenizer = run_tokenizer(config)
+    notes = check_settings(checkpoint, config, settings_of(config, skeleton, tokenizer))
+    if world.rank == 0:
+        print(*notes, sep="\n", end="\n" * bool(notes), file=sys.stderr)
     spec = stored_adapters(checkpoint.adapter_config, str(checkpoint.path))
     recipe = make_recipe(request, config, skeleton, spec.tiles)
-    return MergeInputs(recipe, config, world, device, run_tokenizer(config), skeleton, spec, checkpoint)
+    return MergeInputs(recipe, config, world, device, tokenizer, skeleton, spec, checkpoint)
 
 
 def execute_merge(inputs: MergeInputs, stop: StopSignal) -> Certificate | None:

@@ -72,7 +72,7 @@ class Checkpointing:
         self._saver.start(
             Checkpoint(
                 path=checkpoint_path(inputs.output_dir, self._state.step),
-                adapter_config=adapter_config(inputs.config, trained.parts.base, inputs.spec),
+                adapter_config=adapter_config(inputs.config, trained.parts.base, inputs.spec, inputs.settings),
                 trainables=dict(trained.parts.named_tensors()),
                 optimizer=optimizer,
                 state=self._state,

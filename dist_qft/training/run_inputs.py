@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from dist_qft.base_model.base_settings import BaseSettings
 from dist_qft.base_model.skeleton import BaseModel
 from dist_qft.base_model.sources import TensorSource
 from dist_qft.config.schema import RunConfig
@@ -47,6 +48,7 @@ class RunInputs:
         skeleton: the base on the meta device.
         source: where its weights will come from.
         spec: of the trainables.
+        settings: of the base, besides its weights.
         checkpoint: where to continue from; None starts fresh.
         existing: names of the checkpoints in the run's folder when this was gathered.
         recipe: the merge that ends the run, if the config asks for one.
@@ -62,6 +64,7 @@ class RunInputs:
     skeleton: BaseModel
     source: TensorSource
     spec: TrainableSpec[Any]
+    settings: BaseSettings
     data: Prepared
     checkpoint: Checkpoint | None
     existing: tuple[str, ...]

@@ -1,24 +1,36 @@
 """A run's checkpoints: finding one, its config, and its base with the trainables on it."""
 
 import datetime
+import sys
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from pydantic import ValidationError
 from transformers import PreTrainedTokenizerBase
 
+from dist_qft.base_model.base_settings import TOKENIZER, BaseSettings, base_settings
 from dist_qft.base_model.skeleton import BaseModel, build_skeleton
 from dist_qft.base_model.tokenizer import run_tokenizer
 from dist_qft.config.schema import RunConfig
 from dist_qft.data.chat_template import has_clock
-from dist_qft.errors import CorruptFileError, NumericError, UserError
+from dist_qft.errors import CorruptFileError, DistQFTError, NumericError, UserError
 from dist_qft.methods.specs import stored_spec
 from dist_qft.methods.trainable import TrainableSpec
 from dist_qft.ranks.collectives import everywhere
 from dist_qft.ranks.device import compute_dtype
-from dist_qft.storage.checkpoint import ADAPTER_MODEL, TRAINER_STATE, Checkpoint, newest_valid, read_checkpoint
+from dist_qft.storage.checkpoint import (
+    ADAPTER_CONFIG,
+    ADAPTER_MODEL,
+    TRAINER_STATE,
+    Checkpoint,
+    newest_valid,
+    read_checkpoint,
+)
 from dist_qft.tuned_model.assemble import Assembled, assemble
+
+_SETTINGS = "base_settings"  # in adapter_config.json
 
 
 def find_checkpoint(path: str | Path) -> Checkpoint:
@@ -77,12 +89,18 @@ def open_checkpointed(
     """Load the base and put the checkpoint's trainables on it, ready for use. Collective.
 
     Raises:
-        UserError: the checkpoint belongs to another base.
+        UserError: the checkpoint belongs to another base, or the base's settings have changed since.
         NumericError: its trainables are not finite.
     """
     require_finite_trainables(checkpoint)
     tokenizer = run_tokenizer(config)
     skeleton = build_skeleton(config.model, config.quantization, compute_dtype(config.train.precision, device))
+    try:
+        notes = check_settings(checkpoint, config, settings_of(config, skeleton, tokenizer))
+    except DistQFTError as error:
+        raise everywhere(error) from error
+    if dist.get_rank() == 0:
+        print(*notes, sep="\n", end="\n" * bool(notes), file=sys.stderr)
     parts = assemble(config, skeleton, stored_spec(checkpoint, skeleton), device)
     check_fingerprint(checkpoint, parts.base)
     parts.load_tensors(checkpoint.trainables)
@@ -99,7 +117,9 @@ def require_finite_trainables(checkpoint: Checkpoint) -> None:
             )
 
 
-def adapter_config(config: RunConfig, base: BaseModel, spec: TrainableSpec[Any]) -> dict[str, Any]:
+def adapter_config(
+    config: RunConfig, base: BaseModel, spec: TrainableSpec[Any], settings: BaseSettings
+) -> dict[str, Any]:
     """The description in an adapter's folder, from which it is loaded, checked and merged later."""
     return {
         "peft_type": spec.peft_type,
@@ -107,9 +127,49 @@ def adapter_config(config: RunConfig, base: BaseModel, spec: TrainableSpec[Any])
         "method": config.method.name,
         "base_model_name_or_path": config.model.path,
         "base_fingerprint": base.fingerprint,
+        _SETTINGS: settings.described(),
         **spec.describe(),
         "run_config": config.model_dump(),
     }
+
+
+def settings_of(config: RunConfig, base: BaseModel, tokenizer: PreTrainedTokenizerBase) -> BaseSettings:
+    """The settings of a run's base as they are now; `tokenizer` is the run's (`run_tokenizer`)."""
+    own_template = config.data is None or config.data.template == "chat"
+    return base_settings(config.model, base.config, tokenizer, own_template=own_template)
+
+
+def stored_settings(checkpoint: Checkpoint) -> BaseSettings | None:
+    """The settings that the base had when the checkpoint was trained; None if it is too old to say."""
+    stored = checkpoint.adapter_config.get(_SETTINGS)
+    return None if stored is None else BaseSettings.read(stored, f"{checkpoint.path / ADAPTER_CONFIG}: {_SETTINGS}")
+
+
+def check_settings(checkpoint: Checkpoint, config: RunConfig, now: BaseSettings) -> list[str]:
+    """Refuse a checkpoint whose base has other settings than when it was trained; before the base is loaded.
+
+    Returns:
+        Lines for the user: what cannot be told.
+
+    Raises:
+        UserError: naming file and key of the first difference.
+        CorruptFileError: the checkpoint's record of them cannot be read.
+    """
+    before = stored_settings(checkpoint)
+    if before is None:
+        return [
+            f"{checkpoint.path}: it is older than the record of its base's config.json, generation_config.json and "
+            "tokenizer; that they are unchanged is not checked"
+        ]
+    differences = now.differences(before)
+    # Another release may write down the same tokenizer differently.
+    doubtful = [line for line in differences if line.startswith(TOKENIZER) and before.versions != now.versions]
+    certain = [line for line in differences if line not in doubtful]
+    if certain:
+        more = f" ({len(certain) - 1} more settings differ)" if certain[1:] else ""
+        raise UserError(f"model.path: '{config.model.path}': {certain[0]} as when {checkpoint.path} was trained{more}")
+    then = ", ".join(f"{name} {version}" for name, version in before.versions.items())
+    return [f"warning: model.path: '{config.model.path}': {line}, as read by {then}" for line in doubtful]
 
 
 def check_adapter(checkpoint: Checkpoint, spec: TrainableSpec[Any]) -> None:

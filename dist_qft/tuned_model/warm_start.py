@@ -15,6 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from dist_qft.base_model.base_settings import CONFIG, BaseSettings
 from dist_qft.errors import CorruptFileError, UserError
 from dist_qft.methods.adapters.adapter_spec import AdapterSpec
 from dist_qft.methods.adapters.schedule import TileSettings
@@ -22,7 +23,7 @@ from dist_qft.methods.trainable import TrainableSpec
 from dist_qft.ranks.collectives import everywhere
 from dist_qft.storage.checkpoint import TRAINER_STATE, list_checkpoints
 from dist_qft.tuned_model.assemble import Assembled
-from dist_qft.tuned_model.checkpointed import find_checkpoint
+from dist_qft.tuned_model.checkpointed import find_checkpoint, stored_settings
 
 KEY = "method.init_from"
 PEFT_CONFIG, PEFT_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -37,11 +38,13 @@ class StartingValues:
     Attributes:
         where: the place they come from.
         fingerprint: of the base that they were trained on; None if it is not known.
+        settings: of that base, likewise.
     """
 
     where: str
     tensors: Mapping[str, Tensor]
     fingerprint: str | None = None
+    settings: BaseSettings | None = None
 
 
 def starting_values(source: str, spec: TrainableSpec[Any]) -> StartingValues:
@@ -62,10 +65,17 @@ def starting_values(source: str, spec: TrainableSpec[Any]) -> StartingValues:
         if difference := spec.difference(stored):
             raise UserError(f"{KEY}: {checkpoint.path}: {difference}")
         fingerprint = stored.get("base_fingerprint")
-        return StartingValues(str(checkpoint.path), checkpoint.trainables, str(fingerprint))
+        settings = stored_settings(checkpoint)
+        return StartingValues(str(checkpoint.path), checkpoint.trainables, str(fingerprint), settings)
     if (folder / PEFT_CONFIG).is_file():
         return StartingValues(str(folder), _from_peft(folder, spec))
     raise UserError(f"{KEY}: got '{source}', must be a run, a checkpoint, or a PEFT folder with {PEFT_CONFIG}")
+
+
+def require_same_model(start: StartingValues, now: BaseSettings) -> None:
+    """Refuse values that were trained on a base with another config.json; another tokenizer is a new run's choice."""
+    if start.settings is not None and (found := now.differences(start.settings, (CONFIG,))):
+        raise UserError(f"{KEY}: the base's {found[0]} as when {start.where} was trained")
 
 
 def take_values(parts: Assembled, start: StartingValues) -> None:

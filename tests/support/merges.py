@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 
 from dist_qft.base_model.skeleton import build_skeleton
+from dist_qft.base_model.tokenizer import run_tokenizer
 from dist_qft.config.schema import RunConfig
 from dist_qft.merge import run
 from dist_qft.merge.certificate import Certificate, Origin
@@ -21,7 +22,7 @@ from dist_qft.ranks.preemption import StopSignal
 from dist_qft.storage.checkpoint import Checkpoint, checkpoint_path, write_checkpoint
 from dist_qft.storage.trainer_state import TrainerState
 from dist_qft.tuned_model.assemble import Assembled, assemble
-from dist_qft.tuned_model.checkpointed import adapter_config, check_fingerprint, find_checkpoint
+from dist_qft.tuned_model.checkpointed import adapter_config, check_fingerprint, find_checkpoint, settings_of
 from tests.support.whole_runs import pool_world
 
 # A config's sections for adapters that merge exactly into a GGUF file.
@@ -42,11 +43,12 @@ def assemble_random(config: RunConfig, size: float, step: int = 3) -> tuple[Asse
         name: torch.randn(parameter.shape, generator=generator) * size for name, parameter in parts.named_tensors()
     }
     parts.load_tensors(trainables)
+    settings = settings_of(config, skeleton, run_tokenizer(config))
     if dist.get_rank() == 0:
         write_checkpoint(
             Checkpoint(
                 path=checkpoint_path(Path(config.output_dir), step),
-                adapter_config=adapter_config(config, parts.base, spec),
+                adapter_config=adapter_config(config, parts.base, spec, settings),
                 trainables=trainables,
                 optimizer={},
                 state=TrainerState(step=step, config=config.model_dump()),
