@@ -6,6 +6,7 @@ The fingerprint of a base covers its weights. A checkpoint records these setting
 
 import hashlib
 import json
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
@@ -20,12 +21,13 @@ from dist_qft.errors import CorruptFileError
 
 CONFIG, TOKENIZER, TOKENIZER_CONFIG = "config.json", "tokenizer.json", "tokenizer_config.json"
 
-# Keys that say how a model is stored, run or called, not what it computes; and dropout, which a frozen base has not.
+# Keys that say how a model is stored, called or begun, not what it computes; and dropout, which a frozen base has not.
 _OF_NO_EFFECT = {
     "architectures", "auto_map", "dtype", "finetuning_task", "gradient_checkpointing", "id2label", "label2id",
-    "output_attentions", "output_hidden_states", "problem_type", "quantization_config", "return_dict", "torch_dtype",
-    "transformers_version", "use_cache",
+    "output_attentions", "output_hidden_states", "output_router_logits", "problem_type", "quantization_config",
+    "return_dict", "torch_dtype", "transformers_version", "use_cache",
 }  # fmt: skip
+_NO_EFFECT = re.compile("^_|dropout|initializer|aux_loss")
 _SPECIAL = ("bos_token", "eos_token", "unk_token")
 _PACKAGES = ("transformers", "tokenizers")
 _LONGEST_VALUE = 200
@@ -102,7 +104,7 @@ def base_settings(
 def _flat(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     """Every setting of a nested configuration that has an effect, with its dotted key."""
     for key, value in tree.items():
-        if key in _OF_NO_EFFECT or key.startswith("_") or "dropout" in key:
+        if key in _OF_NO_EFFECT or _NO_EFFECT.search(key):
             continue
         if isinstance(value, Mapping):
             yield from _flat(value, f"{prefix}{key}.")

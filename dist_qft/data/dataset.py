@@ -23,6 +23,8 @@ from dist_qft.storage.atomic import publishing
 
 FORMAT_VERSION = 1  # of the file and of the way to its tokens: raise it and every cache is rebuilt
 _DTYPES = {"tokens": np.int32, "targets": np.bool_, "row_offsets": np.int64, "segment_starts": np.int64}
+_KEYS = {"version", "digest", "pad_id", "packed_length", "report", "notes", "mixture", "told"}
+_COUNTED = ("rows", "tokens", "target_tokens")
 _LABELS = "labels"  # the one array that not every data set has
 
 
@@ -151,6 +153,7 @@ class TokenDataset:
             "report": self.counts,  # its name in files of every version
             "notes": self.notes,
             "mixture": self.mixture,
+            "told": _digest_of_told(self.counts, self.notes),
         }
         with publishing(path, overwrite=True) as temporary:
             try:
@@ -176,8 +179,26 @@ class TokenDataset:
                 mixture=tuple(Part(*part) for part in metadata.get("mixture", ())),
             )
             expected = metadata["digest"]
+            _require_told(metadata)
         except (SafetensorError, KeyError, TypeError, ValueError) as error:
             raise CorruptFileError(f"{path}: not a token data file: {error!r}") from None
         if (found := dataset.digest) != expected:
             raise CorruptFileError(f"{path}: SHA-256 of the content is {found}, the file says {expected}")
         return dataset
+
+
+def _digest_of_told(counts: dict[str, int], notes: Sequence[str]) -> str:
+    """SHA-256 (hex) of what is told about the samples, which does not decide the batches."""
+    return hashlib.sha256(json.dumps([counts, list(notes)], sort_keys=True).encode()).hexdigest()
+
+
+def _require_told(metadata: dict[str, Any]) -> None:
+    """ValueError unless counts and notes are those that were saved; earlier versions saved no digest of them."""
+    counts, notes = metadata["report"], metadata.get("notes", ())
+    if not all(isinstance(counts[name], int) for name in _COUNTED):
+        raise ValueError("a count is missing")
+    if metadata.keys() - _KEYS or metadata.get("version") != FORMAT_VERSION:
+        raise ValueError("other metadata than those of this version")
+    told = _digest_of_told(counts, notes)
+    if metadata.get("told", told) != told:
+        raise ValueError("counts and notes are not those that were saved")

@@ -10,7 +10,6 @@ import json
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import filelock
 from transformers import PreTrainedTokenizerBase
 
 from dist_qft.config.data_schema import DataConfig, TaskConfig
@@ -20,6 +19,10 @@ from dist_qft.data.mixture import shares
 from dist_qft.data.sources import Source, open_data_source
 from dist_qft.data.tokens import SampleEncoder, TokenSequence
 from dist_qft.errors import CorruptFileError, SetupError, UserError
+from dist_qft.ranks.launchers import local_rank_text
+from dist_qft.storage.lock import locked
+
+_LOCK_SECONDS = 3600  # that a start waits for another process that builds the same data
 
 
 @dataclass(frozen=True)
@@ -54,7 +57,7 @@ def prepare(
 
     Raises:
         UserError: something is wrong with the data, naming the place.
-        SetupError: the cache cannot be written.
+        SetupError: the cache cannot be written, or another process has been building the same data for an hour.
     """
     assert data.eval is None or not data.eval_samples, "the config's check refuses both"
     sources = {key: open_data_source(dataset, key) for key, dataset in data.train_sets().items()}
@@ -75,32 +78,27 @@ def prepare(
 
     key = _cache_key(data, tokenizer, vocab_size, list(sources.values()), task)
     train_path, eval_path = (cache_dir / f"{key}-{part}.safetensors" for part in ("train", "eval"))
-    lock = _lock(cache_dir, key)
+    # What is there needs no lock, nor a folder that can be written.
+    if cached := _load(train_path, eval_path if has_eval else None):
+        return cached
     try:
+        cache_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise SetupError(f"data.cache_dir: cannot write to '{cache_dir}': {error.strerror}") from None
+    # One rank of a node says for whom it waits: the others wait for the same process, or for that rank.
+    tell = local_rank_text() == "0"
+    with locked(cache_dir / f"{key}.building", f"data.cache_dir: '{cache_dir}'", _LOCK_SECONDS, tell=tell):
         if cached := _load(train_path, eval_path if has_eval else None):
             return cached
         prepared = _build(data, encoder, sources)
         _save(prepared, train_path, eval_path)
         return prepared
-    finally:
-        lock.release()
-
-
-def _lock(cache_dir: Path, key: str) -> filelock.BaseFileLock:
-    """The cache entry's lock, held; waits for the process that builds the entry."""
-    try:
-        cache_dir.mkdir(parents=True, exist_ok=True)
-        lock = filelock.FileLock(cache_dir / f"{key}.lock")
-        lock.acquire()
-    except OSError as error:
-        raise UserError(f"data.cache_dir: cannot write to {cache_dir}: {error.strerror}") from None
-    return lock
 
 
 def _load(train_path: Path, eval_path: Path | None) -> Prepared | None:
     try:
         return Prepared(TokenDataset.load(train_path), TokenDataset.load(eval_path) if eval_path else None)
-    except (FileNotFoundError, CorruptFileError):
+    except (OSError, CorruptFileError):
         return None
 
 

@@ -3,13 +3,17 @@
 A folder holds its certificate and is published in one piece. A file and the certificate beside it are two names, which
 no system call changes together. So the old certificate is first replaced by itself with the new one under `next`, then
 the file is replaced, then the certificate. A reader takes the one of the two that has the file's digest: after a kill
-at any moment the old pair is there, or the new one.
+at any moment the old pair is there, or the new one. The files for readers that go along with a result (`model_card`)
+are there before it. One process at a time publishes a result.
+
+A certificate carries the SHA-256 of its own content, so that a figure that a disk has changed is seen.
 """
 
+import hashlib
 import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +21,10 @@ from pydantic import TypeAdapter, ValidationError
 
 from dist_qft.errors import CorruptFileError, SetupError, UserError
 from dist_qft.merge.certificate import IN_FOLDER, VERSION, Certificate, certificate_place, file_digests
-from dist_qft.storage.atomic import publishing, write_text
+from dist_qft.storage.atomic import lock_path, publishing, refused_write, write_text
+from dist_qft.storage.lock import locked
 
-_NEXT = "next"
+_NEXT, _DIGEST = "next", "digest"
 _READER = TypeAdapter(Certificate)
 
 
@@ -30,22 +35,34 @@ class Publication:
     final: Path
     temporary: Path
     certificate: Certificate | None = None
+    _replaced: dict[Path, bytes | None] = field(default_factory=dict)
 
-    def certify(self, certificate: Certificate) -> None:
-        """Write the certificate: into a folder, or as the next one beside a file."""
+    def certify(self, certificate: Certificate, companions: Mapping[str, str] | None = None) -> None:
+        """Write the certificate: into a folder, or as the next one beside a file; and text files by name likewise."""
         self.certificate = certificate
         if self.temporary.is_dir():
-            (self.temporary / IN_FOLDER).write_text(_text(asdict(certificate)))
+            (self.temporary / IN_FOLDER).write_text(_text(_signed(certificate)))
+            for name, text in (companions or {}).items():
+                (self.temporary / name).write_text(text, encoding="utf-8")
             return
-        write_text(self._place, _text({**self._old, _NEXT: asdict(certificate)}))
+        for name, text in (companions or {}).items():
+            path = self.final.with_name(name)
+            self._replaced[path] = path.read_bytes() if path.is_file() else None
+            write_text(path, text)
+        write_text(self._place, _text({**self._old, _NEXT: _signed(certificate)}))
 
     def settle(self) -> None:
         """Make the certificate beside a file its only one."""
         if self.certificate is not None and not self.final.is_dir():
-            write_text(self._place, _text(asdict(self.certificate)))
+            write_text(self._place, _text(_signed(self.certificate)))
 
     def retract(self) -> None:
-        """Put back the certificate that was there before `certify`."""
+        """Put back what was there before `certify`."""
+        for path, content in self._replaced.items():
+            if content is None:
+                path.unlink(missing_ok=True)
+            else:
+                write_text(path, content.decode(errors="replace"))
         if self.certificate is None or self.temporary.is_dir():
             return
         if self._old:
@@ -69,19 +86,29 @@ class Publication:
 
 @contextmanager
 def publishing_certified(final: Path, overwrite: bool) -> Iterator[Publication]:
-    """Publish like `storage.atomic.publishing`, with a certificate that appears together with the file or folder."""
-    publication: Publication | None = None
+    """Publish like `storage.atomic.publishing`, with a certificate that appears together with the file or folder.
+
+    Raises:
+        UserError: another process is writing the same result.
+        SetupError: see `publishing`.
+    """
     try:
-        with publishing(final, overwrite) as temporary:
-            publication = Publication(final, temporary)
-            yield publication
-            if final.exists() and not overwrite:
-                raise SetupError(f"'{final}' has appeared meanwhile; nothing was replaced")
-    except BaseException:
-        if publication is not None:
-            publication.retract()
-        raise
-    publication.settle()
+        final.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise refused_write(final, error) from error
+    with locked(lock_path(final), f"merge.path: '{final}'", 0):
+        publication: Publication | None = None
+        try:
+            with publishing(final, overwrite) as temporary:
+                publication = Publication(final, temporary)
+                yield publication
+                if final.exists() and not overwrite:
+                    raise SetupError(f"'{final}' has appeared meanwhile; nothing was replaced")
+        except BaseException:
+            if publication is not None:
+                publication.retract()
+            raise
+        publication.settle()
 
 
 def certificate_path(result: Path) -> Path:
@@ -122,9 +149,27 @@ def _interrupted(content: Mapping[str, Any], place: Path) -> Certificate:
     return new
 
 
+def _signed(certificate: Certificate) -> dict[str, Any]:
+    """The content of the file with a digest of itself."""
+    content = asdict(certificate)
+    return {**content, _DIGEST: _digest(content)}
+
+
+def _digest(content: Mapping[str, Any]) -> str:
+    text = json.dumps({key: value for key, value in content.items() if key != _DIGEST}, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
 def _parsed(content: Any, place: Path) -> Certificate:
     if isinstance(content, dict) and content.get("version", VERSION) != VERSION:
         raise UserError(f"{place}: version {content['version']}, this program reads {VERSION}")
+    if isinstance(content, dict):
+        # Certificates of earlier versions have no digest, and no key that is not known here either.
+        if unknown := content.keys() - {*Certificate.__dataclass_fields__, _DIGEST}:
+            raise CorruptFileError(f"{place}: not a merge certificate: unknown key {min(unknown)!r}")
+        if content.get(_DIGEST, _digest(content)) != _digest(content):
+            raise CorruptFileError(f"{place}: altered since it was written")
+        content = {key: value for key, value in content.items() if key != _DIGEST}
     try:
         return _READER.validate_python(content)
     except ValidationError as error:

@@ -4,16 +4,17 @@ Only packed bytes cross the network, and only those that the result needs: for a
 A folded part stays on its rank, so afterwards the base is the merged model and runs under its engine.
 """
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 
 from dist_qft.errors import CorruptFileError, DistQFTError, NumericError, Preempted, SetupError, UserError
 from dist_qft.merge.certificate import Certificate
-from dist_qft.merge.certificate_file import publishing_certified
+from dist_qft.merge.certificate_file import Publication, publishing_certified
 from dist_qft.merge.difference import Difference
 from dist_qft.merge.live_model import LiveModel
 from dist_qft.merge.merged_weight import require_range
@@ -28,6 +29,13 @@ from dist_qft.storage.atomic import refused_write
 # Errors of one rank that every rank raises. Ranks agree on the largest exit code, so each code is one class.
 _SHARED_ERRORS: tuple[type[DistQFTError], ...] = (UserError, SetupError, CorruptFileError, NumericError)
 _STOPPED = 1.0  # below every exit code of an error
+
+
+class Certified(NamedTuple):
+    """A result's certificate, and the text files beside or in the result, by name."""
+
+    certificate: Certificate
+    companions: Mapping[str, str]
 
 
 @torch.no_grad()
@@ -66,30 +74,33 @@ def write_result(
     recipe: Recipe,
     stop: StopSignal,
     device: torch.device,
-    certify: Callable[[Path | None, Difference], Certificate | None],
-) -> Certificate | None:
+    certify: Callable[[Path | None, Difference], Certified | None],
+) -> Certified | None:
     """Gather what the writer wants, weight by weight; rank 0 writes and publishes. Collective.
 
     Args:
         certify: called on every rank once all is written, before it is published. Gets the temporary name on rank 0
-            (None elsewhere) and the difference that conversions on this rank have made; returns rank 0's certificate.
+            (None elsewhere) and the difference that conversions on this rank have made; returns on rank 0 the
+            certificate and the texts that go along with the result, by file name.
 
     Raises:
+        UserError: another process is writing the same result; on all ranks.
         SetupError: rank 0 could not write; on all ranks, and nothing is left behind.
         Preempted: some rank was asked to stop; likewise.
     """
     target = recipe.request.path
-    if dist.get_rank() != 0:
-        certify(None, _write_layers(live, writer, target, stop, device, None))
-        dist.barrier()
-        return None
-    with publishing_certified(target, recipe.request.overwrite) as publication:
-        lost = _write_layers(live, writer, target, stop, device, publication.temporary)
-        certificate = certify(publication.temporary, lost)
-        if certificate is not None:
-            publication.certify(certificate)
-    dist.barrier()
-    return certificate
+    publication: Publication | None = None
+    with ExitStack() as stack:
+        with failing_together(target, device):
+            if dist.get_rank() == 0:
+                publication = stack.enter_context(publishing_certified(target, recipe.request.overwrite))
+        temporary = publication.temporary if publication is not None else None
+        certified = certify(temporary, _write_layers(live, writer, target, stop, device, temporary))
+        with failing_together(target, device):
+            if publication is not None and certified is not None:
+                publication.certify(*certified)
+            stack.close()  # publishes
+    return certified
 
 
 def _write_layers(

@@ -1,7 +1,7 @@
 """The files that go along with an export for its readers: a model card, and for GGUF a Modelfile for Ollama.
 
-They are written after the result and are not certified: a card is there to be edited. A card names the training, the
-difference of the result from the trained model, and the way to load it. It names no path of this machine.
+They are published with the result and are not certified: a card is there to be edited. A card names the
+training, the difference of the result from the trained model, and the way to load it. It names no path of this machine.
 """
 
 from pathlib import Path
@@ -13,41 +13,39 @@ from dist_qft.config.schema import RunConfig
 from dist_qft.merge.certificate import CARD, Certificate, Origin
 from dist_qft.merge.modelfile import modelfile
 from dist_qft.merge.names import portable_name
-from dist_qft.merge.recipe import Recipe
 from dist_qft.merge.target import CardText
 from dist_qft.merge.targets import TARGETS
-from dist_qft.storage.atomic import write_text
 from dist_qft.tuned_model.prompts import stop_ids
 
 
-def write_companions(
-    recipe: Recipe, origin: Origin, certificate: Certificate, tokenizer: PreTrainedTokenizerBase, named: object
-) -> list[Path]:
-    """Write the card into a folder, or beside a file, with a Modelfile for GGUF; replace those that are there.
+def companions(
+    result: Path,
+    origin: Origin,
+    certificate: Certificate,
+    tokenizer: PreTrainedTokenizerBase,
+    named: object,
+    *,
+    folder: bool,
+) -> dict[str, str]:
+    """Name and text of each: the card in a folder, or beside a file, with a Modelfile for GGUF.
 
-    Nothing is written for a target without a card.
+    There is none for a target without a card.
 
     Args:
+        result: its final path.
         named: the ids that the base's own files call ends of a text.
-
-    Returns:
-        The files.
     """
     text = TARGETS[certificate.target].card
     if text is None:
-        return []
-    result = recipe.request.path
+        return {}
     card = model_card(origin, certificate, text)
-    if result.is_dir():
-        write_text(result / CARD, card)
-        return [result / CARD]
+    if folder:
+        return {CARD: card}
     files = {f"{result.name}.md": card}
     if text.modelfile:
         stops = [str(tokenizer.convert_ids_to_tokens(index)) for index in stop_ids(named, tokenizer)]
         files[f"{result.name}.Modelfile"] = modelfile(result.name, tokenizer, stops)
-    for name, content in files.items():
-        write_text(result.with_name(name), content)
-    return [result.with_name(name) for name in files]
+    return files
 
 
 def model_card(origin: Origin, certificate: Certificate, text: CardText) -> str:

@@ -16,10 +16,10 @@ from dist_qft.config.check import merge_obstacle
 from dist_qft.config.schema import RunConfig
 from dist_qft.errors import CorruptFileError, NumericError, UserError
 from dist_qft.merge.certificate import Certificate, Findings, Origin, make_certificate
-from dist_qft.merge.collective import failing_together, total_difference, write_result
+from dist_qft.merge.collective import Certified, failing_together, total_difference, write_result
 from dist_qft.merge.difference import Difference
 from dist_qft.merge.live_model import LiveModel
-from dist_qft.merge.model_card import write_companions
+from dist_qft.merge.model_card import companions
 from dist_qft.merge.probe import compare_logits, logits_of, probe_ids
 from dist_qft.merge.recipe import MergeRequest, Recipe, require_free
 from dist_qft.merge.target import Probe
@@ -152,7 +152,7 @@ def export(
         _require_finite_logits(logits, "the trained model")
         _require_finite_logits(converted.logits, "the merged model")
 
-    def certify(written: Path | None, lost: Difference) -> Certificate | None:
+    def certify(written: Path | None, lost: Difference) -> Certified | None:
         total = total_difference(converted.difference + lost, device)
         if not total.finite:
             raise NumericError(f"{recipe.request.path}: a merged weight is not finite; nothing was written")
@@ -161,18 +161,22 @@ def export(
                 return None
             difference = compare_logits(logits, converted.logits, probe.ids)
             findings = Findings(total, difference, probe.ids, converted.writer.notes())
-            return make_certificate(recipe, origin, live.base.fingerprint, findings, written)
+            certificate = make_certificate(recipe, origin, live.base.fingerprint, findings, written)
+            named = live.base.model.generation_config.eos_token_id
+            folder = written.is_dir()
+            files = companions(recipe.request.path, origin, certificate, tokenizer, named, folder=folder)
+            return Certified(certificate, files)
         raise AssertionError("unreachable")  # for the type checker: the context does not swallow exceptions
 
-    certificate = write_result(live, converted.writer, recipe, stop, device, certify)
-    if certificate is not None:
-        seconds = time.perf_counter() - started
-        print(f"merged {origin.checkpoint} into {recipe.request.path} ({len(recipe.tiles)} layers, {seconds:.1f} s)")
-        named = live.base.model.generation_config.eos_token_id
-        files = write_companions(recipe, origin, certificate, tokenizer, named)
-        lines = [f"certificate: {certificate.summary}", *TARGETS[recipe.request.target].hints(recipe, origin.config)]
-        lines.append(f"beside the weights: {', '.join(file.name for file in files)}")
-        print(*lines, sep="\n", flush=True)
+    certified = write_result(live, converted.writer, recipe, stop, device, certify)
+    if certified is None:
+        return None
+    certificate, files = certified
+    seconds = time.perf_counter() - started
+    print(f"merged {origin.checkpoint} into {recipe.request.path} ({len(recipe.tiles)} layers, {seconds:.1f} s)")
+    lines = [f"certificate: {certificate.summary}", *TARGETS[recipe.request.target].hints(recipe, origin.config)]
+    lines.append(f"beside the weights: {', '.join(files)}")
+    print(*lines, sep="\n", flush=True)
     return certificate
 
 

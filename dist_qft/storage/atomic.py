@@ -96,6 +96,11 @@ def temporary_name(final: Path) -> Path:
     return final.parent / f".tmp-{_shortened(final.name)}-{Owner.current()}-{uuid.uuid4().hex[:8]}"
 
 
+def lock_path(final: Path) -> Path:
+    """The lock file beside `final` of those who would write it at the same time."""
+    return final.parent / f".{_shortened(final.name)}.lock"
+
+
 def _shortened(name: str) -> str:
     return name.encode()[:_NAME_BYTES].decode(errors="ignore")
 

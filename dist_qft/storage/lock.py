@@ -78,14 +78,15 @@ class FolderLock:
         self._beat.start()
 
     @classmethod
-    def acquire(cls, path: Path, what: str, *, wait_seconds: float = 0.0) -> "FolderLock":
+    def acquire(cls, path: Path, what: str, *, wait_seconds: float = 0.0, tell: bool = True) -> "FolderLock":
         """Take the lock file `path`.
 
         An owner on another machine that shows no sign of life is waited for until it counts as ended.
 
         Args:
             what: the thing that is locked, at the start of messages, such as "output_dir: 'runs/a'".
-            wait_seconds: how long to wait for a living owner; a line on standard error says for whom.
+            wait_seconds: how long to wait for a living owner.
+            tell: say on standard error for whom it waits.
 
         Raises:
             UserError: a living process has it (`wait_seconds` 0).
@@ -104,7 +105,7 @@ class FolderLock:
                 continue
             if alive and waited >= wait_seconds:
                 raise _held(path, what, watch.holder, wait_seconds)
-            if not told and waited > _TELL_SECONDS:
+            if tell and not told and waited > _TELL_SECONDS:
                 holder = watch.holder or f"the owner of '{path}'"
                 print(f"{what}: waiting for {holder}; if that is gone, remove '{path}'", file=sys.stderr, flush=True)
                 told = True
@@ -147,9 +148,9 @@ class FolderLock:
 
 
 @contextmanager
-def locked(path: Path, what: str, wait_seconds: float) -> Iterator[None]:
+def locked(path: Path, what: str, wait_seconds: float, *, tell: bool = True) -> Iterator[None]:
     """Context in which this process holds the lock file `path`; see `FolderLock.acquire`."""
-    with FolderLock.acquire(path, what, wait_seconds=wait_seconds):
+    with FolderLock.acquire(path, what, wait_seconds=wait_seconds, tell=tell):
         yield
 
 

@@ -15,11 +15,14 @@ from dist_qft.base_model.skeleton import BaseModel
 from dist_qft.base_model.sources import TensorSource
 from dist_qft.config.schema import RunConfig
 from dist_qft.data.prepare import Prepared
+from dist_qft.errors import DistQFTError
+from dist_qft.merge.certificate_file import read_certificate
 from dist_qft.merge.recipe import Recipe
 from dist_qft.methods.trainable import TrainableSpec
 from dist_qft.ranks.world import World
 from dist_qft.sharding.engine import Engine
-from dist_qft.storage.checkpoint import Checkpoint
+from dist_qft.storage.checkpoint import ADAPTER_MODEL, Checkpoint
+from dist_qft.storage.manifest import sha256_of
 from dist_qft.storage.trainer_state import BaseEvaluation
 from dist_qft.training.summary import summarized_steps
 from dist_qft.tuned_model.warm_start import StartingValues
@@ -95,8 +98,21 @@ class RunInputs:
         steps, _ = self.length()
         saved = self.checkpoint.state.step if self.checkpoint is not None else None
         trained = saved == steps or self.stopped_early
-        merged = self.recipe is None or self.recipe.request.path.exists()
-        return trained and merged and saved == summarized_steps(self.output_dir)
+        return trained and saved == summarized_steps(self.output_dir) and self._merged
+
+    @property
+    def _merged(self) -> bool:
+        """True if the merge that the config asks for, if any, is there with this checkpoint's adapters in it."""
+        if self.recipe is None:
+            return True
+        path = self.recipe.request.path
+        if self.checkpoint is None or not path.exists():
+            return False
+        try:
+            said = read_certificate(path)[1]
+        except DistQFTError:  # something else is there, or a damaged certificate
+            return False
+        return said.adapter.sha256 == sha256_of(self.checkpoint.path / ADAPTER_MODEL)
 
     @property
     def stopped_early(self) -> bool:

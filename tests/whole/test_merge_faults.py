@@ -64,24 +64,27 @@ def no_room() -> None:
 
 @pytest.mark.parametrize(
     ("owner", "name", "count"),
-    [(FsdpEngine, "gather", 1), (FsdpEngine, "gather", 21), (os, "replace", 1), (os, "replace", 2)],
+    [(FsdpEngine, "gather", 1), (FsdpEngine, "gather", 21), (os, "replace", 3), (os, "replace", 4)],
 )
 def test_a_killed_merge_leaves_nothing_under_the_final_name(gguf_run, tmp_path, owner, name, count):
     names = ["merged.gguf", "merged.gguf.certificate.json"]
+    cards = ["merged.gguf.Modelfile", "merged.gguf.md"]  # which are there before the result
     words = ["merge", gguf_run, "--to", "gguf", "-o", tmp_path / names[0]]
     status, errors = in_a_fork(lambda: killing(owner, name, count), *words)
     assert os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL, errors
     left = {path.name for path in tmp_path.iterdir()}
     # The last rename only settles the certificate: the file has its name by then, and one that is its own.
-    published = (name, count) == ("replace", 2)
+    published = (name, count) == ("replace", 4)
+    assert set(cards) & left == (set(cards) if name == "replace" else set())
     assert (names[0] in left, names[1] in left) == (published, published)
     if published:
         assert read_certificate(tmp_path / names[0])[1].target == "gguf"
-    assert all(name.startswith(".tmp-merged.gguf") for name in left - set(names))
+    lock = ".merged.gguf.lock"  # of a dead process: the next merge takes it over
+    assert all(name.startswith(".tmp-merged.gguf") for name in left - {*names, *cards, lock})
     for name in names:
         with publishing(tmp_path / name, overwrite=True) as temporary:
             temporary.write_text("the next attempt")
-    assert sorted(path.name for path in tmp_path.iterdir()) == names
+    assert {path.name for path in tmp_path.iterdir()} - {*cards, lock} == set(names)
 
 
 def test_a_full_disk_is_one_line_and_code_3(gguf_run, tmp_path):

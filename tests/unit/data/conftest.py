@@ -1,5 +1,6 @@
 """Small real tokenizers, trained here in milliseconds, and the real SmolLM2 tokenizer where its file is at hand."""
 
+import json
 import os
 from pathlib import Path
 
@@ -9,6 +10,9 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from dist_qft.base_model.tokenizer import load_tokenizer
 from dist_qft.config.schema import ModelConfig
+
+from dist_qft.config.data_schema import DataConfig, DatasetConfig
+from dist_qft.data.prepare import prepare
 
 CHATML = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
@@ -56,3 +60,24 @@ def smollm2() -> PreTrainedTokenizerBase:
     if not path.exists():
         pytest.skip(f"needs the SmolLM2 file: {path} (or set DIST_QFT_SMOLLM2)")
     return load_tokenizer(ModelConfig(path=str(path)))
+
+
+@pytest.fixture
+def corpus(tmp_path):
+    """Writes records to a jsonl file and returns its path."""
+
+    def write(records, name="train.jsonl"):
+        path = tmp_path / name
+        path.write_text("".join(json.dumps(record) + "\n" for record in records))
+        return str(path)
+
+    return write
+
+
+@pytest.fixture
+def run(tmp_path, chatml):
+    def run(train, tokenizer=chatml, vocab_size=330, **settings):
+        train = train if isinstance(train, DatasetConfig) else DatasetConfig(path=train)
+        return prepare(DataConfig(train=train, **settings), tokenizer, vocab_size, tmp_path / "cache" / "tokens")
+
+    return run

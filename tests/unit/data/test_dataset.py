@@ -1,9 +1,11 @@
 """The flat arrays and their file: rows come back whole, and no damage to the file goes unseen."""
 
+import json
 from dataclasses import replace
 
 import numpy as np
 import pytest
+from safetensors import safe_open
 from safetensors.numpy import save_file
 
 from dist_qft.data.dataset import TokenDataset
@@ -76,6 +78,34 @@ def test_every_flipped_byte_of_the_arrays_is_seen(packed, tmp_path):
         path.write_bytes(content[:position] + bytes([content[position] ^ 1]) + content[position + 1 :])
         with pytest.raises(CorruptFileError):
             TokenDataset.load(path)
+
+
+def test_every_flipped_byte_of_what_is_told_is_seen(packed, tmp_path):
+    path = tmp_path / "a.safetensors"
+    replace(packed, notes=("one is cut",)).save(path)
+    content = path.read_bytes()
+    header = content[8 : 8 + int.from_bytes(content[:8], "little")]
+    first = content.index(b'"token_dataset')
+    for position in range(first, 8 + len(header)):
+        for bit in (1, 2, 16):
+            changed = content[:position] + bytes([content[position] ^ bit]) + content[position + 1 :]
+            path.write_bytes(changed)
+            try:
+                loaded = TokenDataset.load(path)
+            except CorruptFileError:
+                continue
+            assert (loaded.counts, loaded.notes, loaded.digest) == (packed.counts, ("one is cut",), packed.digest)
+
+
+def test_a_file_of_an_earlier_version_has_no_digest_of_its_report(packed, tmp_path):
+    path = tmp_path / "a.safetensors"
+    packed.save(path)
+    with safe_open(path, "np") as file:
+        metadata = json.loads(file.metadata()["token_dataset"])
+        arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no dict
+    del metadata["told"]
+    save_file(arrays, path, metadata={"token_dataset": json.dumps(metadata)})
+    assert TokenDataset.load(path).counts == packed.counts
 
 
 @pytest.mark.parametrize("damage", ["empty", "cut", "header", "foreign"])

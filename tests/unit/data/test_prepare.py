@@ -4,34 +4,12 @@ import json
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
-import filelock
 import pytest
 
 from dist_qft.config.data_schema import DataConfig, DatasetConfig
 from dist_qft.data.batches import Batches
 from dist_qft.data.prepare import held_out_indices, prepare
 from dist_qft.errors import UserError
-
-
-@pytest.fixture
-def corpus(tmp_path):
-    """Writes records to a jsonl file and returns its path."""
-
-    def write(records, name="train.jsonl"):
-        path = tmp_path / name
-        path.write_text("".join(json.dumps(record) + "\n" for record in records))
-        return str(path)
-
-    return write
-
-
-@pytest.fixture
-def run(tmp_path, chatml):
-    def run(train, tokenizer=chatml, vocab_size=330, **settings):
-        train = train if isinstance(train, DatasetConfig) else DatasetConfig(path=train)
-        return prepare(DataConfig(train=train, **settings), tokenizer, vocab_size, tmp_path / "cache" / "tokens")
-
-    return run
 
 
 def tokenized(*lengths):
@@ -185,24 +163,6 @@ def test_several_at_once_write_one_file(run, corpus, tmp_path):
         "train.safetensors",
     ]
     assert not list(tmp_path.rglob(".tmp-*"))
-
-
-def test_failed_build_lets_the_next_one_in(run, corpus, tmp_path):
-    path = corpus([{"input_ids": [1]}])
-    with pytest.raises(UserError) as caught:  # keeps the traceback, and with it the frame that held the lock
-        run(path)
-    (lock,) = (tmp_path / "cache" / "tokens").glob("*.lock")
-    with filelock.FileLock(lock, timeout=0):
-        assert caught.value.exit_code == 2
-
-
-def test_cache_folder_that_cannot_be_made(corpus, tmp_path, chatml):
-    blocker = tmp_path / "file"
-    blocker.write_text("")
-    data = DataConfig(train=DatasetConfig(path=corpus([{"text": "Hello there"}])))
-    with pytest.raises(UserError) as caught:
-        prepare(data, chatml, 330, blocker / "cache")
-    assert str(caught.value) == f"data.cache_dir: cannot write to {blocker / 'cache'}: Not a directory"
 
 
 def test_smollm2_on_stdlib_docs(smollm2, tmp_path):

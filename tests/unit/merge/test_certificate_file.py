@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from dist_qft.merge.certificate import (
     certificate_place,
     file_digests,
 )
-from dist_qft.merge.certificate_file import publishing_certified, read_certificate
+from dist_qft.merge.certificate_file import Publication, publishing_certified, read_certificate
 from dist_qft.merge.probe import LogitDifference
 from dist_qft.storage import atomic
 
@@ -142,11 +143,64 @@ def test_a_failure_leaves_the_old_certificate(tmp_path, old, monkeypatch):
 
 def test_a_result_that_appeared_meanwhile_keeps_its_certificate(tmp_path):
     final = tmp_path / "merged.gguf"
+    theirs = tmp_path / "elsewhere" / final.name
+    publish(theirs, "theirs", folder=False)
     with pytest.raises(SetupError, match="has appeared meanwhile"), publishing_certified(final, False) as publication:
         publication.temporary.write_text("mine")
-        publish(final, "theirs", folder=False)
-        publication.certify(replace(CERTIFICATE, summary="mine"))
+        for file in (theirs, certificate_place(theirs, folder=False)):
+            shutil.copyfile(file, tmp_path / file.name)
+        publication.certify(replace(CERTIFICATE, summary="mine"), {"merged.gguf.md": "mine"})
     assert pair(final) == ("theirs", "theirs")
+    assert not (tmp_path / "merged.gguf.md").exists()
+
+
+def test_of_two_at_a_time_one_is_whole_and_the_other_is_refused(tmp_path):
+    final = tmp_path / "merged.gguf"
+    with publishing_certified(final, True) as publication:
+        publication.temporary.write_text("first")
+        with pytest.raises(UserError, match=r"^merge\.path: '.*merged\.gguf': it is in use by process \d+"):
+            publish(final, "second", folder=False)
+        files = ResultFiles(final.name, file_digests(publication.temporary, final.name))
+        publication.certify(replace(CERTIFICATE, result=files, summary="first"))
+    assert pair(final) == ("first", "first")
+    publish(final, "second", folder=False)
+    assert pair(final) == ("second", "second")
+    assert not [path.name for path in tmp_path.iterdir() if path.name.startswith(".")]
+
+
+@pytest.mark.parametrize("folder", [True, False])
+def test_a_result_is_never_there_without_its_card(tmp_path, folder, monkeypatch):
+    final = tmp_path / ("merged" if folder else "merged.gguf")
+    card = final / "README.md" if folder else tmp_path / "merged.gguf.md"
+    with publishing_certified(final, True) as publication:
+        temporary = publication.temporary
+        if folder:
+            temporary.mkdir()
+        (temporary / "weights" if folder else temporary).write_text("x")
+        publication.certify(CERTIFICATE, {card.name: "card"})
+        assert not final.exists()
+        monkeypatch.setattr(Publication, "settle", lambda self: os.listdir(card.parent))  # killed before it
+    assert final.exists() and card.read_text() == "card"
+
+
+def test_every_changed_character_of_a_certificate_is_seen(tmp_path):
+    final = tmp_path / "merged.gguf"
+    publish(final, "content", folder=False)
+    place = certificate_place(final, folder=False)
+    text, said = place.read_bytes(), read_certificate(final)[1]
+    for index in range(len(text)):
+        place.write_bytes(text[:index] + bytes([text[index] ^ 1]) + text[index + 1 :])
+        try:
+            assert read_certificate(final)[1] == said
+        except (CorruptFileError, UserError):
+            continue
+
+
+def test_a_certificate_of_an_earlier_version_has_no_digest(tmp_path):
+    final = tmp_path / "merged.gguf"
+    publish(final, "content", folder=False)
+    certificate_place(final, folder=False).write_text(json.dumps(asdict(CERTIFICATE)))
+    assert read_certificate(final)[1] == CERTIFICATE
 
 
 @pytest.mark.parametrize(
@@ -179,6 +233,7 @@ def test_figures_that_are_not_numbers_are_never_verified(tmp_path, section, key)
     place = certificate_place(final, folder=False)
     said = json.loads(place.read_text())
     said[section][key] = float("nan")
+    del said["digest"]  # as an earlier version would have written it
     place.write_text(json.dumps(said))
     with pytest.raises(NumericError, match="not finite"):
         verify.verify(final, None)
