@@ -21,9 +21,13 @@ def load_tokenizer(model: ModelConfig) -> PreTrainedTokenizerBase:
     try:
         if path.suffix == ".gguf":
             with quick_metadata():
-                return AutoTokenizer.from_pretrained(str(path.parent), gguf_file=path.name, trust_remote_code=False)
-        # Not the default, which is to ask on the terminal.
-        return AutoTokenizer.from_pretrained(model.path, revision=model.revision, trust_remote_code=False)
+                found = AutoTokenizer.from_pretrained(str(path.parent), gguf_file=path.name, trust_remote_code=False)
+        else:
+            # Not the default, which is to ask on the terminal.
+            found = AutoTokenizer.from_pretrained(model.path, revision=model.revision, trust_remote_code=False)
+        # Some settings, such as a model_max_length that is no number, are only met when it is used.
+        found.decode(found("a text")["input_ids"])
+        return found
     except Exception as error:  # the Rust library behind it raises nothing more precise
         reason = textwrap.shorten(str(error), 300) or type(error).__name__
         raise UserError(f"model.path: cannot read a tokenizer from '{model.path}': {reason}") from error

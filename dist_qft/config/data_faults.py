@@ -36,20 +36,21 @@ def _paths(config: RunConfig) -> dict[KeyPath, str | None]:
 
 
 def _datasets(data: DataConfig) -> Iterator[tuple[KeyPath, DatasetConfig]]:
-    if isinstance(data.train, list):
-        for index, dataset in enumerate(data.train):
-            yield ("data", "train", index), dataset
-    else:
-        yield ("data", "train"), data.train
-    if data.eval is not None:
-        yield ("data", "eval"), data.eval
+    for name, given in (("train", data.train), ("eval", data.eval)):
+        if isinstance(given, list):
+            for index, dataset in enumerate(given):
+                yield ("data", name, index), dataset
+        elif given is not None:
+            yield ("data", name), given
 
 
 def _mixture_faults(data: DataConfig) -> Iterator[Fault]:
     train = data.train if isinstance(data.train, list) else []
     weighted = [dataset.weight is not None for dataset in train]
     for key, dataset in _datasets(data):
-        if dataset.weight is not None and (len(train) < 2 or key[1] == "eval"):
+        if dataset.weight is not None and key[1] == "eval":
+            yield value_fault((*key, "weight"), "no effect, every held-out row is used; remove it")
+        elif dataset.weight is not None and len(train) < 2:
             yield value_fault((*key, "weight"), "no effect on a single data set; remove it")
         elif key[1] == "train" and len(train) > 1 and dataset.weight is None and any(weighted):
             yield value_fault((*key, "weight"), "missing, must be given for every data set of data.train or for none")

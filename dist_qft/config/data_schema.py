@@ -44,7 +44,7 @@ def _number(value: object) -> str:
     return UNION_TAGS[isinstance(value, list)]
 
 
-TrainSets = Annotated[
+DataSets = Annotated[
     Annotated[DatasetConfig, Tag(UNION_TAGS[0])]
     | Annotated[list[DatasetConfig], Field(min_length=1), Tag(UNION_TAGS[1])],
     Discriminator(_number),
@@ -54,12 +54,14 @@ TrainSets = Annotated[
 class DataConfig(Section):
     """The text that is trained on and the text that is held out, and how both become rows of tokens."""
 
-    train: TrainSets = Field(
+    train: DataSets = Field(
         description="the data that is trained on: one data set, or a list of them",
         json_schema_extra={"axolotl": "datasets"},
     )
-    eval: DatasetConfig | None = Field(
-        None, description="held-out data", json_schema_extra={"axolotl": "test_datasets"}
+    eval: DataSets | None = Field(
+        None,
+        description="held-out data: one data set, or a list of them, of which every row is used",
+        json_schema_extra={"axolotl": "test_datasets"},
     )
     eval_samples: NonNegative = Field(
         0, description="without eval: hold out so many training samples", json_schema_extra={"axolotl": "val_set_size"}
@@ -118,6 +120,14 @@ class DataConfig(Section):
 
     def train_sets(self) -> dict[str, DatasetConfig]:
         """The data sets that are trained on, by the key that messages name."""
-        if isinstance(self.train, list):
-            return {f"data.train[{index}]": dataset for index, dataset in enumerate(self.train)}
-        return {"data.train": self.train}
+        return _by_key("data.train", self.train)
+
+    def eval_sets(self) -> dict[str, DatasetConfig]:
+        """The held-out data sets likewise; empty if there are none."""
+        return {} if self.eval is None else _by_key("data.eval", self.eval)
+
+
+def _by_key(key: str, given: DatasetConfig | list[DatasetConfig]) -> dict[str, DatasetConfig]:
+    if isinstance(given, list):
+        return {f"{key}[{index}]": dataset for index, dataset in enumerate(given)}
+    return {key: given}

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from dist_qft.config.paths import read_bounded
 from dist_qft.config.schema import RunConfig
 from dist_qft.errors import UserError
 
@@ -58,11 +59,11 @@ def zero_file_faults(config: RunConfig) -> Iterator[str]:
     if path is None:
         return
     try:
-        entries = list(_entries(json.loads(Path(path).read_text())))
+        entries = list(_entries(json.loads(read_bounded(path))))
     except OSError as error:
         yield f"cannot read '{path}': {error.strerror}"
         return
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         yield f"'{path}' is not a JSON object: {error}"
         return
     decided = _decided(config)

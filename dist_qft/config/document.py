@@ -10,6 +10,7 @@ from ruamel.yaml.nodes import MappingNode, Node, SequenceNode
 from ruamel.yaml.reader import ReaderError
 
 from dist_qft.config.fault import KeyPath
+from dist_qft.config.paths import read_bounded
 from dist_qft.errors import UserError
 
 
@@ -24,7 +25,7 @@ class Document:
     @classmethod
     def read(cls, path: str | Path) -> "Document":
         try:
-            text = Path(path).read_bytes().decode("utf-8-sig")
+            text = read_bounded(path).decode("utf-8-sig")
         except OSError as error:
             raise UserError(f"{path}: cannot read the config: {error.strerror}") from None
         except UnicodeDecodeError as error:

@@ -23,6 +23,8 @@ from dist_qft.config.schema import RunConfig
 from dist_qft.config.validation import validation_faults
 from dist_qft.errors import UserError
 
+_MOST_LINES, _LONGEST_LINE = 100, 1000
+_MOST_LOCATED = 200  # finding the line of a fault takes time
 CONFIG_FILE = "config.yaml"  # what a run's folder calls the config it ran with
 
 
@@ -59,11 +61,17 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
         faults = cross_field_faults(config)
     except ValidationError as error:
         faults = validation_faults(error, values)
-    located = [_located(fault, document, applied) for fault in faults]
+    located = [_located(fault, document, applied) for fault in faults[:_MOST_LOCATED]]
     lines += [text for _, text in sorted(located, key=itemgetter(0))]
     if lines:
-        raise UserError("\n".join(lines))
+        raise UserError(_readable(lines, len(lines) + len(faults) - len(located)))
     return config.with_notes(dict.fromkeys(notes)) if notes else config
+
+
+def _readable(lines: Sequence[str], total: int) -> str:
+    """As many of the lines as somebody reads, none longer than a screen, and the number of the others."""
+    told = [line if len(line) <= _LONGEST_LINE else f"{line[:_LONGEST_LINE]}..." for line in lines[:_MOST_LINES]]
+    return "\n".join([*told, *([f"and {total - len(told)} more"] if total > len(told) else [])])
 
 
 def _for_the_method_of(overrides: Sequence[Override], values: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:

@@ -1,11 +1,14 @@
 """Paths in a config: `~` and `$VAR` stand for the home folder and environment variables, as in a shell."""
 
+import errno
 import os
 import re
+from pathlib import Path
 from typing import Annotated
 
 from pydantic import AfterValidator, Field
 
+_LARGEST_FILE = 16 << 20
 _VARIABLE = re.compile(r"\$(?:(\w+)|\{(\w+)\})")
 
 
@@ -15,6 +18,15 @@ def expanded(path: str) -> str:
 
 
 ExpandedPath = Annotated[str, Field(min_length=1), AfterValidator(expanded)]
+
+
+def read_bounded(path: str | Path) -> bytes:
+    """The content of a file of settings. OSError if it cannot be read or goes on and on, as a device may."""
+    with open(path, "rb") as file:
+        content = file.read(_LARGEST_FILE + 1)
+    if len(content) > _LARGEST_FILE:
+        raise OSError(errno.EFBIG, f"more than {_LARGEST_FILE >> 20} MiB, which no file of settings has")
+    return content
 
 
 def unexpanded(path: str) -> str | None:

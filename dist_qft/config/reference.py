@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from dist_qft.config.schema import RunConfig
-from dist_qft.config.section import PROGRAMS
+from dist_qft.config.section import BEYOND_ALL, PROGRAMS
 
 _HEAD = """# Configuration
 
@@ -76,7 +76,9 @@ def _objects(node: dict[str, Any], definitions: dict[str, Any]) -> Iterator[tupl
 
 
 def _choices(node: dict[str, Any]) -> list[dict[str, Any]]:
-    return node.get("anyOf") or node.get("oneOf") or node.get("allOf") or [node]
+    """The alternatives that a node allows, those within an alternative too."""
+    inner = node.get("anyOf") or node.get("oneOf") or node.get("allOf")
+    return [choice for each in inner for choice in _choices(each)] if inner else [node]
 
 
 def _values(node: dict[str, Any], definitions: dict[str, Any]) -> str:
@@ -96,7 +98,8 @@ def _value(node: dict[str, Any], definitions: dict[str, Any]) -> str:
         return f"list of {count}{_values(node['items'], definitions)}"
     names = {"object": "section", "integer": "whole number", "number": "number", "boolean": "true or false"}
     name = "table of names" if "additionalProperties" in node and "properties" not in node else node.get("type", "any")
-    bounds = [f"{sign} {node[bound]:g}" for bound, sign in _BOUNDS.items() if bound in node and bound != "minLength"]
+    given = {bound: node[bound] for bound in _BOUNDS if bound in node and bound != "minLength"}
+    bounds = [f"{_BOUNDS[bound]} {value:g}" for bound, value in given.items() if value not in BEYOND_ALL]
     return " ".join([names.get(name, name).replace("string", "text"), ", ".join(bounds)]).strip()
 
 

@@ -15,7 +15,7 @@ from dist_qft.config.methods.door import AnyMethod
 from dist_qft.config.methods.qlora import QloraConfig
 from dist_qft.config.paths import ExpandedPath
 from dist_qft.config.renamed import with_current_names
-from dist_qft.config.section import NonNegative, Positive, PositiveNumber, Section
+from dist_qft.config.section import NonNegative, NonNegativeNumber, Positive, PositiveNumber, Section
 from dist_qft.config.train_schema import TrainConfig
 
 MergeTarget = Literal["gguf", "quantized", "dense", "peft"]
@@ -91,7 +91,7 @@ class ShardingConfig(Section):
         description="fsdp: free a layer after its forward pass and gather it again for backward",
         json_schema_extra={"axolotl": "fsdp_config.reshard_after_forward"},
     )
-    prefetch_megabytes: Annotated[float, Field(ge=0)] = Field(
+    prefetch_megabytes: NonNegativeNumber = Field(
         0.0, description="zero: MB of the base that may be gathered ahead of their use"
     )
     offload: bool = Field(False, description="zero, CUDA: keep each rank's part of the base in host memory")

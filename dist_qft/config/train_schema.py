@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from dist_qft.config.section import Fraction, NonNegative, Positive, PositiveNumber, Section
+from dist_qft.config.section import Fraction, NonNegative, Positive, PositiveNumber, Section, Seed
 
 
 class TrainConfig(Section):
@@ -117,7 +117,7 @@ class TrainConfig(Section):
         None,
         description="MB of logits held at a time; default 64 on CUDA, 8 on a CPU (fits the cache)",
     )
-    seed: NonNegative = Field(
+    seed: Seed = Field(
         0,
         description="seed of initial values, dropout and the order of samples",
         json_schema_extra={"transformers": "seed", "axolotl": "seed"},

@@ -16,7 +16,7 @@ from pydantic import ValidationError
 from dist_qft.config.fault import Fault, KeyPath, dotted, value_fault
 from dist_qft.config.methods.door import DEFAULT
 from dist_qft.config.schema import RunConfig
-from dist_qft.config.section import PROGRAMS, UNION_TAGS
+from dist_qft.config.section import BEYOND_ALL, PROGRAMS, UNION_TAGS
 
 # Our keys by the names that other programs give them, besides those that stand in the schema.
 OTHER_NAMES = {
@@ -78,7 +78,9 @@ def validation_faults(error: ValidationError, values: dict[str, Any]) -> list[Fa
         else:
             if kind in ("union_tag_invalid", "union_tag_not_found"):
                 path = (*path, "name")
-            faults[path] = value_fault(path, f"got {_given(_lookup(path, values))}, must be {_allowed(path, values)}")
+            largest = item.get("ctx", {}).get("le")
+            allowed = f"<= {largest:g}" if largest in BEYOND_ALL else _allowed(path, values)
+            faults[path] = value_fault(path, f"got {_given(_lookup(path, values))}, must be {allowed}")
     for path in missing:
         if dotted(path) not in explained:
             faults[path] = value_fault(path, f"missing, must be {_allowed(path, values)}")
@@ -146,11 +148,13 @@ def _resolve(node: dict[str, Any]) -> dict[str, Any]:
 
 def _variants(node: dict[str, Any], value: Any = None) -> list[dict[str, Any]]:
     """The alternatives of a union, or the node alone; of sections told apart by `name`, only that of a known value."""
+    node = _resolve(node)
     if "discriminator" in node and isinstance(value, dict):
         name = value.get("name", DEFAULT)
         if isinstance(name, str) and name in node["discriminator"]["mapping"]:
             return [_resolve({"$ref": node["discriminator"]["mapping"][name]})]
-    return [_resolve(variant) for variant in node.get("anyOf", node.get("oneOf", [node]))]
+    found = node.get("anyOf", node.get("oneOf"))
+    return [inner for variant in found for inner in _variants(variant, value)] if found else [node]
 
 
 def _nodes(path: KeyPath, values: Any = None) -> list[dict[str, Any]]:
@@ -252,7 +256,7 @@ def _allowed_variant(node: dict[str, Any]) -> str:
             ("maximum", "<="),
             ("exclusiveMaximum", "<"),
         )
-        if key in node
+        if key in node and node[key] not in BEYOND_ALL
     ]
     match node["type"]:
         case "integer" | "number" as kind:

@@ -7,6 +7,8 @@ from typing import Any
 from dist_qft.config.data_schema import TaskConfig
 from dist_qft.data.records import RowError
 
+_LARGEST = 3.4028235e38  # of float32, in which labels are kept
+
 
 def label_value(task: TaskConfig, label: Any, where: str) -> float:
     """The position of a label in `task.labels`, or of a regression the number itself.
@@ -28,8 +30,8 @@ def label_value(task: TaskConfig, label: Any, where: str) -> float:
 def _number(label: Any, where: str) -> float:
     try:
         value = math.nan if isinstance(label, bool) else float(label)  # csv files hold numbers as text
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         value = math.nan
-    if not math.isfinite(value):
-        raise RowError(f"{where}: label: got {reprlib.repr(label)}, must be a finite number for task regression")
+    if not abs(value) <= _LARGEST:  # NaN, too
+        raise RowError(f"{where}: label: got {reprlib.repr(label)}, must be a finite number of float32 for regression")
     return value

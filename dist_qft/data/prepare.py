@@ -7,6 +7,7 @@ Meant to run before the process group starts, so that no rank waits in a collect
 import datetime
 import hashlib
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -61,8 +62,7 @@ def prepare(
     """
     assert data.eval is None or not data.eval_samples, "the config's check refuses both"
     sources = {key: open_data_source(dataset, key) for key, dataset in data.train_sets().items()}
-    if data.eval is not None:
-        sources["data.eval"] = open_data_source(data.eval, "data.eval")
+    sources |= {key: open_data_source(dataset, key) for key, dataset in data.eval_sets().items()}
     task = task or TaskConfig()
     encoder = SampleEncoder(
         tokenizer,
@@ -134,9 +134,7 @@ def _build(data: DataConfig, encoder: SampleEncoder, sources: dict[str, Source])
     train_sets = data.train_sets()
     encoded = {key: encode_records(data, train_sets[key], sources[key], encoder, key) for key in train_sets}
     notes = [line for key, part in encoded.items() for line in _told(key, part)]
-    counts: dict[str, int] = {}
-    for part in encoded.values():
-        counts = {name: counts.get(name, 0) + part.counts.get(name, 0) for name in {**counts, **part.counts}}
+    counts = _sum_of(encoded)
     kept = [part.sequences for part in encoded.values()]
     held_out: list[TokenSequence] = []
     if data.eval_samples:
@@ -155,9 +153,19 @@ def _build(data: DataConfig, encoder: SampleEncoder, sources: dict[str, Source])
         train = rows([sequence for sequences in kept for sequence in sequences], counts)
     train = replace(train, notes=tuple(notes))
     if data.eval is not None:
-        part = encode_records(data, data.eval, sources["data.eval"], encoder, "data.eval")
-        return Prepared(train, replace(rows(part.sequences, part.counts), notes=tuple(_told("data.eval", part))))
+        parts = {key: encode_records(data, each, sources[key], encoder, key) for key, each in data.eval_sets().items()}
+        told = tuple(line for key, part in parts.items() for line in _told(key, part))
+        sequences = [sequence for part in parts.values() for sequence in part.sequences]
+        return Prepared(train, replace(rows(sequences, _sum_of(parts)), notes=told))
     return Prepared(train, rows(held_out, {"kept": len(held_out)}) if held_out else None)
+
+
+def _sum_of(parts: Mapping[str, Encoded]) -> dict[str, int]:
+    """The counts of several data sets, added up."""
+    counts: dict[str, int] = {}
+    for part in parts.values():
+        counts = {name: counts.get(name, 0) + part.counts.get(name, 0) for name in {**counts, **part.counts}}
+    return counts
 
 
 def _told(key: str, encoded: Encoded) -> list[str]:

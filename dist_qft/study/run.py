@@ -17,7 +17,6 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import filelock
 import torch
 
 from dist_qft.data.sources import require_local_files
@@ -34,6 +33,7 @@ from dist_qft.ranks.session import errors_reported
 from dist_qft.ranks.world import World
 from dist_qft.storage.atomic import remove_folder
 from dist_qft.storage.checkpoint import list_checkpoints
+from dist_qft.storage.lock import FolderLock
 from dist_qft.storage.trainer_state import BaseEvaluation
 from dist_qft.study.results import Result, read_result, write_result
 from dist_qft.study.rows import StudyRun
@@ -44,6 +44,7 @@ if TYPE_CHECKING:
     from dist_qft.training.training_run import TrainingRun
 
 LOG_FILE = "log.txt"
+_LOCK = "study.lock"  # in a run's folder: the process that does it; `run.lock` is the run's own
 
 
 def run_rows(rows: Sequence[StudyRun], numbers: Sequence[int], *, retry_failed: bool) -> None:
@@ -85,8 +86,7 @@ def require_data(rows: Sequence[StudyRun], *, retry_failed: bool) -> None:
         data = row.config.data
         if data is None or not _wanted(row, retry_failed):
             continue
-        held_out = {} if data.eval is None else {"data.eval": data.eval}
-        for key, dataset in {**data.train_sets(), **held_out}.items():
+        for key, dataset in {**data.train_sets(), **data.eval_sets()}.items():
             parts[key, dataset.path] = dataset
     for (key, _), dataset in parts.items():
         require_local_files(dataset, key)
@@ -132,18 +132,15 @@ def _claimed(row: StudyRun, world: World) -> Iterator[bool]:
         return
     try:
         row.folder.mkdir(parents=True, exist_ok=True)
-        lock = filelock.FileLock(row.folder / ".lock", blocking=False)
-        try:
-            lock.acquire()
-        except filelock.Timeout:
-            yield False
-            return
     except OSError as error:
-        raise UserError(f"output_dir: cannot write to '{row.folder}': {error.strerror}") from error
+        raise SetupError(f"output_dir: cannot write to '{row.folder}': {error.strerror}") from error
     try:
+        lock = FolderLock.acquire(row.folder / _LOCK, f"study run '{row.folder}'")
+    except UserError:  # another process does it
+        yield False
+        return
+    with lock:
         yield True
-    finally:
-        lock.release()
 
 
 class _Runner:

@@ -17,7 +17,7 @@ from dist_qft.config.document import Document
 from dist_qft.config.fault import KeyPath, dotted
 from dist_qft.config.load import change_config, load_config
 from dist_qft.config.schema import RunConfig
-from dist_qft.config.section import NonNegative, Positive, PositiveNumber, Section, Text
+from dist_qft.config.section import NonNegative, Positive, PositiveNumber, Section, Seed, Text
 from dist_qft.errors import UserError
 
 Pair = Annotated[list[Positive], Field(min_length=2, max_length=2)]
@@ -73,7 +73,7 @@ class StudySettings(Section):
     base: Text = Field(description="config of the reference run; relative to this file")
     output_dir: Text = Field(description="runs and report go there")
     set: dict[Text, Any] = Field({}, description="key.sub -> value: settings that replace the base config's")
-    seeds: list[NonNegative] = Field([0], min_length=1)
+    seeds: list[Seed] = Field([0], min_length=1)
     metric: Text = Field("loss", description="held-out figure that is compared: loss, or a metric such as accuracy")
     axes: dict[Text, list[Any] | dict[Text, dict[Text, Any]]] = Field(
         {}, description="key.sub -> values, or name -> {label: {key.sub: value}}; all combinations are run"

@@ -33,6 +33,8 @@ def choose_checkpoint(output_dir: Path, resume: str | None) -> tuple[Checkpoint 
         UserError: checkpoints are there that the run would mix with its own, or no such folder.
         CorruptFileError: the named one, or every one, fails verification.
     """
+    if resume == "":
+        raise UserError("--resume: got '', must be auto or a checkpoint folder")
     existing = list_checkpoints(output_dir)
     if resume is None:
         if existing:

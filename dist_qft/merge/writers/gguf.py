@@ -22,6 +22,7 @@ from torch import Tensor
 from dist_qft.base_model.gguf_file import GgufSource
 from dist_qft.base_model.gguf_metadata import MetadataReader
 from dist_qft.base_model.skeleton import BaseModel
+from dist_qft.base_model.tokenizer import load_tokenizer, run_tokenizer
 from dist_qft.config.schema import RunConfig
 from dist_qft.errors import CorruptFileError, UserError
 from dist_qft.merge.difference import Difference
@@ -74,10 +75,18 @@ class GgufTarget(MergedModel):
         return recipe
 
     def writer(self, live: LiveModel, recipe: Recipe, config: RunConfig) -> Writer:
-        return GgufWriter(live, recipe, Path(config.model.path))
+        return GgufWriter(live, recipe, Path(config.model.path), trained_template(config))
 
     def converted(self, live: LiveModel) -> Iterable[str]:
         return live.adapters.by_path
+
+
+def trained_template(config: RunConfig) -> str | None:
+    """The chat template of the run (`data.template`) if it is not the base's own; None if it is."""
+    if config.data is None or config.data.template == "chat":
+        return None
+    template = run_tokenizer(config).chat_template
+    return template if template != load_tokenizer(config.model).chat_template else None
 
 
 def _of_tiles(recipe: Recipe, base: BaseModel) -> Recipe:
@@ -93,14 +102,19 @@ def _of_tiles(recipe: Recipe, base: BaseModel) -> Recipe:
 
 
 class GgufWriter:
-    """A writer of one GGUF file; see `target.Writer`."""
+    """A writer of one GGUF file; see `target.Writer`.
 
-    def __init__(self, live: LiveModel, recipe: Recipe, source: Path) -> None:
-        self.recipe = recipe
+    Args:
+        template: the chat template that the file gets; None leaves it its own.
+    """
+
+    def __init__(self, live: LiveModel, recipe: Recipe, source: Path, template: str | None = None) -> None:
+        self.recipe, self._template = recipe, template
         self._source = GgufSource(source)
         self._weights = live.weights()
         self._adapters = live.adapters.by_path
-        self._patches = len(self._source.files) == 1 and all(self._is_q4_1(path) for path in recipe.tiles)
+        one_file = len(self._source.files) == 1 and template is None
+        self._patches = one_file and all(self._is_q4_1(path) for path in recipe.tiles)
 
     def notes(self) -> list[str]:
         others = [
@@ -119,9 +133,11 @@ class GgufWriter:
     def open(self, temporary: Path) -> OpenResult:
         if self._patches:
             return OpenGguf(self, PatchedFile(self._source.files[0], temporary))
-        print(self.size_change(), flush=True)
+        if not all(self._is_q4_1(path) for path in self.recipe.tiles):
+            print(self.size_change(), flush=True)
         in_order = [self.stored_name(path) for path in self._weights if path in self.recipe.tiles]
-        return OpenGguf(self, RewrittenFile(self._source.files, temporary, in_order))
+        changes = {} if self._template is None else {gguf.Keys.Tokenizer.CHAT_TEMPLATE: self._template}
+        return OpenGguf(self, RewrittenFile(self._source.files, temporary, in_order, changes))
 
     def size_change(self) -> str:
         """One line on how much larger or smaller than the base the file will be, and why."""
@@ -215,17 +231,19 @@ class PatchedFile:
 class RewrittenFile:
     """One GGUF file with metadata and tensors of others, and some tensors replaced by Q4_1 in a given order.
 
-    Metadata is the first file's.
+    Metadata is the first file's, with the texts of `changes` under their keys.
     """
 
-    def __init__(self, sources: Sequence[Path], target: Path, replaced: list[str]) -> None:
+    def __init__(
+        self, sources: Sequence[Path], target: Path, replaced: list[str], changes: Mapping[str, str] | None = None
+    ) -> None:
         readers = [(source, MetadataReader(source)) for source in sources]
         first, reader = readers[0]
         field = reader.get_field(gguf.Keys.General.ARCHITECTURE)
         if field is None:
             raise CorruptFileError(f"{first}: a GGUF file without '{gguf.Keys.General.ARCHITECTURE}'")
         self._writer = gguf.GGUFWriter(target, field.contents(), endianess=reader.endianess)
-        self._copy_metadata(reader)
+        self._copy_metadata(reader, changes or {})
         tensors = {tensor.name: tensor for _, each in readers for tensor in each.tensors}
         kept = [(source, tensor) for source, each in readers for tensor in each.tensors if tensor.name not in replaced]
         for _, tensor in kept:
@@ -252,8 +270,12 @@ class RewrittenFile:
     def close(self) -> None:
         self._writer.close()
 
-    def _copy_metadata(self, reader: gguf.GGUFReader) -> None:
+    def _copy_metadata(self, reader: gguf.GGUFReader, changes: Mapping[str, str]) -> None:
+        for key, text in changes.items():
+            self._writer.add_string(key, text)
         for field in reader.fields.values():
+            if field.name in changes:
+                continue
             # The library writes the header's own counts and the architecture itself. The result is not split.
             if field.name.startswith(("GGUF.", "split.")) or field.name == gguf.Keys.General.ARCHITECTURE:
                 continue

@@ -50,6 +50,17 @@ def test_only_m_fields_of_adapted_tensors_change(pools, make_run, tiny_gguf, tmp
     assert changed.sum() > 0.4 * allowed.sum()
 
 
+def test_the_template_that_was_trained_with_goes_into_the_file(pools, make_run, tiny_gguf, tmp_path):
+    run, path = make_run(tiny_gguf, **GGUF_RUN, data={"template": "alpaca"}), tmp_path / "merged.gguf"
+    assert pools[1].run(merge_run, source=run, target="gguf", path=path)[0].kind == "exact"
+    before, after = metadata_of(tiny_gguf), metadata_of(path)
+    key = gguf.Keys.Tokenizer.CHAT_TEMPLATE
+    assert "### Response:" in after.pop(key) and before.pop(key) != after and before == after
+    old, new = tensors_of(tiny_gguf), tensors_of(path)
+    assert old.keys() == new.keys()
+    assert dist_qft.load(path).generate("Say", 4) == dist_qft.load(run).generate("Say", 4)
+
+
 def test_zeros_are_the_old_ones_plus_dW(merged, tiny_gguf, gguf_run):
     """By gguf's reader, the permutation of q and k undone here; dW by the adapters' own float64 formula."""
     from dist_qft.methods.adapters.tile_adapter import tile_values

@@ -71,6 +71,17 @@ def test_every_verb_names_the_setting_that_has_changed(trained, shell, tmp_path,
     assert not output.exists()
 
 
+def test_a_tokenizer_that_fails_in_use_is_one_line(trained, shell):
+    file = trained / "base" / "tokenizer_config.json"
+    before = file.read_bytes()
+    edit(file, lambda tree: tree.update(model_max_length=[1]))
+    try:
+        code, _, err = shell("eval", trained / "run")
+    finally:
+        file.write_bytes(before)
+    assert code == UserError.exit_code and "model.path: cannot read a tokenizer" in err and err.count("\n") == 1
+
+
 def with_settings(run: Path, change: Callable[[dict[str, Any]], object]) -> None:
     """Change the newest checkpoint's description, and its manifest with it."""
     (folder,) = list_checkpoints(run)

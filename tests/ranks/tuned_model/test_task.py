@@ -75,6 +75,8 @@ def test_pairs_are_joined_by_a_line_break_and_long_texts_cut(tmp_path):
         (TASK, 3, "label: got 3, must be one of task.labels"),
         (TASK, True, "label: got True, must be one of task.labels"),
         (TaskConfig(name="regression"), "high", "label: got 'high', must be a finite number"),
+        (TaskConfig(name="regression"), 10**400, "must be a finite number"),
+        (TaskConfig(name="regression"), 1e39, "label: got 1e+39, must be a finite number"),
         (TaskConfig(name="regression"), "inf", "label: got 'inf', must be a finite number"),
     ],
 )

@@ -9,9 +9,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from dist_qft.base_model.tokenizer import load_tokenizer
-from dist_qft.config.schema import ModelConfig
-
 from dist_qft.config.data_schema import DataConfig, DatasetConfig
+from dist_qft.config.schema import ModelConfig
 from dist_qft.data.prepare import prepare
 
 CHATML = (

@@ -215,6 +215,16 @@ def test_rows_that_cannot_be_used_end_the_run_or_are_skipped_and_named(run, corp
     assert len(run(str(torn), on_bad_row="skip", max_bad_rows=0.5).train) == 2
 
 
+def test_several_held_out_data_sets_are_used_whole(run, corpus):
+    texts = [[{"text": f"Hello {name} {index}"} for index in range(3)] for name in ("a", "b")]
+    first, second = (corpus(rows, f"{index}.jsonl") for index, rows in enumerate(texts))
+    both = run(first, eval=[{"path": first}, {"path": second, "limit": 2}]).eval
+    alone = [run(first, eval={"path": path, "limit": limit}).eval for path, limit in ((first, 3), (second, 2))]
+    assert len(both) == both.counts["kept"] == 5
+    rows = [part.row(index).tokens.tolist() for part in alone for index in range(len(part))]
+    assert [both.row(index).tokens.tolist() for index in range(5)] == rows
+
+
 def test_several_data_sets_with_weights(run, corpus, tmp_path, chatml):
     files = [corpus([{"input_ids": [5, 5, 5]}] * 30, "a.jsonl"), corpus([{"input_ids": [7, 7]}] * 10, "b.jsonl")]
 

@@ -11,6 +11,7 @@ from transformers.optimization import get_cosine_with_min_lr_schedule_with_warmu
 from dist_qft.config.schema import TrainConfig
 from dist_qft.errors import CorruptFileError, NumericError, SetupError, UserError
 from dist_qft.training.optimizer import (
+    check_warmup,
     checkpoint_bytes,
     clip_gradient,
     faster_ranges,
@@ -252,3 +253,13 @@ def test_bytes_of_a_checkpoint(kind):
 def test_cosine_ends_near_zero():
     config = TrainConfig(learning_rate=1.0, lr_scheduler_type="cosine", warmup_steps=0)
     assert learning_rate(config, 99, 100) == pytest.approx((1 + math.cos(0.99 * math.pi)) / 2)
+
+
+def test_a_warm_up_that_outlasts_a_run_in_epochs_is_refused():
+    config = TrainConfig(num_train_epochs=0.2, warmup_steps=500)
+    with pytest.raises(UserError, match=r"^train\.warmup_steps: got 500, must be less than the run's 3 steps"):
+        check_warmup(config, 3)
+    for steps in (3, 500):
+        with pytest.raises(UserError):
+            check_warmup(config, steps)
+    check_warmup(config, 501)

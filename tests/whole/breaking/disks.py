@@ -8,6 +8,7 @@ import os
 import random
 import shutil
 import tempfile
+import time
 from pathlib import Path
 
 from dist_qft.storage.checkpoint import fault_in, list_checkpoints
@@ -19,6 +20,7 @@ from tests.whole.breaking.workshop import Workshop
 _CLONE_NEWNS, _MS_REC, _MS_PRIVATE, _MS_RDONLY, _MS_REMOUNT = 0x20000, 16384, 1 << 18, 1, 32
 _SLACK_BYTES = 1 << 30
 _ALLOWED = (0, 3)
+_COPY_SECONDS = 60.0
 
 
 def can_mount() -> bool:
@@ -64,6 +66,9 @@ def _attempt(shop: Workshop, folder: Path, chance: random.Random) -> tuple[str, 
         return outcome, reason
     if ended.code not in _ALLOWED:
         return outcome, f"code {ended.code}, must be {_ALLOWED}: {ended.last_line}"
+    deadline = time.monotonic() + _COPY_SECONDS
+    while not _marker(copy).exists() and time.monotonic() < deadline:
+        time.sleep(0.01)
     left = [path for path in copy.rglob("*") if path.name.startswith(".tmp-")]
     torn = [path for path in list_checkpoints(copy / "run") if fault_in(path)]
     if left or torn:
@@ -77,14 +82,20 @@ def _watched(disk: Path, copy: Path, options: str) -> None:
     reader, writer = os.pipe()
     os.set_inheritable(writer, False)
     if os.fork() == 0:
-        return_code = 0
         try:
+            os.setsid()  # or it would be ended with the command
             os.close(writer)
             os.read(reader, 1)  # ends when the command has closed its end
             shutil.copytree(disk, copy, dirs_exist_ok=True)
+            _marker(copy).touch()
         finally:
-            os._exit(return_code)
+            os._exit(0)
     os.close(reader)
+
+
+def _marker(copy: Path) -> Path:
+    """A file that says that the copy is whole."""
+    return copy.with_name("copied")
 
 
 def _mount(disk: Path, options: str) -> None:

@@ -36,6 +36,8 @@ def fuzzer(name: str, shop: Workshop, spoil: Spoil) -> Breaker:
             reason = fault_in(ended, shop.peak_bytes + SLACK_BYTES)
             if reason is not None:
                 tally.fail(f"{budget.seed}:{number}", reason)
+                if budget.only is not None:
+                    print(ended.output)
             tally.outcomes["used" if ended.code == 0 else f"refused with {ended.code}"] += 1
         return tally
 
