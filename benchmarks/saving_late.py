@@ -1,4 +1,4 @@
-"""What a checkpoint costs late in a run: at step 1,000,000, with a million lines of metrics, against step 100.
+"""The cost of a checkpoint late in a run: at step 1,000,000, with a million lines of metrics, against step 100.
 
     python benchmarks/saving_late.py [ROUNDS]
 

@@ -1,4 +1,4 @@
-"""Which public chat templates train exactly what the assistant said, for five kinds of conversation.
+"""A table of the public chat templates that train exactly the assistant's words, for five kinds of conversation.
 
     python benchmarks/templates.py FOLDER ORIGIN > docs/templates.md
 

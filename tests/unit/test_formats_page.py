@@ -14,7 +14,7 @@ from dist_qft.config.schema import RunConfig
 from dist_qft.data import dataset
 from dist_qft.data.dataset import TokenDataset
 from dist_qft.data.tokens import TokenSequence
-from dist_qft.merge import certificate
+from dist_qft.merge import certificate, certificate_file
 from dist_qft.merge.targets import TARGETS
 from dist_qft.methods.adapters.schedule import TileSettings
 from dist_qft.methods.qst import hidden_cache
@@ -47,9 +47,14 @@ class AnySpec:
         return {"tiles": {}}
 
 
+class AnySettings:
+    def described(self) -> dict[str, object]:
+        return {}
+
+
 def adapter_config_keys() -> set[str]:
     config = RunConfig.model_validate({"output_dir": "runs/a", "model": {"path": "base"}})
-    return set(adapter_config(config, AnyBase(), AnySpec()))  # type: ignore[arg-type]  # only these members are read
+    return set(adapter_config(config, AnyBase(), AnySpec(), AnySettings()))
 
 
 WRITTEN = {
@@ -61,7 +66,7 @@ WRITTEN = {
     "side network": {"side_network", "side_sizes", *SideSettings.model_fields},
     "kinds of trainables": {kind.spec.peft_type for kind in KINDS.values()},
     "summary": {SUMMARY_FILE, METRICS_FILE, *names_of(SummaryFigures)},
-    "certificate": set().union(
+    "certificate": {certificate_file._NEXT, certificate_file._DIGEST}.union(
         *map(
             names_of,
             (

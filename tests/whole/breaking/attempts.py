@@ -13,7 +13,7 @@ CODES = (0, 2, 3, 4, 5, 6, 75)  # those of `dist_qft.errors`, and success
 
 @dataclass(frozen=True)
 class Ended:
-    """How a command ended.
+    """The end of a command.
 
     Attributes:
         code: exit code, or minus a signal's number; None if it had to be killed for its time.
@@ -81,7 +81,7 @@ Breaker = Callable[[Budget], Tally]
 
 
 def fault_in(ended: Ended, peak_bytes: int) -> str | None:
-    """Why a command that met a hostile input ended as no command should; None if it ended well, or refused it well.
+    """The fault in the end of a command that met a hostile input; None if it ended well, or refused it well.
 
     Args:
         peak_bytes: the most that it may hold.

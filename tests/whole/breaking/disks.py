@@ -24,7 +24,7 @@ _COPY_SECONDS = 60.0
 
 
 def can_mount() -> bool:
-    """Whether this user may mount a disk that other processes do not see."""
+    """True if this user may mount a disk that other processes do not see."""
     with tempfile.TemporaryDirectory() as folder:
         return forked(lambda: _mount(Path(folder), "size=64k")).code == 0
 

@@ -187,7 +187,7 @@ def _is_rank(process: psutil.Process) -> bool:
 
 
 def _bytes_of(run: Path) -> object:
-    """What two runs must share: trained and merged bytes, and the step of every loss."""
+    """The results that two runs must share: trained and merged bytes, and the step of every loss."""
     files = [run / f"checkpoint-{STEPS}" / ADAPTER_MODEL, run / f"checkpoint-{STEPS}" / OPTIMIZER]
     files += sorted((run / _MERGED).glob("*.safetensors"))
     digests = [hashlib.sha256(file.read_bytes()).hexdigest() if file.is_file() else None for file in files]

@@ -1,4 +1,4 @@
-"""What the attempts are made on: a small model in two forms, data, a config, and finished runs on them."""
+"""The objects of the attempts: a small model in two forms, data, a config, and finished runs on them."""
 
 import shutil
 from dataclasses import dataclass
