@@ -7,6 +7,7 @@ are kept with the heads, or become the largest divisor of the new number. Pure a
 """
 
 import copy
+import itertools
 
 from transformers import PretrainedConfig
 
@@ -45,6 +46,9 @@ def shrunken_config(base: PretrainedConfig, reduction: int) -> PretrainedConfig:
     ):
         if key in vars(side):
             setattr(side, key, value)
+    rope = getattr(side, "rope_parameters", None)
+    if isinstance(rope, dict) and rope.get("mrope_section"):
+        side.rope_parameters = rope | {"mrope_section": _sections(rope["mrope_section"], head_dim, _head_dim(text))}
     for key in _SPREADS:
         if key in vars(side):
             setattr(side, key, getattr(side, key) * reduction**0.5)
@@ -53,6 +57,15 @@ def shrunken_config(base: PretrainedConfig, reduction: int) -> PretrainedConfig:
     side.tie_word_embeddings = True
     side._experts_implementation = None  # the library's default: a side network's experts are not packed
     return side
+
+
+def _sections(wide: list[int], head_dim: int, wide_head_dim: int) -> list[int]:
+    """The shares of a head's rotary pairs that turn with a token's time, height and width (Qwen2-VL).
+
+    For text the three positions are one number, so only their sum counts.
+    """
+    ends = [end * head_dim // wide_head_dim for end in itertools.accumulate(wide)]
+    return [end - start for start, end in itertools.pairwise([0, *ends])]
 
 
 def _head_dim(config: PretrainedConfig) -> int:

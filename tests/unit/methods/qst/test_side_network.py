@@ -7,7 +7,8 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, CohereConfig, CohereModel
+from transformers.models.cohere.modeling_cohere import apply_rotary_pos_emb
 
 from dist_qft.base_model.loss import token_loss
 from dist_qft.base_model.skeleton import BaseModel
@@ -16,10 +17,12 @@ from dist_qft.config.methods.door import make_method
 from dist_qft.config.schema import ModelConfig
 from dist_qft.errors import UserError
 from dist_qft.methods.qst.network import SideNetwork
-from dist_qft.methods.qst.pruning import start_from_base
+from dist_qft.methods.qst.pruning import every_pair, start_from_base, turns_neighbours
 from dist_qft.methods.qst.spec import side_network_spec
 from tests.support.qst_models import FAMILIES, family_folder, load_whole, perturb, side_network
+from tests.support.tiny_model import VOCABULARY, save_tiny_model
 
+_COHERE = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 1, "num_attention_heads": 4}
 DOWNSAMPLES = ["adapter", "lora", "linear", "maxpool", "avgpool"]
 
 
@@ -252,6 +255,32 @@ def test_a_pruned_heads_rotary_frequencies_are_the_bases_own(folder):
     base = load_whole(folder("llama"))
     side = side_network(base)
     torch.testing.assert_close(side.decoder.rotary_emb.inv_freq, base.decoder.rotary_emb.inv_freq[::4])
+
+
+def test_neighbours_that_are_turned_together_are_pruned_together():
+    """Cohere turns channels (2 i, 2 i + 1) with one frequency: pruned and turned is turned and pruned."""
+    sizes = {**_COHERE, "num_key_value_heads": 2}
+    wide, narrow = CohereModel(CohereConfig(**sizes)), CohereModel(CohereConfig(**{**sizes, "hidden_size": 16}))
+    assert turns_neighbours(wide)
+    kept, positions = every_pair(4, reduction=4), torch.arange(6)[None]
+    assert kept.tolist() == [0, 1, 8, 9]
+    queries = torch.randn(1, 4, 6, 16, generator=torch.Generator().manual_seed(0))
+    turned = apply_rotary_pos_emb(queries, queries, *wide.rotary_emb(queries, positions))[0]
+    pruned = queries[..., kept]
+    again = apply_rotary_pos_emb(pruned, pruned, *narrow.rotary_emb(pruned, positions))[0]
+    torch.testing.assert_close(again, turned[..., kept])
+
+
+def test_a_pruned_start_of_cohere_keeps_pairs_of_queries(tmp_path):
+    path = save_tiny_model(tmp_path, CohereConfig(**_COHERE, vocab_size=VOCABULARY))
+    base = load_whole(path, "dense")
+    side = side_network(base)
+    start_from_base(side, base, open_source(ModelConfig(path=str(path))))
+    whole = AutoModelForCausalLM.from_pretrained(path).get_decoder().layers[0].self_attn
+    narrow = side.layers[0].self_attn
+    rows = torch.cat([every_pair(4, 4) + 16 * head for head in range(4)])
+    assert torch.equal(narrow.q_proj.weight, whole.q_proj.weight[rows][:, ::4])
+    assert torch.equal(narrow.v_proj.weight, whole.v_proj.weight[::4, ::4])
 
 
 def test_a_pruned_start_needs_the_bases_heads(folder):

@@ -5,7 +5,7 @@ from functools import cache
 from typing import Any
 
 import pytest
-from transformers import GemmaConfig, LlamaConfig, OPTConfig, PretrainedConfig, Qwen3Config
+from transformers import GemmaConfig, LlamaConfig, OPTConfig, PretrainedConfig, Qwen3Config, Qwen3VLTextConfig
 
 from dist_qft.config.load import load_config
 from dist_qft.errors import UserError
@@ -34,6 +34,14 @@ LLAMA_70B = llama(8192, 28672, 80, 64, 8)
 SMOLLM2 = llama(576, 1536, 30, 9, 3)
 QWEN3 = Qwen3Config(hidden_size=1024, intermediate_size=3072, num_attention_heads=16, head_dim=128)
 GEMMA = GemmaConfig(hidden_size=2048, intermediate_size=16384, num_attention_heads=8, num_key_value_heads=1)
+
+
+def test_the_shares_of_rotary_pairs_shrink_with_the_head():
+    rope = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [16, 24, 24]}
+    sizes = {"hidden_size": 1024, "intermediate_size": 3072, "num_attention_heads": 16, "head_dim": 128}
+    side = shrunken_config(Qwen3VLTextConfig(**sizes, rope_parameters=rope), 8)
+    assert side.head_dim == 16
+    assert side.rope_parameters["mrope_section"] == [2, 3, 3]
 
 
 @pytest.fixture(scope="module")
