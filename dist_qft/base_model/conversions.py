@@ -29,6 +29,7 @@ from transformers.core_model_loading import (
     dot_natural_key,
     rename_source_key,
 )
+from transformers.pytorch_utils import Conv1D
 
 from dist_qft.base_model.mixtures import expert_stacks
 from dist_qft.base_model.sources import TensorSource
@@ -52,13 +53,14 @@ class Conversions:
         self._prefix = causal.base_model_prefix
         self._config = causal.config
         self._experts = {stack.path: stack.transposed for stack in expert_stacks(causal)}
+        self._turned = [f"{path}.weight" for path, module in causal.named_modules() if isinstance(module, Conv1D)]
         self._transforms: list[WeightTransform] = get_model_conversion_mapping(causal) or []
 
     def apply(self, source: TensorSource) -> tuple[dict[str, View], dict[str, str]]:
         """The model's tensors that the source's tensors make up, and the new name of each tensor of the source.
 
         Tensors that become one have one name; a name that the model has not is given too. A stack of experts goes, like
-        any packed weight, by its path and `.weight`, and has outputs before inputs.
+        any packed weight, by its path and `.weight`, and has outputs before inputs, as the weight of a `Conv1D` has.
         """
         if self._applied is None or self._applied[0] is not source:
             self._applied = source, *self._apply(source)
@@ -95,6 +97,11 @@ class Conversions:
         for path in self._experts.keys() & views.keys():
             view = views.pop(path)
             views[f"{path}.weight"] = swapped(view, 1, 2) if self._experts[path] else view
+        for name in self._turned:
+            whole = views.get(name)
+            packed = isinstance(whole, Stored) and whole.source.stored_format(whole.name) is not None
+            if whole is not None and not packed:  # a folder that we wrote has outputs before inputs
+                views[name] = swapped(whole, 0, 1)
         return views, renamed
 
 

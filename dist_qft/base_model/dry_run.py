@@ -14,6 +14,7 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from dist_qft.base_model import segment_attention
 from dist_qft.base_model.model_config import library_refusal
@@ -64,7 +65,7 @@ def called_linears(causal: PreTrainedModel, decoder: nn.Module, **arguments: Any
             stack.enter_context(_buffers_on_meta(decoder))
             stack.enter_context(_experts_without_data(causal))
             for module in decoder.modules():
-                if isinstance(module, nn.Linear):
+                if isinstance(module, nn.Linear | Conv1D):
                     hook = module.register_forward_hook(lambda layer, *_: called.add(layer))
                     stack.callback(hook.remove)
             stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))

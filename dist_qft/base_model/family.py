@@ -6,6 +6,7 @@ the library's own code to see that nothing else is done. Not here: the decoder, 
 
 import inspect
 import re
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -21,7 +22,7 @@ from dist_qft.quant.frozen import FrozenEmbedding
 if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
 
-_SCALE_KEYS = {"logit_scale": 1, "logits_scaling": -1}  # config key -> exponent
+_SCALE_KEYS = {"logit_scale": 1, "logits_scaling": -1, "lm_head_multiplier": 1}  # config key -> exponent
 _CAP_KEY = "final_logit_softcapping"
 _BLIND_TO_POSITIONS = ("opt",)  # families whose attention mask ignores restarting position ids
 _DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
@@ -95,13 +96,18 @@ def logit_map(config: PretrainedConfig) -> LogitMap:
     return LogitMap(scale, None if cap is None else float(cap))
 
 
-def check_logits(causal: PreTrainedModel, decoder: nn.Module, head: nn.Module, expected: LogitMap) -> None:
+def check_logits(causal: PreTrainedModel, decoder: nn.Module, head: nn.Module, expected: LogitMap) -> LogitMap:
     """Refuse a family that does more between its decoder and its logits than `expected`.
 
     Runs the causal LM's forward pass, on meta, with known numbers in place of decoder and head.
 
+    Returns:
+        `expected`, with the factor by which the family scales the states that it gives the head (MiniCPM3) in its
+        scale: the head is linear.
+
     Raises:
-        UserError: the head was not given the decoder's states, or the logits are not `expected` of the head's.
+        UserError: the head was given anything but a multiple of the decoder's states, or the logits are not `expected`
+            of the head's.
     """
     embedding = causal.get_input_embeddings()
     assert isinstance(embedding, FrozenEmbedding), "the skeleton has replaced it"
@@ -113,18 +119,22 @@ def check_logits(causal: PreTrainedModel, decoder: nn.Module, head: nn.Module, e
         given.append(states)
         return raw
 
+    embedding.forward = lambda ids, **_: hidden.expand(*ids.shape, -1)  # type: ignore[method-assign]  # for one pass
     decoder.forward = lambda *args, **kwargs: _DecoderOutput((hidden,))
     head.forward = project
     try:
         logits = causal(input_ids=torch.zeros(1, 1, dtype=torch.int64), use_cache=False).logits
     finally:
-        del decoder.forward, head.forward
-    known = len(given) == 1 and torch.equal(given[0], hidden) and logits.shape == raw.shape
-    if not known or not torch.allclose(logits.float(), expected(raw), atol=1e-4):
-        raise UserError(
-            f"model.path: model type '{causal.config.model_type}' changes its states or logits around the LM head "
-            f"in a way that is not supported (supported: {', '.join([*_SCALE_KEYS, _CAP_KEY])})"
-        )
+        del decoder.forward, head.forward, embedding.forward
+    factor = float(given[0].flatten()[-1]) if len(given) == 1 and given[0].shape == hidden.shape else 0.0  # of 1.0
+    if factor != 0.0 and torch.allclose(given[0], hidden * factor, atol=1e-6) and logits.shape == raw.shape:
+        for behind in (expected, replace(expected, scale=1.0)):  # the second where the scale is before the head
+            if torch.allclose(logits.float(), behind(raw), atol=1e-4):
+                return replace(behind, scale=behind.scale * factor)
+    raise UserError(
+        f"model.path: model type '{causal.config.model_type}' changes its states or logits around the LM head "
+        f"in a way that is not supported (supported: {', '.join([*_SCALE_KEYS, _CAP_KEY])})"
+    )
 
 
 class _DecoderOutput(tuple):

@@ -5,12 +5,14 @@ from collections.abc import Iterable
 import torch
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from dist_qft.base_model.chosen_formats import ChosenFormats
 from dist_qft.base_model.exemptions import Exemptions
 from dist_qft.base_model.family import logit_map
 from dist_qft.base_model.head import OutputHead
 from dist_qft.base_model.mixtures import compute_packed_experts, expert_stacks, gates
+from dist_qft.base_model.stored_head import ties_head
 from dist_qft.errors import UserError
 from dist_qft.quant.experts import FrozenExperts
 from dist_qft.quant.formats import Format
@@ -36,22 +38,25 @@ def freeze_linears(
     faults = []
     kept = gates(causal)
     for path, module in [(n, m) for n, m in causal.named_modules() if n.startswith(prefix)]:
-        if not _computes_linear(type(module)):
+        if not computes_linear(module):
             continue
         exempt = exemptions.cover(path)
         if module in kept or (called is not None and module not in called):
             continue
         chosen = formats.linear(path, exempt=exempt)
-        if fault := _fault(chosen, (module.out_features, module.in_features), path):
+        transposed = isinstance(module, Conv1D)
+        inputs, outputs = module.weight.shape if transposed else reversed(module.weight.shape)
+        if fault := _fault(chosen, (outputs, inputs), path):
             faults.append(fault)
             continue
-        frozen[path] = FrozenLinear(
-            module.in_features, module.out_features, chosen, bias=module.bias is not None, dtype=dtype
-        )
+        biased = module.bias is not None
+        frozen[path] = FrozenLinear(inputs, outputs, chosen, bias=biased, dtype=dtype, transposed=transposed)
         causal.set_submodule(path, frozen[path])
     _refuse(faults)
     if not frozen:
-        raise UserError(f"model type '{causal.config.model_type}' has no nn.Linear in its decoder layers")
+        raise UserError(
+            f"model.path: model type '{causal.config.model_type}' has no linear layer in its decoder layers"
+        )
     return frozen
 
 
@@ -84,7 +89,7 @@ def freeze_tables(
             f"model type '{causal.config.model_type}': got {type(source).__name__} and {type(lm_head).__name__} as "
             "embedding and LM head, must be nn.Embedding and nn.Linear"
         )
-    scale = getattr(source, "embed_scale", None)
+    scale, biased = getattr(source, "embed_scale", None), lm_head.bias is not None
     shape = (source.num_embeddings, source.embedding_dim)
     embedding = FrozenEmbedding(
         *shape,
@@ -93,14 +98,18 @@ def freeze_tables(
         padding_idx=source.padding_idx,
         scale=None if scale is None else float(scale),
     )
+    tied = ties_head(causal)
     causal.set_input_embeddings(embedding)
     config = causal.config.get_text_config()
     own = None
-    if not config.tie_word_embeddings:
+    if not tied:
         shape = (lm_head.out_features, lm_head.in_features)
-        own = FrozenEmbedding(*shape, formats.table(paths[lm_head], shape), dtype=dtype)
-    if lm_head.bias is not None:
-        raise UserError(f"model type '{config.model_type}': an LM head with a bias is not supported")
+        own = FrozenEmbedding(*shape, formats.table(paths[lm_head], shape), dtype=dtype, bias=biased)
+    elif biased:
+        raise UserError(
+            f"model.path: model type '{config.model_type}' has an LM head with a bias that shares the embedding's "
+            "table, which is not supported"
+        )
     # The causal LM applies its own scale and cap when generating; the loss, computed inside the head, must too.
     head = OutputHead(embedding, own, loss_map=logit_map(config))
     causal.set_output_embeddings(head)
@@ -135,10 +144,11 @@ def unquantized(
     return [f"{count:,} weights of the decoder layers are not in linear layers and stay unquantized"]
 
 
-def _computes_linear(kind: type[nn.Module]) -> bool:
-    """True if a class is `nn.Linear`, or computes the same by code of its own, as Falcon's does."""
-    if kind is nn.Linear or not issubclass(kind, nn.Linear):
-        return kind is nn.Linear
+def computes_linear(module: nn.Module) -> bool:
+    """True if a module is a linear layer, GPT-2's `Conv1D`, or computes the same by code of its own, as Falcon's."""
+    kind = type(module)
+    if kind in (nn.Linear, Conv1D) or not issubclass(kind, nn.Linear):
+        return kind in (nn.Linear, Conv1D)
     generator = torch.Generator().manual_seed(0)
     probe, x = nn.Linear(3, 2), torch.randn(4, 3, generator=generator)
     try:

@@ -5,11 +5,13 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from dist_qft.base_model.head import project
 from dist_qft.base_model.mixtures import compute_packed_experts, expert_stacks
 from dist_qft.base_model.quantized_folder import Described
 from dist_qft.base_model.sources import rows_and_columns
+from dist_qft.base_model.stored_head import ties_head
 from dist_qft.errors import CorruptFileError
 from dist_qft.quant.frozen import FrozenEmbedding, FrozenLinear
 
@@ -44,7 +46,7 @@ def freeze_described(model: PreTrainedModel, weights: Mapping[str, Described], d
     Raises:
         CorruptFileError: a path that is no linear layer or embedding of this shape in the model.
     """
-    head = model.get_output_embeddings()
+    head, tied = model.get_output_embeddings(), ties_head(model)
     stacks = {stack.path: stack for stack in expert_stacks(model) if stack.path in weights}
     for path, stack in stacks.items():
         format, shape = weights[path]
@@ -62,24 +64,25 @@ def freeze_described(model: PreTrainedModel, weights: Mapping[str, Described], d
         if isinstance(module, nn.Embedding):
             frozen = FrozenEmbedding(rows, columns, format, dtype, padding_idx=module.padding_idx, scale=_scale(module))
         elif module is head:
-            frozen = FrozenHead(rows, columns, format, dtype)
+            frozen = FrozenHead(rows, columns, format, dtype, bias=module.bias is not None)
         else:
             frozen = FrozenLinear(columns, rows, format, module.bias is not None, dtype)
         model.set_submodule(path, frozen)
     table = model.get_input_embeddings()
-    if model.config.get_text_config().tie_word_embeddings and isinstance(table, FrozenEmbedding):
+    if tied and isinstance(table, FrozenEmbedding):
         model.set_output_embeddings(TiedHead(table))
         for part in model.modules():
             if isinstance(part, PreTrainedModel):
                 part.all_tied_weights_keys = {}  # there is no parameter to tie any more
 
 
-def _module(model: PreTrainedModel, path: str, shape: tuple[int, ...]) -> nn.Linear | nn.Embedding:
+def _module(model: PreTrainedModel, path: str, shape: tuple[int, ...]) -> nn.Linear | nn.Embedding | Conv1D:
     try:
         module = model.get_submodule(path)
     except AttributeError:
         raise CorruptFileError(f"quantization_config: the model has no module '{path}'") from None
-    if not isinstance(module, nn.Linear | nn.Embedding) or tuple(module.weight.shape) != tuple(shape):
+    wanted = tuple(reversed(shape)) if isinstance(module, Conv1D) else tuple(shape)
+    if not isinstance(module, nn.Linear | nn.Embedding | Conv1D) or tuple(module.weight.shape) != wanted:
         raise CorruptFileError(f"quantization_config: '{path}' is not a linear layer or embedding of {list(shape)}")
     return module
 

@@ -49,6 +49,7 @@ class OutputHead(nn.Module):
                     logit_map=self.loss_map,
                     slice_size=slice_rows(part.shape[0], dim, self.loss_megabytes),
                     with_gradient=with_gradient,
+                    bias=table.bias,
                 )
                 losses.append(loss)
                 gradients += [] if part_gradient is None else [part_gradient]
@@ -74,4 +75,5 @@ def project(table: FrozenEmbedding, hidden: Tensor) -> Tensor:
     """Logits (..., vocabulary) of hidden states (..., dim): products with the rows of the table, some at a time."""
     step = 16384  # rows dequantized at a time: bounds the dense copy of a quantized head
     starts = range(0, table.num_embeddings, step)
-    return torch.cat([hidden @ table.rows(s, min(s + step, table.num_embeddings)).T for s in starts], dim=-1)
+    logits = torch.cat([hidden @ table.rows(s, min(s + step, table.num_embeddings)).T for s in starts], dim=-1)
+    return logits if table.bias is None else logits + table.bias

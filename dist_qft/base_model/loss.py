@@ -63,9 +63,16 @@ def slice_rows(tokens: int, dim: int, megabytes: float) -> int:
 
 @torch.no_grad()
 def summed_cross_entropy(
-    hidden: Tensor, targets: Tensor, head: Rows, *, logit_map: LogitMap, slice_size: int, with_gradient: bool
+    hidden: Tensor,
+    targets: Tensor,
+    head: Rows,
+    *,
+    logit_map: LogitMap,
+    slice_size: int,
+    with_gradient: bool,
+    bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """Sum of -log softmax(map(W h))[target] over tokens, and its gradient by `hidden`.
+    """Sum of -log softmax(map(W h + b))[target] over tokens, and its gradient by `hidden`.
 
     Args:
         hidden: (tokens, dim), compute dtype; every token has a target.
@@ -73,6 +80,7 @@ def summed_cross_entropy(
         head: the table W of (vocabulary, dim), read slice by slice.
         slice_size: rows of W per slice.
         with_gradient: False skips the second matrix product (evaluation).
+        bias: b of (vocabulary,), or None for 0.
 
     Returns:
         float32 scalar, and (tokens, dim) in hidden's dtype or None.
@@ -86,7 +94,8 @@ def summed_cross_entropy(
     for start in range(0, head.num_embeddings, slice_size):
         stop = min(start + slice_size, head.num_embeddings)
         rows = _as_factor(head.rows(start, stop))
-        logits = logit_map(_float32_product(states, rows.T))
+        products = _float32_product(states, rows.T)
+        logits = logit_map(products if bias is None else products + bias[start:stop])
         new_maximum = torch.maximum(maximum, logits.amax(dim=1))
         shrink = torch.exp(maximum - new_maximum)
         # By masks, not by `nonzero`, which on a GPU would wait for the device once per slice.

@@ -5,10 +5,12 @@ import re
 
 import torch
 from accelerate import init_empty_weights
-from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 
+from dist_qft.base_model.attention import check_attention
 from dist_qft.base_model.model_config import library_refusal
+from dist_qft.base_model.wrapper import attention_by_part, auto_class
 from dist_qft.config.schema import ModelConfig
 from dist_qft.errors import UserError
 
@@ -18,6 +20,7 @@ _LARGEST_BUFFERS = 1 << 30  # bytes
 
 def build_on_meta(config: PretrainedConfig, model: ModelConfig, dtype: torch.dtype) -> PreTrainedModel:
     """The library's model with parameters on meta and real buffers: rotary frequencies are computed, not loaded."""
+    check_attention(model)
     with library_refusal(f"model.path: cannot build '{config.model_type}'"):
         _refuse_huge_buffers(config)
         try:
@@ -36,8 +39,6 @@ def build_on_meta(config: PretrainedConfig, model: ModelConfig, dtype: torch.dty
 
 
 def _no_causal_lm(config: PretrainedConfig) -> str:
-    if config.get_text_config() is not config:
-        return f"model type '{config.model_type}' is multimodal, which is not read; must be its text model alone"
     return f"model type '{config.model_type}' has no causal language model in transformers"
 
 
@@ -51,7 +52,9 @@ def _keep_in_float32(causal: PreTrainedModel, dtype: torch.dtype) -> None:
 
 
 def _causal_lm(config: PretrainedConfig, attention: str, dtype: torch.dtype) -> PreTrainedModel:
-    return AutoModelForCausalLM.from_config(config, attn_implementation=attention, dtype=dtype, trust_remote_code=False)
+    return auto_class(config).from_config(
+        config, attn_implementation=attention_by_part(config, attention), dtype=dtype, trust_remote_code=False
+    )
 
 
 def _refuse_huge_buffers(config: PretrainedConfig) -> None:

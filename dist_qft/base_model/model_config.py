@@ -136,9 +136,10 @@ def _numbers(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, i
 
 def _without_quantization(config: PretrainedConfig, path: str) -> PretrainedConfig:
     """The configuration of the same model as floats: in which formats its files hold it is for the sources to say."""
-    found = getattr(config, "quantization_config", None)
-    if found is not None:
-        settings = found if isinstance(found, Mapping) else found.to_dict()
-        require_readable(settings, path)
-        del config.quantization_config
+    for part in (config, config.get_text_config()):
+        found = getattr(part, "quantization_config", None)
+        if found is not None:
+            settings = found if isinstance(found, Mapping) else found.to_dict()
+            require_readable(settings, path)
+            del part.quantization_config
     return config

@@ -14,7 +14,7 @@ from torch import Tensor
 from dist_qft.base_model import tensor_views
 from dist_qft.base_model.skeleton import BaseModel
 from dist_qft.base_model.sources import TensorSource
-from dist_qft.base_model.tensor_views import Stored, View
+from dist_qft.base_model.tensor_views import Stored, Swapped, View
 from dist_qft.errors import UserError
 from dist_qft.quant.contract import Format
 
@@ -49,6 +49,28 @@ class ModelTensors:
     def untouched(self) -> set[str]:
         """Tensors of the files, by their names there, that the base takes nothing of."""
         return self.source.names() - {leaf.name for view in self._views.values() for leaf in view.leaves()}
+
+    def names_in_files(self, base: BaseModel) -> dict[str, str]:
+        """What the files call those tensors of the model that they hold as the model does, by the library's names."""
+        packed = base.weights()
+        names = {}
+        for name, found in self._views.items():
+            view: View | None = found
+            path = name.removesuffix(".weight")
+            if path in packed and packed[path].transposed:
+                view = view.whole if isinstance(view, Swapped) else None
+            if isinstance(view, Stored):
+                names[base.library_shape(path)[0] if path in packed else name] = view.name
+        return names
+
+    def beside(self, base: BaseModel) -> list[str]:
+        """Tensors of the files, by their names there, that belong to other parts of a model than its text decoder.
+
+        A second copy of a tensor that the base takes is not among them, such as that of a tied LM head.
+        """
+        renamed = base.conversions.apply(self.source)[1]
+        head = next(f"{path}.weight" for path, module in base.model.named_modules() if module is base.head)
+        return sorted(name for name in self.untouched() if renamed[name] not in self._views and renamed[name] != head)
 
     def read(self, name: str, rows: tuple[int, int] | None = None) -> Tensor:
         """Entries of dimension 0 of a tensor (all for None); to be read, not written to nor kept."""

@@ -61,11 +61,18 @@ def quantization_settings(path: str | Path, revision: str | None = None) -> dict
         None if it has none, or if there is no such file.
     """
     try:
-        tree, _ = PretrainedConfig.get_config_dict(str(path), revision=revision)
-        found = tree.get("quantization_config")
+        return _settings_in(PretrainedConfig.get_config_dict(str(path), revision=revision)[0])
     except (OSError, ValueError, TypeError, AttributeError):  # the last two: JSON, but not an object
         return None
-    return found if isinstance(found, dict) else None
+
+
+def _settings_in(tree: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The `quantization_config` in the content of a config.json, its own or that of its text part; None without one."""
+    text = tree.get("text_config")
+    for part in (tree, text if isinstance(text, Mapping) else {}):
+        if isinstance(found := part.get("quantization_config"), dict):
+            return found
+    return None
 
 
 def open_packed_folder(folder: Path, settings: Settings) -> PackedFolder:

@@ -32,6 +32,7 @@ from dist_qft.base_model.model_config import library_refusal, read_model_config
 from dist_qft.base_model.stop_tokens import eos_ids
 from dist_qft.base_model.stored_head import untie_if_stored
 from dist_qft.base_model.weight_files import local_source
+from dist_qft.base_model.wrapper import is_wrapper, keep_text_alone, text_decoder
 from dist_qft.config.schema import ModelConfig, QuantizationConfig
 from dist_qft.data.segments import Segments
 from dist_qft.errors import UserError
@@ -56,6 +57,7 @@ class BaseModel:
         conversions: from the names of a checkpoint's tensors to the model's.
         layers_path: the module path of the list of decoder layers.
         segmented: attention is told where samples begin (`segment_attention`), and needs no mask.
+        wrapped: whether the model is a multimodal one, of which this is the text decoder with its head.
         fingerprint: hex digest of the base's content, set by loading.
         shapes: of all tensors that its files must hold, by name. Once sharded, parameters need not have these.
         buffers: shapes of the buffers that a checkpoint holds beside the parameters, by name; older files lack some.
@@ -73,6 +75,7 @@ class BaseModel:
     conversions: Conversions
     layers_path: str
     segmented: bool
+    wrapped: bool = False
     fingerprint: str = ""
     notes: list[str] = field(default_factory=list)
     shapes: dict[str, tuple[int, ...]] = field(init=False)
@@ -109,12 +112,17 @@ class BaseModel:
         return {**self.linears, **self.experts, **self.tables()}
 
     def library_shape(self, path: str) -> tuple[str, tuple[int, ...]]:
-        """The name of a packed weight in the library's model, and its shape there."""
-        stack = self.experts.get(path)
-        if stack is None:
-            return f"{path}.weight", self.shapes[f"{path}.weight"]
-        experts, rows, columns = stack.full_shape
-        return path, (experts, columns, rows) if stack.transposed else (experts, rows, columns)
+        """What the library's model calls a packed weight, and the shape that the weight has there."""
+        weight = self.weights()[path]
+        *leading, rows, columns = weight.full_shape
+        shape = (*leading, columns, rows) if weight.transposed else (*leading, rows, columns)
+        return (path if path in self.experts else f"{path}.weight"), shape
+
+    def as_library(self, path: str, values: Tensor) -> Tensor:
+        """A packed weight's values, whole and in its own order, with the dimensions of the library's model."""
+        weight = self.weights()[path]
+        values = values.view(weight.full_shape)
+        return values.transpose(-1, -2) if weight.transposed else values
 
     def tables(self) -> dict[str, FrozenEmbedding]:
         """Vocabulary tables by their checkpoint name."""
@@ -129,7 +137,9 @@ class BaseModel:
         found = []
         for path, module in self.model.named_modules():
             packed = module.packed() if isinstance(module, FrozenWeight) else {}
-            found += [(f"{path}.{n}", p) for n, p in module.named_parameters(recurse=False) if n not in packed]
+            # A head's bias lies beside its table, so that an engine gathers both; the library has it at the head.
+            owner = path.rpartition(".")[0] if module is self.head.table else path
+            found += [(f"{owner}.{n}", p) for n, p in module.named_parameters(recurse=False) if n not in packed]
         return found
 
     def require_positions(self, length: int) -> None:
@@ -223,12 +233,14 @@ def _take_apart(
     exempt: list[str],
     dtype: torch.dtype,
 ) -> BaseModel:
-    decoder = causal.get_decoder()
+    decoder, wrapped = text_decoder(causal), is_wrapper(causal)
     layers = _layers(decoder, config)
     if layers is None or not isinstance(causal.get_output_embeddings(), nn.Linear):
         raise UserError(
             f"model.path: model type '{config.model_type}' is not a decoder with one list of layers and an LM head"
         )
+    if wrapped:
+        keep_text_alone(causal, decoder)
     segmented, called = choose_attention(causal, decoder, len(layers))
     layers_path = next(name for name, module in causal.named_modules() if module is layers)
     prefix, exemptions = f"{layers_path}.", Exemptions(exempt)
@@ -239,7 +251,7 @@ def _take_apart(
     embedding, head = freeze_tables(causal, formats, dtype)
     causal.requires_grad_(False)
     silence(causal)
-    check_logits(causal, decoder, head, head.loss_map)
+    head.loss_map = check_logits(causal, decoder, head, head.loss_map)
     base = BaseModel(
         model=causal,
         config=config,
@@ -253,6 +265,7 @@ def _take_apart(
         conversions=conversions,
         layers_path=layers_path,
         segmented=segmented,
+        wrapped=wrapped,
         notes=notes,
     )
     _require_all_in_units(base)

@@ -21,7 +21,7 @@ from dist_qft.quant.contract import Format
 
 _FLOATS = ("F64", "F32", "F16", "BF16")
 # Tensor types by the names that safetensors gives them; those that this torch lacks are left out.
-_DTYPES: dict[str, torch.dtype] = {
+DTYPES: dict[str, torch.dtype] = {
     name: getattr(torch, attribute)
     for name, attribute in {
         "F64": "float64",
@@ -152,7 +152,7 @@ class SafetensorsSource:
     def read_box(self, name: str, box: Sequence[tuple[int, int]]) -> Tensor:
         """A part of one tensor: for each dimension the first and one past the last index; missing ones are whole."""
         entry = self._entries[name]
-        if entry.dtype not in _DTYPES:
+        if entry.dtype not in DTYPES:
             raise UserError(f"{entry.path}: tensor '{name}' is stored as {entry.dtype}, which cannot be read")
         return _read(entry, (*box, *((0, size) for size in entry.shape[len(box) :])))
 
@@ -237,7 +237,7 @@ def _read(entry: _Entry, box: Sequence[tuple[int, int]]) -> Tensor:
 
     Of a matrix, whole rows are read if the box has most of their columns.
     """
-    dtype, shape = _DTYPES[entry.dtype], entry.shape
+    dtype, shape = DTYPES[entry.dtype], entry.shape
     if len(shape) > 2 and any(span != (0, size) for span, size in zip(box[1:], shape[1:], strict=True)):
         stride = math.prod(shape[1:]) * dtype.itemsize
         inner = (_Entry(entry.path, entry.dtype, shape[1:], entry.start + i * stride) for i in range(*box[0]))

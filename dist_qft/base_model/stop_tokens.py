@@ -36,7 +36,8 @@ def stored_generation_config(model: ModelConfig) -> dict[str, Any]:
 
 def eos_ids(model: ModelConfig, config: PretrainedConfig) -> list[int]:
     """Ids that the base's own files call the end of a text, config.json's first."""
-    return distinct_ids([config.get_text_config().eos_token_id, stored_generation_config(model).get("eos_token_id")])
+    named = [getattr(part, "eos_token_id", None) for part in (config.get_text_config(), config)]
+    return distinct_ids([*named, stored_generation_config(model).get("eos_token_id")])
 
 
 def distinct_ids(values: Iterable[object]) -> list[int]:

@@ -14,18 +14,25 @@ _ROWS = 4096  # compared at a time
 
 
 def untie_if_stored(causal: PreTrainedModel, config: PretrainedConfig, views: Mapping[str, View]) -> bool:
-    """Set `tie_word_embeddings` to false if the class has no tied weights or the files hold a head of their own.
+    """Set `tie_word_embeddings` to false if the files hold a head of their own.
 
     Reads the files' two tables, as far as they are equal, if they hold both. Returns whether they hold another head.
     """
     text = config.get_text_config()
-    if not text.tie_word_embeddings:
+    if not ties_head(causal):
         return False
     different = _differ(causal, views)
-    if different or not causal._tied_weights_keys:
+    if different:
         for each in (config, text, causal.config, causal.config.get_text_config()):
             each.tie_word_embeddings = False
     return different
+
+
+def ties_head(causal: PreTrainedModel) -> bool:
+    """Whether the class and the configuration of a model, not yet taken apart, tie the LM head to the embedding."""
+    head = causal.get_output_embeddings()
+    names = {f"{path}.weight" for path, module in causal.named_modules() if module is head}
+    return bool(names & causal.get_expanded_tied_weights_keys(all_submodels=True).keys())
 
 
 def _differ(causal: PreTrainedModel, views: Mapping[str, View]) -> bool:

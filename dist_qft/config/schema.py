@@ -34,10 +34,15 @@ class ModelConfig(Section):
         description="Hub revision: a branch, tag or commit",
         json_schema_extra={"transformers": "revision", "axolotl": "revision_of_model"},
     )
-    attention: Literal["sdpa", "eager", "flash_attention_2"] = Field(
+    attention: str = Field(
         "sdpa",
-        description="how attention is computed; flash_attention_2 needs its package and CUDA",
+        pattern=r"^[\w./-]+$",
+        description="how attention is computed: sdpa, eager, or another name that transformers accepts, such as "
+        "flash_attention_2 or flex_attention, which need their packages and CUDA",
         json_schema_extra={"transformers": "attn_implementation", "axolotl": "attn_implementation"},
+    )
+    attention_from_hub: bool = Field(
+        False, description="let attention be code of the Hub (`owner/name`), which transformers downloads and runs"
     )
 
 

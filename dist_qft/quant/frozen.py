@@ -29,6 +29,7 @@ class FrozenWeight(nn.Module):
         self.weight_shape = shape
         self.format = format
         self.dtype = dtype
+        self.transposed = False  # whether the library's own model has columns before rows
         self.in_use: Callable[[dict[str, Tensor]], dict[str, Tensor]] | None = None
         self._packed_dtypes: dict[str, torch.dtype] = {}
         for name, (tensor_shape, packed_dtype) in format.packed_shapes(shape).items():
@@ -101,8 +102,11 @@ class FrozenLinear(FrozenWeight):
         bias: bool,
         dtype: torch.dtype,
         device: torch.device | str = "meta",
+        *,
+        transposed: bool = False,
     ) -> None:
         super().__init__((out_features, in_features), format, dtype, device)
+        self.transposed = transposed
         self.in_features = in_features
         self.out_features = out_features
         self.register_parameter("bias", _frozen((out_features,), dtype, device) if bias else None)
@@ -169,7 +173,10 @@ class FrozenEmbedding(FrozenWeight):
 
     `scale`, rounded to `dtype`, multiplies the rows that are looked up (Gemma: sqrt(hidden size)), not those of `rows`,
     which a tied LM head uses. Needs a format that stores each row by itself (q8_0, dense). `padding_idx` is only kept.
+    The `bias` (num_embeddings) is that of an LM head that owns the table.
     """
+
+    bias: nn.Parameter | None
 
     def __init__(
         self,
@@ -180,8 +187,11 @@ class FrozenEmbedding(FrozenWeight):
         padding_idx: int | None = None,
         scale: float | None = None,
         device: torch.device | str = "meta",
+        *,
+        bias: bool = False,
     ) -> None:
         super().__init__((num_embeddings, embedding_dim), format, dtype, device)
+        self.register_parameter("bias", _frozen((num_embeddings,), dtype, device) if bias else None)
         if any(format.rows_per_entry(name) != 1 for name in self._packed_dtypes):
             raise ValueError(f"an embedding needs a format that stores each row by itself, got {format.describe()}")
         self.num_embeddings = num_embeddings

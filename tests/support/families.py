@@ -15,13 +15,16 @@ from transformers import (
     Gemma2Config,
     Gemma4TextConfig,
     GemmaConfig,
+    GPT2Config,
     GPTNeoXConfig,
     GptOssConfig,
     GraniteConfig,
     LlamaConfig,
+    MiniCPM3Config,
     MistralConfig,
     MixtralConfig,
     OPTConfig,
+    PhiConfig,
     PretrainedConfig,
     Qwen2Config,
     Qwen3Config,
@@ -79,6 +82,19 @@ FAMILIES: dict[str, PretrainedConfig] = {
     ),
     "falcon": FalconConfig(**COMMON, alibi=False, new_decoder_architecture=True, num_kv_heads=2),
     "seed_oss": SeedOssConfig(**GROUPED, residual_dropout=0.1),
+    "gpt2": GPT2Config(n_embd=64, n_layer=2, n_head=4, n_inner=96, n_positions=64, vocab_size=VOCABULARY),
+    "phi": PhiConfig(**COMMON, intermediate_size=96, max_position_embeddings=64),
+    "minicpm3": MiniCPM3Config(
+        **COMMON,
+        intermediate_size=96,
+        q_lora_rank=32,
+        kv_lora_rank=32,
+        qk_rope_head_dim=16,
+        qk_nope_head_dim=16,
+        v_head_dim=16,
+        dim_model_base=16,
+        scale_emb=3,
+    ),
 }
 # Families whose attention transformers has not in SDPA: capped logits, sinks.
 WITHOUT_SDPA = ("gemma2", "gpt_oss")
@@ -120,9 +136,7 @@ def reference_model(base: BaseModel, folder: Path):
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     state = model.state_dict()
     for path, weight in base.weights().items():
-        values, (name, _) = weight.dequantize().view(weight.full_shape), base.library_shape(path)
-        transposed = path in base.experts and base.experts[path].transposed
-        state[name].copy_(values.transpose(1, 2) if transposed else values)
+        state[base.library_shape(path)[0]].copy_(base.as_library(path, weight.dequantize()))
     return model
 
 

@@ -58,9 +58,8 @@ class DenseForm:
     def tensors(self, path: str, packed: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
         name, _ = self._base.library_shape(path)
         pieces = self._rows(path, packed)
-        stack = self._base.experts.get(path)
-        if stack is not None and stack.transposed:
-            yield name, torch.cat(list(pieces)).view(stack.full_shape).transpose(1, 2)
+        if self._weights[path].transposed:
+            yield name, self._base.as_library(path, torch.cat(list(pieces)))
         else:
             yield from ((name, rows) for rows in pieces)
 

@@ -1,4 +1,8 @@
-"""A model folder, whatever its weights' form: small files, safetensors, and norms and biases as the base has them."""
+"""A model folder, whatever its weights' form: small files, safetensors, and norms and biases as the base has them.
+
+Of a multimodal model the folder is the whole again: the other parts byte for byte, and the text decoder's floats
+under the names that the base's files give them.
+"""
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -7,7 +11,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from dist_qft.base_model.model_tensors import check_names
+from dist_qft.base_model.model_tensors import ModelTensors, check_names
 from dist_qft.base_model.tokenizer import run_tokenizer
 from dist_qft.base_model.weight_files import open_source
 from dist_qft.config.schema import RunConfig
@@ -76,23 +80,40 @@ class FolderWriter:
             others[name] = stored.read(name) if name in stored else base.model.get_buffer(name).cpu()
         entries = {name: entry for path in self._weights for name, entry in self._form.entries(path).items()}
         entries |= {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in others.items()}
+        names = stored.names_in_files(base) if base.wrapped else {}
+        entries = {names.get(name, name): entry for name, entry in entries.items()}
+        beside = stored.beside(base) if base.wrapped else []
+        entries |= {name: self._entry_beside(stored, name) for name in beside}
         files = SafetensorsFolder(temporary, self._form.stem, entries)
         for name, tensor in others.items():
-            files.write(name, tensor)
+            files.write(names.get(name, name), tensor)
+        for name in beside:
+            files.write(name, stored.source.read(name).to(entries[name][1]))
         edit_json(temporary / CONFIG, lambda content: content | self._form.config_entries(temporary))
-        return OpenFolder(self._form, files)
+        return OpenFolder(self._form, files, names)
+
+    def _entry_beside(self, stored: ModelTensors, name: str) -> Entry:
+        """Shape and type of a tensor that is copied as it is stored; one that is packed becomes floats."""
+        source, shape = stored.source, tuple(stored.source.shape(name))
+        if source.kind(name) is not None:
+            return shape, self._form.dtype
+        return shape, source.read(name, (0, 0) if shape else None).dtype
 
 
 class OpenFolder:
-    """A folder that takes its packed weights; see `target.OpenResult`."""
+    """A folder that takes its packed weights; see `target.OpenResult`.
 
-    def __init__(self, form: WeightForm, files: SafetensorsFolder) -> None:
-        self._form, self._files = form, files
+    Args:
+        names: what the folder calls a tensor, by the library's name, if not the same.
+    """
+
+    def __init__(self, form: WeightForm, files: SafetensorsFolder, names: Mapping[str, str]) -> None:
+        self._form, self._files, self._names = form, files, names
         self.difference = form.difference
 
     def write(self, path: str, packed: Mapping[str, Tensor]) -> None:
         for name, rows in self._form.tensors(path, packed):
-            self._files.write(name, rows)
+            self._files.write(self._names.get(name, name), rows)
 
     def finish(self) -> None:
         self._files.finish()

@@ -103,12 +103,22 @@ def _merged_config(content: dict[str, Any], base: BaseModel, dtype: torch.dtype,
         content["dtype"] = name
     if "dtype" in content:
         content["torch_dtype"] = content["dtype"]
-    if content.get("tie_word_embeddings") and not base.tied:
+    if content.get("tie_word_embeddings", base.wrapped) and not base.tied:
         content["tie_word_embeddings"] = False  # the files hold a head of their own
+    if base.wrapped and isinstance(text := content.get("text_config"), dict):
+        content["text_config"] = _text_config(text, base, name)
     architecture = type(base.model).__name__
     if architecture not in (content.get("architectures") or []):
         content["architectures"] = [architecture]
     return _with_old_rope_keys(content, folder)
+
+
+def _text_config(content: dict[str, Any], base: BaseModel, dtype: str) -> dict[str, Any]:
+    """The text part of a multimodal model's config.json, which may repeat what the whole says."""
+    changes: dict[str, Any] = {key: dtype for key in ("dtype", "torch_dtype") if key in content}
+    if content.get("tie_word_embeddings") and not base.tied:
+        changes["tie_word_embeddings"] = False
+    return {key: value for key, value in content.items() if key != "quantization_config"} | changes
 
 
 def _with_old_rope_keys(content: dict[str, Any], folder: Path) -> dict[str, Any]:

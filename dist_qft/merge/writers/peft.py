@@ -52,7 +52,8 @@ class PeftTarget(Target):
         self, request: MergeRequest, config: RunConfig, base: BaseModel, tiles: Mapping[str, TileSettings]
     ) -> Recipe:
         require_folder(request)
-        require_peft_support(base.config.get_text_config().model_type, tiles)
+        for part in (base.config, base.config.get_text_config()):
+            require_peft_support(part.model_type, tiles)
         for path, settings in tiles.items():
             require_low_rank(path, settings)
         return Recipe(request, "lora", tiles, {}, config.quantization)

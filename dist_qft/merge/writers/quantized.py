@@ -69,10 +69,8 @@ class PackedForm:
         if new is not None:
             weight = self._weights[path]
             packed = requantized(weight, path, packed, self._adapters.get(path), new, self.difference)
-        stack = self._base.experts.get(path)
-        if stack is not None and stack.format.name == "dense":
-            values = packed["weight"].view(stack.full_shape)
-            yield path, values.transpose(1, 2) if stack.transposed else values
+        if self._format(path).name == "dense" and (path in self._base.experts or self._weights[path].transposed):
+            yield self._base.library_shape(path)[0], self._base.as_library(path, packed["weight"])
             return
         for name, tensor in packed.items():
             yield f"{path}.{name}", tensor

@@ -14,19 +14,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from dist_qft.base_model.sources import DTYPES
+
 SHARD_BYTES = 5_000_000_000  # Hugging Face's own limit
-_DTYPE_NAMES = {
-    torch.float32: "F32",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.uint8: "U8",
-    torch.int8: "I8",
-    torch.int16: "I16",
-    torch.int32: "I32",
-    torch.int64: "I64",
-    torch.bool: "BOOL",
-    torch.float8_e4m3fn: "F8_E4M3",
-}
+_DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 Entry = tuple[tuple[int, ...], torch.dtype]
 

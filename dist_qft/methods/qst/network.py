@@ -19,7 +19,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
-from transformers import AutoModelForCausalLM, Cache, DynamicCache, PretrainedConfig, PreTrainedModel
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoModel,
+    AutoModelForCausalLM,
+    Cache,
+    DynamicCache,
+    PretrainedConfig,
+    PreTrainedModel,
+)
 
 from dist_qft.base_model import segment_attention
 from dist_qft.data.segments import Segments
@@ -206,9 +214,9 @@ def decoder_layers(decoder: nn.Module) -> nn.ModuleList:
 def _narrow_decoder(config: PretrainedConfig) -> PreTrainedModel:
     """A decoder of the family's own class without its embeddings, randomly initialized as the family does it."""
     attention = config._attn_implementation
-    model = AutoModelForCausalLM.from_config(
-        config, attn_implementation=attention, dtype=torch.float32, trust_remote_code=False
-    )
+    # The text part of a multimodal model may have no causal LM of its own.
+    auto = AutoModelForCausalLM if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING else AutoModel
+    model = auto.from_config(config, attn_implementation=attention, dtype=torch.float32, trust_remote_code=False)
     decoder = model.get_decoder()
     for name, child in list(decoder.named_children()):
         if isinstance(child, nn.Embedding):

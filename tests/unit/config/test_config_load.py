@@ -170,7 +170,7 @@ def test_misspelt_required_section_is_one_fault(write):
 def test_missing_required_keys_are_named(write):
     assert faults(write("train: {seed: 1}", minimal="")) == [
         "run.yaml: output_dir: missing, must be a non-empty string",
-        "run.yaml: model: missing, must be a section with path, revision, attention",
+        "run.yaml: model: missing, must be a section with path, revision, attention, attention_from_hub",
     ]
 
 

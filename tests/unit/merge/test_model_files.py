@@ -16,7 +16,7 @@ from dist_qft.tuned_model.prompts import stop_ids, turn_end_id
 from tests.support.tiny_gguf import save_tiny_gguf
 from tests.support.tiny_model import save_tiny_model, tiny_llama_config, tiny_tokenizer
 
-BASE = SimpleNamespace(model=object.__new__(LlamaForCausalLM), config=LlamaConfig(eos_token_id=2))
+BASE = SimpleNamespace(wrapped=False, model=object.__new__(LlamaForCausalLM), config=LlamaConfig(eos_token_id=2))
 OLD = {
     "architectures": ["LlamaForCausalLM"],
     "model_type": "llama",
