@@ -1,80 +1,74 @@
-"""A list of the model families that work: every causal language model that transformers knows, as a tiny random model.
+"""Which model families work: every causal language model that transformers knows, as a tiny random model.
 
-    python benchmarks/families.py [model types ...] > page.md
+    PYTHONPATH=. python benchmarks/families.py ROWS.jsonl [model types ...] > page.md
 
 For each type a folder with random weights and buffers is written as `save_pretrained` publishes it, read again, and
-compared with transformers' own logits. A family that does not work must say so in one line; a traceback is a fault of
-this project, and the script then ends with exit code 1.
+compared with transformers' own logits. Those of `TUNED` are also trained on 2 ranks (qlora, qst), merged to floats for
+transformers and exported for PEFT. Every row is kept in ROWS.jsonl, and a type that is there is not tried again.
+Without types the page is of all. A family that does not work must say so in one line; a traceback is a fault of this
+project, and the script then ends with exit code 1.
 """
 
 import contextlib
+import json
 import signal
 import sys
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, PretrainedConfig
-from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from family_runs import (
+    NEAR,
+    base_difference,
+    opened,
+    packs,
+    quiet,
+    reader_difference,
+    run_config,
+    said,
+    share_in_4_bits,
+    tune,
+)
+from family_sizes import save_random, tiny_config
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES,
+)
 from transformers.utils import logging
 
-from dist_qft.base_model.load import load_base
-from dist_qft.base_model.skeleton import BaseModel, build_skeleton
-from dist_qft.base_model.weight_files import open_source
-from dist_qft.config.schema import ModelConfig, QuantizationConfig, RunConfig
-from dist_qft.errors import DistQFTError
-from dist_qft.methods.specs import make_spec
-from dist_qft.sharding.replicated import ReplicatedEngine
+import dist_qft
+from dist_qft.base_model.skeleton import BaseModel
+from tests.support.rank_pool import RankPool
 
-VOCABULARY, SECONDS = 131, 60
-CPU = torch.device("cpu")
-# Sizes by the names that families give them; each configuration takes those that it has.
-SIZES: dict[str, Any] = {
-    **dict.fromkeys(("hidden_size", "n_embd", "d_model", "hidden_dim"), 64),
-    **dict.fromkeys(("intermediate_size", "ffn_dim", "n_inner", "decoder_ffn_dim", "intermediate_size_mlp"), 128),
-    **dict.fromkeys(("num_hidden_layers", "n_layer", "n_layers", "decoder_layers", "num_layers", "encoder_layers"), 2),
-    **dict.fromkeys(("num_attention_heads", "n_head", "n_heads", "decoder_attention_heads", "num_heads"), 4),
-    **dict.fromkeys(("num_key_value_heads", "num_kv_heads"), 2),
-    **dict.fromkeys(("head_dim", "v_head_dim", "qk_nope_head_dim", "qk_rope_head_dim"), 16),
-    **dict.fromkeys(("max_position_embeddings", "n_positions", "max_seq_len"), 128),
-    **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"), 4),
-    **dict.fromkeys(("num_experts_per_tok", "moe_k", "moe_topk", "num_experts_per_token", "num_selects"), 2),
-    **dict.fromkeys(("moe_intermediate_size", "shared_expert_intermediate_size", "q_lora_rank", "kv_lora_rank"), 32),
-    **dict.fromkeys(("n_group", "topk_group", "n_groups", "mamba_n_groups", "first_k_dense_replace"), 1),
-    **dict.fromkeys(("linear_num_value_heads", "mamba_n_heads", "mamba_num_heads"), 4),
-    **dict.fromkeys(("linear_key_head_dim", "linear_value_head_dim", "mamba_d_head", "mamba_head_dim"), 16),
-    "linear_num_key_heads": 2,
-    "mamba_d_ssm": 64,
-    "mamba_d_state": 8,
-    "state_size": 8,
-    "ssm_state_size": 8,
-    "mamba_expand": 1,
-    "expand": 1,
-    "rotary_dim": 8,
-    "word_embed_proj_dim": 64,
-    "sliding_window": 16,
-    "vocab_size": VOCABULARY,
-    "pad_token_id": None,
-    "bos_token_id": None,
-    "eos_token_id": None,
-}
+SECONDS = 400
+# Tried with training: what people tune, and each kind of decoder once.
+TUNED = (
+    "llama", "qwen3", "gemma3", "qwen3_5", "mistral3", "qwen3_vl", "gemma4", "qwen3_moe", "gpt2", "phi", "phi3",
+    "gemma2", "gemma3_text", "gemma4_text", "mistral", "mixtral", "qwen2", "qwen3_next", "gpt_neox", "gpt_oss",
+    "falcon", "bloom", "mpt", "gptj", "gpt_bigcode", "opt", "olmo2", "granite", "granitemoehybrid", "falcon_h1",
+    "minicpm3", "deepseek_v3", "glm4", "glm4_moe", "cohere2", "smollm3", "starcoder2", "lfm2", "bamba", "jamba",
+    "nemotron_h", "llama4", "qwen2_5_vl", "internvl", "qwen3_5_text", "qwen3_5_moe_text", "stablelm", "olmo3",
+    "olmoe", "granitemoe", "cohere", "apertus", "exaone4", "ernie4_5", "hunyuan_v1_dense", "seed_oss", "nemotron",
+    "ministral3", "minimax_m2", "phimoe", "gemma", "qwen2_moe", "llama4_text", "lfm2_moe", "smolvlm", "llava",
+)  # fmt: skip
 
 
 @dataclass
 class Row:
-    """The findings on one model type."""
+    """What was found of one model type: for each step its result, or the line in which it is refused."""
 
     kind: str
     result: str = ""
     attention: str = ""
-    difference: str = ""
+    logits: str = ""
     quantized: str = ""
     packing: str = ""
+    qlora: str = ""
+    dense: str = ""
+    peft: str = ""
     qst: str = ""
     faults: list[str] = field(default_factory=list)
 
@@ -83,80 +77,17 @@ class TookTooLong(Exception):
     """A step of one model type has not come to an end."""
 
 
-def tiny_config(kind: str) -> PretrainedConfig:
-    """A small configuration of a model type, as far as its sizes go by known names."""
-    config_class = CONFIG_MAPPING[kind]
-    known = config_class().to_dict()
-    return config_class(**{key: value for key, value in SIZES.items() if key in known})
-
-
-def save_random(config: PretrainedConfig, folder: Path) -> None:
-    """Every weight and stored buffer random, so that one left out shows."""
-    model = AutoModelForCausalLM.from_config(config)
-    if sum(parameter.numel() for parameter in model.parameters()) > 20_000_000:
-        raise ValueError("the model is not small: some of its sizes go by other names")
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.1)
-        for name in model.state_dict().keys() & dict(model.named_buffers()).keys():
-            buffer = model.get_buffer(name)
-            if buffer.is_floating_point():
-                buffer.copy_(torch.rand(buffer.shape, generator=generator) + 0.5)
-    model.save_pretrained(folder)
-
-
-def opened(folder: Path, attention: str) -> BaseModel:
-    model = ModelConfig(path=str(folder), attention=attention)
-    base = build_skeleton(model, QuantizationConfig(linear="dense", embedding="dense"), torch.float32)
-    engine = ReplicatedEngine()
-    engine.shard(base.units, CPU)
-    load_base(base, open_source(model), engine, CPU)
-    return base
-
-
-@torch.no_grad()
-def largest_difference(base: BaseModel, folder: Path, attention: str) -> float:
-    """Of the logits, relative to the largest of transformers' own."""
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation=attention).eval()
-    ids = torch.randint(3, VOCABULARY - 3, (2, 12), generator=torch.Generator().manual_seed(1))
-    expected = model(input_ids=ids).logits
-    return float((base.model(input_ids=ids).logits - expected).abs().max() / expected.abs().max())
-
-
-def share_in_4_bits(folder: Path, attention: str) -> str:
-    """Of the decoder layers' matrices."""
-    model = ModelConfig(path=str(folder), attention=attention)
-    base = build_skeleton(model, QuantizationConfig(linear="nf4", block=[32]), torch.float32)
-    frozen = [*base.linears.values(), *base.experts.values()]
-    packed = sum(weight.weight_shape[0] * weight.weight_shape[1] for weight in frozen)
-    rest = sum(p.numel() for layer in base.layers for p in layer.parameters() if p.dim() > 1 and p.is_floating_point())
-    constants = sum(p.numel() for w in frozen for p in w.packed().values() if p.is_floating_point())
-    return f"{packed / (packed + rest - constants):.0%}" + (" with experts" if base.experts else "")
-
-
-def plan_qst(folder: Path, base: BaseModel) -> str:
-    run = {"output_dir": "x", "model": {"path": str(folder)}, "method": {"name": "qst", "reduction": 4}}
-    make_spec(RunConfig.model_validate(run), base)
-    return "yes"
-
-
-def plan_packing(base: BaseModel) -> str:
-    base.require_separate_samples(CPU)
-    return "yes"
-
-
-def try_family(kind: str, folder: Path) -> Row | None:
-    """The row of a model type; None if transformers itself cannot build a small one from these sizes."""
+def try_family(kind: str, folder: Path, pool: RankPool) -> Row:
     row = Row(kind)
     try:
         save_random(tiny_config(kind), folder)
-    except Exception:
-        return None
+    except Exception as error:
+        row.result = f"not built: {type(error).__name__}"
+        return row
     base = None
     for attention in ("sdpa", "eager"):
         row.attention = attention
-        outcome = said(row, lambda attention=attention: opened(folder, attention))
+        outcome = said(row.faults, lambda attention=attention: opened(folder, attention))
         if isinstance(outcome, BaseModel):
             base = outcome
             break
@@ -165,27 +96,35 @@ def try_family(kind: str, folder: Path) -> Row | None:
             return row
     if base is None:
         return row
-    difference = said(row, lambda: largest_difference(base, folder, row.attention))
-    row.difference = f"{difference:.0e}" if isinstance(difference, float) else difference
-    row.result = "works" if isinstance(difference, float) and difference < 1e-4 else "other logits"
-    row.quantized = str(said(row, lambda: share_in_4_bits(folder, row.attention)))
-    row.packing = "yes" if said(row, lambda: plan_packing(base)) == "yes" else "no"
-    row.qst = "yes" if said(row, lambda: plan_qst(folder, base)) == "yes" else "no"
+    found = said(row.faults, lambda: base_difference(base, folder, row.attention))
+    row.logits = _number(found)
+    row.result = "works" if isinstance(found, float) and found < NEAR else "other logits"
+    row.quantized = str(said(row.faults, lambda: share_in_4_bits(base)))
+    row.packing = "yes" if said(row.faults, lambda: packs(base)) == "yes" else "no"
+    if kind in TUNED:
+        _tune(row, folder, pool)
     return row
 
 
-def said(row: Row, step: Callable[[], Any]) -> Any:
-    """The result of a step, or the line in which it is refused; any other exception is noted as a fault."""
-    try:
-        return step()
-    except DistQFTError as error:
-        text = str(error)
-        if "\n" in text:
-            row.faults.append(f"more than one line: {text}")
-        return text
-    except Exception as error:
-        row.faults.append(f"{type(error).__name__}: {error}")
-        return f"FAULT {type(error).__name__}"
+def _tune(row: Row, folder: Path, pool: RankPool) -> None:
+    attention = row.attention
+    outcome = said(row.faults, lambda: pool.run(tune, folder=folder, attention=attention)[0])
+    if isinstance(outcome, str):
+        row.qlora = row.qst = outcome
+        return
+    row.qlora, row.qst, row.peft = outcome["qlora"], outcome["qst"], outcome.get("peft", "")
+    run = Path(run_config(folder, attention, "qlora", row.qlora).output_dir) if "peft" in outcome else None
+    if run is None:
+        return
+    live = dist_qft.load(run)
+    results = {"dense": run / "merged-dense"} | ({} if row.peft else {"peft": folder.parent / "peft"})
+    for target, result in results.items():
+        found = said(row.faults, lambda result=result: reader_difference(live, result, folder, attention))
+        setattr(row, target, _number(found))
+
+
+def _number(found: object) -> str:
+    return f"{found:.0e}" if isinstance(found, float) else str(found)
 
 
 @contextlib.contextmanager
@@ -201,66 +140,93 @@ def at_most(seconds: int) -> Iterator[None]:
         signal.alarm(0)
 
 
-def page(rows: list[Row], not_built: list[str]) -> str:
+def page(rows: list[Row]) -> str:
     works = [row for row in rows if row.result == "works"]
-    others = [row for row in rows if row.result != "works"]
+    not_built = [row for row in rows if row.result.startswith("not built")]
+    others = [row for row in rows if row not in works and row not in not_built]
+    tuned = [row for row in works if row.qlora]
     lines = [
         "# Which models work",
         "",
-        "Made by `benchmarks/families.py`: for every causal language model that transformers "
+        "Made by `benchmarks/families.py`: for every causal or multimodal language model that transformers "
         "knows, a tiny random model is written as it is published, read by this project, and its float32 logits are "
-        "compared with transformers' own (largest difference, relative to the largest logit).",
+        "compared with transformers' own. Differences are relative to the largest logit. Of a multimodal model "
+        "(`...ForConditionalGeneration`) the text decoder is read, and tried on text (docs/multimodal.md).",
         "",
-        f"{len(works)} model types work. *attention*: the implementation that the family needs (`model.attention`). "
-        "*in 4 bits*: share of the decoder layers' matrices that nf4 holds; the small sizes make it smaller than that "
-        "of real models. *packing*: `data.packing` keeps samples apart. *qst*: a side network of a quarter of the "
-        "width can be planned. A mixture's experts are held in 4 bits and get no adapters.",
+        "## Numbers",
         "",
-        "| model type | attention | logits | in 4 bits | packing | qst |",
-        "|---|---|---|---|---|---|",
+        f"{len(works)} model types have the logits of transformers. *attention*: the implementation that the family "
+        "needs (`model.attention`).",
+        "",
+        "## Tuned",
+        "",
+        f"{len(tuned)} of them were trained on 2 ranks under fsdp for 2 steps. *qlora*, *qst*: the base's format in "
+        "that run (dense where the tiny sizes allow no other). *dense*: logits of transformers on `merge --to dense` "
+        "against the tuned model's. *PEFT*: the same of stock PEFT on `merge --to peft`. A word stands for a "
+        "refusal; its line is below. *in 4 bits*: share of the decoder layers' matrices that nf4 holds, smaller here "
+        "than in real models. *packing*: `data.packing` keeps samples apart.",
+        "",
+        "| model type | attention | logits | in 4 bits | packing | qlora | dense | PEFT | qst |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
-    lines += [
-        f"| {row.kind} | {row.attention} | {row.difference} | {row.quantized} | {row.packing} | {row.qst} |"
-        for row in works
-    ]
+    notes: list[str] = []
+    for row in tuned:
+        steps = {name: getattr(row, name) for name in ("quantized", "qlora", "dense", "peft", "qst")}
+        cells = {name: _short(text) for name, text in steps.items()}
+        notes += [f"* {row.kind}, {name}: {_plain(text)}" for name, text in steps.items() if _short(text) != text]
+        first = f"| {row.kind} | {row.attention} | {row.logits} | {cells['quantized']} | {row.packing} "
+        lines.append(first + "".join(f"| {cells[name]} " for name in ("qlora", "dense", "peft", "qst")) + "|")
+    lines += ["", "What is refused of these:", "", *notes] if notes else []
+    lines += ["", "## Read", "", "Same logits, not trained here.", ""]
+    lines += ["| model type | attention | logits | packing |", "|---|---|---|---|"]
+    lines += [f"| {r.kind} | {r.attention} | {r.logits} | {r.packing} |" for r in works if not r.qlora]
     lines += ["", "## Refused", "", "| model type | the line that says so |", "|---|---|"]
-    lines += [f"| {row.kind} | {_cell(row)} |" for row in others]
-    lines += [
-        "",
-        "Not tried, because the sizes above make no small model of them: " + ", ".join(not_built) + ".",
-    ]
-    return "\n".join(lines)
+    lines += [f"| {row.kind} | {_plain(_reason(row))} |" for row in others]
+    names = ", ".join(row.kind for row in not_built)
+    return "\n".join([*lines, "", f"Not tried, because the sizes above make no small model of them: {names}."])
 
 
-def _cell(row: Row) -> str:
-    reason = row.result if row.result != "other logits" else f"logits differ: {row.difference}"
-    return reason.partition("model.path: ")[2].replace("|", "/") or reason.replace("|", "/")
+def _short(text: str) -> str:
+    return text if len(text) < 25 else "refused"
 
 
-def main() -> None:
+def _reason(row: Row) -> str:
+    return row.result if row.result != "other logits" else f"logits differ: {row.logits}"
+
+
+def _plain(text: str) -> str:
+    return text.partition("model.path: ")[2].replace("|", "/") or text.replace("|", "/")
+
+
+def main(file: Path, kinds: list[str]) -> int:
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
-    rows, not_built = [], []
-    for kind in sys.argv[1:] or sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES):
-        row: Row | None = None
-        with tempfile.TemporaryDirectory() as folder:
+    known = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+    rows = {row["kind"]: Row(**row) for row in known}
+    every = sorted({*MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, *MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES})
+    every.sort(key=lambda kind: TUNED.index(kind) if kind in TUNED else len(TUNED))
+    pool = RankPool(2)
+    for kind in [kind for kind in kinds or every if kind not in rows]:
+        with tempfile.TemporaryDirectory() as place:
+            folder = Path(place) / "model"
             try:
-                with at_most(SECONDS):
-                    row = try_family(kind, Path(folder))
+                with at_most(SECONDS), quiet():
+                    row = try_family(kind, folder, pool)
             except TookTooLong:
-                row = Row(kind, faults=[f"no end after {SECONDS} s"])
-        if row is None:
-            not_built.append(kind)
-            continue
-        row.result = row.result.replace(f"'{folder}'", "the folder").replace(folder, "the folder")
-        rows.append(row)
-        for fault in row.faults:
+                pool.close()
+                row = Row(kind, result="no end", faults=[f"no end after {SECONDS} s"])
+            text = json.dumps(asdict(row)).replace(f"'{folder}'", "the folder").replace(str(folder), "the folder")
+            rows[kind] = Row(**json.loads(text.replace(place, "")))
+        with file.open("a") as log:
+            log.write(json.dumps(asdict(rows[kind])) + "\n")
+        for fault in rows[kind].faults:
             print(f"{kind}: {fault}", file=sys.stderr, flush=True)
-    print(page(rows, not_built))
-    sys.exit(1 if any(row.faults for row in rows) else 0)
+    pool.close()
+    print(page([rows[kind] for kind in sorted(rows)]))
+    return 1 if any(row.faults for row in rows.values()) else 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main(Path(sys.argv[1]), sys.argv[2:]))

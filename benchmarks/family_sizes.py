@@ -1,0 +1,107 @@
+"""Tiny models of any type that transformers knows: sizes by the names that families give them, random weights."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PretrainedConfig
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+from dist_qft.base_model.wrapper import auto_class
+from tests.support.tiny_model import VOCABULARY, tiny_tokenizer
+
+_LARGEST = 20_000_000  # parameters: a model above that is not tiny, because some sizes go by other names
+_SIZES: dict[str, Any] = {
+    **dict.fromkeys(("hidden_size", "n_embd", "d_model", "hidden_dim"), 64),
+    **dict.fromkeys(("intermediate_size", "ffn_dim", "n_inner", "decoder_ffn_dim", "intermediate_size_mlp"), 128),
+    **dict.fromkeys(("num_hidden_layers", "n_layer", "n_layers", "decoder_layers", "num_layers", "encoder_layers"), 2),
+    **dict.fromkeys(("num_attention_heads", "n_head", "n_heads", "decoder_attention_heads", "num_heads"), 4),
+    **dict.fromkeys(("num_key_value_heads", "num_kv_heads"), 2),
+    **dict.fromkeys(("head_dim", "v_head_dim", "qk_nope_head_dim", "qk_rope_head_dim"), 16),
+    **dict.fromkeys(("max_position_embeddings", "n_positions", "max_seq_len"), 128),
+    **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"), 4),
+    **dict.fromkeys(("num_experts_per_tok", "moe_k", "moe_topk", "num_experts_per_token", "num_selects"), 2),
+    **dict.fromkeys(("moe_intermediate_size", "shared_expert_intermediate_size", "q_lora_rank", "kv_lora_rank"), 32),
+    **dict.fromkeys(("n_group", "topk_group", "n_groups", "mamba_n_groups", "first_k_dense_replace"), 1),
+    **dict.fromkeys(("linear_num_value_heads", "mamba_n_heads", "mamba_num_heads"), 4),
+    **dict.fromkeys(("linear_key_head_dim", "linear_value_head_dim", "mamba_d_head", "mamba_head_dim"), 16),
+    **dict.fromkeys(("mamba_expand", "expand"), 1),
+    **dict.fromkeys(("mamba_d_state", "state_size", "ssm_state_size", "rotary_dim"), 8),
+    "linear_num_key_heads": 2,
+    "mamba_d_ssm": 64,
+    "query_pre_attn_scalar": 16,
+    "word_embed_proj_dim": 64,
+    "sliding_window": 16,
+    "vocab_size": VOCABULARY,
+    "vocab_size_per_layer_input": VOCABULARY,
+    "hidden_size_per_layer_input": 8,
+    "num_kv_shared_layers": 0,
+    "pad_token_id": None,
+    "bos_token_id": None,
+    "eos_token_id": None,
+}
+_TOWER: dict[str, Any] = {
+    **dict.fromkeys(("hidden_size", "d_model"), 32),
+    **dict.fromkeys(("intermediate_size", "encoder_ffn_dim"), 64),
+    **dict.fromkeys(("num_hidden_layers", "depth", "encoder_layers"), 1),
+    **dict.fromkeys(("num_attention_heads", "num_heads", "encoder_attention_heads"), 2),
+    "out_hidden_size": 64,
+    "image_size": 28,
+    "patch_size": 14,
+    "head_dim": 16,
+    "deepstack_visual_indexes": [0],
+}
+_LINEAR = {"layer_types": ["linear_attention", "full_attention"]}
+_CONVOLUTION = {"layer_types": ["conv", "full_attention"]}
+# Hybrids get a layer with attention: without one, transformers' own caches do not work.
+_OWN: dict[str, dict[str, Any]] = {
+    "bamba": {"attn_layer_indices": [1]},
+    "bailing_hybrid": {"layer_types": ["linear_attention", "full_attention"]},
+    "granitemoehybrid": _LINEAR,
+    "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1, "use_mamba_kernels": False, "mamba_dt_rank": 32},
+    "kimi_linear": _LINEAR,
+    "lfm2": _CONVOLUTION,
+    "lfm2_moe": _CONVOLUTION,
+    "olmo_hybrid": _LINEAR,
+    "qwen3_next": _LINEAR,
+    "qwen3_5_text": _LINEAR,
+    "qwen3_5_moe_text": _LINEAR,
+    "qwen4_exp_text": _LINEAR,
+    "mamba2": {"head_dim": 16, "num_heads": 4},
+    "qwen2_vl_text": {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]}},
+    "qwen2_5_vl_text": {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]}},
+}
+
+
+def tiny_config(kind: str) -> PretrainedConfig:
+    """A small configuration of a model type, as far as its sizes go by known names."""
+    config_class = CONFIG_MAPPING[kind]
+    default = config_class()
+    text, parts = default.get_text_config(), {}
+    for key in default.sub_configs:
+        part = getattr(default, key, None)
+        if part is not None:
+            parts[key] = {"model_type": part.model_type} | _settings(part, _SIZES if part is text else _TOWER)
+    return config_class(**_settings(default, _SIZES), **parts)
+
+
+def _settings(config: PretrainedConfig, sizes: dict[str, Any]) -> dict[str, Any]:
+    known = config.to_dict()
+    return {key: value for key, value in sizes.items() if key in known} | _OWN.get(config.model_type, {})
+
+
+def save_random(config: PretrainedConfig, folder: Path) -> None:
+    """A folder as `save_pretrained` publishes it; every weight and stored buffer random, so that one left out shows."""
+    model = auto_class(config).from_config(config)
+    if sum(parameter.numel() for parameter in model.parameters()) > _LARGEST:
+        raise ValueError("the model is not small: some of its sizes go by other names")
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.1)
+        for name in model.state_dict().keys() & dict(model.named_buffers()).keys():
+            buffer = model.get_buffer(name)
+            if buffer.is_floating_point():
+                buffer.copy_(torch.rand(buffer.shape, generator=generator) + 0.5)
+    model.save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
