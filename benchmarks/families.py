@@ -1,4 +1,4 @@
-"""Which model families work: every causal language model that transformers knows, as a tiny random model.
+"""A list of the model families that work: every causal language model that transformers knows, as a tiny random model.
 
     PYTHONPATH=. python benchmarks/families.py ROWS.jsonl [model types ...] > page.md
 
@@ -58,7 +58,7 @@ TUNED = (
 
 @dataclass
 class Row:
-    """What was found of one model type: for each step its result, or the line in which it is refused."""
+    """The findings on one model type: for each step its result, or the line in which it is refused."""
 
     kind: str
     result: str = ""

@@ -1,4 +1,4 @@
-"""What `families.py` does with one tiny model: its logits, a tuned model on 2 ranks, and what readers of that see."""
+"""The steps of `families.py` with one tiny model: its logits, a tuned model on 2 ranks, and the readers of that."""
 
 import contextlib
 from collections.abc import Callable, Iterator

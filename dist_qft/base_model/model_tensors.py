@@ -51,7 +51,7 @@ class ModelTensors:
         return self.source.names() - {leaf.name for view in self._views.values() for leaf in view.leaves()}
 
     def names_in_files(self, base: BaseModel) -> dict[str, str]:
-        """What the files call those tensors of the model that they hold as the model does, by the library's names."""
+        """The files' names of tensors that they hold as the model does, by the library's names."""
         packed = base.weights()
         names = {}
         for name, found in self._views.items():

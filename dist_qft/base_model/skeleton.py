@@ -112,7 +112,7 @@ class BaseModel:
         return {**self.linears, **self.experts, **self.tables()}
 
     def library_shape(self, path: str) -> tuple[str, tuple[int, ...]]:
-        """What the library's model calls a packed weight, and the shape that the weight has there."""
+        """The name of a packed weight in the library's model, and its shape there."""
         weight = self.weights()[path]
         *leading, rows, columns = weight.full_shape
         shape = (*leading, columns, rows) if weight.transposed else (*leading, rows, columns)

@@ -29,7 +29,7 @@ def untie_if_stored(causal: PreTrainedModel, config: PretrainedConfig, views: Ma
 
 
 def ties_head(causal: PreTrainedModel) -> bool:
-    """Whether the class and the configuration of a model, not yet taken apart, tie the LM head to the embedding."""
+    """True if the class and the configuration of a model, not yet taken apart, tie the LM head to the embedding."""
     head = causal.get_output_embeddings()
     names = {f"{path}.weight" for path, module in causal.named_modules() if module is head}
     return bool(names & causal.get_expanded_tied_weights_keys(all_submodels=True).keys())

@@ -37,7 +37,7 @@ def auto_class(config: PretrainedConfig) -> AutoClass:
     if config.get_text_config() is config or wrapper is None:
         return AutoModelForCausalLM
     if getattr(config, "is_encoder_decoder", False):
-        raise UserError(f"model.path: model type '{config.model_type}' is an encoder-decoder; need a decoder alone")
+        raise UserError(f"model.path: model type '{config.model_type}' is an encoder-decoder; must be a decoder alone")
     named = config.architectures or [wrapper]
     alone = wrapper not in named and _class_name(MODEL_FOR_CAUSAL_LM_MAPPING, config) in named
     return AutoModelForCausalLM if alone else AutoModelForMultimodalLM
@@ -70,7 +70,7 @@ def text_decoder(causal: PreTrainedModel) -> nn.Module:
 
 
 def is_wrapper(causal: PreTrainedModel) -> bool:
-    """Whether a model is a multimodal one, with parts beside its text decoder."""
+    """True if a model is a multimodal one, with parts beside its text decoder."""
     config = causal.config
     return config.get_text_config() is not config and auto_class(config) is AutoModelForMultimodalLM
 

@@ -50,7 +50,7 @@ def every_pair(count: int, reduction: int) -> Tensor:
 
 
 def turns_neighbours(decoder: nn.Module) -> bool:
-    """Whether a family's rotary embedding turns neighbouring channels, not the two halves of a head."""
+    """True if a family's rotary embedding turns neighbouring channels, not the two halves of a head."""
     rotate_half = getattr(sys.modules[type(decoder).__module__], "rotate_half", None)
     if rotate_half is None:
         return False
