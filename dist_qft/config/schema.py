@@ -15,7 +15,7 @@ from dist_qft.config.methods.door import AnyMethod
 from dist_qft.config.methods.qlora import QloraConfig
 from dist_qft.config.paths import ExpandedPath
 from dist_qft.config.renamed import with_current_names
-from dist_qft.config.section import NonNegative, NonNegativeNumber, Positive, PositiveNumber, Section
+from dist_qft.config.section import Megabytes, MegabytesOrNone, NonNegative, Positive, Section
 from dist_qft.config.train_schema import TrainConfig
 
 MergeTarget = Literal["gguf", "quantized", "dense", "peft"]
@@ -96,7 +96,7 @@ class ShardingConfig(Section):
         description="fsdp: free a layer after its forward pass and gather it again for backward",
         json_schema_extra={"axolotl": "fsdp_config.reshard_after_forward"},
     )
-    prefetch_megabytes: NonNegativeNumber = Field(
+    prefetch_megabytes: MegabytesOrNone = Field(
         0.0, description="zero: MB of the base that may be gathered ahead of their use"
     )
     offload: bool = Field(False, description="zero, CUDA: keep each rank's part of the base in host memory")
@@ -110,7 +110,7 @@ class ShardingConfig(Section):
         description="order in which gradients are added. fast: bucketed all-reduce during backward; invariant: a fixed "
         "order that gives the same bits on any number of ranks",
     )
-    bucket_megabytes: PositiveNumber = Field(
+    bucket_megabytes: Megabytes = Field(
         25.0,
         description="fast: MB of a bucket of the gradients' all-reduce",
         json_schema_extra={"transformers": "ddp_bucket_cap_mb", "axolotl": "ddp_bucket_cap_mb"},

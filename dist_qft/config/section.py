@@ -6,13 +6,19 @@ from pydantic import BaseModel, ConfigDict, Field
 
 # Upper bounds that no sensible value comes near, and beyond which seconds, bytes and counts leave the types that the
 # libraries keep them in, hours after the start.
-LARGEST_COUNT, LARGEST_SEED, LARGEST_NUMBER = 2**31 - 1, 2**63 - 1, 1e12
-BEYOND_ALL = (LARGEST_COUNT, LARGEST_SEED, LARGEST_NUMBER)  # not worth a word where a value is too small
+LARGEST_COUNT, LARGEST_SEED, LARGEST_NUMBER, LARGEST_MEGABYTES = 2**31 - 1, 2**63 - 1, 1e300, 1e12
+BEYOND_ALL = (
+    LARGEST_COUNT,
+    LARGEST_SEED,
+    LARGEST_NUMBER,
+    LARGEST_MEGABYTES,
+)  # not told of a value that is too small
 Positive = Annotated[int, Field(gt=0, le=LARGEST_COUNT)]
 NonNegative = Annotated[int, Field(ge=0, le=LARGEST_COUNT)]
 Seed = Annotated[int, Field(ge=0, le=LARGEST_SEED)]
 PositiveNumber = Annotated[float, Field(gt=0, le=LARGEST_NUMBER)]
-NonNegativeNumber = Annotated[float, Field(ge=0, le=LARGEST_NUMBER)]
+Megabytes = Annotated[float, Field(gt=0, le=LARGEST_MEGABYTES)]
+MegabytesOrNone = Annotated[float, Field(ge=0, le=LARGEST_MEGABYTES)]
 Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
 Text = Annotated[str, Field(min_length=1)]
 

@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from dist_qft.config.section import Fraction, NonNegative, Positive, PositiveNumber, Section, Seed
+from dist_qft.config.section import Fraction, Megabytes, NonNegative, Positive, PositiveNumber, Section, Seed
 
 
 class TrainConfig(Section):
@@ -113,7 +113,7 @@ class TrainConfig(Section):
         description="compute dtype; auto: bfloat16 on CUDA, else float32. Trainables are always float32",
         json_schema_extra={"transformers": "bf16", "axolotl": "bf16"},
     )
-    loss_chunk_megabytes: PositiveNumber | None = Field(
+    loss_chunk_megabytes: Megabytes | None = Field(
         None,
         description="MB of logits held at a time; default 64 on CUDA, 8 on a CPU (fits the cache)",
     )
