@@ -6,6 +6,7 @@ group exists, so that no rank waits in a collective for another's slow disk.
 
 import os
 import sys
+from collections.abc import Callable
 from contextlib import closing, nullcontext
 from pathlib import Path
 
@@ -51,8 +52,19 @@ from dist_qft.tuned_model.task import head_outputs
 from dist_qft.tuned_model.warm_start import require_same_model, starting_values, take_values
 
 
-def run_training(config: RunConfig, resume: str | None = None, stop: StopSignal | None = None) -> None:
-    """Train from a config to a summary. `resume` is None, 'auto' or a checkpoint folder; `stop` has been entered.
+def run_training(
+    config: RunConfig,
+    resume: str | None = None,
+    stop: StopSignal | None = None,
+    at_end: Callable[[], None] = lambda: None,
+) -> None:
+    """Train from a config to a summary.
+
+    Args:
+        resume: None, 'auto' or a checkpoint folder.
+        stop: has been entered.
+        at_end: is called on rank 0 when the run has come to its end. The other ranks wait for it, since a launcher may
+            end the job when the first of them leaves.
 
     Raises:
         DistQFTError: see `dist_qft.errors`; faults of the input are told before the base is loaded.
@@ -64,6 +76,7 @@ def run_training(config: RunConfig, resume: str | None = None, stop: StopSignal 
         must_match, crash_dir = inputs.must_match(), inputs.output_dir
         with session(config.sharding, doing=activity, must_match=must_match, crash_dir=crash_dir, stop=stop):
             execute_run(inputs, stop, activity)
+            on_rank_0(at_end, device)
 
 
 def gather_inputs(

@@ -21,7 +21,7 @@ from dist_qft.cli.app import (
     app,
     read_config,
 )
-from dist_qft.errors import DistQFTError, UserError
+from dist_qft.errors import UserError
 
 
 @app.command(context_settings=OVERRIDABLE)
@@ -48,25 +48,18 @@ def train(
     with StopSignal() as stop:  # before the imports below, which take seconds
         from dist_qft.train import run_training
 
-        run_training(settings, resume, stop)
-    _end_of_run(Path(settings.output_dir))
+        run_training(settings, resume, stop, at_end=lambda: _tell_end(Path(settings.output_dir)))
 
 
-def _end_of_run(folder: Path) -> None:
-    """Have rank 0 write the page of a run that has ended well and say what to do next.
-
-    A run is no failure for want of its page.
-    """
-    from dist_qft.ranks.world import World
+def _tell_end(folder: Path) -> None:
+    """Write the page of a run that has ended well and say what to do next."""
     from dist_qft.report.page import next_steps, write_report
     from dist_qft.report.records import RunRecords
 
-    if World.from_environment(os.environ).rank != 0:
-        return
     try:
         lines = [f"report      {write_report(folder)}", "next:"]
         lines += [f"  {command}   # {words}" for words, command in next_steps(RunRecords.read(folder))]
-    except DistQFTError as error:
+    except Exception as error:  # whatever it is, a run is no failure for want of its page
         lines = [f"warning: no report: {error}"]
     print(*lines, sep="\n", file=sys.stderr)
 

@@ -279,6 +279,6 @@ def test_loading_holds_the_own_share_and_one_tensor(pools, models, wide_model):
 
 
 def test_offload_on_a_cpu_is_refused():
-    with pytest.raises(UserError, match=r"sharding\.offload: the base is in host memory already") as raised:
+    with pytest.raises(UserError, match=r"sharding\.offload: .*host memory already") as raised:
         make_engine("zero", offload=True).shard(Units([], [], nn.Module()), CPU)
     assert raised.value.exit_code == 2

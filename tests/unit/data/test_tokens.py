@@ -131,7 +131,7 @@ REFUSED = {
     "template raises": (RAISING, Conversation(TWO_TURNS), f"{WHERE}: the chat template refuses the conversation: no"),
     "assistant first": (..., Conversation(TWO_TURNS[2:]), f"{WHERE}: message 0 is the assistant's"),
     "lone surrogate": (..., Text("a\ud800b"), f"{WHERE}: got a lone surrogate '\\ud800'"),
-    "tool left out": (..., Conversation(TWO_TURNS, [TOOL]), f"{WHERE}: tools: 'get_weather' is not in what"),
+    "tool left out": (..., Conversation(TWO_TURNS, [TOOL]), f"{WHERE}: tools: 'get_weather' is not in "),
     "call left out": (..., Conversation([*TWO_TURNS[:4], CALL]), f"{WHERE}: message 4 (assistant), function: 'sum_up'"),
 }
 

@@ -140,7 +140,7 @@ def refusal(config: RunConfig) -> str:
     [
         ({"reduction": 2}, "the side network's reduction was 4, the config says 2"),
         ({"downsample": "linear", "downsample_rank": None}, "the side network's downsample was adapter"),
-        ({"name": "qlora", **dict.fromkeys(["reduction", "downsample_rank"])}, "peft_type is 'DIST_QFT_QST'"),
+        ({"name": "qlora", **dict.fromkeys(["reduction", "downsample_rank"])}, "peft_type: got 'DIST_QFT_QST'"),
     ],
 )
 def test_resuming_as_something_else_is_refused(pools, tiny_llama, tmp_path, change, message):
