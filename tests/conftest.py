@@ -23,8 +23,9 @@ from tests.support.tiny_model import save_tiny_model, tiny_config
 settings.register_profile("busy", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("busy")
 
-# A shell's background job ignores interrupts, and so would the runs that tests interrupt.
+# A shell's background job ignores interrupts and one under nohup hangups, and so would the runs that tests stop.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 @pytest.fixture(autouse=True)
