@@ -3,12 +3,11 @@
 from pathlib import Path
 from typing import Any
 
-import torch
 from transformers import PretrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from dist_qft.base_model.wrapper import auto_class
-from tests.support.tiny_model import VOCABULARY, tiny_tokenizer
+from tests.support.tiny_model import VOCABULARY, save_with_random_values
 
 _LARGEST = 20_000_000  # parameters: a model above that is not tiny, because some sizes go by other names
 _SIZES: dict[str, Any] = {
@@ -95,13 +94,4 @@ def save_random(config: PretrainedConfig, folder: Path) -> None:
     model = auto_class(config).from_config(config)
     if sum(parameter.numel() for parameter in model.parameters()) > _LARGEST:
         raise ValueError("the model is not small: some of its sizes go by other names")
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.1)
-        for name in model.state_dict().keys() & dict(model.named_buffers()).keys():
-            buffer = model.get_buffer(name)
-            if buffer.is_floating_point():
-                buffer.copy_(torch.rand(buffer.shape, generator=generator) + 0.5)
-    model.save_pretrained(folder)
-    tiny_tokenizer().save_pretrained(folder)
+    save_with_random_values(model, folder)

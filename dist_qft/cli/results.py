@@ -47,5 +47,6 @@ def report(
 ) -> None:
     """Write report.html into RUN, one page with curves, answers, costs and the merge; training ends with it, too."""
     from dist_qft.report.page import write_report
+    from dist_qft.report.records import RunRecords
 
-    print(write_report(run))
+    print(write_report(RunRecords.read(run)))

@@ -57,8 +57,9 @@ def _tell_end(folder: Path) -> None:
     from dist_qft.report.records import RunRecords
 
     try:
-        lines = [f"report      {write_report(folder)}", "next:"]
-        lines += [f"  {command}   # {words}" for words, command in next_steps(RunRecords.read(folder))]
+        run = RunRecords.read(folder)
+        lines = [f"report      {write_report(run)}", "next:"]
+        lines += [f"  {command}   # {words}" for words, command in next_steps(run)]
     except Exception as error:  # whatever it is, a run is no failure for want of its page
         lines = [f"warning: no report: {error}"]
     print(*lines, sep="\n", file=sys.stderr)

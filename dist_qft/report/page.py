@@ -27,15 +27,10 @@ _TIMES = (
 )
 
 
-def write_report(folder: Path) -> Path:
-    """Write the page of the run in `folder` and return its path.
-
-    Raises:
-        UserError: `folder` is not a run's.
-        SetupError: the page cannot be written.
-    """
-    path = folder / REPORT_FILE
-    write_text(path, make_page(RunRecords.read(folder)))
+def write_report(run: RunRecords) -> Path:
+    """Write the page into the run's folder and return its path. Raises SetupError if it cannot be written."""
+    path = run.folder / REPORT_FILE
+    write_text(path, make_page(run))
     return path
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import AutoModelForCausalLM, LlamaConfig, PretrainedConfig, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, LlamaConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 from dist_qft.config.schema import RunConfig
 
@@ -100,3 +100,17 @@ def tiny_config(model: Path, output_dir: Path, **sections: dict) -> RunConfig:
     for name, changes in sections.items():
         tree[name] = {**tree.get(name, {}), **changes}
     return RunConfig(output_dir=str(output_dir), **tree)
+
+
+def save_with_random_values(model: PreTrainedModel, folder: Path) -> None:
+    """Write a model as published: every weight and stored buffer random, so that one that is left out shows."""
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.1)
+        for name in model.state_dict().keys() & dict(model.named_buffers()).keys():
+            buffer = model.get_buffer(name)
+            if buffer.is_floating_point():
+                buffer.copy_(torch.rand(buffer.shape, generator=generator) + 0.5)
+    model.save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)

@@ -3,11 +3,10 @@
 from pathlib import Path
 from typing import Any
 
-import torch
 from transformers import AutoModelForMultimodalLM, PretrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from tests.support.tiny_model import VOCABULARY, tiny_tokenizer
+from tests.support.tiny_model import VOCABULARY, save_with_random_values
 
 _TEXT = {
     "hidden_size": 64,
@@ -57,15 +56,6 @@ def wrapper_config(kind: str) -> PretrainedConfig:
 def save_wrapper(kind: str, folder: Path) -> Path:
     """A folder of this model type as `save_pretrained` publishes it; every weight and stored buffer is random."""
     model = AutoModelForMultimodalLM.from_config(wrapper_config(kind))
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.1)
-        for name in model.state_dict().keys() & dict(model.named_buffers()).keys():
-            buffer = model.get_buffer(name)
-            if buffer.is_floating_point():
-                buffer.copy_(torch.rand(buffer.shape, generator=generator) + 0.5)
-    model.save_pretrained(folder)
-    tiny_tokenizer().save_pretrained(folder)
+    save_with_random_values(model, folder)
     (folder / "preprocessor_config.json").write_text('{"image_processor_type": "AnyImageProcessor"}')
     return folder

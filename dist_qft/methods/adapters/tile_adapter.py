@@ -98,7 +98,7 @@ class _GradientOfAdded(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, y: torch.Tensor, x: torch.Tensor, adapter: "TileAdapter", *_: torch.Tensor) -> torch.Tensor:
         ctx.save_for_backward(sum_neighbours(x, adapter.settings.pool))
-        ctx.adapter, ctx.count = adapter, len(_)
+        ctx.adapter = adapter
         return y.view_as(y)
 
     @staticmethod

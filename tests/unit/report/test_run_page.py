@@ -8,6 +8,7 @@ import pytest
 from dist_qft.config.load import load_config, save_config
 from dist_qft.errors import UserError
 from dist_qft.report.page import write_report
+from dist_qft.report.records import RunRecords
 from dist_qft.training.summary import SummaryFigures
 
 PROMPT = "What is <b>bold</b>?"
@@ -36,7 +37,7 @@ def run(tmp_path: Path) -> Path:
 
 
 def test_a_stopped_run_has_a_page_that_says_how_to_go_on(run):
-    page = write_report(run).read_text()
+    page = write_report(RunRecords.read(run)).read_text()
     assert "not finished: 2 steps are recorded" in page
     assert f"dist-qft train {run / 'config.yaml'} --resume auto" in page
     assert "50 %" in page, "computing took 2 of 4 seconds"
@@ -44,7 +45,7 @@ def test_a_stopped_run_has_a_page_that_says_how_to_go_on(run):
 
 
 def test_what_a_model_answers_is_text(run):
-    page = write_report(run).read_text()
+    page = write_report(RunRecords.read(run)).read_text()
     assert "<script>" not in page and "&lt;script&gt;alert(1)" in page
     assert "What is &lt;b&gt;bold" in page
 
@@ -60,15 +61,15 @@ def test_a_finished_run_shows_its_figures_without_the_base(run):
     }
     figures |= {"gather_bytes_per_step": 0, "reduce_bytes_per_step": 49_548}
     (run / "summary.json").write_text(json.dumps(figures))
-    page = write_report(run).read_text()
+    page = write_report(RunRecords.read(run)).read_text()
     assert all(text in page for text in ("finished: 3 steps on 2 ranks (fsdp)", "12,345", "1 h 6 min", "49,548"))
     assert "--resume" not in page
 
 
 def test_the_same_files_give_the_same_page(run):
-    assert write_report(run).read_bytes() == write_report(run).read_bytes()
+    assert write_report(RunRecords.read(run)).read_bytes() == write_report(RunRecords.read(run)).read_bytes()
 
 
 def test_another_folder_is_refused(tmp_path):
     with pytest.raises(UserError, match=r"config\.yaml"):
-        write_report(tmp_path)
+        RunRecords.read(tmp_path)
