@@ -79,3 +79,20 @@ def test_a_batch_scripts_refusals_are_one_line_and_exit_code_2(tmp_path, script,
     )
     assert done.returncode == 2
     assert done.stderr.startswith("dist-qft: ") and done.stderr.count("\n") == 1 and message in done.stderr
+
+
+@pytest.mark.parametrize(("tool", "code"), [(None, 0), ("ruff", 1), ("mypy", 1), ("pytest", 3)])
+def test_the_test_command_ends_with_what_its_tools_found(tmp_path, tool, code):
+    """Stubs stand for the tools; mypy runs beside pytest and ends before it."""
+    files = dict.fromkeys(("launch/get_smollm2.sh", "bin/ruff", "bin/mypy", "bin/pytest"), "true")
+    files["launch/environment.sh"] = f"ROOT={tmp_path}; prepare_environment() {{ PATH={tmp_path}/bin:$PATH; }}"
+    files["bin/pytest"] = "sleep 0.2"
+    if tool:
+        files[f"bin/{tool}"] = f"exit {code}"
+    for name, body in files.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(f"#!/bin/bash\n{body}\n")
+        (tmp_path / name).chmod(0o755)
+    (tmp_path / "tests").mkdir()
+    script = shutil.copy(ROOT / "tests/run.sh", tmp_path / "tests")
+    assert subprocess.run(["bash", script], timeout=30).returncode == code
