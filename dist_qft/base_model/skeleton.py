@@ -111,6 +111,14 @@ class BaseModel:
         """Every packed weight by module path: linear layers, experts, vocabulary tables."""
         return {**self.linears, **self.experts, **self.tables()}
 
+    @property
+    def matrices(self) -> dict[str, FrozenLinear | FrozenExperts]:
+        """The packed weights that adapters may change, by module path in model order: linear layers and experts."""
+        found: dict[str, FrozenLinear | FrozenExperts] = {**self.linears, **self.experts}
+        if not self.experts:
+            return found
+        return {path: found[path] for path, _ in self.model.named_modules() if path in found}
+
     def library_shape(self, path: str) -> tuple[str, tuple[int, ...]]:
         """The name of a packed weight in the library's model, and its shape there."""
         weight = self.weights()[path]

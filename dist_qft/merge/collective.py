@@ -49,7 +49,7 @@ def fold_base(live: LiveModel, recipe: Recipe, device: torch.device) -> Differen
     difference = Difference()
     with failing_together(recipe.request.path, device):
         for path, adapter in live.adapters.by_path.items():
-            layer = live.base.linears[path]
+            layer = live.base.matrices[path]
             zeros = layer.format.fold_target if recipe.folds(path) else None
             if zeros is None:
                 continue

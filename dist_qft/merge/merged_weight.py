@@ -68,7 +68,7 @@ def converted(
         NumericError: the merged weight is not finite.
         UserError: `new` cannot hold it.
     """
-    folds = adapter is None or folds_exactly(format, shape, adapter.settings)
+    folds = adapter is None or folds_exactly(format, adapter.settings)
     if folds and new != format and new.keeps_codes_of(format):
         merged = dict(packed) if adapter is None else with_folded_zeros(format, packed, adapter)
         for name in merged.keys() - {"codes"}:

@@ -57,7 +57,7 @@ def logits_of(base: BaseModel, ids: list[int], device: torch.device) -> Tensor:
     Memory that a layer needed is given back after it: a merge must not take more than a few layers beside the shards.
     """
     # After each matrix, too: its pieces can leave holes of its size.
-    modules = [*base.layers, *base.linears.values()]
+    modules = [*base.layers, *base.matrices.values()]
     hooks = [module.register_forward_hook(lambda *_: return_freed_memory()) for module in modules]
     try:
         logits = base.model(input_ids=torch.tensor([ids], device=device), use_cache=False).logits

@@ -79,7 +79,7 @@ def quantized_recipe(
         UserError: dW does not fold exactly, or the new format cannot hold a layer.
     """
     if request.requantize is None:
-        if obstacle := folding_obstacle(tiles, base.linears):
+        if obstacle := folding_obstacle(tiles, base.matrices):
             raise UserError(
                 f"no exact merge: {obstacle}; "
                 "--requantize affine4 or --to dense merge with an error, which their certificate states"
@@ -91,8 +91,8 @@ def quantized_recipe(
         quantization = quantization.model_copy(update=changes)
     new = linear_format(quantization.linear, quantization.block, quantization.double_quant, quantization.constants)
     formats = {}
-    for path, layer in base.linears.items():
+    for path, layer in base.matrices.items():
         if layer.format.name != "dense" and (layer.format != new or path in tiles):
-            new.check(layer.weight_shape, path)
+            new.check((layer.out_features, layer.in_features), path)
             formats[path] = new
     return Recipe(request, "requantized", tiles, formats, quantization)

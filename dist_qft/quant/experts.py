@@ -57,14 +57,20 @@ class FrozenExperts(FrozenWeight):
 
     def hit(self, sizes: Sequence[int]) -> Iterator[tuple[slice, Tensor]]:
         """The rows of each expert that has any, and its weight, dequantized when it is asked for."""
-        start = 0
-        for expert, size in enumerate(sizes):
-            if size:
-                yield (
-                    slice(start, start + size),
-                    self.rows(expert * self.out_features, (expert + 1) * self.out_features),
-                )
-            start += size
+        packed = self._packed_in_use()
+        whole = None if self.rows_alone else self.format.dequantize(packed, self.weight_shape, self.dtype)
+        for expert, rows in rows_by_expert(sizes):
+            first, last = expert * self.out_features, (expert + 1) * self.out_features
+            yield rows, self._rows_of(packed, first, last) if whole is None else whole[first:last]
+
+
+def rows_by_expert(sizes: Sequence[int]) -> Iterator[tuple[int, slice]]:
+    """Each expert that has any rows, and these, where rows are sorted by their expert."""
+    start = 0
+    for expert, size in enumerate(sizes):
+        if size:
+            yield expert, slice(start, start + size)
+        start += size
 
 
 class _ExpertProducts(torch.autograd.Function):

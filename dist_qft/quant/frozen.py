@@ -65,15 +65,24 @@ class FrozenWeight(nn.Module):
 
         Converts these rows alone, or the whole weight if its format does not allow that.
         """
-        if self.format.row_format is not None:
-            packed = self.format.row_part(self.packed(), self.weight_shape, start, stop)
-            return self.format.row_format.dequantize(packed, (stop - start, self.weight_shape[1]), self.dtype)
-        if not self.format.row_local:
+        if not self.rows_alone:
             return self.dequantize()[start:stop]
+        return self._rows_of(self.packed(), start, stop)
+
+    @property
+    def rows_alone(self) -> bool:
+        """True if some rows can be converted without the others."""
+        return self.format.row_format is not None or self.format.row_local
+
+    def _rows_of(self, packed: dict[str, Tensor], start: int, stop: int) -> Tensor:
+        """The rows start..stop of a weight whose packed tensors these are; only with `rows_alone`."""
+        if self.format.row_format is not None:
+            part = self.format.row_part(packed, self.weight_shape, start, stop)
+            return self.format.row_format.dequantize(part, (stop - start, self.weight_shape[1]), self.dtype)
         alignment = self.format.row_alignment
         first = start // alignment * alignment
         last = -(-stop // alignment) * alignment
-        packed = self.format.slice_rows(self.packed(), first, last)
+        packed = self.format.slice_rows(packed, first, last)
         weight = self.format.dequantize(packed, (last - first, self.weight_shape[1]), self.dtype)
         return weight[start - first : stop - first]
 

@@ -14,7 +14,7 @@ from dist_qft.methods.adapters.attach import AdapterSet
 from dist_qft.methods.adapters.exact_fold import folded, zeros_of
 from dist_qft.methods.adapters.tile_adapter import TileAdapter
 from dist_qft.methods.trainable import TrainableSet
-from dist_qft.quant.frozen import FrozenLinear
+from dist_qft.quant.frozen import FrozenWeight
 from dist_qft.sharding.engine import Engine
 
 
@@ -34,7 +34,7 @@ def fixed_values(engine: Engine, trainables: TrainableSet) -> Iterator[None]:
 
 
 @contextmanager
-def written_zeros(engine: Engine, layers: Iterable[tuple[FrozenLinear, TileAdapter]]) -> Iterator[None]:
+def written_zeros(engine: Engine, layers: Iterable[tuple[FrozenWeight, TileAdapter]]) -> Iterator[None]:
     """Inside, the zeros of these layers have their adapters' dW, with the bits that a merge writes.
 
     What is gathered is freed at both ends: it holds the other zeros.
@@ -53,16 +53,16 @@ def written_zeros(engine: Engine, layers: Iterable[tuple[FrozenLinear, TileAdapt
 
 
 @torch.no_grad()
-def _write(engine: Engine, linear: FrozenLinear, adapter: TileAdapter) -> tuple[Tensor, Tensor] | None:
+def _write(engine: Engine, layer: FrozenWeight, adapter: TileAdapter) -> tuple[Tensor, Tensor] | None:
     """Write this rank's part of a layer's zeros. Returns it with a copy of what it was, None if the part is empty."""
-    target = zeros_of(linear.format)
-    parameter = getattr(linear, target.tensor)
+    target = zeros_of(layer.format)
+    parameter = getattr(layer, target.tensor)
     part = engine.local(parameter).view(-1)
     if part.numel() == 0:
         return None
     copy = part.clone()
     start, _ = engine.span(parameter)
-    width = linear.in_features // target.block[1]
+    width = layer.weight_shape[1] // target.block[1]
     part.copy_(folded(copy, start, width, target.block, adapter)[0])
     return part, copy
 

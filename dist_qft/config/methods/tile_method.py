@@ -95,7 +95,7 @@ class TileMethod(MethodConfig):
     )
     targets: str | list[str] = Field(
         "all-linear",
-        description="layers that get an adapter: `all-linear`, or layer types as in a schedule",
+        description="layers that get an adapter: `all-linear`, layer types as in a schedule, or a mixture's `experts`",
         json_schema_extra={"peft": "target_modules", "axolotl": "lora_target_modules"},
     )
     schedule: Sequence[ScheduleRule] = Field([], description="exceptions by layer type and depth, in order")

@@ -20,7 +20,7 @@ from dist_qft.merge.recipe import Kind, Recipe
 from dist_qft.merge.target import Converted, Probe, Target, Writer
 from dist_qft.methods.adapters.exact_fold import folded
 from dist_qft.methods.adapters.tile_adapter import TileAdapter
-from dist_qft.quant.frozen import FrozenLinear, FrozenWeight
+from dist_qft.quant.frozen import FrozenWeight
 from dist_qft.tuned_model.loaded_model import open_base
 
 
@@ -48,7 +48,7 @@ class MergedModel(Target):
         difference, adapters = Difference(), live.adapters.by_path
         if kind == "exact":
             for path, adapter in adapters.items():
-                _add_folded(difference, path, live.base.linears[path], written.linears[path], adapter, result)
+                _add_folded(difference, path, live.base.matrices[path], written.matrices[path], adapter, result)
         else:
             old, new = live.weights(), frozen_weights(written)
             for path in self.converted(live):
@@ -68,7 +68,7 @@ def _add_weights(difference: Difference, old: FrozenWeight, new: FrozenWeight, a
 
 
 def _add_folded(
-    difference: Difference, path: str, old: FrozenLinear, new: FrozenLinear, adapter: TileAdapter, where: Path
+    difference: Difference, path: str, old: FrozenWeight, new: FrozenWeight, adapter: TileAdapter, where: Path
 ) -> None:
     """Count folded constants against exact sums; every other packed tensor must be the base's own."""
     zeros = old.format.fold_target

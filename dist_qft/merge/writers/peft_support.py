@@ -25,9 +25,11 @@ def require_peft_support(model_type: str, tiles: Mapping[str, TileSettings]) -> 
     (`peft.tuners.tuners_utils`).
     """
     expert_names = _EXPERT_NAMES.get(_CONVERSIONS.get(model_type, model_type), ())
-    for path in tiles:
+    for path, settings in tiles.items():
         leaf = path.rsplit(".", 1)[-1]
-        if leaf in expert_names:
+        if settings.experts is not None:
+            reason = "adapters on experts are not written for PEFT, which keeps them as LoRAs of stacked parameters"
+        elif leaf in expert_names:
             reason = f"for model type '{model_type}' PEFT takes {leaf} for experts and drops these adapters"
         elif model_type in _MAMBA_TYPES and leaf in _MAMBA_NAMES:
             reason = f"for model type '{model_type}' PEFT refuses to load adapters on {leaf}"

@@ -1,5 +1,6 @@
 """The tile adapters of a run as a `TrainableSpec`: settings by layer, written into a checkpoint and read from one."""
 
+import math
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -10,13 +11,14 @@ from dist_qft.config.methods.tile_method import BlockMethod, TileMethod
 from dist_qft.errors import UserError
 from dist_qft.methods.adapters.attach import AdapterSet
 from dist_qft.methods.adapters.exact_fold import folding_obstacle
-from dist_qft.methods.adapters.schedule import LinearShape, TileSettings, layer_type, plan_adapters
+from dist_qft.methods.adapters.schedule import EXPERTS, LinearShape, TileSettings, plan_adapters, type_of
 from dist_qft.methods.trainable import Counts, TrainableSpec
+from dist_qft.quant.experts import FrozenExperts
 
 
 @dataclass(frozen=True)
 class AdapterSpec(TrainableSpec[AdapterSet]):
-    """Tile adapters on linear layers.
+    """Tile adapters on linear layers and on mixtures' experts.
 
     Attributes:
         tiles: layer path -> adapter settings, in model order.
@@ -65,8 +67,8 @@ class AdapterSpec(TrainableSpec[AdapterSet]):
 
     def warnings(self, base: BaseModel) -> list[str]:
         """Experts that get no adapters; an obstacle to the exact merge, for a method that is made for it."""
-        lines = [] if not base.experts else [_experts_line(base)]
-        obstacle = folding_obstacle(self.tiles, base.linears) if self.made_to_merge else None
+        lines = [] if base.experts.keys() <= self.tiles.keys() else [_experts_line(base, self.tiles)]
+        obstacle = folding_obstacle(self.tiles, base.matrices) if self.made_to_merge else None
         return lines if obstacle is None else [*lines, f"method.name: will not merge exactly: {obstacle}"]
 
     def counts(self, base: BaseModel) -> Counts:
@@ -74,10 +76,10 @@ class AdapterSpec(TrainableSpec[AdapterSet]):
         by_type: Counter[str] = Counter()
         by_depth = [0] * len(base.layers)
         for path, settings in self.tiles.items():
-            by_type[layer_type(path)] += settings.parameters
+            by_type[type_of(settings, path)] += settings.parameters
             if (depth := base.depth_of(path)) is not None:
                 by_depth[depth] += settings.parameters
-        kinds = Counter((layer_type(path), settings) for path, settings in self.tiles.items())
+        kinds = Counter((type_of(settings, path), settings) for path, settings in self.tiles.items())
         rows = [_row(name, settings, count) for (name, settings), count in kinds.items()]
         return Counts(dict(by_type), by_depth, rows)
 
@@ -93,10 +95,9 @@ def adapter_spec(method: TileMethod, base: BaseModel) -> AdapterSpec:
         UserError: the section does not fit the base's layers, or asks for merge-aware training of adapters that do not
             merge exactly.
     """
-    _refuse_experts(method)
     spec = AdapterSpec(plan_adapters(method, linear_shapes(base)), made_to_merge=isinstance(method, BlockMethod))
     if not spec.leaves_base_clean:
-        obstacle = folding_obstacle(spec.tiles, base.linears)
+        obstacle = folding_obstacle(spec.tiles, base.matrices)
         if obstacle is not None:
             raise UserError(f"method.merge_aware: no exact merge: {obstacle}")
     return spec
@@ -118,28 +119,26 @@ def require_tiles(spec: TrainableSpec[Any]) -> Mapping[str, TileSettings]:
 
 
 def linear_shapes(base: BaseModel) -> list[LinearShape]:
-    """The base's linear layers as the method's schedule sees them, in model order."""
+    """The base's linear layers and experts as the method's schedule sees them, in model order."""
     return [
-        LinearShape(path, layer.in_features, layer.out_features, base.depth_of(path))
-        for path, layer in base.linears.items()
+        LinearShape(
+            path,
+            layer.in_features,
+            layer.out_features,
+            base.depth_of(path),
+            layer.experts if isinstance(layer, FrozenExperts) else None,
+        )
+        for path, layer in base.matrices.items()
     ]
 
 
-def _refuse_experts(method: TileMethod) -> None:
-    selections = [("method.targets", method.targets)]
-    selections += [(f"method.schedule.{index}.layers", rule.layers) for index, rule in enumerate(method.schedule)]
-    for key, selectors in selections:
-        if "experts" in ([selectors] if isinstance(selectors, str) else selectors):
-            raise UserError(
-                f"{key}: got 'experts', must name linear layers; adapters on a mixture's experts are not supported"
-            )
-
-
-def _experts_line(base: BaseModel) -> str:
-    experts = sum(stack.weight_shape[0] * stack.in_features for stack in base.experts.values())
-    linears = sum(layer.out_features * layer.in_features for layer in base.linears.values())
-    share = experts / (experts + linears)
-    return f"method.targets: the experts, {share:.0%} of the decoder's matrices, stay as they are and get no adapters"
+def _experts_line(base: BaseModel, tiles: Mapping[str, TileSettings]) -> str:
+    bare = sum(math.prod(stack.full_shape) for path, stack in base.experts.items() if path not in tiles)
+    share = bare / sum(math.prod(layer.full_shape) for layer in base.matrices.values())
+    return (
+        f"method.targets: experts with {share:.0%} of the decoder's weights stay as they are and get no adapters; "
+        f"'{EXPERTS}' in the list selects them"
+    )
 
 
 def _row(name: str, settings: TileSettings, count: int) -> dict[str, Any]:
@@ -147,9 +146,9 @@ def _row(name: str, settings: TileSettings, count: int) -> dict[str, Any]:
     return {
         "layer_type": name,
         "layers": count,
-        "shape": [settings.out_features, settings.in_features],
+        "shape": [*([settings.experts] if settings.experts else []), settings.out_features, settings.in_features],
         "tile": [settings.repeat, settings.pool],
-        "max_rank": min(value for shape in settings.shapes().values() for value in shape),
+        "max_rank": settings.max_rank,
         "scale": settings.scale,
         "parameters": count * settings.parameters,
     }

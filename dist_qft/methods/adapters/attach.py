@@ -1,4 +1,4 @@
-"""All adapters of a model: a module tree of its own that hooks onto the base's linear layers from outside.
+"""All adapters of a model: a module tree of its own that hooks onto the base's matrices from outside.
 
 The base's module tree never holds a trainable, so any engine may shard it whole, and the adapters stay ordinary
 parameters under every engine. Attach before anything renames the base's modules (checkpoint wrappers, compile).
@@ -9,6 +9,7 @@ import hashlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
+from typing import Any
 
 import torch
 from torch import nn
@@ -20,11 +21,11 @@ from dist_qft.methods.adapters.schedule import TileSettings
 from dist_qft.methods.adapters.tile_adapter import TileAdapter
 from dist_qft.methods.trainable import HookedTrainables
 from dist_qft.quant.contract import Format
-from dist_qft.quant.frozen import FrozenLinear
+from dist_qft.quant.frozen import FrozenWeight
 
 
 class AdapterSet(HookedTrainables):
-    """Adapters by the path of the linear layer they change, in model order.
+    """Adapters by the path of the linear layer, or of the product of experts, that they change, in model order.
 
     Train and eval mode are this module's own: `model.eval()` does not reach the adapters' dropout.
     """
@@ -36,7 +37,7 @@ class AdapterSet(HookedTrainables):
         # A ModuleDict key may not hold a dot; a module path never holds a slash.
         self._adapters = nn.ModuleDict({path.replace(".", "/"): adapter for path, adapter in adapters.items()})
         self._by_path = dict(adapters)
-        self._changed: list[tuple[FrozenLinear, TileAdapter]] = []  # those that are merge-aware
+        self._changed: list[tuple[FrozenWeight, TileAdapter]] = []  # those that are merge-aware
         self._written = False  # the base's zeros have dW in them already
 
     @classmethod
@@ -67,8 +68,9 @@ class AdapterSet(HookedTrainables):
     def attach(self, model: nn.Module) -> list[RemovableHandle]:
         """Hook every adapter onto the module of `model` at its path; returns the hooks' handles.
 
-        A hooked module is called with its input x (..., in_features) as the first positional argument and returns
-        (..., out_features); the hook returns that output with the adapter's added. Raises UserError for a path
+        A hooked module is called with its input x (..., in_features) as the first positional argument, experts with
+        the number of rows of each as the second, and returns (..., out_features); the hook returns that output with
+        the adapter's added. Raises UserError for a path
         that the model lacks or a module of other sizes, before any hook is placed.
         """
         if self._handles:
@@ -94,7 +96,7 @@ class AdapterSet(HookedTrainables):
         self._handles, self._changed = [], []
 
     @property
-    def folded_at_use(self) -> list[tuple[FrozenLinear, TileAdapter]]:
+    def folded_at_use(self) -> list[tuple[FrozenWeight, TileAdapter]]:
         """The layers that fold dW into their zeros at each use: those that are merge-aware, unless it is in them."""
         return self._changed if self._enabled and not self._written else []
 
@@ -108,12 +110,12 @@ class AdapterSet(HookedTrainables):
             self._written = False
 
     def _hook(self, adapter: TileAdapter) -> Callable[..., torch.Tensor | None]:
-        def add_adapter(module: nn.Module, args: tuple[torch.Tensor], output: torch.Tensor) -> torch.Tensor | None:
+        def add_adapter(module: nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> torch.Tensor | None:
             if not self._enabled:
                 return None
             if adapter.settings.merge_aware:  # the output has it already, by the layer's own zeros
-                return adapter.add_gradient_to(output, args[0]) if torch.is_grad_enabled() else None
-            return adapter.add_to(output, args[0])
+                return adapter.add_gradient_to(output, *args) if torch.is_grad_enabled() else None
+            return adapter.add_to(output, *args)
 
         return add_adapter
 
@@ -138,5 +140,8 @@ def _misfit(path: str, adapter: TileAdapter, module: nn.Module | None) -> str | 
     sizes = [getattr(module, "in_features", None), getattr(module, "out_features", None)]
     if None in sizes:
         return f"{path} is a {type(module).__name__}, not a linear layer"
+    experts = getattr(module, "experts", None)
+    if experts != adapter.settings.experts:
+        return f"{path} has {experts or 'no'} experts, the adapter {adapter.settings.experts or 'none'}"
     wanted = [adapter.settings.in_features, adapter.settings.out_features]
     return None if sizes == wanted else f"{path} maps {sizes[0]} -> {sizes[1]}, the adapter {wanted[0]} -> {wanted[1]}"

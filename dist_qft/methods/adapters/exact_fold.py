@@ -14,8 +14,8 @@ from torch import Tensor
 from dist_qft.divisors import either
 from dist_qft.methods.adapters.schedule import TileSettings
 from dist_qft.methods.adapters.tile_adapter import TileAdapter
-from dist_qft.quant.contract import FoldTarget, Format, Shape
-from dist_qft.quant.frozen import FrozenLinear
+from dist_qft.quant.contract import FoldTarget, Format
+from dist_qft.quant.frozen import FrozenWeight
 
 _ROWS = 256  # tile rows multiplied at a time
 
@@ -27,28 +27,27 @@ def zeros_of(format: Format) -> FoldTarget:
     return format.fold_target
 
 
-def folding_obstacle(tiles: Mapping[str, TileSettings], linears: Mapping[str, FrozenLinear]) -> str | None:
+def folding_obstacle(tiles: Mapping[str, TileSettings], layers: Mapping[str, FrozenWeight]) -> str | None:
     """The reason why not all adapters of these tiles fold exactly, and the nearest settings that would; or None."""
     faults = []
     for path, settings in tiles.items():
-        layer = linears[path]
-        if fault := _obstacle(path, layer.format, layer.weight_shape, settings):
+        if fault := _obstacle(path, layers[path].format, settings):
             faults.append(fault)
     more = f" (and {len(faults) - 1} more layers)" if len(faults) > 1 else ""
     return f"{faults[0]}{more}" if faults else None
 
 
-def folds_exactly(format: Format, shape: Shape, settings: TileSettings) -> bool:
-    """True if an adapter of these tiles folds exactly into a weight (out_features, in_features) in this format."""
-    return _obstacle("", format, shape, settings) is None
+def folds_exactly(format: Format, settings: TileSettings) -> bool:
+    """True if an adapter of these tiles folds exactly into a weight in this format."""
+    return _obstacle("", format, settings) is None
 
 
-def _obstacle(path: str, format: Format, shape: Shape, settings: TileSettings) -> str | None:
+def _obstacle(path: str, format: Format, settings: TileSettings) -> str | None:
     target = format.fold_target
     if target is None:
         return f"{path} is {format.name}, {format.fold_obstacle}; choose quantization.linear: affine4"
     faults = []
-    sides = (("repeat", settings.repeat, shape[0]), ("pool", settings.pool, shape[1]))
+    sides = (("repeat", settings.repeat, settings.out_features), ("pool", settings.pool, settings.in_features))
     for (knob, value, size), block in zip(sides, target.block, strict=True):
         if value % block:
             legal = [factor for factor in range(block, size + 1, block) if size % factor == 0]
@@ -91,17 +90,23 @@ def with_folded_zeros(format: Format, packed: Mapping[str, Tensor], adapter: Til
 
 @torch.no_grad()
 def tile_rows(adapter: TileAdapter, start: int, stop: int) -> Tensor:
-    """Rows start..stop of the tile values of dW: float64 (stop - start, d_in / p).
+    """Rows start..stop of the tile values of dW: float64 (stop - start, d_in / p); experts lie below each other.
 
     Products are taken over blocks of rows at fixed places, so a row's bits do not depend on which others a rank holds.
     """
     scale = adapter.settings.tile_scale
     if adapter.B is None:
         return adapter.A[start:stop].double() * scale
-    right = adapter.A.double()
-    first = start // _ROWS * _ROWS
-    blocks = [adapter.B[row : row + _ROWS].double() @ right for row in range(first, stop, _ROWS)]
-    return torch.cat(blocks)[start - first : stop - first] * scale
+    settings = adapter.settings
+    height = settings.out_features // settings.repeat  # of one expert, or of the only matrix
+    pieces = []
+    for matrix, (left, right) in enumerate(adapter.pairs()):
+        first, last = max(start - matrix * height, 0), min(stop - matrix * height, height)
+        if first < last:
+            begin, wide = first // _ROWS * _ROWS, right.double()
+            blocks = [left[row : row + _ROWS].double() @ wide for row in range(begin, last, _ROWS)]
+            pieces.append(torch.cat(blocks)[first - begin : last - begin])
+    return torch.cat(pieces) * scale
 
 
 def _to_float16(exact: Tensor) -> Tensor:

@@ -25,6 +25,7 @@ _GROUP_LAYERS = {
     "mlp": ("gate_proj", "up_proj", "down_proj", "gate_up_proj", "fc1", "fc2"),
 }
 _EVERYTHING = ("all", "all-linear")
+EXPERTS = "experts"  # selects the experts of mixtures, which `all` leaves out
 
 
 @dataclass(frozen=True)
@@ -32,13 +33,15 @@ class LinearShape:
     """A linear layer as the schedule sees it.
 
     `path` is its dotted module path ("model.layers.3.self_attn.q_proj"), `depth` the index of its decoder
-    layer, or None for a layer outside the decoder stack.
+    layer, or None for a layer outside the decoder stack. `experts` is the number of matrices of these sizes where the
+    layer is one product of a mixture's experts, None for a linear layer.
     """
 
     path: str
     in_features: int
     out_features: int
     depth: int | None
+    experts: int | None = None
 
 
 class TileSettings(Section):
@@ -46,7 +49,8 @@ class TileSettings(Section):
 
     dW = tile_scale * M (x) ones(repeat, pool), with M = A or M = B A. `rank` is the nominal rank r: it sets the
     scale alpha / r, while `inner`, the number of rows of A when there is a B, may be a multiple of it (None: the
-    single matrix of QA-HiRA). Construction raises ValueError when pool or repeat does not divide the layer.
+    single matrix of QA-HiRA). With `experts` E there is such an adapter for each of E matrices of these sizes.
+    Construction raises ValueError when pool or repeat does not divide the layer.
     """
 
     in_features: Positive
@@ -60,6 +64,7 @@ class TileSettings(Section):
     dropout: Fraction = 0.0
     merge_aware: bool = False
     use_rslora: bool = False
+    experts: Positive | None = None
 
     @model_validator(mode="after")
     def _tiles_fill_the_layer(self) -> "TileSettings":
@@ -88,15 +93,22 @@ class TileSettings(Section):
         return sum(rows * columns for rows, columns in self.shapes().values())
 
     def shapes(self) -> dict[str, tuple[int, int]]:
-        """Shape (rows, columns) of each trainable matrix, "A" first."""
+        """Shape (rows, columns) of each trainable matrix, "A" first; those of experts lie below each other."""
         tiles_in, tiles_out = self.in_features // self.pool, self.out_features // self.repeat
+        matrices = self.experts or 1
         if self.inner is None:
-            return {"A": (tiles_out, tiles_in)}
-        return {"A": (self.inner, tiles_in), "B": (tiles_out, self.inner)}
+            return {"A": (matrices * tiles_out, tiles_in)}
+        return {"A": (matrices * self.inner, tiles_in), "B": (matrices * tiles_out, self.inner)}
+
+    @property
+    def max_rank(self) -> int:
+        """The largest rank that dW of one matrix can have."""
+        tiles = min(self.in_features // self.pool, self.out_features // self.repeat)
+        return tiles if self.inner is None else min(tiles, self.inner)
 
     def to_dict(self) -> dict[str, object]:
-        """The settings as JSON values for `adapter_config.json`; `use_rslora`, a later key, only where it is used."""
-        return self.model_dump(exclude=None if self.use_rslora else {"use_rslora"})
+        """The settings as JSON values for `adapter_config.json`; later keys only where they are used."""
+        return self.model_dump(exclude={key for key in ("use_rslora", "experts") if not getattr(self, key)})
 
     @classmethod
     def from_dict(cls, fields: object, where: str = "adapter settings") -> "TileSettings":
@@ -121,6 +133,11 @@ class _Draft:
 def layer_type(path: str) -> str:
     """The last component of a module path: "q_proj"."""
     return path.rpartition(".")[2]
+
+
+def type_of(layer: LinearShape | TileSettings, path: str) -> str:
+    """The type of a layer, "q_proj", and of a product of experts with their name: "experts.down_proj"."""
+    return layer_type(path) if layer.experts is None else f"{EXPERTS}.{layer_type(path)}"
 
 
 def layer_group(path: str) -> str | None:
@@ -161,19 +178,21 @@ def plan_adapters(method: TileMethod, layers: list[LinearShape]) -> dict[str, Ti
 
 
 def _matches(selector: str, layer: LinearShape) -> bool:
+    if layer.experts is not None:
+        return selector in (EXPERTS, type_of(layer, layer.path))
     return selector in (*_EVERYTHING, layer_type(layer.path), layer_group(layer.path))
 
 
 def _select(selectors: str | list[str], layers: list[LinearShape], key: str) -> list[LinearShape]:
     """The layers that any selector matches; each selector must match one, so that a typo cannot pass."""
     selectors = [selectors] if isinstance(selectors, str) else selectors
-    types = list(dict.fromkeys(layer_type(layer.path) for layer in layers))
+    types = list(dict.fromkeys(type_of(layer, layer.path) for layer in layers))
     known = f"linear layers of this model: {', '.join(types)}"
     if not selectors:
         raise UserError(f"{key}: the list is empty; {known}")
     for selector in selectors:
         if not any(_matches(selector, layer) for layer in layers):
-            near = difflib.get_close_matches(selector, [*types, *_GROUP_PARENTS, *_EVERYTHING], n=1)
+            near = difflib.get_close_matches(selector, [*types, EXPERTS, *_GROUP_PARENTS, *_EVERYTHING], n=1)
             hint = f"; did you mean {near[0]!r}?" if near else ""
             raise UserError(f"{key}: {selector!r} matches no layer; {known}{hint}")
     return [layer for layer in layers if any(_matches(selector, layer) for selector in selectors)]
@@ -213,7 +232,7 @@ def _indivisible(factors: Mapping[str, tuple[str, ...]], drafts: list[_Draft]) -
             factor = draft.values[knob]
             sizes = tuple(getattr(draft.layer, dimension) for dimension in dimensions)
             if math.gcd(*sizes) % factor:
-                case = (draft.keys[knob], factor, dimensions, sizes, layer_type(draft.layer.path))
+                case = (draft.keys[knob], factor, dimensions, sizes, type_of(draft.layer, draft.layer.path))
                 cases.setdefault(case, []).append(draft.layer.path)
     lines = []
     for (key, factor, dimensions, sizes, kind), paths in cases.items():
@@ -234,5 +253,6 @@ def _settings(method: TileMethod, draft: _Draft) -> TileSettings:
         rank=draft.values["rank"],
         alpha=draft.values["alpha"],
         inner=tile.inner,
+        experts=draft.layer.experts,
         **method.options(),
     )

@@ -3,7 +3,8 @@
     y = base(x) + s * repeat( [B] A dropout( pool(x) ) )     <=>     dW = t * M (x) ones(k, p),  M = A or B A
 
 `pool` averages (or sums) p neighbouring inputs, `repeat` copies each output k times, s = alpha / r, and t is s / p for
-the mean and s for the sum: dW is constant on tiles of k outputs by p inputs. Sources: Q-BaRA and QA-HiRA, arXiv
+the mean and s for the sum: dW is constant on tiles of k outputs by p inputs. The matrices of a mixture's experts have
+such a dW each, of values of their own. Sources: Q-BaRA and QA-HiRA, arXiv
 2407.17029 with the authors' code (mean pool, repeat_interleave, nominal r in the scale); QA-LoRA, arXiv 2309.14717,
 Algorithm 1; LoRA, arXiv 2106.09685. Not here: which layer gets which settings (`schedule`), hooks (`attach`).
 
@@ -12,6 +13,7 @@ may use it as an independent reference.
 """
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -24,11 +26,14 @@ from dist_qft.methods.adapters.tiles import add_repeated, sum_neighbours, sum_re
 
 
 class TileAdapter(nn.Module):
-    """Trainable update of one linear layer d_in -> d_out.
+    """Trainable update of one linear layer d_in -> d_out, or of one product d_in -> d_out of E experts.
 
-    Parameters, fp32 masters whatever the compute dtype is:
+    Parameters, fp32 masters whatever the compute dtype is; those of experts lie below each other:
         A: (inner, d_in / p), or (d_out / k, d_in / p) when it is the single matrix.
         B: (d_out / k, inner), or None.
+
+    Rows of inputs are sorted by their expert, and `sizes` says how many each expert has (`FrozenExperts.forward`). A
+    gradient of an expert without rows is zero.
 
     Kept for backward per call: the pooled input (d_in / p per token), the inner activation, and copies of A and B
     if they had to be cast; never x itself unless p = 1. Dropout follows this module's own `training` flag.
@@ -59,34 +64,52 @@ class TileAdapter(nn.Module):
             nn.init.kaiming_uniform_(self.A, a=math.sqrt(5), generator=generator)
             nn.init.zeros_(self.B)
 
-    def delta(self, x: torch.Tensor) -> torch.Tensor:
+    def pairs(self) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """B and A of each matrix that the adapter changes: one, or one for each expert. Only with a B."""
+        assert self.B is not None
+        matrices = self.settings.experts or 1
+        return list(zip(self.B.chunk(matrices), self.A.chunk(matrices), strict=True))
+
+    def delta(self, x: torch.Tensor, sizes: Sequence[int] | None = None) -> torch.Tensor:
         """One value per tile of outputs: (..., d_in) -> (..., d_out / k), computed in x's dtype."""
         # The mean's 1 / p is in tile_scale.
-        return self.of_pooled(sum_neighbours(x, self.settings.pool), *self.parameters())
+        return self.of_pooled(sum_neighbours(x, self.settings.pool), sizes, *self.parameters())
 
-    def of_pooled(self, x: torch.Tensor, A: torch.Tensor, B: torch.Tensor | None = None) -> torch.Tensor:
+    def of_pooled(
+        self, x: torch.Tensor, sizes: Sequence[int] | None, A: torch.Tensor, B: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """`delta` of inputs (..., d_in / p) that are pooled, with these values of A and B."""
-        settings = self.settings
-        x = F.dropout(x, settings.dropout, self.training)
+        x = F.dropout(x, self.settings.dropout, self.training)
+        if self.settings.experts is None:
+            return self._update(x, A, B)
+        assert sizes is not None, "experts need the number of rows of each"
+        # Parts and values by split and chunk: their backward passes make one gradient, not one for each expert.
+        matrices = self.settings.experts
+        lefts, rights = A.chunk(matrices), [None] * matrices if B is None else B.chunk(matrices)
+        hit = [expert for expert, size in enumerate(sizes) if size]
+        *parts, rest = x.split([*(sizes[expert] for expert in hit), len(x) - sum(sizes)])
+        updates = [self._update(part, lefts[e], rights[e]) for e, part in zip(hit, parts, strict=True)]
+        tiles = self.settings.out_features // self.settings.repeat
+        return torch.cat([*updates, rest.new_zeros(len(rest), tiles)])
+
+    def _update(self, x: torch.Tensor, A: torch.Tensor, B: torch.Tensor | None) -> torch.Tensor:
+        scale = self.settings.tile_scale
         # Scaled where the activation is narrowest.
         outputs, inputs = A.shape
-        if inputs < outputs:
-            update = F.linear(x * settings.tile_scale, A.to(x.dtype))
-        else:
-            update = F.linear(x, A.to(x.dtype)) * settings.tile_scale
+        update = F.linear(x * scale, A.to(x.dtype)) if inputs < outputs else F.linear(x, A.to(x.dtype)) * scale
         return update if B is None else F.linear(update, B.to(x.dtype))
 
-    def add_to(self, y: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    def add_to(self, y: torch.Tensor, x: torch.Tensor, sizes: Sequence[int] | None = None) -> torch.Tensor:
         """The adapted output (..., d_out) in y's dtype, from the base's output y and its input x (..., d_in)."""
-        return add_repeated(y, self.delta(x).to(y.dtype), self.settings.repeat)
+        return add_repeated(y, self.delta(x, sizes).to(y.dtype), self.settings.repeat)
 
-    def add_gradient_to(self, y: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    def add_gradient_to(self, y: torch.Tensor, x: torch.Tensor, sizes: Sequence[int] | None = None) -> torch.Tensor:
         """y as it is, with the gradient that `add_to` would give A and B; y must have dW in it by other means.
 
         Straight through (arXiv 1308.3432): where y was computed from a rounded dW, A and B get the gradient of the
         exact one. x gets its gradient from y alone.
         """
-        return _GradientOfAdded.apply(y, x.detach(), self, *self.parameters())
+        return _GradientOfAdded.apply(y, x.detach(), self, sizes, *self.parameters())
 
 
 class _GradientOfAdded(torch.autograd.Function):
@@ -96,9 +119,16 @@ class _GradientOfAdded(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, y: torch.Tensor, x: torch.Tensor, adapter: "TileAdapter", *_: torch.Tensor) -> torch.Tensor:
+    def forward(
+        ctx: Any,
+        y: torch.Tensor,
+        x: torch.Tensor,
+        adapter: "TileAdapter",
+        sizes: Sequence[int] | None,
+        *_: torch.Tensor,
+    ) -> torch.Tensor:
         ctx.save_for_backward(sum_neighbours(x, adapter.settings.pool))
-        ctx.adapter = adapter
+        ctx.adapter, ctx.sizes = adapter, sizes
         return y.view_as(y)
 
     @staticmethod
@@ -106,18 +136,22 @@ class _GradientOfAdded(torch.autograd.Function):
         (pooled,), adapter = ctx.saved_tensors, ctx.adapter
         values = [parameter.detach().requires_grad_() for parameter in adapter.parameters()]
         with torch.enable_grad():
-            delta = adapter.of_pooled(pooled, *values).to(gradient.dtype)
+            delta = adapter.of_pooled(pooled, ctx.sizes, *values).to(gradient.dtype)
             summed = sum_repeated(gradient, adapter.settings.repeat)
             found = torch.autograd.grad(delta, values, summed)
-        return gradient, None, None, *found
+        return gradient, None, None, None, *found
 
 
 @torch.no_grad()
 def tile_values(adapter: TileAdapter, dtype: torch.dtype = torch.float64) -> torch.Tensor:
-    """The value of each tile of dW, (d_out / k, d_in / p), computed in `dtype`; a merge adds it to a block."""
-    matrix = adapter.A.to(dtype)
-    if adapter.B is not None:
-        matrix = adapter.B.to(dtype) @ matrix
+    """The value of each tile of dW, (d_out / k, d_in / p), computed in `dtype`; a merge adds it to a block.
+
+    The values of experts lie below each other.
+    """
+    if adapter.B is None:
+        matrix = adapter.A.to(dtype)
+    else:
+        matrix = torch.cat([left.to(dtype) @ right.to(dtype) for left, right in adapter.pairs()])
     return matrix * adapter.settings.tile_scale
 
 
