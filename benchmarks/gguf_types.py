@@ -53,7 +53,7 @@ def line(mixture: str, path: Path, ours: float, before: float) -> str:
     shown = ", ".join(f"{count} {kind}" for kind, count in sorted(types.items()) if kind not in FLOATS)
     exact = all(kind in GGUF_TYPES for kind in types if kind not in FLOATS)
     size = path.stat().st_size / 1e6
-    return f"| {mixture} | {shown} | {size:.1f} | {'yes' if exact else 'not Q5_1, Q5_K'} | {ours:.3f} | {before:.3f} |"
+    return f"| {mixture} | {shown} | {size:.1f} | {'yes' if exact else 'no'} | {ours:.3f} | {before:.3f} |"
 
 
 if __name__ == "__main__":

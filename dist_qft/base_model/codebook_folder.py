@@ -3,15 +3,20 @@
 compressed-tensors     <module>.weight_packed uint8 (out, in / 2), low nibble first; weight_scale: E4M3 for NVFP4,
                        with weight_global_scale, by which the block's scale is divided; uint8 (E8M0) for MXFP4
 ModelOpt               <module>.weight uint8 (out, in / 2); weight_scale E4M3; weight_scale_2, which multiplies
+gpt-oss                <stack>_blocks uint8 (experts, out, in / 32, 16) and <stack>_scales uint8 (experts, out, in / 32),
+                       MXFP4, low nibble first, outputs before inputs. Where the library's model has the parameter
+                       <stack>, it has inputs before outputs
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 
 from dist_qft.base_model.packed_folder import StoredWeight, matrix_shape, require_part
 from dist_qft.base_model.sources import SafetensorsSource, require_finite
+from dist_qft.errors import CorruptFileError
 from dist_qft.quant.codebook4 import Codebook4
 
 _IGNORED = ("input_scale", "input_global_scale", "weight_zero_point")
@@ -36,7 +41,11 @@ class Fp4Weight(StoredWeight):
         return self.codebook
 
     def read_packed(self, files: SafetensorsSource, first: int, stop: int) -> dict[str, Tensor]:
-        packed = {"codes": files.read(self.codes, (first, stop)), "scale": files.read(self.scale, (first, stop))}
+        columns = self.shape[-1]
+        packed = {
+            "codes": files.read_rows(self.codes, columns // 2, first, stop),
+            "scale": files.read_rows(self.scale, columns // self.codebook.block, first, stop),
+        }
         packed["scale"] = packed["scale"].view(self.codebook.scale_dtype)
         if self.tensor_scale is not None:
             packed["global"] = files.read(self.tensor_scale).float().reshape(1)
@@ -59,6 +68,23 @@ def modelopt_fp4_weights(files: SafetensorsSource) -> Iterator[Fp4Weight]:
     for tensor_scale in sorted(name for name in files.names() if name.endswith(".weight_scale_2")):
         module = tensor_scale.removesuffix(".weight_scale_2")
         yield _weight(files, module, f"{module}.weight", tensor_scale, "nvfp4")
+
+
+def stacked_mxfp4_weights(files: SafetensorsSource, settings: Mapping[str, Any]) -> Iterator[Fp4Weight]:
+    """The stacks of experts of a folder in gpt-oss's layout; its other weights are floats."""
+    codebook = Codebook4("mxfp4")
+    for codes in sorted(name for name in files.names() if name.endswith("_blocks")):
+        stack = codes.removesuffix("_blocks")
+        shape = files.shape(codes)
+        if len(shape) != 4 or min(shape) < 1:
+            raise CorruptFileError(
+                f"{files.where}: tensor '{codes}' has the shape {list(shape)}, must be experts, rows, blocks, bytes"
+            )
+        *rows, blocks, _ = shape
+        require_part(files, codes, (*rows, blocks, codebook.block // 2), ("U8",))
+        require_part(files, f"{stack}_scales", (*rows, blocks), ("U8", "F8_E8M0"))
+        whole = (*rows, blocks * codebook.block)
+        yield Fp4Weight(stack, whole, "MXFP4 (stacked experts)", codes, f"{stack}_scales", None, codebook)
 
 
 def _weight(files: SafetensorsSource, module: str, codes: str, tensor_scale: str | None, kind: str) -> Fp4Weight:

@@ -4,9 +4,10 @@
 
 * as `affine4` if its weights are scale * q + zero with 4 bits or less: Q4_1 (its own twin), Q4_0 (zero = -8 scale,
   exact in float16), Q4_K and Q2_K (products of a float16 and a small integer: float32 constants);
+* as `affine8` if they are that with more bits: Q5_1, Q5_K;
 * as `q8_0` if they are a scale times a small integer: Q8_0 (its own twin), Q5_0, IQ4_NL, Q6_K, Q3_K, IQ4_XS.
 
-What is left (Q5_1, Q5_K, IQ1 to IQ3, TQ) has no such form and is quantized a second time, to q8_0.
+What is left (IQ1 to IQ3, TQ, MXFP4) is quantized a second time, to q8_0.
 """
 
 from collections.abc import Callable
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor
 
 from dist_qft.quant.affine4 import Affine4, affine4_from_q4_1
+from dist_qft.quant.affine8 import Affine8
 from dist_qft.quant.contract import Format
 from dist_qft.quant.nibbles import pack_nibbles
 from dist_qft.quant.q8_0 import Q8_0, q8_0_from_gguf
@@ -41,9 +43,30 @@ def _from_q4_0(raw: Tensor) -> dict[str, Tensor]:
 
 def _from_q5_0(raw: Tensor) -> dict[str, Tensor]:
     blocks = raw.unflatten(1, (-1, 2 + 4 + 16))
-    high = blocks[:, :, 2:6].unsqueeze(-1) >> torch.arange(8, dtype=torch.uint8) & 1
-    codes = _nibbles(blocks[:, :, 6:]) | high.flatten(2) << 4
-    return {"codes": _signed(codes, 16), "scale": _half(blocks[:, :, :2])}
+    return {"codes": _signed(_five_bits(blocks[:, :, 2:]), 16), "scale": _half(blocks[:, :, :2])}
+
+
+def _from_q5_1(raw: Tensor) -> dict[str, Tensor]:
+    blocks = raw.unflatten(1, (-1, 2 + 2 + 4 + 16))
+    return {
+        "codes": _five_bits(blocks[:, :, 4:]).flatten(1),
+        "scale": _half(blocks[:, :, 0:2]),
+        "zero": _half(blocks[:, :, 2:4]),
+    }
+
+
+def _from_q5_k(raw: Tensor) -> dict[str, Tensor]:
+    blocks = raw.unflatten(1, (-1, 2 + 2 + 12 + 32 + 128))
+    scale, minimum = _six_bit_pairs(blocks[:, :, 4:16])
+    # Bit i of 32 bytes belongs to the i-th 32 weights, whose low bits are the low or high nibbles of 32 other bytes.
+    high = _shifted(blocks[:, :, 16:48].unsqueeze(2), tuple(range(8))) & 1
+    quads = blocks[:, :, 48:].unflatten(2, (4, 1, 32))
+    low = torch.cat([quads & 0x0F, quads >> 4], dim=3).flatten(2).unflatten(2, (8, 32))
+    return {
+        "codes": (low | high << 4).flatten(1),
+        "scale": (_half(blocks[:, :, 0:2]).float().unsqueeze(-1) * scale).flatten(1),
+        "zero": (_half(blocks[:, :, 2:4]).float().unsqueeze(-1) * minimum).flatten(1).neg(),
+    }
 
 
 def _from_iq4_nl(raw: Tensor) -> dict[str, Tensor]:
@@ -124,6 +147,12 @@ def _nibbles(data: Tensor) -> Tensor:
     return torch.cat([data & 0x0F, data >> 4], dim=-1)
 
 
+def _five_bits(data: Tensor) -> Tensor:
+    """Codes 0..31 (..., 32) of 4 bytes with their highest bits and 16 bytes with the rest."""
+    high = data[..., :4].unsqueeze(-1) >> torch.arange(8, dtype=torch.uint8) & 1
+    return _nibbles(data[..., 4:]) | high.flatten(-2) << 4
+
+
 def _signed(codes: Tensor, offset: int) -> Tensor:
     return (codes.to(torch.int8) - offset).flatten(1)
 
@@ -149,6 +178,8 @@ GGUF_TYPES: dict[str, GgufType] = {
     "Q8_0": GgufType(Q8_0(), q8_0_from_gguf),
     "Q5_0": GgufType(Q8_0(), _from_q5_0),
     "IQ4_NL": GgufType(Q8_0(), _from_iq4_nl),
+    "Q5_1": GgufType(Affine8(32, "float16"), _from_q5_1),
+    "Q5_K": GgufType(Affine8(32), _from_q5_k),
     "Q6_K": GgufType(Q8_0(16, "float32"), _from_q6_k),
     "Q3_K": GgufType(Q8_0(16, "float32"), _from_q3_k),
     "IQ4_XS": GgufType(Q8_0(32, "float32"), _from_iq4_xs),

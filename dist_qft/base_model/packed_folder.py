@@ -4,6 +4,7 @@ Such a folder stores a weight as several tensors (codes, scales, zeros) under it
 and describes each weight as a `StoredWeight`; this source calls it `<module>.weight` and hides its parts.
 """
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -23,12 +24,12 @@ class StoredWeight(ABC):
 
     Attributes:
         module: the module's path; the weight is called `<module>.weight`.
-        shape: (out_features, in_features).
+        shape: (out_features, in_features), or (experts, out_features, in_features) of a stack.
         kind: how it is stored, in words.
     """
 
     module: str
-    shape: tuple[int, int]
+    shape: tuple[int, ...]
     kind: str
 
     @property
@@ -42,7 +43,7 @@ class StoredWeight(ABC):
         return None
 
     def read_packed(self, files: SafetensorsSource, first: int, stop: int) -> dict[str, Tensor]:
-        """The rows first..stop in `format`."""
+        """The rows first..stop in `format`, all dimensions but the last counted as rows."""
         raise NotImplementedError
 
     def read_floats(self, files: SafetensorsSource, first: int, stop: int) -> Tensor:
@@ -82,7 +83,7 @@ class PackedFolder:
 
     def read_packed(self, name: str, rows: Rows = None) -> dict[str, Tensor]:
         weight = self._stored[name]
-        packed = weight.read_packed(self._files, *(rows or (0, weight.shape[0])))
+        packed = weight.read_packed(self._files, *(rows or (0, math.prod(weight.shape[:-1]))))
         for key, tensor in packed.items():
             if tensor.dtype in (torch.float16, torch.float32):
                 require_finite(self, f"{name}' ({key}) of '{weight.module}", tensor)

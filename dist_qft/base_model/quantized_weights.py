@@ -7,7 +7,7 @@ from typing import Any
 
 from transformers import PretrainedConfig
 
-from dist_qft.base_model.codebook_folder import compressed_fp4_weights, modelopt_fp4_weights
+from dist_qft.base_model.codebook_folder import compressed_fp4_weights, modelopt_fp4_weights, stacked_mxfp4_weights
 from dist_qft.base_model.fp8_folder import fp8_weights
 from dist_qft.base_model.int4_folder import awq_weights, compressed_int4_weights, gptq_weights
 from dist_qft.base_model.packed_folder import PackedFolder, StoredWeight
@@ -16,7 +16,7 @@ from dist_qft.errors import UserError
 
 Settings = Mapping[str, Any]
 READABLE = "16-bit or 32-bit weights, nf4 of bitsandbytes, int4 of GPTQ, AWQ, AutoRound or compressed-tensors, FP8, "
-READABLE += "MXFP4 or NVFP4 of compressed-tensors, NVFP4 or FP8 of ModelOpt, or GGUF"
+READABLE += "MXFP4 of gpt-oss, MXFP4 or NVFP4 of compressed-tensors, NVFP4 or FP8 of ModelOpt, or GGUF"
 
 
 def _auto_round(files: SafetensorsSource, settings: Settings) -> Iterable[StoredWeight]:
@@ -45,6 +45,7 @@ _READERS: dict[str, Callable[[SafetensorsSource, Settings], Iterable[StoredWeigh
     "compressed-tensors": _compressed,
     "fp8": fp8_weights,
     "modelopt": _modelopt,
+    "mxfp4": stacked_mxfp4_weights,
 }
 
 

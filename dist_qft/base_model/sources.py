@@ -7,7 +7,7 @@ of the Hugging Face model where a source translates them (GGUF); `model_tensors`
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from io import FileIO
 from pathlib import Path
 from typing import Protocol
@@ -155,6 +155,12 @@ class SafetensorsSource:
         if entry.dtype not in DTYPES:
             raise UserError(f"{entry.path}: tensor '{name}' is stored as {entry.dtype}, which cannot be read")
         return _read(entry, (*box, *((0, size) for size in entry.shape[len(box) :])))
+
+    def read_rows(self, name: str, width: int, first: int, stop: int) -> Tensor:
+        """Rows first..stop of a tensor seen as a matrix (n, width), which its elements fill in their order."""
+        entry = self._entries[name]
+        matrix = replace(entry, shape=(math.prod(entry.shape) // width, width))
+        return _read(matrix, ((first, stop), (0, width)))
 
     def kind(self, name: str) -> str | None:
         return None

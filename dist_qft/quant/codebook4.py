@@ -98,7 +98,8 @@ class Codebook4(BlockFormat):
             bits = bits.masked_fill_(scale == 0, 1 << 22).masked_fill_(scale == 255, 0x7FC00000)
             return bits.view(torch.float32)
         factor = packed["global"]
-        return scale.float() / factor if self.kind == "nvfp4-divided" else scale.float() * factor
+        values = _e4m3()[scale.view(torch.uint8).int()] if scale.device.type == "cpu" else scale.float()
+        return values.div_(factor) if self.kind == "nvfp4-divided" else values.mul_(factor)
 
     def _dequantize_rows(self, packed: Mapping[str, Tensor], out: Tensor) -> None:
         torch.index_select(_pairs(), 0, packed["codes"].reshape(-1).int(), out=out.view(-1).view(torch.int64))
@@ -116,3 +117,9 @@ def _pairs() -> Tensor:
     values = torch.tensor([*_E2M1, *(-value for value in _E2M1)])
     byte = torch.arange(256)
     return torch.stack([values[byte & 15], values[byte >> 4]], dim=1).view(torch.int64).squeeze(1)
+
+
+@cache
+def _e4m3() -> Tensor:
+    """The value of each E4M3 byte, float32: looking them up takes a quarter of the time of torch's conversion."""
+    return torch.arange(256).to(torch.uint8).view(torch.float8_e4m3fn).float()

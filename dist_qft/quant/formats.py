@@ -7,6 +7,7 @@ from typing import Any
 from dist_qft.errors import UserError
 from dist_qft.quant.affine4 import Affine4
 from dist_qft.quant.affine4_gathered import Affine4Gathered
+from dist_qft.quant.affine8 import Affine8
 from dist_qft.quant.codebook4 import Codebook4
 from dist_qft.quant.contract import Format
 from dist_qft.quant.dense import Dense
@@ -15,7 +16,9 @@ from dist_qft.quant.q8_0 import Q8_0
 
 __all__ = ["NF4", "Q8_0", "Affine4", "Dense", "Format", "described_format", "embedding_format", "linear_format"]
 
-_KINDS: dict[str, type[Format]] = {kind.name: kind for kind in (NF4, Affine4, Affine4Gathered, Codebook4, Q8_0, Dense)}
+_KINDS: dict[str, type[Format]] = {
+    kind.name: kind for kind in (NF4, Affine4, Affine4Gathered, Affine8, Codebook4, Q8_0, Dense)
+}
 
 
 @dataclass(frozen=True)

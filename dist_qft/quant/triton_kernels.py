@@ -60,6 +60,18 @@ def _q8_0_kernel(codes, scale, out, columns, BLOCK: tl.constexpr, WIDTH: tl.cons
 
 
 @triton.jit
+def _affine8_kernel(codes, scale, zero, out, columns, BLOCK: tl.constexpr, WIDTH: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
+    inside = column < columns
+    code = tl.load(codes + row * columns + column, mask=inside, other=0).to(tl.float32)
+    block = row * (columns // BLOCK) + column // BLOCK
+    factor = tl.load(scale + block, mask=inside, other=0.0).to(tl.float32)
+    offset = tl.load(zero + block, mask=inside, other=0.0).to(tl.float32)
+    tl.store(out + row * columns + column, (code * factor + offset).to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit
 def _codebook4_kernel(codes, scale, out, columns, BLOCK: tl.constexpr, WIDTH: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
@@ -95,6 +107,13 @@ def dequantize_q8_0(packed: Mapping[str, Tensor], block: int, out: Tensor) -> No
     rows, columns = out.shape
     tensors = [packed[name].contiguous() for name in ("codes", "scale")]
     _q8_0_kernel[_grid(rows, columns)](*tensors, out, columns, block, WIDTH=_COLUMNS)
+
+
+def dequantize_affine8(packed: Mapping[str, Tensor], block: int, out: Tensor) -> None:
+    """Write the weight into the contiguous `out` (rows, columns) of any float dtype."""
+    rows, columns = out.shape
+    tensors = [packed[name].contiguous() for name in ("codes", "scale", "zero")]
+    _affine8_kernel[_grid(rows, columns)](*tensors, out, columns, block, WIDTH=_COLUMNS)
 
 
 def dequantize_codebook4(codes: Tensor, scale: Tensor, block: int, out: Tensor) -> None:

@@ -12,9 +12,9 @@ from dist_qft.config.schema import ModelConfig, QuantizationConfig
 from dist_qft.sharding.engines import make_engine
 
 
-def loaded_fingerprint(path: Path, engine_name: str, quantization: dict[str, Any]) -> str:
+def loaded_fingerprint(path: Path, engine_name: str, quantization: dict[str, Any], attention: str = "sdpa") -> str:
     """The fingerprint of the model at `path`, read on all ranks in float32. Collective."""
-    model, device = ModelConfig(path=str(path)), torch.device("cpu")
+    model, device = ModelConfig(path=str(path), attention=attention), torch.device("cpu")
     base = build_skeleton(model, QuantizationConfig(**quantization), torch.float32)
     engine = make_engine(engine_name)
     engine.shard(base.units, device)

@@ -69,7 +69,7 @@ def test_the_logits_are_those_of_llama_cpp(tmp_path, name):
     before = dist_qft.load(floats).logits(torch.tensor([IDS]))[0]
     ours, unquantized = log_probability_errors(path, IDS, [found, before], (4, 10, 16, 19, 24, 30, 36, 40))
     print(f"{name}: {ours:.4f} from llama.cpp's log-probabilities, floats {unquantized:.4f}")
-    assert ours < 0.25  # Q8_0 is off by 0.1 on this network of random weights
+    assert ours < 0.3  # Q8_0 is off by 0.1 on this network of random weights
     if name not in ("Q8_0", "Q6_K"):  # as exact as llama.cpp's own activations
         assert ours < 0.5 * unquantized
 

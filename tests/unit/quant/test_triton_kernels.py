@@ -13,11 +13,12 @@ COMPARE = """
 import torch
 from dist_qft.quant.affine4 import Affine4
 from dist_qft.quant.affine4_gathered import Affine4Gathered
+from dist_qft.quant.affine8 import Affine8
 from dist_qft.quant.codebook4 import Codebook4
 from dist_qft.quant.nibbles import group_width
 from dist_qft.quant.q8_0 import Q8_0
 from dist_qft.quant.triton_kernels import (
-    dequantize_affine4, dequantize_affine4_gathered, dequantize_codebook4, dequantize_q8_0
+    dequantize_affine4, dequantize_affine4_gathered, dequantize_affine8, dequantize_codebook4, dequantize_q8_0
 )
 
 def check(format, packed, shape, dtype, write):
@@ -61,6 +62,10 @@ for dtype in (torch.float32, torch.float16, torch.bfloat16):
                 packed["scale"] = packed["scale"].half().float()
             write = lambda out: dequantize_affine4_gathered(packed, group_width(shape[1]), out)
             check(format, packed, shape, dtype, write)
+        for format in (Affine8(32), Affine8(16, "float16")):
+            packed = random_packed(format, shape)
+            packed["codes"], packed["scale"] = packed["codes"] & 31, packed["scale"].half().to(packed["scale"].dtype)
+            check(format, packed, shape, dtype, lambda out: dequantize_affine8(packed, format.block, out))
         for format in map(Codebook4, ("mxfp4", "nvfp4", "nvfp4-divided")):
             packed = random_packed(format, shape)
             args = packed["codes"], format.scales(packed), format.block
@@ -84,6 +89,7 @@ VARIANTS: list[tuple[str, dict[str, str], dict[str, int]]] = [
     ("_affine4_kernel", {"scale": "*fp32", "zero": "*fp32"}, {"B_OUT": 8, "B_IN": 4, "GROUP": 2}),
     ("_affine4_gathered_kernel", {"scale": "*fp16", "zero": "*fp16"}, {"GROUP": 32}),
     ("_affine4_gathered_kernel", {"scale": "*fp32", "zero": "*fp32"}, {"GROUP": 32}),
+    ("_affine8_kernel", {"scale": "*fp32", "zero": "*fp32"}, {"BLOCK": 32}),
     ("_q8_0_kernel", {"codes": "*i8", "scale": "*fp16"}, {"BLOCK": 32}),
     ("_q8_0_kernel", {"codes": "*i8", "scale": "*fp32"}, {"BLOCK": 16}),
     ("_codebook4_kernel", {"scale": "*fp32"}, {"BLOCK": 32}),
