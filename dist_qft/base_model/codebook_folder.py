@@ -3,9 +3,8 @@
 compressed-tensors     <module>.weight_packed uint8 (out, in / 2), low nibble first; weight_scale: E4M3 for NVFP4,
                        with weight_global_scale, by which the block's scale is divided; uint8 (E8M0) for MXFP4
 ModelOpt               <module>.weight uint8 (out, in / 2); weight_scale E4M3; weight_scale_2, which multiplies
-gpt-oss                <stack>_blocks uint8 (experts, out, in / 32, 16) and <stack>_scales uint8 (experts, out, in / 32),
-                       MXFP4, low nibble first, outputs before inputs. Where the library's model has the parameter
-                       <stack>, it has inputs before outputs
+gpt-oss                MXFP4: <stack>_blocks uint8 (experts, out, in / 32, 16), low nibble first, and <stack>_scales
+                       uint8 (experts, out, in / 32). The library's parameter <stack> is (experts, in, out)
 """
 
 from collections.abc import Iterator, Mapping
