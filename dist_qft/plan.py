@@ -32,7 +32,7 @@ from dist_qft.sharding.engine import Engine, parameter_owners
 from dist_qft.sharding.engines import engine_of, engine_warnings
 from dist_qft.sharding.shard_group import ranks_in_group
 from dist_qft.training.links import Placement, Traffic, between_nodes
-from dist_qft.training.optimizer import checkpoint_bytes, optimizer_bytes
+from dist_qft.training.optimizer import checkpoint_bytes, optimizer_bytes_per_rank, shards_optimizer
 from dist_qft.training.run_plan import PlannedBatch, PlannedModel, PlannedOptimization, RunPlan
 from dist_qft.tuned_model.task import head_outputs
 
@@ -90,7 +90,8 @@ def make_plan(config: RunConfig, world_size: int, ranks_per_node: int | None = N
             Placement(world_size, ranks_per_node, group),
             Traffic(gathered, 4 * trainable, accumulation, config.sharding.gradient_sum == "invariant"),
         ),
-        optimizer_bytes=optimizer_bytes(config.train, trainable),
+        optimizer_bytes=optimizer_bytes_per_rank(config.train, trainable, world_size),
+        optimizer_ranks=world_size if shards_optimizer(config.train, trainable, world_size) else 1,
         checkpoint_bytes=checkpoint_bytes(config.train, trainable),
         batch=_batch(config, accumulation),
         optimization=_optimization(config.train),
@@ -216,7 +217,8 @@ def _summary_table(plan: RunPlan) -> Table:
         f"{_size(plan.gather_bytes_per_step)} per step",
         "reduced": f"{_size(plan.reduce_bytes_per_step)} per step",
         **_between_nodes_row(plan),
-        "optimizer": f"{optimization.optim}, {_size(plan.optimizer_bytes)} per rank",
+        "optimizer": f"{optimization.optim}, {_size(plan.optimizer_bytes)} per rank"
+        + (f", spread over {plan.optimizer_ranks}" if plan.optimizer_ranks > 1 else ""),
         "checkpoint": _size(plan.checkpoint_bytes),
         "batch": f"{batch.global_batch_size} = {batch.per_device_train_batch_size} x "
         f"{plan.world_size} ranks x {batch.accumulation_steps} accumulation",

@@ -40,8 +40,8 @@ def environment_of_its_own() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def pools() -> Iterator[dict[int, RankPool]]:
-    """Pools of 1, 2 and 4 ranks; each starts when it is first used."""
-    pools = {size: RankPool(size) for size in (1, 2, 4)}
+    """Pools of 1 to 4 ranks; each starts when it is first used."""
+    pools = {size: RankPool(size) for size in (1, 2, 3, 4)}
     yield pools
     for pool in pools.values():
         pool.close()

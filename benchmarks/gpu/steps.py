@@ -87,7 +87,7 @@ def training_step(config: RunConfig, length: int, device: torch.device) -> Calla
     flat = FlatParameters(parts.named_tensors(), bucket_bytes=25 << 20, rank_stats_size=RANK_STATS)
     checkpoint_activations(base.model, config.train, device)
     forward = make_forward_of(base, device)
-    training = TrainStep(forward, parts, flat, make_optimizer(config.train, flat.values), config.train, 1000)
+    training = TrainStep(forward, parts, flat, make_optimizer(config.train, flat.parts), config.train, 1000)
     parts.trainables.train()
     batch = packed_batch(length, base.vocab_size)
     if device.type == "cuda":

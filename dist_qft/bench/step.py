@@ -186,7 +186,7 @@ def _bytes_of(unit: nn.Module) -> int:
 def _stepper(
     config: RunConfig, parts: Assembled, flat: FlatParameters, settings: dict[str, Any], device: torch.device
 ) -> Callable[[int], None]:
-    optimizer = make_optimizer(config.train, flat.values)
+    optimizer = make_optimizer(config.train, flat.parts)
     training = TrainStep(BaseForward(parts.base, device), parts, flat, optimizer, config.train, settings["steps"] + 2)
     count, rank = settings["accumulation"], dist.get_rank()
     parts.trainables.train()

@@ -69,6 +69,11 @@ class TrainConfig(Section):
         description="optimizer; the paged ones are of bitsandbytes and need CUDA",
         json_schema_extra={"transformers": "optim", "axolotl": "optimizer"},
     )
+    shard_optimizer: bool | None = Field(
+        None,
+        description="keep 1/N of the optimizer's state on each of N ranks (ZeRO stage 1); default: from 64 million "
+        "trainables on",
+    )
     adam_beta1: Fraction = Field(
         0.9,
         description="decay of AdamW's mean of gradients",

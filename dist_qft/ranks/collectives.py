@@ -1,8 +1,8 @@
 """Small collectives: agreements between the ranks, and a barrier for the time in which rank 0 works alone."""
 
 import hashlib
-from collections.abc import Callable, Mapping
-from typing import TypeVar
+from collections.abc import Callable, Mapping, Sequence
+from typing import Protocol, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -16,6 +16,50 @@ _MESSAGE_BYTES = 2000  # of an error that rank 0 tells the others
 
 # torch 2.12 renamed the call; both move one flat tensor per rank into one output.
 all_gather_flat = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_reduce_scatter_flat = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
+
+class Started(Protocol):
+    """A collective that has been started and goes on by itself."""
+
+    def wait(self) -> object:
+        """Have its result in place: on a GPU for later work on the stream, else at once."""
+
+
+class _Exchanged:
+    """The parts that all ranks sent to this one, still to be added up."""
+
+    def __init__(self, whole: torch.Tensor, own: torch.Tensor, group: dist.ProcessGroup | None) -> None:
+        self._own, self._received = own, torch.empty_like(whole)
+        self._work = dist.all_to_all_single(self._received, whole, group=group, async_op=True)
+
+    def wait(self) -> None:
+        self._work.wait()
+        self._own.copy_(self._received.view(-1, self._own.numel()).sum(0))
+
+
+def start_reduce_scatter(whole: torch.Tensor, own: torch.Tensor, group: dist.ProcessGroup | None) -> Started:
+    """Start to sum `whole` over ranks; this rank's part of the sum comes into `own`, its part of `whole`.
+
+    (N-1)/N of the bytes of `whole` leave each rank. gloo's own reduce-scatter is an all-reduce whose result is thrown
+    away but for a part, which moves twice as much: on CPUs the parts are exchanged and added here.
+    """
+    if whole.device.type != "cuda":
+        return _Exchanged(whole, own, group)
+    return _reduce_scatter_flat(own, whole, group=group, async_op=True)
+
+
+def gather_in_place(
+    wholes: Sequence[torch.Tensor], own: Sequence[torch.Tensor], group: dist.ProcessGroup | None
+) -> None:
+    """Fill each of `wholes` with all ranks' parts; `own` is this rank's, which is already in its place there."""
+    # NCCL takes an input that lies in the output; gloo copies the one into the other, which must not overlap.
+    works = [
+        all_gather_flat(whole, part if part.is_cuda else part.clone(), group=group, async_op=True)
+        for whole, part in zip(wholes, own, strict=True)
+    ]
+    for work in works:
+        work.wait()
 
 
 def require_same_inputs(inputs: Mapping[str, str], device: torch.device) -> None:

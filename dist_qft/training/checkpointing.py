@@ -9,7 +9,7 @@ from dist_qft.storage.lock import FolderLock
 from dist_qft.storage.saving import Saver
 from dist_qft.storage.trainer_state import TrainerState
 from dist_qft.training.monitor import Monitor
-from dist_qft.training.optimizer import load_optimizer_tensors, optimizer_tensors, require_finite_state
+from dist_qft.training.optimizer_state import OptimizerState
 from dist_qft.training.run_inputs import RunInputs
 from dist_qft.training.train_step import TrainStep
 from dist_qft.tuned_model.checkpointed import adapter_config
@@ -29,16 +29,24 @@ class Checkpointing:
     """Restores and saves one run. Public methods are collective; rank 0 writes.
 
     Args:
-        trained: the trainables and their optimizer.
+        trained: the trainables.
+        optimizer: the state of their optimizer.
         state: of the run, which moves on as the run does.
         monitor: its records belong to a checkpoint, too.
         lock: of the run's folder, on rank 0.
     """
 
     def __init__(
-        self, inputs: RunInputs, trained: TrainStep, state: TrainerState, monitor: Monitor, lock: FolderLock | None
+        self,
+        inputs: RunInputs,
+        trained: TrainStep,
+        optimizer: OptimizerState,
+        state: TrainerState,
+        monitor: Monitor,
+        lock: FolderLock | None,
     ) -> None:
-        self._inputs, self._trained, self._state, self._monitor = inputs, trained, state, monitor
+        self._inputs, self._trained, self._optimizer = inputs, trained, optimizer
+        self._state, self._monitor = state, monitor
         newest = inputs.checkpoint.path if inputs.checkpoint else None
         keep = inputs.config.checkpoint.save_total_limit
         self._saver = Saver(inputs.output_dir, keep, newest, lock) if inputs.world.rank == 0 else None
@@ -54,7 +62,7 @@ class Checkpointing:
         checkpoint, trained = self._inputs.checkpoint, self._trained
         if checkpoint is not None:
             trained.parts.load_tensors(checkpoint.trainables)
-            load_optimizer_tensors(trained.optimizer, trained.flat.values, checkpoint.optimizer, str(checkpoint.path))
+            self._optimizer.load(checkpoint.optimizer, str(checkpoint.path))
         trained.flat.broadcast()
 
     def save(self) -> None:
@@ -64,8 +72,8 @@ class Checkpointing:
             NumericError: on all ranks, if the optimizer's state is not finite.
         """
         trained, inputs = self._trained, self._inputs
-        optimizer = optimizer_tensors(trained.optimizer, trained.flat.values)
-        require_finite_state(optimizer, self._state.step)
+        self._optimizer.require_finite(self._state.step)
+        optimizer = self._optimizer.gather()
         if self._saver is None:
             return
         self._state.metrics_bytes = self._monitor.flush()

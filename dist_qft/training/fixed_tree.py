@@ -80,29 +80,40 @@ class FixedTree:
 
     def reduce(self, vector: Tensor) -> None:
         """Add the last micro-batch's vector, and put the sum over all micro-batches in its place. Collective."""
+        part = -(-vector.numel() // self._world)
+        own = self.reduce_scatter(vector, part)
+        whole = vector.new_empty(self._world * part)
+        all_gather_flat(whole, own, group=self._group)
+        vector.copy_(whole[: vector.numel()])
+
+    def reduce_scatter(self, vector: Tensor, part: int, shared: int = 0) -> Tensor:
+        """Add the last micro-batch's vector and return this rank's `part` elements of the sum. Collective.
+
+        The parts follow each other in the order of the ranks, and the last of them may be short. The last `shared`
+        elements of the vector belong to no part: every rank gets their sum behind its own.
+        """
         self._sums.append(self._joined(vector))
         own = self._nodes[self._rank]
         assert [node for node, _ in self._sums] == own, "not every micro-batch was added"
-        part = -(-vector.numel() // self._world)
-        sent = vector.new_empty(self._world, len(own), part)  # by receiver; the last one's is filled up
+        divided = vector.numel() - shared
+        size = part + shared
+        sent = vector.new_empty(self._world, len(own), size)  # by receiver; a short part is not filled up
         for place, (_, value) in enumerate(self._sums):
-            for receiver, piece in enumerate(value.split(part)):
+            for receiver, piece in enumerate(value[:divided].split(part)):
                 sent[receiver, place, : piece.numel()] = piece
+            sent[:, place, part:] = value[divided:]
         self.clear()
         counts = [len(nodes) for nodes in self._nodes]
-        received = vector.new_empty(sum(counts), part)
+        received = vector.new_empty(sum(counts), size)
         dist.all_to_all_single(
             received.view(-1),
             sent.view(-1),
-            [count * part for count in counts],
-            [len(own) * part] * self._world,
+            [count * size for count in counts],
+            [len(own) * size] * self._world,
             group=self._group,
         )
         nodes = (node for of_rank in self._nodes for node in of_rank)
-        summed = self._finish(dict(zip(nodes, received, strict=True)))
-        whole = vector.new_empty(self._world * part)
-        all_gather_flat(whole, summed, group=self._group)
-        vector.copy_(whole[: vector.numel()])
+        return self._finish(dict(zip(nodes, received, strict=True)))
 
     def _joined(self, vector: Tensor) -> tuple[Node, Tensor]:
         """The next leaf, added to the sums of the subtrees that it completes."""

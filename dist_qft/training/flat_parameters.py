@@ -1,14 +1,13 @@
 """The trainables of every rank as one flat fp32 buffer, and the one reduction per optimizer step.
 
 Parameters and their gradients are views into two flat buffers, so accumulating micro-batches costs no copies
-and a bucket of the all-reduce is a slice. Gradients are *sums* over target tokens; the number of tokens rides
+and a bucket of the reduction is a slice. Gradients are *sums* over target tokens; the number of tokens rides
 in a small header at the end of the same buffer, and the sum is divided once by the global count. Neither the
 number of ranks nor the accumulation changes the gradient.
 
 Layout of the gradient buffer (fp32 lanes):
 
-    [ gradients, last parameter first | header ]
-    header = tokens / 4096, tokens % 4096, loss, stop, digest pieces, their squares, bad by rank, stats by rank
+    [ gradients, last parameter first | padding | header (`step_header`) ]
 
 Last parameter first, because backward finishes the last layer first: the first buckets can leave while
 backward is still running. All that ranks must agree on each step (is anything non-finite, do the replicas
@@ -16,12 +15,15 @@ still match, has anyone been asked to stop) rides in the header: there is no sec
 
 That is the reduction `fast`. With a `FixedTree`, the reduction `invariant`, every micro-batch's buffer is a leaf of the
 tree instead, header included, and the sum has the same bits on any number of ranks; nothing leaves during backward.
+
+With `shard` the optimizer is spread over the ranks (`train.shard_optimizer`; ZeRO stage 1, arXiv 1910.02054): each
+bucket is reduced and scattered, a rank updates its slices alone (`slices`), and the new values are gathered. The header
+and the norm of the gradient, of which no rank has the whole, are two small collectives then. Only then is
+there padding.
 """
 
 import math
-from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
 from functools import partial
 
 import torch
@@ -30,40 +32,12 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from dist_qft.errors import NumericError
-from dist_qft.ranks.digest import positional_digest
-from dist_qft.training.digest_lanes import PIECES, digest_pieces, pieces_agree
+from dist_qft.ranks.collectives import Started, all_gather_flat, gather_in_place, start_reduce_scatter
 from dist_qft.training.fixed_tree import FixedTree
-from dist_qft.training.optimizer import gradient_norm
-
-# Sums in fp32 are exact up to 2^24. Split like this, counts and digests of up to 4096 ranks stay below.
-_TOKEN_BASE = 4096  # two lanes count up to 2^36 tokens per step
-
-_TOKENS_HIGH, _TOKENS_LOW, _LOSS, _STOP = range(4)
-_DIGEST = slice(4, 4 + 2 * PIECES)
-_FIXED_LANES = _DIGEST.stop
-
-
-@dataclass(frozen=True)
-class StepTotals:
-    """The sums of one step's reduction, equal on all ranks.
-
-    `tokens` and `loss_sum` are sums over ranks and micro-batches; `grad_norm` is the L2 norm of the mean gradient;
-    `stop` says that some rank was asked to stop; `rank_stats[rank]` are the numbers that rank sent about itself.
-    """
-
-    tokens: int
-    loss_sum: float
-    grad_norm: float
-    stop: bool
-    rank_stats: list[list[float]]
-
-
-@dataclass
-class _Bucket:
-    start: int
-    stop: int
-    missing: int
-    members: int
+from dist_qft.training.norms import chunk_size, chunk_squares, gradient_norm, norm_of_chunks
+from dist_qft.training.replicas import name_difference
+from dist_qft.training.slices import BLOCK, Range, Slices, bucket_ends
+from dist_qft.training.step_header import StepHeader, StepTotals
 
 
 class FlatParameters:
@@ -75,6 +49,12 @@ class FlatParameters:
         group: a process group of its own, so that these reductions and the engine's gathers need no common order.
         rank_stats_size: numbers each rank may send along with a step.
         tree: sums the micro-batches in an order that the number of ranks does not change; its group is `group`.
+        shard: let each rank update only its slices.
+
+    Attributes:
+        values: all trainables; `values.grad` is their gradient, with `shard` the summed one in this rank's slices only.
+        parts: the parameters for this rank's optimizer, views of `values`: just `values`, or this rank's slices.
+        spans: first and one-past-last element of each trainable in `values`.
     """
 
     def __init__(
@@ -85,30 +65,44 @@ class FlatParameters:
         group: dist.ProcessGroup | None = None,
         rank_stats_size: int = 0,
         tree: FixedTree | None = None,
+        shard: bool = False,
     ) -> None:
         self.named = list(reversed(list(named)))
         device = self.named[0][1].device
-        self.count = sum(parameter.numel() for _, parameter in self.named)
-        self.values = nn.Parameter(torch.empty(self.count, device=device))
-        self._group, self._rank_stats_size, self._tree = group, rank_stats_size, tree
-        self._world, self._rank = dist.get_world_size(group), dist.get_rank(group)
-        # One allocation for gradients and header: the last bucket takes the header along.
-        lanes = _FIXED_LANES + self._world * (1 + rank_stats_size)
-        self._reduced = torch.zeros(self.count + lanes, device=device)
-        self._gradients = self._reduced[: self.count]
-        self.values.grad = self._gradients
-        self._header = self._reduced[self.count :]
-        self.spans: dict[str, tuple[int, int]] = {}
-        self._buckets: list[_Bucket] = []
-        self._pending: list[dist.Work] = []
+        sizes = [parameter.numel() for _, parameter in self.named]
+        self.count = sum(sizes)
+        self._group, self._tree = group, tree
+        world, rank = dist.get_world_size(group), dist.get_rank(group)
+        self._chunk = chunk_size(self.count) if tree else BLOCK
+        ends = [self.count] if tree else bucket_ends(sizes, bucket_bytes / 4)
+        self.shard = shard = shard and world > 1
+        self.slices = Slices.divide(ends, world, rank, self._chunk) if shard else Slices.whole(ends)
+        # One allocation for gradients and header: without `shard`, the last bucket takes the header along.
+        padded = self.slices.padded
+        self._reduced = torch.zeros(padded + StepHeader.lanes_needed(world, rank_stats_size), device=device)
+        self._header = StepHeader(self._reduced[padded:], rank, world, rank_stats_size)
+        # The tree has its own order for what rounds: the gradients and, as the header's first lane, the loss.
+        self._leaf = self._reduced[: padded + 1] if shard else self._reduced
+        self._storage = torch.zeros(padded, device=device)
+        self.values = nn.Parameter(self._storage[: self.count])
+        self.values.grad = self._reduced[: self.count]
+        self.parts = [self.values]
+        if shard:
+            self.parts = [nn.Parameter(self._storage[slice(*updated)]) for updated in self.slices.updated]
+            for part, updated in zip(self.parts, self.slices.updated, strict=True):
+                part.grad = self._reduced[slice(*updated)]
+        self.spans: dict[str, Range] = {}
+        self._members = [0] * len(self.slices.buckets)
+        self._missing = list(self._members)
+        self._pending: list[Started] = []
         self._hooks: list[RemovableHandle] = []
         self._launched = 0
         self._reducing = False
         self.reduced_bytes = 0
         self.rounds = 0
-        self._lay_out(bucket_bytes)
+        self._lay_out()
 
-    def _lay_out(self, bucket_bytes: int) -> None:
+    def _lay_out(self) -> None:
         start = 0
         for name, parameter in self.named:
             stop = start + parameter.numel()
@@ -117,15 +111,12 @@ class FlatParameters:
             parameter.data = view
             parameter.grad = self._reduced[start:stop].view_as(parameter)
             self.spans[name] = (start, stop)
-            if not self._buckets or (stop - self._buckets[-1].start) * 4 > bucket_bytes:
-                self._buckets.append(_Bucket(start, stop, 0, 0))
-            bucket = self._buckets[-1]
-            bucket.stop, bucket.members = stop, bucket.members + 1
             if self._tree is None:
-                hook = partial(self._arrived, len(self._buckets) - 1)
-                self._hooks.append(parameter.register_post_accumulate_grad_hook(hook))
+                buckets = self.slices.buckets_of((start, stop))
+                for bucket in buckets:
+                    self._members[bucket] += 1
+                self._hooks.append(parameter.register_post_accumulate_grad_hook(partial(self._arrived, buckets)))
             start = stop
-        self._buckets[-1].stop = self._reduced.numel()
 
     @property
     def bytes_per_reduction(self) -> int:
@@ -153,42 +144,40 @@ class FlatParameters:
     def reduce_during_backward(self) -> None:
         """Announce that the coming backward is the step's last: its buckets may leave as they fill."""
         self._reducing = True
-        for bucket in self._buckets:
-            bucket.missing = bucket.members
+        self._missing = list(self._members)
 
     @torch.no_grad()
     def end_micro_batch(self, loss_sum: float | Tensor) -> None:
         """Count the loss of the micro-batch whose backward has run: the sum over its target tokens."""
-        self._header[_LOSS] += loss_sum
-        self._mark_bad(self._header[_LOSS])
+        self._header.add_loss(loss_sum)
         if self._tree is not None:
-            self._mark_bad(self._gradients.sum())
+            self._header.mark_bad(self._reduced[: self.count].sum())
             if not self._reducing:  # the last one waits for the rest of the header
-                self._tree.add(self._reduced)
-                self._reduced.zero_()
+                self._tree.add(self._leaf)
+                self._leaf.zero_()
 
-    def _arrived(self, index: int, _: Tensor) -> None:
+    def _arrived(self, buckets: range, _: Tensor) -> None:
         if not self._reducing:
             return
-        self._buckets[index].missing -= 1
+        for bucket in buckets:
+            self._missing[bucket] -= 1
         # Strictly in order, so that every rank issues the same sequence; the last one waits for the header.
-        while self._launched < len(self._buckets) - 1 and self._buckets[self._launched].missing == 0:
+        while self._launched < len(self._missing) - 1 and self._missing[self._launched] == 0:
             self._launch()
 
     @torch.no_grad()
     def _launch(self) -> None:
-        bucket = self._buckets[self._launched]
-        part = self._reduced[bucket.start : bucket.stop]
-        gradients = self._reduced[bucket.start : min(bucket.stop, self.count)]
-        # One read of the bucket before it is overwritten: afterwards nobody can tell whose value was bad.
-        self._mark_bad(gradients.sum())
-        self._pending.append(dist.all_reduce(part, group=self._group, async_op=True))
-        self.reduced_bytes += part.nbytes
+        bucket = self.slices.buckets[self._launched]
         self._launched += 1
-
-    def _mark_bad(self, number: Tensor) -> None:
-        """Count in this rank's own lane that `number` is not finite; without waiting for the device."""
-        self._header[_FIXED_LANES + self._rank] += (~torch.isfinite(number)).float()
+        # One read of the bucket before it is overwritten: afterwards nobody can tell whose value was bad.
+        self._header.mark_bad(self._reduced[bucket[0] : min(bucket[1], self.count)].sum())
+        if self.shard:
+            whole, own = self._reduced[slice(*bucket)], self._reduced[slice(*self.slices.piece(bucket))]
+            self._pending.append(start_reduce_scatter(whole, own, self._group))
+        else:
+            last = self._launched == len(self._missing)
+            whole = self._reduced[bucket[0] :] if last else self._reduced[slice(*bucket)]
+            self._pending.append(dist.all_reduce(whole, group=self._group, async_op=True))
 
     @torch.no_grad()
     def reduce(
@@ -214,80 +203,98 @@ class FlatParameters:
         Raises:
             NumericError: on every rank, at the same step, if a gradient or loss is not finite or replicas differ.
         """
-        self._fill_header(tokens, check_digest, stop, rank_stats)
-        if self._tree is not None:
-            self._tree.reduce(self._reduced)
-            self.reduced_bytes += self._reduced.nbytes
-        else:
+        self._header.fill(tokens, stop, rank_stats, self.values.data if check_digest else None)
+        if self._tree is None:
             self._finish_buckets()
+        elif self.shard:
+            own = self._tree.reduce_scatter(self._leaf, self._own_gradients[0].numel(), shared=1)
+            self._own_gradients[0].copy_(own[:-1])
+            self._header.loss.copy_(own[-1:])
+            dist.all_reduce(self._header.lanes[1:], group=self._group)
+        else:
+            self._tree.reduce(self._reduced)
         self._reducing = False
+        self.reduced_bytes += self._reduced.nbytes
         self.rounds += 1
         lanes, norm = self._read()
-        if check_digest and not pieces_agree(lanes[_DIGEST], self._world):
-            self._name_difference(step)
+        if check_digest and not self._header.replicas_agree(lanes):
+            raise name_difference(self.values.data, dict(reversed(self.spans.items())), step, self._group)
         self._require_finite(lanes, norm, step)
-        total = int(lanes[_TOKENS_HIGH]) * _TOKEN_BASE + int(lanes[_TOKENS_LOW])
-        everyone = lanes[_FIXED_LANES + self._world :]
-        size = self._rank_stats_size
-        by_rank = [everyone[rank * size : (rank + 1) * size] for rank in range(self._world)]
-        return StepTotals(total, lanes[_LOSS], norm, lanes[_STOP] > 0, by_rank)
-
-    def _read(self) -> tuple[list[float], float]:
-        """Divide the gradient by the number of target tokens; returns the header and the mean gradient's norm."""
-        counts = self._header[: _TOKENS_LOW + 1].double()
-        total = (counts[_TOKENS_HIGH] * _TOKEN_BASE + counts[_TOKENS_LOW]).clamp(min=1)
-        self._gradients.div_(total.float())
-        *lanes, norm = torch.cat([self._header.double(), gradient_norm(self._gradients)[None]]).tolist()
-        return lanes, norm
+        return self._header.totals(lanes, norm)
 
     def _finish_buckets(self) -> None:
-        while self._launched < len(self._buckets):
+        while self._launched < len(self._missing):
             self._launch()
+        if self.shard:
+            self._pending.append(dist.all_reduce(self._header.lanes, group=self._group, async_op=True))
         for work in self._pending:
             work.wait()
         self._pending.clear()
 
-    def _fill_header(self, tokens: int, check_digest: bool, stop: bool, rank_stats: Sequence[float]) -> None:
-        header = self._header
-        header[_TOKENS_HIGH], header[_TOKENS_LOW] = divmod(tokens, _TOKEN_BASE)
-        header[_STOP] = float(stop)
-        if check_digest:
-            pieces = digest_pieces(self.values.data)
-            header[_DIGEST] = torch.cat([pieces, pieces * pieces])
-        first = _FIXED_LANES + self._world + self._rank * self._rank_stats_size
-        for lane, number in enumerate(rank_stats, first):  # a number rides with its kernel, a tensor would be copied
-            header[lane] = number
+    @property
+    def _own_gradients(self) -> list[Tensor]:
+        """The parts of the gradient buffer that have the sum over ranks and that this rank's optimizer reads."""
+        return [self._reduced[slice(*own)] for own in self.slices.own]
+
+    def _read(self) -> tuple[list[float], float]:
+        """Divide the gradient by the number of target tokens; returns the header and the mean gradient's norm."""
+        total = self._header.tokens().float()
+        for gradient in self._own_gradients:
+            gradient.div_(total)
+        *lanes, norm = torch.cat([self._header.lanes.double(), self._norm()[None]]).tolist()
+        return lanes, norm
+
+    def _norm(self) -> Tensor:
+        own = self._own_gradients
+        if self._tree is None:
+            return gradient_norm(self._from_all(gradient_norm(*own)[None]))
+        squares = self._from_all(chunk_squares(own[0], self._chunk))
+        return norm_of_chunks(squares[: -(-self.count // self._chunk)])
+
+    def _from_all(self, figures: Tensor) -> Tensor:
+        """The figures of all ranks' slices in the order of the ranks, where a rank has only its own."""
+        if not self.shard:
+            return figures
+        everyone = figures.new_empty(self.slices.world * figures.numel())
+        all_gather_flat(everyone, figures, group=self._group)
+        return everyone
+
+    def own_parts(self, spans: Iterable[Range]) -> list[Tensor]:
+        """Views of the values in those `spans` of the flat buffer that this rank's optimizer updates."""
+        return [self.parts[number].data[start:stop] for number, start, stop in self.slices.within(spans)]
+
+    @torch.no_grad()
+    def gather_values(self) -> None:
+        """Give every rank the values that the others have updated. Collective; nothing to do without `shard`."""
+        if self.shard:
+            buckets = [self._storage[slice(*bucket)] for bucket in self.slices.buckets]
+            gather_in_place(buckets, [self._storage[slice(*own)] for own in self.slices.own], self._group)
 
     def _require_finite(self, lanes: list[float], norm: float, step: int) -> None:
-        bad = [rank for rank in range(self._world) if lanes[_FIXED_LANES + rank] > 0]
-        if not bad and math.isfinite(lanes[_LOSS]) and math.isfinite(norm):
+        bad = self._header.bad_ranks(lanes)
+        if bad is None and math.isfinite(norm):
             return
         first = self.first_non_finite(gradients=True) or "the loss"
         where = f"on rank {', '.join(map(str, bad))}" if bad else "in the sum over ranks"
         raise NumericError(f"step {step}: non-finite gradient {where}, first in {first}; nothing was updated")
 
     def first_non_finite(self, *, gradients: bool) -> str | None:
-        """Name of the first parameter, in model order, with a value or gradient that is not finite; None if all are."""
-        for name, parameter in reversed(self.named):
-            tensor = parameter.grad if gradients else parameter.data
-            if tensor is not None and not torch.isfinite(tensor).all():
-                return name
-        return None
+        """Name of the first parameter, in model order, with a value or gradient that is not finite; None if all are.
 
-    def _name_difference(self, step: int) -> None:
+        Of gradients, those that this rank's optimizer reads are looked at, and all ranks' findings count. Collective
+        with `shard`.
+        """
         names = [name for name, _ in reversed(self.named)]
-        own = torch.stack([positional_digest(self.values.data[slice(*self.spans[name])]) for name in names])
-        everyone = [torch.empty_like(own) for _ in range(self._world)]
-        dist.all_gather(everyone, own, group=self._group)
-        for index, name in enumerate(names):
-            digests = [int(other[index]) for other in everyone]
-            # The majority is taken for right; of two ranks that differ, nobody knows which one is.
-            common = Counter(digests).most_common(1)[0][0]
-            odd = [rank for rank, digest in enumerate(digests) if digest != common]
-            if odd:
-                ranks = ", ".join(map(str, odd))
-                raise NumericError(
-                    f"step {step}: replicas differ, first in {name}: "
-                    f"rank {ranks} differs from rank {digests.index(common)}"
-                )
-        raise NumericError(f"step {step}: replicas differed when their digests were summed, but no tensor differs now")
+        of, shared = (self._reduced, self.shard) if gradients else (self._storage, False)
+        spans = self.slices.own if shared else ((0, self.count),)
+        found = next((number for number, name in enumerate(names) if self._bad_within(of, name, spans)), len(names))
+        if shared:
+            first = torch.tensor(found, device=of.device)
+            dist.all_reduce(first, dist.ReduceOp.MIN, group=self._group)
+            found = int(first)
+        return names[found] if found < len(names) else None
+
+    def _bad_within(self, of: Tensor, name: str, spans: Sequence[Range]) -> bool:
+        start, stop = self.spans[name]
+        parts = (of[max(start, first) : min(stop, last)] for first, last in spans if first < stop and last > start)
+        return not all(bool(torch.isfinite(part).all()) for part in parts)

@@ -14,7 +14,8 @@ def opening_lines(inputs: RunInputs, parts: Assembled, flat: FlatParameters, acc
         f"base {config.model.path}: {parts.engine.resident_bytes() / 2**20:.1f} MiB on this rank "
         f"({parts.engine.name}, {world.world_size} ranks), fingerprint {parts.base.fingerprint[:16]}",
         f"{config.method.name}: {flat.count:,} trainable parameters in {inputs.spec.summary()}; "
-        f"one reduction of {flat.bytes_per_reduction:,} bytes per step",
+        f"one reduction of {flat.bytes_per_reduction:,} bytes per step"
+        + (f", the optimizer spread over {world.world_size} ranks" if flat.shard else ""),
         f"data: {_rows(data)}, {data.counts['target_tokens']:,} target tokens; "
         f"{total_steps} steps of {config.train.global_batch_size} "
         f"= {config.train.per_device_train_batch_size} x {accumulation} x {world.world_size} ranks",

@@ -1,16 +1,18 @@
 """The optimizer over the flat trainables, its learning rate as a pure function of the step, and its state."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TypedDict
 
 import torch
 from torch import Tensor, nn
 
 from dist_qft.config.schema import TrainConfig
-from dist_qft.errors import CorruptFileError, NumericError, SetupError, UserError
+from dist_qft.errors import SetupError, UserError
+from dist_qft.training.slices import padded_slice
 
-_NORM_CHUNK = 1 << 22  # values per piece of the norm: bounds the float64 copy to 32 MiB
+_SHARDED_FROM = 64_000_000  # trainables whose optimizer is spread over the ranks by default: moments of 0.5 GB
+_SMALL = 4096  # values for which bitsandbytes' 8-bit AdamW keeps 32-bit moments
 
 
 def learning_rate(config: TrainConfig, step: int, total_steps: int) -> float:
@@ -53,8 +55,21 @@ class _AdamW(TypedDict):
     weight_decay: float
 
 
-def make_optimizer(config: TrainConfig, values: nn.Parameter) -> torch.optim.Optimizer:
-    """One fused AdamW over the flat buffer; bitsandbytes' paged AdamW (as in the papers) on CUDA only."""
+def shards_optimizer(config: TrainConfig, trainables: int, world_size: int) -> bool:
+    """True if each rank keeps only its part of the optimizer's state (`train.shard_optimizer`)."""
+    asked = config.shard_optimizer
+    return world_size > 1 and (trainables >= _SHARDED_FROM if asked is None else asked)
+
+
+def make_optimizer(
+    config: TrainConfig, parts: Sequence[nn.Parameter], total: int | None = None
+) -> torch.optim.Optimizer:
+    """One fused AdamW over the flat buffer; bitsandbytes' paged AdamW (as in the papers) on CUDA only.
+
+    Args:
+        parts: the flat buffer, or this rank's slices of it.
+        total: values in the whole buffer; by default those of `parts`.
+    """
     settings = _AdamW(
         lr=config.learning_rate,
         betas=(config.adam_beta1, config.adam_beta2),
@@ -62,13 +77,20 @@ def make_optimizer(config: TrainConfig, values: nn.Parameter) -> torch.optim.Opt
         weight_decay=config.weight_decay,
     )
     if config.optim == "adamw":
-        return torch.optim.AdamW([values], fused=True, **settings)
-    if values.device.type != "cuda":
-        raise SetupError(f"train.optim: got {config.optim}, must be adamw on {values.device.type}")
+        return torch.optim.AdamW(parts, fused=True, **settings)
+    device = parts[0].device.type
+    if device != "cuda":
+        raise SetupError(f"train.optim: got {config.optim}, must be adamw on {device}")
     import bitsandbytes
 
     kind = {"paged_adamw_32bit": "PagedAdamW32bit", "paged_adamw_8bit": "PagedAdamW8bit"}[config.optim]
-    return getattr(bitsandbytes.optim, kind)([values], **settings)
+    total = total or sum(part.numel() for part in parts)
+    return getattr(bitsandbytes.optim, kind)(parts, min_8bit_size=smallest_in_8_bits(total), **settings)
+
+
+def smallest_in_8_bits(total: int) -> int:
+    """The size from which bitsandbytes keeps a tensor's moments in 8 bits: all slices are kept as the whole is."""
+    return 0 if total >= _SMALL else _SMALL
 
 
 def faster_ranges(config: TrainConfig, spans: Mapping[str, tuple[int, int]]) -> list[tuple[int, int]]:
@@ -79,52 +101,25 @@ def faster_ranges(config: TrainConfig, spans: Mapping[str, tuple[int, int]]) -> 
 
 
 @torch.no_grad()
-def step_with_ranges(
-    optimizer: torch.optim.Optimizer, values: nn.Parameter, ranges: list[tuple[int, int]], ratio: float
-) -> None:
-    """One optimizer step, with `ratio` times the learning rate in some ranges of the flat buffer.
+def step_with_ranges(optimizer: torch.optim.Optimizer, faster: Sequence[Tensor], ratio: float) -> None:
+    """One optimizer step, with `ratio` times the learning rate for `faster`, views of the values that it updates.
 
     AdamW's step is linear in the learning rate, weight decay included, so the step of a range is scaled afterwards. The
     optimizer's state is that of a step without ranges.
     """
-    before = [values[start:stop].clone() for start, stop in ranges]
+    before = [values.clone() for values in faster]
     optimizer.step()
-    for (start, stop), old in zip(ranges, before, strict=True):
-        values[start:stop].sub_(old).mul_(ratio).add_(old)
+    for values, old in zip(faster, before, strict=True):
+        values.sub_(old).mul_(ratio).add_(old)
 
 
-def gradient_norm(gradient: Tensor) -> Tensor:
-    """L2 norm of a flat gradient, a float64 scalar on its device."""
-    # In float64, because squares of finite float32 values overflow float32: clipping by inf would zero the step.
-    parts = gradient.split(_NORM_CHUNK)
-    return torch.stack([torch.linalg.vector_norm(part, dtype=torch.float64) for part in parts]).norm()
-
-
-def clip_gradient(values: nn.Parameter, norm: float, max_norm: float | None) -> None:
-    """Scale the flat gradient, whose L2 norm is known, to at most `max_norm`."""
-    gradient = values.grad
-    assert gradient is not None, "the flat buffer has its gradients from the start"
-    if max_norm is not None and (share := max_norm / (norm + 1e-6)) < 1.0:
-        gradient.mul_(share)
-
-
-def optimizer_tensors(optimizer: torch.optim.Optimizer, values: nn.Parameter) -> dict[str, Tensor]:
-    """The optimizer's state as named tensors (moments, step count), ready for safetensors."""
-    state = optimizer.state[values]
-    return {key: value if isinstance(value, Tensor) else torch.tensor(value) for key, value in state.items()}
-
-
-def require_finite_state(tensors: Mapping[str, Tensor], step: int) -> None:
-    """Refuse to save a state that would spoil every later step. `step` is for the message.
-
-    Raises:
-        NumericError: a moment is not finite, such as the square of a very large gradient.
-    """
-    for key, tensor in tensors.items():
-        if tensor.is_floating_point() and not math.isfinite(
-            float(torch.linalg.vector_norm(tensor.float(), ord=math.inf))
-        ):
-            raise NumericError(f"step {step}: the optimizer's {key} is not finite; the step is not saved")
+def clip_gradient(parts: Sequence[nn.Parameter], norm: float, max_norm: float | None) -> None:
+    """Scale the flat gradient, whose L2 norm is known, to at most `max_norm`; `parts` are this rank's of it."""
+    if max_norm is None or (share := max_norm / (norm + 1e-6)) >= 1.0:
+        return
+    for part in parts:
+        assert part.grad is not None, "the flat buffer has its gradients from the start"
+        part.grad.mul_(share)
 
 
 def optimizer_bytes(config: TrainConfig, trainables: int) -> int:
@@ -134,53 +129,13 @@ def optimizer_bytes(config: TrainConfig, trainables: int) -> int:
     return 2 * 4 * trainables
 
 
+def optimizer_bytes_per_rank(config: TrainConfig, trainables: int, world_size: int) -> int:
+    """Bytes of the two moments that each rank keeps."""
+    if shards_optimizer(config, trainables, world_size):
+        trainables = padded_slice(trainables, world_size)
+    return optimizer_bytes(config, trainables)
+
+
 def checkpoint_bytes(config: TrainConfig, trainables: int) -> int:
     """Bytes of a checkpoint of so many trainables, without its small JSON files: values in fp32, and the moments."""
     return 4 * trainables + optimizer_bytes(config, trainables)
-
-
-def load_optimizer_tensors(
-    optimizer: torch.optim.Optimizer, values: nn.Parameter, tensors: dict[str, Tensor], where: str
-) -> None:
-    """Put saved state back into an optimizer that has not stepped yet.
-
-    Raises:
-        UserError: the state is another optimizer's.
-        CorruptFileError: a tensor's shape is not the one this optimizer needs.
-    """
-    fresh = _fresh_state(optimizer, values)
-    if set(fresh) != set(tensors):
-        raise UserError(
-            f"{where}: saved with another train.optim: its state has {', '.join(sorted(tensors))}, "
-            f"{type(optimizer).__name__} needs {', '.join(sorted(fresh))}"
-        )
-    for key, blank in fresh.items():
-        needed = list(blank.shape) if isinstance(blank, Tensor) else []
-        if list(tensors[key].shape) != needed:
-            raise CorruptFileError(f"{where}: {key} has shape {list(tensors[key].shape)}, the trainables need {needed}")
-        _require_sound(tensors[key], blank, f"{where}: {key}")
-    optimizer.state[values] = {
-        # Into the buffers that are there: bitsandbytes' live in paged memory.
-        key: blank.copy_(tensors[key]) if isinstance(blank, Tensor) else tensors[key].item()
-        for key, blank in fresh.items()
-    }
-
-
-def _require_sound(saved: Tensor, blank: Tensor | int, where: str) -> None:
-    """CorruptFileError unless a saved tensor has the dtype that the optimizer needs and finite values."""
-    if isinstance(blank, Tensor) and saved.dtype != blank.dtype:
-        raise CorruptFileError(f"{where}: got {saved.dtype}, must be {blank.dtype}")
-    if saved.is_floating_point() and not torch.isfinite(saved).all():
-        raise CorruptFileError(f"{where}: holds values that are not finite")
-
-
-def _fresh_state(optimizer: torch.optim.Optimizer, values: nn.Parameter) -> dict[str, Tensor | int]:
-    if isinstance(optimizer, torch.optim.AdamW):
-        # As the fused kernel wants it: the step count is a float32 scalar on the parameter's device.
-        step = torch.zeros((), device=values.device)
-        return {"step": step, "exp_avg": torch.zeros_like(values), "exp_avg_sq": torch.zeros_like(values)}
-    from bitsandbytes.optim.optimizer import Optimizer2State
-
-    assert isinstance(optimizer, Optimizer2State), "make_optimizer makes no others"
-    optimizer.init_state(optimizer.param_groups[0], values, 0, 0)
-    return dict(optimizer.state[values])

@@ -76,6 +76,7 @@ class RunPlan:
         reduce_bytes_per_step: 4 * trainable parameters, the fp32 gradient buffer without its small header.
         between_nodes: bytes that come into each node from others; see `links.between_nodes`.
         optimizer_bytes: the optimizer's state on each rank.
+        optimizer_ranks: ranks that share the optimizer's state; 1 if each holds all of it (`train.shard_optimizer`).
         checkpoint_bytes: trainables (fp32) and optimizer state.
     """
 
@@ -98,6 +99,7 @@ class RunPlan:
     reduce_bytes_per_step: int
     between_nodes: dict[str, int]
     optimizer_bytes: int
+    optimizer_ranks: int
     checkpoint_bytes: int
     batch: PlannedBatch
     optimization: PlannedOptimization

@@ -12,8 +12,9 @@ from dist_qft.errors import NumericError
 from dist_qft.methods.forward import Forward
 from dist_qft.ranks.preemption import StopSignal
 from dist_qft.training.compute_clock import ComputeClock
-from dist_qft.training.flat_parameters import FlatParameters, StepTotals
+from dist_qft.training.flat_parameters import FlatParameters
 from dist_qft.training.optimizer import clip_gradient, faster_ranges, learning_rate, step_with_ranges
+from dist_qft.training.step_header import StepTotals
 from dist_qft.tuned_model.assemble import Assembled
 
 RANK_STATS = 2  # numbers of each rank that ride along with a step: MiB held, compute seconds
@@ -114,12 +115,13 @@ class TrainStep:
     def _update(self, step: int, norm: float) -> float:
         """Clip and apply the reduced gradient, which has this norm; returns the learning rate."""
         values = self.flat.values
-        clip_gradient(values, norm, self.config.max_grad_norm)
+        clip_gradient(self.flat.parts, norm, self.config.max_grad_norm)
         rate = learning_rate(self.config, step, self.total_steps)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        ranges = faster_ranges(self.config, self.flat.spans)
-        step_with_ranges(self.optimizer, values, ranges, self.config.loraplus_lr_ratio or 1.0)
+        faster = self.flat.own_parts(faster_ranges(self.config, self.flat.spans))
+        step_with_ranges(self.optimizer, faster, self.config.loraplus_lr_ratio or 1.0)
+        self.flat.gather_values()
         # The largest magnitude is NaN or infinite if any value is. No later gradient may come to show it.
         largest = torch.linalg.vector_norm(values.detach(), ord=math.inf)
         if not math.isfinite(float(largest)):

@@ -21,7 +21,8 @@ from dist_qft.training.fixed_tree import FixedTree
 from dist_qft.training.flat_parameters import FlatParameters
 from dist_qft.training.monitor import Monitor
 from dist_qft.training.opening import opening_lines
-from dist_qft.training.optimizer import make_optimizer
+from dist_qft.training.optimizer import make_optimizer, shards_optimizer
+from dist_qft.training.optimizer_state import OptimizerState
 from dist_qft.training.resume import chain_rows
 from dist_qft.training.run_inputs import RunInputs
 from dist_qft.training.step_meter import StepMeter, held_bytes, peak_bytes, step_scalars
@@ -59,14 +60,17 @@ class TrainingRun:
         invariant = config.sharding.gradient_sum == "invariant"
         if invariant:
             compute_reproducibly(inputs.device)
+        named = parts.named_tensors()
+        trainables = sum(parameter.numel() for _, parameter in named)
         self.flat = FlatParameters(
-            parts.named_tensors(),
+            named,
             bucket_bytes=int(config.sharding.bucket_megabytes * 2**20),
             group=self._group,
             rank_stats_size=RANK_STATS,
             tree=FixedTree(self.batches.accumulation, self._group) if invariant else None,
+            shard=shards_optimizer(config.train, trainables, world.world_size),
         )
-        self.optimizer = make_optimizer(config.train, self.flat.values)
+        self.optimizer = make_optimizer(config.train, self.flat.parts, self.flat.count)
         forward = make_forward(config, parts, inputs.spec, inputs.data.train, inputs.device)
         self._step_of_run = TrainStep(forward, parts, self.flat, self.optimizer, config.train, self.total_steps)
         self.meter = StepMeter(parts.engine, self.flat)
@@ -79,7 +83,8 @@ class TrainingRun:
             metrics_bytes=self.state.metrics_bytes,
         )
         self.evaluations = Evaluations(inputs, parts, self.monitor)
-        self.checkpoints = Checkpointing(inputs, self._step_of_run, self.state, self.monitor, lock)
+        kept = OptimizerState(self.optimizer, self.flat.parts, self.flat.slices, self._group)
+        self.checkpoints = Checkpointing(inputs, self._step_of_run, kept, self.state, self.monitor, lock)
 
     def prepare(self) -> None:
         """Restore a checkpoint if there is one, make the replicas equal, print the opening lines."""

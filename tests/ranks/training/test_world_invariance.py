@@ -1,16 +1,15 @@
 """`sharding.gradient_sum: invariant`: the bits of a run do not depend on the number of ranks, nor on the engine."""
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from dist_qft.config.check import config_warnings
+from dist_qft.storage.checkpoint import OPTIMIZER
+from dist_qft.storage.manifest import sha256_of
 from dist_qft.training.fixed_tree import FixedTree, Node, nodes_within
 from tests.support.invariance import invariant_run
-from tests.support.rank_pool import RankPool
 from tests.support.tiny_model import tiny_config
 
 # Method -> engines and numbers of ranks that must write the same bits; more of both: benchmarks/invariance.py
@@ -19,14 +18,6 @@ LAYOUTS = {
     "qahira, merge-aware": [("replicated", 1), ("fsdp", 4), ("zero", 2)],
     "qst": [("replicated", 1), ("fsdp", 3), ("zero", 4)],
 }
-
-
-@pytest.fixture(scope="module")
-def worlds(pools: dict[int, RankPool]) -> Iterator[dict[int, RankPool]]:
-    """Pools of 1 to 4 ranks."""
-    three = RankPool(3)
-    yield {**pools, 3: three}
-    three.close()
 
 
 # --- the tree --------------------------------------------------------------------------------------------------------
@@ -82,9 +73,9 @@ def summed_twice(count: int, size: int) -> list[Tensor]:
 
 @pytest.mark.parametrize("size", [1, 3, 1001])
 @pytest.mark.parametrize(("count", "world"), [(12, n) for n in (1, 2, 3, 4)] + [(1, 1), (20, 4), (21, 3), (64, 2)])
-def test_sums_have_the_definitions_bits(worlds, count, world, size):
+def test_sums_have_the_definitions_bits(pools, count, world, size):
     expected = by_the_definition(vectors(count, size))
-    for once, twice in worlds[world].run(summed_twice, count=count, size=size):
+    for once, twice in pools[world].run(summed_twice, count=count, size=size):
         assert torch.equal(once, expected)
         assert torch.equal(twice, 2 * expected)  # exact: a power of two
 
@@ -93,22 +84,25 @@ def test_sums_have_the_definitions_bits(worlds, count, world, size):
 
 
 @pytest.mark.parametrize("method", LAYOUTS)
-def test_any_world_and_engine_write_the_same_adapter(worlds, tiny_llama, tmp_path, method):
+def test_any_world_and_engine_write_the_same_adapter(pools, tiny_llama, tmp_path, method):
     runs = {
-        (engine, world): invariant_run(worlds[world], tiny_llama, tmp_path / f"{engine}{world}", method, engine)
+        (engine, world): invariant_run(pools[world], tiny_llama, tmp_path / f"{engine}{world}", method, engine)
         for engine, world in LAYOUTS[method]
     }
     assert len({digest for _, digest in runs.values()}) == 1, runs
     assert all(losses == runs["replicated", 1][0] for losses, _ in runs.values())
 
 
-def test_resuming_on_other_worlds_changes_no_bit(worlds, tiny_llama, tmp_path):
-    whole = invariant_run(worlds[2], tiny_llama, tmp_path / "whole", "qahira, merge-aware", "fsdp")
-    for steps, world, engine in [(2, 3, "fsdp"), (3, 1, "replicated"), (5, 4, "fsdp"), (6, 2, "replicated")]:
-        found = invariant_run(
-            worlds[world], tiny_llama, tmp_path / "chain", "qahira, merge-aware", engine, max_steps=steps, resume="auto"
-        )
+def test_resuming_on_other_worlds_changes_no_bit(pools, tiny_llama, tmp_path):
+    """Nor does spreading the optimizer over the ranks, in the adapter or in the optimizer's own file."""
+    whole = invariant_run(pools[2], tiny_llama, tmp_path / "whole", "qahira, merge-aware", "fsdp")
+    chain = [(2, 3, "fsdp", True), (3, 1, "replicated", True), (5, 4, "fsdp", False), (6, 2, "replicated", True)]
+    for steps, world, engine, shard in chain:
+        settings = {"max_steps": steps, "resume": "auto", "shard_optimizer": shard}
+        found = invariant_run(pools[world], tiny_llama, tmp_path / "chain", "qahira, merge-aware", engine, **settings)
     assert found == whole
+    states = [sha256_of(tmp_path / run / "run" / "checkpoint-6" / OPTIMIZER) for run in ("whole", "chain")]
+    assert states[0] == states[1]
 
 
 def test_settings_of_the_other_reduction_are_warned_of(tmp_path):

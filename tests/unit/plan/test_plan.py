@@ -139,7 +139,9 @@ def test_trainables_optimizer_and_checkpoint(plan):
     assert result["trainable_parameters_by_layer_type"]["down_proj"] == 2 * 4 * (64 + 128)
     assert sum(result["trainable_parameters_by_layer_type"].values()) == 8192
     assert result["reduce_bytes_per_step"] == 4 * 8192
-    assert result["optimizer_bytes"] == 8 * 8192
+    assert (result["optimizer_bytes"], result["optimizer_ranks"]) == (8 * 8192, 1)
+    spread = plan("method.rank=4", "train.shard_optimizer=true", world_size=2)
+    assert (spread["optimizer_bytes"], spread["optimizer_ranks"]) == (8 * 4096, 2)
     assert result["checkpoint_bytes"] == 12 * 8192
     eight_bit = plan("method.rank=4", "train.optim=paged_adamw_8bit", "sharding.device=cuda")
     assert eight_bit["optimizer_bytes"] == 2 * (8192 + 8192 // 256 * 4)

@@ -10,19 +10,18 @@ from transformers.optimization import get_cosine_with_min_lr_schedule_with_warmu
 
 from dist_qft.config.schema import TrainConfig
 from dist_qft.errors import CorruptFileError, NumericError, SetupError, UserError
+from dist_qft.training.norms import gradient_norm
 from dist_qft.training.optimizer import (
     check_warmup,
     checkpoint_bytes,
     clip_gradient,
     faster_ranges,
-    gradient_norm,
     learning_rate,
-    load_optimizer_tensors,
     make_optimizer,
-    optimizer_tensors,
-    require_finite_state,
     step_with_ranges,
 )
+from dist_qft.training.optimizer_state import OptimizerState
+from dist_qft.training.slices import Slices
 
 SHAPES = [(3, 5), (7,), (2, 2, 2), (1,)]
 
@@ -89,7 +88,7 @@ def test_loraplus_is_torchs_parameter_groups():
     spans = {name: (6 * index, 6 * index + 6) for index, name in enumerate(names)}
     config = TrainConfig(learning_rate=0.01, weight_decay=0.1, loraplus_lr_ratio=16.0)
     values = nn.Parameter(torch.cat(start))
-    optimizer = make_optimizer(config, values)
+    optimizer = make_optimizer(config, [values])
     theirs = [nn.Parameter(tensor.clone()) for tensor in start]
     groups = [{"params": theirs[first::2], "lr": rate} for first, rate in ((0, 0.16), (1, 0.01))]
     reference = torch.optim.AdamW(groups, weight_decay=0.1)
@@ -99,7 +98,7 @@ def test_loraplus_is_torchs_parameter_groups():
         values.grad = torch.randn(24, generator=generator)
         for parameter, (first, last) in zip(theirs, spans.values(), strict=True):
             parameter.grad = values.grad[first:last].clone()
-        step_with_ranges(optimizer, values, ranges, 16.0)
+        step_with_ranges(optimizer, [values.data[start:stop] for start, stop in ranges], 16.0)
         reference.step()
     torch.testing.assert_close(values.detach(), flat(theirs), rtol=1e-5, atol=1e-7)
 
@@ -110,7 +109,7 @@ def test_flat_fused_adamw_is_torchs_on_separate_parameters(weight_decay):
     generator = torch.Generator().manual_seed(0)
     parameters = [nn.Parameter(torch.randn(shape, generator=generator)) for shape in SHAPES]
     values = nn.Parameter(flat(parameters))
-    ours = make_optimizer(config, values)
+    ours = make_optimizer(config, [values])
     theirs = torch.optim.AdamW(
         parameters, lr=0.05, betas=(0.8, 0.999), eps=1e-6, weight_decay=weight_decay, fused=False, foreach=False
     )
@@ -131,7 +130,7 @@ def test_clipping_is_torchs(scale, max_norm):
     values = nn.Parameter(torch.zeros(1000))
     values.grad = gradient.clone()
     norm = gradient_norm(values.grad)
-    clip_gradient(values, norm.item(), max_norm)
+    clip_gradient([values], norm.item(), max_norm)
     reference = nn.Parameter(torch.zeros(1000, dtype=torch.float64))
     reference.grad = gradient.double()
     assert norm.item() == pytest.approx(nn.utils.clip_grad_norm_([reference], max_norm).item(), rel=1e-6)
@@ -141,13 +140,13 @@ def test_clipping_is_torchs(scale, max_norm):
 def test_no_clipping():
     values = nn.Parameter(torch.zeros(2))
     values.grad = torch.tensor([3.0, 4.0])
-    clip_gradient(values, 5.0, None)
+    clip_gradient([values], 5.0, None)
     assert values.grad.tolist() == [3.0, 4.0]
 
 
 def test_paged_optimizers_need_cuda():
     with pytest.raises(SetupError) as raised:
-        make_optimizer(TrainConfig(optim="paged_adamw_8bit"), nn.Parameter(torch.zeros(3)))
+        make_optimizer(TrainConfig(optim="paged_adamw_8bit"), [nn.Parameter(torch.zeros(3))])
     assert str(raised.value) == "train.optim: got paged_adamw_8bit, must be adamw on cpu"
     assert raised.value.exit_code == 3
 
@@ -158,13 +157,17 @@ SIZE = 5000  # bitsandbytes keeps 32-bit state below 4096 values
 
 
 def adamw(values: nn.Parameter) -> torch.optim.Optimizer:
-    return make_optimizer(TrainConfig(learning_rate=0.01), values)
+    return make_optimizer(TrainConfig(learning_rate=0.01), [values])
 
 
 def bitsandbytes_8bit(values: nn.Parameter) -> torch.optim.Optimizer:
     import bitsandbytes
 
     return bitsandbytes.optim.AdamW8bit([values], lr=0.01)
+
+
+def state_of(optimizer: torch.optim.Optimizer, values: nn.Parameter) -> OptimizerState:
+    return OptimizerState(optimizer, [values], Slices.whole([values.numel()]))
 
 
 def steps(optimizer: torch.optim.Optimizer, values: nn.Parameter, first: int, last: int) -> None:
@@ -181,12 +184,12 @@ def test_saved_state_continues_bit_for_bit(make):
     first = nn.Parameter(torch.ones(SIZE))
     optimizer = make(first)
     steps(optimizer, first, 0, 3)
-    saved = {key: tensor.clone() for key, tensor in optimizer_tensors(optimizer, first).items()}
+    saved = {key: tensor.clone() for key, tensor in state_of(optimizer, first).gather().items()}
     assert int(saved["step"]) == 3
 
     second = nn.Parameter(first.detach().clone())
     resumed = make(second)
-    load_optimizer_tensors(resumed, second, saved, "here")
+    state_of(resumed, second).load(saved, "here")
     steps(resumed, second, 3, 6)
     assert torch.equal(straight, second)
     assert all(torch.equal(saved[key], value) for key, value in saved.items())
@@ -197,7 +200,7 @@ def refusal(kind: type[Exception], **tensors: Any) -> str:
     state = {"step": torch.tensor(3.0), "exp_avg": torch.ones(SIZE), "exp_avg_sq": torch.ones(SIZE), **tensors}
     optimizer = adamw(values)
     with pytest.raises(kind) as raised:
-        load_optimizer_tensors(optimizer, values, {k: v for k, v in state.items() if v is not None}, "optimizer.x")
+        state_of(optimizer, values).load({k: v for k, v in state.items() if v is not None}, "optimizer.x")
     assert not optimizer.state
     return str(raised.value)
 
@@ -234,7 +237,7 @@ def test_moments_that_have_overflowed_are_not_saved():
     optimizer.step()
     assert torch.isfinite(values).all()
     with pytest.raises(NumericError, match=r"^step 7: the optimizer's exp_avg_sq is not finite") as raised:
-        require_finite_state(optimizer_tensors(optimizer, values), step=7)
+        state_of(optimizer, values).require_finite(step=7)
     assert raised.value.exit_code == 6 and raised.value.everywhere
 
 
@@ -244,7 +247,7 @@ def test_bytes_of_a_checkpoint(kind):
     values = nn.Parameter(torch.ones(SIZE))
     optimizer = bitsandbytes_8bit(values) if kind == "paged_adamw_8bit" else adamw(values)
     steps(optimizer, values, 0, 1)
-    tensors = optimizer_tensors(optimizer, values)
+    tensors = state_of(optimizer, values).gather()
     small = sum(tensor.nbytes for key, tensor in tensors.items() if key == "step" or key.startswith("qmap"))
     counted = sum(tensor.nbytes for tensor in tensors.values()) - small + values.nbytes
     assert checkpoint_bytes(TrainConfig(optim=kind), SIZE) == counted
