@@ -31,4 +31,5 @@ if [[ ${#tiers[@]} == 0 && $# == 0 ]]; then
   exit "$code"
 fi
 mypy
+if [[ "${tiers[*]}" == tests/unit && $# == 0 ]]; then set -- --numprocesses=2 --dist=loadfile; fi
 exec pytest --durations=25 "${tiers[@]}" "$@"

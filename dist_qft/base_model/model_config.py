@@ -112,6 +112,8 @@ def _check_tree(tree: Mapping[str, Any], path: str) -> None:
     for part in (tree, text if isinstance(text, dict) else {}):
         for key, (low, high) in _BOUNDS.items():
             _require_bounds(part.get(key), low, high, key, path)
+        if "kv_lora_rank" not in part:  # latent attention has keys and values for every head
+            _require_shared_heads(part.get("num_attention_heads"), part.get("num_key_value_heads"), path)
     for key, value in _numbers(tree):
         for pattern, high in _UPPER_BOUNDS:
             if pattern.search(key.rpartition(".")[2]):
@@ -121,6 +123,14 @@ def _check_tree(tree: Mapping[str, Any], path: str) -> None:
 def _require_bounds(value: object, low: int, high: int, key: str, path: str) -> None:
     if isinstance(value, int) and not low <= value <= high:
         raise UserError(f"model.path: '{path}': config.json {key}: got {value}, must be {low:,} to {high:,}")
+
+
+def _require_shared_heads(heads: object, key_value_heads: object, path: str) -> None:
+    if isinstance(heads, int) and isinstance(key_value_heads, int) and heads % key_value_heads:
+        raise UserError(
+            f"model.path: '{path}': config.json num_key_value_heads: got {key_value_heads}, must divide "
+            f"num_attention_heads {heads}"
+        )
 
 
 def _numbers(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, int]]:

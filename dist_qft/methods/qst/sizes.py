@@ -3,18 +3,49 @@
 Hidden and feed-forward widths become width / r, and the attention's inner width (heads x head size) inner / r. The
 number of heads is kept, as in the released code, while inner / r divides into that many heads of an even size (any
 size, if the family has no rotary embedding); otherwise it is the largest number below that does. Key-value heads
-are kept with the heads, or become the largest divisor of the new number. Pure arithmetic: no weights, no modules.
+are kept with the heads, or become the largest divisor of the new number. Beside a mixture of experts the layers are
+dense. Pure arithmetic: no weights, no modules.
 """
 
 import copy
 import itertools
 
-from transformers import PretrainedConfig
+from transformers import LlamaConfig, PretrainedConfig
 
 from dist_qft.errors import UserError
 
 _WIDTHS = ("hidden_size", "intermediate_size", "ffn_dim")
 _SPREADS = ("initializer_range", "init_std")
+
+
+def dense_twin(mixture: PretrainedConfig) -> PretrainedConfig:
+    """A Llama of the sizes of a mixture of experts, whose feed-forward layers are as wide as what one token passes.
+
+    A small copy of every expert would make the side network as large as the mixture is sparse.
+    """
+    text = mixture.get_text_config()
+    expert_width = getattr(text, "moe_intermediate_size", None) or text.intermediate_size
+    if isinstance(expert_width, list):
+        expert_width = max(expert_width)
+    latent = hasattr(text, "kv_lora_rank")  # its head size is that of a part of each head
+    return LlamaConfig(
+        hidden_size=text.hidden_size,
+        intermediate_size=expert_width * (getattr(text, "num_experts_per_tok", None) or 1),
+        num_hidden_layers=text.num_hidden_layers,
+        num_attention_heads=text.num_attention_heads,
+        num_key_value_heads=None if latent else getattr(text, "num_key_value_heads", None),
+        head_dim=None if latent else getattr(text, "head_dim", None),
+        max_position_embeddings=text.max_position_embeddings,
+        rope_parameters={"rope_type": "default", "rope_theta": _theta(text)},
+        rms_norm_eps=getattr(text, "rms_norm_eps", 1e-6),
+        initializer_range=getattr(text, "initializer_range", 0.02),
+    )
+
+
+def _theta(config: PretrainedConfig) -> float:
+    rope = getattr(config, "rope_parameters", None) or {}
+    by_kind = [part.get("rope_theta") for part in rope.values() if isinstance(part, dict)]  # of attention layers
+    return float(rope.get("rope_theta") or next(filter(None, by_kind), 10000.0))
 
 
 def shrunken_config(base: PretrainedConfig, reduction: int) -> PretrainedConfig:
@@ -55,7 +86,6 @@ def shrunken_config(base: PretrainedConfig, reduction: int) -> PretrainedConfig:
     side.vocab_size = 1
     side.pad_token_id = side.bos_token_id = side.eos_token_id = None
     side.tie_word_embeddings = True
-    side._experts_implementation = None  # the library's default: a side network's experts are not packed
     return side
 
 

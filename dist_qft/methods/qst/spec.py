@@ -24,7 +24,7 @@ from dist_qft.methods.qst.hidden_cache import CacheLayout, HiddenCache, cache_fo
 from dist_qft.methods.qst.network import SideNetwork
 from dist_qft.methods.qst.pruning import start_from_base
 from dist_qft.methods.qst.settings import SideSettings
-from dist_qft.methods.qst.sizes import shrunken_config
+from dist_qft.methods.qst.sizes import dense_twin, shrunken_config
 from dist_qft.methods.trainable import Counts, TrainableSpec, TrainingParts
 
 
@@ -102,6 +102,10 @@ class SideSpec(TrainableSpec[SideNetwork]):
         layers, width = self.config.num_hidden_layers, self.config.hidden_size
         return f"a side network of {layers} layers, {width} wide (the base is {self.width})"
 
+    def warnings(self, base: BaseModel) -> list[str]:
+        """A line on the layers beside a mixture of experts, which are others than the base's."""
+        return ["method.name: the side layers beside this mixture of experts are dense"] if base.experts else []
+
     def build(self, seed: int) -> SideNetwork:
         """A fresh side network on the CPU."""
         return SideNetwork.build(self.settings, self.config, width=self.width, out_width=self.out_width, seed=seed)
@@ -146,6 +150,8 @@ def side_network_spec(method: QstConfig, base: BaseModel) -> SideSpec:
             cannot be pruned to that size.
     """
     spec = replace(_spec(SideSettings.of(method), base), init=method.init, cache=method.cache)
+    if spec.init == "pruned" and base.experts:
+        raise UserError("method.init: got 'pruned', must be random beside a mixture of experts: side layers are dense")
     wide, heads = base.config.get_text_config().num_attention_heads, spec.config.num_attention_heads
     if spec.init == "pruned" and heads != wide:
         raise UserError(
@@ -168,9 +174,10 @@ def _spec(settings: SideSettings, base: BaseModel) -> SideSpec:
     if not base.layers_path.endswith("layers"):
         raise UserError(f"method.name: qst needs a decoder with 'layers', which model type '{kind}' does not have")
     with library_refusal(f"method.name: qst does not know how to shrink model type '{kind}'"):
-        config = shrunken_config(base.config, settings.reduction)
+        config = shrunken_config(dense_twin(base.config) if base.experts else base.config, settings.reduction)
         spec = SideSpec(settings, config, base.config.get_text_config().hidden_size, base.embedding.embedding_dim)
-        _check_linears(spec, base)
+        if not base.experts:
+            _check_linears(spec, base)
     return spec
 
 

@@ -16,6 +16,7 @@ from dist_qft.methods.specs import make_spec
 from dist_qft.plan import make_plan
 from dist_qft.training.training_run import TrainingRun
 from tests.support.merges import merge_run
+from tests.support.qst_models import METHOD
 from tests.support.tiny_model import VOCABULARY, save_tiny_model, tiny_config
 from tests.support.whole_runs import METHODS, train, train_losses
 
@@ -33,8 +34,11 @@ def mixture(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run_of(mixture: Path, folder: Path, engine: str, method: str = "qlora") -> RunConfig:
-    sections = {**METHODS[method], "sharding": {"engine": engine}}
-    sections["method"] = {**sections.get("method", {}), "targets": ["all", "experts"]}
+    sections = {**METHODS.get(method, {}), "sharding": {"engine": engine}}
+    if method == "qst":
+        sections = {**sections, "method": METHOD}
+    else:
+        sections["method"] = {**sections.get("method", {}), "targets": ["all", "experts"]}
     return tiny_config(mixture, folder / f"{engine}-{method}", **sections)
 
 
@@ -59,6 +63,25 @@ def test_losses_bytes_and_fingerprint_on_any_world(pools, mixture, tmp_path):
             assert own == fingerprint
             assert held <= 1.02 * whole / world + 65536
         assert max(held for *_, held in results) == plan["base_bytes_per_rank"]
+
+
+def test_qst_puts_dense_layers_beside_a_mixture(pools, mixture, tmp_path):
+    alone, together = (
+        pools[world].run(train_losses, config=run_of(mixture, tmp_path / str(world), engine, "qst"))[0]
+        for world, engine in [(1, "replicated"), (2, "fsdp")]
+    )
+    assert together == pytest.approx(alone, rel=1e-4)
+    assert alone[-1] < alone[0]
+    run = run_of(mixture, tmp_path / "2", "fsdp", "qst")
+    live = dist_qft.load(run.output_dir)
+    assert live.logits(IDS).isfinite().all()
+    assert (
+        "method.name: the side layers beside this mixture of experts are dense"
+        in make_plan(run, 2).to_dict()["warnings"]
+    )
+    pruned = run.model_copy(update={"method": run.method.model_copy(update={"init": "pruned"})})
+    with pytest.raises(UserError, match=r"method.init: got 'pruned', must be random"):
+        make_plan(pruned, 2)
 
 
 @torch.no_grad()

@@ -5,11 +5,22 @@ from functools import cache
 from typing import Any
 
 import pytest
-from transformers import GemmaConfig, LlamaConfig, OPTConfig, PretrainedConfig, Qwen3Config, Qwen3VLTextConfig
+from transformers import (
+    DeepseekV3Config,
+    GemmaConfig,
+    GptOssConfig,
+    LlamaConfig,
+    MixtralConfig,
+    OPTConfig,
+    PretrainedConfig,
+    Qwen3Config,
+    Qwen3MoeConfig,
+    Qwen3VLTextConfig,
+)
 
 from dist_qft.config.load import load_config
 from dist_qft.errors import UserError
-from dist_qft.methods.qst.sizes import shrunken_config
+from dist_qft.methods.qst.sizes import dense_twin, shrunken_config
 from dist_qft.plan import make_plan
 
 
@@ -151,3 +162,28 @@ def test_reductions_that_do_not_fit(base, reduction, message):
     assert str(refusal.value).startswith("method.reduction: ")
     assert message in str(refusal.value)
     assert refusal.value.exit_code == 2
+
+
+@pytest.mark.parametrize(
+    ("mixture", "feed_forward", "heads", "theta"),
+    [
+        (MixtralConfig(), 2 * 14336, (32, 8, 128), 1e6),
+        (
+            Qwen3MoeConfig(moe_intermediate_size=768, head_dim=128),
+            8 * 768,
+            (32, 4, 128),
+            10000.0,
+        ),
+        (DeepseekV3Config(), 8 * 2048, (128, 128, 56), 10000.0),  # latent attention: heads share the hidden size
+        (GptOssConfig(), 4 * 2880, (64, 8, 64), 150000.0),
+    ],
+    ids=lambda part: part.model_type if isinstance(part, PretrainedConfig) else "",
+)
+def test_side_layers_of_a_mixture_are_dense_and_as_wide_as_a_token_passes(mixture, feed_forward, heads, theta):
+    twin = dense_twin(mixture)
+    assert (twin.num_hidden_layers, twin.hidden_size) == (mixture.num_hidden_layers, mixture.hidden_size)
+    assert twin.intermediate_size == feed_forward
+    assert (twin.num_attention_heads, twin.num_key_value_heads, twin.head_dim) == heads
+    assert twin.rope_parameters["rope_theta"] == theta
+    side = shrunken_config(twin, 16)
+    assert (side.hidden_size, side.intermediate_size) == (mixture.hidden_size // 16, feed_forward // 16)
