@@ -63,6 +63,18 @@ class ModelTensors:
                 names[base.library_shape(path)[0] if path in packed else name] = view.name
         return names
 
+    def tensors_of_experts(self, base: BaseModel) -> dict[str, list[Stored]]:
+        """The files' tensors that a stack of experts is made of, one below the other, by the stack's path.
+
+        Only of stacks that are made of several whole tensors, such as one for each expert and product.
+        """
+        found = {}
+        for path in base.experts:
+            runs = self._views[f"{path}.weight"].runs() or []
+            if len(runs) > 1 and all(run.whole for run in runs):
+                found[path] = [run.tensor for run in runs]
+        return found
+
     def beside(self, base: BaseModel) -> list[str]:
         """Tensors of the files, by their names there, that belong to other parts of a model than its text decoder.
 

@@ -38,7 +38,8 @@ class DenseTarget(MergedModel):
         return Recipe(request, "dense", tiles, {}, QuantizationConfig(linear="dense", embedding="dense"))
 
     def writer(self, live: LiveModel, recipe: Recipe, config: RunConfig) -> Writer:
-        return FolderWriter(DenseForm(live, DTYPES[recipe.request.dtype]), live, config)
+        form = DenseForm(live, DTYPES[recipe.request.dtype])
+        return FolderWriter(form, live, config, float_rows=form.rows)
 
 
 class DenseForm:
@@ -57,14 +58,14 @@ class DenseForm:
 
     def tensors(self, path: str, packed: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
         name, _ = self._base.library_shape(path)
-        pieces = self._rows(path, packed)
+        pieces = self.rows(path, packed)
         if self._weights[path].transposed:
             yield name, self._base.as_library(path, torch.cat(list(pieces)))
         else:
             yield from ((name, rows) for rows in pieces)
 
-    def _rows(self, path: str, packed: Mapping[str, Tensor]) -> Iterator[Tensor]:
-        """A weight with its adapter's dW in pieces of consecutive rows."""
+    def rows(self, path: str, packed: Mapping[str, Tensor]) -> Iterator[Tensor]:
+        """A weight with its adapter's dW in pieces of consecutive rows, outputs before inputs."""
         weight, adapter = self._weights[path], self._adapters.get(path)
         for exact in live_rows(weight.format, packed, weight.weight_shape, adapter):
             require_numbers(exact.live, path)

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
 from transformers import AutoModelForCausalLM, Qwen3MoeConfig
 
 import dist_qft
@@ -31,6 +32,11 @@ def mixture(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Published names: one tensor for each expert and product."""
     config = Qwen3MoeConfig(**SIZES, **MIXTURE, vocab_size=VOCABULARY, initializer_range=0.1)
     return save_tiny_model(tmp_path_factory.mktemp("mixture"), config)
+
+
+def shapes_in(folder: Path) -> dict[str, list[int]]:
+    with safe_open(folder / "model.safetensors", "pt") as file:
+        return {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118
 
 
 def run_of(mixture: Path, folder: Path, engine: str, method: str = "qlora") -> RunConfig:
@@ -95,6 +101,7 @@ def test_merges_hold_the_experts(pools, mixture, tmp_path):
         pools[2].run(merge_run, source=Path(run.output_dir), target=target, path=tmp_path / target)
     dense = AutoModelForCausalLM.from_pretrained(tmp_path / "dense", dtype=torch.float32)
     torch.testing.assert_close(dense(IDS).logits, expected, rtol=1e-4, atol=1e-4)
+    assert shapes_in(tmp_path / "dense") == shapes_in(mixture), "the published names, one tensor for each expert"
     merged = dist_qft.load(tmp_path / "quantized")
     assert torch.equal(merged.logits(IDS), expected)
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "quantized", dtype=torch.float32)
