@@ -1,6 +1,6 @@
 """A table of the public chat templates that train exactly the assistant's words, for five kinds of conversation.
 
-    python benchmarks/templates.py FOLDER ORIGIN > docs/templates.md
+    python benchmarks/templates.py FOLDER ORIGIN [FOLDER ORIGIN ...] > docs/templates.md
 
 FOLDER holds templates as `*.jinja`, such as `trl/chat_templates` of a clone of huggingface/trl; ORIGIN says where they
 come from. Every text in the conversations is a word of its own. The words of the targets are compared with those that
@@ -13,7 +13,8 @@ import datetime
 import re
 import sys
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ from dist_qft.errors import UserError
 _DATE = datetime.date(2026, 1, 31)
 # <|...|>, DeepSeek's with a wide bar and a low block, and tags of reasoning, calls, turns.
 _SPECIAL = re.compile(
-    r"<\|[A-Za-z_0-9]+\|>|<[\uff5c\u2581A-Za-z]+>"
+    r"<\|[A-Za-z_0-9]+\|>|<\|[a-z_]+>|<[a-z_]+\|>|<[\uff5c\u2581A-Za-z_:]+\uff5c>"
     r"|</?(?:think|tool_call|start_of_turn|end_of_turn|s)>|\[/?INST\]"
 )
 _USER, _SYSTEM, _RESULT = {"role": "user"}, {"role": "system", "content": "wordsystem"}, "wordresult"
@@ -77,23 +78,27 @@ _CASES: dict[str, tuple[list[dict[str, Any]], list[dict[str, Any]] | None, list[
 }
 
 
-def main(folder: Path, origin: str) -> int:
-    """Print the page; 1 if a template trains anything else than what was said."""
-    faults, refusals, rows = 0, [], []
-    for file in sorted(folder.glob("*.jinja")):
-        encoder = SampleEncoder(*_tokenizer(file.read_text()), today=_DATE)
-        cells = []
-        for case, (messages, tools, said) in _CASES.items():
-            try:
-                trained = _words(encoder, messages, tools)
-            except UserError as refusal:
-                refusals.append((str(refusal), file.stem, case))
-                cells.append(str(len(refusals)))
-                continue
-            faults += trained != said
-            cells.append("yes" if trained == said else f"**{' '.join(trained)}**")
-        rows.append((file.stem, cells))
-    print(_page(origin, rows, refusals))
+def main(collections: Sequence[tuple[Path, str]]) -> int:
+    """Print the page, one table for each folder and its origin; 1 if a template trains other words than were said."""
+    faults = 0
+    numbers: dict[str, int] = {}
+    sections = []
+    for folder, origin in collections:
+        rows: list[tuple[str, list[str]]] = []
+        for file in sorted(folder.glob("*.jinja")):
+            encoder = SampleEncoder(*_tokenizer(file.read_text()), today=_DATE)
+            cells = []
+            for messages, tools, said in _CASES.values():
+                try:
+                    trained = _words(encoder, messages, tools)
+                except UserError as refusal:
+                    cells.append(f"[{numbers.setdefault(str(refusal), len(numbers) + 1)}]")
+                    continue
+                faults += trained != said
+                cells.append("yes" if trained == said else f"**{' '.join(trained)}**")
+            rows.append((file.stem, cells))
+        sections.append(_section(origin, rows))
+    print(_page(sections, numbers))
     return int(faults > 0)
 
 
@@ -104,42 +109,48 @@ def _tokenizer(template: str) -> tuple[PreTrainedTokenizerFast, int]:
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>", pad_token="</s>")
-    tokenizer.add_tokens(sorted(set(_SPECIAL.findall(template))), special_tokens=True)
     tokenizer.chat_template = template
+    written = set(_SPECIAL.findall(template))
+    for messages, tools, _ in _CASES.values():  # some templates put a token's name together
+        with suppress(Exception):  # a conversation that the template refuses
+            written |= set(_SPECIAL.findall(tokenizer.apply_chat_template(messages, tools=tools, tokenize=False)))
+    tokenizer.add_tokens(sorted(written), special_tokens=True)
     return tokenizer, len(tokenizer)
 
 
 def _words(encoder: SampleEncoder, messages: Sequence[dict[str, Any]], tools: list[dict[str, Any]] | None) -> list[str]:
     """The words of the conversation in its targets."""
     sequence = encoder.encode(Conversation(list(messages), tools), "the data")
-    return re.findall(r"word[a-z]+", encoder.tokenizer.decode(sequence.input_ids[sequence.targets]))
+    text = encoder.tokenizer.decode(sequence.input_ids[sequence.targets])
+    return re.findall(r"(?<!/)word[a-z]+", text)  # an argument's name comes again in its closing tag
 
 
-def _page(origin: str, rows: list[tuple[str, list[str]]], refusals: list[tuple[str, str, str]]) -> str:
+def _section(origin: str, rows: list[tuple[str, list[str]]]) -> str:
+    """The table of one collection, in Markdown."""
+    cells = [cell for _, row in rows for cell in row]
+    exact, refused = cells.count("yes"), sum(cell.startswith("[") for cell in cells)
+    words = f"{len(rows)} templates, {len(cells)} conversations: {exact} exact, {refused} refused, "
+    words += f"{len(cells) - exact - refused} wrong."
+    head = f"| template | {' | '.join(_CASES)} |\n|---{'|---' * len(_CASES)}|"
+    table = "\n".join(f"| {name} | {' | '.join(row)} |" for name, row in rows)
+    return f"## {origin}\n\n{words}\n\n{head}\n{table}"
+
+
+def _page(sections: Sequence[str], numbers: Mapping[str, int]) -> str:
     """The page in Markdown; equal refusals share a number."""
-    numbers: dict[str, int] = {}
-    for text, _, _ in refusals:
-        numbers.setdefault(text, len(numbers) + 1)
-    lines = []
-    for name, cells in rows:
-        shown = [f"[{numbers[refusals[int(cell) - 1][0]]}]" if cell.isdigit() else cell for cell in cells]
-        lines.append(f"| {name} | {' | '.join(shown)} |")
-    exact = sum(cell == "yes" for _, cells in rows for cell in cells)
-    wrong = sum(len(cells) for _, cells in rows) - exact - len(refusals)
     intro = f"""
     `yes`: the targets are exactly what the assistant said, which may be content, reasoning, and the name and arguments
     of tool calls, with the ends of its turns. A number: the conversation is refused with that line, since the template
-    cannot write what was said in it; `data.on_missing: warn` trains without it. {len(rows)} templates of {origin},
-    {len(rows) * len(_CASES)} conversations: {exact} exact, {len(refusals)} refused, {wrong} wrong.
+    cannot write what was said in it; `data.on_missing: warn` trains without it. The Hub could not be reached for this
+    page. Templates of models that are in neither collection have not been tried, nor have later versions of these.
     Measured on {datetime.date.today()} with
 
-        python benchmarks/templates.py FOLDER "{origin}"
+        python benchmarks/templates.py FOLDER ORIGIN [FOLDER ORIGIN ...]
     """
-    head = f"| template | {' | '.join(_CASES)} |\n|---{'|---' * len(_CASES)}|"
     told = "\n".join(f"{number}. `{text}`" for text, number in numbers.items())
-    table = "\n".join(lines)
-    return f"# Chat templates\n{textwrap.dedent(intro)}\n{head}\n{table}\n\n## Refusals\n\n{told}"
+    tables = "\n\n".join(sections)
+    return f"# Chat templates\n{textwrap.dedent(intro)}\n{tables}\n\n## Refusals\n\n{told}"
 
 
 if __name__ == "__main__":
-    sys.exit(main(Path(sys.argv[1]), sys.argv[2]))
+    sys.exit(main([(Path(folder), origin) for folder, origin in zip(sys.argv[1::2], sys.argv[2::2], strict=True)]))

@@ -4,7 +4,10 @@ import re
 
 _THOUGHT = r"think|thinking|thought|reasoning|THINK|THINKING"
 # A tag at the end of a generation prompt that opens or closes a block of reasoning.
-_LAST_TAG = re.compile(rf"(?:</?(?:seed:)?(?:{_THOUGHT})>|\[/?(?:{_THOUGHT})\]|<\|(?:START|END)_(?:{_THOUGHT})\|>)\s*$")
+_LAST_TAG = re.compile(
+    rf"(?:</?(?:\w+:)?(?:{_THOUGHT})(?::\w+)?>|\[/?(?:{_THOUGHT})\]|<\|(?:START|END)_(?:{_THOUGHT})\|>"
+    rf"|<\|channel>(?:{_THOUGHT})|<channel\|>)\s*$"
+)
 
 
 def opening_length(gap: str, prompt: str | None, notes: set[str]) -> int | None:
@@ -24,12 +27,20 @@ def opening_length(gap: str, prompt: str | None, notes: set[str]) -> int | None:
                     "with the block as the template writes it, open to close"
                 )
             return len(prompt)
+        if not cut and gap.strip() and prompt.startswith(gap) and not tag:
+            notes.add(
+                f"the generation prompt goes on with {prompt[len(gap) :]!r}, which finished answers have not; they are "
+                "trained without it"
+            )
+            return len(gap)
         prompt, cut = prompt[: tag.start()] if tag else None, True
     return None
 
 
 def _closing_tag(tag: str) -> str | None:
     """The tag that closes the block that `tag` opens; None if `tag` is a closing tag itself."""
+    if "channel" in tag:
+        return "<channel|>" if tag.startswith("<|") else None
     if tag.startswith("<|"):
         return tag.replace("<|START_", "<|END_") if "START" in tag else None
     return None if tag[1] == "/" else f"{tag[0]}/{tag[1:]}"

@@ -16,6 +16,7 @@ from dist_qft.data.chat_template import ChatTemplate, Request
 from dist_qft.data.opening import opening_length
 from dist_qft.data.samples import Message, Tool
 from dist_qft.data.standins import CHOICES, Choice, Occurrence, Piece, align, search, stand_in, tags_in
+from dist_qft.data.turn_ends import TurnEnds
 
 Span = tuple[int, int]  # characters [start, end) of the rendered text
 
@@ -74,7 +75,7 @@ class SpanFinder:
         self.marked = _GENERATION.search(template.source) is not None
         self.end_markers = end_markers
         self._tags = tags_in(template.source)
-        self._split_at_markers = re.compile(f"({'|'.join(map(re.escape, sorted(end_markers, key=len, reverse=True)))})")
+        self._ends = TurnEnds(end_markers)
         self._shape = lru_cache(CACHED_SHAPES)(self._render_shape)
 
     def locate(self, messages: Sequence[Message], tools: Sequence[Tool] | None, wanted: set[int]) -> Located:
@@ -188,7 +189,17 @@ class SpanFinder:
         if not places and after and prompt is not None and after.text.startswith(prompt):
             closing = after.text.removeprefix(prompt)
         last = occurrences[behind - 1].end if places else start
-        end = last + self._closing_length(text[last:high], closing)
+        length = self._ends.length(text[last:high], closing)
+        if closing is not None and not closing.strip():
+            if behind < len(occurrences):
+                header = _header_before(text, behind, conversation[0], pieces, occurrences)
+                length = max(length, self._ends.length_before_another(text[last:high], header))
+            else:
+                located.notes.add(
+                    "the chat template writes nothing behind a conversation's last answer, so these do not teach the "
+                    "model to stop"
+                )
+        end = last + length
         # Templates put a line break behind the end-of-turn token, where nobody generates any more.
         turn = text[start:end].rstrip()
         if turn.endswith(self.end_markers):
@@ -206,40 +217,18 @@ class SpanFinder:
             shape.headers[message] = with_prompt.text[len(without.text) :] if gained else ""
         return shape.headers[message]
 
-    def _closing_length(self, rest: str, closing: str | None) -> int:
-        """The length of the text behind a message's last piece that belongs to it, such as the end-of-turn token.
 
-        closing: the text that ends a conversation with this message. Where other messages follow, the template may end
-        the turn in another way, and text that it puts at the very end of every conversation is missing.
-        """
-        if closing is None:
-            return self._first_marker(rest)
-        if rest.startswith(closing):
-            return len(closing)
-        common = self._common_start(rest, closing)
-        if self._first_marker(closing) and not self._first_marker(rest[:common]):
-            return self._first_marker(rest)
-        return common
-
-    def _first_marker(self, rest: str) -> int:
-        """The length of the start of `rest` up to the end of a token of the tokenizer's own; 0 if text comes first."""
-        blank, *parts = self._split_at_markers.split(rest, maxsplit=1)
-        return len(blank) + len(parts[0]) if parts and not blank.strip() else 0
-
-    def _common_start(self, one: str, other: str) -> int:
-        """The length of the common start of two texts, without a part of one of the tokenizer's own tokens."""
-        length = 0
-        for mine, theirs in zip(self._split_at_markers.split(one), self._split_at_markers.split(other), strict=False):
-            if mine != theirs:
-                is_marker = mine in self.end_markers or theirs in self.end_markers
-                return length + (0 if is_marker else _same_characters(mine, theirs))
-            length += len(mine)
-        return length
-
-
-def _same_characters(one: str, other: str) -> int:
-    """The number of characters with which both texts begin."""
-    return next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
+def _header_before(
+    text: str,
+    number: int,
+    messages: Sequence[Message],
+    pieces: Sequence[Piece],
+    occurrences: Sequence[Occurrence],
+) -> str:
+    """The text in front of the first message that has the role of the one at an occurrence; empty if that is it."""
+    roles = [messages[pieces[found.piece].message]["role"] for found in occurrences]
+    first = roles.index(roles[number])
+    return text[occurrences[first - 1].end if first else 0 : occurrences[first].start] if first < number else ""
 
 
 def _owners(pieces: Sequence[Piece], occurrences: Sequence[Occurrence]) -> list[int]:

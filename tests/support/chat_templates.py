@@ -65,6 +65,18 @@ LAST_END_DIFFERS = (
     "{% if add_generation_prompt %}<|im_start|>assistant{% endif %}"
 )
 
+# An answer's end is written with the next question, so the last answer has none.
+END_WITH_THE_NEXT = (
+    "{% for m in messages %}{% if m.role == 'user' %}{% if not loop.first and messages[loop.index0 - 1].role == "
+    "'assistant' %}<|im_end|>{% endif %}<|User|>{{ m.content }}{% elif m.role == 'assistant' %}<|Assistant|>"
+    "{{ m.content }}{% else %}{{ m.content }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<|Assistant|>{% endif %}"
+)
+
+# The prompt goes on with words, or with an empty channel of thoughts, that no finished answer has.
+PROMPT_GOES_ON = CHATML.replace("assistant\n{% endif %}", "assistant\nMy reasoning:\n{% endif %}")
+PROMPT_HAS_CHANNEL = CHATML.replace("assistant\n{% endif %}", "assistant\n<|channel>thought\n<channel|>{% endif %}")
+
 # Roles must alternate, there is none for the system, and contents are trimmed.
 ALTERNATING = (
     "{{ bos_token }}{% for m in messages %}{% if (m.role == 'user') != (loop.index0 % 2 == 0) %}"

@@ -1,9 +1,12 @@
 """The trained part of a conversation, for templates of every kind: compared with text written by hand."""
 
+import json
+
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from dist_qft.data.formats import to_sample
 from dist_qft.data.samples import Conversation
 from dist_qft.data.tokens import SampleEncoder
 from dist_qft.errors import UserError
@@ -99,6 +102,9 @@ TARGETS = {
     "parts only": (kinds.PARTS_ONLY, TURNS, " Hello.<|im_end|> Fine.<|im_end|>"),
     "end at the very end": (kinds.END_AT_THE_END, TURNS, "Hello.<|im_end|>Fine.<|im_end|>\n<|endoftext|>"),
     "last end differs": (kinds.LAST_END_DIFFERS, TURNS, "<|channel|>Hello.<|im_end|><|channel|>Fine.<|endoftext|>"),
+    "end with the next question": (kinds.END_WITH_THE_NEXT, TURNS, "Hello.<|im_end|>Fine."),
+    "prompt goes on with words": (kinds.PROMPT_GOES_ON, TURNS, "Hello.<|im_end|>Fine.<|im_end|>"),
+    "prompt has a channel": (kinds.PROMPT_HAS_CHANNEL, TURNS, "Hello.<|im_end|>Fine.<|im_end|>"),
     "system folded": (
         kinds.ALTERNATING,
         [{"role": "system", "content": "Be kind."}, *TURNS],
@@ -140,6 +146,12 @@ TARGETS = {
 @pytest.mark.parametrize(("template", "messages", "expected"), TARGETS.values(), ids=TARGETS)
 def test_targets(encoder, template, messages, expected):
     assert trained(encoder(template), messages) == expected
+
+
+def test_a_template_that_ends_no_conversation_is_told(encoder):
+    open_ended = encoder(kinds.END_WITH_THE_NEXT)
+    trained(open_ended, TURNS)
+    assert any("do not teach the model to stop" in remark for remark in open_ended.remarks.first)
 
 
 def test_last_turn(encoder):
@@ -236,8 +248,10 @@ def check_targets(encoder, messages):
 @pytest.mark.parametrize(
     "template",
     [kinds.CHATML, kinds.LAST_TURN_DIFFERS, kinds.PROMPT_OPENS_THINK, kinds.PARTS_ONLY, kinds.END_AT_THE_END,
-     kinds.LAST_END_DIFFERS, kinds.ALTERNATING, kinds.MARKED, kinds.PLAIN, kinds.CLOCK],
-    ids=["chatml", "last turn", "think", "parts", "end", "last end", "alternating", "marked", "plain", "clock"],
+     kinds.LAST_END_DIFFERS, kinds.ALTERNATING, kinds.MARKED, kinds.PLAIN, kinds.CLOCK, kinds.END_WITH_THE_NEXT,
+     kinds.PROMPT_HAS_CHANNEL],
+    ids=["chatml", "last turn", "think", "parts", "end", "last end", "alternating", "marked", "plain", "clock",
+         "end with the next", "channel"],
 )  # fmt: skip
 @settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(messages=conversations())
@@ -254,3 +268,49 @@ def test_exactly_what_the_assistant_said_is_trained(encoder, template, messages)
 @given(messages=conversations_with_calls())
 def test_calls_are_trained_whole(encoder, template, messages):
     check_targets(encoder(template), messages)
+
+
+# --- the same for rows as files hold them: other names of roles, contents in parts, calls of every form ---------------
+
+ROLES = {
+    "system": ("system", "developer", "System"),
+    "user": ("user", "human"),
+    "assistant": ("assistant", "gpt", "model"),
+}
+
+
+@st.composite
+def rows(draw):
+    """A row of the format messages, and the conversation that it means."""
+    conversation, entries = draw(conversations_with_calls()), []
+    for message in conversation:
+        content, entry = message["content"], dict(message)
+        entry["role"] = draw(st.sampled_from(ROLES[message["role"]]))
+        if draw(st.booleans()):
+            cut = draw(st.integers(0, len(content)))
+            parts = [part for part in (content[:cut], content[cut:]) if part]
+            entry["content"] = [{"type": "text", "text": part} for part in parts]
+        if calls := message.get("tool_calls"):
+            function = calls[0]["function"]
+            text = {**function, "arguments": json.dumps(function["arguments"])}
+            forms = (calls, [function], [{"type": "function", "function": text}])
+            entry["tool_calls"] = draw(st.sampled_from(forms))
+        if entry.get("weight") == 0 and draw(st.booleans()):
+            del entry["weight"]
+            entry["train"] = False
+        entries.append({**entry, "name": None} if draw(st.booleans()) else entry)
+    return {"messages": entries}, conversation
+
+
+@pytest.mark.parametrize(
+    "template", [kinds.TOOLS_AS_JSON, kinds.TOOLS_AS_TAGS, kinds.MARKED], ids=["json", "tags", "marked"]
+)
+@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(row=rows())
+def test_rows_are_trained_as_what_they_mean(encoder, template, row):
+    record, meant = row
+    sample = to_sample(record, "messages", {}, WHERE)
+    found = encoder(template).encode(sample, WHERE)
+    text = encoder(template).tokenizer.decode(found.input_ids[found.targets])
+    assert text == trained(encoder(template), meant)
+    check_targets(encoder(template), meant)
