@@ -12,11 +12,13 @@ from dist_qft.base_model.tokenizer import load_tokenizer
 from dist_qft.config.data_schema import DataConfig, DatasetConfig
 from dist_qft.config.schema import ModelConfig
 from dist_qft.data.prepare import prepare
+from dist_qft.data.tokens import SampleEncoder
 
 CHATML = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
+SPECIAL = ("<think>", "</think>", "<|User|>", "<|Assistant|>", "<|channel|>")
 CORPUS = [
     "What is the capital of France? The capital of France is Paris.",
     "Hello there, how are you? I am fine, thank you. Goodbye!",
@@ -50,6 +52,22 @@ def make_tokenizer():
 @pytest.fixture(scope="session")
 def chatml(make_tokenizer) -> PreTrainedTokenizerFast:
     return make_tokenizer()
+
+
+@pytest.fixture(scope="session")
+def encoder(make_tokenizer):
+    """An encoder for a template, one for each set of settings."""
+    made = {}
+
+    def get(template, **settings):
+        key = (template, *sorted(settings.items()))
+        if key not in made:
+            tokenizer = make_tokenizer(template, bos_token="<s>")
+            tokenizer.add_tokens(list(SPECIAL), special_tokens=True)
+            made[key] = SampleEncoder(tokenizer, len(tokenizer), **settings)
+        return made[key]
+
+    return get
 
 
 @pytest.fixture(scope="session")
