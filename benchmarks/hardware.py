@@ -1,41 +1,52 @@
-"""Bytes per rank and bytes moved, for models that do not fit here, as the Markdown table of `docs/scaling.md`.
+"""Memory, traffic and time of large models on many GPUs, as the Markdown table of `docs/scaling.md`.
 
     PYTHONPATH=. python benchmarks/hardware.py
 
-A plan reads headers and no weights. So the weight files of these shapes are sparse: a header, and a length of which no
-byte is written.
+Nothing is loaded: a plan needs a model's config.json. H100s in nodes of 8, `sharding.group: auto`, rows of 2,048
+tokens, one per micro-batch, gradient checkpointing, 128 rows a step.
 """
 
-import json
 import tempfile
-from math import prod
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
-from transformers import AutoModelForCausalLM, LlamaConfig, PretrainedConfig, Qwen3Config
+from transformers import LlamaConfig, PretrainedConfig, Qwen3Config, Qwen3MoeConfig
 
 from dist_qft.config.schema import RunConfig
 from dist_qft.plan import make_plan
-from tests.support.tiny_model import tiny_tokenizer
+from dist_qft.training.machine import find_machine
+from dist_qft.training.run_plan import RunPlan
 
 _LLAMA = {"vocab_size": 128256, "num_key_value_heads": 8, "max_position_embeddings": 131072}
+_QWEN = {"vocab_size": 151936, "head_dim": 128, "max_position_embeddings": 40960}
 SHAPES: dict[str, PretrainedConfig] = {
     "8B (Llama 3.1)": LlamaConfig(
         hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32, **_LLAMA
     ),
+    "30B-A3B (Qwen3)": Qwen3MoeConfig(
+        hidden_size=2048,
+        moe_intermediate_size=768,
+        num_experts=128,
+        num_experts_per_tok=8,
+        num_hidden_layers=48,
+        num_attention_heads=32,
+        num_key_value_heads=4,
+        **_QWEN,
+    ),
     "32B (Qwen3)": Qwen3Config(
-        vocab_size=151936,
         hidden_size=5120,
         intermediate_size=25600,
         num_hidden_layers=64,
         num_attention_heads=64,
         num_key_value_heads=8,
-        head_dim=128,
-        max_position_embeddings=40960,
+        **_QWEN,
     ),
     "70B (Llama 3.1)": LlamaConfig(
         hidden_size=8192, intermediate_size=28672, num_hidden_layers=80, num_attention_heads=64, **_LLAMA
+    ),
+    "405B (Llama 3.1)": LlamaConfig(
+        hidden_size=16384, intermediate_size=53248, num_hidden_layers=126, num_attention_heads=128, **_LLAMA
     ),
 }
 NF4 = {"linear": "nf4", "block": [64], "double_quant": True, "embedding": "q8_0"}
@@ -47,64 +58,69 @@ METHODS: dict[str, dict[str, Any]] = {
     },
     "qst": {"method": {"name": "qst"}, "quantization": NF4},
 }
-GPUS = [(1, 1), (2, 1), (8, 1), (16, 2)]  # ranks, nodes
-
-
-def save_sparse(folder: Path, config: PretrainedConfig) -> Path:
-    """A folder in Hugging Face's format whose weights are a hole."""
-    with torch.device("meta"):
-        tensors = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).state_dict()
-    entries, end = {}, 0
-    for name, tensor in tensors.items():
-        size = 2 * prod(tensor.shape)
-        entries[name] = {"dtype": "BF16", "shape": list(tensor.shape), "data_offsets": [end, end + size]}
-        end += size
-    header = json.dumps(entries).encode()
-    folder.mkdir()
-    with (folder / "model.safetensors").open("wb") as file:
-        file.write(len(header).to_bytes(8, "little") + header)
-        file.truncate(8 + len(header) + end)
-    config.save_pretrained(folder)
-    tiny_tokenizer().save_pretrained(folder)
-    return folder
+GPUS = (1, 2, 8, 16, 128)
+GPUS_PER_NODE = 8
+FAST = find_machine("H100")
+SLOW = replace(FAST, name="H100, 100 Gb/s", between_gb_per_s=12.5)
 
 
 def main() -> None:
-    columns = ["model", "method", "GPUs", "base", "trained", "gathered", "reduced, MiB"]
+    columns = [
+        "model",
+        "method",
+        "GPUs",
+        "`group`",
+        "GiB per GPU",
+        "fits",
+        "GB between nodes",
+        "s, 3.2 Tb/s",
+        "s, 100 Gb/s",
+    ]
     print(f"| {' | '.join(columns)} |\n{'|---' * len(columns)}|")
     with tempfile.TemporaryDirectory() as scratch:
         for index, (model, config) in enumerate(SHAPES.items()):
-            folder = save_sparse(Path(scratch) / str(index), config)
+            folder = Path(scratch) / str(index)
+            config.save_pretrained(folder)
             for method, sections in METHODS.items():
-                for ranks, nodes in GPUS:
-                    print(row(model, method, folder, sections, ranks, nodes), flush=True)
+                for ranks in GPUS:
+                    print(row(model, method, ranks, planned(folder, sections, ranks)), flush=True)
 
 
-def row(model: str, method: str, folder: Path, sections: dict[str, Any], ranks: int, nodes: int) -> str:
-    """One line of the table: a plan on `ranks` GPUs of `nodes` nodes, one row per GPU and micro-batch."""
+def planned(folder: Path, sections: dict[str, Any], ranks: int) -> list[RunPlan]:
+    """The plans of one run with the fast and the slow link between nodes."""
     run = RunConfig.model_validate(
         {
             "output_dir": "unused",
             "model": {"path": str(folder)},
-            "data": {"train": {"path": "stdlib-docs"}},
+            "data": {"train": {"path": "stdlib-docs"}, "max_length": 2048},
+            "sharding": {"device": "cuda", "group": "auto"},
             "train": {
                 "max_steps": 1,
-                "global_batch_size": ranks,
+                "global_batch_size": 128,
                 "per_device_train_batch_size": 1,
-                "precision": "bfloat16",
+                "gradient_checkpointing": sections["method"]["name"] != "qst",
             },
             **sections,
         }
     )
-    plan = make_plan(run, ranks, ranks // nodes)
-    trained = plan["optimizer_bytes"] + 2 * plan["reduce_bytes_per_step"]
+    machines = [FAST, SLOW] if ranks > GPUS_PER_NODE else [FAST]
+    return [make_plan(run, ranks, min(ranks, GPUS_PER_NODE), memory=each.memory, machine=each) for each in machines]
+
+
+def row(model: str, method: str, ranks: int, plans: list[RunPlan]) -> str:
+    """One line of the table."""
+    plan, link = plans[0], plans[0].between_nodes
+    across = (link["gather_bytes_per_step"] + link["reduce_bytes_per_step"]) / 1e9
+    seconds = [each.seconds_per_step for each in plans]
     figures = [
-        f"{plan['base_bytes_per_rank'] / 2**30:.1f}",
-        f"{trained / 2**30:.2f}",
-        f"{plan['gather_bytes_per_micro_batch'] / 2**30:.1f}",
-        f"{plan['reduce_bytes_per_step'] / 2**20 if ranks > 1 else 0:.0f}",
+        str(ranks),
+        str(plan.shard_group),
+        f"{plan.peak_bytes / 2**30:.1f}",
+        "yes" if plan.fits else "no",
+        f"{across:.1f}" if plan.nodes > 1 else "",
+        *(f"{each['step']:.1f}" for each in seconds if each is not None),
     ]
-    return f"| {model} | {method} | {' | '.join([str(ranks), *figures])} |"
+    return f"| {model} | {method} | {' | '.join(figures)} |{' |' if len(plans) == 1 else ''}"
 
 
 if __name__ == "__main__":

@@ -3,17 +3,15 @@
 No process group is needed: the base is built on the meta device from its configuration. The names and shapes in its
 files are compared with it where they are on this machine. Of a base that comes quantized a few rows are read, to tell
 the error of another format; of no other base is a weight read. The plan (`training.run_plan`) is printed as tables or
-as JSON. Counts are exact. Steps per epoch, which depend on the data set, and peak memory, which depends on the
-allocator, are not in it.
+as JSON (`training.plan_tables`). Counts are exact; activations in the peak memory, and times, are estimates. Steps per
+epoch, which depend on the data set, are not in it.
 """
 
-import json
 import math
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any
 
-from rich.console import Console
-from rich.table import Table
 from torch import Tensor
 
 from dist_qft.base_model.model_tensors import check_names
@@ -30,10 +28,12 @@ from dist_qft.quant.frozen import FrozenWeight
 from dist_qft.ranks.device import compute_dtype, planned_device
 from dist_qft.sharding.engine import Engine, parameter_owners
 from dist_qft.sharding.engines import engine_of, engine_warnings
-from dist_qft.sharding.shard_group import ranks_in_group
 from dist_qft.training.links import Placement, Traffic, between_nodes
+from dist_qft.training.machine import Machine
+from dist_qft.training.memory_plan import MemoryPlan, chosen_group, tokens_per_micro_batch
 from dist_qft.training.optimizer import checkpoint_bytes, optimizer_bytes_per_rank, shards_optimizer
 from dist_qft.training.run_plan import PlannedBatch, PlannedModel, PlannedOptimization, RunPlan
+from dist_qft.training.step_time import StepWork, step_seconds
 from dist_qft.tuned_model.task import head_outputs
 
 
@@ -44,8 +44,40 @@ def ranks_on_each(nodes: int, world_size: int) -> int:
     return world_size // nodes
 
 
-def make_plan(config: RunConfig, world_size: int, ranks_per_node: int | None = None) -> RunPlan:
-    """The plan of `config` on `world_size` ranks; `ranks_per_node` is all of them by default.
+def ranks_planned(world_size: int | None, nodes: int, per_node: int | None) -> int:
+    """The ranks that a plan is for: those asked for, or so many on each node. UserError if the two differ."""
+    if per_node is None:
+        return world_size or 1
+    if world_size not in (None, nodes * per_node):
+        raise UserError(f"--world-size: got {world_size}, must be --nodes {nodes} x --gpus-per-node {per_node}")
+    return nodes * per_node
+
+
+def require_fit(plan: RunPlan) -> None:
+    """UserError, with the cheapest change that would help, if a plan needs more than the memory of a rank."""
+    if plan.fits is not False:
+        return
+    assert plan.memory_limit is not None, "a plan without a limit fits"
+    helps = f"it would fit with {plan.remedy}" if plan.remedy else "no change of settings is known with which it fits"
+    raise UserError(
+        f"memory: got {plan.memory_limit / 2**30:.2f} GiB per rank, must be {plan.peak_bytes / 2**30:.2f} GiB; {helps}"
+    )
+
+
+def make_plan(
+    config: RunConfig,
+    world_size: int,
+    ranks_per_node: int | None = None,
+    *,
+    memory: int | None = None,
+    machine: Machine | None = None,
+) -> RunPlan:
+    """The plan of `config` on `world_size` ranks.
+
+    Args:
+        ranks_per_node: all of them by default.
+        memory: bytes that a rank may use; None for no limit.
+        machine: figures from which the time of a step follows.
 
     Raises:
         UserError: unknown model, a shape that a format or adapter cannot hold, a selection that matches no layer,
@@ -62,18 +94,17 @@ def make_plan(config: RunConfig, world_size: int, ranks_per_node: int | None = N
     trainable = spec.parameters + head
     tensors = _base_tensors(base)
     engine = engine_of(config)
-    ranks_per_node = ranks_per_node or world_size
-    group = ranks_in_group(config.sharding.group, world_size, ranks_per_node)
-    passes = int(spec.backward_through_base) + int(engine.gathers_in_backward)  # that gather the layers
-    head_gathered = head_outputs(config.task) == 0 and not base.tied  # beside the embedding
-    gathered = _gather_bytes(base, engine, group, passes=passes, head=head_gathered)
+    needed = MemoryPlan(base, trainable, spec.backward_through_base)
+    place = Placement(world_size, ranks_per_node or world_size, world_size)
+    group = chosen_group(config, needed, place, memory)
+    place = replace(place, group_size=group)
     counts = spec.counts(base)
-    return RunPlan(
+    plan = RunPlan(
         model=_model(config, base),
         method=config.method.name,
         engine=engine.name,
         world_size=world_size,
-        nodes=world_size // ranks_per_node,
+        nodes=world_size // place.ranks_per_node,
         shard_group=group,
         trainable_parameters=trainable,
         trainable_parameters_by_layer_type=counts.by_part,
@@ -83,20 +114,62 @@ def make_plan(config: RunConfig, world_size: int, ranks_per_node: int | None = N
         base_bytes=sum(tensor.nbytes for tensor in tensors),
         base_bytes_per_rank=sum(engine.part_bytes(tensor, group) for tensor in tensors),
         base_formats=_format_rows(base),
-        gather_bytes_per_micro_batch=gathered,
-        gather_bytes_per_step=gathered * accumulation,
-        reduce_bytes_per_step=4 * trainable,
-        between_nodes=between_nodes(
-            Placement(world_size, ranks_per_node, group),
-            Traffic(gathered, 4 * trainable, accumulation, config.sharding.gradient_sum == "invariant"),
-        ),
+        **_traffic(config, base, spec, place, 4 * trainable),
         optimizer_bytes=optimizer_bytes_per_rank(config.train, trainable, world_size),
         optimizer_ranks=world_size if shards_optimizer(config.train, trainable, world_size) else 1,
         checkpoint_bytes=checkpoint_bytes(config.train, trainable),
         batch=_batch(config, accumulation),
         optimization=_optimization(config.train),
         warnings=_warnings(config, spec, base),
+        **_memory(needed, config, place, memory),
     )
+    return plan if machine is None else _with_times(plan, config, needed, machine, through=spec.backward_through_base)
+
+
+def _traffic(
+    config: RunConfig, base: BaseModel, spec: TrainableSpec[Any], place: Placement, reduced: int
+) -> dict[str, Any]:
+    """The fields of a plan that are about bytes moved; `reduced` are those of the gradients."""
+    engine, accumulation = engine_of(config), accumulation_steps(config, place.world_size)
+    passes = int(spec.backward_through_base) + int(engine.gathers_in_backward)  # that gather the layers
+    head = head_outputs(config.task) == 0 and not base.tied  # gathered beside the embedding
+    gathered = _gather_bytes(base, engine, place.group_size, passes=passes, head=head)
+    traffic = Traffic(gathered, reduced, accumulation, config.sharding.gradient_sum == "invariant")
+    return {
+        "gather_bytes_per_micro_batch": gathered,
+        "gather_bytes_per_step": gathered * accumulation,
+        "reduce_bytes_per_step": reduced,
+        "between_nodes": between_nodes(place, traffic),
+    }
+
+
+def _memory(needed: MemoryPlan, config: RunConfig, place: Placement, limit: int | None) -> dict[str, Any]:
+    """The fields of a plan that are about memory."""
+    parts = needed.parts(config, place.world_size, place.group_size)
+    peak = sum(parts.values())
+    fits = None if limit is None else peak <= limit
+    remedy = needed.remedy(config, place, limit) if limit is not None and not fits else None
+    return {"memory": parts, "peak_bytes": peak, "memory_limit": limit, "fits": fits, "remedy": remedy}
+
+
+def _with_times(plan: RunPlan, config: RunConfig, memory: MemoryPlan, machine: Machine, *, through: bool) -> RunPlan:
+    """The plan with the seconds of a step on `machine`."""
+    train, ranks = config.train, plan.world_size
+    work = StepWork(
+        tokens=tokens_per_micro_batch(config),
+        row=config.data.max_length if config.data else 0,
+        accumulation=plan.batch.accumulation_steps,
+        trainable=plan.trainable_parameters,
+        backward=through,
+        again=1 / train.checkpoint_every_n_layers if train.gradient_checkpointing and through else 0.0,
+        gathered=plan.gather_bytes_per_micro_batch,
+        gathered_between=plan.between_nodes["gather_bytes_per_micro_batch"],
+        reduced_between=plan.between_nodes["reduce_bytes_per_step"],
+        reduced=2 * plan.reduce_bytes_per_step * (ranks - 1) // ranks,
+        optimizer=3 * 4 * plan.trainable_parameters // plan.optimizer_ranks + 2 * plan.optimizer_bytes,
+        ahead=plan.engine == "fsdp",
+    )
+    return replace(plan, hardware=machine.name, seconds_per_step=step_seconds(machine, memory.sizes, work))
 
 
 def _model(config: RunConfig, base: BaseModel) -> PlannedModel:
@@ -129,19 +202,6 @@ def _notes_on_files(config: RunConfig, base: BaseModel) -> list[str]:
         return []
     tensors = check_names(base, source)
     return tensors.notes + requantization_notes(base, tensors)
-
-
-def print_plan(plan: RunPlan, *, as_json: bool = False) -> None:
-    """Write a plan to standard output: as tables, or as one JSON document and nothing else."""
-    if as_json:
-        print(json.dumps(plan.to_dict(), indent=2))
-        return
-    console = Console(highlight=False)
-    console.print(_summary_table(plan))
-    console.print(_rows_table(plan.trainables, plan.adapters))
-    console.print(_rows_table("base", plan.base_formats))
-    for warning in plan.warnings:
-        console.print(f"warning: {warning}", markup=False, soft_wrap=True)
 
 
 def _base_tensors(base: BaseModel) -> list[Tensor]:
@@ -200,75 +260,3 @@ def _format_rows(base: BaseModel) -> list[dict[str, Any]]:
     size = sum(tensor.nbytes for tensor in plain)
     rest = {"format": {"name": "norms, biases"}, "tensors": len(plain), "weights": total, "blocks": 0, "bytes": size}
     return [*rows, rest]
-
-
-def _summary_table(plan: RunPlan) -> Table:
-    model, batch, optimization = plan.model, plan.batch, plan.optimization
-    length = f"{optimization.max_steps} steps"
-    if optimization.max_steps is None:
-        length = f"{optimization.num_train_epochs:g} epochs"
-    table = Table(title="plan", title_justify="left", show_header=False)
-    for name, value in {
-        "model": f"{model.path} ({model.type}, {model.decoder_layers} layers, {model.compute_dtype})",
-        "method": f"{plan.method}, {plan.trainable_parameters:,} trainable parameters",
-        "ranks": f"{plan.world_size} x {plan.engine}{_groups(plan)}",
-        "base": f"{_size(plan.base_bytes)}, {_size(plan.base_bytes_per_rank)} per rank",
-        "gathered": f"{_size(plan.gather_bytes_per_micro_batch)} per rank and micro-batch, "
-        f"{_size(plan.gather_bytes_per_step)} per step",
-        "reduced": f"{_size(plan.reduce_bytes_per_step)} per step",
-        **_between_nodes_row(plan),
-        "optimizer": f"{optimization.optim}, {_size(plan.optimizer_bytes)} per rank"
-        + (f", spread over {plan.optimizer_ranks}" if plan.optimizer_ranks > 1 else ""),
-        "checkpoint": _size(plan.checkpoint_bytes),
-        "batch": f"{batch.global_batch_size} = {batch.per_device_train_batch_size} x "
-        f"{plan.world_size} ranks x {batch.accumulation_steps} accumulation",
-        "schedule": f"{length}, learning rate {optimization.learning_rate:g} {optimization.lr_scheduler_type}",
-    }.items():
-        table.add_row(name, value)
-    return table
-
-
-def _groups(plan: RunPlan) -> str:
-    groups = plan.world_size // plan.shard_group
-    return f", {groups} groups of {plan.shard_group}" if groups > 1 else ""
-
-
-def _between_nodes_row(plan: RunPlan) -> dict[str, str]:
-    if plan.nodes == 1:
-        return {}
-    link = plan.between_nodes
-    base, gradients = _size(link["gather_bytes_per_micro_batch"]), _size(link["reduce_bytes_per_step"])
-    words = f"into each of {plan.nodes}: base {base} per micro-batch, gradients {gradients} per step"
-    return {"between nodes": words}
-
-
-def _rows_table(title: str, rows: list[dict[str, Any]]) -> Table:
-    """A table of dictionaries with the same keys: numbers to the right, bytes in units."""
-    table = Table(title=title, title_justify="left")
-    for key, value in rows[0].items():
-        table.add_column(key.replace("_", " "), justify="left" if isinstance(value, str | dict) else "right")
-    for row in rows:
-        table.add_row(*(_cell(key, value) for key, value in row.items()))
-    return table
-
-
-def _cell(key: str, value: Any) -> str:
-    match value:
-        case _ if key == "bytes":
-            return _size(value)
-        case int():
-            return f"{value:,}"
-        case float():
-            return f"{value:g}"
-        case list():
-            return " x ".join(map(str, value))
-        case {"name": name, **settings}:
-            return " ".join([name, *(f"{setting}={each}" for setting, each in settings.items())])
-    return str(value)
-
-
-def _size(count: int) -> str:
-    for unit, size in (("GiB", 1 << 30), ("MiB", 1 << 20), ("KiB", 1 << 10)):
-        if count >= size:
-            return f"{count / size:.2f} {unit}"
-    return f"{count} B"

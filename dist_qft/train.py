@@ -8,6 +8,7 @@ import os
 import sys
 from collections.abc import Callable
 from contextlib import closing, nullcontext
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -42,6 +43,7 @@ from dist_qft.storage.checkpoint import (
     require_writable,
 )
 from dist_qft.storage.lock import RUN_LOCK, FolderLock
+from dist_qft.training.memory_plan import MemoryPlan, automatic_group
 from dist_qft.training.optimizer import check_warmup, checkpoint_bytes
 from dist_qft.training.resume import changed_settings, check_trajectory, choose_checkpoint, resume_after_restart
 from dist_qft.training.run_inputs import LoadedBase, RunInputs
@@ -148,7 +150,17 @@ def _checked(inputs: RunInputs) -> RunInputs:
     if checkpoint is not None:
         check_trajectory(checkpoint, config, inputs.data.train.digest, total_steps)
         inputs.notes.extend(changed_settings(checkpoint, config))
-    return inputs
+    return inputs if inputs.loaded or config.sharding.group != "auto" else _with_group(inputs)
+
+
+def _with_group(inputs: RunInputs) -> RunInputs:
+    """The inputs with the ranks that are to share a base, which `sharding.group: auto` leaves to the plan."""
+    config, base, spec = inputs.config, inputs.skeleton, inputs.spec
+    trainable = spec.parameters + head_outputs(config.task) * base.embedding.embedding_dim
+    memory = MemoryPlan(base, trainable, spec.backward_through_base)
+    group, note = automatic_group(config, memory, inputs.world, inputs.device)
+    inputs.notes.append(note)
+    return replace(inputs, shard_group=group)
 
 
 def execute_run(inputs: RunInputs, stop: StopSignal, activity: Activity | None = None) -> TrainingRun | None:
@@ -162,7 +174,7 @@ def execute_run(inputs: RunInputs, stop: StopSignal, activity: Activity | None =
     with nullcontext() if lock is None else lock:
         # Stream the base through quantization into its shards; hook the trainables on.
         if inputs.loaded is None:
-            parts = assemble(inputs.config, inputs.skeleton, inputs.spec, inputs.device, inputs.source, stop)
+            parts = assemble(inputs.placed(), inputs.skeleton, inputs.spec, inputs.device, inputs.source, stop)
         else:
             parts = attach_trainables(inputs.config, inputs.skeleton, inputs.loaded.engine, inputs.spec, inputs.device)
         if inputs.config.data is not None and inputs.config.data.packing:

@@ -36,12 +36,18 @@ def train(
     """Fine-tune as CONFIG says."""
     settings = read_config(config, overrides)
     if dry_run:
-        from dist_qft.plan import make_plan, print_plan
+        from dist_qft.plan import make_plan, require_fit
+        from dist_qft.ranks.device import planned_device
         from dist_qft.ranks.world import World
+        from dist_qft.training.memory_plan import detected_memory
+        from dist_qft.training.plan_tables import print_plan
 
         world = World.from_environment(os.environ)
         if world.rank == 0:
-            print_plan(make_plan(settings, world.world_size, world.local_world_size))
+            memory = detected_memory(planned_device(settings.sharding.device), world.local_world_size)
+            plan = make_plan(settings, world.world_size, world.local_world_size, memory=memory)
+            print_plan(plan)
+            require_fit(plan)
         return
     from dist_qft.ranks.preemption import StopSignal
 
@@ -70,14 +76,30 @@ def validate(
     config: Config,
     overrides: Overrides = None,
     as_json: AsJson = False,
-    world_size: Annotated[int, typer.Option(min=1, help="Ranks to plan for.")] = 1,
+    world_size: Annotated[int | None, typer.Option(min=1, help="Ranks to plan for; default 1.")] = None,
     nodes: Annotated[int, typer.Option(min=1, help="Nodes that the ranks are on.")] = 1,
+    gpus_per_node: Annotated[int | None, typer.Option(min=1, help="Ranks on each node.")] = None,
+    memory: Annotated[
+        str | None, typer.Option(metavar="SIZE", help="Memory of each rank, such as 80GiB; exit code 2 if it is short.")
+    ] = None,
+    hardware: Annotated[
+        str | None,
+        typer.Option(metavar="NAME|FILE", help="GPU, such as H100, or a YAML file: adds seconds per step."),
+    ] = None,
 ) -> None:
     """Check CONFIG and print what it will train, hold and move; loads no weights."""
     settings = read_config(config, overrides)
-    from dist_qft.plan import make_plan, print_plan, ranks_on_each
+    from dist_qft.plan import make_plan, ranks_on_each, ranks_planned, require_fit
+    from dist_qft.training.machine import find_machine, parse_size
+    from dist_qft.training.plan_tables import print_plan
 
-    print_plan(make_plan(settings, world_size, ranks_on_each(nodes, world_size)), as_json=as_json)
+    machine = find_machine(hardware) if hardware is not None else None
+    limit = machine.memory if machine is not None else None
+    limit = parse_size(memory, "--memory") if memory is not None else limit
+    ranks = ranks_planned(world_size, nodes, gpus_per_node)
+    plan = make_plan(settings, ranks, ranks_on_each(nodes, ranks), memory=limit, machine=machine)
+    print_plan(plan, as_json=as_json)
+    require_fit(plan)
 
 
 @app.command(name="eval", context_settings=OVERRIDABLE)

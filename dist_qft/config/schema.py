@@ -89,7 +89,9 @@ class ShardingConfig(Section):
     engine: Literal["fsdp", "zero", "replicated"] = Field(
         "fsdp", description="how the base is held: sharded by FSDP2 or by DeepSpeed ZeRO-3, or whole on every rank"
     )
-    group: Literal["world", "node"] | Positive = Field("world", description="fsdp, zero: ranks that share one base")
+    group: Literal["auto", "world", "node"] | Positive = Field(
+        "world", description="fsdp, zero: ranks that share one base; auto: the fewest whose plan fits the memory"
+    )
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: CUDA if there is a GPU")
     reshard_after_forward: bool = Field(
         True,

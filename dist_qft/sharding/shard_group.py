@@ -15,7 +15,7 @@ from dist_qft.ranks.collectives import everywhere, require_same_inputs
 from dist_qft.ranks.groups import new_group
 from dist_qft.ranks.world import World
 
-Setting = str | int  # `sharding.group`: "world", "node" or a number of ranks
+Setting = str | int  # `sharding.group`: "world", "node" or a number of ranks; "auto", not yet chosen, is "world"
 
 
 def ranks_in_group(setting: Setting, world_size: int, ranks_per_node: int) -> int:
@@ -24,8 +24,8 @@ def ranks_in_group(setting: Setting, world_size: int, ranks_per_node: int) -> in
     Raises:
         UserError: the ranks cannot be divided into such groups.
     """
-    size = {"world": world_size, "node": ranks_per_node}.get(setting, setting) if isinstance(setting, str) else setting
-    assert isinstance(size, int)
+    named = {"world": world_size, "auto": world_size, "node": ranks_per_node}
+    size = named[setting] if isinstance(setting, str) else setting
     if world_size % size:
         where = f", which is {size} ranks here" if setting == "node" else ""
         raise UserError(f"sharding.group: got {setting}{where}, must divide the {world_size} ranks of the run")
@@ -64,7 +64,7 @@ class ShardGroup:
         Raises:
             UserError: the ranks cannot be divided so, or ranks disagree on how; on all ranks.
         """
-        if setting == "world":
+        if setting in ("world", "auto"):
             return cls.all_ranks()
         world_size, rank = dist.get_world_size(), dist.get_rank()
         size = _agreed_size(setting, world_size, device)

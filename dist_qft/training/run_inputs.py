@@ -56,6 +56,7 @@ class RunInputs:
         existing: names of the checkpoints in the run's folder when this was gathered.
         recipe: the merge that ends the run, if the config asks for one.
         notes: lines to tell the user at the start, such as a checkpoint that was refused.
+        shard_group: ranks that share one base, as `sharding.group: auto` has chosen; None where it did not choose.
         start: values that the trainables of a new run begin with, if not their own.
         loaded: the base, if it need not be loaded any more; `skeleton` is then no longer on the meta device.
     """
@@ -75,15 +76,24 @@ class RunInputs:
     notes: list[str]
     loaded: LoadedBase | None = None
     start: StartingValues | None = None
+    shard_group: int | None = None
 
     @property
     def output_dir(self) -> Path:
         return Path(self.config.output_dir)
 
+    def placed(self) -> RunConfig:
+        """The config with the number of ranks that `sharding.group: auto` stands for."""
+        if self.shard_group is None:
+            return self.config
+        sharding = self.config.sharding.model_copy(update={"group": self.shard_group})
+        return self.config.model_copy(update={"sharding": sharding})
+
     def must_match(self) -> dict[str, str]:
         """Inputs that must be the same on all ranks, by name."""
         state = self.checkpoint.state if self.checkpoint else None
         return {
+            "choice of sharding.group: auto": f"{self.shard_group}",
             "config": self.config.model_dump_json(),
             "training data": self.data.train.digest,
             "held-out data": self.data.eval.digest if self.data.eval else "",

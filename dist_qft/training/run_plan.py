@@ -78,6 +78,12 @@ class RunPlan:
         optimizer_bytes: the optimizer's state on each rank.
         optimizer_ranks: ranks that share the optimizer's state; 1 if each holds all of it (`train.shard_optimizer`).
         checkpoint_bytes: trainables (fp32) and optimizer state.
+        memory: bytes on the fullest rank at its peak, by part; see `memory_plan`.
+        peak_bytes: their sum.
+        memory_limit: bytes that a rank may use; None if nobody said.
+        fits: whether the peak is within the limit; None without one.
+        remedy: overrides with which the run would fit; None if it does, or if none is known.
+        hardware, seconds_per_step: a machine's name, and the time of a step on it by part; None if nobody asked.
     """
 
     model: PlannedModel
@@ -104,6 +110,13 @@ class RunPlan:
     batch: PlannedBatch
     optimization: PlannedOptimization
     warnings: list[str]
+    memory: dict[str, int]
+    peak_bytes: int
+    memory_limit: int | None
+    fits: bool | None
+    remedy: str | None
+    hardware: str | None = None
+    seconds_per_step: dict[str, float] | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """The plan as JSON values, under the same names."""

@@ -14,8 +14,10 @@ from dist_qft.base_model.weight_files import open_source
 from dist_qft.config.schema import ModelConfig, QuantizationConfig, RunConfig
 from dist_qft.errors import UserError
 from dist_qft.plan import make_plan
+from dist_qft.ranks.world import World
 from dist_qft.sharding.engines import make_engine
 from dist_qft.storage.manifest import sha256_of
+from dist_qft.train import gather_inputs
 from dist_qft.training.metrics_file import read_history
 from dist_qft.tuned_model.assemble import materialize
 from tests.support.tiny_model import save_tiny_model, tiny_config, tiny_llama_config
@@ -103,3 +105,13 @@ def test_ranks_out_of_order_and_groups_with_different_weights_are_named(pools, t
     weights = "weights of the base: rank 2, 3 differs from rank 0"
     expected = [f"True ranks were started with different {what}" for what in (order, weights)]
     assert pools[4].run(refusals, mine=one, others=other) == [expected] * 4
+
+
+def test_the_automatic_group_is_chosen_before_the_base_is_loaded(tiny_gguf, tmp_path):
+    """On a machine that has room for the small base many times: one rank each, and ranks that differ are refused."""
+    config = config_of(tiny_gguf, tmp_path, group="auto")
+    inputs = gather_inputs(config, None, World(0, 4, 0, 4, "127.0.0.1", 0, "environment"), CPU)
+    assert (inputs.shard_group, inputs.placed().sharding.group, inputs.config.sharding.group) == (1, 1, "auto")
+    assert inputs.must_match()["choice of sharding.group: auto"] == "1"
+    told = [note for note in inputs.notes if note.startswith("sharding.group: auto took 1 of 4 ranks, the fewest")]
+    assert len(told) == 1

@@ -6,7 +6,8 @@ import pytest
 
 from dist_qft.config.load import load_config
 from dist_qft.errors import UserError
-from dist_qft.plan import make_plan, print_plan
+from dist_qft.plan import make_plan
+from dist_qft.training.plan_tables import print_plan
 from dist_qft.training.run_plan import RunPlan
 
 TINY = {

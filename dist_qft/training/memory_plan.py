@@ -1,0 +1,185 @@
+"""The memory of a rank at its peak, by part, and the smallest shard group and the cheapest change that would fit.
+
+Base, trainables, gradients and moments are exact. Activations and workspace are estimates from the layers' shapes: they
+count the results that backward passes need, and neither the allocator's holes nor a kernel's own buffers.
+"""
+
+from collections.abc import Iterator
+
+import psutil
+import torch
+
+from dist_qft.base_model.skeleton import BaseModel
+from dist_qft.config.schema import RunConfig
+from dist_qft.ranks.device import planned_device
+from dist_qft.ranks.world import World
+from dist_qft.sharding.engine import Engine, parameter_owners
+from dist_qft.sharding.engines import engine_of
+from dist_qft.sharding.shard_group import ranks_in_group
+from dist_qft.training.links import Placement
+from dist_qft.training.model_sizes import ModelSizes
+from dist_qft.training.optimizer import optimizer_bytes_per_rank
+from dist_qft.tuned_model.task import head_outputs
+
+_RUNTIME = {"cuda": 1 << 30, "cpu": 400 << 20}  # CUDA's context, cuBLAS and NCCL; Python with its packages
+_CHUNK_MEGABYTES = {"cuda": 64.0, "cpu": 8.0}
+_LAYERS_AT_ONCE = 2  # FSDP2 gathers the next layer while one is computed
+
+
+class MemoryPlan:
+    """The memory of a run's ranks, for its config or a changed one.
+
+    Args:
+        trainable: parameters, with those of the task's own head.
+        through_base: gradients flow back through the base, so that its activations are kept.
+    """
+
+    def __init__(self, base: BaseModel, trainable: int, through_base: bool) -> None:
+        self._tensors = [getattr(module, name) for module, name in parameter_owners(base.units)]
+        self._trainable, self._through_base = trainable, through_base
+        self.sizes = ModelSizes.of(base)
+
+    def parts(self, config: RunConfig, world_size: int, group: int) -> dict[str, int]:
+        """Bytes of each part on the fullest rank."""
+        engine, device = engine_of(config), planned_device(config.sharding.device).type
+        return {
+            "base": sum(engine.part_bytes(tensor, group) for tensor in self._tensors),
+            "gathered": self._gathered(config, engine),
+            "trainables": 4 * self._trainable,
+            "gradients": 4 * self._trainable,
+            "moments": optimizer_bytes_per_rank(config.train, self._trainable, world_size),
+            "activations": self._activations(config),
+            "workspace": self._workspace(config, device),
+            "runtime": _RUNTIME[device],
+        }
+
+    def peak(self, config: RunConfig, world_size: int, group: int) -> int:
+        return sum(self.parts(config, world_size, group).values())
+
+    def _gathered(self, config: RunConfig, engine: Engine) -> int:
+        if engine.name == "replicated":
+            return 0
+        sizes, sharding = self.sizes, config.sharding
+        layers = sizes.layer_bytes * _LAYERS_AT_ONCE
+        if engine.name == "zero":
+            layers = sizes.layer_bytes + int(sharding.prefetch_megabytes * 1e6)
+        elif not sharding.reshard_after_forward:
+            layers = sizes.packed
+        return layers + sizes.table_bytes
+
+    def _activations(self, config: RunConfig) -> int:
+        sizes, train = self.sizes, config.train
+        tokens = tokens_per_micro_batch(config)
+        state = tokens * sizes.hidden * sizes.itemsize
+        layer = tokens * sizes.saved * sizes.itemsize
+        if not self._through_base:  # the side network reads a hidden state of every layer
+            return state * sizes.layers + layer
+        if not train.gradient_checkpointing:
+            return layer * sizes.layers
+        computed_again = -(-sizes.layers // train.checkpoint_every_n_layers)
+        kept = 0 if train.offload_activations else state * computed_again
+        return kept + layer * (sizes.layers - computed_again + 1)
+
+    def _workspace(self, config: RunConfig, device: str) -> int:
+        """One weight in the compute dtype, a chunk of logits with its gradient, and a layer's results in passing."""
+        sizes = self.sizes
+        chunk = config.train.loss_chunk_megabytes or _CHUNK_MEGABYTES[device]
+        logits = 0 if head_outputs(config.task) else int(3 * chunk * 1e6)
+        passing = 2 * tokens_per_micro_batch(config) * sizes.widest * sizes.itemsize
+        return sizes.largest * sizes.itemsize + logits + passing
+
+    def smallest_group(self, config: RunConfig, place: Placement, limit: int) -> int:
+        """The fewest ranks per shard group whose plan is within `limit` bytes; all ranks if none is.
+
+        Groups within a node come first, then whole nodes.
+        """
+        for size in _group_sizes(place):
+            if self.peak(config, place.world_size, size) <= limit:
+                return size
+        return place.world_size
+
+    def remedy(self, config: RunConfig, place: Placement, limit: int) -> str | None:
+        """The cheapest change of settings with which the plan is within `limit` bytes; None if no one is known."""
+        for words, changed, group in self._changes(config, place):
+            if self.peak(changed, place.world_size, group) <= limit:
+                return words
+        return None
+
+    def _changes(self, config: RunConfig, place: Placement) -> Iterator[tuple[str, RunConfig, int]]:
+        """Changes in the order of their cost: traffic and time first little, then more, then all at once."""
+        world, group, train = place.world_size, place.group_size, config.train
+        spread = _with(config, "train", shard_optimizer=True)
+        if world > 1 and train.shard_optimizer is not True:
+            yield "train.shard_optimizer=true", spread, group
+        if config.sharding.engine == "replicated" and world > 1:
+            for size in _group_sizes(place):
+                yield (
+                    f"sharding.engine=fsdp sharding.group={size}",
+                    _with(config, "sharding", engine="fsdp", group=size),
+                    size,
+                )
+        else:
+            for size in _group_sizes(place):
+                if size > group:
+                    yield f"sharding.group={size}", config, size
+        least = config
+        words: list[str] = []
+        if self._through_base and not train.gradient_checkpointing:
+            least = _with(least, "train", gradient_checkpointing=True)
+            words.append("train.gradient_checkpointing=true")
+            yield words[0], least, group
+        if train.per_device_train_batch_size > 1:
+            least = _with(least, "train", per_device_train_batch_size=1)
+            words.append("train.per_device_train_batch_size=1")
+            yield " ".join(words), least, group
+        if world > 1:
+            least = _with(_with(least, "train", shard_optimizer=True), "sharding", engine="fsdp", group=world)
+            words += ["train.shard_optimizer=true", "sharding.engine=fsdp", f"sharding.group={world}"]
+            yield " ".join(words), least, world
+        if train.optim != "paged_adamw_8bit" and planned_device(config.sharding.device).type == "cuda":
+            least = _with(least, "train", optim="paged_adamw_8bit")
+            yield " ".join([*words, "train.optim=paged_adamw_8bit"]), least, world
+
+
+def tokens_per_micro_batch(config: RunConfig) -> int:
+    """The most tokens of one micro-batch; 0 without data."""
+    return config.train.per_device_train_batch_size * config.data.max_length if config.data else 0
+
+
+def chosen_group(config: RunConfig, memory: MemoryPlan, place: Placement, limit: int | None) -> int:
+    """The ranks that share a base under `sharding.group`; `limit`, bytes of a rank, counts for `auto` alone."""
+    setting, world = config.sharding.group, place.world_size
+    if setting != "auto":
+        return ranks_in_group(setting, world, place.ranks_per_node)
+    return memory.smallest_group(config, place, limit) if limit is not None else world
+
+
+def automatic_group(config: RunConfig, memory: MemoryPlan, world: World, device: torch.device) -> tuple[int, str]:
+    """The group that `sharding.group: auto` takes on this machine, and a line to tell the user."""
+    limit = detected_memory(device, world.local_world_size)
+    assert limit is not None, "a rank on CUDA has a GPU"
+    place = Placement(world.world_size, world.local_world_size, world.world_size)
+    size = chosen_group(config, memory, place, limit)
+    peak = memory.peak(config, world.world_size, size)
+    fits = "the fewest whose plan fits" if peak <= limit else "all, and still more than"
+    told = f"sharding.group: auto took {size} of {world.world_size} ranks, {fits} {limit / 2**30:.1f} GiB"
+    return size, f"{told} (planned: {peak / 2**30:.1f} GiB)"
+
+
+def detected_memory(device: torch.device, ranks_on_node: int) -> int | None:
+    """Bytes that one rank may use here: its GPU's, or its share of the machine's. None for GPUs of another machine."""
+    if device.type == "cuda":
+        if not torch.cuda.is_available():
+            return None
+        return torch.cuda.mem_get_info(device)[1]
+    return psutil.virtual_memory().total // ranks_on_node
+
+
+def _group_sizes(place: Placement) -> list[int]:
+    world, per_node = place.world_size, place.ranks_per_node
+    inside = [size for size in range(1, per_node + 1) if per_node % size == 0]
+    return inside + [size for size in range(2 * per_node, world + 1, per_node) if world % size == 0]
+
+
+def _with(config: RunConfig, section: str, **settings: object) -> RunConfig:
+    return config.model_copy(update={section: getattr(config, section).model_copy(update=settings)})

@@ -1,0 +1,95 @@
+"""The plan's memory by part, what would fit, the choice of `sharding.group: auto`, and the seconds of a step."""
+
+import json
+
+import pytest
+
+from dist_qft.config.load import load_config
+from dist_qft.errors import UserError
+from dist_qft.plan import make_plan, require_fit
+from dist_qft.training.machine import find_machine
+from dist_qft.training.model_sizes import ModelSizes
+from dist_qft.training.run_plan import RunPlan
+from dist_qft.training.step_time import StepWork, step_seconds
+
+LLAMA = {
+    "model_type": "llama",
+    "hidden_size": 4096,
+    "intermediate_size": 11008,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 32,
+    "vocab_size": 32000,
+    "max_position_embeddings": 2048,
+    "tie_word_embeddings": False,
+}
+
+
+def test_memory_by_part_and_what_would_fit(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA))
+    path = tmp_path / "run.yaml"
+    path.write_text(
+        f"output_dir: {tmp_path}/out\nmodel: {{path: {tmp_path}}}\ndata: {{train: {{path: stdlib-docs}}}}\n"
+    )
+
+    def of(limit: float, *overrides: str, world_size: int = 8) -> RunPlan:
+        base = ["sharding.device=cuda", "data.max_length=2048", "method.rank=64", "train.shard_optimizer=true"]
+        config = load_config(path, [*base, *overrides])
+        return make_plan(config, world_size, 8, memory=int(limit * 2**30))
+
+    plan = of(80)
+    assert plan.fits and plan.remedy is None and plan.peak_bytes == sum(plan.memory.values())
+    exact = {"trainables": 4, "gradients": 4, "moments": 1}  # 8 bytes of moments over 8 ranks
+    assert {part: plan.memory[part] / plan.trainable_parameters for part in exact} == pytest.approx(exact, rel=1e-4)
+    assert plan.memory["base"] == plan.base_bytes_per_rank
+    checkpointed = of(80, "train.gradient_checkpointing=true")
+    assert checkpointed.memory["activations"] < plan.memory["activations"] / 3
+    tight = of(3)
+    assert (tight.fits, tight.remedy) == (False, "train.gradient_checkpointing=true")
+    assert of(3, tight.remedy).fits
+    assert of(0.5).remedy is None
+    with pytest.raises(UserError, match=r"^memory: got 3\.00 GiB per rank, must be .* would fit with train\.gradient"):
+        require_fit(tight)
+    # The fewest ranks that fit, nodes first; `fits` and the base belong to that choice.
+    auto = [
+        of(limit, "sharding.group=auto", "train.gradient_checkpointing=true", world_size=16) for limit in (80, 2.5, 1)
+    ]
+    assert [plan.shard_group for plan in auto] == [1, 4, 16]
+    assert [plan.fits for plan in auto] == [True, True, False] and auto[1].peak_bytes < 2.5 * 2**30
+
+
+def test_seconds_of_a_step_follow_from_the_machines_figures(tmp_path, shell):
+    file = tmp_path / "slow.yaml"
+    figures = "memory: 24GiB, memory_gb_per_s: 1000, inside_gb_per_s: 32"
+    file.write_text(f"{{tflops: 100, {figures}, between_gb_per_s: 1, efficiency: 1.0}}\n")
+    machine = find_machine(str(file))
+    assert machine.memory == 24 * 2**30
+    assert {find_machine(name).name for name in ("A100-80", "H100", "H200", "B200", "RTX-4090", "L40S")}
+    sizes = ModelSizes(
+        layers=1, hidden=0, active=10**9, weights=0, head=0, packed=0, layer_bytes=0, table_bytes=0, largest=0, saved=0,
+        widest=0, itemsize=2,
+    )  # fmt: skip
+    work = StepWork(
+        tokens=1000, row=10, accumulation=2, trainable=0, backward=True, again=1.0, gathered=64 * 10**9,
+        gathered_between=3 * 10**9, reduced_between=10**9, reduced=0, optimizer=10**12, ahead=True,
+    )  # fmt: skip
+    # 3 passes of 2 x 10^12 operations, twice; 3 GB from other nodes, twice, behind the computing of 0.12 s.
+    found = step_seconds(machine, sizes, work)
+    assert found == pytest.approx({"compute": 0.12, "gather": 6.0, "reduce": 1.0, "optimizer": 1.0, "step": 8.0})
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA))
+    run = tmp_path / "run.yaml"
+    run.write_text(f"output_dir: {tmp_path}/out\nmodel: {{path: {tmp_path}}}\n")
+    placed = ("--nodes", 2, "--gpus-per-node", 4, "train.global_batch_size=8", "--hardware")
+    code, out, err = shell("validate", run, *placed, "H100", "--json")
+    plan = json.loads(out)
+    assert (code, err, plan["world_size"], plan["fits"], plan["hardware"]) == (0, "", 8, True, "H100")
+    assert plan["seconds_per_step"]["step"] > 0
+    assert shell("validate", run, *placed, file, "--memory", "1MiB")[0] == 2
+    for words, message in [
+        (("--hardware", "H1"), "--hardware: got 'H1', must be one of A100-80, H100"),
+        (("--memory", "many"), "--memory: got 'many', must be a size such as 80GiB"),
+        (("--nodes", 2, "--gpus-per-node", 4, "--world-size", 4), "--world-size: got 4, must be --nodes 2 x"),
+        (("--hardware", run), "must have tflops, memory, memory_gb_per_s"),
+    ]:
+        code, _, err = shell("validate", run, *words)
+        assert code == 2 and message in err
