@@ -7,8 +7,8 @@ from pathlib import Path
 
 from dist_qft.errors import UserError
 from dist_qft.ranks.world import World
-from dist_qft.study.rows import StudyRun, expand
-from dist_qft.study.run import outcome_of, require_data, run_in_processes, run_rows
+from dist_qft.study.rows import StudyRun, expand, expand_all
+from dist_qft.study.run import outcome_of, require_data, run_in_processes, run_rows, wanted
 from dist_qft.study.settings import Study, load_study
 
 REPORT_PACKAGES = ("matplotlib", "scipy")
@@ -47,11 +47,11 @@ def run_study(
     elif plan:
         from dist_qft.study.planned import print_plan
 
-        print_plan(study, rows)
+        print_plan(study, expand_all(study), jobs)
     elif row is not None:
         return _one(rows, row, retry_failed)
     elif report:
-        _report(study, rows)
+        _report(study)
     elif suggest is not None:
         from dist_qft.study.suggest import write_suggestions
 
@@ -76,21 +76,22 @@ def _one(rows: Sequence[StudyRun], number: int, retry_failed: bool) -> int:
 
 
 def _all(path: Path, study: Study, rows: Sequence[StudyRun], jobs: int, retry_failed: bool, write_report: bool) -> int:
-    """All runs, then the report; the exit code of the first run that failed."""
+    """All runs, those too that become known on the way, then the report; the exit code of the first that failed."""
     if write_report:
         _require_report_packages()
     require_data(rows, retry_failed=retry_failed)
     if jobs > 1:
         if World.from_environment().world_size > 1:
             raise UserError(f"--jobs: got {jobs}, must be 1 on several ranks")
-        run_in_processes(path, jobs, retry_failed=retry_failed)
+        _all_in_processes(path, study, rows, jobs, retry_failed)
     else:
-        run_rows(rows, range(len(rows)), retry_failed=retry_failed)
+        run_rows(rows, range(len(rows)), retry_failed=retry_failed, further=lambda: expand(study))
+    rows = expand(study)
     if World.from_environment().rank != 0:
         return 0
     if not write_report:
         return 0
-    _report(study, rows)
+    _report(study)
     from dist_qft.study.results import collect
 
     failed = [outcome.result.exit_code for outcome in collect(rows) if outcome.result and outcome.result.exit_code]
@@ -99,11 +100,22 @@ def _all(path: Path, study: Study, rows: Sequence[StudyRun], jobs: int, retry_fa
     return failed[0] if failed else 0
 
 
-def _report(study: Study, rows: Sequence[StudyRun]) -> None:
+def _all_in_processes(path: Path, study: Study, rows: Sequence[StudyRun], jobs: int, retry_failed: bool) -> None:
+    """Start processes until every run is done. One ends when it finds no run that nobody is at."""
+    todo = [row for row in rows if wanted(row, retry_failed)]
+    while todo:
+        run_in_processes(path, jobs, retry_failed=retry_failed)
+        retry_failed = False  # once is what was asked for
+        before, todo = todo, [row for row in expand(study) if wanted(row, False)]
+        if {row.name for row in before} <= {row.name for row in todo}:
+            raise UserError(f"{len(todo)} runs are left, which another process is at; start the study again later")
+
+
+def _report(study: Study) -> None:
     _require_report_packages()
     from dist_qft.study.report import write_report
 
-    print(write_report(study, rows))
+    print(write_report(study))
 
 
 def _require_report_packages() -> None:

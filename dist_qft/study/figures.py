@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 _AXIS = {"rank": "rank", "alpha": "alpha", "balance": "balancing factor"}
-_STYLE: "dict[RcKeyType, Any]" = {
+STYLE: "dict[RcKeyType, Any]" = {
     "font.family": "DejaVu Sans",  # comes with matplotlib: the same picture on every machine
     "font.size": 9,
     "axes.spines.top": False,
@@ -59,7 +59,7 @@ def draw_all(subjects: Sequence[Subject], metric: str, unit: str) -> Iterator[Pi
         f"held-out {metric}{unit}", f"change of held-out {metric} against the\nreference of the same seed{unit}"
     )
     presets = dict.fromkeys(variant.preset for subject in subjects for variant in subject.figures)
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context(STYLE):
         for preset in presets:
             shown = [subject for subject in subjects if subject.variants(preset)]
             if preset.endswith("_by_type"):
@@ -127,7 +127,7 @@ def _two_rows(
     grid[0][0].set_ylabel(label.figure)
     grid[1][0].set_ylabel(label.change)
     note = " Bars: standard deviation over the seeds; small dots: single seeds."
-    return _picture(name, caption + note, figure)
+    return finished_picture(name, caption + note, figure)
 
 
 def _discount_figure(subjects: Sequence[Subject], label: _Labels) -> Picture:
@@ -148,7 +148,9 @@ def _discount_figure(subjects: Sequence[Subject], label: _Labels) -> Picture:
         axes.grid(axis="x", visible=False)
     grid[0][0].set_ylabel(label.change)
     caption = f"Equal discount ({'; '.join(sorted(holds))}): the same cut, taken from one group of layers at a time."
-    return _picture("equal_discount", f"{caption} Bars: standard deviation over the seeds; dots: single seeds.", figure)
+    return finished_picture(
+        "equal_discount", f"{caption} Bars: standard deviation over the seeds; dots: single seeds.", figure
+    )
 
 
 def _curves_figure(subjects: Sequence[Subject]) -> Picture:
@@ -169,7 +171,7 @@ def _curves_figure(subjects: Sequence[Subject]) -> Picture:
         axes.set_xlabel("optimizer step")
         axes.legend(fontsize=7)
     grid[0][0].set_ylabel("training loss (nats per token)")
-    return _picture("loss_curves", "Training loss of every variant, mean over the seeds.", figure)
+    return finished_picture("loss_curves", "Training loss of every variant, mean over the seeds.", figure)
 
 
 def _line(axes: Axes, index: int, label: str, points: Sequence[tuple[float, Estimate]]) -> None:
@@ -218,7 +220,8 @@ def _title(preset: str) -> str:
     return preset.replace("_", " ").capitalize()
 
 
-def _picture(name: str, caption: str, figure: Figure) -> Picture:
+def finished_picture(name: str, caption: str, figure: Figure) -> Picture:
+    """The figure as the files of a report."""
     png, svg = io.BytesIO(), io.BytesIO()
     figure.savefig(png, format="png", dpi=120, metadata={"Software": None})
     figure.savefig(svg, format="svg", metadata={"Date": None, "Creator": None})

@@ -15,6 +15,7 @@ from dist_qft.config.methods.method import MethodConfig
 from dist_qft.config.methods.tile_method import TileMethod
 from dist_qft.study.presets import REFERENCE, Variant, value_label
 from dist_qft.study.results import Outcome
+from dist_qft.study.tuning import smaller_is_better
 
 CONFIDENCE = 0.95
 
@@ -101,10 +102,9 @@ def measure(outcomes: Sequence[Outcome], metric: str) -> list[Subject]:
     subjects: dict[str, Subject] = {}
     for outcome in outcomes:
         row, result = outcome.row, outcome.finished
-        if result is None or metric not in result.tuned:
+        if result is None or metric not in result.tuned or row.tries is not None:
             continue
-        label = ", ".join(row.subject.values()) or row.config.method.name
-        sign = 1 if metric == "loss" else -1
+        label, sign = row.label, 1 if smaller_is_better(metric) else -1
         for variant in row.variants:
             subject = subjects.setdefault(label, Subject(label, row.config.method, sign))
             if variant.preset == REFERENCE:

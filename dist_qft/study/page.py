@@ -2,23 +2,29 @@
 
 import base64
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from statistics import fmean
 from typing import Any
 
 from dist_qft.pages import render
+from dist_qft.study.contrasts import Compared
 from dist_qft.study.figures import Picture
 from dist_qft.study.findings import Finding, number
 from dist_qft.study.measurements import Estimate, Subject
 from dist_qft.study.presets import REFERENCE
 from dist_qft.study.results import Outcome
+from dist_qft.study.rows import Expansion
 from dist_qft.study.settings import Study
 
 
 def make_page(
     study: Study,
+    expansion: Expansion,
     outcomes: Sequence[Outcome],
     subjects: Sequence[Subject],
     findings: Sequence[Finding],
+    compared: Sequence[Compared],
+    warnings: Sequence[str],
     pictures: Sequence[Picture],
 ) -> str:
     """The page's HTML."""
@@ -34,16 +40,66 @@ def make_page(
             "method": config.method.name,
             "steps": config.train.max_steps or f"{config.train.num_train_epochs:g} epochs",
             "samples per step": config.train.global_batch_size,
-            "learning rate": f"{config.train.learning_rate:g}",
+            "learning rate": f"{config.train.learning_rate:g}" if study.settings.tune is None else "tuned, see below",
+            "held-out targets": _range(o.finished.eval_tokens for o in outcomes if o.finished and o.row.tries is None),
+            "trained targets": _range(o.finished.train_tokens for o in outcomes if o.finished and o.row.tries is None),
             "seeds": ", ".join(map(str, study.settings.seeds)),
         },
         metric=study.settings.metric,
         statuses=Counter(outcome.status for outcome in outcomes),
         failed=[outcome for outcome in outcomes if outcome.status.startswith("failed")],
         claims=_claims(findings),
+        warnings=warnings,
+        contrasts=compared,
+        searches=_search_rows(expansion),
+        costs=_cost_rows(outcomes),
         pictures=[{"caption": p.caption, "name": p.name, "data": _data_url(p)} for p in pictures],
         tables=[{"label": subject.label, "rows": _variant_rows(subject)} for subject in subjects],
     )
+
+
+def _range(values: Iterable[int]) -> str:
+    known = sorted(set(values))
+    if not known:
+        return "none yet"
+    return f"{known[0]:,}" if len(known) == 1 else f"{known[0]:,} to {known[-1]:,}"
+
+
+def _search_rows(expansion: Expansion) -> list[dict[str, str]]:
+    """The values of every search with their figures, and the one that is used."""
+    return [
+        {
+            "arm": label if variant.preset == REFERENCE else f"{label}, {variant}",
+            "curve": ", ".join(f"{value:g}: {figure:.4f}" for value, figure in search.curve()),
+            "best": "" if search.best is None else f"{search.best:g}",
+        }
+        for (label, variant), search in expansion.searches.items()
+    ]
+
+
+def _cost_rows(outcomes: Sequence[Outcome]) -> list[dict[str, str]]:
+    """Memory of each combination's runs; empty for results of before it was kept. Times are the machine's."""
+    rows = []
+    for label in dict.fromkeys(outcome.row.label for outcome in outcomes):
+        known = [o.finished for o in outcomes if o.row.label == label and o.row.tries is None and o.finished]
+        costs = [result.costs for result in known if result.costs]
+        if not costs:
+            continue
+
+        def mean(name: str, scale: float, costs: Sequence[dict[str, float]] = costs) -> str:
+            values = [each[name] for each in costs if name in each]
+            return f"{fmean(values) / scale:,.3g}" if values else ""
+
+        rows.append(
+            {
+                "arm": label,
+                "trainables": f"{known[0].trainables:,}",
+                "weights": mean("weight_bytes", 2**20),
+                "optimizer": mean("optimizer_bytes", 2**20),
+                "activations": mean("activation_bytes", 2**20),
+            }
+        )
+    return rows
 
 
 def _claims(findings: Sequence[Finding]) -> list[dict[str, Any]]:

@@ -1,13 +1,12 @@
 """`--plan`: the table of a study's runs, their trainables, and the time that they may take.
 
-The time is measured where runs of the study are done; before that it is an estimate from one decoder layer, timed here
-forward and backward on the real shapes and format. Real runs share their cores and pay for attention, evaluation and
-the LM head: it tells minutes from hours, not more.
+The time comes from runs of the study that are done and from short trials of the others (`estimate`). Where a run cannot
+be tried, for want of its data or model, one decoder layer is timed here, forward and backward, on the real shapes and
+format: that tells minutes from hours, not more.
 """
 
 import time
 from collections.abc import Sequence
-from statistics import median
 
 import torch
 from rich.console import Console
@@ -17,20 +16,28 @@ from dist_qft.base_model.skeleton import BaseModel, build_skeleton
 from dist_qft.config.schema import RunConfig
 from dist_qft.quant.frozen import FrozenLinear
 from dist_qft.ranks.device import compute_dtype, planned_device
+from dist_qft.ranks.world import World
+from dist_qft.study.estimate import estimate
 from dist_qft.study.groups import THIRDS, TYPES
 from dist_qft.study.results import Outcome, collect
-from dist_qft.study.rows import StudyRun
+from dist_qft.study.rows import Expansion
 from dist_qft.study.settings import Study
 
 
-def print_plan(study: Study, rows: Sequence[StudyRun]) -> None:
-    """Print one line for each run, and the total."""
+def print_plan(study: Study, expansion: Expansion, jobs: int) -> None:
+    """Print one line for each run that is known by now, and the time that all will take."""
+    rows = expansion.rows
     outcomes = collect(rows)
     table = _table(outcomes)
     # As wide as it needs: a table of runs is also read by other programs.
     console = Console(highlight=False, width=max(80, Console(width=1000).measure(table).maximum))
     console.print(table)
-    console.print(f"{len(rows)} runs, {_time_needed(rows, outcomes)}", soft_wrap=True)
+    if study.settings.tune is not None and expansion.waiting:
+        console.print(
+            f"and {len(expansion.waiting)} runs whose {study.settings.tune.axis} these decide", soft_wrap=True
+        )
+    missing = sum(not outcome.done for outcome in outcomes) + len(expansion.waiting)
+    console.print(f"{len(rows)} runs, {missing} to do; {_time_needed(study, expansion, jobs)}", soft_wrap=True)
     for preset in study.settings.presets:
         if preset.preset == "equal_discount":
             held = "all trainables, so totals are equal" if preset.hold == "absolute" else "the group's own trainables"
@@ -59,17 +66,21 @@ def _table(outcomes: Sequence[Outcome]) -> Table:
     return table
 
 
-def _time_needed(rows: Sequence[StudyRun], outcomes: Sequence[Outcome]) -> str:
+def _time_needed(study: Study, expansion: Expansion, jobs: int) -> str:
     """The time that the remaining runs will take, and the basis of that figure."""
-    missing = sum(not outcome.done for outcome in outcomes)
-    measured = [outcome.finished.seconds for outcome in outcomes if outcome.finished]
-    if measured:
-        seconds, how = median(measured), f"the median of {len(measured)} runs that are done"
-    elif (steps := rows[0].config.train.max_steps) is None:
-        return f"{missing} to do; how long they take depends on the data: train.max_steps is not set"
-    else:
-        seconds, how = _estimate(rows[0].config, steps), "estimated from one decoder layer; training steps only"
-    return f"{missing} to do; {seconds:,.0f} s each, {missing * seconds / 60:,.0f} minutes one after another ({how})"
+    if World.from_environment().world_size == 1 and (known := estimate(study, expansion, jobs)):
+        each = known.seconds / max(known.runs, 1)
+        at_once = f"{jobs} at a time" if jobs > 1 else "one after another"
+        return f"{each:,.0f} s each, {known.seconds / jobs / 60:,.0f} minutes {at_once} ({known.basis})"
+    rows = [*expansion.rows, *expansion.waiting]
+    steps = rows[0].config.train.max_steps
+    if steps is None:
+        return "how long they take depends on the data: train.max_steps is not set"
+    seconds = _estimate(rows[0].config, steps)
+    return (
+        f"{seconds:,.0f} s each, {seconds * len(rows) / jobs / 60:,.0f} minutes "
+        "(estimated from one decoder layer; training steps only)"
+    )
 
 
 def _estimate(config: RunConfig, steps: int) -> float:

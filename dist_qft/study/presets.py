@@ -75,7 +75,8 @@ def _settings(preset: TypePreset | DepthPreset, value: int | float | list[int], 
     """The settings of a rule for one value."""
     knob = preset.preset.partition("_")[0]
     if knob == "balance":
-        return _balance(value, method)
+        factors = _balance(value, method)
+        return factors | ({"alpha": method.alpha_held(factors)} if preset.scale == "hold" else {})
     if isinstance(value, list):
         raise UserError(f"got {value}, {knob} must be a number")
     if knob == "alpha":

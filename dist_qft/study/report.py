@@ -6,22 +6,30 @@ TensorBoard's hparams are written beside it; those carry the time, as all event 
 
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from statistics import fmean
+
+import matplotlib
 
 from dist_qft.errors import SetupError, UserError
 from dist_qft.storage.atomic import write_text
-from dist_qft.study.figures import draw_all
+from dist_qft.study.arm_figures import arms_figure, tuning_figure
+from dist_qft.study.contrasts import Compared, compare
+from dist_qft.study.figures import STYLE, Picture, draw_all
 from dist_qft.study.findings import Finding, find
-from dist_qft.study.measurements import measure
+from dist_qft.study.measurements import Subject, measure
 from dist_qft.study.page import make_page
-from dist_qft.study.results import Result, as_csv, as_json, collect
-from dist_qft.study.rows import StudyRun
+from dist_qft.study.result_file import Result
+from dist_qft.study.results import Outcome, as_csv, as_json, collect
+from dist_qft.study.rows import Expansion, StudyRun, expand_all
 from dist_qft.study.settings import Study
+from dist_qft.study.soundness import warnings_of
 
 REPORT_FOLDER = "report"
 HPARAMS_FOLDER = "hparams"
+COSTS_FILE = "costs.json"  # beside the report, which says nothing of the machine
 
 _LOSS_UNITS = {
     "causal-lm": "nats per token",
@@ -30,14 +38,14 @@ _LOSS_UNITS = {
 }
 
 
-def write_report(study: Study, rows: Sequence[StudyRun]) -> str:
+def write_report(study: Study) -> str:
     """Write the report of all runs that are done, and return a line that says where.
 
     Raises:
         UserError: no run with the study's metric is done, or no reference.
     """
-    metric = study.settings.metric
-    outcomes = collect(rows)
+    metric, expansion = study.settings.metric, expand_all(study)
+    outcomes = collect(expansion.rows)
     done = [(outcome.row, outcome.finished) for outcome in outcomes if outcome.finished]
     subjects = measure(outcomes, metric)
     if not subjects:
@@ -46,17 +54,78 @@ def write_report(study: Study, rows: Sequence[StudyRun]) -> str:
         raise UserError(f"{study.output_dir}: nothing to report: {what}; measured: {', '.join(known) or 'nothing'}")
     unit = _LOSS_UNITS[study.base.task.name] if metric == "loss" else ""
     findings = find(subjects, unit or f"of {metric}")
-    pictures = list(draw_all(subjects, metric, unit))
+    pictures = list(_pictures(study, expansion, subjects, unit))
+    compared, warnings = compare(study, outcomes), warnings_of(study, outcomes, expansion.searches)
     folder = study.output_dir / REPORT_FOLDER
     write_text(folder / "results.csv", as_csv(outcomes))
     write_text(folder / "results.json", as_json(outcomes))
     write_text(folder / "findings.json", json.dumps([_finding(finding) for finding in findings], indent=1) + "\n")
+    write_text(folder / "contrasts.json", json.dumps([_contrast(each) for each in compared], indent=1) + "\n")
+    write_text(folder / "tuning.json", json.dumps(_searches(expansion), indent=1) + "\n")
+    write_text(folder / "warnings.json", json.dumps(warnings, indent=1) + "\n")
     for picture in pictures:
         for ending in ("png", "svg"):
             _write_bytes(folder / "figures" / f"{picture.name}.{ending}", getattr(picture, ending))
-    write_text(folder / "report.html", make_page(study, outcomes, subjects, findings, pictures))
+    page = make_page(study, expansion, outcomes, subjects, findings, compared, warnings, pictures)
+    write_text(folder / "report.html", page)
     _write_hparams(study.output_dir / HPARAMS_FOLDER, done, metric)
-    return f"report of {len(done)} of {len(rows)} runs: {folder / 'report.html'}"
+    write_text(study.output_dir / COSTS_FILE, json.dumps(times_of(outcomes), indent=1) + "\n")
+    told = [f"report of {len(done)} of {len(outcomes)} runs: {folder / 'report.html'}"]
+    return "\n".join([*told, *(f"warning: {each}" for each in warnings), *(each.sentence for each in compared)])
+
+
+def _pictures(study: Study, expansion: Expansion, subjects: Sequence[Subject], unit: str) -> Iterator[Picture]:
+    """Every figure that there are runs for."""
+    metric, tune = study.settings.metric, study.settings.tune
+    with matplotlib.rc_context(STYLE):
+        if tune is not None and (picture := tuning_figure(expansion.searches, tune.axis, tune.metric or metric)):
+            yield picture
+        label = f"held-out {metric}{f' ({unit})' if unit else ''}"
+        if study.settings.contrasts and (picture := arms_figure(subjects, label)):
+            yield picture
+    yield from draw_all(subjects, metric, unit)
+
+
+def _contrast(compared: Compared) -> dict[str, object]:
+    effect = compared.effect
+    interval = [effect.low, effect.high] if len(effect.per_seed) > 1 else None
+    return {
+        "verdict": compared.verdict,
+        "sentence": compared.sentence,
+        "contrast": compared.contrast.model_dump(),
+        "figures": list(compared.figures),
+        "means": list(compared.means),
+        "effect": {"mean": effect.mean, "interval_95_seeds": interval, "per_seed": list(effect.per_seed)},
+        "interval_95_rows": None if compared.rows is None else list(compared.rows),
+        "share": compared.share,
+        "p": compared.p,
+        "adjusted_p": compared.adjusted,
+    }
+
+
+def _searches(expansion: Expansion) -> list[dict[str, object]]:
+    return [
+        {
+            "subject": label,
+            "variant": str(variant),
+            "best": search.best,
+            "on_edge": search.on_edge,
+            "curve": [list(point) for point in search.curve()],
+            "failed": sorted(v for v, f in search.figures.items() if f is not None and abs(f) == float("inf")),
+        }
+        for (label, variant), search in expansion.searches.items()
+    ]
+
+
+def times_of(outcomes: Sequence[Outcome]) -> dict[str, dict[str, float]]:
+    """Mean seconds of each combination's runs that are compared: of a step, of the whole."""
+    found: dict[str, dict[str, float]] = {}
+    for label in dict.fromkeys(outcome.row.label for outcome in outcomes):
+        known = [o.finished for o in outcomes if o.row.label == label and o.row.tries is None and o.finished]
+        steps = [result.costs["seconds_per_step"] for result in known if "seconds_per_step" in result.costs]
+        if steps:
+            found[label] = {"seconds_per_step": fmean(steps), "seconds": fmean(result.seconds for result in known)}
+    return found
 
 
 def _finding(finding: Finding) -> dict[str, object]:
@@ -89,6 +158,8 @@ def _write_hparams(folder: Path, done: Sequence[tuple[StudyRun, Result]], metric
             "trainables": row.trainables,
             **{f"kept/{group}": share for group, share in row.kept.items()},
         }
+        if row.tries is not None:
+            continue
         results = {"result/last_training_loss": result.history[-1]}
         if metric in result.tuned:
             results[f"result/held_out_{metric}"] = result.tuned[metric]

@@ -2,33 +2,37 @@
 
 Runs with equal settings are one run, whichever presets ask for it. They are compared by the adapter of every layer, not
 by the text of the schedule. A run's name is a digest of that, so it stays when the study file grows.
+
+With `tune`, the runs of a search come first. The runs that are compared are known once their search has ended, so the
+list grows while the study goes on; it is a function of the results on disk.
 """
 
-import hashlib
 import itertools
-import json
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
+from statistics import fmean
 from typing import Any, TypeVar
 
-import torch
-
-from dist_qft.base_model.skeleton import BaseModel, build_skeleton
+from dist_qft.base_model.skeleton import BaseModel
 from dist_qft.config.fault import KeyPath
 from dist_qft.config.load import change_config
 from dist_qft.config.methods.tile_method import TileMethod
-from dist_qft.config.renamed import with_earlier_names
 from dist_qft.config.schema import RunConfig
 from dist_qft.errors import UserError
 from dist_qft.methods.adapters.adapter_spec import AdapterSpec, linear_shapes
 from dist_qft.methods.specs import make_spec
 from dist_qft.methods.trainable import TrainableSpec
-from dist_qft.ranks.device import compute_dtype, planned_device
 from dist_qft.study.groups import kept_shares
+from dist_qft.study.merging import require_mergeable
+from dist_qft.study.naming import Skeletons, base_key, run_name
 from dist_qft.study.presets import REFERENCE, Variant, preset_variants
+from dist_qft.study.result_file import read_result
 from dist_qft.study.settings import Study, axis_labels
+from dist_qft.study.stages import MergeStage
+from dist_qft.study.tuning import Search, search, start_of
 from dist_qft.tuned_model.task import head_outputs
 
 _T = TypeVar("_T")
@@ -46,6 +50,9 @@ class StudyRun:
         trainables: number of trainable values, by the method's formula.
         kept: group -> parameters after / parameters of the reference; empty where the method has no adapters.
         base_key: equal for runs that may use one loaded base.
+        merge: the merge whose result is measured, if there is one.
+        tries: the value that this run of a search tries; None for a run that is compared.
+        keep: what stays of the run beside its figures.
     """
 
     name: str
@@ -55,27 +62,62 @@ class StudyRun:
     trainables: int
     kept: dict[str, float] = field(hash=False)
     base_key: str = ""
+    merge: MergeStage | None = None
+    tries: float | None = None
+    keep: tuple[str, ...] = ()
 
     @property
     def folder(self) -> Path:
         """The folder in which the run keeps its files."""
         return Path(self.config.output_dir)
 
+    @property
+    def label(self) -> str:
+        """The name of the combination of the axes."""
+        return ", ".join(self.subject.values()) or self.config.method.name
+
     def __str__(self) -> str:
         subject = [f"{axis} {label}" for axis, label in self.subject.items()]
-        return ", ".join([*subject, " = ".join(map(str, self.variants)), f"seed {self.config.train.seed}"])
+        tried = [] if self.tries is None else [f"tries {self.tries:g}"]
+        return ", ".join([*subject, " = ".join(map(str, self.variants)), *tried, f"seed {self.config.train.seed}"])
+
+
+@dataclass(frozen=True)
+class Expansion:
+    """The runs of a study that are known by now.
+
+    Attributes:
+        searches: by (label, variant).
+        waiting: runs as they would be, had the searches that they wait for chosen the first value.
+    """
+
+    rows: list[StudyRun]
+    searches: dict[tuple[str, Variant], Search]
+    waiting: list[StudyRun]
 
 
 def expand(study: Study) -> list[StudyRun]:
-    """All runs, each once, in the order of the file. Reads no weights.
+    """All runs that are known by now, each once, those of searches first. Reads no weights.
 
     Raises:
         UserError: the first axis or preset that asks for something impossible, with its place in the file.
     """
+    return expand_all(study).rows
+
+
+def expand_all(study: Study) -> Expansion:
+    """`expand`, with the searches that decide which runs there are."""
     rows: dict[str, StudyRun] = {}
-    skeletons = _Skeletons()
+    tried: dict[str, StudyRun] = {}
+    searches: dict[tuple[str, Variant], Search] = {}
+    waiting: list[StudyRun] = []
+    skeletons = Skeletons()
     for subject, config in _subjects(study):
-        for row in _subject_rows(study, subject, config, skeletons):
+        arms = _Arms(study, subject, config, skeletons)
+        for row in arms.rows():
+            if row.tries is not None:
+                tried[row.name] = row
+                continue
             known = rows.get(row.name)
             if known is None:
                 rows[row.name] = row
@@ -86,7 +128,9 @@ def expand(study: Study) -> list[StudyRun]:
                 raise UserError(
                     f"{study.place('axes')}: {labels} has the settings of {', '.join(known.subject.values())}"
                 )
-    return list(rows.values())
+        searches |= arms.searches
+        waiting += arms.waiting
+    return Expansion([*tried.values(), *rows.values()], searches, waiting)
 
 
 def _subjects(study: Study) -> Iterator[tuple[dict[str, str], RunConfig]]:
@@ -102,37 +146,114 @@ def _subjects(study: Study) -> Iterator[tuple[dict[str, str], RunConfig]]:
         yield subject, config
 
 
-def _subject_rows(
-    study: Study, subject: dict[str, str], config: RunConfig, skeletons: "_Skeletons"
-) -> Iterator[StudyRun]:
-    """The reference and all variants of one combination of the axes, for every seed."""
-    place: KeyPath = ("axes",) if subject else ("base",)
-    base = _placed(study, place, lambda: skeletons.get(config))
-    reference = _placed(study, place, lambda: make_spec(config, base))
-    layers = linear_shapes(base)
-    chosen: list[tuple[KeyPath, Variant]] = [(place, Variant(REFERENCE))]
-    for index, preset in enumerate(study.settings.presets):
-        if any(subject[axis] != label for axis, label in preset.when.items()):
-            continue
-        place = ("presets", index)
-        if not (isinstance(reference, AdapterSpec) and isinstance(config.method, TileMethod)):
-            raise UserError(f"{study.place(*place)}: {preset.preset} varies adapters, {config.method.name} has none")
-        variants = preset_variants(preset, config.method, reference.tiles, layers)
-        chosen += [(place, variant) for variant in _placed(study, place, partial(list[Variant], variants))]
-    for place, variant in chosen:
-        changed, spec = _placed(study, place, partial(_with_variant, config, variant, base))
+class _Arms:
+    """The reference and all variants of one combination of the axes.
+
+    Attributes:
+        searches, waiting: as in `Expansion`, filled while `rows` is walked through.
+    """
+
+    def __init__(self, study: Study, subject: dict[str, str], config: RunConfig, skeletons: Skeletons) -> None:
+        self._study, self._subject, self._config = study, subject, config
+        self._place: KeyPath = ("axes",) if subject else ("base",)
+        self._base = _placed(study, self._place, lambda: skeletons.get(config))
+        self._reference = _placed(study, self._place, lambda: make_spec(config, self._base))
+        self._layers = linear_shapes(self._base)
+        self._merge = next((stage for stage in study.settings.merge if _applies(stage.when, subject)), None)
+        self.searches: dict[tuple[str, Variant], Search] = {}
+        self.waiting: list[StudyRun] = []
+
+    def rows(self) -> Iterator[StudyRun]:
+        """The runs of the searches, and for every arm whose search has ended a run for each seed."""
+        settings = self._study.settings
+        for place, variant in self._variants():
+            changed, spec = _placed(self._study, place, partial(_with_variant, self._config, variant, self._base))
+            if self._merge is not None:
+                stage, index = self._merge, settings.merge.index(self._merge)
+                check = partial(require_mergeable, stage, changed, self._base, spec)
+                _placed(self._study, ("merge", index), check)
+            if settings.tune is not None:
+                arm = variant if settings.tune.each == "variant" else Variant(REFERENCE)
+                key = (self._label, arm)
+                if key not in self.searches:
+                    yield from self._search(key, changed, spec)
+                best = self.searches[key].best
+                if best is None:
+                    self.waiting += [self._row(changed, spec, variant, seed) for seed in settings.seeds]
+                    continue
+                changed = change_config(changed, {settings.tune.axis: best})
+            yield from (self._row(changed, spec, variant, seed) for seed in settings.seeds)
+
+    @property
+    def _label(self) -> str:
+        return ", ".join(self._subject.values()) or self._config.method.name
+
+    def _variants(self) -> Iterator[tuple[KeyPath, Variant]]:
+        """The reference and the variants of all presets that apply, each with its place in the file."""
+        yield self._place, Variant(REFERENCE)
+        for index, preset in enumerate(self._study.settings.presets):
+            if not _applies(preset.when, self._subject):
+                continue
+            place: KeyPath = ("presets", index)
+            if not (isinstance(self._reference, AdapterSpec) and isinstance(self._config.method, TileMethod)):
+                name = self._config.method.name
+                raise UserError(f"{self._study.place(*place)}: {preset.preset} varies adapters, {name} has none")
+            found = preset_variants(preset, self._config.method, self._reference.tiles, self._layers)
+            yield from ((place, each) for each in _placed(self._study, place, partial(list[Variant], found)))
+
+    def _search(self, key: tuple[str, Variant], config: RunConfig, spec: TrainableSpec[Any]) -> Iterator[StudyRun]:
+        """Walk through the search of one arm; yields its runs and keeps its state in `searches`."""
+        tune = self._study.settings.tune
+        assert tune is not None
+        place: KeyPath = ("tune",)
+        own = _placed(self._study, place, partial(change_config, config, tune.set))
+        if own.data is not None and config.data is not None and _held_out(own) == _held_out(config):
+            raise UserError(
+                f"{self._study.place('tune', 'set')}: must give the search held-out data of its own (data.eval...)"
+            )
+        start = _placed(self._study, place, partial(start_of, own, tune.axis))
+        metric = tune.metric or self._study.settings.metric
+        found: dict[float, list[StudyRun]] = {}
+
+        def measured(value: float) -> float | None:
+            tried = _placed(self._study, place, partial(change_config, own, {tune.axis: value}))
+            found[value] = [self._row(tried, spec, key[1], seed, tries=value) for seed in tune.seeds]
+            results = [read_result(row.folder) for row in found[value]]
+            if any(result is None for result in results):
+                return None
+            return fmean(result.tuned.get(metric, math.inf) for result in results if result is not None)
+
+        self.searches[key] = search(tune, start, metric, measured)
+        for rows in found.values():
+            yield from rows
+
+    def _row(
+        self, config: RunConfig, spec: TrainableSpec[Any], variant: Variant, seed: int, tries: float | None = None
+    ) -> StudyRun:
+        """One run of an arm whose settings are `config`."""
+        settings = self._study.settings
         kept: dict[str, float] = {}
-        if isinstance(reference, AdapterSpec) and isinstance(spec, AdapterSpec):
-            kept = kept_shares(reference.tiles, spec.tiles, layers)
-        trainables = spec.parameters + head_outputs(config.task) * base.embedding.embedding_dim
-        for seed in study.settings.seeds:
-            seeded = change_config(changed, {"train.seed": seed})
-            name = _name(seeded, spec)
-            settings = {"output_dir": str(study.output_dir / RUNS_FOLDER / name)}
-            if seeded.data is not None and seeded.data.cache_dir is None:
-                settings["data.cache_dir"] = str(study.output_dir / "data_cache")
-            final = change_config(seeded, settings)
-            yield StudyRun(name, final, subject, (variant,), trainables, kept, _base_key(final, spec))
+        if isinstance(self._reference, AdapterSpec) and isinstance(spec, AdapterSpec):
+            kept = kept_shares(self._reference.tiles, spec.tiles, self._layers)
+        trainables = spec.parameters + head_outputs(config.task) * self._base.embedding.embedding_dim
+        seeded = change_config(config, {"train.seed": seed})
+        name = run_name(seeded, spec, self._merge)
+        changes = {"output_dir": str(self._study.output_dir / RUNS_FOLDER / name)}
+        if seeded.data is not None and seeded.data.cache_dir is None:
+            changes["data.cache_dir"] = str(self._study.output_dir / "data_cache")
+        final = change_config(seeded, changes)
+        key = base_key(final, spec)
+        keep = tuple(settings.keep) if tries is None else ()
+        return StudyRun(name, final, self._subject, (variant,), trainables, kept, key, self._merge, tries, keep)
+
+
+def _applies(when: dict[str, str], subject: dict[str, str]) -> bool:
+    return all(subject[axis] == label for axis, label in when.items())
+
+
+def _held_out(config: RunConfig) -> object:
+    assert config.data is not None
+    return config.data.eval, config.data.eval_samples
 
 
 def _with_variant(config: RunConfig, variant: Variant, base: BaseModel) -> tuple[RunConfig, TrainableSpec[Any]]:
@@ -154,46 +275,3 @@ def _placed(study: Study, path: KeyPath, work: Callable[[], _T]) -> _T:
         return work()
     except UserError as error:
         raise UserError(f"{study.place(*path)}: {str(error).splitlines()[0]}") from None
-
-
-def _name(config: RunConfig, spec: TrainableSpec[Any]) -> str:
-    """The method, and a digest of all settings that decide the run's results."""
-    # Without defaults: a setting that later versions add must not rename the runs of today.
-    settings = config.model_dump(exclude={"output_dir": True, "data": {"cache_dir"}}, exclude_defaults=True)
-    settings = with_earlier_names(settings)
-    if isinstance(spec, AdapterSpec):
-        # The spec says it layer by layer, in one way only. qlora's name is left out since the first version.
-        settings["method"] = {} if config.method.name == "qlora" else {"name": config.method.name}
-        if not spec.leaves_base_clean:
-            settings["method"]["merge_aware"] = True
-        if config.method.init_from is not None:
-            settings["method"]["init_from"] = config.method.init_from
-    else:
-        settings["method"] = config.method.model_dump(exclude_unset=True)
-    text = json.dumps([settings, spec.describe()], sort_keys=True)
-    return f"{config.method.name}-{hashlib.sha256(text.encode()).hexdigest()[:12]}"
-
-
-def _base_key(config: RunConfig, spec: TrainableSpec[Any]) -> str:
-    """Runs with equal keys reuse one loaded base. A run that changes its base for good gets a key of its own."""
-    if not spec.leaves_base_clean:
-        return config.output_dir
-    parts = config.model_dump(include={"model", "quantization", "sharding"})
-    train = config.train.model_dump(include={"precision", "gradient_checkpointing"})
-    # The base is kept with its tokenizer, which has the run's template.
-    template = [config.data.template] if config.data is not None and config.data.template != "chat" else []
-    return json.dumps([parts, train, *template], sort_keys=True)
-
-
-class _Skeletons:
-    """Bases on the meta device, one for each model and quantization."""
-
-    def __init__(self) -> None:
-        self._known: dict[str, BaseModel] = {}
-
-    def get(self, config: RunConfig) -> BaseModel:
-        dtype: torch.dtype = compute_dtype(config.train.precision, planned_device(config.sharding.device))
-        key = f"{config.model} {config.quantization} {dtype}"
-        if key not in self._known:
-            self._known[key] = build_skeleton(config.model, config.quantization, dtype)
-        return self._known[key]

@@ -7,48 +7,48 @@ numbers, our own bugs. A full disk or a lost peer ends the study instead, to be 
 """
 
 import contextlib
-import json
 import os
 import subprocess
 import sys
-import time
-import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+import torch.distributed as dist
 
 from dist_qft.data.sources import require_local_files
-from dist_qft.errors import DistQFTError, PeerLostError, Preempted, SetupError, UserError
+from dist_qft.errors import DistQFTError, Preempted, SetupError, UserError
 from dist_qft.ranks.activity import Activity
 from dist_qft.ranks.collectives import require_same_inputs
 from dist_qft.ranks.connection import connect
 from dist_qft.ranks.device import device_for
 from dist_qft.ranks.launchers import LAUNCHER
-from dist_qft.ranks.peers import Peers
 from dist_qft.ranks.preemption import StopSignal
 from dist_qft.ranks.process import launcher_mark
-from dist_qft.ranks.session import errors_reported
 from dist_qft.ranks.world import World
-from dist_qft.storage.atomic import remove_folder
-from dist_qft.storage.checkpoint import list_checkpoints
 from dist_qft.storage.lock import FolderLock
-from dist_qft.storage.trainer_state import BaseEvaluation
-from dist_qft.study.results import Result, read_result, write_result
+from dist_qft.study.result_file import Result, read_result, write_result
 from dist_qft.study.rows import StudyRun
-from dist_qft.train import execute_run, gather_inputs
-from dist_qft.training.run_inputs import LoadedBase
+from dist_qft.study.runner import LOG_FILE, Runner
 
 if TYPE_CHECKING:
-    from dist_qft.training.training_run import TrainingRun
+    pass
 
-LOG_FILE = "log.txt"
 _LOCK = "study.lock"  # in a run's folder: the process that does it; `run.lock` is the run's own
 
 
-def run_rows(rows: Sequence[StudyRun], numbers: Sequence[int], *, retry_failed: bool) -> None:
+def run_rows(
+    rows: Sequence[StudyRun],
+    numbers: Sequence[int],
+    *,
+    retry_failed: bool,
+    further: Callable[[], Sequence[StudyRun]] | None = None,
+) -> None:
     """Do those of `rows` at the positions `numbers` that are not done yet.
+
+    Args:
+        further: all runs that are known by then; called when those at hand are done, until it brings nothing new.
 
     Raises:
         Preempted: a signal came; the run it met is saved.
@@ -58,25 +58,45 @@ def run_rows(rows: Sequence[StudyRun], numbers: Sequence[int], *, retry_failed: 
     world = World.from_environment()
     device = _common_device(rows, world)
     # Before the ranks meet, so that all of them see the same: nobody can have begun yet.
-    todo = [number for number in numbers if _wanted(rows[number], retry_failed)]
+    todo = [number for number in numbers if wanted(rows[number], retry_failed)]
     if not todo:
         return
     timeout = rows[todo[0]].config.sharding.timeout_seconds
     activity = Activity()
     with StopSignal() as stop, connect(world, device, timeout, activity) as peers:
         stop.hold()
-        runner = _Runner(world, device, stop, peers, activity)
-        for number in todo:
-            row = rows[number]
-            with _claimed(row, world) as mine:
-                if not mine or (world.world_size == 1 and not _wanted(row, retry_failed)):
-                    continue
-                result = runner.run(row)
-                if world.rank == 0:
-                    write_result(row.folder, result)
-                    _tell(number, len(rows), row, result)
-            if stop.requested:
-                raise Preempted("stopped by a signal between two runs; start the study again to go on")
+        runner = Runner(world, device, stop, peers, activity)
+        seen: set[str] = set()
+        while todo:
+            for number in todo:
+                row = rows[number]
+                seen.add(row.name)
+                with _claimed(row, world) as mine:
+                    if not mine or (world.world_size == 1 and not wanted(row, retry_failed)):
+                        continue
+                    result = runner.run(row)
+                    if world.rank == 0:
+                        write_result(row.folder, result)
+                        _tell(number, len(rows), row, result)
+                if stop.requested:
+                    raise Preempted("stopped by a signal between two runs; start the study again to go on")
+            if further is None:
+                return
+            dist.barrier()  # rank 0 has written the results that decide which runs there are
+            rows = further()
+            todo = [n for n, row in enumerate(rows) if row.name not in seen and wanted(row, retry_failed)]
+            require_same_inputs({"runs to do": " ".join(rows[number].name for number in todo)}, device)
+
+
+def run_apart(rows: Sequence[StudyRun]) -> list[Result]:
+    """Do these rows one after another in this process and return their results, which are not written down."""
+    world = World.from_environment()
+    device, activity = _common_device(rows, world), Activity()
+    timeout = rows[0].config.sharding.timeout_seconds
+    with StopSignal() as stop, connect(world, device, timeout, activity) as peers:
+        stop.hold()
+        runner = Runner(world, device, stop, peers, activity)
+        return [runner.run(row) for row in rows]
 
 
 def require_data(rows: Sequence[StudyRun], *, retry_failed: bool) -> None:
@@ -84,7 +104,7 @@ def require_data(rows: Sequence[StudyRun], *, retry_failed: bool) -> None:
     parts = {}
     for row in rows:
         data = row.config.data
-        if data is None or not _wanted(row, retry_failed):
+        if data is None or not wanted(row, retry_failed):
             continue
         for key, dataset in {**data.train_sets(), **data.eval_sets()}.items():
             parts[key, dataset.path] = dataset
@@ -97,7 +117,8 @@ def run_in_processes(study_file: Path, jobs: int, *, retry_failed: bool) -> None
     command = [sys.executable, "-m", "dist_qft", "study", str(study_file), "--no-report"]
     command += ["--retry-failed"] if retry_failed else []
     with StopSignal(end_at_once=False) as stop:
-        env = os.environ | {LAUNCHER: launcher_mark()}  # they end with this process, however it ends
+        # They end with this process, however it ends, and share its cores.
+        env = {"OMP_NUM_THREADS": str(threads_of(jobs)), **os.environ, LAUNCHER: launcher_mark()}
         processes = [subprocess.Popen(command, env=env) for _ in range(jobs)]
         stop.hold()
         asked = False
@@ -119,7 +140,13 @@ def run_in_processes(study_file: Path, jobs: int, *, retry_failed: bool) -> None
         raise error
 
 
-def _wanted(row: StudyRun, retry_failed: bool) -> bool:
+def threads_of(jobs: int) -> int:
+    """CPU threads of each of so many processes at once."""
+    return max(1, len(os.sched_getaffinity(0)) // jobs)
+
+
+def wanted(row: StudyRun, retry_failed: bool) -> bool:
+    """True if a run is still to be done."""
     result = read_result(row.folder)
     return result is None or (retry_failed and result.exit_code != 0)
 
@@ -143,78 +170,6 @@ def _claimed(row: StudyRun, world: World) -> Iterator[bool]:
         yield True
 
 
-class _Runner:
-    """A runner of rows in this process, which keeps the base between those that can share it."""
-
-    def __init__(self, world: World, device: torch.device, stop: StopSignal, peers: Peers, activity: Activity) -> None:
-        self._world, self._device, self._stop = world, device, stop
-        self._peers, self._activity = peers, activity
-        self._loaded: LoadedBase | None = None
-        self._key = ""
-        self._evaluations: dict[str, BaseEvaluation] = {}
-
-    def run(self, row: StudyRun) -> Result:
-        """One run from wherever it stands to its end, well or not."""
-        started = time.perf_counter()
-        if row.base_key != self._key:
-            self._loaded, self._key, self._evaluations = None, row.base_key, {}
-        row.folder.mkdir(parents=True, exist_ok=True)
-        with open(row.folder / LOG_FILE, "a", encoding="utf-8") as log, contextlib.redirect_stderr(log):
-            try:
-                run = self._train(row)
-            except (SetupError, PeerLostError, Preempted):
-                raise
-            except Exception as error:
-                self._loaded, self._key = None, ""  # its trainables may still be on it
-                traceback.print_exc()
-                code = error.exit_code if isinstance(error, DistQFTError) else 1
-                text = str(error).splitlines()[0] if str(error) else type(error).__name__
-                return Result.failed(row, code, text)
-        return Result.of_run(row, run, time.perf_counter() - started)
-
-    def _train(self, row: StudyRun) -> "TrainingRun":
-        config = row.config
-        # A summary of the whole run stands for its results; without them the run is begun anew.
-        inputs = gather_inputs(config, "auto", self._world, self._device, self._loaded_for(row))
-        if inputs.finished:
-            for path in list_checkpoints(row.folder):
-                remove_folder(path)
-            inputs = gather_inputs(config, "auto", self._world, self._device, self._loaded_for(row))
-        with errors_reported(self._peers, row.folder):
-            require_same_inputs(inputs.must_match(), self._device)
-            run = execute_run(inputs, self._stop, self._activity)
-        assert run is not None, "the checkpoints of a finished run are gone, so there was work to do"
-        if run.flat.count != row.trainables:
-            raise AssertionError(f"{row.name} trains {run.flat.count} values, the formula says {row.trainables}")
-        self._keep_base(row, run)
-        if self._world.rank == 0:
-            for path in list_checkpoints(row.folder):
-                remove_folder(path)
-        return run
-
-    def _loaded_for(self, row: StudyRun) -> LoadedBase | None:
-        if self._loaded is None:
-            return None
-        # The bare base's answers to prompts are not kept: a run that wants them evaluates it again.
-        known = None if row.config.evaluation.prompts else self._evaluations.get(_evaluation_key(row))
-        loaded = self._loaded
-        return LoadedBase(loaded.tokenizer, loaded.base, loaded.source, loaded.engine, known)
-
-    def _keep_base(self, row: StudyRun, run: "TrainingRun") -> None:
-        if run.state.base_eval is not None:
-            self._evaluations[_evaluation_key(row)] = run.state.base_eval
-        if row.base_key != row.config.output_dir:
-            run.parts.trainables.detach()
-            inputs, parts = run.inputs, run.parts
-            self._loaded = LoadedBase(inputs.tokenizer, parts.base, inputs.source, parts.engine, None)
-
-
-def _evaluation_key(row: StudyRun) -> str:
-    """A key that is equal for runs that evaluate a base on the same data in the same way."""
-    parts = row.config.model_dump(include={"data", "task"})
-    return json.dumps([parts, row.config.train.per_device_train_batch_size], sort_keys=True)
-
-
 def _common_device(rows: Sequence[StudyRun], world: World) -> torch.device:
     """The device of all runs of a study: one process group serves them all."""
     for key in ("device", "timeout_seconds"):
@@ -228,7 +183,9 @@ def _tell(number: int, count: int, row: StudyRun, result: Result) -> None:
     if result.exit_code:
         outcome = f"failed with exit code {result.exit_code}: {result.error}"
     elif result.tuned:
-        outcome = f"held-out loss {result.base['loss']:.4f} -> {result.tuned['loss']:.4f}, {result.seconds:.0f} s"
+        merged = f", merged {result.tuned['merged_loss']:.4f}" if "merged_loss" in result.tuned else ""
+        losses = f"{result.base['loss']:.4f} -> {result.tuned['loss']:.4f}{merged}"
+        outcome = f"held-out loss {losses}, {result.seconds:.0f} s"
     else:
         outcome = f"training loss {result.history[-1]:.4f}, {result.seconds:.0f} s"
     print(f"[{number}] of {count}  {row.name}  {row}: {outcome}", file=sys.stderr, flush=True)

@@ -5,12 +5,13 @@ The meaning of a preset or an axis for a model belongs to `presets` and `rows`, 
 """
 
 import difflib
+import itertools
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
-from pydantic import Field, ValidationError
+from pydantic import Field, ValidationError, field_validator
 from pydantic_core import ErrorDetails
 
 from dist_qft.config.document import Document
@@ -19,10 +20,17 @@ from dist_qft.config.load import change_config, load_config
 from dist_qft.config.schema import RunConfig
 from dist_qft.config.section import NonNegative, Positive, PositiveNumber, Section, Seed, Text
 from dist_qft.errors import UserError
+from dist_qft.study.stages import Contrast, Keep, MergeStage, TuneSettings, When
 
 Pair = Annotated[list[Positive], Field(min_length=2, max_length=2)]
 Range = Annotated[list[NonNegative], Field(min_length=2, max_length=2)]
-When = Annotated[dict[str, Text], Field(description="axis -> label: only for these combinations of the axes")]
+Scale = Annotated[
+    Literal["free", "hold"],
+    Field(
+        description="with a balancing factor: alpha stays and a step moves dW less the larger the factor (free), or "
+        "alpha grows with it and a step moves dW by the same (hold)"
+    ),
+]
 
 
 class TypePreset(Section):
@@ -31,6 +39,7 @@ class TypePreset(Section):
     preset: Literal["rank_by_type", "balance_by_type", "alpha_by_type"]
     values: list[Positive | PositiveNumber | Pair] = Field(min_length=1)
     groups: list[Text] = Field(["attention", "mlp"], min_length=1, description="layer types, 'attention' or 'mlp'")
+    scale: Scale = "free"
     keep: Literal["scale", "alpha"] = Field("scale", description="with a rank: alpha / rank stays, or alpha does")
     when: When = {}
 
@@ -43,6 +52,7 @@ class DepthPreset(Section):
     depths: Annotated[int, Field(ge=2)] | dict[Text, Range] = Field(
         3, description="number of equal parts, or name -> first and last decoder layer"
     )
+    scale: Scale = "free"
     keep: Literal["scale", "alpha"] = Field("scale", description="with a rank: alpha / rank stays, or alpha does")
     when: When = {}
 
@@ -65,6 +75,7 @@ _PRESETS: dict[str, type[Section]] = {
     for kind in (TypePreset, DepthPreset, EqualDiscount)
     for name in get_args(kind.model_fields["preset"].annotation)
 }
+_SECTIONS: dict[str | int, type[Section]] = {"tune": TuneSettings, "merge": MergeStage, "contrasts": Contrast}
 
 
 class StudySettings(Section):
@@ -79,6 +90,16 @@ class StudySettings(Section):
         {}, description="key.sub -> values, or name -> {label: {key.sub: value}}; all combinations are run"
     )
     presets: list[Annotated[Preset, Field(discriminator="preset")]] = []
+    tune: TuneSettings | None = Field(None, description="a search for the best rate before the runs")
+    merge: list[MergeStage] = Field([], description="merges of the runs' adapters; the first that applies to a run")
+    contrasts: list[Contrast] = []
+    keep: Keep = []
+
+    @field_validator("merge", mode="before")
+    @classmethod
+    def _one_merge(cls, given: Any) -> Any:
+        """A single merge needs no list."""
+        return [given] if isinstance(given, dict) else given
 
 
 @dataclass(frozen=True)
@@ -137,19 +158,47 @@ def _contradictions(settings: StudySettings) -> list[tuple[KeyPath, str]]:
         if not values:
             faults.append((("axes", name), f"axes.{name}: the grid is empty, must be at least one value"))
     for index, preset in enumerate(settings.presets):
-        for axis, label in preset.when.items():
-            labels = axis_labels(settings.axes[axis]) if axis in settings.axes else None
-            if labels is None or label not in labels:
-                allowed = f"an axis ({', '.join(settings.axes)})" if labels is None else f"one of {', '.join(labels)}"
-                given = axis if labels is None else label
-                faults.append((("presets", index, "when"), f"presets.{index}.when: got '{given}', must be {allowed}"))
+        faults += _when_faults(("presets", index), preset.when, settings)
         if isinstance(preset, TypePreset | DepthPreset):
             faults += _value_faults(index, preset)
+    for index, stage in enumerate(settings.merge):
+        faults += _when_faults(("merge", index), stage.when, settings)
+    return faults + _contrast_faults(settings)
+
+
+def _when_faults(path: KeyPath, when: dict[str, str], settings: StudySettings) -> list[tuple[KeyPath, str]]:
+    faults: list[tuple[KeyPath, str]] = []
+    for axis, label in when.items():
+        labels = axis_labels(settings.axes[axis]) if axis in settings.axes else None
+        if labels is None or label not in labels:
+            allowed = f"an axis ({', '.join(settings.axes)})" if labels is None else f"one of {', '.join(labels)}"
+            given = axis if labels is None else label
+            faults.append(((*path, "when"), f"{dotted(path)}.when: got '{given}', must be {allowed}"))
+    return faults
+
+
+def _contrast_faults(settings: StudySettings) -> list[tuple[KeyPath, str]]:
+    """Contrasts of combinations that there are not, or of one with itself."""
+    combinations = itertools.product(*(axis_labels(values) for values in settings.axes.values()))
+    known = [", ".join(labels) for labels in combinations]
+    faults: list[tuple[KeyPath, str]] = []
+    for index, contrast in enumerate(settings.contrasts):
+        path: KeyPath = ("contrasts", index)
+        for side in ("better", "than"):
+            if (label := getattr(contrast, side)) not in known:
+                place = (*path, side)
+                faults.append((place, f"{dotted(place)}: got '{label}', must be one of {'; '.join(known)}"))
+        figures = (contrast.metric or settings.metric, contrast.than_metric or contrast.metric or settings.metric)
+        if contrast.better == contrast.than and figures[0] == figures[1]:
+            faults.append((path, f"{dotted(path)}: got '{contrast.better}' twice, must be two that differ"))
     return faults
 
 
 def _value_faults(index: int, preset: TypePreset | DepthPreset) -> list[tuple[KeyPath, str]]:
     knob = preset.preset.partition("_")[0]
+    scale: KeyPath = ("presets", index, "scale")
+    if knob != "balance" and "scale" in preset.model_fields_set:
+        return [(scale, f"{dotted(scale)}: only for balancing factors; remove it")]
     kinds: dict[str, type | tuple[type, ...]] = {"rank": int, "alpha": (int, float), "balance": (int, list)}
     allowed = {
         "rank": "whole numbers",
@@ -187,7 +236,8 @@ def _fault(document: Document, item: ErrorDetails) -> str:
         return f"{where}: {dotted((*path, item['loc'][-1]))}: missing"
     if item["type"] == "extra_forbidden":
         preset = _PRESETS.get(document.values["presets"][path[1]]["preset"]) if path[0] == "presets" else None
-        allowed = [*(preset or StudySettings).model_fields]
+        section = _SECTIONS.get(path[0], StudySettings) if len(path) > 1 else StudySettings
+        allowed = [*(preset or section).model_fields]
         near = difflib.get_close_matches(str(path[-1]), allowed, n=1)
         hint = f", did you mean '{near[0]}'?" if near else f", allowed here: {', '.join(allowed)}"
         return f"{where}: unknown key '{key}'{hint}"

@@ -45,7 +45,7 @@ def write_suggestions(study: Study, rows: Sequence[StudyRun], budget: int) -> No
         raise UserError(f"--suggest: {len(missing)} of {len(rows)} runs are not done; finish the study first")
     written = []
     for subject in measure(outcomes, study.settings.metric):
-        own = [row for row in rows if (", ".join(row.subject.values()) or row.config.method.name) == subject.label]
+        own = [row for row in rows if row.label == subject.label and row.tries is None]
         reference = next(row for row in own if any(v.preset == REFERENCE for v in row.variants))
         changes, parameters, config = _best(subject, reference.config, budget)
         name = "-".join(subject.label.replace(",", "").split())

@@ -67,7 +67,14 @@ class Evaluations:
         self._parts.trainables.eval()
         try:
             with self._parts.fixed():
-                held_out = held_out_loss(self._parts.base, batches, self._inputs.device, self._parts.task, stop)
+                held_out = held_out_loss(
+                    self._parts.base,
+                    batches,
+                    self._inputs.device,
+                    self._parts.task,
+                    stop,
+                    keep_rows=self._inputs.keep_rows and which == "tuned",
+                )
         finally:
             self._parts.trainables.train()
         tag = "base" if which == "base" else "eval"

@@ -52,12 +52,13 @@ class MetricsFile:
 
 @dataclass(frozen=True)
 class StepRecord:
-    """The record of one logged step; `step` counts from 1."""
+    """The record of one logged step; `step` counts from 1, `tokens` are the targets that it trained on."""
 
     step: int
     loss: float
     learning_rate: float
     grad_norm: float
+    tokens: int = 0
 
 
 def read_history(output_dir: Path) -> list[StepRecord]:
@@ -66,7 +67,13 @@ def read_history(output_dir: Path) -> list[StepRecord]:
     if not path.exists():
         return []
     return [
-        StepRecord(record["step"], record["train/loss"], record["train/learning_rate"], record["train/grad_norm"])
+        StepRecord(
+            record["step"],
+            record["train/loss"],
+            record["train/learning_rate"],
+            record["train/grad_norm"],
+            record.get("train/target_tokens", 0),
+        )
         for _, record in _records(path)
         if "train/loss" in record
     ]

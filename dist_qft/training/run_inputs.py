@@ -30,17 +30,12 @@ from dist_qft.tuned_model.warm_start import StartingValues
 
 @dataclass(frozen=True)
 class LoadedBase:
-    """A base that an earlier run of this process has loaded and left without trainables, for the next one.
-
-    Attributes:
-        evaluation: that run's result for the bare base; it counts where the held-out data are the same.
-    """
+    """A base that an earlier run of this process has loaded and left without trainables, for the next one."""
 
     tokenizer: PreTrainedTokenizerBase
     base: BaseModel
     source: TensorSource
     engine: Engine
-    evaluation: BaseEvaluation | None
 
 
 @dataclass(frozen=True)
@@ -59,6 +54,8 @@ class RunInputs:
         shard_group: ranks that share one base, as `sharding.group: auto` has chosen; None where it did not choose.
         start: values that the trainables of a new run begin with, if not their own.
         loaded: the base, if it need not be loaded any more; `skeleton` is then no longer on the meta device.
+        base_evaluation: a result for the bare base; it counts where the held-out data are the same.
+        keep_rows: the tuned model's evaluation scores every held-out row by itself, too.
     """
 
     config: RunConfig
@@ -77,6 +74,8 @@ class RunInputs:
     loaded: LoadedBase | None = None
     start: StartingValues | None = None
     shard_group: int | None = None
+    base_evaluation: BaseEvaluation | None = None
+    keep_rows: bool = False
 
     @property
     def output_dir(self) -> Path:

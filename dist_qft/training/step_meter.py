@@ -35,7 +35,7 @@ class StepMeter:
     def __init__(self, engine: Engine, flat: FlatParameters) -> None:
         self.steps = self.tokens = 0
         self._traffic, self._flat = engine.traffic, flat
-        self._seconds, self._gathered_bytes = 0.0, 0
+        self._seconds, self._first_seconds, self._gathered_bytes = 0.0, 0.0, 0
         self._begin = self._data_ready = 0.0
         self._before = (0, 0.0, 0)
 
@@ -58,6 +58,8 @@ class StepMeter:
             gathered_bytes=self._traffic.gathered_bytes - gathered,
             reduced_bytes=self._flat.reduced_bytes - reduced,
         )
+        if self.steps == 0:
+            self._first_seconds = costs.seconds
         self.steps += 1
         self.tokens += tokens
         self._seconds += costs.seconds
@@ -68,6 +70,13 @@ class StepMeter:
     def tokens_per_second(self) -> float | None:
         """Target tokens per second over all steps; None if there was none."""
         return self.tokens / self._seconds if self.steps else None
+
+    @property
+    def seconds_per_step(self) -> float | None:
+        """Mean over all steps but the first, which pays for what is set up once; None if there was none."""
+        if self.steps < 2:
+            return self._seconds if self.steps else None
+        return (self._seconds - self._first_seconds) / (self.steps - 1)
 
     @property
     def gathered_bytes_per_step(self) -> int | None:

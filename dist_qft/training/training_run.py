@@ -101,8 +101,8 @@ class TrainingRun:
         """Held-out loss and answers of the bare base, unless a checkpoint or an earlier run here has them."""
         trained = self.inputs.checkpoint is not None
         known = self.state.base_eval
-        if not trained and self.inputs.loaded is not None:
-            known = self.inputs.loaded.evaluation
+        if not trained and self.inputs.base_evaluation is not None:
+            known = self.inputs.base_evaluation
         self.doing = "evaluation"
         try:
             self.evaluations.evaluate_base(known, self.state.step, self._stop, trained=trained)

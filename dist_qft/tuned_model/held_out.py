@@ -1,7 +1,8 @@
 """Held-out loss and metrics of an assembled model: every row once, over all ranks."""
 
 import math
-from dataclasses import dataclass, field
+import time
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -17,15 +18,30 @@ from dist_qft.tuned_model.task import CausalLM, Task, labels_of
 
 
 @dataclass(frozen=True)
+class RowScore:
+    """The score of one held-out row: its loss summed over its targets; prediction and label of a labelled row."""
+
+    loss: float
+    targets: int
+    predicted: float | None = None
+    label: float | None = None
+
+
+@dataclass(frozen=True)
 class HeldOut:
     """Mean loss (nats; squared error of a regression) per target: a token, or a labelled row.
 
-    metrics: of predicted labels; empty for tokens.
+    Attributes:
+        metrics: of predicted labels; empty for tokens.
+        rows: the score of every row of the data by its place there, if they were asked for.
+        seconds: that the evaluation took.
     """
 
     loss: float
     tokens: int
     metrics: dict[str, float] = field(default_factory=dict)
+    rows: dict[int, RowScore] = field(default_factory=dict)
+    seconds: float = field(default=0.0, compare=False)
 
     @property
     def perplexity(self) -> float:
@@ -44,25 +60,34 @@ def held_out_loss(
     device: torch.device,
     task: Task | None = None,
     stop: StopSignal | None = None,
+    *,
+    keep_rows: bool = False,
 ) -> HeldOut:
     """Loss over this rank's `batches` and everybody else's. Collective: equal numbers of batches on all ranks.
 
-    task: default is to predict tokens.
+    Args:
+        task: default is to predict tokens.
+        keep_rows: also score every row by itself, which runs the head once more.
 
     Raises:
         NumericError: on all ranks, if the loss is not finite.
         Preempted: some rank was asked to `stop`.
     """
+    started = time.perf_counter()
     task = task or CausalLM(base)
     forward = BaseForward(base, device)
     sums = torch.zeros(2, dtype=torch.float64, device=device)
     predictions: list[Tensor] = []
     labels: list[Tensor] = []
+    rows: dict[int, RowScore] = {}
     for batch in batches:
         if stop is not None and stop.any_rank():
             raise Preempted("stopped by a signal during an evaluation")
         batch = batch.to(device)
-        loss, predicted = task.loss(forward(batch), batch)
+        hidden = forward(batch)
+        loss, predicted = task.loss(hidden, batch)
+        if keep_rows:
+            rows |= _row_scores(task, hidden, batch)
         sums[0] += loss
         sums[1] += batch.num_targets
         if predicted is not None:
@@ -75,7 +100,34 @@ def held_out_loss(
     if not math.isfinite(loss):
         raise NumericError(f"held-out loss is {loss}: the model's values or outputs are not finite")
     metrics = _metrics(task, torch.cat(predictions), torch.cat(labels)) if predictions else {}
-    return HeldOut(loss / max(tokens, 1), int(tokens), metrics)
+    everywhere = _all_rows(rows) if keep_rows else {}
+    return HeldOut(loss / max(tokens, 1), int(tokens), metrics, everywhere, time.perf_counter() - started)
+
+
+def _row_scores(task: Task, hidden: Tensor, batch: MicroBatch) -> dict[int, RowScore]:
+    """The score of each row of a micro-batch. A row that only fills up takes part, since a sharded head is gathered."""
+    length, found = hidden.shape[1], {}
+    row_of_target = batch.target_positions // length
+    for row in range(hidden.shape[0]):
+        own = row_of_target == row
+        row_id = batch.row_ids[row] if row < len(batch.row_ids) else None
+        labels = None if batch.labels is None else batch.labels[row : row + 1]
+        part = replace(
+            batch, target_positions=batch.target_positions[own], target_ids=batch.target_ids[own], labels=labels
+        )
+        loss, predicted = task.loss(hidden, part)
+        if row_id is not None:
+            label = None if labels is None else float(labels)
+            guess = None if predicted is None else float(predicted[row])
+            found[row_id] = RowScore(float(loss), part.num_targets, guess, label)
+    return found
+
+
+def _all_rows(rows: dict[int, RowScore]) -> dict[int, RowScore]:
+    """The rows of all ranks, in the order of the data. Collective."""
+    everyone: list[dict[int, RowScore]] = [{} for _ in range(dist.get_world_size())]
+    dist.all_gather_object(everyone, rows)
+    return dict(sorted(item for own in everyone for item in own.items()))
 
 
 def _metrics(task: Task, predicted: Tensor, labels: Tensor) -> dict[str, float]:

@@ -50,7 +50,10 @@ def held_out(name: str) -> bool:
 
 
 def main(folder: Path) -> None:
-    """Write both files."""
+    """Write both files, unless they are there."""
+    if all((folder / f"{part}.jsonl").exists() for part in ("train", "eval")):
+        print(f"{folder} has both files already")
+        return
     folder.mkdir(parents=True, exist_ok=True)
     parts: dict[str, list[str]] = {"train": [], "eval": []}
     with tempfile.TemporaryDirectory() as downloads:

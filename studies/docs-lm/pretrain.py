@@ -3,13 +3,14 @@
     python studies/docs-lm/corpus.py && python studies/docs-lm/pretrain.py [FOLDER]
 
 trains a byte-pair tokenizer and a Llama of 6 layers (5.5 M parameters) on about 10 M tokens and saves both as a Hugging
-Face folder (default models/docs-lm). About 90 minutes on two cores; bfloat16 products where `--bf16` says so. Started
-again, it goes on from its last saved step. `pretrain.json` beside the model has the curve and the unigram entropy of
-the held-out text, the loss of a model that knows only how frequent each token is.
+Face folder (default models/docs-lm). Float32 on all cores, or bfloat16 products with `--bf16`, which pays on CPUs that
+have them; `--steps N` trains less. It prints how long it will take. Stopped and started again, it goes on from its last
+saved step, and when it is done it does nothing. `pretrain.json` beside the model has the curve and the unigram entropy
+of the held-out text, the loss of a model that knows only how frequent each token is.
 """
 
+import argparse
 import json
-import sys
 import time
 from pathlib import Path
 
@@ -23,7 +24,8 @@ VOCABULARY = 4096
 LENGTH = 256  # tokens of a row
 BATCH = 16  # rows of a step
 LEARNING_RATE = 2e-3
-SAVE_EVERY = 100  # steps
+STEPS = 2000  # 8 M tokens; fewer if the text ends before
+SAVE_EVERY = 50  # steps
 END, TURN, CLOSE = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
 # The usual markers of turns, so that question-and-answer data can be learned later on.
 TEMPLATE = (
@@ -37,8 +39,10 @@ def load_texts(part: str) -> list[str]:
     return [json.loads(line)["text"] for line in (TEXTS / f"{part}.jsonl").read_text("utf-8").splitlines()]
 
 
-def make_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
-    """A byte-level BPE tokenizer trained on the texts."""
+def make_tokenizer(texts: list[str], folder: Path) -> PreTrainedTokenizerFast:
+    """A byte-level BPE tokenizer trained on the texts; that of an earlier start, if there is one in the folder."""
+    if (folder / "tokenizer_config.json").exists():
+        return PreTrainedTokenizerFast.from_pretrained(folder)
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -51,6 +55,7 @@ def make_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
     tokenizer.train_from_iterator(texts, trainer)
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=CLOSE, pad_token=END)
     fast.chat_template = TEMPLATE
+    fast.save_pretrained(folder)
     return fast
 
 
@@ -94,18 +99,21 @@ def held_out_loss(model: LlamaForCausalLM, rows: Tensor) -> float:
     return sum(losses) / len(rows)
 
 
-def main(folder: Path, bf16: bool) -> None:
+def main(folder: Path, most_steps: int, bf16: bool) -> None:
     """Train, from the last saved step if there is one."""
+    if (folder / "pretrain.json").exists():
+        print(f"{folder} is done: {json.loads((folder / 'pretrain.json').read_text())['held_out_loss']:.3f} nats")
+        return
     torch.manual_seed(0)
+    folder.mkdir(parents=True, exist_ok=True)
     texts = load_texts("train")
-    tokenizer = make_tokenizer(texts)
+    tokenizer = make_tokenizer(texts, folder)
     rows, held_out = rows_of(texts, tokenizer), rows_of(load_texts("eval"), tokenizer)
     model = make_model(tokenizer)
     order = torch.randperm(len(rows))
-    steps = len(rows) // BATCH
+    steps = min(len(rows) // BATCH, most_steps)
     optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.95), weight_decay=0.1)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LEARNING_RATE, total_steps=steps, pct_start=0.03)
-    folder.mkdir(parents=True, exist_ok=True)
     saved, done, curve = folder / "resume.pt", 0, []
     if saved.exists():
         state = torch.load(saved, weights_only=True)
@@ -128,11 +136,12 @@ def main(folder: Path, bf16: bool) -> None:
         schedule.step()
         if (step + 1) % SAVE_EVERY == 0 or step + 1 == steps:
             curve.append({"step": step + 1, "loss": float(loss), "held_out": held_out_loss(model, held_out[:64])})
-            print(f"{curve[-1]} {time.perf_counter() - started:.0f} s", flush=True)
+            seconds = (time.perf_counter() - started) / (step + 1 - done)
+            print(f"{curve[-1]} {seconds:.2f} s/step, {seconds * (steps - step - 1) / 60:.0f} minutes left", flush=True)
             state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step + 1, "curve": curve}
-            torch.save(state | {"schedule": schedule.state_dict()}, saved)
+            torch.save(state | {"schedule": schedule.state_dict()}, saved.with_suffix(".new"))
+            saved.with_suffix(".new").replace(saved)  # a kill while it is written leaves the one before
     model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
     report = {
         "parameters": model.num_parameters(),
         "tokens": rows.numel(),
@@ -147,5 +156,9 @@ def main(folder: Path, bf16: bool) -> None:
 
 
 if __name__ == "__main__":
-    words = [word for word in sys.argv[1:] if word != "--bf16"]
-    main(Path(words[0] if words else "models/docs-lm"), "--bf16" in sys.argv)
+    parser = argparse.ArgumentParser(description="Pre-train the small language model.")
+    parser.add_argument("folder", nargs="?", type=Path, default=Path("models/docs-lm"))
+    parser.add_argument("--steps", type=int, default=STEPS)
+    parser.add_argument("--bf16", action="store_true")
+    words = parser.parse_args()
+    main(words.folder, words.steps, words.bf16)

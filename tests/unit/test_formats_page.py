@@ -23,7 +23,7 @@ from dist_qft.methods.specs import KINDS
 from dist_qft.quant.affine4 import Affine4
 from dist_qft.quant.formats import _KINDS as FORMATS
 from dist_qft.storage import checkpoint, lock, manifest, trainer_state
-from dist_qft.study.results import Result
+from dist_qft.study.result_file import Result
 from dist_qft.training.metrics_file import METRICS_FILE
 from dist_qft.training.summary import SUMMARY_FILE, SummaryFigures
 from dist_qft.tuned_model.checkpointed import adapter_config

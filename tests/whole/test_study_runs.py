@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from dist_qft.config.load import load_config
-from dist_qft.study.results import RESULT_FILE, read_result
+from dist_qft.study.result_file import RESULT_FILE, read_result
 from dist_qft.study.rows import expand
 from dist_qft.study.run import run_rows
 from dist_qft.study.settings import load_study

@@ -120,6 +120,15 @@ class TileMethod(MethodConfig):
             return self.alpha * math.sqrt(rank / self.rank)
         return self.alpha / self.rank * rank
 
+    def alpha_held(self, factors: Mapping[str, Any]) -> float:
+        """The alpha that keeps the size of dW's entries when the tile's factors change.
+
+        dW is alpha / rank times B A, and where inputs are averaged divided by the number that one mean covers.
+        """
+        pools = [self.tile({**self.given(self), **changed}).pool for changed in ({}, factors)]
+        averages = getattr(self, "pool_mode", "mean") == "mean"
+        return self.alpha * pools[1] / pools[0] if averages else self.alpha
+
     def tile(self, knobs: Mapping[str, Any]) -> Tile:
         """The tile of a layer with these values of the knobs."""
         raise NotImplementedError

@@ -2,6 +2,8 @@
 
 import pytest
 
+from dist_qft.methods.specs import make_spec
+from dist_qft.study.naming import Skeletons
 from dist_qft.study.rows import expand
 from dist_qft.study.settings import load_study
 from tests.support.study_files import PRESETS, write_study
@@ -153,3 +155,13 @@ def test_a_base_is_shared_by_runs_that_load_the_same(tiny_llama, tmp_path):
         tmp_path, tiny_llama, method={"name": "qst"}, axes={"method.reduction": [4, 8]}, presets=None, seeds=[0]
     )
     assert len({row.base_key for row in side_rows}) == len(side_rows) == 2
+
+
+@pytest.mark.parametrize(("balance", "alpha"), [(1, 2), (8, 16)])
+def test_alpha_may_follow_lambda_so_that_a_step_moves_dw_alike(tiny_llama, tmp_path, balance, alpha):
+    presets = [{"preset": "balance_by_type", "values": [balance], "groups": ["mlp"], "scale": "hold"}]
+    changed = rows_of(tmp_path, tiny_llama, presets=presets, seeds=[0])[-1]
+    assert changed.config.method.schedule[-1].alpha == alpha
+    tiles = make_spec(changed.config, Skeletons().get(changed.config)).tiles
+    scales = {(tile.tile_scale, tile.pool) for path, tile in tiles.items() if "mlp" in path}
+    assert scales == {(0.5, balance)}  # alpha / rank / lambda of the reference: 4 / 4 / 2

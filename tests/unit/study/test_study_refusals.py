@@ -108,6 +108,28 @@ CASES = {
         {"axes": {"text": {"a": {}, "b": {"train.max_steps": 2}}}},
         "axes: b has the settings of a",
     ),
+    "a search on the study's own held-out data": (
+        {"tune": {"set": {"train.seed": 1}}},
+        "tune.set: must give the search held-out data of its own (data.eval...)",
+    ),
+    "a search over what is no number": (
+        {"tune": {"axis": "train.precision", "set": {"data.eval_samples": 4}}},
+        "tune: axis: train.precision is 'auto', must be a number > 0",
+    ),
+    "a merge that is not exact": ({"merge": {"to": "quantized"}}, "merge.0: no exact merge: "),
+    "a merge of a side network": (
+        {"method": {"name": "qst"}, "presets": None, "axes": {"train.max_steps": [2, 3]}, "merge": {"to": "dense"}},
+        "merge.0: ",
+    ),
+    "an unknown key in a merge": (
+        {"merge": {"to": "dense", "requantise": "nf4"}},
+        "unknown key 'merge.requantise', did you mean 'requantize'?",
+    ),
+    "a contrast of what there is not": (
+        {"contrasts": [{"claim": "c", "better": "2", "than": "9"}], "axes": {"train.max_steps": [2, 3]}},
+        "contrasts.0.than: got '9', must be one of 2; 3",
+    ),
+    "a scale for ranks": ({"presets": rank(scale="hold")}, "presets.0.scale: only for balancing factors; remove it"),
     "adapters for a side network": (
         {"method": {"name": "qst"}},
         "presets.0: rank_by_type varies adapters, qst has none",

@@ -1,0 +1,127 @@
+"""One run of a study from wherever it stands to its result; the loaded base goes from one run to the next."""
+
+import contextlib
+import dataclasses
+import json
+import time
+import traceback
+from typing import TYPE_CHECKING
+
+import torch
+
+from dist_qft.errors import DistQFTError, PeerLostError, Preempted, SetupError
+from dist_qft.ranks.activity import Activity
+from dist_qft.ranks.collectives import require_same_inputs
+from dist_qft.ranks.peers import Peers
+from dist_qft.ranks.preemption import StopSignal
+from dist_qft.ranks.session import errors_reported
+from dist_qft.ranks.world import World
+from dist_qft.storage.atomic import remove_folder
+from dist_qft.storage.checkpoint import list_checkpoints
+from dist_qft.storage.trainer_state import BaseEvaluation
+from dist_qft.study.costs import costs_of
+from dist_qft.study.merging import MERGED_FOLDER, Merged, merge_and_measure
+from dist_qft.study.result_file import Result, write_rows
+from dist_qft.study.rows import StudyRun
+from dist_qft.train import execute_run, gather_inputs
+from dist_qft.training.run_inputs import LoadedBase
+
+if TYPE_CHECKING:
+    from dist_qft.training.training_run import TrainingRun
+
+LOG_FILE = "log.txt"
+
+
+class Runner:
+    """A runner of rows in this process, which keeps the base between those that can share it."""
+
+    def __init__(self, world: World, device: torch.device, stop: StopSignal, peers: Peers, activity: Activity) -> None:
+        self._world, self._device, self._stop = world, device, stop
+        self._peers, self._activity = peers, activity
+        self._loaded: LoadedBase | None = None
+        self._key = ""
+        self._evaluations: dict[str, BaseEvaluation] = {}
+
+    def run(self, row: StudyRun) -> Result:
+        """One run from wherever it stands to its end, well or not."""
+        started = time.perf_counter()
+        if row.base_key != self._key:
+            self._loaded, self._key = None, row.base_key
+        row.folder.mkdir(parents=True, exist_ok=True)
+        with (
+            open(row.folder / LOG_FILE, "a", encoding="utf-8") as log,
+            contextlib.redirect_stderr(log),
+            contextlib.redirect_stdout(log),
+        ):
+            try:
+                return self._measured(row, started)
+            except (SetupError, PeerLostError, Preempted):
+                raise
+            except Exception as error:
+                self._loaded, self._key = None, ""  # its trainables may still be on it
+                traceback.print_exc()
+                code = error.exit_code if isinstance(error, DistQFTError) else 1
+                text = str(error).splitlines()[0] if str(error) else type(error).__name__
+                return Result.failed(row, code, text)
+
+    def _measured(self, row: StudyRun, started: float) -> Result:
+        """A run trained, merged if the study asks for it, and measured; what nobody keeps is removed."""
+        run = self._train(row)
+        costs = costs_of(run)
+        merged: Merged | None = None
+        if row.merge is None:
+            self._keep_base(row, run)
+        else:
+            self._keep_evaluation(row, run)
+            self._loaded, self._key = None, ""  # a merge may change the base for good
+            with errors_reported(self._peers, row.folder):
+                merged = merge_and_measure(run, row.merge, self._stop)
+            costs["merge_seconds"] = round(merged.seconds, 3)
+        if self._world.rank == 0:
+            tuned = run.evaluations.tuned
+            scores = {"tuned": tuned.rows if tuned else {}, "merged": merged.held_out.rows if merged else {}}
+            write_rows(row.folder, scores)
+            if "adapter" not in row.keep:
+                for path in list_checkpoints(row.folder):
+                    remove_folder(path)
+            if "merged" not in row.keep and merged is not None:
+                remove_folder(row.folder / MERGED_FOLDER)
+        held_out = merged.held_out if merged else None
+        return Result.of_run(row, run, time.perf_counter() - started, held_out, costs)
+
+    def _train(self, row: StudyRun) -> "TrainingRun":
+        config = row.config
+        # A summary of the whole run stands for its results; without them the run is begun anew.
+        inputs = gather_inputs(config, "auto", self._world, self._device, self._loaded)
+        if inputs.finished:
+            for path in list_checkpoints(row.folder):
+                remove_folder(path)
+            inputs = gather_inputs(config, "auto", self._world, self._device, self._loaded)
+        # The bare base's answers to prompts are not kept: a run that wants them evaluates it again.
+        known = None if row.config.evaluation.prompts else self._evaluations.get(_evaluation_key(row))
+        inputs = dataclasses.replace(inputs, base_evaluation=known, keep_rows=True)
+        with errors_reported(self._peers, row.folder):
+            require_same_inputs(inputs.must_match(), self._device)
+            run = execute_run(inputs, self._stop, self._activity)
+        assert run is not None, "the checkpoints of a finished run are gone, so there was work to do"
+        if run.flat.count != row.trainables:
+            raise AssertionError(f"{row.name} trains {run.flat.count} values, the formula says {row.trainables}")
+        return run
+
+    def _keep_evaluation(self, row: StudyRun, run: "TrainingRun") -> None:
+        if run.state.base_eval is not None:
+            self._evaluations[_evaluation_key(row)] = run.state.base_eval
+
+    def _keep_base(self, row: StudyRun, run: "TrainingRun") -> None:
+        self._keep_evaluation(row, run)
+        if row.base_key != row.config.output_dir:
+            run.parts.trainables.detach()
+            inputs, parts = run.inputs, run.parts
+            self._loaded = LoadedBase(inputs.tokenizer, parts.base, inputs.source, parts.engine)
+
+
+def _evaluation_key(row: StudyRun) -> str:
+    """A key that is equal for runs that evaluate a base on the same data in the same way."""
+    parts = row.config.model_dump(include={"data", "task", "model", "quantization"})
+    train = row.config.train
+    return json.dumps([parts, train.per_device_train_batch_size, train.precision], sort_keys=True)

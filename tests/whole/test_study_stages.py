@@ -1,0 +1,72 @@
+"""A study with a search, merges and contrasts through the real command."""
+
+import json
+
+import pytest
+
+from dist_qft.study.result_file import read_result, read_rows
+from dist_qft.study.rows import expand, expand_all
+from dist_qft.study.settings import load_study
+from tests.support.study_files import write_study
+
+ARMS = {
+    "aligned": {"method": {"name": "qahira", "rank": 4, "alpha": 4, "repeat": 1, "pool": 32}},
+    "pair": {"method": {"name": "qlora", "rank": 4, "alpha": 4}},
+}
+KEYS = {
+    "presets": None,
+    "seeds": [0, 1],
+    "axes": {"arm": ARMS},
+    "set": {"quantization": {"linear": "affine4", "block": [1, 32]}},
+    "tune": {"set": {"data.eval_samples": 6}, "tries": 2, "factor": 4, "widen": 0},
+    "merge": [
+        {"to": "quantized", "when": {"arm": "aligned"}},
+        {"to": "quantized", "requantize": "affine4", "when": {"arm": "pair"}},
+    ],
+    "contrasts": [
+        {"claim": "aligned wins", "better": "aligned", "than": "pair", "metric": "merged_loss", "primary": True},
+        {"claim": "free", "better": "aligned", "than": "aligned", "metric": "merged_loss", "than_metric": "loss"},
+    ],
+}
+
+
+def test_search_merge_contrasts_and_report(shell, tiny_llama, tmp_path):
+    path = write_study(tmp_path, tiny_llama, **KEYS)
+    study = load_study(path)
+    first = expand_all(study)
+    assert [row.tries is not None for row in first.rows] == [True] * 4 and len(first.waiting) == 4
+    code, _, err = shell("study", path)
+    assert code == 0, err
+    known = expand_all(study)
+    compared = [row for row in known.rows if row.tries is None]
+    assert len(compared) == 4 and not known.waiting
+    for row in compared:
+        result, rows = read_result(row.folder), read_rows(row.folder, "merged")
+        assert result.train_tokens > 0 and result.costs["seconds_per_step"] > 0 and result.costs["activation_bytes"] > 0
+        total = sum(score.loss for score in rows.values()) / sum(score.targets for score in rows.values())
+        assert len(rows) == 8 and total == pytest.approx(result.tuned["merged_loss"], rel=1e-5)
+        assert not (row.folder / "merged").exists() and not list(row.folder.glob("checkpoint-*"))
+        assert row.config.train.learning_rate == known.searches[row.label, row.variants[0]].best
+    aligned = [read_result(row.folder).tuned for row in compared if row.label == "aligned"]
+    assert [each["merged_loss"] for each in aligned] == pytest.approx([each["loss"] for each in aligned], abs=1e-3)
+
+    report = tmp_path / "out" / "report"
+    contrasts = json.loads((report / "contrasts.json").read_text())
+    assert len(contrasts) == 2 and all(each["interval_95_rows"] for each in contrasts)
+    assert len(json.loads((report / "tuning.json").read_text())) == 2
+    page = (report / "report.html").read_text()
+    assert "aligned wins" in page and 'id="tuning"' in page and "held-out tokens" in page
+
+    before = {row.name for row in expand(study)}
+    code, _, err = shell("study", path, "--no-report")
+    assert (code, err) == (0, "") and {row.name for row in expand(study)} == before
+    code, out, _ = shell("study", path, "--plan")
+    assert code == 0 and f"{len(before)} runs, 0 to do" in out
+
+
+def test_a_plan_tries_what_it_cannot_know(shell, tiny_llama, tmp_path):
+    path = write_study(tmp_path, tiny_llama, presets=None, axes={"train.weight_decay": [0.0, 0.1]})
+    code, out, err = shell("study", path, "--plan")
+    assert code == 0, err
+    assert "4 runs, 4 to do" in out and "(1 trials of 5 steps)" in out
+    assert not (tmp_path / "out" / "runs").exists()
