@@ -60,7 +60,7 @@ def main() -> int:
     parser.add_argument("--plan", action="store_true", help="say how long the studies will take, and stop")
     words = parser.parse_args()
     deadline = time.monotonic() + words.hours * 3600
-    steps = [["studies/docs-lm/corpus.py"], ["studies/texts.py"], ["studies/docs-lm/pretrain.py"]]
+    steps = [["studies/docs-lm/corpus.py"], ["studies/docs-lm/code.py"], ["studies/docs-lm/pretrain.py"]]
     for command in steps:
         if code := run(command, deadline):
             return code

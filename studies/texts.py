@@ -2,10 +2,8 @@
 
     python studies/texts.py [FOLDER]
 
-writes FOLDER (default runs/texts) /{reference,source}-{train,eval,tune,test}.jsonl, one {"text": ...} each line. The
-reference is the prose behind `help("topics")`; every tenth topic, and every tenth source file, by a hash of its name,
-is held out. tune and test are eval in two parts, again whole topics and files: one to choose rates on, the other to
-compare on.
+writes FOLDER (default runs/texts) /{reference,source}-{train,eval}.jsonl, one {"text": ...} each line. The reference is
+the prose behind `help("topics")`; every tenth topic, and every tenth source file, by a hash of its name, is held out.
 What comes out depends on the version of Python alone.
 """
 
@@ -57,21 +55,14 @@ def held_out(name: str) -> bool:
     return hashlib.sha256(name.encode()).digest()[0] % 10 == 0
 
 
-def parts_of(name: str) -> tuple[str, ...]:
-    """The parts that a topic or module belongs to."""
-    if not held_out(name):
-        return ("train",)
-    return ("eval", "tune" if hashlib.sha256(name.encode()).digest()[1] % 3 == 0 else "test")
-
-
 def main(folder: Path) -> None:
-    """Write all files."""
+    """Write the four files."""
     folder.mkdir(parents=True, exist_ok=True)
     for kind, samples in (("reference", reference()), ("source", source())):
         # Neighbours are parts of one text: in the order of a hash, the first few are a sample of all of it.
         ordered = sorted(samples, key=lambda sample: hashlib.sha256(sample[1].encode()).digest())
-        for part in ("train", "eval", "tune", "test"):
-            lines = [json.dumps({"text": text}) for name, text in ordered if part in parts_of(name)]
+        for part in ("train", "eval"):
+            lines = [json.dumps({"text": text}) for name, text in ordered if held_out(name) == (part == "eval")]
             path = folder / f"{kind}-{part}.jsonl"
             path.write_text("\n".join(lines) + "\n")
             print(f"{path}: {len(lines)} samples, {path.stat().st_size} bytes")

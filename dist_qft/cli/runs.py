@@ -130,6 +130,29 @@ def evaluate(
     evaluate_config(settings, checkpoint, as_json)
 
 
+@app.command(name="lm-eval")
+def lm_eval(
+    run: RunOrModel,
+    tasks: Annotated[list[str], typer.Option(metavar="TASK[,TASK]", help="Names of tasks.", show_default=False)],
+    include_path: Annotated[
+        Path | None, typer.Option(metavar="FOLDER", help="Task files that the harness does not bring along.")
+    ] = None,
+    num_fewshot: Annotated[int | None, typer.Option(min=0, help="Examples before each question.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Use only the first so many questions of a task.")] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Rows of a forward pass.")] = 8,
+    chat_template: Annotated[bool, typer.Option("--chat-template", help="Ask through the chat template.")] = False,
+    base: Annotated[bool, typer.Option("--base", help="Also measure a run's base without its adapters.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Measure a fine-tuned or merged model on tasks of lm-evaluation-harness; runs under any launcher."""
+    from dist_qft.harness.command import TaskRequest, run_tasks
+
+    names = tuple(name for text in tasks for name in text.split(",") if name)
+    folder = str(include_path) if include_path else None
+    request = TaskRequest(names, folder, num_fewshot, limit, batch_size, chat_template)
+    run_tasks(run, request, base=base, as_json=as_json)
+
+
 @app.command()
 def generate(
     run: RunOrModel,

@@ -148,17 +148,19 @@ def _resampled(
     sides: Sequence[dict[int, tuple[Outcome, Result]]], figures: tuple[str, str], seeds: Sequence[int]
 ) -> np.ndarray | None:
     """Effects (resamples,) under draws of the held-out rows; None where a figure has no rows."""
-    differences, weights = [], None
+    differences: list[np.ndarray] = []
+    weights = np.empty(0)
     for seed in seeds:
-        pair = [
-            _row_figures(read_rows(side[seed][0].row.folder, _source(figure)), figure)
-            for side, figure in zip(sides, figures, strict=True)
-        ]
-        if any(each is None for each in pair) or not np.array_equal(pair[0][1], pair[1][1]):  # type: ignore[index]
+        parts = []
+        for side, figure in zip(sides, figures, strict=True):
+            part = _row_figures(read_rows(side[seed][0].row.folder, _source(figure)), figure)
+            if part is None:
+                return None
+            parts.append(part)
+        (better, weights), (than, others) = parts
+        if not np.array_equal(weights, others):  # other held-out data
             return None
-        (better, weights), (than, _) = pair  # type: ignore[misc]
         differences.append(than - better)
-    assert weights is not None
     return bootstrap(np.mean(differences, axis=0), weights)
 
 

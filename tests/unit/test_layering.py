@@ -23,7 +23,7 @@ FLOORS = (
     ("merge",),
     ("training",),
     ("train", "evaluate", "generate", "chat", "plan", "doctor", "init"),
-    ("study", "bench", "report"),
+    ("study", "bench", "report", "harness"),
     ("__init__",),  # the public interface: dist_qft.load
     ("cli",),
     ("__main__",),

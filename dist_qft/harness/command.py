@@ -1,0 +1,175 @@
+"""`dist-qft lm-eval`: tasks of lm-evaluation-harness on a run, beside its base, or on a model."""
+
+import json
+import logging
+import math
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, redirect_stdout
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from dist_qft.base_model.skeleton import BaseModel
+from dist_qft.base_model.tokenizer import load_tokenizer
+from dist_qft.config.schema import ModelConfig, ShardingConfig
+from dist_qft.errors import DistQFTError, SetupError, UserError
+from dist_qft.ranks.session import session
+from dist_qft.storage.atomic import write_json
+from dist_qft.training.monitor import EVENTS_FOLDER
+from dist_qft.training.summary import SUMMARY_FILE
+from dist_qft.tuned_model.checkpointed import find_checkpoint, run_folder
+from dist_qft.tuned_model.loaded_model import holds_model, open_base
+from dist_qft.tuned_model.opened_run import opened_to_answer
+
+Figures = dict[str, dict[str, float]]  # task -> metric -> value
+
+
+@dataclass(frozen=True)
+class TaskRequest:
+    """The tasks and how they are asked; fields as the options of the verb."""
+
+    tasks: tuple[str, ...]
+    include_path: str | None = None
+    num_fewshot: int | None = None
+    limit: int | None = None
+    batch_size: int = 8
+    chat_template: bool = False
+
+
+def run_tasks(path: str, request: TaskRequest, *, base: bool, as_json: bool) -> None:
+    """Measure and print, on rank 0; a run's figures also go into its summary and TensorBoard.
+
+    Args:
+        path: of a run (its newest checkpoint), a checkpoint or a model.
+        base: measure a run's bare base, too.
+
+    Raises:
+        SetupError: the harness is not installed.
+        UserError: nothing of that kind is at `path`; or a task is unknown, or its data cannot be had.
+    """
+    if find_spec("lm_eval") is None:
+        raise SetupError("lm-eval needs lm-evaluation-harness; pip install 'dist-qft[lm-eval]'")
+    if not Path(path).exists():
+        raise UserError(f"no file or folder '{path}'")
+    if holds_model(Path(path)):
+        if base:
+            raise UserError(f"--base: '{path}' is a model by itself, it has no adapters to leave out")
+        _on_model(path, request, as_json)
+        return
+    step = find_checkpoint(path).state.step
+    with opened_to_answer(path, doing="lm-eval", request={"tasks": repr((request, base))}) as run:
+        found: dict[str, Figures] = {}
+        if base:
+            with run.parts.trainables.disabled():
+                found["base"] = measure(run.parts.base, run.tokenizer, run.device, request)
+        with run.parts.fixed():
+            found["tuned"] = measure(run.parts.base, run.tokenizer, run.device, request)
+        if run.world.rank == 0:
+            _record(run_folder(path), found, step)
+            _print(found, as_json)
+
+
+def _on_model(path: str, request: TaskRequest, as_json: bool) -> None:
+    """Measure a model, which every rank holds whole; they share the batches."""
+    with session(ShardingConfig(), doing="lm-eval", must_match={"tasks": repr(request)}) as (world, device):
+        model = open_base(Path(path), device)
+        found = {"model": measure(model, load_tokenizer(ModelConfig(path=path)), device, request)}
+        if world.rank == 0:
+            _print(found, as_json)
+
+
+def measure(base: BaseModel, tokenizer: PreTrainedTokenizerBase, device: torch.device, request: TaskRequest) -> Figures:
+    """Every task's figures of the model as it stands. Collective; the same on all ranks.
+
+    Raises:
+        UserError: a task is unknown, or its data cannot be had.
+    """
+    from lm_eval.evaluator import simple_evaluate
+    from lm_eval.tasks import TaskManager
+
+    from dist_qft.harness.model import TunedLM
+
+    model = TunedLM(base, tokenizer, request.batch_size, device=device)
+    with _quiet():
+        manager = _or_fault(lambda: TaskManager(include_path=request.include_path), request)
+        known = set(manager.all_tasks)
+        unknown = [task for task in request.tasks if task not in known]
+        if unknown:
+            where = f" and {request.include_path}" if request.include_path else ""
+            raise UserError(f"--tasks: got '{unknown[0]}', must be a task of lm-evaluation-harness{where}")
+        results = _or_fault(
+            lambda: simple_evaluate(
+                model=model,
+                tasks=list(request.tasks),
+                num_fewshot=request.num_fewshot,
+                limit=request.limit,
+                task_manager=manager,
+                log_samples=False,
+                bootstrap_iters=0,
+                apply_chat_template=request.chat_template,
+            ),
+            request,
+        )
+    return {task: _metrics(values) for task, values in results["results"].items()}
+
+
+def _or_fault(work: Callable[[], Any], request: TaskRequest) -> Any:
+    """The result of a call into the harness; whatever it raises for a task or its data becomes one line."""
+    try:
+        return work()
+    except (DistQFTError, KeyboardInterrupt, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        first = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(f"--tasks: {', '.join(request.tasks)}: lm-evaluation-harness says: {first}") from error
+
+
+def _metrics(values: dict[str, Any]) -> dict[str, float]:
+    """The figures of a task: "acc,none" is "acc" with no filter."""
+    numbers = {
+        name.removesuffix(",none"): float(value)
+        for name, value in values.items()
+        if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    }
+    return {name: value for name, value in numbers.items() if "_stderr" not in name and name != "sample_len"}
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep standard output for the result; the harness's own lines and bars go to standard error."""
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    with redirect_stdout(sys.stderr):
+        yield
+
+
+def _record(folder: Path, found: dict[str, Figures], step: int) -> None:
+    """Add the figures to the run's `summary.json`, if it has one, and to its TensorBoard events."""
+    path = folder / SUMMARY_FILE
+    if path.is_file():
+        summary = json.loads(path.read_bytes())
+        earlier = summary.get("lm_eval", {})
+        merged = {which: {**earlier.get(which, {}), **figures} for which, figures in found.items()}
+        write_json(path, {**summary, "lm_eval": {**earlier, **merged}})
+    from torch.utils.tensorboard import SummaryWriter
+
+    with SummaryWriter(str(folder / EVENTS_FOLDER / "lm-eval")) as writer:
+        for which, figures in found.items():
+            for task, metrics in figures.items():
+                for name, value in metrics.items():
+                    writer.add_scalar(f"lm_eval/{which}/{task}/{name}", value, step)
+
+
+def _print(found: dict[str, Figures], as_json: bool) -> None:
+    if as_json:
+        print(json.dumps(found, indent=1))
+        return
+    kinds: Sequence[str] = list(found)
+    for task in next(iter(found.values())):
+        for name in found[kinds[-1]][task]:
+            values = "  ".join(f"{which} {found[which][task][name]:.4f}" for which in kinds)
+            print(f"{task:24} {name:20} {values}")

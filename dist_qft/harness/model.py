@@ -1,0 +1,165 @@
+"""A model of ours as lm-evaluation-harness sees it. Importing this needs the harness and registers `dist_qft` there.
+
+Log-likelihoods come from the same forward pass and head as held-out losses, so live adapters, side networks, merged
+models and sharded bases all work. The harness sees one rank. Inside, the ranks share the batches of a request list,
+each as many as the others, because a sharded base is gathered for every batch.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from lm_eval.api.instance import Instance
+from lm_eval.api.model import TemplateLM
+from lm_eval.api.registry import register_model
+from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from dist_qft.base_model.skeleton import BaseModel
+from dist_qft.data.batches import MicroBatch
+from dist_qft.data.samples import IGNORED
+from dist_qft.harness.generation import continuation
+from dist_qft.tuned_model.loaded_model import load
+
+Scored = tuple[float, bool]
+# A request of the harness: its text, the ids of its context and those of its continuation.
+TokenRequest = tuple[tuple[str, str] | None, list[int], list[int]]
+
+_LONGEST = 2048  # tokens, for a model that names no limit
+_NEW_TOKENS = 256  # of a generation that sets none
+
+
+@register_model("dist_qft")
+class TunedLM(TemplateLM):
+    """A loaded base with whatever is attached to it.
+
+    Args:
+        pretrained: path of a run, checkpoint or model, which is loaded whole; or a base that is loaded already.
+        tokenizer: that of a loaded base.
+        batch_size: rows of a forward pass.
+        max_length: tokens of a row at most; default is the model's own limit.
+    """
+
+    def __init__(
+        self,
+        pretrained: str | BaseModel,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        batch_size: int | str = 8,
+        max_length: int | None = None,
+        device: str | torch.device | None = None,
+        **_: Any,
+    ) -> None:
+        super().__init__()
+        if isinstance(pretrained, BaseModel):
+            if tokenizer is None:
+                raise ValueError("tokenizer: needed with a loaded base")
+            self.base, self._device = pretrained, torch.device(device or "cpu")
+        else:
+            loaded = load(pretrained, device or "cpu")
+            self.base, tokenizer, self._device = loaded.base, loaded.tokenizer, loaded.device
+        self.tokenizer: PreTrainedTokenizerBase = tokenizer
+        self.batch_size = int(batch_size) if str(batch_size).isdecimal() else 8
+        limit = getattr(self.base.config.get_text_config(), "max_position_embeddings", None) or _LONGEST
+        self.max_length = min(max_length or limit, limit)
+
+    @property
+    def eot_token_id(self) -> int:
+        return self.tokenizer.eos_token_id
+
+    @property
+    def prefix_token_id(self) -> int:
+        begin = self.tokenizer.bos_token_id
+        return self.eot_token_id if begin is None else begin
+
+    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
+        """Ids of a text, with the tokenizer's special tokens unless it is told otherwise."""
+        return self.tokenizer.encode(string, add_special_tokens=add_special_tokens is not False)
+
+    @property
+    def tokenizer_name(self) -> str:
+        return str(self.tokenizer.name_or_path).replace("/", "__")
+
+    def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+        text = self.tokenizer.apply_chat_template(
+            chat_history,
+            tokenize=False,
+            add_generation_prompt=add_generation_prompt,
+            continue_final_message=not add_generation_prompt,
+        )
+        return str(text)
+
+    def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
+        """Log-likelihood of whole texts, in windows of the model's length that overlap by one token."""
+        windows: list[TokenRequest] = []
+        owners: list[int] = []
+        for index, request in enumerate(requests):
+            tokens = self.tok_encode(request.args[0], add_special_tokens=False)
+            parts = get_rolling_token_windows(tokens, self.prefix_token_id, self.max_length, 1)
+            for context, targets in map(make_disjoint_window, parts):
+                windows.append((None, context, targets))
+                owners.append(index)
+        sums = [0.0] * len(requests)
+        for owner, (value, _) in zip(owners, self._loglikelihood_tokens(windows), strict=True):
+            sums[owner] += value
+        return sums
+
+    def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
+        """Texts up to a stop string, one request after another. Collective: every rank generates all of them."""
+        found = []
+        for request in requests:
+            prompt, settings = request.args[0], dict(request.args[1])
+            most = int(settings.get("max_gen_toks", _NEW_TOKENS))
+            ids = self.tok_encode(prompt)[-(self.max_length - most) :]
+            found.append(continuation(self.base, self.tokenizer, ids, most, settings, self._device))
+        return found
+
+    @torch.no_grad()
+    def _loglikelihood_tokens(self, requests: Sequence[TokenRequest], **_: Any) -> list[Scored]:
+        """(log-likelihood, whether greedy decoding gives it) of every continuation. Collective."""
+        order = sorted(range(len(requests)), key=lambda index: -len(requests[index][1]) - len(requests[index][2]))
+        batches = [order[start : start + self.batch_size] for start in range(0, len(order), self.batch_size)]
+        rank, ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+        own: dict[int, Scored] = {}
+        was_training = self.base.model.training
+        self.base.model.eval()
+        for turn in range(-(-len(batches) // ranks)):
+            number = turn * ranks + rank
+            # A rank that has no batch left takes the last one with the others, and leaves the result.
+            chosen = batches[min(number, len(batches) - 1)]
+            scores = self._scored([requests[index] for index in chosen])
+            if number < len(batches):
+                own |= dict(zip(chosen, scores, strict=True))
+        self.base.model.train(was_training)
+        everyone: list[dict[int, Scored]] = [own]
+        if ranks > 1:
+            everyone = [{} for _ in range(ranks)]
+            dist.all_gather_object(everyone, own)
+        scored = {index: score for part in everyone for index, score in part.items()}
+        return [scored[index] for index in range(len(requests))]
+
+    def _scored(self, requests: Sequence[TokenRequest]) -> list[Scored]:
+        """The scores of one batch; a row that is too long loses the beginning of its context."""
+        rows = [(context + targets)[-(self.max_length + 1) :] for _, context, targets in requests]
+        sizes = [min(len(targets), len(row) - 1) for (_, _, targets), row in zip(requests, rows, strict=True)]
+        length = max(len(row) - 1 for row in rows)
+        ids = torch.zeros((len(rows), length), dtype=torch.int64)
+        targets = torch.full_like(ids, IGNORED)
+        for index, (row, size) in enumerate(zip(rows, sizes, strict=True)):
+            ids[index, : len(row) - 1] = torch.tensor(row[:-1])
+            targets[index, len(row) - 1 - size : len(row) - 1] = torch.tensor(row[len(row) - size :])
+        positions = torch.arange(length).expand(len(rows), -1)
+        batch = MicroBatch.of(ids, targets, positions, 0).to(self._device)
+        hidden = self.base.hidden_states(batch.input_ids, batch.position_ids, batch.segments)
+        chosen = hidden.flatten(0, 1)[batch.target_positions]
+        likelihoods, greedy = self._of_targets(chosen, batch.target_ids)
+        parts = zip(likelihoods.split(sizes), greedy.split(sizes), strict=True)
+        return [(float(values.sum()), bool(right.all())) for values, right in parts]
+
+    def _of_targets(self, hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """Log-probability (n,) of each target after hidden states (n, dim), and whether it is the likeliest token."""
+        head = self.base.head
+        logits = head.loss_map(head(hidden).float())
+        values = logits.log_softmax(-1).gather(1, targets[:, None])[:, 0]
+        return values, logits.argmax(-1) == targets

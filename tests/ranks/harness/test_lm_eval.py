@@ -1,0 +1,119 @@
+"""lm-evaluation-harness on runs and models: log-likelihoods against logits, on ranks, and a local task through the
+command."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+pytest.importorskip("lm_eval")
+
+import dist_qft
+from dist_qft.config.schema import ShardingConfig
+from dist_qft.harness.model import TunedLM
+from dist_qft.training.summary import SUMMARY_FILE
+from dist_qft.tuned_model.checkpointed import config_of, find_checkpoint, open_checkpointed
+from tests.support.whole_runs import NF4
+
+REQUESTS = [
+    (None, context, targets)
+    for context, targets in [
+        ([1, 2, 3], [4]),
+        ([7], [8, 9, 10, 11]),
+        ([5, 4, 3, 2, 1, 9, 8, 7], [6, 6]),
+        ([12], [13]),
+        ([2, 2], [3, 3, 3]),
+    ]
+]
+TASK = """
+task: capitals
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {rows}}}}}
+test_split: test
+output_type: multiple_choice
+doc_to_text: "Q: {{{{question}}}}\\nA:"
+doc_to_choice: "{{{{choices}}}}"
+doc_to_target: answer
+metric_list: [{{metric: acc}}]
+"""
+
+
+@pytest.fixture(scope="module")
+def runs(make_run, tiny_llama) -> dict[str, Path]:
+    """A run of adapters, and one of a side network."""
+    return {
+        "qahira": make_run(tiny_llama, size=0.5),
+        "qst": make_run(tiny_llama, size=0.5, method={"name": "qst", "reduction": 4}, quantization=NF4),
+    }
+
+
+@pytest.fixture(scope="module")
+def tasks(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("tasks")
+    rows = [{"question": f"{n} and {n}?", "choices": [" one", " two", " three"], "answer": n % 3} for n in range(6)]
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "capitals.yaml").write_text(TASK.format(rows=folder / "rows.jsonl"))
+    return folder
+
+
+def by_logits(logits: Tensor, context: list[int], targets: list[int]) -> tuple[float, bool]:
+    """The score of one request from the logits (length, vocabulary) of its ids but the last."""
+    own = logits[len(context) - 1 :].log_softmax(-1)
+    value = own.gather(1, torch.tensor(targets)[:, None]).sum()
+    return float(value), own.argmax(-1).tolist() == targets
+
+
+@pytest.mark.parametrize("method", ["qahira", "qst"])
+@pytest.mark.parametrize("batch_size", [1, 4])
+def test_log_likelihoods_are_those_of_the_logits(runs, method, batch_size):
+    loaded = dist_qft.load(runs[method])
+    scored = TunedLM(loaded.base, loaded.tokenizer, batch_size)._loglikelihood_tokens(REQUESTS)
+    for (_, context, targets), (value, greedy) in zip(REQUESTS, scored, strict=True):
+        logits = loaded.logits(torch.tensor([(context + targets)[:-1]]))[0]
+        expected = by_logits(logits, context, targets)
+        assert (value, greedy) == (pytest.approx(expected[0], abs=1e-4), expected[1])
+
+
+def scores_on_ranks(path: Path) -> list[tuple[float, bool]]:
+    """On a base that is sharded over the ranks."""
+    checkpoint = find_checkpoint(path)
+    config = config_of(checkpoint).model_copy(update={"sharding": ShardingConfig(engine="fsdp", device="cpu")})
+    parts, tokenizer = open_checkpointed(checkpoint, config, torch.device("cpu"))
+    with parts.fixed():
+        return TunedLM(parts.base, tokenizer, 2)._loglikelihood_tokens(REQUESTS)
+
+
+def test_two_ranks_share_the_batches_of_a_sharded_base(pools, runs):
+    """Five requests in batches of two: the second rank has a batch less."""
+    loaded = dist_qft.load(runs["qahira"])
+    alone = TunedLM(loaded.base, loaded.tokenizer, 2)._loglikelihood_tokens(REQUESTS)
+    for found in pools[2].run(scores_on_ranks, path=runs["qahira"]):
+        assert [value for value, _ in found] == pytest.approx([value for value, _ in alone], abs=1e-4)
+        assert [greedy for _, greedy in found] == [greedy for _, greedy in alone]
+
+
+def test_the_command_measures_base_and_tuned_and_records_them(shell, runs, tasks):
+    run = runs["qst"]
+    (run / SUMMARY_FILE).write_text(json.dumps({"steps": 1}))
+    words = ("--tasks", "capitals", "--include-path", tasks, "--json")
+    code, out, err = shell("lm-eval", run, *words, "--base")
+    assert code == 0, err
+    found = json.loads(out)
+    assert found.keys() == {"base", "tuned"} and 0 <= found["tuned"]["capitals"]["acc"] <= 1
+    assert json.loads((run / SUMMARY_FILE).read_text()) == {"steps": 1, "lm_eval": found}
+    assert list((run / "runs" / "lm-eval").glob("events*"))
+
+
+def test_a_merged_model_and_what_is_refused(shell, runs, tasks, tmp_path):
+    run, words = runs["qahira"], ("--include-path", tasks, "--json")
+    assert shell("merge", run, "--to", "quantized", "-o", tmp_path / "merged")[0] == 0
+    code, out, err = shell("lm-eval", tmp_path / "merged", "--tasks", "capitals", *words)
+    assert code == 0, err
+    model = json.loads(out)["model"]
+    live = json.loads(shell("lm-eval", run, "--tasks", "capitals", *words)[1])["tuned"]
+    assert model == live
+    assert shell("lm-eval", run, "--tasks", "no_such_task", *words)[0] == 2
+    assert shell("lm-eval", tmp_path / "merged", "--tasks", "capitals", "--base", *words)[0] == 2
+    assert shell("lm-eval", tmp_path / "nothing", "--tasks", "capitals")[0] == 2
