@@ -52,8 +52,7 @@ def run_tasks(path: str, request: TaskRequest, *, base: bool, as_json: bool) -> 
         SetupError: the harness is not installed.
         UserError: nothing of that kind is at `path`; or a task is unknown, or its data cannot be had.
     """
-    if find_spec("lm_eval") is None:
-        raise SetupError("lm-eval needs lm-evaluation-harness; pip install 'dist-qft[lm-eval]'")
+    require_harness()
     if not Path(path).exists():
         raise UserError(f"no file or folder '{path}'")
     if holds_model(Path(path)):
@@ -72,6 +71,12 @@ def run_tasks(path: str, request: TaskRequest, *, base: bool, as_json: bool) -> 
         if run.world.rank == 0:
             _record(run_folder(path), found, step)
             _print(found, as_json)
+
+
+def require_harness() -> None:
+    """SetupError where lm-evaluation-harness is not installed."""
+    if find_spec("lm_eval") is None:
+        raise SetupError("lm-eval needs lm-evaluation-harness; pip install 'dist-qft[lm-eval]'")
 
 
 def _on_model(path: str, request: TaskRequest, as_json: bool) -> None:

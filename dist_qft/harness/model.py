@@ -1,4 +1,4 @@
-"""A model of ours as lm-evaluation-harness sees it. Importing this needs the harness and registers `dist_qft` there.
+"""A model of ours as lm-evaluation-harness sees it. Importing this registers it there under the name `dist_qft`.
 
 Log-likelihoods come from the same forward pass and head as held-out losses, so live adapters, side networks, merged
 models and sharded bases all work. The harness sees one rank. Inside, the ranks share the batches of a request list,
@@ -6,14 +6,11 @@ each as many as the others, because a sharded base is gathered for every batch.
 """
 
 from collections.abc import Sequence
+from importlib.util import find_spec
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from lm_eval.api.instance import Instance
-from lm_eval.api.model import TemplateLM
-from lm_eval.api.registry import register_model
-from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
@@ -23,6 +20,12 @@ from dist_qft.data.samples import IGNORED
 from dist_qft.harness.generation import continuation
 from dist_qft.tuned_model.loaded_model import load
 
+HARNESS = find_spec("lm_eval") is not None
+if HARNESS:
+    from lm_eval.api.model import TemplateLM
+else:  # an optional package; without it the class has its own methods alone
+    TemplateLM = object
+
 Scored = tuple[float, bool]
 # A request of the harness: its text, the ids of its context and those of its continuation.
 TokenRequest = tuple[tuple[str, str] | None, list[int], list[int]]
@@ -31,7 +34,6 @@ _LONGEST = 2048  # tokens, for a model that names no limit
 _NEW_TOKENS = 256  # of a generation that sets none
 
 
-@register_model("dist_qft")
 class TunedLM(TemplateLM):
     """A loaded base with whatever is attached to it.
 
@@ -90,8 +92,10 @@ class TunedLM(TemplateLM):
         )
         return str(text)
 
-    def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
+    def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
         """Log-likelihood of whole texts, in windows of the model's length that overlap by one token."""
+        from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+
         windows: list[TokenRequest] = []
         owners: list[int] = []
         for index, request in enumerate(requests):
@@ -105,7 +109,7 @@ class TunedLM(TemplateLM):
             sums[owner] += value
         return sums
 
-    def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
+    def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
         """Texts up to a stop string, one request after another. Collective: every rank generates all of them."""
         found = []
         for request in requests:
@@ -163,3 +167,9 @@ class TunedLM(TemplateLM):
         logits = head.loss_map(head(hidden).float())
         values = logits.log_softmax(-1).gather(1, targets[:, None])[:, 0]
         return values, logits.argmax(-1) == targets
+
+
+if HARNESS:
+    from lm_eval.api.registry import register_model
+
+    register_model("dist_qft")(TunedLM)

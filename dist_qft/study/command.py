@@ -6,6 +6,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from dist_qft.errors import UserError
+from dist_qft.harness.command import require_harness
 from dist_qft.ranks.world import World
 from dist_qft.study.rows import StudyRun, expand, expand_all
 from dist_qft.study.run import outcome_of, require_data, run_in_processes, run_rows, wanted
@@ -79,6 +80,8 @@ def _all(path: Path, study: Study, rows: Sequence[StudyRun], jobs: int, retry_fa
     """All runs, those too that become known on the way, then the report; the exit code of the first that failed."""
     if write_report:
         _require_report_packages()
+    if study.settings.tasks:
+        require_harness()
     require_data(rows, retry_failed=retry_failed)
     if jobs > 1:
         if World.from_environment().world_size > 1:

@@ -12,6 +12,7 @@ from dist_qft.config.check import merge_obstacle
 from dist_qft.config.schema import RunConfig
 from dist_qft.data.batches import eval_batches
 from dist_qft.errors import UserError
+from dist_qft.harness.command import TaskRequest, measure
 from dist_qft.merge.certificate import Origin
 from dist_qft.merge.live_model import LiveModel
 from dist_qft.merge.recipe import MergeRequest
@@ -31,10 +32,11 @@ MERGED_FOLDER = "merged"  # in the run's folder
 
 @dataclass(frozen=True)
 class Merged:
-    """The merged file's figures on the held-out data; `seconds` for the merge and its evaluation."""
+    """The merged file's figures on the held-out data and on tasks; `seconds` for the merge and its evaluation."""
 
     path: Path
     held_out: HeldOut
+    tasks: dict[str, float]
     seconds: float
 
 
@@ -47,7 +49,15 @@ def require_mergeable(stage: MergeStage, config: RunConfig, base: BaseModel, spe
     make_recipe(_request(stage, Path(config.output_dir)), config, base, require_tiles(spec))
 
 
-def merge_and_measure(run: TrainingRun, stage: MergeStage, stop: StopSignal) -> Merged:
+def task_figures(base: BaseModel, run: TrainingRun, tasks: TaskRequest | None) -> dict[str, float]:
+    """The figures of a model on tasks of lm-evaluation-harness, as `task/<task>/<metric>`. Collective."""
+    if tasks is None:
+        return {}
+    found = measure(base, run.inputs.tokenizer, run.inputs.device, tasks)
+    return {f"task/{task}/{name}": value for task, metrics in found.items() for name, value in metrics.items()}
+
+
+def merge_and_measure(run: TrainingRun, stage: MergeStage, stop: StopSignal, tasks: TaskRequest | None) -> Merged:
     """Merge a trained run's adapters and measure the result. Collective; the live base is not to be used after it."""
     started = time.perf_counter()
     inputs, config, world = run.inputs, run.config, run.world
@@ -63,7 +73,8 @@ def merge_and_measure(run: TrainingRun, stage: MergeStage, stop: StopSignal) -> 
     base = open_base(request.path, inputs.device, precision=config.train.precision)
     batches = eval_batches(inputs.data.eval, config.train.per_device_train_batch_size, world.rank, world.world_size)
     held_out = held_out_loss(base, batches, torch.device(inputs.device), stop=stop, keep_rows=True)
-    return Merged(request.path, held_out, time.perf_counter() - started)
+    on_tasks = {f"merged_{name}": value for name, value in task_figures(base, run, tasks).items()}
+    return Merged(request.path, held_out, on_tasks, time.perf_counter() - started)
 
 
 def _request(stage: MergeStage, run: Path) -> MergeRequest:

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from dist_qft.ranks.device import compute_dtype, planned_device
 from dist_qft.study.stages import MergeStage
 
 
-def run_name(config: RunConfig, spec: TrainableSpec[Any], merge: MergeStage | None) -> str:
+def run_name(config: RunConfig, spec: TrainableSpec[Any], merge: MergeStage | None, tasks: Sequence[str]) -> str:
     """The method, and a digest of all settings that decide the run's results."""
     # Without defaults: a setting that later versions add must not rename the runs of today.
     settings = config.model_dump(exclude={"output_dir": True, "data": {"cache_dir"}}, exclude_defaults=True)
@@ -31,6 +32,8 @@ def run_name(config: RunConfig, spec: TrainableSpec[Any], merge: MergeStage | No
         settings["method"] = config.method.model_dump(exclude_unset=True)
     if merge is not None:
         settings["merged"] = merge.model_dump(exclude={"when"}, exclude_defaults=True)
+    if tasks:
+        settings["tasks"] = list(tasks)
     text = json.dumps([settings, spec.describe()], sort_keys=True)
     return f"{config.method.name}-{hashlib.sha256(text.encode()).hexdigest()[:12]}"
 

@@ -25,7 +25,7 @@ class Result:
 
     Attributes:
         base, tuned: figure -> value on held-out data, before and after training; "loss" is in nats per target, and
-            "merged_loss" that of the merged file.
+            "merged_loss" that of the merged file; "task/..." and "merged_task/..." are of lm-evaluation-harness.
         eval_tokens: targets of the held-out data.
         history: training loss of every step that was logged (`train.logging_steps`).
         seconds: of the run here, with the loading of its base if it loaded one.
@@ -52,17 +52,16 @@ class Result:
 
     @classmethod
     def of_run(
-        cls, row: "StudyRun", run: "TrainingRun", seconds: float, merged: HeldOut | None, costs: dict[str, float]
+        cls, row: "StudyRun", run: "TrainingRun", seconds: float, further: dict[str, float], costs: dict[str, float]
     ) -> "Result":
-        """The record of a run that came to its end, with its merged file's figures if it was merged."""
-        of_file = {} if merged is None else {"merged_loss": merged.loss}
+        """The record of a run that came to its end; `further` figures are those of its merged file and of tasks."""
         history = read_history(row.folder)
         logged = sum(record.tokens for record in history)
         return cls(
             row.name,
             trainables=run.flat.count,
             base=_figures(run.evaluations.base),
-            tuned=_figures(run.evaluations.tuned) | of_file,
+            tuned=_figures(run.evaluations.tuned) | further,
             eval_tokens=run.evaluations.tuned.tokens if run.evaluations.tuned else 0,
             history=[record.loss for record in history],
             seconds=round(seconds, 3),

@@ -22,6 +22,7 @@ from dist_qft.config.load import change_config
 from dist_qft.config.methods.tile_method import TileMethod
 from dist_qft.config.schema import RunConfig
 from dist_qft.errors import UserError
+from dist_qft.harness.command import TaskRequest
 from dist_qft.methods.adapters.adapter_spec import AdapterSpec, linear_shapes
 from dist_qft.methods.specs import make_spec
 from dist_qft.methods.trainable import TrainableSpec
@@ -52,6 +53,7 @@ class StudyRun:
         base_key: equal for runs that may use one loaded base.
         merge: the merge whose result is measured, if there is one.
         tries: the value that this run of a search tries; None for a run that is compared.
+        tasks: of lm-evaluation-harness, on which the run's model and its merged file are measured.
         keep: what stays of the run beside its figures.
     """
 
@@ -64,6 +66,7 @@ class StudyRun:
     base_key: str = ""
     merge: MergeStage | None = None
     tries: float | None = None
+    tasks: TaskRequest | None = None
     keep: tuple[str, ...] = ()
 
     @property
@@ -237,14 +240,15 @@ class _Arms:
             kept = kept_shares(self._reference.tiles, spec.tiles, self._layers)
         trainables = spec.parameters + head_outputs(config.task) * self._base.embedding.embedding_dim
         seeded = change_config(config, {"train.seed": seed})
-        name = run_name(seeded, spec, self._merge)
+        name = run_name(seeded, spec, self._merge, settings.tasks)
         changes = {"output_dir": str(self._study.output_dir / RUNS_FOLDER / name)}
         if seeded.data is not None and seeded.data.cache_dir is None:
             changes["data.cache_dir"] = str(self._study.output_dir / "data_cache")
         final = change_config(seeded, changes)
         key = base_key(final, spec)
         keep = tuple(settings.keep) if tries is None else ()
-        return StudyRun(name, final, self._subject, (variant,), trainables, kept, key, self._merge, tries, keep)
+        tasks = TaskRequest(tuple(settings.tasks), settings.tasks_path) if settings.tasks else None
+        return StudyRun(name, final, self._subject, (variant,), trainables, kept, key, self._merge, tries, tasks, keep)
 
 
 def _applies(when: dict[str, str], subject: dict[str, str]) -> bool:

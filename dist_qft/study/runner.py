@@ -20,7 +20,7 @@ from dist_qft.storage.atomic import remove_folder
 from dist_qft.storage.checkpoint import list_checkpoints
 from dist_qft.storage.trainer_state import BaseEvaluation
 from dist_qft.study.costs import costs_of
-from dist_qft.study.merging import MERGED_FOLDER, Merged, merge_and_measure
+from dist_qft.study.merging import MERGED_FOLDER, Merged, merge_and_measure, task_figures
 from dist_qft.study.result_file import Result, write_rows
 from dist_qft.study.rows import StudyRun
 from dist_qft.train import execute_run, gather_inputs
@@ -69,13 +69,15 @@ class Runner:
         run = self._train(row)
         costs = costs_of(run)
         merged: Merged | None = None
+        with run.parts.fixed():
+            on_tasks = task_figures(run.parts.base, run, row.tasks)
         if row.merge is None:
             self._keep_base(row, run)
         else:
             self._keep_evaluation(row, run)
             self._loaded, self._key = None, ""  # a merge may change the base for good
             with errors_reported(self._peers, row.folder):
-                merged = merge_and_measure(run, row.merge, self._stop)
+                merged = merge_and_measure(run, row.merge, self._stop, row.tasks)
             costs["merge_seconds"] = round(merged.seconds, 3)
         if self._world.rank == 0:
             tuned = run.evaluations.tuned
@@ -86,8 +88,8 @@ class Runner:
                     remove_folder(path)
             if "merged" not in row.keep and merged is not None:
                 remove_folder(row.folder / MERGED_FOLDER)
-        held_out = merged.held_out if merged else None
-        return Result.of_run(row, run, time.perf_counter() - started, held_out, costs)
+        figures = on_tasks if merged is None else {**on_tasks, "merged_loss": merged.held_out.loss, **merged.tasks}
+        return Result.of_run(row, run, time.perf_counter() - started, figures, costs)
 
     def _train(self, row: StudyRun) -> "TrainingRun":
         config = row.config

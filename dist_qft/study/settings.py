@@ -92,6 +92,11 @@ class StudySettings(Section):
     presets: list[Annotated[Preset, Field(discriminator="preset")]] = []
     tune: TuneSettings | None = Field(None, description="a search for the best rate before the runs")
     merge: list[MergeStage] = Field([], description="merges of the runs' adapters; the first that applies to a run")
+    tasks: list[Text] = Field(
+        [],
+        description="tasks of lm-evaluation-harness, as figures task/<task>/<metric>; of merged files merged_task/...",
+    )
+    tasks_path: Text | None = Field(None, description="folder of task files that the harness does not bring along")
     contrasts: list[Contrast] = []
     keep: Keep = []
 
@@ -163,6 +168,8 @@ def _contradictions(settings: StudySettings) -> list[tuple[KeyPath, str]]:
             faults += _value_faults(index, preset)
     for index, stage in enumerate(settings.merge):
         faults += _when_faults(("merge", index), stage.when, settings)
+    if settings.tasks_path is not None and not settings.tasks:
+        faults.append((("tasks_path",), "tasks_path: no effect without tasks; give those or remove this"))
     return faults + _contrast_faults(settings)
 
 

@@ -59,22 +59,20 @@ def make_tokenizer(texts: list[str], folder: Path) -> PreTrainedTokenizerFast:
     return fast
 
 
-def make_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
+def model_config(close_id: int, end_id: int) -> LlamaConfig:
     """Widths that blocks of 32 and 64 inputs divide, so that every quantization format fits."""
-    return LlamaForCausalLM(
-        LlamaConfig(
-            hidden_size=256,
-            intermediate_size=704,
-            num_hidden_layers=6,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            vocab_size=VOCABULARY,
-            max_position_embeddings=1024,
-            tie_word_embeddings=True,
-            bos_token_id=None,
-            eos_token_id=tokenizer.convert_tokens_to_ids(CLOSE),
-            pad_token_id=tokenizer.convert_tokens_to_ids(END),
-        )
+    return LlamaConfig(
+        hidden_size=256,
+        intermediate_size=704,
+        num_hidden_layers=6,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=VOCABULARY,
+        max_position_embeddings=1024,
+        tie_word_embeddings=True,
+        bos_token_id=None,
+        eos_token_id=close_id,
+        pad_token_id=end_id,
     )
 
 
@@ -109,7 +107,7 @@ def main(folder: Path, most_steps: int, bf16: bool) -> None:
     texts = load_texts("train")
     tokenizer = make_tokenizer(texts, folder)
     rows, held_out = rows_of(texts, tokenizer), rows_of(load_texts("eval"), tokenizer)
-    model = make_model(tokenizer)
+    model = LlamaForCausalLM(model_config(*tokenizer.convert_tokens_to_ids([CLOSE, END])))
     order = torch.randperm(len(rows))
     steps = min(len(rows) // BATCH, most_steps)
     optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.95), weight_decay=0.1)

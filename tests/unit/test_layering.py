@@ -22,8 +22,8 @@ FLOORS = (
     ("tuned_model",),
     ("merge",),
     ("training",),
-    ("train", "evaluate", "generate", "chat", "plan", "doctor", "init"),
-    ("study", "bench", "report", "harness"),
+    ("train", "evaluate", "generate", "chat", "plan", "doctor", "init", "harness"),
+    ("study", "bench", "report"),
     ("__init__",),  # the public interface: dist_qft.load
     ("cli",),
     ("__main__",),

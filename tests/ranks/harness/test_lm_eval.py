@@ -13,8 +13,12 @@ pytest.importorskip("lm_eval")
 import dist_qft
 from dist_qft.config.schema import ShardingConfig
 from dist_qft.harness.model import TunedLM
+from dist_qft.study.result_file import read_result
+from dist_qft.study.rows import expand
+from dist_qft.study.settings import load_study
 from dist_qft.training.summary import SUMMARY_FILE
 from dist_qft.tuned_model.checkpointed import config_of, find_checkpoint, open_checkpointed
+from tests.support.study_files import write_study
 from tests.support.whole_runs import NF4
 
 REQUESTS = [
@@ -117,3 +121,12 @@ def test_a_merged_model_and_what_is_refused(shell, runs, tasks, tmp_path):
     assert shell("lm-eval", run, "--tasks", "no_such_task", *words)[0] == 2
     assert shell("lm-eval", tmp_path / "merged", "--tasks", "capitals", "--base", *words)[0] == 2
     assert shell("lm-eval", tmp_path / "nothing", "--tasks", "capitals")[0] == 2
+
+
+def test_a_study_measures_tasks_live_and_merged(shell, tiny_llama, tasks, tmp_path):
+    keys = {"tasks": ["capitals"], "tasks_path": str(tasks), "merge": {"to": "dense"}, "metric": "task/capitals/acc"}
+    path = write_study(tmp_path, tiny_llama, presets=None, seeds=[0], axes={"train.weight_decay": [0.0]}, **keys)
+    code, _, err = shell("study", path, "--no-report")
+    assert code == 0, err
+    (row,) = expand(load_study(path))
+    assert {"task/capitals/acc", "merged_task/capitals/acc"} <= read_result(row.folder).tuned.keys()
