@@ -18,6 +18,7 @@ BENCHMARKS = {
     "all-reduce": "all_reduce",
     "merge": "merge",
     "scaling": "scaling",
+    "mixture": "mixture",
 }
 PEER_PACKAGES = ("peft", "accelerate", "bitsandbytes", "deepspeed")
 

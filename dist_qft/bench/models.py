@@ -1,7 +1,8 @@
 """The models that both sides load: dense Hugging Face folders, made once and kept in the cache.
 
 `smollm2` is the real SmolLM2-135M, dequantized from its GGUF file by transformers; `llama-1b` has random weights in the
-shape of TinyLlama-1.1B; `tiny` is for trying the benchmarks out.
+shape of TinyLlama-1.1B, `qwen3-moe` in that of a Qwen3-MoE of half a billion weights; `tiny` and `tiny-moe` are for
+trying the benchmarks out.
 """
 
 import os
@@ -10,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel, Qwen3MoeConfig
 
 from dist_qft.errors import UserError
 
@@ -22,7 +23,13 @@ _LLAMAS: dict[str, dict[str, Any]] = {
     "llama-1b": {"hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 22, "num_attention_heads": 32}
     | {"num_key_value_heads": 4, "vocab_size": 32000},
 }
-NAMES = ("smollm2", *_LLAMAS)
+_MIXTURES: dict[str, dict[str, Any]] = {
+    "tiny-moe": {"hidden_size": 256, "moe_intermediate_size": 128, "num_hidden_layers": 3, "num_attention_heads": 4}
+    | {"num_key_value_heads": 2, "head_dim": 64, "num_experts": 4, "num_experts_per_tok": 2, "vocab_size": 1024},
+    "qwen3-moe": {"hidden_size": 1024, "moe_intermediate_size": 384, "num_hidden_layers": 12, "num_attention_heads": 16}
+    | {"num_key_value_heads": 4, "head_dim": 64, "num_experts": 32, "num_experts_per_tok": 4, "vocab_size": 32000},
+}
+NAMES = ("smollm2", *_LLAMAS, *_MIXTURES)
 
 
 def dense_folder(name: str) -> Path:
@@ -31,7 +38,7 @@ def dense_folder(name: str) -> Path:
     if folder.is_dir():
         return folder
     folder.parent.mkdir(parents=True, exist_ok=True)
-    build: Callable[[], PreTrainedModel] = _smollm2 if name == "smollm2" else lambda: _random_llama(name)
+    build: Callable[[], PreTrainedModel] = _smollm2 if name == "smollm2" else lambda: _random_model(name)
     unfinished = folder.with_name(f".tmp-{name}-{os.getpid()}")
     build().save_pretrained(unfinished)
     unfinished.rename(folder)  # so that a folder that is there is complete
@@ -55,7 +62,9 @@ def _smollm2() -> PreTrainedModel:
     return model
 
 
-def _random_llama(name: str) -> PreTrainedModel:
+def _random_model(name: str) -> PreTrainedModel:
     torch.manual_seed(0)
-    config = LlamaConfig(**_LLAMAS[name], max_position_embeddings=2048)
-    return AutoModelForCausalLM.from_config(config, dtype=torch.float32 if name == "tiny" else torch.bfloat16)
+    sizes = _LLAMAS.get(name) or _MIXTURES[name]
+    config = (LlamaConfig if name in _LLAMAS else Qwen3MoeConfig)(**sizes, max_position_embeddings=2048)
+    dtype = torch.float32 if name.startswith("tiny") else torch.bfloat16
+    return AutoModelForCausalLM.from_config(config, dtype=dtype)
