@@ -162,12 +162,12 @@ def test_lora_can_be_quantized_into_a_gguf_file_with_its_error_printed(pools, ma
 
 @pytest.fixture(scope="module")
 def mixture(tmp_path_factory) -> Path:
-    """Q4_K and Q4_0 with Q6_K among them, aligned to 64 bytes, in three files."""
+    """Q4_K, Q4_0 and Q5_K with Q6_K among them, aligned to 64 bytes, in three files."""
     folder = tmp_path_factory.mktemp("mixture")
     whole = save_tiny_gguf(
         folder / "whole.gguf",
         "Q4_K",
-        others={"v_proj": "Q6_K", "down_proj": "Q6_K", "o_proj": "Q4_0"},
+        others={"v_proj": "Q6_K", "down_proj": "Q6_K", "o_proj": "Q4_0", "up_proj": "Q5_K"},
         config=tiny_llama_config(hidden_size=256, intermediate_size=256, num_hidden_layers=2),
         quantize=quantize,
         finish=lambda writer: writer.add_custom_alignment(64),
@@ -212,3 +212,18 @@ def test_other_types_are_refused_or_quantized_again_alone(pools, make_run, mixtu
     assert kinds["blk.1.ffn_down.weight"] == "Q6_K" and certificate.kind == "requantized" and not certificate.notes
     difference = dist_qft.load(path).logits(IDS) - dist_qft.load(run).logits(IDS)
     assert float(difference.abs().max()) == pytest.approx(certificate.logits.maximum, rel=1)
+
+
+def test_zeros_of_5_bit_types_take_the_update_in_a_folder(pools, make_run, mixture, tmp_path):
+    """GGUF's Q4_1 cannot hold such a tensor; our own folder can, and codes and scales stay."""
+    run = mixture_run(make_run, mixture, ["up_proj"])
+    with pytest.raises(Exception, match=r"up_proj is .*affine8.*merge --to quantized"):
+        pools[1].run(merge_run, source=run, target="gguf", path=tmp_path / "merged.gguf")
+    certificate = pools[1].run(merge_run, source=run, target="quantized", path=tmp_path / "merged")[0]
+    assert certificate.kind == "exact" and certificate.weights.rounding_share_of_update < 1e-3
+    live, merged = dist_qft.load(run), dist_qft.load(tmp_path / "merged")
+    torch.testing.assert_close(merged.logits(IDS), live.logits(IDS), rtol=1e-4, atol=1e-4)
+    path = "model.layers.1.mlp.up_proj"
+    old, new = live.base.linears[path].packed(), merged.base.linears[path].packed()
+    assert torch.equal(old["codes"], new["codes"]) and torch.equal(old["scale"], new["scale"])
+    assert not torch.equal(old["zero"], new["zero"])
