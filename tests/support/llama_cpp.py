@@ -47,12 +47,14 @@ def log_probability_error(path: Path, ids: list[int], logits: torch.Tensor, leng
 
 
 def log_probability_errors(
-    path: Path, ids: list[int], candidates: list[torch.Tensor], lengths: tuple[int, ...]
+    path: Path, ids: list[int], candidates: list[torch.Tensor], lengths: tuple[int, ...], lora: Path | None = None
 ) -> list[float]:
-    """`log_probability_error` of several logits (tokens, vocabulary) against one run of the file."""
+    """`log_probability_error` of several logits (tokens, vocabulary) against one run of the file and its adapter."""
     xllamacpp = pytest.importorskip("xllamacpp", reason="xllamacpp, llama.cpp's binding, is not installed")
     parameters = xllamacpp.CommonParams()
     parameters.model.path, parameters.n_ctx, parameters.n_parallel, parameters.verbosity = str(path), 128, 1, -1
+    if lora is not None:
+        parameters.lora_adapters = [xllamacpp.CommonAdapterLoraInfo(str(lora), 1.0)]
     server = xllamacpp.Server(parameters)
     worst, answered = [0.0] * len(candidates), 0
     for length in lengths:
