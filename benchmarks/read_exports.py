@@ -139,7 +139,7 @@ def _python(folder: Path, python: str, *arguments: str) -> None:
     if done.returncode:
         raise SystemExit(f"{' '.join(arguments)[:80]}: exit code {done.returncode}\n{done.stdout}{done.stderr}")
     if arguments[0] == "-c":
-        print(done.stdout.strip(), flush=True)
+        print(*(line for line in done.stdout.splitlines() if ": " in line and "[" not in line), sep="\n", flush=True)
 
 
 if __name__ == "__main__":

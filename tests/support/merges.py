@@ -1,6 +1,8 @@
 """Checkpoints with random adapters, and merges of them in a rank pool: the product's own stages, minus the launcher."""
 
 import hashlib
+from contextlib import redirect_stdout
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -77,6 +79,14 @@ def merge_run(source: Path, target: str, path: Path, stop_on: int | None = None,
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(run, "check_fingerprint", check_and_stop)
         return execute_merge(inputs, stop)
+
+
+def told_merge(**arguments: Any) -> tuple[Certificate | None, str]:
+    """The result of `merge_run`, and what this rank printed meanwhile."""
+    told = StringIO()
+    with redirect_stdout(told):
+        certificate = merge_run(**arguments)
+    return certificate, told.getvalue()
 
 
 def measured_merge(source: Path, target: str, path: Path) -> dict[str, int]:

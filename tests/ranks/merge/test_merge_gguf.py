@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 import dist_qft
 from dist_qft.merge.verify import run_verify
 from tests.support.llama_cpp import quantize
-from tests.support.merges import GGUF_RUN, merge_run
+from tests.support.merges import GGUF_RUN, merge_run, told_merge
 from tests.support.tiny_gguf import metadata_of, save_tiny_gguf, split_gguf, tensors_of
 from tests.support.tiny_model import tiny_llama_config
 
@@ -182,7 +182,8 @@ def mixture_run(make_run, path: Path, targets: list[str]) -> Path:
 
 def test_adapted_tensors_of_4_bits_keep_their_codes_as_q4_1(pools, make_run, mixture, tmp_path):
     run, path = mixture_run(make_run, mixture, ["q_proj", "k_proj", "o_proj"]), tmp_path / "merged.gguf"
-    certificate = pools[2].run(merge_run, source=run, target="gguf", path=path)[0]
+    certificate, told = pools[2].run(told_merge, source=run, target="gguf", path=path)[0]
+    assert "become Q4_1 (they are 2 Q4_0, 4 Q4_K): " in told and f" -> {path.stat().st_size / 1e6:.1f} MB (" in told
     assert certificate.kind == "rounded" and not certificate.lossless and not certificate.notes
     assert 0 < certificate.weights.rounding_share_of_update < 0.02
     before = {name: each for part in sorted(mixture.parent.glob("model-*")) for name, each in tensors_of(part).items()}
