@@ -139,7 +139,9 @@ def _python(folder: Path, python: str, *arguments: str) -> None:
     if done.returncode:
         raise SystemExit(f"{' '.join(arguments)[:80]}: exit code {done.returncode}\n{done.stdout}{done.stderr}")
     if arguments[0] == "-c":
-        print(*(line for line in done.stdout.splitlines() if ": " in line and "[" not in line), sep="\n", flush=True)
+        for line in done.stdout.splitlines():
+            if ": " in line and "[" not in line:  # what the code says, not a library's warnings
+                print(line, flush=True)
 
 
 if __name__ == "__main__":
