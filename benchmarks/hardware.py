@@ -13,8 +13,9 @@ from typing import Any
 
 from transformers import LlamaConfig, PretrainedConfig, Qwen3Config, Qwen3MoeConfig
 
+from dist_qft.base_model.skeleton import BaseModel
 from dist_qft.config.schema import RunConfig
-from dist_qft.plan import make_plan
+from dist_qft.plan import make_plan, planned_base
 from dist_qft.training.machine import find_machine
 from dist_qft.training.run_plan import RunPlan
 
@@ -81,14 +82,18 @@ def main() -> None:
         for index, (model, config) in enumerate(SHAPES.items()):
             folder = Path(scratch) / str(index)
             config.save_pretrained(folder)
+            bases: dict[str, BaseModel] = {}
             for method, sections in METHODS.items():
+                linear = sections["quantization"]["linear"]
                 for ranks in GPUS:
-                    print(row(model, method, ranks, planned(folder, sections, ranks)), flush=True)
+                    run = config_of(folder, sections)
+                    bases[linear] = bases.get(linear) or planned_base(run)
+                    print(row(model, method, ranks, planned(run, bases[linear], ranks)), flush=True)
 
 
-def planned(folder: Path, sections: dict[str, Any], ranks: int) -> list[RunPlan]:
-    """The plans of one run with the fast and the slow link between nodes."""
-    run = RunConfig.model_validate(
+def config_of(folder: Path, sections: dict[str, Any]) -> RunConfig:
+    """The run whose plan is a line of the table."""
+    return RunConfig.model_validate(
         {
             "output_dir": "unused",
             "model": {"path": str(folder)},
@@ -103,8 +108,13 @@ def planned(folder: Path, sections: dict[str, Any], ranks: int) -> list[RunPlan]
             **sections,
         }
     )
+
+
+def planned(run: RunConfig, base: BaseModel, ranks: int) -> list[RunPlan]:
+    """The plans of one run with the fast and the slow link between nodes."""
     machines = [FAST, SLOW] if ranks > GPUS_PER_NODE else [FAST]
-    return [make_plan(run, ranks, min(ranks, GPUS_PER_NODE), memory=each.memory, machine=each) for each in machines]
+    place = (ranks, min(ranks, GPUS_PER_NODE))
+    return [make_plan(run, *place, memory=each.memory, machine=each, base=base) for each in machines]
 
 
 def row(model: str, method: str, ranks: int, plans: list[RunPlan]) -> str:

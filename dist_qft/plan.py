@@ -53,6 +53,14 @@ def ranks_planned(world_size: int | None, nodes: int, per_node: int | None) -> i
     return nodes * per_node
 
 
+def planned_base(config: RunConfig) -> BaseModel:
+    """The base on the meta device, with notes on its files."""
+    dtype = compute_dtype(config.train.precision, planned_device(config.sharding.device))
+    base = build_skeleton(config.model, config.quantization, dtype)
+    base.notes += _notes_on_files(config, base)
+    return base
+
+
 def require_fit(plan: RunPlan) -> None:
     """UserError, with the cheapest change that would help, if a plan needs more than the memory of a rank."""
     if plan.fits is not False:
@@ -71,6 +79,7 @@ def make_plan(
     *,
     memory: int | None = None,
     machine: Machine | None = None,
+    base: BaseModel | None = None,
 ) -> RunPlan:
     """The plan of `config` on `world_size` ranks.
 
@@ -78,15 +87,14 @@ def make_plan(
         ranks_per_node: all of them by default.
         memory: bytes that a rank may use; None for no limit.
         machine: figures from which the time of a step follows.
+        base: the skeleton of this model and quantization if it is there already.
 
     Raises:
         UserError: unknown model, a shape that a format or adapter cannot hold, a selection that matches no layer,
             or a batch or shard groups that do not divide over the ranks.
     """
     accumulation = accumulation_steps(config, world_size)
-    dtype = compute_dtype(config.train.precision, planned_device(config.sharding.device))
-    base = build_skeleton(config.model, config.quantization, dtype)
-    base.notes += _notes_on_files(config, base)
+    base = base or planned_base(config)
     if config.data is not None:
         base.require_positions(config.data.max_length)
     spec = make_spec(config, base)
