@@ -57,6 +57,7 @@ SAME_SECTION = 0.2  # added likeness of a key in the section where the unknown o
 
 _short = Repr()
 _short.maxstring = _short.maxother = 60
+_MOST_COMPARED = 200  # unknown keys for which the nearest known one is looked for: each takes milliseconds
 
 
 def validation_faults(error: ValidationError, values: dict[str, Any]) -> list[Fault]:
@@ -70,7 +71,7 @@ def validation_faults(error: ValidationError, values: dict[str, Any]) -> list[Fa
         if kind == "missing":
             missing.append((*path, location[-1]))
         elif kind == "extra_forbidden":
-            meant = _nearest(path, values)
+            meant = _nearest(path, values) if len(faults) < _MOST_COMPARED else None
             explained.add(meant or "")
             faults[path] = _unknown_key(path, values, meant)
         elif kind == "invalid_key":

@@ -84,11 +84,10 @@ def test_every_truncation_is_refused_and_names_the_file(run_dir, name):
 
 
 @pytest.mark.parametrize("name", [*FILES, MANIFEST])
-def test_every_flipped_bit_is_refused_and_names_the_file(run_dir, name):
+def test_a_flipped_bit_is_refused_and_names_the_file(run_dir, name):
     path = run_dir / "checkpoint-2" / name
     whole = path.read_bytes()
-    bits = range(8 * len(whole))
-    for bit in bits if name == MANIFEST else random.Random(name).sample(bits, 300):
+    for bit in random.Random(name).sample(range(8 * len(whole)), 300):
         altered = bytearray(whole)
         altered[bit // 8] ^= 1 << bit % 8
         path.write_bytes(altered)
