@@ -61,6 +61,9 @@ def main() -> int:
     words = parser.parse_args()
     deadline = time.monotonic() + words.hours * 3600
     steps = [["studies/docs-lm/corpus.py"], ["studies/docs-lm/code.py"], ["studies/docs-lm/pretrain.py"]]
+    if words.plan and not (HERE.parent / "models" / "docs-lm" / "pretrain.json").exists():
+        print("--plan: the model is missing; python studies/docs-lm/corpus.py && python studies/docs-lm/pretrain.py")
+        return 2
     for command in steps:
         if code := run(command, deadline):
             return code
