@@ -21,6 +21,7 @@ from dist_qft.base_model.weight_files import local_source
 from dist_qft.config.check import accumulation_steps, config_warnings
 from dist_qft.config.schema import RunConfig, TrainConfig
 from dist_qft.errors import UserError
+from dist_qft.methods.reference import require_reference
 from dist_qft.methods.specs import make_spec
 from dist_qft.methods.trainable import TrainableSpec
 from dist_qft.quant.contract import Format
@@ -31,7 +32,7 @@ from dist_qft.sharding.engines import engine_of, engine_warnings
 from dist_qft.training.links import Placement, Traffic, between_nodes
 from dist_qft.training.machine import Machine
 from dist_qft.training.memory_plan import MemoryPlan, chosen_group, tokens_per_micro_batch
-from dist_qft.training.optimizer import checkpoint_bytes, optimizer_bytes_per_rank, shards_optimizer
+from dist_qft.training.optimizer import checkpoint_bytes, optimizer_bytes_per_rank, require_lr_groups, shards_optimizer
 from dist_qft.training.run_plan import PlannedBatch, PlannedModel, PlannedOptimization, RunPlan
 from dist_qft.training.step_time import StepWork, step_seconds
 from dist_qft.tuned_model.task import head_outputs
@@ -97,7 +98,7 @@ def make_plan(
     base = base or planned_base(config)
     if config.data is not None:
         base.require_positions(config.data.max_length)
-    spec = make_spec(config, base)
+    spec = _spec(config, base)
     head = head_outputs(config.task) * base.embedding.embedding_dim
     trainable = spec.parameters + head
     tensors = _base_tensors(base)
@@ -180,6 +181,14 @@ def _with_times(plan: RunPlan, config: RunConfig, memory: MemoryPlan, machine: M
     return replace(plan, hardware=machine.name, seconds_per_step=step_seconds(machine, memory.sizes, work))
 
 
+def _spec(config: RunConfig, base: BaseModel) -> TrainableSpec[Any]:
+    """The trainables, if the settings that concern them fit. UserError otherwise."""
+    spec = make_spec(config, base)
+    require_reference(config, base, spec)
+    require_lr_groups(config.train, spec.names)
+    return spec
+
+
 def _model(config: RunConfig, base: BaseModel) -> PlannedModel:
     return PlannedModel(
         path=config.model.path,
@@ -196,6 +205,9 @@ def _batch(config: RunConfig, accumulation: int) -> PlannedBatch:
         per_device_train_batch_size=config.train.per_device_train_batch_size,
         accumulation_steps=accumulation,
         max_length=config.data.max_length if config.data else None,
+        unit={"pairs": "pairs", "pairs-with-prompts": "pairs", "rated-with-kl": "answers", "rated": "answers"}.get(
+            config.task.rows, "rows"
+        ),
     )
 
 

@@ -26,6 +26,7 @@ from dist_qft.merge.certificate import Origin
 from dist_qft.merge.live_model import LiveModel
 from dist_qft.merge.recipe import require_free
 from dist_qft.merge.run import export, recipe_at_end
+from dist_qft.methods.reference import require_reference
 from dist_qft.methods.specs import make_spec
 from dist_qft.ranks.activity import Activity
 from dist_qft.ranks.collectives import on_rank_0
@@ -44,7 +45,7 @@ from dist_qft.storage.checkpoint import (
 )
 from dist_qft.storage.lock import RUN_LOCK, FolderLock
 from dist_qft.training.memory_plan import MemoryPlan, automatic_group
-from dist_qft.training.optimizer import check_warmup, checkpoint_bytes
+from dist_qft.training.optimizer import check_warmup, checkpoint_bytes, require_lr_groups
 from dist_qft.training.resume import changed_settings, check_trajectory, choose_checkpoint, resume_after_restart
 from dist_qft.training.run_inputs import LoadedBase, RunInputs
 from dist_qft.training.training_run import TrainingRun
@@ -105,6 +106,8 @@ def gather_inputs(
     skeleton = loaded.base if loaded else build_skeleton(config.model, config.quantization, dtype)
     skeleton.require_positions(config.data.max_length)
     spec = make_spec(config, skeleton)
+    require_reference(config, skeleton, spec)
+    require_lr_groups(config.train, spec.names)
     notes += [f"warning: {warning}" for warning in spec.warnings(skeleton)]
     head = head_outputs(config.task) * skeleton.embedding.embedding_dim
     require_checkpoint_space(output_dir, checkpoint_bytes(config.train, spec.parameters + head))

@@ -7,7 +7,7 @@ around its call: for a tied head that is the embedding's, called a second time.
 import torch
 from torch import Tensor, nn
 
-from dist_qft.base_model.loss import LogitMap, slice_rows, summed_cross_entropy
+from dist_qft.base_model.loss import LogitMap, slice_rows, token_cross_entropy
 from dist_qft.quant.frozen import FrozenEmbedding
 
 
@@ -35,30 +35,44 @@ class OutputHead(nn.Module):
 
     def loss(self, hidden: Tensor, targets: Tensor, with_gradient: bool) -> tuple[Tensor, Tensor | None]:
         """Summed cross entropy of (tokens, dim) against (tokens,), and its gradient; no autograd inside."""
-        gradient = None
+        losses, gradient = self.token_losses(hidden, targets, len(targets) if with_gradient else 0)
+        sums = [part.sum() for part in losses.split(_tokens_at_a_time(hidden))]
+        return torch.stack(sums).sum() if len(sums) > 1 else sums[0], gradient if with_gradient else None
+
+    def token_losses(self, hidden: Tensor, targets: Tensor, with_gradient: int) -> tuple[Tensor, Tensor | None]:
+        """Cross entropy of each of (tokens, dim) against (tokens,); no autograd inside.
+
+        Returns:
+            (tokens,) float32, and the gradient (with_gradient, dim) of the first `with_gradient` tokens' own losses;
+            None for 0.
+        """
+        gradients: list[Tensor] = []
 
         def use(table: FrozenEmbedding, states: Tensor) -> Tensor:
-            nonlocal gradient
-            losses, gradients = [], []
+            losses = []
             step, dim = _tokens_at_a_time(states), states.shape[1]
-            for part, part_targets in zip(states.split(step), targets.split(step), strict=True):
-                loss, part_gradient = summed_cross_entropy(
-                    part,
-                    part_targets,
-                    table,
-                    logit_map=self.loss_map,
-                    slice_size=slice_rows(part.shape[0], dim, self.loss_megabytes),
-                    with_gradient=with_gradient,
-                    bias=table.bias,
-                )
-                losses.append(loss)
-                gradients += [] if part_gradient is None else [part_gradient]
-            gradient = torch.cat(gradients) if len(gradients) > 1 else next(iter(gradients), None)
-            return torch.stack(losses).sum() if len(losses) > 1 else losses[0]
+            rest = len(states) - with_gradient
+            for count, place in ((with_gradient, slice(with_gradient)), (rest, slice(with_gradient, None))):
+                if not count and (len(states) or place.start is not None):
+                    continue  # no tokens at all go through the first
+                for part, part_targets in zip(states[place].split(step), targets[place].split(step), strict=True):
+                    loss, gradient = token_cross_entropy(
+                        part,
+                        part_targets,
+                        table,
+                        logit_map=self.loss_map,
+                        slice_size=slice_rows(part.shape[0], dim, self.loss_megabytes),
+                        with_gradient=place.start is None,
+                        bias=table.bias,
+                    )
+                    losses.append(loss)
+                    gradients.extend([] if gradient is None else [gradient])
+            return torch.cat(losses) if len(losses) > 1 else losses[0]
 
         with torch.no_grad():
             # detach: a hook on a tied embedding may have asked for a gradient of what it returned.
-            return self._weights[0](hidden, use=use).detach(), gradient
+            losses = self._weights[0](hidden, use=use).detach()
+        return losses, torch.cat(gradients) if len(gradients) > 1 else next(iter(gradients), None)
 
 
 def _tokens_at_a_time(states: Tensor) -> int:

@@ -61,7 +61,6 @@ def slice_rows(tokens: int, dim: int, megabytes: float) -> int:
     return max(256, int(megabytes * 2**20 / 4 / max(tokens, dim)))
 
 
-@torch.no_grad()
 def summed_cross_entropy(
     hidden: Tensor,
     targets: Tensor,
@@ -72,7 +71,25 @@ def summed_cross_entropy(
     with_gradient: bool,
     bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """Sum of -log softmax(map(W h + b))[target] over tokens, and its gradient by `hidden`.
+    """The sum of `token_cross_entropy` over tokens, a float32 scalar, and its gradient by `hidden` or None."""
+    losses, gradient = token_cross_entropy(
+        hidden, targets, head, logit_map=logit_map, slice_size=slice_size, with_gradient=with_gradient, bias=bias
+    )
+    return losses.sum(), gradient
+
+
+@torch.no_grad()
+def token_cross_entropy(
+    hidden: Tensor,
+    targets: Tensor,
+    head: Rows,
+    *,
+    logit_map: LogitMap,
+    slice_size: int,
+    with_gradient: bool,
+    bias: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """-log softmax(map(W h + b))[target] of every token, and the gradient of their sum by `hidden`.
 
     Args:
         hidden: (tokens, dim), compute dtype; every token has a target.
@@ -83,7 +100,7 @@ def summed_cross_entropy(
         bias: b of (vocabulary,), or None for 0.
 
     Returns:
-        float32 scalar, and (tokens, dim) in hidden's dtype or None.
+        (tokens,) float32, and (tokens, dim) in hidden's dtype or None: row t is the gradient of token t's own.
     """
     tokens, _ = hidden.shape
     states = _as_factor(hidden)
@@ -108,14 +125,14 @@ def summed_cross_entropy(
         if with_gradient:
             mean_row.mul_(shrink[:, None]).add_(_float32_product(weights.mul_(slope).to(rows.dtype), rows))
         maximum = new_maximum
-    loss = (maximum + total.log() - target_logit).sum()
+    losses = maximum + total.log() - target_logit
     if not with_gradient:
-        return loss, None
+        return losses, None
     target_slope = logit_map.slope(target_logit)
     if isinstance(target_slope, Tensor):
         target_slope = target_slope[:, None]
     target_row = head.rows_of(targets).float() * target_slope
-    return loss, mean_row.div_(total[:, None]).sub_(target_row).to(hidden.dtype)
+    return losses, mean_row.div_(total[:, None]).sub_(target_row).to(hidden.dtype)
 
 
 def _as_factor(matrix: Tensor) -> Tensor:
@@ -141,7 +158,10 @@ class _KnownGradientContext(FunctionCtx):
 
 
 class _KnownGradient(torch.autograd.Function):
-    """An autograd function that ties a loss computed outside autograd to its input by a known gradient."""
+    """An autograd function that ties losses computed outside autograd to their input by a known gradient.
+
+    The loss is a sum over tokens, or one of each token.
+    """
 
     @staticmethod
     def forward(
@@ -155,7 +175,7 @@ class _KnownGradient(torch.autograd.Function):
     def backward(ctx: _KnownGradientContext, grad_output: Tensor) -> tuple[Tensor, None, None, None]:
         positions, gradient = ctx.saved_tensors
         full = gradient.new_zeros(ctx.shape)
-        full.view(-1, ctx.shape[-1])[positions] = gradient * grad_output.to(gradient.dtype)
+        full.view(-1, ctx.shape[-1])[positions] = gradient * grad_output.to(gradient.dtype).unsqueeze(-1)
         return full, None, None, None
 
 
@@ -188,3 +208,38 @@ def loss_at(hidden: Tensor, positions: Tensor, targets: Tensor, head_loss: HeadL
     if not needs_gradient:
         return loss
     return _KnownGradient.apply(hidden, loss, positions, gradient)
+
+
+class TokenHead(Protocol):
+    """A head that tells the loss of each token."""
+
+    def token_losses(self, hidden: Tensor, targets: Tensor, with_gradient: int) -> tuple[Tensor, Tensor | None]:
+        """See `OutputHead`."""
+
+
+def token_losses_at(
+    hidden: Tensor, reference: Tensor | None, positions: Tensor, targets: Tensor, head: TokenHead
+) -> tuple[Tensor, Tensor | None]:
+    """Cross entropy of each token that has a target, differentiable by `hidden`; of `reference` as well.
+
+    The head is asked once for both, so that a sharded one is gathered once.
+
+    Args:
+        hidden, reference: (batch, length, dim) last hidden states of two models, or of one.
+        positions: (tokens,) int64, in the rows of `hidden` one behind the other.
+        targets: (tokens,) int64.
+
+    Returns:
+        (tokens,) float32 each; None without a reference.
+    """
+    count, width = len(positions), hidden.shape[-1]
+    chosen = hidden.detach().reshape(-1, width)[positions]
+    with_gradient = torch.is_grad_enabled() and hidden.requires_grad
+    if reference is not None:
+        chosen = torch.cat([chosen, reference.reshape(-1, width)[positions]])
+        targets = torch.cat([targets, targets])
+    losses, gradient = head.token_losses(chosen, targets, count if with_gradient else 0)
+    own = losses[:count]
+    if with_gradient:
+        own = _KnownGradient.apply(hidden, own, positions, gradient)
+    return own, None if reference is None else losses[count:]

@@ -11,6 +11,7 @@ from dist_qft.config.data_faults import data_faults
 from dist_qft.config.deepspeed_file import zero_file_faults
 from dist_qft.config.fault import Fault, value_fault
 from dist_qft.config.methods.tile_method import TileMethod
+from dist_qft.config.preference_faults import preference_faults
 from dist_qft.config.schema import QuantizationConfig, RunConfig, ShardingConfig
 from dist_qft.config.section import changed
 from dist_qft.divisors import divisors, either, nearest_multiples
@@ -21,7 +22,15 @@ _BLOCK_FORM = {
     "nf4": (1, "one length such as [64]"),
     "affine4": (2, "[b_out, b_in] such as [1, 32]"),
 }
-TASK_METRICS = {"causal-lm": (), "classification": ("accuracy", "matthews", "f1"), "regression": ("pearson",)}
+_OF_PAIRS = ("rewards/accuracies", "rewards/margins")
+TASK_METRICS = {
+    "causal-lm": (),
+    "classification": ("accuracy", "matthews", "f1"),
+    "regression": ("pearson",),
+    "dpo": _OF_PAIRS,
+    "orpo": _OF_PAIRS,
+    "kto": ("rewards/margins",),
+}
 
 
 def cross_field_faults(config: RunConfig) -> list[Fault]:
@@ -111,7 +120,8 @@ def _task_faults(config: RunConfig) -> Iterator[Fault]:
         yield value_fault(("task", "labels"), f"got '{twice}' twice, must be different labels")
     if task.labels and task.name != "classification":
         yield value_fault(("task", "labels"), f"{task.name} has no labels; remove them or choose classification")
-    if task.name == "causal-lm":
+    yield from preference_faults(config)
+    if not task.predicts_labels:
         return
     if data is not None and data.packing:
         yield value_fault(("data", "packing"), f"{task.name} reads the last token of each row; remove it")
@@ -199,7 +209,7 @@ def merge_obstacle(config: RunConfig) -> str | None:
     """The reason why this config's trainables can never be merged into the base, with a remedy; None if they can."""
     if config.method.merge_obstacle is not None:
         return config.method.merge_obstacle
-    if config.task.name != "causal-lm":
+    if config.task.predicts_labels:
         return f"a language model's files have no place for the head of task {config.task.name}; use dist-qft eval"
     return None
 

@@ -3,10 +3,11 @@
 import datetime
 from collections.abc import Iterator
 
-from dist_qft.config.data_schema import DataConfig, DatasetConfig
+from dist_qft.config.data_schema import OF_TASKS, TASK_FORMATS, DataConfig, DatasetConfig
 from dist_qft.config.fault import Fault, KeyPath, value_fault
 from dist_qft.config.paths import unexpanded
 from dist_qft.config.schema import RunConfig
+from dist_qft.divisors import either
 
 
 def data_faults(config: RunConfig) -> Iterator[Fault]:
@@ -58,11 +59,11 @@ def _mixture_faults(data: DataConfig) -> Iterator[Fault]:
 
 def _format_faults(config: RunConfig, data: DataConfig) -> Iterator[Fault]:
     task = config.task.name
-    predicts_labels = task != "causal-lm"
+    predicts_labels = config.task.predicts_labels
     for key, dataset in _datasets(data):
-        given = dataset.format
-        if given != "auto" and (given == "classification") != predicts_labels:
-            wanted = "classification" if predicts_labels else "another format"
+        given, own = dataset.format, TASK_FORMATS.get(task, ())
+        if given != "auto" and given not in own and (own or given in OF_TASKS):
+            wanted = either(list(own)) if own else "another format"
             yield value_fault((*key, "format"), f"got {given}, must be {wanted} with task {task}")
     if predicts_labels and data.template != "chat":
         yield value_fault(("data", "template"), f"task {task} reads texts as they are; remove it")

@@ -7,14 +7,98 @@ from pydantic import Discriminator, Field, Tag
 from dist_qft.config.paths import ExpandedPath
 from dist_qft.config.section import UNION_TAGS, NonNegative, Positive, PositiveNumber, Section, Text
 
+PREFERENCE_TASKS = ("dpo", "orpo", "kto")
+# The formats of tasks that have their own; other data, too, may have such fields, so these are never guessed.
+TASK_FORMATS: dict[str, tuple[str, ...]] = {
+    "classification": ("classification",),
+    "regression": ("classification",),
+    "dpo": ("preference",),
+    "orpo": ("preference",),
+    "kto": ("unpaired-preference", "preference"),
+}
+OF_TASKS = frozenset(format for formats in TASK_FORMATS.values() for format in formats)
+# The forms of a data set's rows: tokens to predict, a label, a pair of answers (of which the prompt may be trained on,
+# too), or an answer with a verdict (which a measure of drift, KL, may need to see beside other prompts).
+RowKind = Literal["tokens", "labels", "pairs", "pairs-with-prompts", "rated", "rated-with-kl"]
+PreferenceLoss = Literal[
+    "sigmoid",
+    "sigmoid_norm",
+    "hinge",
+    "ipo",
+    "robust",
+    "exo_pair",
+    "nca_pair",
+    "bco_pair",
+    "sppo_hard",
+    "apo_zero",
+    "apo_down",
+    "kto",
+    "apo_zero_unpaired",
+]
+
 
 class TaskConfig(Section):
     """The kind of answer that is trained."""
 
-    name: Literal["causal-lm", "classification", "regression"] = Field(
-        "causal-lm", description="predict tokens, or from a text's last token a label or a number"
+    name: Literal["causal-lm", "classification", "regression", "dpo", "orpo", "kto"] = Field(
+        "causal-lm",
+        description="predict tokens, or from a text's last token a label or a number; dpo, orpo, kto: prefer answers "
+        "to others (docs/preference.md)",
+        json_schema_extra={"axolotl": "rl"},
     )
     labels: list[Text] = Field([], description="classification: every label; data may give a name or a position")
+    beta: PositiveNumber = Field(
+        0.1,
+        description="dpo, kto: the higher, the closer the model stays to the base; orpo: weight of the odds ratio",
+        json_schema_extra={"trl": "beta", "axolotl": "rl_beta"},
+    )
+    loss_type: PreferenceLoss | None = Field(
+        None,
+        description="dpo: sigmoid (default) or another loss of TRL on one pair; kto: kto (default) or "
+        "apo_zero_unpaired",
+        json_schema_extra={"trl": "loss_type", "axolotl": "dpo_loss_type"},
+    )
+    label_smoothing: Annotated[float, Field(ge=0, lt=0.5)] = Field(
+        0.0,
+        description="dpo with loss_type robust or exo_pair: share of pairs whose order is wrong",
+        json_schema_extra={"trl": "label_smoothing", "axolotl": "dpo_label_smoothing"},
+    )
+    desirable_weight: PositiveNumber = Field(
+        1.0,
+        description="kto: weight of answers that are wanted",
+        json_schema_extra={"trl": "desirable_weight", "axolotl": "kto_desirable_weight"},
+    )
+    undesirable_weight: PositiveNumber = Field(
+        1.0,
+        description="kto: weight of answers that are not wanted",
+        json_schema_extra={"trl": "undesirable_weight", "axolotl": "kto_undesirable_weight"},
+    )
+
+    @property
+    def predicts_labels(self) -> bool:
+        """True if the model gets a head of its own, and answers with labels or numbers."""
+        return self.name in ("classification", "regression")
+
+    @property
+    def prefers(self) -> bool:
+        """True if answers are compared with others or with a verdict."""
+        return self.name in PREFERENCE_TASKS
+
+    @property
+    def loss(self) -> str:
+        """The loss of a task that prefers answers, where `loss_type` may leave it open."""
+        return self.loss_type or {"dpo": "sigmoid", "kto": "kto"}.get(self.name, "")
+
+    @property
+    def rows(self) -> RowKind:
+        """The form of the data's rows."""
+        if self.predicts_labels:
+            return "labels"
+        if self.name == "kto":
+            return "rated-with-kl" if self.loss == "kto" else "rated"
+        if self.prefers:
+            return "pairs" if self.name == "dpo" else "pairs-with-prompts"
+        return "tokens"
 
 
 class DatasetConfig(Section):
@@ -27,7 +111,16 @@ class DatasetConfig(Section):
     name: str | None = Field(None, description="Hub configuration name", json_schema_extra={"axolotl": "name"})
     split: str = Field("train", description="split of a Hub data set or folder", json_schema_extra={"axolotl": "split"})
     format: Literal[
-        "auto", "alpaca", "sharegpt", "messages", "prompt-completion", "text", "tokenized", "classification"
+        "auto",
+        "alpaca",
+        "sharegpt",
+        "messages",
+        "prompt-completion",
+        "text",
+        "tokenized",
+        "classification",
+        "preference",
+        "unpaired-preference",
     ] = Field(
         "auto",
         description="form of a sample; auto goes by the first sample's columns",

@@ -160,7 +160,7 @@ class EvaluationConfig(Section):
         description="tokens of an answer at most",
         json_schema_extra={"transformers": "max_new_tokens", "axolotl": "eval_max_new_tokens"},
     )
-    metric: Literal["loss", "accuracy", "matthews", "f1", "pearson"] = Field(
+    metric: Literal["loss", "accuracy", "matthews", "f1", "pearson", "rewards/accuracies", "rewards/margins"] = Field(
         "loss",
         description="figure that tells the best evaluation: loss, or one of the task's, of which more is better",
         json_schema_extra={"transformers": "metric_for_best_model", "axolotl": "metric_for_best_model"},

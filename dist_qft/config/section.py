@@ -27,7 +27,7 @@ Text = Annotated[str, Field(min_length=1)]
 UNION_TAGS = ("one", "several")
 
 # Programs whose name for a key may stand in its field: `json_schema_extra={"peft": "r", "axolotl": "lora_r"}`.
-PROGRAMS = {"transformers": "Transformers", "peft": "PEFT", "axolotl": "axolotl"}
+PROGRAMS = {"transformers": "Transformers", "peft": "PEFT", "trl": "TRL", "axolotl": "axolotl"}
 
 
 class Section(BaseModel):

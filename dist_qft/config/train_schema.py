@@ -4,7 +4,17 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from dist_qft.config.section import Fraction, Megabytes, NonNegative, Positive, PositiveNumber, Section, Seed
+from dist_qft.config.section import Fraction, Megabytes, NonNegative, Positive, PositiveNumber, Section, Seed, Text
+
+
+class LrGroup(Section):
+    """Trainables with a learning rate of their own."""
+
+    name: Text | None = Field(None, description="for people alone")
+    modules: Annotated[list[Text], Field(min_length=1)] = Field(
+        description="parts of names of trainables, such as `self_attn.q_proj` or `layers.0.`; one is enough"
+    )
+    lr: PositiveNumber = Field(description="peak learning rate; the schedule is that of train.learning_rate")
 
 
 class TrainConfig(Section):
@@ -38,6 +48,11 @@ class TrainConfig(Section):
         None,
         description="LoRA+: learning rate of every adapter's B over that of A; for methods that have both",
         json_schema_extra={"peft": "loraplus_lr_ratio", "axolotl": "loraplus_lr_ratio"},
+    )
+    lr_groups: list[LrGroup] = Field(
+        [],
+        description="trainables with learning rates of their own; of several groups that name one, the first counts",
+        json_schema_extra={"axolotl": "lr_groups"},
     )
     lr_scheduler_type: Literal[
         "constant", "constant_with_warmup", "linear", "cosine", "cosine_with_min_lr", "warmup_stable_decay"

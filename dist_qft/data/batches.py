@@ -15,6 +15,7 @@ from typing import Self
 import numpy as np
 import torch
 
+from dist_qft.data.answer_rows import Answers, compared_rows, prompt_share
 from dist_qft.data.dataset import Row, TokenDataset
 from dist_qft.data.mixture import RowOrder
 from dist_qft.data.samples import IGNORED
@@ -40,6 +41,7 @@ class MicroBatch:
         index: the micro-batch's place within its step (or within the evaluation) over all ranks.
         row_ids: the data set's rows, fewer than b if it was filled up.
         labels: (rows,) float32 of labelled rows; their one target, at the last token, is 0 and only marks the place.
+        answers: of rows that hold answers to be compared or rated, one or two for each sample (see `answer_rows`).
     """
 
     input_ids: torch.Tensor
@@ -50,6 +52,7 @@ class MicroBatch:
     index: int
     row_ids: tuple[int, ...] = ()
     labels: torch.Tensor | None = None
+    answers: Answers | None = None
 
     @classmethod
     def of(
@@ -60,15 +63,21 @@ class MicroBatch:
         index: int,
         row_ids: tuple[int, ...] = (),
         labels: torch.Tensor | None = None,
+        answers: Answers | None = None,
     ) -> Self:
         """From targets (b, L), already shifted: the token that position t has to predict, or -100. All on the CPU."""
         positions = (targets.flatten() != IGNORED).nonzero().squeeze(1)
         ids, segments = targets.flatten()[positions], Segments.of(position_ids)
-        return cls(input_ids, position_ids, segments, positions, ids, index, row_ids, labels)
+        return cls(input_ids, position_ids, segments, positions, ids, index, row_ids, labels, answers)
 
     @property
     def num_targets(self) -> int:
         return len(self.target_ids)
+
+    @property
+    def num_terms(self) -> int:
+        """Terms of the loss, by which its sum is divided: targets, or pairs, or rated answers."""
+        return self.num_targets if self.answers is None else self.answers.count
 
     @property
     def targets(self) -> torch.Tensor:
@@ -94,6 +103,7 @@ class MicroBatch:
             target_positions=move(self.target_positions),
             target_ids=move(self.target_ids),
             labels=None if self.labels is None else move(self.labels),
+            answers=None if self.answers is None else self.answers.moved(move),
         )
 
 
@@ -144,7 +154,8 @@ class Batches:
         row_ids = self.row_ids(step)
         size = self.micro_batch_size
         indices = range(self.rank * self.accumulation, (self.rank + 1) * self.accumulation)
-        return [collate(self.dataset, row_ids[j * size : (j + 1) * size], size, j) for j in indices]
+        share = prompt_share(self.dataset, row_ids)
+        return [collate(self.dataset, row_ids[j * size : (j + 1) * size], size, j, share) for j in indices]
 
 
 def eval_batches(dataset: TokenDataset, micro_batch_size: int, rank: int, world_size: int) -> list[MicroBatch]:
@@ -155,14 +166,20 @@ def eval_batches(dataset: TokenDataset, micro_batch_size: int, rank: int, world_
     by_length = np.argsort(-dataset.lengths, kind="stable").tolist()
     rounds = -(-len(by_length) // (micro_batch_size * world_size))
     indices = range(rank, rounds * world_size, world_size)
+    share = prompt_share(dataset, by_length)
     return [
-        collate(dataset, by_length[j * micro_batch_size : (j + 1) * micro_batch_size], micro_batch_size, j)
+        collate(dataset, by_length[j * micro_batch_size : (j + 1) * micro_batch_size], micro_batch_size, j, share)
         for j in indices
     ]
 
 
-def collate(dataset: TokenDataset, row_ids: list[int], num_rows: int, index: int) -> MicroBatch:
-    """The given rows, and as many empty ones (padding alone) as make `num_rows`, as one micro-batch."""
+def collate(dataset: TokenDataset, row_ids: list[int], num_rows: int, index: int, share: float = 1.0) -> MicroBatch:
+    """The given rows, and as many empty ones (padding alone) as make `num_rows`, as one micro-batch.
+
+    `share` is `prompt_share` of all rows of the step.
+    """
+    if dataset.kind not in ("tokens", "labels"):
+        return _collate_answers(dataset, row_ids, num_rows, index, share)
     rows = [dataset.row(row_id) for row_id in row_ids]
     longest = max((len(row.tokens) for row in rows), default=1)
     length = dataset.packed_length or -(-longest // PAD_MULTIPLE) * PAD_MULTIPLE
@@ -172,7 +189,7 @@ def collate(dataset: TokenDataset, row_ids: list[int], num_rows: int, index: int
     for i, row in enumerate(rows):
         size = len(row.tokens)
         input_ids[i, :size] = row.tokens
-        if dataset.labels is not None:
+        if dataset.kind == "labels":
             targets[i, size - 1] = 0
         else:
             # A segment's first token is never a target, which alone keeps the shift from crossing segments.
@@ -187,6 +204,30 @@ def collate(dataset: TokenDataset, row_ids: list[int], num_rows: int, index: int
         row_ids=tuple(row_ids),
         labels=None if dataset.labels is None else torch.from_numpy(dataset.labels[row_ids]),
     )
+
+
+def _collate_answers(dataset: TokenDataset, row_ids: list[int], num_rows: int, index: int, share: float) -> MicroBatch:
+    """Two rows for each sample, or one: see `answer_rows`."""
+    compared = compared_rows(dataset, row_ids)
+    longest = max((len(row.tokens) for row in [*compared.first, *compared.second]), default=1)
+    length = -(-longest // PAD_MULTIPLE) * PAD_MULTIPLE
+    shape = num_rows if dataset.kind == "rated" else 2 * num_rows, length
+    input_ids = np.full(shape, dataset.pad_id, dtype=np.int64)
+    targets = np.full(shape, IGNORED, dtype=np.int64)
+    in_answer = np.zeros(shape, dtype=bool)
+    for start, rows in ((0, compared.first), (num_rows, compared.second)):
+        for i, row in enumerate(rows, start):
+            size = len(row.tokens)
+            input_ids[i, :size] = row.tokens
+            in_answer[i, : size - 1] = row.targets[1:]
+            # The prompt of an answer that is to be preferred may be trained on, too.
+            predicted = True if compared.with_prompts and start == 0 else row.targets[1:]
+            targets[i, : size - 1] = np.where(predicted, row.tokens[1:], IGNORED)
+    labels = None if dataset.labels is None else torch.from_numpy(dataset.labels[row_ids] > 0)
+    answers = Answers(len(row_ids), torch.from_numpy(in_answer[targets != IGNORED]), share, labels, compared.cycled)
+    positions = torch.arange(length).repeat(shape[0], 1)
+    tensors = torch.from_numpy(input_ids), torch.from_numpy(targets), positions
+    return MicroBatch.of(*tensors, index, tuple(row_ids), answers=answers)
 
 
 def _packed_positions(row: Row, length: int) -> np.ndarray:

@@ -16,6 +16,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
+from dist_qft.config.data_schema import RowKind
 from dist_qft.data.packing import pack
 from dist_qft.data.tokens import TokenSequence
 from dist_qft.errors import CorruptFileError
@@ -23,7 +24,7 @@ from dist_qft.storage.atomic import publishing
 
 FORMAT_VERSION = 1  # of the file and of the way to its tokens: raise it and every cache is rebuilt
 _DTYPES = {"tokens": np.int32, "targets": np.bool_, "row_offsets": np.int64, "segment_starts": np.int64}
-_KEYS = {"version", "digest", "pad_id", "packed_length", "report", "notes", "mixture", "told"}
+_KEYS = {"version", "digest", "pad_id", "packed_length", "report", "notes", "mixture", "kind", "told"}
 _COUNTED = ("rows", "tokens", "target_tokens")
 _LABELS = "labels"  # the one array that not every data set has
 
@@ -51,7 +52,9 @@ class TokenDataset:
     so False at each segment's start. row_offsets: (rows + 1,) int64, in tokens. segment_starts: (segments,) int64, in
     tokens, ascending. packed_length: tokens of a row in a batch if packed, else None. pad_id: fills the rest of a row.
     counts: made while building (read, kept, dropped_*, truncated, tokens, target_tokens, rows, ...).
-    labels: (rows,) float32 if rows are labelled: each row's last token is then its one target, for the label.
+    labels: (rows,) float32 of labelled rows, whose last token is their one target, for the label; of rated answers
+    1 for those that are wanted and 0 for the others. kind: the form of the rows; a pair's row is the better answer and
+    the other one, each with the prompt and as a segment of its own.
     notes: lines for the user about samples that were dropped, cut or changed. mixture: rows and weight of each of
     several data sets, which lie one behind the other; () if rows are used in one order over all.
     """
@@ -66,10 +69,16 @@ class TokenDataset:
     labels: np.ndarray | None = None
     notes: tuple[str, ...] = ()
     mixture: tuple[Part, ...] = ()
+    kind: RowKind = "tokens"
 
     @classmethod
     def from_sequences(
-        cls, sequences: Sequence[TokenSequence], pad_id: int, packed_length: int | None, counts: dict[str, int]
+        cls,
+        sequences: Sequence[TokenSequence],
+        pad_id: int,
+        packed_length: int | None,
+        counts: dict[str, int],
+        kind: RowKind = "tokens",
     ) -> "TokenDataset":
         """One row a sequence, or packed into rows of `packed_length`; completes the counts."""
         lengths = np.array([len(sequence.input_ids) for sequence in sequences], dtype=np.int64)
@@ -78,10 +87,12 @@ class TokenDataset:
         starts = np.concatenate([[0], np.cumsum(lengths[order])])
         segments_before = np.cumsum([0, *map(len, rows)])
         targets = np.concatenate([sequences[i].targets for i in order])
-        targets[starts[:-1]] = False
+        segment_starts = _with_second_answers(starts[:-1], [sequences[i].second for i in order])
+        targets[segment_starts] = False
         labels = None
         if sequences[0].label is not None:
             labels = np.array([sequences[i].label for i in order], dtype=np.float32)
+        if kind == "labels":
             targets[:] = False
             targets[starts[1:] - 1] = True
         laid_out = {"rows": len(rows), "tokens": int(starts[-1]), "target_tokens": int(targets.sum())}
@@ -89,11 +100,12 @@ class TokenDataset:
             tokens=np.concatenate([sequences[i].input_ids for i in order]),
             targets=targets,
             row_offsets=starts[segments_before],
-            segment_starts=starts[:-1],
+            segment_starts=segment_starts,
             pad_id=pad_id,
             packed_length=packed_length,
             counts=counts | laid_out,
             labels=labels,
+            kind=kind,
         )
 
     @classmethod
@@ -114,6 +126,7 @@ class TokenDataset:
             counts=counts | laid_out,
             labels=np.concatenate(labels) if labels else None,
             mixture=tuple(Part(len(part), weight) for part, weight in zip(parts, weights, strict=True)),
+            kind=parts[0].kind,
         )
 
     def __len__(self) -> int:
@@ -133,7 +146,9 @@ class TokenDataset:
     def digest(self) -> str:
         """SHA-256 (hex) of all that decides the batches; `counts` and `notes` are not part of it."""
         mixture = f" {[tuple(part) for part in self.mixture]}" if self.mixture else ""
-        digest = hashlib.sha256(f"{FORMAT_VERSION} {self.pad_id} {self.packed_length}{mixture}".encode())
+        # The form of rows that older versions had as well is known from the arrays.
+        kind = "" if self.kind in ("tokens", "labels") else f" {self.kind}"
+        digest = hashlib.sha256(f"{FORMAT_VERSION} {self.pad_id} {self.packed_length}{mixture}{kind}".encode())
         for name, array in self._arrays().items():
             digest.update(f"{name} {array.dtype} {array.shape}".encode())
             digest.update(array.view(np.uint8).data)
@@ -153,6 +168,7 @@ class TokenDataset:
             "report": self.counts,  # its name in files of every version
             "notes": self.notes,
             "mixture": self.mixture,
+            "kind": self.kind,
             "told": _digest_of_told(self.counts, self.notes),
         }
         with publishing(path, overwrite=True) as temporary:
@@ -177,6 +193,7 @@ class TokenDataset:
                 counts=metadata["report"],
                 notes=tuple(metadata.get("notes", ())),  # older files have neither
                 mixture=tuple(Part(*part) for part in metadata.get("mixture", ())),
+                kind=metadata.get("kind", "labels" if _LABELS in arrays else "tokens"),
             )
             expected = metadata["digest"]
             _require_told(metadata)
@@ -185,6 +202,12 @@ class TokenDataset:
         if (found := dataset.digest) != expected:
             raise CorruptFileError(f"{path}: SHA-256 of the content is {found}, the file says {expected}")
         return dataset
+
+
+def _with_second_answers(starts: np.ndarray, seconds: Sequence[int | None]) -> np.ndarray:
+    """The beginnings of all segments: of the sequences, and within them of the second answers."""
+    inner = [start + second for start, second in zip(starts.tolist(), seconds, strict=True) if second is not None]
+    return np.sort(np.concatenate([starts, np.array(inner, dtype=np.int64)])) if inner else starts
 
 
 def _digest_of_told(counts: dict[str, int], notes: Sequence[str]) -> str:

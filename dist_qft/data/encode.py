@@ -4,9 +4,10 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
-from dist_qft.config.data_schema import DataConfig, DatasetConfig
+from dist_qft.config.data_schema import TASK_FORMATS, DataConfig, DatasetConfig
+from dist_qft.data.answers import encode_answers
 from dist_qft.data.formats import resolve_format, to_sample
-from dist_qft.data.lengths import Lengths, limit_length
+from dist_qft.data.lengths import Lengths
 from dist_qft.data.records import LocatedRecord, RowError
 from dist_qft.data.sources import Source, load_records
 from dist_qft.data.tokens import Remarks, SampleEncoder, TokenSequence
@@ -84,8 +85,9 @@ def _kept(
     key: str,
     bad: BadRows,
 ) -> Iterator[TokenSequence]:
-    if encoder.task.name != "causal-lm":
-        dataset = dataset.model_copy(update={"format": "classification"})
+    own = TASK_FORMATS.get(encoder.task.name, ())
+    if len(own) == 1:
+        dataset = dataset.model_copy(update={"format": own[0]})
     limits = Lengths(
         data.max_length,
         data.overlong,
@@ -99,14 +101,13 @@ def _kept(
             if isinstance(record, RowError):
                 raise record
             if format_name is None:  # the first record that can be read tells the format
-                format_name = resolve_format(dataset, (record, where), key)
-            sequence = encoder.encode(to_sample(record, format_name, dataset.columns, where), where)
-            kept = limit_length(sequence, limits, where, bad.counts)
+                format_name = resolve_format(dataset, (record, where), key, *([own] if own else []))
+            sample = to_sample(record, format_name, dataset.columns, where)
+            kept = encode_answers(sample, encoder, limits, where, bad.counts)
         except RowError as error:
             bad.take(error)
             continue
-        if kept is not None:
-            yield kept
+        yield from kept
 
 
 def dropped_line(key: str, counts: Mapping[str, int]) -> str | None:

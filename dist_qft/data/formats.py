@@ -1,4 +1,4 @@
-"""The meaning of a record's fields: from a record of one of seven known formats to a sample.
+"""The meaning of a record's fields: from a record of one of nine known formats to a sample.
 
     alpaca             instruction, output [input, system, history: list of [question, answer]]
     sharegpt           conversations: list of {from, value} or of {role, content} [system, tools]
@@ -7,18 +7,21 @@
     text               text
     tokenized          input_ids [labels: the same ids, or -100 where nothing is to be predicted; attention_mask]
     classification     text, label [text_pair]; for the tasks that predict labels, and those alone
+    preference         chosen, rejected [prompt, tools]: texts or lists of messages; for dpo, orpo and kto
+    unpaired-preference  prompt, completion, label: true for an answer that is wanted [tools]; for kto alone
 
 `columns` in the config maps these field names to the data's own. No tokenizer here: see `tokens`.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
-from dist_qft.config.data_schema import DatasetConfig
+from dist_qft.config.data_schema import OF_TASKS, DatasetConfig
 from dist_qft.data.fields import Fields, field_names
 from dist_qft.data.messages import read_messages, read_tools
+from dist_qft.data.pairs import read_pair, read_prompt, read_rated
 from dist_qft.data.records import Record
-from dist_qft.data.samples import IGNORED, Conversation, Labelled, Message, PromptCompletion, Sample, Text, Tokenized
+from dist_qft.data.samples import IGNORED, AnySample, Conversation, Labelled, Message, Text, Tokenized
 from dist_qft.errors import UserError
 
 
@@ -35,28 +38,32 @@ FORMATS = {
     "text": FormatFields(("text",)),
     "tokenized": FormatFields(("input_ids",), ("labels", "attention_mask")),
     "classification": FormatFields(("text", "label"), ("text_pair",)),
+    "preference": FormatFields(("chosen", "rejected"), ("prompt", "tools")),
+    "unpaired-preference": FormatFields(("prompt", "completion", "label"), ("tools",)),
 }
-_NEVER_GUESSED = "classification"  # a text beside a label is also just a text: the task decides
+# A text beside a label is also just a text, a rated answer just an answer: the task decides.
+_GUESSED = tuple(name for name in FORMATS if name not in OF_TASKS)
 
 
-def resolve_format(dataset: DatasetConfig, first: tuple[Record, str], key: str) -> str:
+def resolve_format(
+    dataset: DatasetConfig, first: tuple[Record, str], key: str, guessed: Sequence[str] = _GUESSED
+) -> str:
     """The format of `dataset`, for `auto` the only one whose required fields the first record (with its place) has.
 
-    Also checks that `columns` names fields of that format. `key` is the config section, for messages.
+    Also checks that `columns` names fields of that format. `key` is the config section, for messages; `guessed` are the
+    formats that `auto` may stand for.
     """
     record, where = first
     name: str = dataset.format
     if name == "auto":
         fits = [
             format_name
-            for format_name, fields in FORMATS.items()
-            if format_name != _NEVER_GUESSED
-            and all(dataset.columns.get(field, field) in record for field in fields.required)
+            for format_name in guessed
+            if all(dataset.columns.get(field, field) in record for field in FORMATS[format_name].required)
         ]
         if len(fits) > 1:
             raise UserError(f"{where}: the fields {field_names(record)} fit {' and '.join(fits)}; set {key}.format")
         if not fits:
-            guessed = [format_name for format_name in FORMATS if format_name != _NEVER_GUESSED]
             needs = "; ".join(f"{format_name}: {', '.join(FORMATS[format_name].required)}" for format_name in guessed)
             raise UserError(f"{where}: the fields {field_names(record)} fit no format ({needs}); set {key}.columns")
         name = fits[0]
@@ -67,7 +74,7 @@ def resolve_format(dataset: DatasetConfig, first: tuple[Record, str], key: str) 
     return name
 
 
-def to_sample(record: Record, format_name: str, columns: Mapping[str, str], where: str) -> Sample:
+def to_sample(record: Record, format_name: str, columns: Mapping[str, str], where: str) -> AnySample:
     """Interpret one record; UserError naming `where`, the field and the fields at hand if it does not fit."""
     fields = Fields(record, columns, where)
     match format_name:
@@ -78,7 +85,7 @@ def to_sample(record: Record, format_name: str, columns: Mapping[str, str], wher
         case "messages":
             return Conversation(read_messages(fields, "messages"), read_tools(fields))
         case "prompt-completion":
-            return _from_prompt(fields)
+            return read_prompt(fields)
         case "text":
             return Text(fields.text("text"))
         case "tokenized":
@@ -86,6 +93,10 @@ def to_sample(record: Record, format_name: str, columns: Mapping[str, str], wher
         case "classification":
             pair = fields.text("text_pair") if fields.get("text_pair") is not None else None
             return Labelled(fields.text("text"), pair, fields.require("label"))
+        case "preference":
+            return read_pair(fields)
+        case "unpaired-preference":
+            return read_rated(fields)
     raise ValueError(f"unknown format {format_name!r}")
 
 
@@ -110,22 +121,6 @@ def _with_system(fields: Fields, messages: list[Message]) -> list[Message]:
     if fields.get("system"):
         return [{"role": "system", "content": fields.text("system")}, *messages]
     return messages
-
-
-def _from_prompt(fields: Fields) -> PromptCompletion | Conversation:
-    """Two texts, or two lists of messages; a text beside a list is a message of its own."""
-    prompt, completion = fields.require("prompt"), fields.require("completion")
-    if not isinstance(prompt, list) and not isinstance(completion, list):
-        return PromptCompletion(fields.text("prompt"), fields.text("completion"))
-
-    def messages(field: str, role: str) -> list[Message]:
-        value = fields.require(field)
-        return (
-            read_messages(fields, field) if isinstance(value, list) else [{"role": role, "content": fields.text(field)}]
-        )
-
-    asked = messages("prompt", "user")
-    return Conversation([*asked, *messages("completion", "assistant")], read_tools(fields), prompt_length=len(asked))
 
 
 def _from_tokenized(fields: Fields) -> Tokenized:

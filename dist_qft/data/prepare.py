@@ -119,7 +119,8 @@ def _cache_key(
     parts = {
         "version": FORMAT_VERSION,
         "data": data.model_dump(exclude={"cache_dir"}),
-        "task": task.model_dump(),
+        # What the loss alone depends on makes no other tokens.
+        "task": {"name": task.name, "labels": task.labels} | ({"rows": task.rows} if task.prefers else {}),
         "tokenizer": model,
         "special_tokens": {name: str(token) for name, token in tokenizer.special_tokens_map.items()},
         "chat_template": tokenizer.chat_template,
@@ -143,7 +144,7 @@ def _build(data: DataConfig, encoder: SampleEncoder, sources: dict[str, Source])
 
     def rows(sequences: list[TokenSequence], counted: dict[str, int]) -> TokenDataset:
         packed_length = data.max_length if data.packing else None
-        return TokenDataset.from_sequences(sequences, _pad_id(encoder), packed_length, counted)
+        return TokenDataset.from_sequences(sequences, _pad_id(encoder), packed_length, counted, encoder.task.rows)
 
     weights = [dataset.weight for dataset in train_sets.values() if dataset.weight is not None]
     if weights:

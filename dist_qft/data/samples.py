@@ -53,4 +53,21 @@ class Labelled:
     label: Any
 
 
+@dataclass(frozen=True)
+class Preference:
+    """Two answers to the same prompt, each with it, the better one first."""
+
+    chosen: Conversation | PromptCompletion
+    rejected: Conversation | PromptCompletion
+
+
+@dataclass(frozen=True)
+class Rated:
+    """An answer with its prompt, and the verdict on it."""
+
+    answer: Conversation | PromptCompletion
+    desirable: bool
+
+
 Sample = Conversation | PromptCompletion | Text | Tokenized | Labelled
+AnySample = Sample | Preference | Rated

@@ -32,12 +32,14 @@ class TokenSequence:
     """One sample.
 
     input_ids: (n,) int32. targets: (n,) bool, whether token i is predicted from those before it; the first never is.
-    label: the target of a labelled sample, predicted instead of tokens: a label's position, or a number.
+    label: the target of a labelled sample, predicted instead of tokens: a label's position, or a number. Of a rated
+    answer 1 or 0. second: of a pair, the token at which the other answer begins, with its prompt.
     """
 
     input_ids: np.ndarray
     targets: np.ndarray
     label: float | None = None
+    second: int | None = None
 
 
 @dataclass

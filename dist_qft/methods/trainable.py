@@ -25,7 +25,14 @@ from dist_qft.methods.forward import BaseForward, Forward
 
 
 class TrainableSet(Protocol):
-    """Trainable parameters beside a frozen base; also an `nn.Module` with its own train and eval mode."""
+    """Trainable parameters beside a frozen base; also an `nn.Module` with its own train and eval mode.
+
+    Attributes:
+        leaves_base_states: True if the base's layers compute as if nothing were hooked onto them.
+    """
+
+    @property
+    def leaves_base_states(self) -> bool: ...
 
     def named_tensors(self) -> list[tuple[str, nn.Parameter]]:
         """Every trainable, fp32, in the order of the forward pass: a part of the checkpoint contract."""
@@ -54,6 +61,8 @@ SetT = TypeVar("SetT", bound=TrainableSet)
 
 class HookedTrainables(nn.Module):
     """Base class of the kinds of `TrainableSet`: values by name, and hooks that can be switched off."""
+
+    leaves_base_states = False
 
     def __init__(self) -> None:
         super().__init__()
@@ -137,6 +146,10 @@ class TrainableSpec(ABC, Generic[SetT]):
     @abstractmethod
     def parameters(self) -> int:
         """Number of trainable values."""
+
+    def names(self) -> list[str]:
+        """The names of all trainables, in the order of `TrainableSet.named_tensors`."""
+        return [name for name, _ in self.build(0).named_tensors()]
 
     @property
     def leaves_base_clean(self) -> bool:

@@ -150,7 +150,7 @@ def next_steps(run: RunRecords) -> Iterator[tuple[str, str]]:
         yield "go on with training", f"dist-qft train {folder / CONFIG_FILE} --resume auto"
     if run.checkpoints:
         yield "evaluate the newest checkpoint", f"dist-qft eval {folder}"
-        if run.config.task.name == "causal-lm":
+        if not run.config.task.predicts_labels:
             yield "talk to the model", f"dist-qft chat {folder}"
         if run.config.method.name != "qst":
             yield "write a model of its own", f"dist-qft merge {folder} --to gguf|quantized|dense|peft"

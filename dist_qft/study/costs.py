@@ -45,7 +45,7 @@ def activation_bytes(run: TrainingRun) -> int:
     parts.trainables.train()
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), parts.fixed():
         forward.begin_step([batch])
-        loss, _ = parts.task.loss(forward(batch), batch)
+        loss = parts.task.loss(forward(batch), batch).loss
     parts.trainables.eval()
     del loss
     return sum(kept.values())

@@ -35,6 +35,9 @@ _LOSS_UNITS = {
     "causal-lm": "nats per token",
     "classification": "nats per text",
     "regression": "squared error per text",
+    "dpo": "per pair",
+    "orpo": "per pair",
+    "kto": "per answer",
 }
 
 

@@ -116,6 +116,10 @@ def expand_all(study: Study) -> Expansion:
     waiting: list[StudyRun] = []
     skeletons = Skeletons()
     for subject, config in _subjects(study):
+        if config.task.prefers:
+            raise UserError(
+                f"task.name: got {config.task.name}, must be another in a study, which reports on tokens or labels"
+            )
         arms = _Arms(study, subject, config, skeletons)
         for row in arms.rows():
             if row.tries is not None:

@@ -117,7 +117,7 @@ class Runner:
     def _keep_base(self, row: StudyRun, run: "TrainingRun") -> None:
         self._keep_evaluation(row, run)
         if row.base_key != row.config.output_dir:
-            run.parts.trainables.detach()
+            run.parts.detach()
             inputs, parts = run.inputs, run.parts
             self._loaded = LoadedBase(inputs.tokenizer, parts.base, inputs.source, parts.engine)
 

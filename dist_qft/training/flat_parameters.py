@@ -1,17 +1,15 @@
 """The trainables of every rank as one flat fp32 buffer, and the one reduction per optimizer step.
 
-Parameters and their gradients are views into two flat buffers, so accumulating micro-batches costs no copies
-and a bucket of the reduction is a slice. Gradients are *sums* over target tokens; the number of tokens rides
-in a small header at the end of the same buffer, and the sum is divided once by the global count. Neither the
-number of ranks nor the accumulation changes the gradient.
+Parameters and their gradients are views into two flat buffers, so accumulating micro-batches costs no copies and a
+bucket of the reduction is a slice. Gradients are *sums* over target tokens, or pairs where answers are compared; their
+number rides in a header at the end of the buffer, and the sum is divided once by the global count.
 
 Layout of the gradient buffer (fp32 lanes):
 
     [ gradients, last parameter first | padding | header (`step_header`) ]
 
-Last parameter first, because backward finishes the last layer first: the first buckets can leave while
-backward is still running. All that ranks must agree on each step (is anything non-finite, do the replicas
-still match, has anyone been asked to stop) rides in the header: there is no second collective to forget.
+Last parameter first, because backward finishes the last layer first: the first buckets leave while it still runs. All
+that ranks must agree on each step (finite values, equal replicas, a stop) rides in the header: no second collective.
 
 That is the reduction `fast`. With a `FixedTree`, the reduction `invariant`, every micro-batch's buffer is a leaf of the
 tree instead, header included, and the sum has the same bits on any number of ranks; nothing leaves during backward.
@@ -47,7 +45,7 @@ class FlatParameters:
         named: (name, parameter) in model order; every parameter fp32 and on one device.
         bucket_bytes: size of the slices that are reduced while backward still runs.
         group: a process group of its own, so that these reductions and the engine's gathers need no common order.
-        rank_stats_size: numbers each rank may send along with a step.
+        rank_stats_size, sums_size: numbers each rank may send along with a step, and that are summed like the loss.
         tree: sums the micro-batches in an order that the number of ranks does not change; its group is `group`.
         shard: let each rank update only its slices.
 
@@ -64,6 +62,7 @@ class FlatParameters:
         bucket_bytes: int,
         group: dist.ProcessGroup | None = None,
         rank_stats_size: int = 0,
+        sums_size: int = 0,
         tree: FixedTree | None = None,
         shard: bool = False,
     ) -> None:
@@ -79,7 +78,8 @@ class FlatParameters:
         self.slices = Slices.divide(ends, world, rank, self._chunk) if shard else Slices.whole(ends)
         # One allocation for gradients and header: without `shard`, the last bucket takes the header along.
         padded = self.slices.padded
-        self._reduced = torch.zeros(padded + StepHeader.lanes_needed(world, rank_stats_size), device=device)
+        size = padded + StepHeader.lanes_needed(world, rank_stats_size, sums_size)
+        self._reduced = torch.zeros(size, device=device)
         self._header = StepHeader(self._reduced[padded:], rank, world, rank_stats_size)
         # The tree has its own order for what rounds: the gradients and, as the header's first lane, the loss.
         self._leaf = self._reduced[: padded + 1] if shard else self._reduced
@@ -147,9 +147,9 @@ class FlatParameters:
         self._missing = list(self._members)
 
     @torch.no_grad()
-    def end_micro_batch(self, loss_sum: float | Tensor) -> None:
-        """Count the loss of the micro-batch whose backward has run: the sum over its target tokens."""
-        self._header.add_loss(loss_sum)
+    def end_micro_batch(self, loss_sum: float | Tensor, sums: Tensor | None = None) -> None:
+        """Count the loss of the micro-batch whose backward has run, the sum over its terms, and `sums_size` others."""
+        self._header.add_loss(loss_sum, sums)
         if self._tree is not None:
             self._header.mark_bad(self._reduced[: self.count].sum())
             if not self._reducing:  # the last one waits for the rest of the header

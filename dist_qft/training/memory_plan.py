@@ -142,8 +142,9 @@ class MemoryPlan:
 
 
 def tokens_per_micro_batch(config: RunConfig) -> int:
-    """The most tokens of one micro-batch; 0 without data."""
-    return config.train.per_device_train_batch_size * config.data.max_length if config.data else 0
+    """The most tokens of one micro-batch, with two rows to a sample where answers are compared; 0 without data."""
+    rows = 2 if config.task.rows in ("pairs", "pairs-with-prompts", "rated-with-kl") else 1
+    return rows * config.train.per_device_train_batch_size * config.data.max_length if config.data else 0
 
 
 def chosen_group(config: RunConfig, memory: MemoryPlan, place: Placement, limit: int | None) -> int:

@@ -28,4 +28,6 @@ def opening_lines(inputs: RunInputs, parts: Assembled, flat: FlatParameters, acc
 def _rows(data: TokenDataset) -> str:
     """The number of a data set's rows and, if it is packed, of the samples in them."""
     rows = f"{len(data):,} rows"
+    if data.kind.startswith("pairs"):
+        return f"{len(data):,} pairs"
     return rows if data.packed_length is None else f"{len(data.segment_starts):,} samples packed into {rows}"

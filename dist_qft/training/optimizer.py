@@ -1,7 +1,7 @@
 """The optimizer over the flat trainables, its learning rate as a pure function of the step, and its state."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TypedDict
 
 import torch
@@ -93,23 +93,55 @@ def smallest_in_8_bits(total: int) -> int:
     return 0 if total >= _SMALL else _SMALL
 
 
-def faster_ranges(config: TrainConfig, spans: Mapping[str, tuple[int, int]]) -> list[tuple[int, int]]:
-    """The ranges of the flat buffer that `loraplus_lr_ratio` speeds up: every adapter's B (LoRA+, arXiv 2402.12354)."""
-    if config.loraplus_lr_ratio is None:
-        return []
-    return [span for name, span in spans.items() if name.endswith(".B")]
+def lr_ratio(config: TrainConfig, name: str) -> float:
+    """A trainable's learning rate over that of the run: that of its group, and of an adapter's B that of LoRA+.
+
+    LoRA+: arXiv 2402.12354.
+    """
+    group = _group_of(config, name)
+    ratio = 1.0 if group is None else config.lr_groups[group].lr / config.learning_rate
+    return ratio * (config.loraplus_lr_ratio or 1.0) if name.endswith(".B") else ratio
+
+
+def _group_of(config: TrainConfig, name: str) -> int | None:
+    found = (i for i, group in enumerate(config.lr_groups) if any(part in name for part in group.modules))
+    return next(found, None)
+
+
+def scaled_ranges(config: TrainConfig, spans: Mapping[str, tuple[int, int]]) -> dict[float, list[tuple[int, int]]]:
+    """The ranges of the flat buffer with another learning rate than the run's, by its ratio to it."""
+    found: dict[float, list[tuple[int, int]]] = {}
+    if config.loraplus_lr_ratio is None and not config.lr_groups:
+        return found
+    for name, span in spans.items():
+        if (ratio := lr_ratio(config, name)) != 1.0:
+            found.setdefault(ratio, []).append(span)
+    return found
+
+
+def require_lr_groups(config: TrainConfig, names: Callable[[], Iterable[str]]) -> None:
+    """Refuse a group that no trainable is in; `names` are those of all trainables. UserError."""
+    if not config.lr_groups:
+        return
+    every = list(names())
+    used = {_group_of(config, name) for name in every}
+    for index, group in enumerate(config.lr_groups):
+        if index not in used:
+            earlier = any(part in name for part in group.modules for name in every)
+            reason = "earlier groups have all of them" if earlier else f"no trainable is called so; one is {every[0]}"
+            raise UserError(f"train.lr_groups.{index}.modules: got {', '.join(group.modules)}, but {reason}; remove it")
 
 
 @torch.no_grad()
-def step_with_ranges(optimizer: torch.optim.Optimizer, faster: Sequence[Tensor], ratio: float) -> None:
-    """One optimizer step, with `ratio` times the learning rate for `faster`, views of the values that it updates.
+def step_with_ranges(optimizer: torch.optim.Optimizer, scaled: Sequence[tuple[Tensor, float]]) -> None:
+    """One optimizer step, with that many times the learning rate for `scaled`, views of the values that it updates.
 
     AdamW's step is linear in the learning rate, weight decay included, so the step of a range is scaled afterwards. The
     optimizer's state is that of a step without ranges.
     """
-    before = [values.clone() for values in faster]
+    before = [values.clone() for values, _ in scaled]
     optimizer.step()
-    for values, old in zip(faster, before, strict=True):
+    for (values, ratio), old in zip(scaled, before, strict=True):
         values.sub_(old).mul_(ratio).add_(old)
 
 

@@ -6,7 +6,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from dist_qft.training.run_plan import RunPlan
+from dist_qft.training.run_plan import PlannedBatch, RunPlan
 
 
 def print_plan(plan: RunPlan, *, as_json: bool = False) -> None:
@@ -42,7 +42,7 @@ def _summary_table(plan: RunPlan) -> Table:
         "checkpoint": _size(plan.checkpoint_bytes),
         **_memory_row(plan),
         **_time_row(plan),
-        "batch": f"{batch.global_batch_size} = {batch.per_device_train_batch_size} x "
+        "batch": f"{batch.global_batch_size}{_unit(batch)} = {batch.per_device_train_batch_size} x "
         f"{plan.world_size} ranks x {batch.accumulation_steps} accumulation",
         "schedule": f"{length}, learning rate {optimization.learning_rate:g} {optimization.lr_scheduler_type}",
     }.items():
@@ -62,6 +62,10 @@ def _time_row(plan: RunPlan) -> dict[str, str]:
     step, *rest = (plan.seconds_per_step[name] for name in ("step", "compute", "gather", "reduce", "optimizer"))
     words = "{:.3g} s on {}: compute {:.3g}, gather {:.3g}, reduce {:.3g}, optimizer {:.3g}"
     return {"step": words.format(step, plan.hardware, *rest)}
+
+
+def _unit(batch: PlannedBatch) -> str:
+    return "" if batch.unit == "rows" else f" {batch.unit}"
 
 
 def _groups(plan: RunPlan) -> str:

@@ -4,7 +4,7 @@ import hashlib
 from collections.abc import Mapping
 from pathlib import Path
 
-from dist_qft.config.schema import RunConfig, TrainConfig
+from dist_qft.config.schema import RunConfig
 from dist_qft.errors import CorruptFileError, UserError
 from dist_qft.storage.checkpoint import Checkpoint, fault_in, list_checkpoints, newest_valid, read_checkpoint
 
@@ -90,17 +90,21 @@ def check_trajectory(checkpoint: Checkpoint, config: RunConfig, data_digest: str
 
 
 def changed_settings(checkpoint: Checkpoint, config: RunConfig) -> list[str]:
-    """One line for each train setting that may change on resume and did."""
-    saved = _saved_settings(checkpoint)
-    return [
-        f"train.{key} was {saved.get(key)} until step {checkpoint.state.step}, it is now {getattr(config.train, key)}"
-        for key in TrainConfig.model_fields
-        if saved.get(key) != getattr(config.train, key)
-    ]
+    """One line for each setting of training and task that may change on resume and did."""
+    notes = []
+    for name, section in (("train", config.train), ("task", config.task)):
+        saved = _saved_settings(checkpoint, name)
+        notes += [
+            f"{name}.{key} was {saved.get(key, field.default)} until step {checkpoint.state.step}, it is now "
+            f"{getattr(section, key)}"
+            for key, field in type(section).model_fields.items()
+            if saved.get(key, field.default) != getattr(section, key)
+        ]
+    return notes
 
 
-def _saved_settings(checkpoint: Checkpoint) -> dict[str, object]:
-    settings = checkpoint.state.config.get("train")
+def _saved_settings(checkpoint: Checkpoint, section: str = "train") -> dict[str, object]:
+    settings = checkpoint.state.config.get(section)
     return settings if isinstance(settings, dict) else {}
 
 

@@ -28,12 +28,14 @@ class PlannedBatch:
 
     Attributes:
         max_length: tokens of a row at most; None without data.
+        unit: rows, or pairs or rated answers, of which each is up to two rows of so many tokens.
     """
 
     global_batch_size: int
     per_device_train_batch_size: int
     accumulation_steps: int
     max_length: int | None
+    unit: str = "rows"
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """The header of a step's reduction: the few numbers on which all ranks must agree, as fp32 lanes that are summed.
 
-loss, tokens / 4096, tokens % 4096, stop, digest pieces, their squares, bad by rank, stats by rank
+loss, tokens / 4096, tokens % 4096, stop, digest pieces, their squares, bad by rank, stats by rank, the task's sums
 """
 
 import math
@@ -24,8 +24,9 @@ _FIXED_LANES = _DIGEST.stop
 class StepTotals:
     """The sums of one step's reduction, equal on all ranks.
 
-    `tokens` and `loss_sum` are sums over ranks and micro-batches; `grad_norm` is the L2 norm of the mean gradient;
-    `stop` says that some rank was asked to stop; `rank_stats[rank]` are the numbers that rank sent about itself.
+    `tokens` (terms of the loss), `loss_sum` and `sums` are sums over ranks and micro-batches; `grad_norm` is the L2
+    norm of the mean gradient; `stop` says that some rank was asked to stop; `rank_stats[rank]` are the numbers that
+    rank sent about itself.
     """
 
     tokens: int
@@ -33,6 +34,7 @@ class StepTotals:
     grad_norm: float
     stop: bool
     rank_stats: list[list[float]]
+    sums: list[float]
 
 
 class StepHeader:
@@ -43,20 +45,24 @@ class StepHeader:
         stats_size: numbers each rank may send along with a step.
 
     Attributes:
-        loss: the first lane alone. Its sum depends on the order of adding; those of the others are exact.
+        loss: the first lane alone. Its sum depends on the order of adding; those of the others are exact, but for the
+            task's sums, which nothing else is computed from.
     """
 
     def __init__(self, lanes: Tensor, rank: int, world: int, stats_size: int) -> None:
         self.lanes, self.loss = lanes, lanes[: _LOSS + 1]
         self._rank, self._world, self._stats_size = rank, world, stats_size
+        self._sums = slice(self.lanes_needed(world, stats_size), None)
 
     @staticmethod
-    def lanes_needed(world: int, stats_size: int) -> int:
-        return _FIXED_LANES + world * (1 + stats_size)
+    def lanes_needed(world: int, stats_size: int, sums_size: int = 0) -> int:
+        return _FIXED_LANES + world * (1 + stats_size) + sums_size
 
-    def add_loss(self, loss_sum: float | Tensor) -> None:
-        """Add a micro-batch's loss, and note that it is not finite."""
+    def add_loss(self, loss_sum: float | Tensor, sums: Tensor | None = None) -> None:
+        """Add a micro-batch's loss and its task's sums, and note that the loss is not finite."""
         self.loss += loss_sum
+        if sums is not None:
+            self.lanes[self._sums] += sums
         self.mark_bad(self.lanes[_LOSS])
 
     def mark_bad(self, number: Tensor) -> None:
@@ -82,11 +88,11 @@ class StepHeader:
 
     def totals(self, lanes: Sequence[float], norm: float) -> StepTotals:
         """The summed lanes, read from the device, under their names."""
-        everyone = lanes[_FIXED_LANES + self._world :]
+        everyone = lanes[_FIXED_LANES + self._world : self._sums.start]
         size = self._stats_size
         by_rank = [list(everyone[rank * size : (rank + 1) * size]) for rank in range(self._world)]
         tokens = int(lanes[_TOKENS_HIGH]) * _TOKEN_BASE + int(lanes[_TOKENS_LOW])
-        return StepTotals(tokens, lanes[_LOSS], norm, lanes[_STOP] > 0, by_rank)
+        return StepTotals(tokens, lanes[_LOSS], norm, lanes[_STOP] > 0, by_rank, list(lanes[self._sums]))
 
     def replicas_agree(self, lanes: Sequence[float]) -> bool:
         """True if all ranks sent the same digest."""

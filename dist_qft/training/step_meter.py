@@ -94,6 +94,7 @@ def step_scalars(result: StepResult, costs: StepCosts, epoch: float, check_diges
     compute = [seconds for _, seconds in result.rank_stats]
     return {
         "train/loss": result.loss,
+        **{f"train/{name}": value for name, value in result.figures.items()},
         "train/learning_rate": result.learning_rate,
         "train/grad_norm": result.grad_norm,
         "train/epoch": epoch,

@@ -2,7 +2,7 @@
 
 import math
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
@@ -13,7 +13,7 @@ from dist_qft.methods.forward import Forward
 from dist_qft.ranks.preemption import StopSignal
 from dist_qft.training.compute_clock import ComputeClock
 from dist_qft.training.flat_parameters import FlatParameters
-from dist_qft.training.optimizer import clip_gradient, faster_ranges, learning_rate, step_with_ranges
+from dist_qft.training.optimizer import clip_gradient, learning_rate, scaled_ranges, step_with_ranges
 from dist_qft.training.step_header import StepTotals
 from dist_qft.tuned_model.assemble import Assembled
 
@@ -25,7 +25,9 @@ class StepResult:
     """The outcome of a step, equal on all ranks except for the times.
 
     Attributes:
-        loss: mean per target token over the global batch.
+        loss: mean per term (target token, label, pair) over the global batch.
+        tokens: targets.
+        figures: of the task, by name.
         rank_stats: for each rank, MiB held and compute seconds.
         stop: some rank was asked to stop.
     """
@@ -38,6 +40,7 @@ class StepResult:
     rank_stats: list[list[float]]
     compute_seconds: float
     reduce_seconds: float
+    figures: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass
@@ -85,7 +88,7 @@ class TrainStep:
         self._accumulate(step, micro_batches)
         self.clock.end()
         totals = self.flat.reduce(
-            tokens=sum(batch.num_targets for batch in micro_batches),
+            tokens=sum(batch.num_terms for batch in micro_batches),
             step=step + 1,
             check_digest=check_digest,
             stop=stop is not None and stop.requested,
@@ -94,7 +97,7 @@ class TrainStep:
         reduced = time.perf_counter()
         rate = self._update(step, totals.grad_norm)
         seconds = self.clock.seconds()
-        return _result(totals, rate, seconds, max(reduced - started - seconds, 0.0))
+        return self._result(totals, rate, seconds, max(reduced - started - seconds, 0.0))
 
     def _accumulate(self, step: int, micro_batches: list[MicroBatch]) -> None:
         """Sum the gradients of this rank's micro-batches; the reduction starts during the last backward pass."""
@@ -107,10 +110,10 @@ class TrainStep:
                 batch = batch.to(self.flat.values.device)
                 # Dropout masks depend on the global micro-batch alone: the same on any world size, nothing to save.
                 torch.manual_seed(_dropout_seed(self.config.seed, step, batch.index))
-                loss, _ = self.parts.task.loss(self.forward(batch), batch)
-                loss.backward()
+                found = self.parts.task.loss(self.forward(batch), batch)
+                found.loss.backward()
                 self.parts.engine.after_backward()
-                self.flat.end_micro_batch(loss.detach())
+                self.flat.end_micro_batch(found.loss.detach(), found.sums)
 
     def _update(self, step: int, norm: float) -> float:
         """Clip and apply the reduced gradient, which has this norm; returns the learning rate."""
@@ -119,8 +122,9 @@ class TrainStep:
         rate = learning_rate(self.config, step, self.total_steps)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        faster = self.flat.own_parts(faster_ranges(self.config, self.flat.spans))
-        step_with_ranges(self.optimizer, faster, self.config.loraplus_lr_ratio or 1.0)
+        ranges = scaled_ranges(self.config, self.flat.spans).items()
+        scaled = [(part, ratio) for ratio, spans in ranges for part in self.flat.own_parts(spans)]
+        step_with_ranges(self.optimizer, scaled)
         self.flat.gather_values()
         # The largest magnitude is NaN or infinite if any value is. No later gradient may come to show it.
         largest = torch.linalg.vector_norm(values.detach(), ord=math.inf)
@@ -132,18 +136,18 @@ class TrainStep:
             )
         return rate
 
-
-def _result(totals: StepTotals, rate: float, compute_seconds: float, reduce_seconds: float) -> StepResult:
-    return StepResult(
-        loss=totals.loss_sum / max(totals.tokens, 1),
-        tokens=totals.tokens,
-        grad_norm=totals.grad_norm,
-        learning_rate=rate,
-        stop=totals.stop,
-        rank_stats=totals.rank_stats,
-        compute_seconds=compute_seconds,
-        reduce_seconds=reduce_seconds,
-    )
+    def _result(self, totals: StepTotals, rate: float, compute_seconds: float, reduce_seconds: float) -> StepResult:
+        return StepResult(
+            loss=totals.loss_sum / max(totals.tokens, 1),
+            tokens=int(totals.sums[0]) if totals.sums else totals.tokens,
+            grad_norm=totals.grad_norm,
+            learning_rate=rate,
+            stop=totals.stop,
+            rank_stats=totals.rank_stats,
+            compute_seconds=compute_seconds,
+            reduce_seconds=reduce_seconds,
+            figures=self.parts.task.figures(totals.sums, totals.tokens),
+        )
 
 
 def _dropout_seed(seed: int, step: int, micro_batch: int) -> int:

@@ -67,6 +67,7 @@ class TrainingRun:
             bucket_bytes=int(config.sharding.bucket_megabytes * 2**20),
             group=self._group,
             rank_stats_size=RANK_STATS,
+            sums_size=parts.task.sums,
             tree=FixedTree(self.batches.accumulation, self._group) if invariant else None,
             shard=shards_optimizer(config.train, trainables, world.world_size),
         )

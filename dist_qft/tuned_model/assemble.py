@@ -1,7 +1,7 @@
 """The live parts of a config, with which training, evaluation, generation and merging all begin."""
 
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -15,16 +15,19 @@ from dist_qft.base_model.load import load_base
 from dist_qft.base_model.skeleton import BaseModel
 from dist_qft.base_model.sources import TensorSource
 from dist_qft.base_model.weight_files import open_source
+from dist_qft.config.data_schema import TaskConfig
 from dist_qft.config.schema import RunConfig
 from dist_qft.data.dataset import TokenDataset
 from dist_qft.errors import Preempted
 from dist_qft.methods.forward import Forward
+from dist_qft.methods.reference import reference_beside
 from dist_qft.methods.trainable import TrainableSet, TrainableSpec, TrainingParts
 from dist_qft.ranks.preemption import StopSignal
 from dist_qft.sharding.engine import Engine
 from dist_qft.sharding.engines import engine_of
 from dist_qft.sharding.host_memory import keep_one_heap
-from dist_qft.tuned_model.task import Task, head_outputs, make_task
+from dist_qft.tuned_model.preference import PREFERENCES
+from dist_qft.tuned_model.task import CausalLM, Labelling, Task, head_outputs
 from dist_qft.tuned_model.written_zeros import fixed_values
 
 # Measured on CPUs: with 64 the step takes 5 % more time and 100 MiB more (docs/performance.md).
@@ -41,8 +44,16 @@ class Assembled:
     task: Task
 
     def fixed(self) -> AbstractContextManager[None]:
-        """Inside, no trainable changes, so what follows from their values is computed once. Collective."""
-        return fixed_values(self.engine, self.trainables)
+        """Inside, no trainable changes, so what follows from their values is computed once. Collective.
+
+        Not where the base is run as well: it has to be without them.
+        """
+        return nullcontext() if self.task.needs_base else fixed_values(self.engine, self.trainables)
+
+    def detach(self) -> None:
+        """Take trainables and task off the base: it computes as if it had never been touched."""
+        self.task.detach()
+        self.trainables.detach()
 
     def named_tensors(self) -> list[tuple[str, nn.Parameter]]:
         """Every trainable in the order of the forward pass."""
@@ -106,7 +117,18 @@ def attach_trainables(
     base.head.loss_megabytes = config.train.loss_chunk_megabytes or _LOSS_CHUNK_MEGABYTES[device.type]
     trainables = spec.build(config.train.seed).to(device)
     trainables.attach(base.model)
-    return Assembled(base, engine, trainables, make_task(config.task, base, device))
+    return Assembled(base, engine, trainables, make_task(config.task, base, trainables, device))
+
+
+def make_task(config: TaskConfig, base: BaseModel, trainables: TrainableSet, device: torch.device) -> Task:
+    """The task of a run on a base with its trainables."""
+    if config.predicts_labels:
+        width, regression = base.embedding.embedding_dim, config.name == "regression"
+        return Labelling(head_outputs(config), width, regression=regression).to(device)
+    if config.prefers:
+        reference = None if config.name == "orpo" else reference_beside(base, trainables)
+        return PREFERENCES[config.name](config, base, reference)
+    return CausalLM(base)
 
 
 def materialize(

@@ -29,10 +29,11 @@ class RowScore:
 
 @dataclass(frozen=True)
 class HeldOut:
-    """Mean loss (nats; squared error of a regression) per target: a token, or a labelled row.
+    """Mean loss (nats; squared error of a regression) per term: a token, a labelled row, a pair or a rated answer.
 
     Attributes:
-        metrics: of predicted labels; empty for tokens.
+        tokens: their number.
+        metrics: of predicted labels and of answers; empty for tokens.
         rows: the score of every row of the data by its place there, if they were asked for.
         seconds: that the evaluation took.
     """
@@ -67,7 +68,7 @@ def held_out_loss(
 
     Args:
         task: default is to predict tokens.
-        keep_rows: also score every row by itself, which runs the head once more.
+        keep_rows: also score every row by itself, which runs the head once more; not of answers that are compared.
 
     Raises:
         NumericError: on all ranks, if the loss is not finite.
@@ -76,7 +77,7 @@ def held_out_loss(
     started = time.perf_counter()
     task = task or CausalLM(base)
     forward = BaseForward(base, device)
-    sums = torch.zeros(2, dtype=torch.float64, device=device)
+    sums = torch.zeros(2 + task.sums, dtype=torch.float64, device=device)
     predictions: list[Tensor] = []
     labels: list[Tensor] = []
     rows: dict[int, RowScore] = {}
@@ -85,23 +86,26 @@ def held_out_loss(
             raise Preempted("stopped by a signal during an evaluation")
         batch = batch.to(device)
         hidden = forward(batch)
-        loss, predicted = task.loss(hidden, batch)
-        if keep_rows:
+        loss, predicted, others = task.loss(hidden, batch)
+        if keep_rows and batch.answers is None:
             rows |= _row_scores(task, hidden, batch)
         sums[0] += loss
-        sums[1] += batch.num_targets
+        sums[1] += batch.num_terms
+        if others is not None:
+            sums[2:] += others
         if predicted is not None:
             predictions.append(predicted)
             found = labels_of(batch)
             labels.append(torch.full_like(predicted, torch.nan))
             labels[-1][: len(found)] = found
     dist.all_reduce(sums)
-    loss, tokens = sums.tolist()
+    loss, terms, *totals = sums.tolist()
     if not math.isfinite(loss):
         raise NumericError(f"held-out loss is {loss}: the model's values or outputs are not finite")
     metrics = _metrics(task, torch.cat(predictions), torch.cat(labels)) if predictions else {}
     everywhere = _all_rows(rows) if keep_rows else {}
-    return HeldOut(loss / max(tokens, 1), int(tokens), metrics, everywhere, time.perf_counter() - started)
+    metrics |= task.figures(totals, int(terms))
+    return HeldOut(loss / max(terms, 1), int(terms), metrics, everywhere, time.perf_counter() - started)
 
 
 def _row_scores(task: Task, hidden: Tensor, batch: MicroBatch) -> dict[int, RowScore]:
@@ -115,7 +119,7 @@ def _row_scores(task: Task, hidden: Tensor, batch: MicroBatch) -> dict[int, RowS
         part = replace(
             batch, target_positions=batch.target_positions[own], target_ids=batch.target_ids[own], labels=labels
         )
-        loss, predicted = task.loss(hidden, part)
+        loss, predicted, _ = task.loss(hidden, part)
         if row_id is not None:
             label = None if labels is None else float(labels)
             guess = None if predicted is None else float(predicted[row])

@@ -42,7 +42,7 @@ def opened_to_answer(path: str, *, doing: str, request: dict[str, str]) -> Itera
     """
     checkpoint = find_checkpoint(path)
     config = config_of(checkpoint)
-    if config.task.name != "causal-lm":
+    if config.task.predicts_labels:
         raise UserError(f"{checkpoint.path}: trained for {config.task.name}, it answers no prompts; use `eval`")
     must_match = {
         "config": config.model_dump_json(),

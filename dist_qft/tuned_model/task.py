@@ -1,13 +1,12 @@
-"""The tasks of a tuned model: the next token, or a label for a whole text.
+"""The tasks of a tuned model: the next token, or a label for a whole text. `preference` has those that compare answers.
 
-A task turns last hidden states into a loss summed over targets. Predicting labels (the GLUE benchmark's way, the QST
-paper's main table) needs a head of its own, which trains with the rest; it reads the last token of each row that is
-not padding.
+A task turns last hidden states into a loss summed over its terms: targets, or pairs. Predicting labels (the GLUE
+benchmark's way, the QST paper's main table) needs a head of its own, which trains with the rest; it reads the last
+token of each row that is not padding.
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Protocol
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -21,8 +20,31 @@ from dist_qft.data.batches import MicroBatch
 from dist_qft.methods.trainable import copy_tensors
 
 
+class TaskLoss(NamedTuple):
+    """The outcome of a micro-batch.
+
+    loss: summed over its terms, a float32 scalar. predicted: (b,) float32 on the device, with NaN for rows that only
+    fill up; None without labels. sums: (n,) float32, what `Task.figures` is made of; None if there are none.
+    """
+
+    loss: Tensor
+    predicted: Tensor | None = None
+    sums: Tensor | None = None
+
+
 class Task(Protocol):
-    """The last stage of a forward pass. A micro-batch is on the device of the states."""
+    """The last stage of a forward pass. A micro-batch is on the device of the states.
+
+    Attributes:
+        sums: how many numbers `loss` sums up for `figures`.
+        needs_base: the loss compares the tuned model with the base, which is run beside it.
+    """
+
+    @property
+    def sums(self) -> int: ...
+
+    @property
+    def needs_base(self) -> bool: ...
 
     def named_tensors(self) -> list[tuple[str, nn.Parameter]]:
         """The task's own trainables, fp32."""
@@ -30,46 +52,59 @@ class Task(Protocol):
     def load_tensors(self, tensors: Mapping[str, Tensor]) -> None:
         """Copy values into them."""
 
-    def loss(self, hidden: Tensor, batch: MicroBatch) -> tuple[Tensor, Tensor | None]:
-        """Loss summed over the batch's targets, from last hidden states (b, L, D), differentiable by them.
-
-        Also the predictions, (b,) float32 on the device with NaN for rows that only fill up; None for tokens.
-        """
+    def loss(self, hidden: Tensor, batch: MicroBatch) -> TaskLoss:
+        """Loss summed over the batch's terms, from last hidden states (b, L, D), differentiable by them."""
 
     def metrics(self, predicted: np.ndarray, labels: np.ndarray) -> dict[str, float]:
         """Figures on predicted labels."""
 
+    def figures(self, sums: Sequence[float], terms: int) -> dict[str, float]:
+        """Figures by name, from the sums over so many terms."""
 
-def make_task(config: TaskConfig, base: BaseModel, device: torch.device) -> Task:
-    """The task of a run on this base."""
-    outputs = head_outputs(config)
-    if outputs == 0:
-        return CausalLM(base)
-    return Labelling(outputs, base.embedding.embedding_dim, regression=config.name == "regression").to(device)
+    def detach(self) -> None:
+        """Leave the base as it was."""
 
 
 def head_outputs(config: TaskConfig) -> int:
     """Rows of the head that the task trains; 0 if it has none."""
-    return {"causal-lm": 0, "classification": len(config.labels), "regression": 1}[config.name]
+    return {"classification": len(config.labels), "regression": 1}.get(config.name, 0)
 
 
-@dataclass(frozen=True)
-class CausalLM:
-    """Cross entropy of each target token, by the base's frozen head."""
+class LanguageTask:
+    """Base class of tasks that read the base's frozen head and train nothing of their own."""
 
-    base: BaseModel
+    sums = 0
+    needs_base = False
+
+    def __init__(self, base: BaseModel) -> None:
+        self.base = base
 
     def named_tensors(self) -> list[tuple[str, nn.Parameter]]:
+        """Nothing."""
         return []
 
     def load_tensors(self, tensors: Mapping[str, Tensor]) -> None:
+        """Refuse any tensor."""
         copy_tensors({}, tensors)
 
-    def loss(self, hidden: Tensor, batch: MicroBatch) -> tuple[Tensor, None]:
-        return loss_at(hidden, batch.target_positions, batch.target_ids, self.base.head.loss), None
-
     def metrics(self, predicted: np.ndarray, labels: np.ndarray) -> dict[str, float]:
+        """Nothing."""
         return {}
+
+    def figures(self, sums: Sequence[float], terms: int) -> dict[str, float]:
+        """Nothing."""
+        return {}
+
+    def detach(self) -> None:
+        """Do nothing."""
+
+
+class CausalLM(LanguageTask):
+    """Cross entropy of each target token."""
+
+    def loss(self, hidden: Tensor, batch: MicroBatch) -> TaskLoss:
+        """See `Task`."""
+        return TaskLoss(loss_at(hidden, batch.target_positions, batch.target_ids, self.base.head.loss))
 
 
 class Labelling(nn.Module):
@@ -77,6 +112,9 @@ class Labelling(nn.Module):
 
     It starts at zero, so that every label is equally likely at first, for every seed.
     """
+
+    sums = 0
+    needs_base = False
 
     def __init__(self, outputs: int, width: int, *, regression: bool) -> None:
         super().__init__()
@@ -89,7 +127,7 @@ class Labelling(nn.Module):
     def load_tensors(self, tensors: Mapping[str, Tensor]) -> None:
         copy_tensors(dict(self.named_tensors()), tensors)
 
-    def loss(self, hidden: Tensor, batch: MicroBatch) -> tuple[Tensor, Tensor]:
+    def loss(self, hidden: Tensor, batch: MicroBatch) -> TaskLoss:
         rows = batch.target_positions // hidden.shape[1]
         scores = F.linear(hidden.flatten(0, 1)[batch.target_positions].float(), self.score)
         labels = labels_of(batch)
@@ -101,7 +139,13 @@ class Labelling(nn.Module):
             loss = F.cross_entropy(scores, labels.long(), reduction="sum")
         predicted = best.new_full((hidden.shape[0],), torch.nan)
         predicted[rows] = best.detach()
-        return loss, predicted
+        return TaskLoss(loss, predicted)
+
+    def figures(self, sums: Sequence[float], terms: int) -> dict[str, float]:
+        return {}
+
+    def detach(self) -> None:
+        pass
 
     def metrics(self, predicted: np.ndarray, labels: np.ndarray) -> dict[str, float]:
         """Pearson correlation of numbers; accuracy, Matthews correlation and F1 of labels."""

@@ -33,6 +33,10 @@ class AdapterSpec(TrainableSpec[AdapterSet]):
     backward_through_base: ClassVar[bool] = True
     title: ClassVar[str] = "adapters"
 
+    def names(self) -> list[str]:
+        """The names of all trainables."""
+        return [f"{path}.{name}" for path, settings in self.tiles.items() for name in settings.shapes()]
+
     @property
     def parameters(self) -> int:
         """Number of trainable values."""

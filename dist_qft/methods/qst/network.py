@@ -61,6 +61,8 @@ class SideNetwork(HookedTrainables):
         observer: called with the base's states of every forward pass, if set.
     """
 
+    leaves_base_states = True
+
     def __init__(self, settings: SideSettings, config: PretrainedConfig, width: int, out_width: int) -> None:
         super().__init__()
         self.settings = settings

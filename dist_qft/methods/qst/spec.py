@@ -57,6 +57,10 @@ class SideSpec(TrainableSpec[SideNetwork]):
             network = SideNetwork(self.settings, self.config, self.width, self.out_width)
         return {name: tuple(parameter.shape) for name, parameter in network.named_tensors()}
 
+    def names(self) -> list[str]:
+        """The names of all trainables."""
+        return list(self.shapes)
+
     @property
     def parameters(self) -> int:
         """Number of trainable values."""

@@ -52,7 +52,7 @@ class Trained:
             flat.end_micro_batch(loss.detach())
         totals = flat.reduce(tokens=3 * self.share, step=step, check_digest=True)
         clip_gradient(flat.parts, totals.grad_norm, 0.3)
-        step_with_ranges(self.optimizer, flat.own_parts([flat.spans["0.weight"]]), 16.0)
+        step_with_ranges(self.optimizer, [(part, 16.0) for part in flat.own_parts([flat.spans["0.weight"]])])
         flat.gather_values()
         return totals.loss_sum / totals.tokens, totals.grad_norm
 

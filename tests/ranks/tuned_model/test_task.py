@@ -123,7 +123,7 @@ def test_loss_is_that_of_the_last_tokens(tmp_path):
     batch = collate(dataset, [0, 1], 3, 0)
     hidden = torch.randn(3, batch.input_ids.shape[1], 8)
     last = torch.stack([hidden[i, len(dataset.row(i).tokens) - 1] for i in range(2)])
-    loss, predicted = head.loss(hidden, batch)
+    loss, predicted, _ = head.loss(hidden, batch)
     scores = last @ head.score.T
     torch.testing.assert_close(loss, F.cross_entropy(scores, torch.tensor([2, 0]), reduction="sum"))
     assert predicted[:2].tolist() == scores.argmax(1).tolist()

@@ -49,7 +49,7 @@ def test_there_is_a_config_for_every_method_and_size():
     expected = {f"{folder}/{name}.yaml" for folder in ("smollm2", "llama-8b", "llama-70b") for name in methods}
     side = {f"{folder}/qst.yaml" for folder in ("smollm2", "llama2-7b", "llama2-70b")}
     gpu = {"qwen3-8b/qlora.yaml", "qwen3-8b/qahira-32k.yaml"}
-    assert names == expected | side | gpu | {"quickstart.yaml", "smollm2/qst-classification.yaml"}
+    assert names == expected | side | gpu | {"quickstart.yaml", "smollm2/qst-classification.yaml", "smollm2/dpo.yaml"}
 
 
 @every_config
@@ -58,7 +58,8 @@ def test_loads_without_warnings_and_divides_over_its_ranks(path):
     assert config_warnings(config) + engine_warnings(config) == []
     for world_size in RANKS[path.parent.name]:
         assert accumulation_steps(config, world_size) >= 1
-    assert path.name == "quickstart.yaml" or config.method.name == path.stem.partition("-")[0]
+    named = {"quickstart.yaml": "qahira", "dpo.yaml": "qlora"}.get(path.name, path.stem.partition("-")[0])
+    assert config.method.name == named
 
 
 @every_config

@@ -5,15 +5,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dist_qft.config.data_schema import DatasetConfig
-from dist_qft.data.formats import (
-    FORMATS,
-    Conversation,
-    PromptCompletion,
-    Text,
-    Tokenized,
-    resolve_format,
-    to_sample,
-)
+from dist_qft.data.formats import FORMATS, resolve_format, to_sample
+from dist_qft.data.samples import Conversation, PromptCompletion, Text, Tokenized
 from dist_qft.errors import UserError
 
 WHERE = "data.jsonl:7"

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from tokenizers import processors
 
-from dist_qft.data.formats import Conversation, PromptCompletion, Text, Tokenized
 from dist_qft.data.lengths import Lengths, limit_length
+from dist_qft.data.samples import Conversation, PromptCompletion, Text, Tokenized
 from dist_qft.data.tokens import SampleEncoder, TokenSequence
 from dist_qft.errors import UserError
 

@@ -9,15 +9,17 @@ from torch import nn
 from transformers.optimization import get_cosine_with_min_lr_schedule_with_warmup, get_wsd_schedule
 
 from dist_qft.config.schema import TrainConfig
+from dist_qft.config.train_schema import LrGroup
 from dist_qft.errors import CorruptFileError, NumericError, SetupError, UserError
 from dist_qft.training.norms import gradient_norm
 from dist_qft.training.optimizer import (
     check_warmup,
     checkpoint_bytes,
     clip_gradient,
-    faster_ranges,
     learning_rate,
     make_optimizer,
+    require_lr_groups,
+    scaled_ranges,
     step_with_ranges,
 )
 from dist_qft.training.optimizer_state import OptimizerState
@@ -92,13 +94,13 @@ def test_loraplus_is_torchs_parameter_groups():
     theirs = [nn.Parameter(tensor.clone()) for tensor in start]
     groups = [{"params": theirs[first::2], "lr": rate} for first, rate in ((0, 0.16), (1, 0.01))]
     reference = torch.optim.AdamW(groups, weight_decay=0.1)
-    ranges = faster_ranges(config, spans)
-    assert ranges == [(0, 6), (12, 18)] and faster_ranges(TrainConfig(), spans) == []
+    ((_, ranges),) = scaled_ranges(config, spans).items()
+    assert ranges == [(0, 6), (12, 18)] and scaled_ranges(TrainConfig(), spans) == {}
     for _ in range(5):
         values.grad = torch.randn(24, generator=generator)
         for parameter, (first, last) in zip(theirs, spans.values(), strict=True):
             parameter.grad = values.grad[first:last].clone()
-        step_with_ranges(optimizer, [values.data[start:stop] for start, stop in ranges], 16.0)
+        step_with_ranges(optimizer, [(values.data[start:stop], 16.0) for start, stop in ranges])
         reference.step()
     torch.testing.assert_close(values.detach(), flat(theirs), rtol=1e-5, atol=1e-7)
 
@@ -266,3 +268,22 @@ def test_a_warm_up_that_outlasts_a_run_in_epochs_is_refused():
         with pytest.raises(UserError):
             check_warmup(config, steps)
     check_warmup(config, 501)
+
+
+def test_learning_rates_by_group_are_ranges_and_the_first_group_counts():
+    groups = [{"modules": ["layers.0."], "lr": 0.1}, {"modules": ["q_proj", "o_proj"], "lr": 0.02, "name": "attention"}]
+    config = TrainConfig(learning_rate=0.01, loraplus_lr_ratio=4.0, lr_groups=groups)
+    names = ["layers.0.q_proj.A", "layers.0.q_proj.B", "layers.1.q_proj.A", "layers.1.up_proj.A", "layers.1.up_proj.B"]
+    spans = {name: (10 * i, 10 * i + 10) for i, name in enumerate(names)}
+    found = scaled_ranges(config, spans)
+    assert {round(ratio, 6): ranges for ratio, ranges in found.items()} == {
+        10.0: [(0, 10)],
+        40.0: [(10, 20)],
+        2.0: [(20, 30)],
+        4.0: [(40, 50)],
+    }
+    require_lr_groups(config, lambda: names)
+    for modules in (["k_proj"], ["layers.0.q_proj"]):
+        wrong = config.model_copy(update={"lr_groups": [*config.lr_groups, LrGroup(modules=modules, lr=1.0)]})
+        with pytest.raises(UserError, match=r"^train.lr_groups.2.modules: got "):
+            require_lr_groups(wrong, lambda: names)

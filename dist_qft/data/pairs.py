@@ -1,0 +1,90 @@
+"""Records of a prompt and one or two answers to it, in the forms that TRL's trainers read.
+
+Prompt and answers are texts, or lists of messages. A pair may do without a prompt of its own: then the answers begin
+with it, and it is what both have in common.
+"""
+
+from typing import Any
+
+from dist_qft.data.fields import Fields
+from dist_qft.data.messages import read_messages, read_tools
+from dist_qft.data.samples import Conversation, Message, Preference, PromptCompletion, Rated
+
+_VERDICTS = {"true": True, "false": False, "1": True, "0": False}  # as CSV files and numbers write them
+
+
+def read_prompt(fields: Fields, answer: str = "completion") -> PromptCompletion | Conversation:
+    """A prompt and the answer in the field `answer`: two texts, or two lists of messages.
+
+    A text beside a list is a message of its own.
+    """
+    if not isinstance(fields.require("prompt"), list) and not isinstance(fields.require(answer), list):
+        return PromptCompletion(fields.text("prompt"), fields.text(answer))
+    asked = _messages(fields, "prompt", "user")
+    return Conversation([*asked, *_messages(fields, answer, "assistant")], read_tools(fields), prompt_length=len(asked))
+
+
+def read_pair(fields: Fields) -> Preference:
+    """The pair of a record, with its own prompt or with the one that both answers begin with.
+
+    Raises:
+        RowError: the answers are equal, or have no prompt in common.
+    """
+    chosen, rejected = fields.require("chosen"), fields.require("rejected")
+    if chosen == rejected:
+        raise fields.fault("rejected", "is the same as the chosen answer, which prefers nothing")
+    if fields.get("prompt") is not None:
+        return Preference(read_prompt(fields, "chosen"), read_prompt(fields, "rejected"))
+    if isinstance(chosen, list) != isinstance(rejected, list):
+        raise fields.fault("rejected", "must be a text or a list of messages, as the chosen answer is")
+    if isinstance(chosen, list):
+        better, worse = read_messages(fields, "chosen"), read_messages(fields, "rejected")
+        start = _common_messages(better, worse)
+        if not start:
+            raise fields.fault("chosen", "has no prompt in common with the rejected answer; must begin with it")
+        tools = read_tools(fields)
+        return Preference(
+            Conversation(better, tools, prompt_length=start), Conversation(worse, tools, prompt_length=start)
+        )
+    better_text, worse_text = fields.text("chosen"), fields.text("rejected")
+    start = _common_text(better_text, worse_text)
+    if not start:
+        raise fields.fault("chosen", "has no prompt in common with the rejected answer; must begin with it")
+    return Preference(_split(better_text, start), _split(worse_text, start))
+
+
+def read_rated(fields: Fields) -> Rated:
+    """An answer with its verdict, `label`: true or false.
+
+    Raises:
+        RowError: the verdict is something else.
+    """
+    label: Any = fields.require("label")
+    verdict = _VERDICTS.get(str(label).lower())
+    if verdict is None:
+        raise fields.fault("label", "must be true or false")
+    return Rated(read_prompt(fields), verdict)
+
+
+def _messages(fields: Fields, field: str, role: str) -> list[Message]:
+    if isinstance(fields.require(field), list):
+        return read_messages(fields, field)
+    return [{"role": role, "content": fields.text(field)}]
+
+
+def _common_messages(first: list[Message], second: list[Message]) -> int:
+    """The number of messages at the start that are the same; of two equal lists all but the last."""
+    pairs = zip(first, second, strict=False)
+    count = next((index for index, (one, other) in enumerate(pairs) if one != other), min(len(first), len(second)))
+    return min(count, len(first) - 1, len(second) - 1)
+
+
+def _common_text(first: str, second: str) -> int:
+    """The length of the text that both begin with, without a blank before the first difference, as TRL cuts it."""
+    shorter = min(len(first), len(second))
+    length = next((index for index in range(shorter) if first[index] != second[index]), shorter)
+    return length - 1 if length and first[length - 1] == " " else length
+
+
+def _split(text: str, start: int) -> PromptCompletion:
+    return PromptCompletion(text[:start], text[start:])

@@ -1,0 +1,109 @@
+"""Pairs and rated answers in TRL's forms: from records to the rows of a micro-batch."""
+
+import json
+
+import numpy as np
+import pytest
+
+from dist_qft.config.data_schema import DataConfig, DatasetConfig, TaskConfig
+from dist_qft.data.batches import Batches, collate, eval_batches
+from dist_qft.data.dataset import TokenDataset
+from dist_qft.data.prepare import prepare
+from dist_qft.errors import UserError
+from tests.support.tiny_model import tiny_tokenizer
+
+USER = [{"role": "user", "content": "the cat"}]
+
+
+def answer(text):
+    return [{"role": "assistant", "content": text}]
+
+
+FORMS = {
+    "texts": {"prompt": "the cat", "chosen": " sat on a mat", "rejected": " ran"},
+    "texts with their prompt": {"chosen": "the cat sat on a mat", "rejected": "the cat ran"},
+    "messages": {"prompt": USER, "chosen": answer("sat on a mat"), "rejected": answer("ran")},
+    "messages with their prompt": {"chosen": USER + answer("sat on a mat"), "rejected": USER + answer("ran")},
+    "a text beside messages": {"prompt": "the cat", "chosen": answer("sat on a mat"), "rejected": "ran"},
+}
+
+
+def prepared(folder, rows, task="dpo", **data):
+    path = folder / "pairs.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config = DataConfig(train=DatasetConfig(path=str(path), **data.pop("dataset", {})), **data)
+    return prepare(config, tiny_tokenizer(), 320, folder / "cache", TaskConfig(name=task)).train
+
+
+def answers(dataset, row):
+    """The predicted text of a pair's two answers."""
+    batch = collate(dataset, [row], 1, 0)
+    return [tiny_tokenizer().decode(targets[targets != -100]) for targets in batch.targets]
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_every_form_of_a_pair(tmp_path, form):
+    dataset = prepared(tmp_path, [FORMS[form]])
+    assert dataset.kind == "pairs" and len(dataset) == 1 and dataset.counts["rows"] == 1
+    first, second = answers(dataset, 0)
+    assert first.strip().removesuffix("<|im_end|>").strip().removesuffix("<|im_end|>") == "sat on a mat"
+    assert second.strip().removesuffix("<|im_end|>").strip().removesuffix("<|im_end|>") == "ran"
+    assert TokenDataset.load(next((tmp_path / "cache").glob("*.safetensors"))).kind == "pairs"
+
+
+def test_rows_of_pairs_lie_in_halves_and_fill_up(tmp_path):
+    dataset = prepared(tmp_path, [FORMS["texts"], FORMS["messages"], FORMS["texts"]], task="orpo")
+    batch = collate(dataset, [1, 0], 3, 0, share=0.5)
+    assert batch.input_ids.shape[0] == 6 and batch.answers.count == batch.num_terms == 2
+    assert batch.input_ids[2].unique().tolist() == batch.input_ids[5].unique().tolist() == [dataset.pad_id]
+    lengths = (batch.targets != -100).sum(1).tolist()
+    halves = np.diff([*dataset.segment_starts, len(dataset.tokens)])
+    # The better answers are trained on with their prompts, but for the first token.
+    assert lengths[:2] == [halves[2] - 1, halves[0] - 1] and 0 < lengths[3] < halves[3] - 1
+    in_answer = batch.answers.in_answer
+    assert len(in_answer) == batch.num_targets and in_answer.sum() == int(dataset.targets[: halves[:4].sum()].sum())
+    (step,) = Batches(dataset, 0, 3, 3, 0, 1, 3).micro_batches(0)
+    assert step.answers.share == pytest.approx(3 / (halves[::2] - 1).sum())
+    (whole,) = eval_batches(dataset, 3, 0, 1)
+    assert whole.answers.share == step.answers.share
+
+
+def test_rated_answers_are_put_behind_each_others_prompts(tmp_path):
+    rows = [
+        {"prompt": "the cat", "completion": " sat", "label": True},
+        {"prompt": "seven dogs", "completion": " ran over hills", "label": False},
+    ]
+    dataset = prepared(tmp_path, rows, task="kto")
+    assert dataset.kind == "rated-with-kl" and dataset.labels.tolist() == [1.0, 0.0]
+    batch = collate(dataset, [0, 1], 2, 0)
+    assert batch.answers.desirable.tolist() == [True, False] and batch.answers.cycled == 2
+    texts = [tiny_tokenizer().decode(row, skip_special_tokens=True) for row in batch.input_ids]
+    assert texts == ["the cat sat", "seven dogs ran over hills", "the cat ran over hills", "seven dogs sat"]
+    alone = collate(dataset, [0], 2, 0)
+    assert alone.answers.cycled == 0 and alone.num_terms == 1
+    split = prepared(tmp_path, [FORMS["texts"]], task="kto")
+    assert len(split) == 2 and split.labels.tolist() == [1.0, 0.0]
+
+
+@pytest.mark.parametrize(
+    "row, task, reason",
+    [
+        ({"prompt": "a", "chosen": "b"}, "dpo", "'rejected' is missing"),
+        ({"prompt": "a", "chosen": "b", "rejected": "b"}, "dpo", "is the same as the chosen answer"),
+        ({"chosen": "one", "rejected": "two"}, "orpo", "no prompt in common"),
+        ({"chosen": USER + answer("x"), "rejected": "y"}, "dpo", "must be a text or a list of messages"),
+        ({"prompt": "a", "completion": "b", "label": "good"}, "kto", "'label' must be true or false"),
+        ({"prompt": "a", "completion": "b"}, "kto", "fit no format"),
+        ({"prompt": "a", "chosen": "b", "rejected": "c"}, "causal-lm", "fit no format"),
+    ],
+)
+def test_rows_that_cannot_be_compared_are_refused_at_their_line(tmp_path, row, task, reason):
+    with pytest.raises(UserError) as refusal:
+        prepared(tmp_path, [row], task)
+    assert str(refusal.value).startswith(f"{tmp_path / 'pairs.jsonl'}:1: ") and reason in str(refusal.value)
+
+
+def test_an_answer_too_long_takes_its_pair_along(tmp_path):
+    long = {**FORMS["texts"], "rejected": " ran over green hills" * 20}
+    dataset = prepared(tmp_path, [FORMS["texts"], long], overlong="drop", max_length=16)
+    assert len(dataset) == 1 and dataset.counts["dropped_overlong"] == 1
