@@ -18,6 +18,7 @@ from dist_qft.base_model.skeleton import BaseModel
 from dist_qft.data.batches import MicroBatch
 from dist_qft.data.samples import IGNORED
 from dist_qft.harness.generation import continuation
+from dist_qft.ranks.collectives import gather_table
 from dist_qft.tuned_model.loaded_model import load
 
 HARNESS = find_spec("lm_eval") is not None
@@ -136,12 +137,10 @@ class TunedLM(TemplateLM):
             if number < len(batches):
                 own |= dict(zip(chosen, scores, strict=True))
         self.base.model.train(was_training)
-        everyone: list[dict[int, Scored]] = [own]
         if ranks > 1:
-            everyone = [{} for _ in range(ranks)]
-            dist.all_gather_object(everyone, own)
-        scored = {index: score for part in everyone for index, score in part.items()}
-        return [scored[index] for index in range(len(requests))]
+            everyone = gather_table(own, 2, self._device)
+            own = {index: (likelihood, bool(greedy)) for index, (likelihood, greedy) in everyone.items()}
+        return [own[index] for index in range(len(requests))]
 
     def _scored(self, requests: Sequence[TokenRequest]) -> list[Scored]:
         """The scores of one batch; a row that is too long loses the beginning of its context."""

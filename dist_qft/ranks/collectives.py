@@ -62,6 +62,25 @@ def gather_in_place(
         work.wait()
 
 
+def gather_table(own: Mapping[int, Sequence[float]], columns: int, device: torch.device) -> dict[int, list[float]]:
+    """`columns` numbers for each key, of which every rank has some keys: all of them, in the keys' order. Collective.
+
+    Keys and numbers travel as float64, so keys must be below 2**53.
+    """
+    rows = [[float(key), *values] for key, values in own.items()]
+    table = torch.tensor(rows, dtype=torch.float64, device=device).view(-1, 1 + columns)
+    count = torch.tensor([len(rows)], device=device)
+    counts = [torch.empty_like(count) for _ in range(dist.get_world_size())]
+    dist.all_gather(counts, count)
+    sizes = [int(size) for size in counts]
+    padded = table.new_zeros(max(sizes), 1 + columns)
+    padded[: len(rows)] = table
+    everyone = [torch.empty_like(padded) for _ in sizes]
+    dist.all_gather(everyone, padded)
+    found = torch.cat([part[:size] for part, size in zip(everyone, sizes, strict=True)]).tolist()
+    return {int(key): values for key, *values in sorted(found)}
+
+
 def require_same_inputs(inputs: Mapping[str, str], device: torch.device) -> None:
     """Stop every rank, before the base is loaded, if the ranks were started with different inputs. Collective.
 

@@ -2,7 +2,7 @@
 
 import math
 import time
-from dataclasses import dataclass, field, replace
+from dataclasses import astuple, dataclass, field, replace
 
 import numpy as np
 import torch
@@ -13,6 +13,7 @@ from dist_qft.base_model.skeleton import BaseModel
 from dist_qft.data.batches import MicroBatch
 from dist_qft.errors import NumericError, Preempted
 from dist_qft.methods.forward import BaseForward
+from dist_qft.ranks.collectives import gather_table
 from dist_qft.ranks.preemption import StopSignal
 from dist_qft.tuned_model.task import CausalLM, Task, labels_of
 
@@ -103,7 +104,7 @@ def held_out_loss(
     if not math.isfinite(loss):
         raise NumericError(f"held-out loss is {loss}: the model's values or outputs are not finite")
     metrics = _metrics(task, torch.cat(predictions), torch.cat(labels)) if predictions else {}
-    everywhere = _all_rows(rows) if keep_rows else {}
+    everywhere = _all_rows(rows, device) if keep_rows else {}
     metrics |= task.figures(totals, int(terms))
     return HeldOut(loss / max(terms, 1), int(terms), metrics, everywhere, time.perf_counter() - started)
 
@@ -127,11 +128,14 @@ def _row_scores(task: Task, hidden: Tensor, batch: MicroBatch) -> dict[int, RowS
     return found
 
 
-def _all_rows(rows: dict[int, RowScore]) -> dict[int, RowScore]:
+def _all_rows(rows: dict[int, RowScore], device: torch.device) -> dict[int, RowScore]:
     """The rows of all ranks, in the order of the data. Collective."""
-    everyone: list[dict[int, RowScore]] = [{} for _ in range(dist.get_world_size())]
-    dist.all_gather_object(everyone, rows)
-    return dict(sorted(item for own in everyone for item in own.items()))
+    own = {row: [math.nan if value is None else float(value) for value in astuple(rows[row])] for row in rows}
+    everyone = gather_table(own, 4, device)
+    return {
+        row: RowScore(loss, int(targets), *(None if math.isnan(value) else value for value in labelled))
+        for row, (loss, targets, *labelled) in everyone.items()
+    }
 
 
 def _metrics(task: Task, predicted: Tensor, labels: Tensor) -> dict[str, float]:

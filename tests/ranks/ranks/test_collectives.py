@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 
 from dist_qft.errors import NumericError, PeerLostError, UserError
-from dist_qft.ranks.collectives import everywhere, maximum, require_same_inputs
+from dist_qft.ranks.collectives import everywhere, gather_table, maximum, require_same_inputs
 from dist_qft.ranks.groups import new_group
 from dist_qft.ranks.peers import GRACE_SECONDS, Peers, peer_loss_reported
 from dist_qft.ranks.session import errors_reported
@@ -25,6 +25,18 @@ def require(inputs: list[dict[str, str]]) -> tuple[str, int, bool] | None:
     except UserError as error:
         return str(error), error.exit_code, error.everywhere
     return None
+
+
+def gathered_table(parts: list[dict[int, list[float]]]) -> dict[int, list[float]]:
+    return gather_table(parts[dist.get_rank()], 2, CPU)
+
+
+def test_every_rank_gets_the_rows_of_all_in_their_order(pools):
+    parts = [{7: [0.5, float("inf")], 2: [1.0, 2.0]}, {2**40: [3.0, -0.25]}]
+    expected = {2: [1.0, 2.0], 7: [0.5, float("inf")], 2**40: [3.0, -0.25]}
+    for found in pools[2].run(gathered_table, parts=parts) + pools[2].run(gathered_table, parts=parts[::-1]):
+        assert found == expected and list(found) == list(expected)
+    assert pools[2].run(gathered_table, parts=[{}, {}]) == [{}, {}]
 
 
 @pytest.mark.parametrize("world", [1, 2, 4])
