@@ -65,7 +65,7 @@ def measure(config: RunConfig) -> dict[str, float]:
     torch.manual_seed(0)
     inputs = gather_inputs(config, None, pool_world(), torch.device("cpu"))
     steps: list[dict[str, float]] = []
-    original = TrainingRun._step
+    original = TrainingRun.run_step
 
     def step(run: TrainingRun):
         gathered, started = run.parts.engine.traffic.gathered_bytes, time.perf_counter()
@@ -90,7 +90,7 @@ def measure(config: RunConfig) -> dict[str, float]:
         )
         return result
 
-    TrainingRun._step = step
+    TrainingRun.run_step = step
     execute_run(inputs, StopSignal())
     last = steps[len(steps) // 2 :]  # warm, and past the first epoch, in which a cache is filled
     return {key: statistics.median(entry[key] for entry in last) for key in last[0]}

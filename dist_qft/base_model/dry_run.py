@@ -61,7 +61,7 @@ def called_linears(causal: PreTrainedModel, decoder: nn.Module, **arguments: Any
     try:
         with ExitStack() as stack:
             stack.enter_context(library_refusal(place))
-            stack.enter_context(_buffers_on_meta(decoder))
+            stack.enter_context(_state_on_meta(decoder))
             stack.enter_context(_experts_without_data(causal))
             for module in decoder.modules():
                 if isinstance(module, nn.Linear | Conv1D):
@@ -82,16 +82,26 @@ def _needs_data(cause: BaseException | None) -> bool:
 
 
 @contextmanager
-def _buffers_on_meta(decoder: nn.Module) -> Iterator[None]:
-    """Context in which the buffers are on meta too: torch refuses to compute with tensors of different devices."""
-    kept = [(owner, name, buffer) for owner in decoder.modules() for name, buffer in owner.named_buffers(recurse=False)]
-    for owner, name, buffer in kept:
-        setattr(owner, name, buffer.to("meta"))
+def _state_on_meta(decoder: nn.Module) -> Iterator[None]:
+    """Context in which buffers and other tensors of the modules are on meta too; what the pass changes is undone.
+
+    Torch refuses to compute with tensors of different devices. Rotary embeddings keep the frequencies of long inputs,
+    for one, as plain attributes that a first pass sets.
+    """
+    modules = list(decoder.modules())
+    kept = [(module, dict(vars(module)), dict(module.named_buffers(recurse=False))) for module in modules]
+    for module, attributes, buffers in kept:
+        for name, value in [*attributes.items(), *buffers.items()]:
+            if isinstance(value, torch.Tensor):
+                setattr(module, name, value.to("meta"))
     try:
         yield
     finally:
-        for owner, name, buffer in kept:
-            setattr(owner, name, buffer)
+        for module, attributes, buffers in kept:
+            for name, _ in list(module.named_buffers(recurse=False)):
+                delattr(module, name) if name not in buffers else setattr(module, name, buffers[name])
+            vars(module).clear()
+            vars(module).update(attributes)
 
 
 @contextmanager
