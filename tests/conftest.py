@@ -19,8 +19,14 @@ from tests.support.rank_pool import RankPool
 from tests.support.tiny_gguf import save_tiny_gguf
 from tests.support.tiny_model import save_tiny_model, tiny_config
 
-# A busy machine is slow, and slowness is no fault of the code under test.
-settings.register_profile("busy", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+# A busy machine is slow, and slowness is no fault of the code under test. The same inputs on each run, so that a change
+# is never refused for another one's fault; DIST_QFT_RANDOM=1 looks for new ones.
+settings.register_profile(
+    "busy",
+    deadline=None,
+    derandomize=not os.environ.get("DIST_QFT_RANDOM"),
+    suppress_health_check=[HealthCheck.too_slow],
+)
 settings.load_profile("busy")
 
 # A shell's background job ignores interrupts and one under nohup hangups, and so would the runs that tests stop.

@@ -11,6 +11,7 @@ Points = Sequence[tuple[float, float]]
 _WIDTH, _HEIGHT = 640, 240
 _LEFT, _RIGHT, _TOP, _BOTTOM = 64, 16, 24, 36
 _MOST_POINTS = 800  # of a curve: more than the chart has pixels
+_SMALLEST = 1e-290  # values below are zero in a picture; differences of still smaller ones lose their digits
 _MARKED = 40  # curves of so few points show each of them
 
 
@@ -94,8 +95,10 @@ class _Axis:
     @classmethod
     def of(cls, values: Sequence[float], start: float, end: float) -> "_Axis":
         low, high = min(values), max(values)
-        if low == high:
-            low, high = low - (abs(low) or 1) / 2, high + (abs(high) or 1) / 2
+        size = max(abs(low), abs(high))
+        if high - low <= 1e-12 * size or size < _SMALLEST:  # no step between two such values can be shown
+            margin = size / 2 if size >= _SMALLEST else 0.5
+            low, high = low - margin, high + margin
         step = _round_step((high - low) / 4)
         first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
         return cls(low, high, start, end, tuple(number * step for number in range(first, last + 1)))

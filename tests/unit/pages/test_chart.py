@@ -4,7 +4,7 @@ import re
 from xml.etree import ElementTree
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from dist_qft.pages.chart import Curve, line_chart
@@ -21,6 +21,10 @@ def places(svg: str) -> list[tuple[float, float]]:
 
 
 @given(st.lists(numbers, min_size=1, max_size=60))
+@example([5e-324])
+@example([0.0, 1e-300, 5e-324])
+@example([1.0, 1.0 + 2**-52])
+@example([7.0, 7.0])
 def test_every_point_lies_inside_the_picture(values):
     svg = line_chart([Curve("loss", list(enumerate(values)))], "step", "nats")
     ElementTree.fromstring(svg)
