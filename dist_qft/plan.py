@@ -35,7 +35,7 @@ from dist_qft.training.memory_plan import MemoryPlan, chosen_group, tokens_per_m
 from dist_qft.training.optimizer import checkpoint_bytes, optimizer_bytes_per_rank, require_lr_groups, shards_optimizer
 from dist_qft.training.run_plan import PlannedBatch, PlannedModel, PlannedOptimization, RunPlan
 from dist_qft.training.step_time import StepWork, step_seconds
-from dist_qft.tuned_model.task import head_outputs
+from dist_qft.tuned_model.task import head_outputs, head_parameters
 
 
 def ranks_on_each(nodes: int, world_size: int) -> int:
@@ -99,8 +99,7 @@ def make_plan(
     if config.data is not None:
         base.require_positions(config.data.max_length)
     spec = _spec(config, base)
-    head = head_outputs(config.task) * base.embedding.embedding_dim
-    trainable = spec.parameters + head
+    trainable = spec.parameters + head_parameters(config.task, base)
     tensors = _base_tensors(base)
     engine = engine_of(config)
     needed = MemoryPlan(base, trainable, spec.backward_through_base)

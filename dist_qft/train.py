@@ -51,7 +51,7 @@ from dist_qft.training.run_inputs import LoadedBase, RunInputs
 from dist_qft.training.training_run import TrainingRun
 from dist_qft.tuned_model.assemble import assemble, attach_trainables, start_fresh
 from dist_qft.tuned_model.checkpointed import check_adapter, check_fingerprint, check_settings, settings_of, with_date
-from dist_qft.tuned_model.task import head_outputs
+from dist_qft.tuned_model.task import head_parameters
 from dist_qft.tuned_model.warm_start import require_same_model, starting_values, take_values
 
 
@@ -109,8 +109,8 @@ def gather_inputs(
     require_reference(config, skeleton, spec)
     require_lr_groups(config.train, spec.names)
     notes += [f"warning: {warning}" for warning in spec.warnings(skeleton)]
-    head = head_outputs(config.task) * skeleton.embedding.embedding_dim
-    require_checkpoint_space(output_dir, checkpoint_bytes(config.train, spec.parameters + head))
+    trainable = spec.parameters + head_parameters(config.task, skeleton)
+    require_checkpoint_space(output_dir, checkpoint_bytes(config.train, trainable))
     start = None
     if checkpoint is not None:
         check_adapter(checkpoint, spec)
@@ -159,7 +159,7 @@ def _checked(inputs: RunInputs) -> RunInputs:
 def _with_group(inputs: RunInputs) -> RunInputs:
     """The inputs with the ranks that are to share a base, which `sharding.group: auto` leaves to the plan."""
     config, base, spec = inputs.config, inputs.skeleton, inputs.spec
-    trainable = spec.parameters + head_outputs(config.task) * base.embedding.embedding_dim
+    trainable = spec.parameters + head_parameters(config.task, base)
     memory = MemoryPlan(base, trainable, spec.backward_through_base)
     group, note = automatic_group(config, memory, inputs.world, inputs.device)
     inputs.notes.append(note)

@@ -99,7 +99,10 @@ def _state_on_meta(decoder: nn.Module) -> Iterator[None]:
     finally:
         for module, attributes, buffers in kept:
             for name, _ in list(module.named_buffers(recurse=False)):
-                delattr(module, name) if name not in buffers else setattr(module, name, buffers[name])
+                if name in buffers:
+                    setattr(module, name, buffers[name])
+                else:
+                    delattr(module, name)
             vars(module).clear()
             vars(module).update(attributes)
 

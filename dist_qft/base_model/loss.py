@@ -61,23 +61,6 @@ def slice_rows(tokens: int, dim: int, megabytes: float) -> int:
     return max(256, int(megabytes * 2**20 / 4 / max(tokens, dim)))
 
 
-def summed_cross_entropy(
-    hidden: Tensor,
-    targets: Tensor,
-    head: Rows,
-    *,
-    logit_map: LogitMap,
-    slice_size: int,
-    with_gradient: bool,
-    bias: Tensor | None = None,
-) -> tuple[Tensor, Tensor | None]:
-    """The sum of `token_cross_entropy` over tokens, a float32 scalar, and its gradient by `hidden` or None."""
-    losses, gradient = token_cross_entropy(
-        hidden, targets, head, logit_map=logit_map, slice_size=slice_size, with_gradient=with_gradient, bias=bias
-    )
-    return losses.sum(), gradient
-
-
 @torch.no_grad()
 def token_cross_entropy(
     hidden: Tensor,

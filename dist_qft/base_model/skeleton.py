@@ -59,6 +59,7 @@ class BaseModel:
         segmented: attention is told where samples begin (`segment_attention`), and needs no mask.
         wrapped: whether the model is a multimodal one, of which this is the text decoder with its head.
         fingerprint: hex digest of the base's content, set by loading.
+        matrices: linear layers and experts, the packed weights that adapters may change, likewise.
         shapes: of all tensors that its files must hold, by name. Once sharded, parameters need not have these.
         buffers: shapes of the buffers that a checkpoint holds beside the parameters, by name; older files lack some.
     """
@@ -78,10 +79,13 @@ class BaseModel:
     wrapped: bool = False
     fingerprint: str = ""
     notes: list[str] = field(default_factory=list)
+    matrices: dict[str, FrozenLinear | FrozenExperts] = field(init=False)
     shapes: dict[str, tuple[int, ...]] = field(init=False)
     buffers: dict[str, tuple[int, ...]] = field(init=False)
 
     def __post_init__(self) -> None:
+        found: dict[str, FrozenLinear | FrozenExperts] = {**self.linears, **self.experts}
+        self.matrices = {path: found[path] for path, _ in self.model.named_modules() if path in found}
         self.shapes = {f"{path}.weight": weight.full_shape for path, weight in self.weights().items()}
         self.shapes |= {name: tuple(parameter.shape) for name, parameter in self.dense_parameters()}
         stored = self.model.state_dict().keys()
@@ -110,14 +114,6 @@ class BaseModel:
     def weights(self) -> dict[str, FrozenWeight]:
         """Every packed weight by module path: linear layers, experts, vocabulary tables."""
         return {**self.linears, **self.experts, **self.tables()}
-
-    @property
-    def matrices(self) -> dict[str, FrozenLinear | FrozenExperts]:
-        """The packed weights that adapters may change, by module path in model order: linear layers and experts."""
-        found: dict[str, FrozenLinear | FrozenExperts] = {**self.linears, **self.experts}
-        if not self.experts:
-            return found
-        return {path: found[path] for path, _ in self.model.named_modules() if path in found}
 
     def library_shape(self, path: str) -> tuple[str, tuple[int, ...]]:
         """The name of a packed weight in the library's model, and its shape there."""

@@ -20,7 +20,7 @@ OF_TASKS = frozenset(format for formats in TASK_FORMATS.values() for format in f
 # The forms of a data set's rows: tokens to predict, a label, a pair of answers (of which the prompt may be trained on,
 # too), or an answer with a verdict (which a measure of drift, KL, may need to see beside other prompts).
 RowKind = Literal["tokens", "labels", "pairs", "pairs-with-prompts", "rated", "rated-with-kl"]
-PreferenceLoss = Literal[
+DPOLoss = Literal[
     "sigmoid",
     "sigmoid_norm",
     "hinge",
@@ -32,9 +32,9 @@ PreferenceLoss = Literal[
     "sppo_hard",
     "apo_zero",
     "apo_down",
-    "kto",
-    "apo_zero_unpaired",
 ]
+KTOLoss = Literal["kto", "apo_zero_unpaired"]
+PreferenceLoss = Literal[DPOLoss, KTOLoss]
 
 
 class TaskConfig(Section):

@@ -1,28 +1,15 @@
 """Rules for the tasks that prefer answers to others: dpo, orpo and kto."""
 
 from collections.abc import Iterator
+from typing import get_args
 
+from dist_qft.config.data_schema import DPOLoss, KTOLoss
 from dist_qft.config.fault import Fault, value_fault
 from dist_qft.config.schema import RunConfig
 from dist_qft.config.section import changed
 from dist_qft.divisors import either
 
-_LOSSES = {
-    "dpo": (
-        "sigmoid",
-        "sigmoid_norm",
-        "hinge",
-        "ipo",
-        "robust",
-        "exo_pair",
-        "nca_pair",
-        "bco_pair",
-        "sppo_hard",
-        "apo_zero",
-        "apo_down",
-    ),
-    "kto": ("kto", "apo_zero_unpaired"),
-}
+_LOSSES = {"dpo": get_args(DPOLoss), "kto": get_args(KTOLoss)}
 _USED_BY = {
     "beta": ("dpo", "orpo", "kto"),
     "loss_type": ("dpo", "kto"),

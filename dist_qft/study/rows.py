@@ -34,7 +34,7 @@ from dist_qft.study.result_file import read_result
 from dist_qft.study.settings import Study, axis_labels
 from dist_qft.study.stages import MergeStage
 from dist_qft.study.tuning import Search, search, start_of
-from dist_qft.tuned_model.task import head_outputs
+from dist_qft.tuned_model.task import head_parameters
 
 _T = TypeVar("_T")
 
@@ -242,7 +242,7 @@ class _Arms:
         kept: dict[str, float] = {}
         if isinstance(self._reference, AdapterSpec) and isinstance(spec, AdapterSpec):
             kept = kept_shares(self._reference.tiles, spec.tiles, self._layers)
-        trainables = spec.parameters + head_outputs(config.task) * self._base.embedding.embedding_dim
+        trainables = spec.parameters + head_parameters(config.task, self._base)
         seeded = change_config(config, {"train.seed": seed})
         name = run_name(seeded, spec, self._merge, settings.tasks)
         changes = {"output_dir": str(self._study.output_dir / RUNS_FOLDER / name)}

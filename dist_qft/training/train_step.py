@@ -63,6 +63,8 @@ class TrainStep:
 
     def __post_init__(self) -> None:
         self.clock = ComputeClock(self.flat.values.device)
+        ranges = scaled_ranges(self.config, self.flat.spans).items()
+        self._scaled = [(part, ratio) for ratio, spans in ranges for part in self.flat.own_parts(spans)]
 
     def run(
         self,
@@ -122,9 +124,7 @@ class TrainStep:
         rate = learning_rate(self.config, step, self.total_steps)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        ranges = scaled_ranges(self.config, self.flat.spans).items()
-        scaled = [(part, ratio) for ratio, spans in ranges for part in self.flat.own_parts(spans)]
-        step_with_ranges(self.optimizer, scaled)
+        step_with_ranges(self.optimizer, self._scaled)
         self.flat.gather_values()
         # The largest magnitude is NaN or infinite if any value is. No later gradient may come to show it.
         largest = torch.linalg.vector_norm(values.detach(), ord=math.inf)

@@ -70,6 +70,11 @@ def head_outputs(config: TaskConfig) -> int:
     return {"classification": len(config.labels), "regression": 1}.get(config.name, 0)
 
 
+def head_parameters(config: TaskConfig, base: BaseModel) -> int:
+    """Parameters of the head that the task trains; 0 if it has none."""
+    return head_outputs(config) * base.embedding.embedding_dim
+
+
 class LanguageTask:
     """Base class of tasks that read the base's frozen head and train nothing of their own."""
 
