@@ -1,6 +1,6 @@
 """Measure the loss that a side network reaches on SmolLM2 in minutes, with two ranks and the command line; not a test.
 
-    python benchmarks/qst_learning.py [SmolLM2.gguf]
+    PYTHONPATH=. python benchmarks/qst_learning.py [SmolLM2.gguf]
 
 First causal LM on `stdlib-docs`: held-out loss before and after. Then a classification task made of the same real text,
 to which of four standard-library packages a docstring belongs (signature and names that give it away taken out):
@@ -16,9 +16,9 @@ from collections import Counter
 from pathlib import Path
 
 import yaml
-from conftest import default_smollm2
 
 from dist_qft.data import stdlib_docs
+from tests.conftest import default_smollm2
 
 PACKAGES = 4
 TRAIN = {"global_batch_size": 16, "per_device_train_batch_size": 8, "warmup_ratio": 0.1, "lr_scheduler_type": "cosine"}

@@ -1,6 +1,6 @@
 """QST beside QLoRA on SmolLM2, two ranks, in one run: a measurement, not a test.
 
-    python benchmarks/qst_step.py [SmolLM2.gguf]
+    PYTHONPATH=. python benchmarks/qst_step.py [SmolLM2.gguf]
 
 Prints for each method the median seconds of a step, what autograd keeps for the backward pass of one micro-batch, the
 growth of the resident memory while training, and the bytes of base that a rank gathers per step; then the ratios.
@@ -15,13 +15,13 @@ from pathlib import Path
 
 import psutil
 import torch
-from conftest import default_smollm2
 from torch import nn
 
 from dist_qft.config.schema import RunConfig
 from dist_qft.ranks.preemption import StopSignal
 from dist_qft.train import execute_run, gather_inputs
 from dist_qft.training.training_run import TrainingRun
+from tests.conftest import default_smollm2
 from tests.support.rank_pool import RankPool
 from tests.support.whole_runs import pool_world
 

@@ -8,7 +8,7 @@ import torch
 from parts import Figures, Options
 from torch import Tensor
 
-from dist_qft.base_model.loss import LogitMap, summed_cross_entropy
+from dist_qft.base_model.loss import LogitMap, token_cross_entropy
 from dist_qft.bench.measuring import median_seconds
 from dist_qft.quant.affine4 import Affine4
 from dist_qft.quant.contract import Format
@@ -105,7 +105,7 @@ def loss_gradient(asked: Options) -> Figures:
         hidden = (torch.linalg.pinv(pairs) @ wanted).bfloat16()
         logits = hidden.double() @ weight.double().T
         expected = logits.softmax(1) @ weight.double() - weight.double()[targets]
-        _, gradient = summed_cross_entropy(
+        _, gradient = token_cross_entropy(
             hidden.to(asked.device),
             targets.to(asked.device),
             _Table(weight.to(asked.device)),
