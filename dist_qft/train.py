@@ -44,6 +44,7 @@ from dist_qft.storage.checkpoint import (
     require_writable,
 )
 from dist_qft.storage.lock import RUN_LOCK, FolderLock
+from dist_qft.trackers.kinds import require_installed
 from dist_qft.training.memory_plan import MemoryPlan, automatic_group
 from dist_qft.training.optimizer import check_warmup, checkpoint_bytes, require_lr_groups
 from dist_qft.training.resume import changed_settings, check_trajectory, choose_checkpoint, resume_after_restart
@@ -96,6 +97,7 @@ def gather_inputs(
         raise UserError("data: training needs data.train")
     output_dir = Path(config.output_dir)
     require_writable(output_dir)
+    require_installed(config.train.report_to if world.rank == 0 else "none")
     existing = tuple(path.name for path in list_checkpoints(output_dir))
     resume = resume_after_restart(output_dir, resume, os.environ)
     checkpoint, notes = choose_checkpoint(output_dir, resume)

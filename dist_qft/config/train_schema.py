@@ -6,6 +6,8 @@ from pydantic import Field
 
 from dist_qft.config.section import Fraction, Megabytes, NonNegative, Positive, PositiveNumber, Section, Seed, Text
 
+Tracker = Literal["tensorboard", "wandb", "mlflow", "trackio"]
+
 
 class LrGroup(Section):
     """Trainables with a learning rate of their own."""
@@ -141,6 +143,11 @@ class TrainConfig(Section):
         0,
         description="seed of initial values, dropout and the order of samples",
         json_schema_extra={"transformers": "seed", "axolotl": "seed"},
+    )
+    report_to: Tracker | Literal["none", "all"] | list[Tracker] = Field(
+        "tensorboard",
+        description="where figures go besides metrics.jsonl; all: TensorBoard and every tracker that is installed",
+        json_schema_extra={"transformers": "report_to"},
     )
     logging_steps: Positive = Field(
         1,

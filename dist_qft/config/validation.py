@@ -49,7 +49,9 @@ EXPLANATIONS = {
     "load_in_4bit": "set quantization.linear to the 4-bit format",
     "load_in_8bit": "set quantization.linear to a 4-bit format; 8-bit bases are not supported",
     "logging_dir": "TensorBoard files are written under output_dir",
-    "report_to": "TensorBoard files and JSON lines are always written under output_dir",
+    "run_name": "trackers take the name of output_dir; WANDB_NAME sets another",
+    "use_wandb": "set train.report_to to [tensorboard, wandb]",
+    "wandb_project": "set the environment variable WANDB_PROJECT",
 }
 
 NEAR = 0.6  # difflib's own cutoff for a close match

@@ -16,11 +16,13 @@ from transformers import PreTrainedTokenizerBase
 
 from dist_qft.base_model.skeleton import BaseModel
 from dist_qft.base_model.tokenizer import load_tokenizer
-from dist_qft.config.schema import ModelConfig, ShardingConfig
+from dist_qft.config.schema import ModelConfig, RunConfig, ShardingConfig
 from dist_qft.errors import DistQFTError, SetupError, UserError
 from dist_qft.ranks.session import session
 from dist_qft.storage.atomic import write_json
-from dist_qft.training.monitor import EVENTS_FOLDER
+from dist_qft.trackers.fan_out import Trackers
+from dist_qft.trackers.kinds import TENSORBOARD, TRACKERS, chosen
+from dist_qft.training.event_files import EVENTS_FOLDER
 from dist_qft.training.summary import SUMMARY_FILE
 from dist_qft.tuned_model.checkpointed import find_checkpoint, run_folder
 from dist_qft.tuned_model.loaded_model import holds_model, open_base
@@ -42,7 +44,7 @@ class TaskRequest:
 
 
 def run_tasks(path: str, request: TaskRequest, *, base: bool, as_json: bool) -> None:
-    """Measure and print, on rank 0; a run's figures also go into its summary and TensorBoard.
+    """Measure and print, on rank 0; a run's figures also go into its summary and trackers.
 
     Args:
         path: of a run (its newest checkpoint), a checkpoint or a model.
@@ -69,7 +71,7 @@ def run_tasks(path: str, request: TaskRequest, *, base: bool, as_json: bool) -> 
         with run.parts.fixed():
             found["tuned"] = measure(run.parts.base, run.tokenizer, run.device, request)
         if run.world.rank == 0:
-            _record(run_folder(path), found, step)
+            _record(run_folder(path), run.config, found, step)
             _print(found, as_json)
 
 
@@ -152,21 +154,37 @@ def _quiet() -> Iterator[None]:
         yield
 
 
-def _record(folder: Path, found: dict[str, Figures], step: int) -> None:
-    """Add the figures to the run's `summary.json`, if it has one, and to its TensorBoard events."""
+def _record(folder: Path, config: RunConfig, found: dict[str, Figures], step: int) -> None:
+    """Add the figures to the run's `summary.json`, if it has one, and to its trackers."""
     path = folder / SUMMARY_FILE
     if path.is_file():
         summary = json.loads(path.read_bytes())
         earlier = summary.get("lm_eval", {})
         merged = {which: {**earlier.get(which, {}), **figures} for which, figures in found.items()}
         write_json(path, {**summary, "lm_eval": {**earlier, **merged}})
-    from torch.utils.tensorboard import SummaryWriter
+    values = {
+        f"lm_eval/{which}/{task}/{name}": value
+        for which, figures in found.items()
+        for task, metrics in figures.items()
+        for name, value in metrics.items()
+    }
+    names = chosen(config.train.report_to)
+    if TENSORBOARD in names:
+        from torch.utils.tensorboard import SummaryWriter
 
-    with SummaryWriter(str(folder / EVENTS_FOLDER / "lm-eval")) as writer:
-        for which, figures in found.items():
-            for task, metrics in figures.items():
-                for name, value in metrics.items():
-                    writer.add_scalar(f"lm_eval/{which}/{task}/{name}", value, step)
+        with SummaryWriter(str(folder / EVENTS_FOLDER / "lm-eval")) as writer:
+            for tag, value in values.items():
+                writer.add_scalar(tag, value, step)
+
+    def say(text: str) -> None:
+        print(text, file=sys.stderr)
+
+    trackers = Trackers(
+        [name for name in names if name in TRACKERS], folder, config.model_dump(mode="json"), resumed=True, say=say
+    )
+    trackers.scalars(step, values)
+    trackers.hparams({}, {})
+    trackers.close()
 
 
 def _print(found: dict[str, Figures], as_json: bool) -> None:

@@ -12,7 +12,8 @@ from dist_qft.pages.chart import Curve, line_chart
 from dist_qft.plan import make_plan
 from dist_qft.report.records import RunRecords
 from dist_qft.storage.atomic import write_text
-from dist_qft.training.monitor import EVENTS_FOLDER
+from dist_qft.trackers.kinds import TENSORBOARD, chosen
+from dist_qft.training.event_files import EVENTS_FOLDER
 
 REPORT_FILE = "report.html"
 
@@ -159,7 +160,8 @@ def next_steps(run: RunRecords) -> Iterator[tuple[str, str]]:
             "check a merged result against its certificate",
             f"dist-qft verify {folder / Path(certificate.result.path).name}",
         )
-    yield "look at the curves live", f"tensorboard --logdir {folder / EVENTS_FOLDER}"
+    if TENSORBOARD in chosen(run.config.train.report_to):
+        yield "look at the curves live", f"tensorboard --logdir {folder / EVENTS_FOLDER}"
 
 
 def _duration(seconds: float) -> str:

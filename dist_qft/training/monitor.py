@@ -1,6 +1,6 @@
-"""The reports of a run: TensorBoard events, JSON lines, and one line or bar on rank 0's terminal.
+"""The reports of a run: JSON lines, TensorBoard and other trackers, and one line or bar on rank 0's terminal.
 
-The same numbers go to all three, so a figure seen in TensorBoard can be found in `metrics.jsonl`. Other ranks
+The same numbers go to all of them, so a figure seen in a tracker can be found in `metrics.jsonl`. Other ranks
 hold a monitor that does nothing, so the training code has no `if rank == 0`.
 
 A resumed run continues the records of the one before it. Records of steps after the checkpoint are dropped, since the
@@ -8,27 +8,46 @@ same steps are about to be reported again.
 """
 
 import contextlib
-import socket
 import sys
-import threading
-import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Protocol
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from dist_qft.config.schema import RunConfig
 from dist_qft.errors import SetupError
+from dist_qft.trackers.fan_out import Trackers
+from dist_qft.trackers.kinds import TENSORBOARD, TRACKERS, chosen
+from dist_qft.training.event_files import EventFiles
 from dist_qft.training.metrics_file import METRICS_FILE, MetricsFile
 
-EVENTS_FOLDER = "runs"
+
+class Sink(Protocol):
+    """One place where the records of a run go, besides `metrics.jsonl`."""
+
+    def scalars(self, step: int, values: dict[str, float]) -> None:
+        """Record numbers under their tags at an optimizer step."""
+
+    def text(self, step: int, tag: str, text: str) -> None:
+        """Record a piece of text."""
+
+    def hparams(self, settings: dict[str, int | float | str | bool], results: dict[str, float]) -> None:
+        """Record the settings and the results of a run that has come to its end."""
+
+    def flush(self) -> None:
+        """Bring everything recorded so far to its place."""
+
+    def close(self) -> None:
+        """End the records."""
 
 
 class Monitor:
     """Sinks of one run.
 
     Args:
-        output_dir: event files go to `runs/<date>_<host>/` below it, JSON lines to `metrics.jsonl`.
+        config: `train.report_to` names the sinks; files go to `output_dir`.
         active: False on every rank but 0: all methods do nothing.
         total_steps: where the bar ends.
         first_step: steps done already; more than 0 is a resumed run.
@@ -39,28 +58,23 @@ class Monitor:
     """
 
     def __init__(
-        self, output_dir: Path, *, active: bool, total_steps: int, first_step: int = 0, metrics_bytes: int = 0
+        self, config: RunConfig, *, active: bool, total_steps: int, first_step: int = 0, metrics_bytes: int = 0
     ) -> None:
         self.active = active
-        self._output_dir = output_dir
+        self._output_dir = Path(config.output_dir)
         self._unread = False  # nobody reads standard error any more
         self._bar = None
         if not active:
             return
-        from torch.utils.tensorboard import SummaryWriter
-
-        with self._recording():
-            # Events of a killed run beyond its checkpoint are hidden by TensorBoard itself, within one folder.
-            purge_step = first_step + 1 if first_step else None
-            self._writer = SummaryWriter(str(_log_dir(output_dir / EVENTS_FOLDER, first_step)), purge_step=purge_step)
-            self._metrics = MetricsFile(output_dir / METRICS_FILE, first_step, metrics_bytes)
-        self._thread_hook, threading.excepthook = threading.excepthook, self._on_thread_error
         # Answers are shown as they are: no markup, no ":smile:" turned into a picture.
         self._console = Console(file=sys.stderr, highlight=False, markup=False, emoji=False)
         if self._console.is_terminal:
             columns = [TextColumn("train"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[note]}")]
             self._bar = Progress(*columns, TimeRemainingColumn(), console=self._console)
             self._task = self._bar.add_task("train", total=total_steps, completed=first_step, note="")
+        with self._recording():
+            self._sinks = _sinks(config, first_step, self)
+            self._metrics = MetricsFile(self._output_dir / METRICS_FILE, first_step, metrics_bytes)
 
     def start(self) -> None:
         """Begin drawing; before it, lines are printed plainly."""
@@ -80,8 +94,8 @@ class Monitor:
         if not self.active:
             return
         with self._recording():
-            for tag, value in values.items():
-                self._writer.add_scalar(tag, value, step)
+            for sink in self._sinks:
+                sink.scalars(step, values)
             self._metrics.write({"step": step, **values})
 
     def progress(self, step: int, total_steps: int, note: str) -> None:
@@ -96,17 +110,19 @@ class Monitor:
         if not self.active:
             return
         with self._recording():
-            self._writer.add_text(tag, text, step)
+            for sink in self._sinks:
+                sink.text(step, tag, text)
             self._metrics.write({"step": step, tag: text})
 
     def hparams(self, settings: dict[str, object], results: dict[str, float | None]) -> None:
-        """Record the run's settings beside its results, for TensorBoard's comparison of runs."""
+        """Record the run's settings beside its results, for comparisons of runs."""
         if not self.active:
             return
         plain = {k: v if isinstance(v, int | float | str | bool) else str(v) for k, v in settings.items()}
         known = {tag: value for tag, value in results.items() if value is not None}
         with self._recording():
-            self._writer.add_hparams(plain, known, run_name=".")
+            for sink in self._sinks:
+                sink.hparams(plain, known)
 
     def flush(self) -> int:
         """Bring everything recorded so far to the disk, as a checkpoint of this step is about to be.
@@ -116,7 +132,8 @@ class Monitor:
         if not self.active:
             return 0
         with self._recording():
-            self._writer.flush()
+            for sink in self._sinks:
+                sink.flush()
             self._metrics.sync()
         return self._metrics.size
 
@@ -126,17 +143,13 @@ class Monitor:
             self._bar.stop()
             self._bar = None
         if self.active:
-            self.active = False
-            threading.excepthook = self._thread_hook
             # A full disk has been reported by whoever wrote; it must not hide the error that ends the run.
             with contextlib.suppress(OSError):
                 self._metrics.close()
-                self._writer.close()
-
-    def _on_thread_error(self, failure: threading.ExceptHookArgs) -> None:
-        """Leave out disk errors of TensorBoard's thread: the next write gets and reports them."""
-        if not (isinstance(failure.exc_value, OSError) and type(failure.thread).__name__ == "_AsyncWriterThread"):
-            self._thread_hook(failure)
+            for sink in self._sinks:
+                with contextlib.suppress(OSError):
+                    sink.close()
+            self.active = False
 
     @contextlib.contextmanager
     def _recording(self) -> Iterator[None]:
@@ -146,9 +159,12 @@ class Monitor:
             raise SetupError(f"{self._output_dir}: cannot record metrics: {error.strerror or error}") from error
 
 
-def _log_dir(folder: Path, first_step: int) -> Path:
-    """A new folder for a fresh run, the newest one for a resumed run: its curves go on where they were."""
-    earlier = sorted(path for path in folder.glob("*") if path.is_dir())
-    if first_step and earlier:
-        return earlier[-1]
-    return folder / f"{time.strftime('%Y-%m-%d_%H-%M-%S')}_{socket.gethostname()}"
+def _sinks(config: RunConfig, first_step: int, monitor: Monitor) -> list[Sink]:
+    """The sinks that `train.report_to` names; those of a resumed run (`first_step` above 0) go on where they were."""
+    output_dir, names = Path(config.output_dir), chosen(config.train.report_to)
+    sinks: list[Sink] = [EventFiles(output_dir, first_step)] if TENSORBOARD in names else []
+    trackers = [name for name in names if name in TRACKERS]
+    if trackers:
+        settings = config.model_dump(mode="json")
+        sinks.append(Trackers(trackers, output_dir, settings, resumed=first_step > 0, say=monitor.say))
+    return sinks

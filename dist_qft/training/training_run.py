@@ -77,7 +77,7 @@ class TrainingRun:
         self.meter = StepMeter(parts.engine, self.flat)
         self.state = first_state(inputs)
         self.monitor = Monitor(
-            inputs.output_dir,
+            config,
             active=world.rank == 0,
             total_steps=self.total_steps,
             first_step=self.state.step,

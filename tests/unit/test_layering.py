@@ -15,7 +15,7 @@ PACKAGE = ROOT / "dist_qft"
 FLOORS = (
     ("errors", "divisors"),
     ("ranks", "storage", "quant", "pages"),
-    ("config", "launch"),
+    ("config", "launch", "trackers"),
     ("sharding", "data"),
     ("base_model",),
     ("methods",),

@@ -13,13 +13,17 @@ import numpy as np
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from dist_qft.config.schema import ModelConfig, RunConfig
 from dist_qft.errors import SetupError
 from dist_qft.storage.checkpoint import list_checkpoints
+from dist_qft.trackers.fan_out import TRACKERS_FOLDER
+from dist_qft.training.event_files import EVENTS_FOLDER
 from dist_qft.training.metrics_file import METRICS_FILE
-from dist_qft.training.monitor import EVENTS_FOLDER, Monitor
+from dist_qft.training.monitor import Monitor
 from dist_qft.training.summary import SUMMARY_FILE
 from tests.support.outcomes import Outcome, attempt
 from tests.support.tiny_model import tiny_config
+from tests.support.tracker_files import read_trackio
 
 STEPS = 12
 PROMPT = "Say [b]cat[/b] :smile:"
@@ -50,7 +54,7 @@ def watched(pools, tiny_llama, tmp_path_factory) -> tuple[Path, list[Outcome]]:
     config = tiny_config(
         tiny_llama,
         tmp_path_factory.mktemp("watched") / "run",
-        train={"max_steps": STEPS, "lr_scheduler_type": "linear"},
+        train={"max_steps": STEPS, "lr_scheduler_type": "linear", "report_to": ["tensorboard", "trackio"]},
         data={"eval_samples": 6},
         evaluation={"eval_steps": 5, "prompts": [PROMPT], "max_new_tokens": 3},
     )
@@ -91,6 +95,18 @@ def test_tensorboard_and_the_json_lines_hold_the_same_numbers(watched):
             (event.step, event.tensor_proto.string_val[0].decode()) for event in events.Tensors(f"{tag}/text_summary")
         ]
         assert recorded == metrics[tag], tag
+
+
+def test_a_tracker_gets_the_same_numbers_and_texts(watched):
+    run_dir, _ = watched
+    metrics, found = by_tag(read_metrics(run_dir)), read_trackio(run_dir / TRACKERS_FOLDER)
+    tags = {tag for _, tag, _ in found.figures} | {tag for _, tag, _ in found.texts}
+    assert {tag for tag in tags if not tag.startswith("result/")} == set(metrics)
+    for tag in tags & set(metrics):
+        texts = [(step, text) for step, name, text in found.texts if name == tag]
+        assert (texts or found.by_tag(tag)) == metrics[tag], tag
+    assert found.by_tag("result/final_train_loss") == [(STEPS, metrics["train/loss"][-1][1])]
+    assert found.config["train"]["max_steps"] == STEPS
 
 
 def test_the_numbers_are_those_of_the_run(watched):
@@ -157,9 +173,10 @@ def test_only_rank_0_writes_and_speaks(pools, watched):
 
 
 def test_logging_steps_thins_out_the_training_records_but_keeps_the_last(pools, tiny_llama, tmp_path):
-    config = tiny_config(tiny_llama, tmp_path / "run", train={"max_steps": 7, "logging_steps": 3})
+    config = tiny_config(tiny_llama, tmp_path / "run", train={"max_steps": 7, "logging_steps": 3, "report_to": "none"})
     pools[1].run(attempt, config=config)
     assert [step for step, _ in by_tag(read_metrics(tmp_path / "run"))["train/loss"]] == [3, 6, 7]
+    assert not (tmp_path / "run" / EVENTS_FOLDER).exists(), "report_to: none"
 
 
 def test_a_resumed_run_reports_no_step_twice(pools, tiny_llama, tmp_path):
@@ -179,9 +196,13 @@ def test_a_resumed_run_reports_no_step_twice(pools, tiny_llama, tmp_path):
     assert recorded == [(step, np.float32(rate)) for step, rate in expected]
 
 
+def bare_config(output_dir: Path) -> RunConfig:
+    return RunConfig(output_dir=str(output_dir), model=ModelConfig(path="base"))
+
+
 def test_a_fresh_run_does_not_inherit_the_records_of_one_that_saved_nothing(tmp_path):
     (tmp_path / METRICS_FILE).write_text('{"step": 0, "base/loss": 3.0}\n{"step": 1, "train/loss": 3.0}\n')
-    monitor = Monitor(tmp_path, active=True, total_steps=3)
+    monitor = Monitor(bare_config(tmp_path), active=True, total_steps=3)
     monitor.scalars(1, {"train/loss": 2.0})
     monitor.close()
     assert read_metrics(tmp_path) == [{"step": 1, "train/loss": 2.0}]
@@ -190,7 +211,7 @@ def test_a_fresh_run_does_not_inherit_the_records_of_one_that_saved_nothing(tmp_
 def test_records_that_cannot_be_written_are_a_fault_of_the_environment(tmp_path):
     (tmp_path / EVENTS_FOLDER).write_text("in the way")
     with pytest.raises(SetupError, match=f"{tmp_path}: cannot record metrics: ") as failure:
-        Monitor(tmp_path, active=True, total_steps=3)
+        Monitor(bare_config(tmp_path), active=True, total_steps=3)
     assert failure.value.exit_code == 3
 
 
@@ -206,7 +227,7 @@ def test_a_terminal_gets_a_bar_that_is_gone_after_a_failure(tmp_path, monkeypatc
     monkeypatch.setenv("TERM", "xterm")
     with os.fdopen(theirs, "w") as terminal:
         monkeypatch.setattr(sys, "stderr", terminal)
-        monitor = Monitor(tmp_path, active=True, total_steps=3)
+        monitor = Monitor(bare_config(tmp_path), active=True, total_steps=3)
         monitor.say("before")
         monitor.start()
         monitor.progress(2, 3, "loss 1.25")

@@ -14,7 +14,7 @@ from dist_qft.errors import UserError
 from dist_qft.ranks.world import World
 from dist_qft.storage.checkpoint import ADAPTER_MODEL, list_checkpoints, read_checkpoint
 from dist_qft.train import gather_inputs
-from dist_qft.training.monitor import EVENTS_FOLDER
+from dist_qft.training.event_files import EVENTS_FOLDER
 from dist_qft.training.summary import SUMMARY_FILE
 from dist_qft.training.training_run import TrainingRun
 from tests.support.outcomes import Outcome, attempt
