@@ -64,7 +64,7 @@ def _evaluate(config: RunConfig, checkpoint: Checkpoint | None, run: Path, as_js
     if world.rank == 0:
         print(*data.notes(), sep="\n", end="\n" * bool(data.notes()), file=sys.stderr)
     assert data.eval is not None, "refused above"
-    must_match = _must_match(config, data, checkpoint)
+    must_match = _must_match(config, data, checkpoint) | {"compute dtype": str(skeleton.dtype)}
     with session(config.sharding, doing="evaluation", must_match=must_match, crash_dir=run):
         if checkpoint is None:
             parts = assemble(config, skeleton, make_spec(config, skeleton), device)

@@ -28,7 +28,7 @@ case $version in
     for name in $(compgen -e); do
       case $name in
         PATH | VIRTUAL_ENV | LD_LIBRARY_PATH | MPI4PY_LIBMPI | TOKENIZERS_PARALLELISM | OMP_* | PYTHON* | HF_* | \
-          TORCH_* | PYTORCH_* | NCCL_* | GLOO_*) options+=(-x "$name") ;;
+          TORCH_* | PYTORCH_* | NCCL_* | GLOO_* | DIST_QFT_CPU_PRECISION) options+=(-x "$name") ;;
       esac
     done
     if [[ $EUID == 0 ]]; then options+=(--allow-run-as-root); fi

@@ -12,6 +12,7 @@ from hypothesis import HealthCheck, settings
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["DIST_QFT_CPU_PRECISION"] = "float32"  # the same bits on CPUs with bfloat16 units
 
 from dist_qft.cli import main
 from tests.support.merges import GGUF_RUN, write_random_adapters

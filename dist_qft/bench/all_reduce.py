@@ -13,7 +13,7 @@ from torch import nn
 
 from dist_qft.bench.measuring import Memory, measure_steps
 from dist_qft.bench.options import Options
-from dist_qft.bench.processes import TIMEOUT_SECONDS, can_slow_down, common_settings, run_side
+from dist_qft.bench.processes import TIMEOUT_SECONDS, can_slow_down, run_side
 from dist_qft.bench.report import Comparison, Report, compare
 from dist_qft.ranks.groups import new_group
 from dist_qft.training.fixed_tree import FixedTree
@@ -27,7 +27,7 @@ SIDES = {"ours": ("reduce-ours", False), "ours, invariant": ("reduce-ours", True
 
 def run(options: Options) -> Report:
     """Rank-16 LoRAs of SmolLM2's 210 linear layers, 5 M numbers, in steps of 1 and 4 micro-batches."""
-    settings = common_settings(options.device, options.ranks)
+    settings = options.common()
     settings |= {"layers": 10 if options.quick else 210, "steps": options.steps}
     links = {"loopback": None} | ({"slow link": SLOW_MEGABITS} if can_slow_down() and options.device == "cpu" else {})
     links = dict(list(links.items())[-1:]) if options.quick else links

@@ -39,6 +39,8 @@ def run_benchmarks(names: Sequence[str], *, every: bool, options: Options, json_
         raise UserError(f"bench: got '{unknown[0]}', must be one of {allowed}")
     if options.device not in ("cpu", "cuda"):
         raise UserError(f"--device: got '{options.device}', must be cpu or cuda")
+    if options.precision not in ("auto", "float32", "bfloat16"):
+        raise UserError(f"--precision: got '{options.precision}', must be float32, bfloat16 or auto")
     if not has_device(options.device):
         raise UserError("--device: got 'cuda', but torch finds no CUDA device here")
     missing = [name for name in PEER_PACKAGES if importlib.util.find_spec(name) is None]

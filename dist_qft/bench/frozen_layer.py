@@ -35,22 +35,23 @@ BNB, DENSE, INT4 = "bitsandbytes Linear4bit", "torch dense", "torch int4 matmul"
 def run(options: Options) -> Report:
     """Every format at a training and at a decoding shape, all taking turns."""
     device = torch.device(options.device)
+    dtype = compute_dtype(options.precision, device)
     torch.set_num_threads(1)
     sides, comparisons, notes = [], [], []
     shapes = {"tiny": (128, 64)} if options.quick else SHAPES
     for where, shape in shapes.items():
         for tokens in (TRAINING_TOKENS, DECODE_TOKENS):
-            part = _one_shape(f"{where}, {tokens} tokens", shape, tokens, device, 3 if options.quick else 15)
+            part = _one_shape(f"{where}, {tokens} tokens", shape, tokens, device, dtype, 3 if options.quick else 15)
             sides += part[0]
             comparisons += part[1]
             notes += part[2]
-    return Report("frozen-layer", {"device": options.device, "threads": 1}, sides, comparisons, notes)
+    settings = {"device": options.device, "threads": 1, "precision": str(dtype).removeprefix("torch.")}
+    return Report("frozen-layer", settings, sides, comparisons, notes)
 
 
 def _one_shape(
-    where: str, shape: tuple[int, int], tokens: int, device: torch.device, rounds: int
+    where: str, shape: tuple[int, int], tokens: int, device: torch.device, dtype: torch.dtype, rounds: int
 ) -> tuple[list[Side], list[Comparison], list[str]]:
-    dtype = compute_dtype("auto", device)
     generator = torch.Generator().manual_seed(0)
     weight = (torch.randn(shape, generator=generator) / shape[1] ** 0.5).to(device)
     training = tokens > DECODE_TOKENS

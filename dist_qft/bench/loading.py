@@ -12,7 +12,7 @@ from dist_qft.bench.measuring import Memory, synchronize
 from dist_qft.bench.models import dense_folder
 from dist_qft.bench.options import Options
 from dist_qft.bench.peers_step import quantized_model
-from dist_qft.bench.processes import common_settings, run_side
+from dist_qft.bench.processes import run_side
 from dist_qft.bench.report import Report, compare
 from dist_qft.config.schema import ModelConfig, QuantizationConfig
 from dist_qft.ranks.device import compute_dtype
@@ -25,7 +25,7 @@ def run(options: Options) -> Report:
     cases = [(options.model, 1)] if options.quick else [("smollm2", 2), ("smollm2", 4), ("llama-1b", 2)]
     sides, comparisons = [], []
     for model, ranks in cases:
-        settings = common_settings(options.device, ranks) | {"model": str(dense_folder(model))}
+        settings = options.common(ranks) | {"model": str(dense_folder(model))}
         ours = run_side(f"ours, {model}, {ranks} ranks", "load-ours", settings, ranks=ranks)
         peer = run_side(f"from_pretrained, {model}, {ranks} ranks", "load-peer", settings, ranks=ranks)
         sides += [ours, peer]
@@ -43,7 +43,9 @@ def ours(settings: dict[str, Any]) -> dict[str, float]:
 
     memory, started = _begin(device)
     model = ModelConfig(path=settings["model"])
-    skeleton = build_skeleton(model, QuantizationConfig(linear="nf4", block=[64]), compute_dtype("auto", device))
+    skeleton = build_skeleton(
+        model, QuantizationConfig(linear="nf4", block=[64]), compute_dtype(settings["precision"], device)
+    )
     materialize(skeleton, open_source(model), make_engine("fsdp"), device)
     return _end(memory, started, device)
 
@@ -54,7 +56,7 @@ def peer(settings: dict[str, Any]) -> dict[str, float]:
     import bitsandbytes  # noqa: F401
 
     memory, started = _begin(device)
-    model = quantized_model(settings["model"], device)
+    model = quantized_model(settings, device)
     result = _end(memory, started, device)
     del model
     return result

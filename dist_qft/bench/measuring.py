@@ -2,8 +2,9 @@
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import psutil
 import torch
@@ -83,6 +84,30 @@ def measure_steps(step: Callable[[int], object], steps: int, memory: Memory, dev
         "training_peak_bytes": peak,
         "peak_bytes": max(peak, before_steps),
     }
+
+
+def share_of_ceiling(settings: Mapping[str, Any], seconds: float, device: torch.device) -> float:
+    """Time that the frozen weights' products of a step would take at the ceiling of `matmul_flops`, over `seconds`.
+
+    A step multiplies each token with each weight forwards and, for the gradient of its input, backwards. Collective.
+
+    Args:
+        settings: of the side; has `product_weights`, `rows`, `length`, `accumulation` and `precision`.
+    """
+    tokens = settings["rows"] * settings["length"]
+    flops = 4 * settings["product_weights"] * tokens * settings["accumulation"]
+    return flops / matmul_flops(device, getattr(torch, settings["precision"]), tokens) / seconds
+
+
+def matmul_flops(device: torch.device, dtype: torch.dtype, rows: int) -> float:
+    """Multiplications and additions per second of the best of ten products (rows, 1024) x (1024, 1024). Collective.
+
+    All ranks multiply at the same time, as they do in a step.
+    """
+    left, right = torch.randn(rows, 1024, device=device).to(dtype), torch.randn(1024, 1024, device=device).to(dtype)
+    left @ right
+    dist.barrier()
+    return 2 * rows * 1024**2 / min(_once(lambda: left @ right, device) for _ in range(10))
 
 
 def median_seconds(function: Callable[[], object], device: torch.device, *, at_least: float = 0.3) -> float:

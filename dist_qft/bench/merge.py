@@ -15,7 +15,7 @@ from dist_qft.bench.measuring import Memory, synchronize
 from dist_qft.bench.models import dense_folder
 from dist_qft.bench.options import Options
 from dist_qft.bench.peers_step import peft_model
-from dist_qft.bench.processes import common_settings, run_side
+from dist_qft.bench.processes import run_side
 from dist_qft.bench.report import Report, compare
 from dist_qft.bench.step import run_config
 from dist_qft.merge.collective import fold_base
@@ -30,7 +30,7 @@ from dist_qft.tuned_model.assemble import assemble
 
 def run(options: Options) -> Report:
     """QA-HiRA and QA-LoRA, folded exactly, beside a LoRA of PEFT."""
-    settings = common_settings(options.device, 1)
+    settings = options.common(1)
     settings |= {"model": str(dense_folder(options.model)), "rank": 16, "engine": "fsdp"}
     peer = run_side("PEFT merge_and_unload", "merge-peer", settings, ranks=1)
     sides = {peer.name: peer}
@@ -44,7 +44,7 @@ def run(options: Options) -> Report:
 def ours(settings: dict[str, Any]) -> dict[str, float]:
     """The exact fold of every layer."""
     config, device = run_config(settings), torch.device(settings["device"])
-    skeleton = build_skeleton(config.model, config.quantization, compute_dtype("auto", device))
+    skeleton = build_skeleton(config.model, config.quantization, compute_dtype(settings["precision"], device))
     spec = make_spec(config, skeleton)
     recipe = make_recipe(MergeRequest("quantized", Path("unused")), config, skeleton, require_tiles(spec))
     parts = assemble(config, skeleton, spec, device)
@@ -58,7 +58,7 @@ def ours(settings: dict[str, Any]) -> dict[str, float]:
 def peer(settings: dict[str, Any]) -> dict[str, float]:
     """PEFT's merge of a LoRA into Linear4bit layers."""
     device = torch.device(settings["device"])
-    model = peft_model(settings["model"], device, settings["rank"])
+    model = peft_model(settings, device)
     _fill([parameter for parameter in model.parameters() if parameter.requires_grad])
     memory, started = Memory(device), time.perf_counter()
     model.merge_and_unload()

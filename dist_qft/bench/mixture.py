@@ -8,7 +8,7 @@ from typing import Any
 
 from dist_qft.bench.models import dense_folder
 from dist_qft.bench.options import Options
-from dist_qft.bench.processes import common_settings, run_side
+from dist_qft.bench.processes import run_side
 from dist_qft.bench.report import Report, compare
 
 _METRICS = ("tokens_per_second", "cpu_seconds", "training_peak_bytes", "base_bytes")
@@ -17,7 +17,7 @@ _METRICS = ("tokens_per_second", "cpu_seconds", "training_peak_bytes", "base_byt
 def run(options: Options) -> Report:
     """QLoRA on attention, sharded and replicated, beside PEFT under DDP; and ours with adapters on the experts, too."""
     rows, length = (1, 32) if options.quick else (2, 128)
-    settings = common_settings(options.device, options.ranks) | {
+    settings = options.common() | {
         "model": str(dense_folder("tiny-moe" if options.quick else "qwen3-moe")),
         "rows": rows,
         "length": length,

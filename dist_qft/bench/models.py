@@ -5,12 +5,14 @@ shape of TinyLlama-1.1B, `qwen3-moe` in that of a Qwen3-MoE of half a billion we
 trying the benchmarks out.
 """
 
+import math
 import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel, Qwen3MoeConfig
 
 from dist_qft.errors import UserError
@@ -43,6 +45,17 @@ def dense_folder(name: str) -> Path:
     build().save_pretrained(unfinished)
     unfinished.rename(folder)  # so that a folder that is there is complete
     return folder
+
+
+def product_weights(folder: Path) -> int:
+    """Weights of a dense model that a token is multiplied with: its matrices and, once, its LM head."""
+    shapes: dict[str, list[int]] = {}
+    for path in folder.glob("*.safetensors"):
+        with safe_open(path, "pt") as file:
+            shapes |= {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118 - no mapping
+    if "lm_head.weight" in shapes:
+        del shapes["model.embed_tokens.weight"]
+    return sum(math.prod(shape) for shape in shapes.values() if len(shape) == 2)
 
 
 def cache() -> Path:

@@ -1,6 +1,12 @@
 """The options of a benchmark, and the sizes that follow from them."""
 
 from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from dist_qft.bench.processes import common_settings
+from dist_qft.ranks.device import compute_dtype
 
 
 @dataclass(frozen=True)
@@ -10,6 +16,12 @@ class Options:
     device: str = "cpu"
     quick: bool = False
     ranks: int = 2
+    precision: str = "auto"
+
+    def common(self, ranks: int | None = None) -> dict[str, Any]:
+        """The settings that all sides have: device, threads per rank and compute dtype, the same for ours and peers."""
+        dtype = compute_dtype(self.precision, torch.device(self.device))
+        return common_settings(self.device, ranks or self.ranks) | {"precision": str(dtype).removeprefix("torch.")}
 
     @property
     def model(self) -> str:

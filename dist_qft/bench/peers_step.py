@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 
 from dist_qft.bench.batches import random_ids
-from dist_qft.bench.measuring import Memory, measure_steps
+from dist_qft.bench.measuring import Memory, measure_steps, share_of_ceiling
 from dist_qft.ranks.device import compute_dtype
 from dist_qft.sharding.engines import make_engine
 
@@ -28,19 +28,21 @@ def peer(settings: dict[str, Any]) -> dict[str, float]:
     wrap = _WRAPPERS[settings["peer"]]
     _import_packages(settings["peer"], device)
     memory = Memory(device)
-    model = peft_model(settings["model"], device, settings["rank"], in_floats=settings["peer"].startswith("fsdp"))
+    model = peft_model(settings, device, in_floats=settings["peer"].startswith("fsdp"))
     step = wrap(model, settings, device)
     found = measure_steps(step, settings["steps"], memory, device)
     tokens = settings["rows"] * settings["length"] * settings["accumulation"] * dist.get_world_size()
+    if "product_weights" in settings:
+        found["share_of_ceiling"] = share_of_ceiling(settings, found["seconds"], device)
     return found | {"tokens_per_second": tokens / found["seconds"], "base_bytes": _base_bytes(step.model)}
 
 
-def quantized_model(folder: str, device: torch.device, *, in_floats: bool = False) -> PreTrainedModel:
-    """The folder's model with NF4 linear layers by `from_pretrained`, whole on this rank.
+def quantized_model(settings: dict[str, Any], device: torch.device, *, in_floats: bool = False) -> PreTrainedModel:
+    """The model of `settings["model"]`, a folder, with NF4 linear layers by `from_pretrained`, whole on this rank.
 
     `in_floats` stores the packed bytes as numbers of the compute dtype, which FSDP needs to shard them.
     """
-    dtype = compute_dtype("auto", device)
+    dtype = compute_dtype(settings["precision"], device)
     quantization = BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
@@ -48,16 +50,17 @@ def quantized_model(folder: str, device: torch.device, *, in_floats: bool = Fals
         bnb_4bit_quant_storage=dtype if in_floats else torch.uint8,
     )
     place = {"": torch.cuda.current_device() if device.type == "cuda" else "cpu"}
-    return AutoModelForCausalLM.from_pretrained(folder, quantization_config=quantization, dtype=dtype, device_map=place)
+    options = {"quantization_config": quantization, "dtype": dtype, "device_map": place}
+    return AutoModelForCausalLM.from_pretrained(settings["model"], **options)
 
 
-def peft_model(folder: str, device: torch.device, rank: int, *, in_floats: bool = False) -> Any:
+def peft_model(settings: dict[str, Any], device: torch.device, *, in_floats: bool = False) -> Any:
     """A `peft.PeftModel`: `quantized_model` with a LoRA on every linear layer."""
     from peft import LoraConfig, get_peft_model
 
-    model = quantized_model(folder, device, in_floats=in_floats)
+    model = quantized_model(settings, device, in_floats=in_floats)
     model.config.use_cache = False
-    config = LoraConfig(r=rank, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM")
+    config = LoraConfig(r=settings["rank"], lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM")
     return get_peft_model(model, config, autocast_adapter_dtype=not in_floats)
 
 
@@ -152,7 +155,7 @@ def _zero3(model: Any, settings: dict[str, Any], device: torch.device) -> _DeepS
         "gradient_accumulation_steps": settings["accumulation"],
         "gradient_clipping": MAX_GRAD_NORM,
         "zero_allow_untested_optimizer": True,
-        "bf16": {"enabled": device.type == "cuda"},
+        "bf16": {"enabled": settings["precision"] == "bfloat16"},
         "zero_optimization": zero,
     }
     optimizer = torch.optim.AdamW(trained, lr=2e-4, weight_decay=0.0)

@@ -24,6 +24,7 @@ METRICS = {
     "seconds": ("s", 1.0),
     "cpu_seconds": ("CPU s", 1.0),
     "milliseconds": ("ms", 1.0),
+    "share_of_ceiling": ("share of ceiling", 1.0),
     "gflops": ("GFLOP/s", 1.0),
     "gigabytes_per_second": ("GB/s", 1.0),
     "training_peak_bytes": ("training peak MiB", 2.0**20),

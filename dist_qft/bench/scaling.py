@@ -5,7 +5,7 @@ Each row changes one setting of the first and gives tokens/s and peak memory; th
 
 from dist_qft.bench.models import dense_folder
 from dist_qft.bench.options import Options
-from dist_qft.bench.processes import common_settings, run_side
+from dist_qft.bench.processes import run_side
 from dist_qft.bench.report import Report, Side, compare
 
 
@@ -38,7 +38,7 @@ def _changes() -> list[dict[str, int | str]]:
 
 
 def _measure(name: str, wanted: dict[str, int | str], options: Options) -> Side:
-    settings = common_settings(options.device, int(wanted["ranks"])) | {
+    settings = options.common(int(wanted["ranks"])) | {
         "threads": 1,  # or one rank would have the threads of two
         "model": str(dense_folder(options.model)),
         "method": "qlora",

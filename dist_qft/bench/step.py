@@ -1,8 +1,8 @@
 """`bench step`: one optimizer step on several ranks, ours on every engine beside PEFT under DDP, FSDP and ZeRO-3.
 
 All sides train rank-16 adapters on every linear layer of the same dense folder, quantized to NF4 with blocks of 64
-when it is loaded (QA-HiRA: to affine4, the format it exists for), in float32 on a CPU and bfloat16 on CUDA, on the
-same tokens.
+when it is loaded (QA-HiRA: to affine4, the format it exists for), in the same compute dtype, on the same tokens.
+The share of the ceiling says how much of a step the products of the base would take at the speed of a plain product.
 """
 
 from collections.abc import Callable
@@ -15,10 +15,10 @@ from torch import nn
 
 from dist_qft.base_model.skeleton import build_skeleton
 from dist_qft.bench.batches import micro_batch, random_ids
-from dist_qft.bench.measuring import Memory, measure_steps
-from dist_qft.bench.models import dense_folder
+from dist_qft.bench.measuring import Memory, measure_steps, share_of_ceiling
+from dist_qft.bench.models import dense_folder, product_weights
 from dist_qft.bench.options import Options
-from dist_qft.bench.processes import common_settings, isolated, run_side
+from dist_qft.bench.processes import isolated, run_side
 from dist_qft.bench.report import Comparison, Report, Side, compare
 from dist_qft.config.schema import RunConfig
 from dist_qft.methods.forward import BaseForward
@@ -77,9 +77,10 @@ def run(options: Options) -> Report:
 
 
 def _settings(options: Options, model: str, rows: int, length: int) -> dict[str, Any]:
-    common = common_settings(options.device, options.ranks)
+    common = options.common()
     size = {"rows": rows, "length": length, "accumulation": 1, "steps": options.steps, "rank": 16}
-    return common | size | {"model": str(dense_folder(model))}
+    folder = dense_folder(model)
+    return common | size | {"model": str(folder), "product_weights": product_weights(folder)}
 
 
 def _all_sides(
@@ -120,6 +121,7 @@ def run_config(settings: dict[str, Any]) -> RunConfig:
     tree = {key: dict(values) for key, values in METHODS[settings["method"]].items()}
     tree["method"] |= {"rank": settings["rank"], "alpha": 16.0} | settings.get("method_changes", {})
     tree["sharding"] = {"engine": settings["engine"], "device": settings["device"]}
+    tree["train"] = {"precision": settings["precision"]}
     return RunConfig.model_validate({"output_dir": "unused", "model": {"path": settings["model"]}, **tree})
 
 
@@ -128,7 +130,7 @@ def ours(settings: dict[str, Any]) -> dict[str, float]:
     config, device = run_config(settings), torch.device(settings["device"])
     _import_packages(settings["engine"], device)
     memory = Memory(device)
-    skeleton = build_skeleton(config.model, config.quantization, compute_dtype(config.train.precision, device))
+    skeleton = build_skeleton(config.model, config.quantization, compute_dtype(settings["precision"], device))
     tables = sum(map(_bytes_of, skeleton.units.tables))
     rest = _bytes_of(skeleton.units.root) - _bytes_of(skeleton.embedding)
     parts = assemble(config, skeleton, make_spec(config, skeleton), device)
@@ -146,6 +148,8 @@ def ours(settings: dict[str, Any]) -> dict[str, float]:
     gathered = (parts.engine.traffic.gathered_bytes - gathered) / done
     reduced = (flat.reduced_bytes - reduced) / done
     tokens = settings["rows"] * settings["length"] * settings["accumulation"] * world
+    if "product_weights" in settings:
+        found["share_of_ceiling"] = share_of_ceiling(settings, found["seconds"], device)
     return found | {
         "tokens_per_second": tokens / found["seconds"],
         "base_bytes": parts.engine.resident_bytes(),

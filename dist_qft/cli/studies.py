@@ -46,6 +46,9 @@ def bench(
         bool, typer.Option("--all", help="step, loading, frozen-layer, all-reduce, merge and scaling: 30 minutes.")
     ] = False,
     device: Annotated[str, typer.Option(metavar="cpu|cuda")] = "cpu",
+    precision: Annotated[
+        str, typer.Option(metavar="float32|bfloat16|auto", help="Compute dtype of ours and of all peers.")
+    ] = "auto",
     quick: Annotated[bool, typer.Option("--quick", help="Try out on a tiny model; the figures mean nothing.")] = False,
     json: Annotated[Path | None, typer.Option(metavar="PATH", help="Append a JSON line per benchmark.")] = None,
 ) -> None:
@@ -53,4 +56,4 @@ def bench(
     from dist_qft.bench.command import run_benchmarks
     from dist_qft.bench.options import Options
 
-    run_benchmarks(name or [], every=every, options=Options(device, quick), json_path=json)
+    run_benchmarks(name or [], every=every, options=Options(device, quick, precision=precision), json_path=json)

@@ -132,7 +132,8 @@ class TrainConfig(Section):
     )
     precision: Literal["auto", "float32", "bfloat16"] = Field(
         "auto",
-        description="compute dtype; auto: bfloat16 on CUDA, else float32. Trainables are always float32",
+        description="compute dtype; auto: bfloat16 on CUDA and CPUs that multiply it natively (AMX, AVX512-BF16), else"
+        " float32. Trainables are always float32",
         json_schema_extra={"transformers": "bf16", "axolotl": "bf16"},
     )
     loss_chunk_megabytes: Megabytes | None = Field(

@@ -63,6 +63,7 @@ class MergeInputs:
         return {
             "merge request": str(self.recipe.request),
             "config": self.config.model_dump_json(),
+            "compute dtype": str(self.skeleton.dtype),
             "adapter": sha256_of(self.checkpoint.path / ADAPTER_MODEL),
         }
 

@@ -94,6 +94,7 @@ class RunInputs:
         return {
             "choice of sharding.group: auto": f"{self.shard_group}",
             "config": self.config.model_dump_json(),
+            "compute dtype": str(self.skeleton.dtype),
             "training data": self.data.train.digest,
             "held-out data": self.data.eval.digest if self.data.eval else "",
             "checkpoint": f"{state.step} {state.data_chain} {self.finished}" if state else "",

@@ -9,7 +9,8 @@ from transformers import PreTrainedTokenizerBase
 
 from dist_qft.config.schema import RunConfig
 from dist_qft.errors import UserError
-from dist_qft.ranks.session import session
+from dist_qft.ranks.device import compute_dtype
+from dist_qft.ranks.session import place, session
 from dist_qft.ranks.world import World
 from dist_qft.storage.checkpoint import ADAPTER_MODEL
 from dist_qft.storage.manifest import sha256_of
@@ -46,6 +47,7 @@ def opened_to_answer(path: str, *, doing: str, request: dict[str, str]) -> Itera
         raise UserError(f"{checkpoint.path}: trained for {config.task.name}, it answers no prompts; use `eval`")
     must_match = {
         "config": config.model_dump_json(),
+        "compute dtype": str(compute_dtype(config.train.precision, place(config.sharding)[1])),
         "adapter": sha256_of(checkpoint.path / ADAPTER_MODEL),
         **request,
     }

@@ -40,7 +40,7 @@ def names_of(file: Path) -> set[str]:
 
 
 def unresolved(script: Path) -> list[str]:
-    """What `script` imports and nothing provides."""
+    """The imports of `script` that nothing provides."""
     missing = []
     for node in ast.walk(ast.parse(script.read_text())):
         if isinstance(node, ast.Import):

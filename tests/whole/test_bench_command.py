@@ -31,6 +31,7 @@ def bench(tmp_path_factory):
         ([], f"bench: needs a NAME or --all; names: {NAMES}"),
         (["step", "--all"], "bench: got 'step' and --all, which has every benchmark; leave one out"),
         (["step", "--device", "tpu"], "--device: got 'tpu', must be cpu or cuda"),
+        (["step", "--precision", "fp8"], "--precision: got 'fp8', must be float32, bfloat16 or auto"),
         (["step", "--json", "/nowhere/x.jsonl"], "--json: there is no folder '/nowhere'"),
     ],
 )
@@ -53,3 +54,5 @@ def test_every_benchmark_runs_in_small(bench, name):
         # At the network interface, headers and barriers included: the stated lower bound and next to nothing more.
         (wire,) = [row["ratio"] for row in report["comparisons"] if row["what"].startswith("wire MB")]
         assert 1.0 <= wire < 1.03
+        assert all(side["metrics"]["share_of_ceiling"] > 0 for side in report["sides"])
+        assert report["settings"]["precision"] == "float32"

@@ -7,7 +7,8 @@ import torch
 import torch.distributed as dist
 
 from dist_qft.errors import NumericError, SetupError, UserError
-from dist_qft.ranks.device import compute_reproducibly, device_for
+from dist_qft.ranks import device
+from dist_qft.ranks.device import CPU_PRECISION, bfloat16_units, compute_dtype, compute_reproducibly, device_for
 from dist_qft.ranks.groups import leave_group
 from dist_qft.ranks.local_peers import require_own_gpus
 from dist_qft.ranks.world import World
@@ -42,6 +43,38 @@ def test_one_visible_gpu_is_this_ranks_own(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     fourth = world_of(3)
     assert device_for(fourth, "auto") == torch.device("cuda", 0)
+
+
+@pytest.mark.parametrize(
+    ("flags", "units"),
+    [
+        ("flags\t\t: fpu avx2", ()),
+        ("flags\t\t: fpu avx512_bf16 avx2", ("avx512_bf16",)),
+        ("processor\t: 0\nflags\t\t: amx_bf16 amx_tile avx512_bf16\nflags\t\t: fpu", ("amx_bf16", "avx512_bf16")),
+        ("Features\t: fp asimd bf16", ()),
+    ],
+)
+def test_units_that_multiply_bfloat16(tmp_path, flags, units):
+    file = tmp_path / "cpuinfo"
+    file.write_text(flags + "\n")
+    assert bfloat16_units(file) == units
+    assert bfloat16_units(tmp_path / "none") == ()
+
+
+def test_auto_is_bfloat16_where_it_is_multiplied_natively(monkeypatch):
+    cpu, cuda = torch.device("cpu"), torch.device("cuda", 0)
+    assert compute_dtype("auto", cuda) == torch.bfloat16
+    assert compute_dtype("float32", cuda) == torch.float32
+    monkeypatch.delenv(CPU_PRECISION)
+    assert compute_dtype("auto", cpu) == (torch.bfloat16 if bfloat16_units() else torch.float32)
+    for units, expected in (((), torch.float32), (("amx_bf16",), torch.bfloat16)):
+        monkeypatch.setattr(device, "bfloat16_units", lambda units=units: units)
+        assert compute_dtype("auto", cpu) == expected
+    monkeypatch.setenv(CPU_PRECISION, "float32")
+    assert compute_dtype("auto", cpu) == torch.float32
+    monkeypatch.setenv(CPU_PRECISION, "half")
+    with pytest.raises(SetupError, match="DIST_QFT_CPU_PRECISION: got half, must be one of float32, bfloat16"):
+        compute_dtype("auto", cpu)
 
 
 @pytest.mark.parametrize(
