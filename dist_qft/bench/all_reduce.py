@@ -12,8 +12,9 @@ import torch.distributed as dist
 from torch import nn
 
 from dist_qft.bench.measuring import Memory, measure_steps
+from dist_qft.bench.network import Network, can_slow_down
 from dist_qft.bench.options import Options
-from dist_qft.bench.processes import TIMEOUT_SECONDS, can_slow_down, run_side
+from dist_qft.bench.processes import TIMEOUT_SECONDS, run_side
 from dist_qft.bench.report import Comparison, Report, compare
 from dist_qft.ranks.groups import new_group
 from dist_qft.training.fixed_tree import FixedTree
@@ -38,7 +39,7 @@ def run(options: Options) -> Report:
             names = [f"{side}, {link}, {count} micro-batches" for side in SIDES]
             for name, (kind, invariant) in zip(names, SIDES.values(), strict=True):
                 wanted = settings | {"accumulation": count, "invariant": invariant}
-                sides[name] = run_side(name, kind, wanted, ranks=options.ranks, link_megabits=megabits)
+                sides[name] = run_side(name, kind, wanted, ranks=options.ranks, network=Network(1, megabits))
             *own, ddp = names
             for name in own:
                 comparisons.append(compare(sides, "seconds", name, ddp))

@@ -19,6 +19,7 @@ BENCHMARKS = {
     "merge": "merge",
     "scaling": "scaling",
     "mixture": "mixture",
+    "nodes": "nodes",
 }
 PEER_PACKAGES = ("peft", "accelerate", "bitsandbytes", "deepspeed")
 

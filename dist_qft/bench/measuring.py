@@ -1,5 +1,6 @@
 """Readings of time, memory and bytes on the wire, for every side alike. Linux only: the kernel keeps the counters."""
 
+import os
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -52,8 +53,8 @@ class Memory:
 
 
 def wire_bytes() -> int:
-    """Bytes that all ranks of this machine have sent through its loopback interface so far, headers included."""
-    return psutil.net_io_counters(pernic=True)["lo"].bytes_sent
+    """Bytes sent so far through the interface of the ranks of this machine or emulated node, headers included."""
+    return psutil.net_io_counters(pernic=True)[os.environ.get("GLOO_SOCKET_IFNAME", "lo")].bytes_sent
 
 
 def measure_steps(step: Callable[[int], object], steps: int, memory: Memory, device: torch.device) -> dict[str, float]:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 
 from dist_qft.bench.batches import random_ids
@@ -104,11 +105,15 @@ def _ddp(model: Any, settings: dict[str, Any], device: torch.device) -> _Step:
 
 def _fsdp1(model: Any, settings: dict[str, Any], device: torch.device) -> _Step:
     from peft.utils.other import fsdp_auto_wrap_policy
-    from torch.distributed.fsdp import FullyShardedDataParallel
+    from torch.distributed.fsdp import FullyShardedDataParallel, ShardingStrategy
 
     place = torch.cuda.current_device() if device.type == "cuda" else device
+    sharing: dict[str, Any] = {}
+    if size := settings.get("group"):  # sharded within groups of this size, replicated over them
+        mesh = init_device_mesh(device.type, (dist.get_world_size() // size, size), mesh_dim_names=("nodes", "node"))
+        sharing = {"device_mesh": mesh, "sharding_strategy": ShardingStrategy.HYBRID_SHARD}
     sharded = FullyShardedDataParallel(
-        model, auto_wrap_policy=fsdp_auto_wrap_policy(model), use_orig_params=False, device_id=place
+        model, auto_wrap_policy=fsdp_auto_wrap_policy(model), use_orig_params=False, device_id=place, **sharing
     )
     return _Step(sharded, settings, device, clip=lambda: sharded.clip_grad_norm_(MAX_GRAD_NORM))
 

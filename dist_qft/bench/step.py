@@ -17,8 +17,9 @@ from dist_qft.base_model.skeleton import build_skeleton
 from dist_qft.bench.batches import micro_batch, random_ids
 from dist_qft.bench.measuring import Memory, measure_steps, share_of_ceiling
 from dist_qft.bench.models import dense_folder, product_weights
+from dist_qft.bench.network import isolated
 from dist_qft.bench.options import Options
-from dist_qft.bench.processes import isolated, run_side
+from dist_qft.bench.processes import run_side
 from dist_qft.bench.report import Comparison, Report, Side, compare
 from dist_qft.config.schema import RunConfig
 from dist_qft.methods.forward import BaseForward
@@ -121,6 +122,7 @@ def run_config(settings: dict[str, Any]) -> RunConfig:
     tree = {key: dict(values) for key, values in METHODS[settings["method"]].items()}
     tree["method"] |= {"rank": settings["rank"], "alpha": 16.0} | settings.get("method_changes", {})
     tree["sharding"] = {"engine": settings["engine"], "device": settings["device"]}
+    tree["sharding"]["group"] = settings.get("group", "world")
     tree["train"] = {"precision": settings["precision"]}
     return RunConfig.model_validate({"output_dir": "unused", "model": {"path": settings["model"]}, **tree})
 

@@ -43,7 +43,10 @@ def study(
 def bench(
     name: Annotated[list[str] | None, typer.Argument(metavar="NAME", help="See --all.", show_default=False)] = None,
     every: Annotated[
-        bool, typer.Option("--all", help="step, loading, frozen-layer, all-reduce, merge and scaling: 30 minutes.")
+        bool,
+        typer.Option(
+            "--all", help="step, loading, frozen-layer, all-reduce, merge, scaling, mixture and nodes: 45 minutes."
+        ),
     ] = False,
     device: Annotated[str, typer.Option(metavar="cpu|cuda")] = "cpu",
     precision: Annotated[

@@ -126,7 +126,7 @@ class ShardingConfig(Section):
         json_schema_extra={"transformers": "ddp_timeout", "axolotl": "ddp_timeout"},
     )
     rank0_timeout_seconds: Positive = Field(
-        3600, description="seconds that the other ranks wait for work of rank 0 alone, such as saving"
+        3600, description="seconds that the other ranks wait for work of rank 0 alone, such as saving or merging"
     )
 
 

@@ -21,7 +21,7 @@ from dist_qft.merge.merged_weight import require_range
 from dist_qft.merge.recipe import Recipe
 from dist_qft.merge.target import OpenResult, Writer
 from dist_qft.methods.adapters.exact_fold import folded
-from dist_qft.ranks.collectives import everywhere, maximum
+from dist_qft.ranks.collectives import SideGroup, everywhere, maximum
 from dist_qft.ranks.preemption import StopSignal
 from dist_qft.sharding.host_memory import return_freed_memory
 from dist_qft.storage.atomic import refused_write
@@ -74,11 +74,13 @@ def write_result(
     recipe: Recipe,
     stop: StopSignal,
     device: torch.device,
+    side: SideGroup,
     certify: Callable[[Path | None, Difference], Certified | None],
 ) -> Certified | None:
     """Gather what the writer wants, weight by weight; rank 0 writes and publishes. Collective.
 
     Args:
+        side: where the other ranks wait while rank 0 writes a weight, fills the file up or hashes it.
         certify: called on every rank once all is written, before it is published. Gets the temporary name on rank 0
             (None elsewhere) and the difference that conversions on this rank have made; returns on rank 0 the
             certificate and the texts that go along with the result, by file name.
@@ -95,8 +97,8 @@ def write_result(
             if dist.get_rank() == 0:
                 publication = stack.enter_context(publishing_certified(target, recipe.request.overwrite))
         temporary = publication.temporary if publication is not None else None
-        certified = certify(temporary, _write_layers(live, writer, target, stop, device, temporary))
-        with failing_together(target, device):
+        certified = certify(temporary, _write_layers(live, writer, target, stop, device, side, temporary))
+        with failing_together(target, device, side=side):
             if publication is not None and certified is not None:
                 publication.certify(*certified)
             stack.close()  # publishes
@@ -104,12 +106,18 @@ def write_result(
 
 
 def _write_layers(
-    live: LiveModel, writer: Writer, target: Path, stop: StopSignal, device: torch.device, temporary: Path | None
+    live: LiveModel,
+    writer: Writer,
+    target: Path,
+    stop: StopSignal,
+    device: torch.device,
+    side: SideGroup,
+    temporary: Path | None,
 ) -> Difference:
     """Write all weights, on the rank that has a temporary name; returns the difference that conversions have made."""
     result: OpenResult | None = None
     try:
-        with failing_together(target, device, stop):
+        with failing_together(target, device, stop, side):
             if temporary is not None:
                 result = writer.open(temporary)
         for path, weight in live.weights().items():
@@ -117,11 +125,11 @@ def _write_layers(
             if not wanted:
                 continue
             packed = {name: live.engine.gather(getattr(weight, name)) for name in wanted}
-            with failing_together(target, device, stop):
+            with failing_together(target, device, stop, side):
                 if result is not None:
                     result.write(path, {name: tensor for name, tensor in packed.items() if tensor is not None})
             del packed  # before the next one is gathered
-        with failing_together(target, device, stop):
+        with failing_together(target, device, stop, side):
             if result is not None:
                 result.finish()
         return result.difference if result is not None else Difference()
@@ -144,8 +152,13 @@ def total_difference(difference: Difference, device: torch.device) -> Difference
 
 
 @contextmanager
-def failing_together(target: Path, device: torch.device, stop: StopSignal | None = None) -> Iterator[None]:
+def failing_together(
+    target: Path, device: torch.device, stop: StopSignal | None = None, side: SideGroup | None = None
+) -> Iterator[None]:
     """Context in which ranks work on their own. At its end all go on, or all raise the error of one. Collective.
+
+    Args:
+        side: where ranks wait for one that works longer than a collective may take.
 
     Raises:
         SetupError: a write failed on some rank. The rank that failed names the reason, the others name the result.
@@ -160,6 +173,8 @@ def failing_together(target: Path, device: torch.device, stop: StopSignal | None
     except DistQFTError as error:
         failure = error
     stopped = _STOPPED if stop is not None and stop.requested else 0.0
+    if side is not None:
+        side.barrier()
     worst = maximum(float(failure.exit_code) if failure else stopped, device)
     if failure:
         raise everywhere(failure)

@@ -27,6 +27,7 @@ from dist_qft.merge.targets import TARGETS, checked_request, request_at_end
 from dist_qft.methods.adapters.adapter_spec import AdapterSpec, require_tiles, stored_adapters
 from dist_qft.methods.adapters.schedule import TileSettings
 from dist_qft.methods.trainable import TrainableSpec
+from dist_qft.ranks.collectives import SideGroup
 from dist_qft.ranks.device import compute_dtype, device_for
 from dist_qft.ranks.preemption import StopSignal
 from dist_qft.ranks.session import session
@@ -144,6 +145,7 @@ def export(
         NumericError: a weight or a logit of the live model or of the result is not finite; nothing is published.
     """
     started = time.perf_counter()
+    side = SideGroup(origin.config.sharding.rank0_timeout_seconds)
     live.base.model.eval()
     live.adapters.eval()
     probe = Probe(probe_ids(tokenizer), device)
@@ -157,7 +159,7 @@ def export(
         total = total_difference(converted.difference + lost, device)
         if not total.finite:
             raise NumericError(f"{recipe.request.path}: a merged weight is not finite; nothing was written")
-        with failing_together(recipe.request.path, device, stop):
+        with failing_together(recipe.request.path, device, stop, side):
             if written is None:
                 return None
             difference = compare_logits(logits, converted.logits, probe.ids)
@@ -169,7 +171,8 @@ def export(
             return Certified(certificate, files)
         raise AssertionError("unreachable")  # for the type checker: the context does not swallow exceptions
 
-    certified = write_result(live, converted.writer, recipe, stop, device, certify)
+    certified = write_result(live, converted.writer, recipe, stop, device, side, certify)
+    side.close()
     if certified is None:
         return None
     certificate, files = certified

@@ -7,7 +7,7 @@ import pytest
 from dist_qft.bench.command import BENCHMARKS
 from tests.support.commands import Command
 
-NAMES = "step, loading, frozen-layer, all-reduce, merge, scaling, mixture"
+NAMES = "step, loading, frozen-layer, all-reduce, merge, scaling, mixture, nodes"
 
 
 @pytest.fixture(scope="module")

@@ -3,6 +3,9 @@
 import ctypes
 import os
 import signal
+import time
+from contextlib import closing
+from datetime import timedelta
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -11,7 +14,8 @@ import torch
 import torch.distributed as dist
 
 from dist_qft.errors import NumericError, PeerLostError, UserError
-from dist_qft.ranks.collectives import everywhere, gather_table, maximum, require_same_inputs
+from dist_qft.merge.collective import failing_together
+from dist_qft.ranks.collectives import SideGroup, everywhere, gather_table, maximum, require_same_inputs
 from dist_qft.ranks.groups import new_group
 from dist_qft.ranks.peers import GRACE_SECONDS, Peers, peer_loss_reported
 from dist_qft.ranks.session import errors_reported
@@ -29,6 +33,23 @@ def require(inputs: list[dict[str, str]]) -> tuple[str, int, bool] | None:
 
 def gathered_table(parts: list[dict[int, list[float]]]) -> dict[int, list[float]]:
     return gather_table(parts[dist.get_rank()], 2, CPU)
+
+
+def slow_on_rank_0(seconds: float, aside: bool) -> bool:
+    """True if the ranks come together although rank 0 works longer than a collective may take."""
+    world, limit = dist.group.WORLD, timedelta(seconds=seconds / 4)
+    dist.distributed_c10d._set_pg_timeout(limit, world)
+    try:
+        with closing(SideGroup(60)) as side, failing_together(Path("result"), CPU, side=side if aside else None):
+            if dist.get_rank() == 0:
+                time.sleep(seconds)
+    finally:
+        dist.distributed_c10d._set_pg_timeout(timedelta(minutes=10), world)
+    return True
+
+
+def test_ranks_wait_for_a_slow_write_longer_than_for_a_collective(pools):
+    assert pools[2].run(slow_on_rank_0, seconds=2.0, aside=True) == [True, True]
 
 
 def test_every_rank_gets_the_rows_of_all_in_their_order(pools):
