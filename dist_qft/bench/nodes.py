@@ -48,8 +48,8 @@ def run(options: Options) -> Report:
             side = run_side(label, kind, settings | told, ranks=ranks, network=Network(2, megabits))
             sides[label] = _with_link_bytes(side)
         for whole, grouped in zip(names[::2], names[1::2], strict=False):
-            pair = [f"{name}, {megabits} Mbit/s" for name in (grouped, whole)]
-            comparisons += [compare(sides, metric, *pair) for metric in _METRICS]
+            ours, peer = (f"{name}, {megabits} Mbit/s" for name in (grouped, whole))
+            comparisons += [compare(sides, metric, ours, peer) for metric in _METRICS]
     notes = [
         f"two namespaces with {RANKS_PER_NODE} ranks each on the cores of this machine; link MB: sent by the first node"
         " in a step; ratios are of sharding in each node over sharding over all ranks"
