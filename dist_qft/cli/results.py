@@ -42,6 +42,23 @@ def verify(
 
 
 @app.command()
+def push(
+    source: Annotated[
+        str, typer.Argument(metavar="RUN_OR_RESULT", help="Run, checkpoint or result of a merge.", show_default=False)
+    ],
+    repository: Annotated[str, typer.Argument(metavar="OWNER/NAME", help="On the Hub.", show_default=False)],
+    private: Annotated[bool, typer.Option("--private/--public", help="Of a repository that is new.")] = True,
+    dry_run: Annotated[
+        Path | None, typer.Option("--dry-run", metavar="FOLDER", help="Write what would be sent, send nothing.")
+    ] = None,
+) -> None:
+    """Send adapters or a merged model, with a model card, to the Hugging Face Hub; never the base, logs or data."""
+    from dist_qft.hub.command import run_push
+
+    run_push(source, repository, private=private, dry_run=dry_run)
+
+
+@app.command()
 def report(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run.", show_default=False)],
 ) -> None:

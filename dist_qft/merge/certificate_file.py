@@ -149,6 +149,11 @@ def _interrupted(content: Mapping[str, Any], place: Path) -> Certificate:
     return new
 
 
+def certificate_text(certificate: Certificate) -> str:
+    """The content of a certificate's file."""
+    return _text(_signed(certificate))
+
+
 def _signed(certificate: Certificate) -> dict[str, Any]:
     """The content of the file with a digest of itself."""
     content = asdict(certificate)

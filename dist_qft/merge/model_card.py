@@ -1,20 +1,24 @@
 """The files that go along with an export for its readers: a model card, and for GGUF a Modelfile for Ollama.
 
 They are published with the result and are not certified: a card is there to be edited. A card names the
-training, the difference of the result from the trained model, and the way to load it. It names no path of this machine.
+training, its figures, the difference of the result from the trained model, and the way to load it. It names no path
+of this machine.
 """
 
+from collections.abc import Mapping
 from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
+from dist_qft.base_model.base_license import base_license
 from dist_qft.config.data_schema import DataConfig
-from dist_qft.config.schema import RunConfig
 from dist_qft.merge.certificate import CARD, Certificate, Origin
 from dist_qft.merge.modelfile import modelfile
 from dist_qft.merge.names import portable_name
 from dist_qft.merge.target import CardText
 from dist_qft.merge.targets import TARGETS
+from dist_qft.storage.checkpoint import TRAINER_STATE
+from dist_qft.storage.run_folder import SUMMARY_FILE, read_json_object
 from dist_qft.tuned_model.prompts import stop_ids
 
 
@@ -38,7 +42,7 @@ def companions(
     text = TARGETS[certificate.target].card
     if text is None:
         return {}
-    card = model_card(origin, certificate, text)
+    card = model_card(result.name, origin, certificate, text)
     if folder:
         return {CARD: card}
     files = {f"{result.name}.md": card}
@@ -48,43 +52,85 @@ def companions(
     return files
 
 
-def model_card(origin: Origin, certificate: Certificate, text: CardText) -> str:
-    """The card in Markdown, with the metadata that the Hub reads in front."""
-    config, name = origin.config, Path(certificate.result.path).name
+def model_card(name: str, origin: Origin, certificate: Certificate, text: CardText) -> str:
+    """The card of a merged result in Markdown, with the metadata that the Hub reads in front."""
+    facts = trained_facts(
+        origin, certificate.base.fingerprint, f"on {certificate.adapter.layers} layers", certificate.adapter.sha256
+    )
+    facts["versions"] = ", ".join(f"{name} {version}" for name, version in certificate.versions.items())
+    summary = f"{certificate.summary[:1].upper()}{certificate.summary[1:]}."
+    sections = {"Difference from the trained model": summary}
+    return render_card(name, origin, facts, sections, text)
+
+
+def render_card(
+    name: str, origin: Origin, facts: Mapping[str, str], sections: Mapping[str, str], text: CardText
+) -> str:
+    """A card: metadata, a table of facts, the held-out figures, sections by heading, and the way to load it."""
+    config = origin.config
     base = portable_name(config.model.path, short=True)
     metadata = {
         "base_model": base if "/" in base else None,  # a Hub id
         "base_model_relation": text.relation,
         "library_name": text.library,
+        "license": base_license(config.model),
         "pipeline_tag": "text-generation",
     }
     front = "".join(f"{key}: {value}\n" for key, value in metadata.items() if value is not None)
-    rows = "".join(f"| {key} | {value} |\n" for key, value in _facts(config, certificate, base).items())
+    rows = "".join(f"| {key} | {value} |\n" for key, value in facts.items())
+    found = held_out_rows(origin)
+    if found:
+        sections = {"Held-out figures": "| | base | tuned |\n|---|---|---|\n" + "\n".join(found), **sections}
+    body = "".join(f"## {heading}\n\n{content}\n\n" for heading, content in sections.items())
     return (
         f"---\n{front}tags: [dist-qft, {config.method.name}]\n---\n\n# {name}\n\n"
-        f"Fine-tuned with dist_qft from {base}.\n\n| | |\n|---|---|\n{rows}\n"
-        f"## Difference from the trained model\n\n{certificate.summary[:1].upper()}{certificate.summary[1:]}.\n\n"
+        f"Fine-tuned with dist_qft from {base}.\n\n| | |\n|---|---|\n{rows}\n{body}"
         f"## Use\n\n```{text.language}\n{text.command.format(name=name, base=base)}\n```\n"
     )
 
 
-def _facts(config: RunConfig, certificate: Certificate, base: str) -> dict[str, str]:
+def trained_facts(origin: Origin, fingerprint: str, where: str, adapter: str) -> dict[str, str]:
+    """The facts of the training.
+
+    Args:
+        fingerprint: of the base's weights.
+        where: the places of the trainables, in words.
+        adapter: SHA-256 of the checkpoint's trainables.
+    """
+    config = origin.config
     train = config.train
     facts = {
-        "base model": f"{base}, weights with fingerprint {certificate.base.fingerprint[:16]}",
-        "method": f"{config.method.name} on {certificate.adapter.layers} layers",
+        "base model": f"{portable_name(config.model.path, short=True)}, weights with fingerprint {fingerprint[:16]}",
+        "method": f"{config.method.name} {where}".strip(),
         "base held as": f"{config.quantization.linear}, embedding {config.quantization.embedding}",
-        "training": f"{certificate.adapter.step} steps of {train.global_batch_size} rows, learning rate "
+        "training": f"{origin.step} steps of {train.global_batch_size} rows, learning rate "
         f"{train.learning_rate:g} ({train.lr_scheduler_type}), seed {train.seed}",
-        "adapter": f"SHA-256 {certificate.adapter.sha256}",
-        "versions": ", ".join(f"{name} {version}" for name, version in certificate.versions.items()),
+        "adapter": f"SHA-256 {adapter}",
     }
     if config.data is not None:
-        facts["data"] = "; ".join(_data_facts(config.data))
+        facts["data"] = "; ".join(_data_facts(config.data, origin))
     return facts
 
 
-def _data_facts(data: DataConfig) -> list[str]:
+def held_out_rows(origin: Origin) -> list[str]:
+    """A row for each held-out figure of the base and the tuned model; none if the run has not ended at this step."""
+    summary = read_json_object(origin.checkpoint.parent / SUMMARY_FILE)
+    if summary.get("steps") != origin.step:
+        return []
+    pairs = {"loss (nats per target)": (summary.get("base_eval_loss"), summary.get("tuned_eval_loss"))}
+    base, tuned = (summary.get(f"{which}_eval_metrics") or {} for which in ("base", "tuned"))
+    pairs |= {name: (base.get(name), value) for name, value in tuned.items()}
+    rows = [(name, _shown(before), _shown(after)) for name, (before, after) in pairs.items()]
+    return [f"| {name} | {before} | {after} |" for name, before, after in rows if after]
+
+
+def _shown(value: object) -> str:
+    return f"{value:.4f}" if isinstance(value, int | float) else ""
+
+
+def _data_facts(data: DataConfig, origin: Origin) -> list[str]:
     names = [portable_name(dataset.path, short=True) for dataset in data.train_sets().values()]
     template = [] if data.template == "chat" else [f"prompt template {data.template}"]
-    return [", ".join(names), f"at most {data.max_length} tokens", *template]
+    digest = read_json_object(origin.checkpoint / TRAINER_STATE).get("data_digest")
+    tokens = [f"SHA-256 of its tokens {digest}"] if isinstance(digest, str) and digest else []
+    return [", ".join(names), f"at most {data.max_length} tokens", *template, *tokens]

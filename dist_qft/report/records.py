@@ -17,8 +17,8 @@ from dist_qft.errors import DistQFTError, UserError
 from dist_qft.merge.certificate import IN_FOLDER, Certificate
 from dist_qft.merge.certificate_file import read_certificate
 from dist_qft.storage.checkpoint import list_checkpoints
+from dist_qft.storage.run_folder import SUMMARY_FILE, read_json_object
 from dist_qft.training.metrics_file import METRICS_FILE
-from dist_qft.training.summary import SUMMARY_FILE
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class RunRecords:
             folder,
             load_config(folder / CONFIG_FILE, []),
             tuple(_lines(folder / METRICS_FILE)),
-            _json_object(folder / SUMMARY_FILE),
+            read_json_object(folder / SUMMARY_FILE),
             tuple(list_checkpoints(folder)),
             tuple(_certificates(folder)),
         )
@@ -103,14 +103,6 @@ def _lines(path: Path) -> Iterator[Mapping[str, Any]]:
             continue
         if isinstance(record, dict) and isinstance(record.get("step"), int):
             yield record
-
-
-def _json_object(path: Path) -> Mapping[str, Any]:
-    try:
-        content = json.loads(path.read_bytes())
-    except (OSError, ValueError):
-        return {}
-    return content if isinstance(content, dict) else {}
 
 
 def _certificates(folder: Path) -> Iterator[tuple[Path, Certificate]]:

@@ -6,8 +6,8 @@ from importlib.metadata import version
 from pathlib import Path
 
 from dist_qft.storage.atomic import write_json
+from dist_qft.storage.run_folder import SUMMARY_FILE
 
-SUMMARY_FILE = "summary.json"
 _PACKAGES = ("dist-qft", "torch", "transformers", "bitsandbytes")
 
 

@@ -2,6 +2,7 @@
 
 import datetime
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -141,8 +142,13 @@ def settings_of(config: RunConfig, base: BaseModel, tokenizer: PreTrainedTokeniz
 
 def stored_settings(checkpoint: Checkpoint) -> BaseSettings | None:
     """The settings that the base had when the checkpoint was trained; None if it is too old to say."""
-    stored = checkpoint.adapter_config.get(_SETTINGS)
-    return None if stored is None else BaseSettings.read(stored, f"{checkpoint.path / ADAPTER_CONFIG}: {_SETTINGS}")
+    return settings_in(checkpoint.adapter_config, str(checkpoint.path))
+
+
+def settings_in(adapter_config: Mapping[str, Any], where: str) -> BaseSettings | None:
+    """The settings of the base in an adapter's description in the folder `where`; None if it is too old to say."""
+    stored = adapter_config.get(_SETTINGS)
+    return None if stored is None else BaseSettings.read(stored, f"{where}/{ADAPTER_CONFIG}: {_SETTINGS}")
 
 
 def check_settings(checkpoint: Checkpoint, config: RunConfig, now: BaseSettings) -> list[str]:

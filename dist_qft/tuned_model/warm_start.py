@@ -19,14 +19,16 @@ from dist_qft.base_model.base_settings import CONFIG, BaseSettings
 from dist_qft.errors import CorruptFileError, UserError
 from dist_qft.methods.adapters.adapter_spec import AdapterSpec
 from dist_qft.methods.adapters.schedule import TileSettings
+from dist_qft.methods.specs import KINDS
 from dist_qft.methods.trainable import TrainableSpec
 from dist_qft.ranks.collectives import everywhere
 from dist_qft.storage.checkpoint import TRAINER_STATE, list_checkpoints
 from dist_qft.tuned_model.assemble import Assembled
-from dist_qft.tuned_model.checkpointed import find_checkpoint, stored_settings
+from dist_qft.tuned_model.checkpointed import find_checkpoint, settings_in
 
 KEY = "method.init_from"
 PEFT_CONFIG, PEFT_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+OUR_KINDS = tuple(kind.spec.peft_type for kind in KINDS.values())
 # Features that our LoRA lacks: a folder that uses one would lose something of it.
 _UNKNOWN_TO_US = ("use_dora", "modules_to_save", "trainable_token_indices", "fan_in_fan_out", "layer_replication")
 
@@ -59,16 +61,12 @@ def starting_values(source: str, spec: TrainableSpec[Any]) -> StartingValues:
         folder = _from_hub(source)
     if (folder / TRAINER_STATE).is_file() or list_checkpoints(folder):
         checkpoint = find_checkpoint(folder)
-        stored = checkpoint.adapter_config
-        if stored.get("peft_type") != spec.peft_type:
-            raise UserError(f"{KEY}: {checkpoint.path} holds {stored.get('peft_type')!r}, must be {spec.peft_type!r}")
-        if difference := spec.difference(stored):
-            raise UserError(f"{KEY}: {checkpoint.path}: {difference}")
-        fingerprint = stored.get("base_fingerprint")
-        settings = stored_settings(checkpoint)
-        return StartingValues(str(checkpoint.path), checkpoint.trainables, str(fingerprint), settings)
+        return _ours(checkpoint.path, checkpoint.adapter_config, checkpoint.trainables, spec)
     if (folder / PEFT_CONFIG).is_file():
-        return StartingValues(str(folder), _from_peft(folder, spec))
+        config, tensors = _adapter_files(folder)
+        if config.get("peft_type") in OUR_KINDS:  # `dist-qft push` sends such folders
+            return _ours(folder, config, tensors, spec)
+        return StartingValues(str(folder), _from_peft(folder, config, tensors, spec))
     raise UserError(f"{KEY}: got '{source}', must be a run, a checkpoint, or a PEFT folder with {PEFT_CONFIG}")
 
 
@@ -101,8 +99,8 @@ def _from_hub(source: str) -> Path:
         raise UserError(f"{KEY}: '{source}' is not here, and loading it from the Hub failed: {reason}") from error
 
 
-def _from_peft(folder: Path, spec: TrainableSpec[Any]) -> dict[str, Tensor]:
-    """A PEFT LoRA's pairs under our names, B rescaled from its alpha / r to ours."""
+def _adapter_files(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """The config and the tensors of a folder of adapters."""
     try:
         config = json.loads((folder / PEFT_CONFIG).read_bytes())
         tensors = load_file(folder / PEFT_WEIGHTS)
@@ -112,6 +110,24 @@ def _from_peft(folder: Path, spec: TrainableSpec[Any]) -> dict[str, Tensor]:
         raise CorruptFileError(f"{folder}: not a readable PEFT folder: {error}") from error
     if not isinstance(config, dict):
         raise CorruptFileError(f"{folder / PEFT_CONFIG}: not a PEFT config")
+    return config, tensors
+
+
+def _ours(
+    where: Path, config: dict[str, Any], tensors: Mapping[str, Tensor], spec: TrainableSpec[Any]
+) -> StartingValues:
+    """The values of an adapter that this program has written, if it fits the trainables that the config describes."""
+    if config.get("peft_type") != spec.peft_type:
+        raise UserError(f"{KEY}: {where} holds {config.get('peft_type')!r}, must be {spec.peft_type!r}")
+    if difference := spec.difference(config):
+        raise UserError(f"{KEY}: {where}: {difference}")
+    return StartingValues(str(where), tensors, str(config.get("base_fingerprint")), settings_in(config, str(where)))
+
+
+def _from_peft(
+    folder: Path, config: dict[str, Any], tensors: Mapping[str, Tensor], spec: TrainableSpec[Any]
+) -> dict[str, Tensor]:
+    """A PEFT LoRA's pairs under our names, B rescaled from its alpha / r to ours."""
     tiles = spec.tiles if isinstance(spec, AdapterSpec) else {}
     if not tiles or any(settings.pool > 1 or settings.repeat > 1 for settings in tiles.values()):
         raise UserError(f"{KEY}: {folder} is a LoRA; method.name must be qlora")

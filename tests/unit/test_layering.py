@@ -23,7 +23,7 @@ FLOORS = (
     ("merge",),
     ("training",),
     ("train", "evaluate", "generate", "chat", "plan", "doctor", "init", "harness"),
-    ("study", "bench", "report"),
+    ("study", "bench", "report", "hub"),
     ("__init__",),  # the public interface: dist_qft.load
     ("cli",),
     ("__main__",),

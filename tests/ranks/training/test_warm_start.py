@@ -7,6 +7,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import dist_qft
+from dist_qft.hub.command import run_push
 from dist_qft.methods.adapters.tile_adapter import exact_dW
 from dist_qft.storage.checkpoint import list_checkpoints, read_checkpoint
 from tests.support.merges import merge_run
@@ -25,11 +26,13 @@ def updates(run):
     return {path: exact_dW(adapter) for path, adapter in dist_qft.load(run).adapters.by_path.items()}
 
 
-@pytest.mark.parametrize("source", ["run", "checkpoint", "peft"])
+@pytest.mark.parametrize("source", ["run", "pushed", "peft"])
 def test_a_run_begins_with_the_values_of_another(pools, make_run, tiny_llama, tmp_path, source):
     trained = make_run(tiny_llama, **QLORA)
-    place = {"run": trained, "checkpoint": list_checkpoints(trained)[-1], "peft": tmp_path / "lora"}[source]
+    place = {"run": trained, "pushed": tmp_path / "pushed", "peft": tmp_path / "lora"}[source]
     method = dict(QLORA["method"], init_from=str(place))
+    if source == "pushed":
+        run_push(str(trained), "owner/adapters", private=True, dry_run=place)
     if source == "peft":
         pools[1].run(merge_run, source=trained, target="peft", path=place)
         method["alpha"] = 5.0  # another scale than theirs: B makes up for it

@@ -99,7 +99,7 @@ def test_a_card_names_base_data_and_difference_and_no_path_of_this_machine(tmp_p
     )  # fmt: skip
     text = TARGETS[target].card
     assert text is not None
-    card = model_card(Origin(config, tmp_path, 12), certificate, text)
+    card = model_card("my-result", Origin(config, tmp_path, 12), certificate, text)
     assert card.startswith("---\nbase_model: owner/base\n") and "Lossless: all is well." in card
-    assert "12 steps" in card and tmp_path.name in card and "owner/set" in card
+    assert "12 steps" in card and "\n# my-result\n" in card and tmp_path.name in card and "owner/set" in card
     assert str(tmp_path) not in card

@@ -1,0 +1,86 @@
+"""The verb `push`: everything local is checked first, then one upload."""
+
+import os
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+
+from dist_qft.errors import SetupError, UserError
+from dist_qft.hub.contents import Contents, contents_of
+from dist_qft.storage.atomic import publishing
+
+
+def run_push(source: str, repository: str, *, private: bool, dry_run: Path | None) -> None:
+    """Send a run's adapters or a merged result to a repository of the Hub, or write them to a folder instead.
+
+    Args:
+        repository: `owner/name`; it is made if it is not there.
+        private: visibility of a repository that is made; one that is there keeps its own.
+        dry_run: a folder that must not exist yet; nothing is sent then.
+
+    Raises:
+        UserError: there is nothing to send, or the name is none.
+        CorruptFileError: a file differs from its manifest or certificate.
+        SetupError: there is no token, or the Hub cannot be reached or refuses.
+    """
+    require_repository_name(repository)
+    contents = contents_of(Path(source), repository)
+    if dry_run is not None:
+        if dry_run.exists():
+            raise UserError(f"--dry-run: '{dry_run}' exists, must be a new folder")
+        with publishing(dry_run, overwrite=False) as temporary:
+            contents.write(temporary)
+        _tell(contents, f"written to {dry_run}, not sent")
+        return
+    address = _send(contents, repository, private=private)
+    _tell(contents, address)
+
+
+def require_repository_name(repository: str) -> None:
+    """Refuse what the Hub does not take for a repository's name. Raises UserError."""
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
+
+    try:
+        if repository.count("/") != 1:
+            raise HFValidationError("not of that form")
+        validate_repo_id(repository)
+    except HFValidationError as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise UserError(f"repository: got '{repository}', must be owner/name: {reason}") from error
+
+
+def _send(contents: Contents, repository: str, *, private: bool) -> str:
+    """Upload in one commit and return the repository's address."""
+    import huggingface_hub
+
+    if huggingface_hub.get_token() is None:
+        raise SetupError("no token for the Hub; set HF_TOKEN or run `hf auth login`")
+    api = huggingface_hub.HfApi()
+    with tempfile.TemporaryDirectory(prefix="dist_qft-push-") as scratch:
+        folder = Path(scratch) / "repository"
+        contents.write(folder, _link)
+        try:
+            address = api.create_repo(repository, private=private, exist_ok=True)
+            api.upload_folder(repo_id=repository, folder_path=folder, commit_message="Upload with dist_qft")
+        except KeyboardInterrupt:
+            raise
+        except Exception as error:  # the library raises its own, those of its HTTP client, OSError and ValueError
+            reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+            raise SetupError(f"{repository}: the Hub did not take it: {reason}") from error
+    return str(address)
+
+
+def _link(source: Path, target: Path) -> None:
+    """Show a file under another name without copying gigabytes; a copy where there are no links."""
+    try:
+        os.symlink(source, target)
+    except OSError:
+        shutil.copyfile(source, target)
+
+
+def _tell(contents: Contents, where: str) -> None:
+    for name, size in contents.sizes().items():
+        print(f"{size:>14,}  {name}", file=sys.stderr)
+    print(where)
