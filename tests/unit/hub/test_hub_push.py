@@ -191,7 +191,7 @@ def test_an_upload_holds_the_files_of_a_dry_run(run, tmp_path, monkeypatch, caps
         set_hub(monkeypatch, hub.server_address[1])
         run_push(str(run), REPOSITORY, private=True, dry_run=None)
         hub.shutdown()
-    assert json.loads(Hub.bodies["/api/repos/create"])["private"] is True
+    assert json.loads(Hub.bodies["/api/repos/create"])["visibility"] == "private"
     (commit,) = (body for path, body in Hub.bodies.items() if "/commit/" in path)
     lines = [json.loads(line) for line in commit.splitlines()]
     uploaded = {line["value"]["path"]: line["value"]["content"] for line in lines if line["key"] == "file"}
