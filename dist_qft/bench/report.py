@@ -32,6 +32,7 @@ METRICS = {
     "held_bytes": ("held MiB", 2.0**20),
     "base_bytes": ("base MiB", 2.0**20),
     "link_bytes": ("link MB", 1e6),
+    "reduced_bytes": ("gradient MB", 1e6),
     "wire_bytes": ("wire MB", 1e6),
     "counted_bytes": ("counted MB", 1e6),
     "bound_bytes": ("bound MB", 1e6),

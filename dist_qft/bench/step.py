@@ -155,6 +155,7 @@ def ours(settings: dict[str, Any]) -> dict[str, float]:
     return found | {
         "tokens_per_second": tokens / found["seconds"],
         "base_bytes": parts.engine.resident_bytes(),
+        "reduced_bytes": reduced,
         "counted_bytes": world * gathered + 2 * (world - 1) * reduced,
         "bound_bytes": wire_bound(tables, rest, reduced, world, settings["accumulation"] if gathered else 0),
     }

@@ -50,6 +50,10 @@ def test_every_benchmark_runs_in_small(bench, name):
     assert all(value > 0 for side in ours for key, value in side["metrics"].items() if key not in may_be_zero)
     assert all(row["ours"] is not None for row in report["comparisons"])
     assert f"{name}: compared" in out
+    if name == "nodes" and report["sides"]:
+        # Sharded in each node, only the gradients cross the link between the nodes.
+        (link,) = [row["ratio"] for row in report["comparisons"] if row["what"].startswith("link MB")]
+        assert 1.0 <= link < 1.02
     if name == "step":
         # At the network interface, headers and barriers included: the stated lower bound and next to nothing more.
         (wire,) = [row["ratio"] for row in report["comparisons"] if row["what"].startswith("wire MB")]
