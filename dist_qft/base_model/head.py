@@ -4,11 +4,15 @@ All reading of weights happens inside the table's own `forward`, because engines
 around its call: for a tied head that is the embedding's, called a second time.
 """
 
+from contextlib import nullcontext
+
 import torch
 from torch import Tensor, nn
 
-from dist_qft.base_model.loss import LogitMap, slice_rows, token_cross_entropy
+from dist_qft.base_model.loss import HeadLosses, LogitMap, row_factors, slice_rows, token_cross_entropy
+from dist_qft.base_model.row_gradient import RowGradient
 from dist_qft.quant.frozen import FrozenEmbedding
+from dist_qft.quant.row_update import RowUpdate
 
 
 class OutputHead(nn.Module):
@@ -33,46 +37,75 @@ class OutputHead(nn.Module):
         """Raw logits (..., vocabulary) of hidden states (..., dim)."""
         return self._weights[0](hidden, use=project)
 
-    def loss(self, hidden: Tensor, targets: Tensor, with_gradient: bool) -> tuple[Tensor, Tensor | None]:
-        """Summed cross entropy of (tokens, dim) against (tokens,), and its gradient; no autograd inside."""
-        losses, gradient = self.token_losses(hidden, targets, len(targets) if with_gradient else 0)
-        sums = [part.sum() for part in losses.split(_tokens_at_a_time(hidden))]
-        return torch.stack(sums).sum() if len(sums) > 1 else sums[0], gradient if with_gradient else None
+    def loss(self, hidden: Tensor, targets: Tensor, with_gradient: bool) -> HeadLosses:
+        """Summed cross entropy of (tokens, dim) against (tokens,), and its gradients; no autograd inside."""
+        found = self.token_losses(hidden, targets, len(targets) if with_gradient else 0)
+        sums = [part.sum() for part in found.losses.split(_tokens_at_a_time(hidden))]
+        total = torch.stack(sums).sum() if len(sums) > 1 else sums[0]
+        return found._replace(losses=total, gradient=found.gradient if with_gradient else None)
 
-    def token_losses(self, hidden: Tensor, targets: Tensor, with_gradient: int) -> tuple[Tensor, Tensor | None]:
+    def token_losses(self, hidden: Tensor, targets: Tensor, with_gradient: int, reference: int = 0) -> HeadLosses:
         """Cross entropy of each of (tokens, dim) against (tokens,); no autograd inside.
 
+        Args:
+            with_gradient: the first so many tokens' own losses have gradients.
+            reference: the last so many are the base's, which has its own rows only.
+
         Returns:
-            (tokens,) float32, and the gradient (with_gradient, dim) of the first `with_gradient` tokens' own losses;
-            None for 0.
+            (tokens,) float32, and the gradient (with_gradient, dim), None for 0.
         """
         gradients: list[Tensor] = []
+        factors: list[Tensor] = []
+        update = self._row_update()
 
-        def use(table: FrozenEmbedding, states: Tensor) -> Tensor:
+        def sweep(table: FrozenEmbedding, states: Tensor, targets: Tensor, gradient: bool) -> list[Tensor]:
             losses = []
             step, dim = _tokens_at_a_time(states), states.shape[1]
-            rest = len(states) - with_gradient
-            for count, place in ((with_gradient, slice(with_gradient)), (rest, slice(with_gradient, None))):
-                if not count and (len(states) or place.start is not None):
-                    continue  # no tokens at all go through the first
-                for part, part_targets in zip(states[place].split(step), targets[place].split(step), strict=True):
-                    loss, gradient = token_cross_entropy(
-                        part,
-                        part_targets,
-                        table,
-                        logit_map=self.loss_map,
-                        slice_size=slice_rows(part.shape[0], dim, self.loss_megabytes),
-                        with_gradient=place.start is None,
-                        bias=table.bias,
+            for part, part_targets in zip(states.split(step), targets.split(step), strict=True):
+                loss, by_state = token_cross_entropy(
+                    part,
+                    part_targets,
+                    table,
+                    logit_map=self.loss_map,
+                    slice_size=slice_rows(part.shape[0], dim, self.loss_megabytes),
+                    with_gradient=gradient,
+                    bias=table.bias,
+                )
+                losses.append(loss)
+                gradients.extend([] if by_state is None else [by_state])
+                if gradient and update is not None:
+                    by_row = row_factors(
+                        part, part_targets, loss, table, ids=update.ids, logit_map=self.loss_map, bias=table.bias
                     )
-                    losses.append(loss)
-                    gradients.extend([] if gradient is None else [gradient])
+                    factors.append(by_row)
+            return losses
+
+        def use(table: FrozenEmbedding, states: Tensor) -> Tensor:
+            first, last = slice(with_gradient), slice(with_gradient, None)
+            losses: list[Tensor] = []
+            if with_gradient or not len(states):  # no tokens at all go through the first
+                losses += sweep(table, states[first], targets[first], True)
+            if update is not None and reference:
+                own = slice(with_gradient, len(states) - reference)
+                losses += sweep(table, states[own], targets[own], False) if own.start < own.stop else []
+                last = slice(len(states) - reference, None)
+            if len(states[last]):
+                with update.off() if update is not None and reference else nullcontext():
+                    losses += sweep(table, states[last], targets[last], False)
             return torch.cat(losses) if len(losses) > 1 else losses[0]
 
         with torch.no_grad():
             # detach: a hook on a tied embedding may have asked for a gradient of what it returned.
             losses = self._weights[0](hidden, use=use).detach()
-        return losses, torch.cat(gradients) if len(gradients) > 1 else next(iter(gradients), None)
+        by_state = torch.cat(gradients) if len(gradients) > 1 else next(iter(gradients), None)
+        if update is None or not factors:
+            return HeadLosses(losses, by_state)
+        return HeadLosses(losses, by_state, RowGradient(update, torch.cat(factors), hidden[:with_gradient]))
+
+    def _row_update(self) -> RowUpdate | None:
+        """The trained differences of the table's rows, if there are any and they count."""
+        changed = self._weights[0].changed
+        return changed if isinstance(changed, RowUpdate) and changed.enabled else None
 
 
 def _tokens_at_a_time(states: Tensor) -> int:

@@ -6,7 +6,8 @@ and values are both the head's rows): running maximum, running sum of exponentia
 rows. Peak memory is one slice of dequantized rows and its logits. The head is therefore read once per
 micro-batch, in the forward pass only, and a sharded head need not be gathered again in backward.
 
-With p = softmax(z), z = W h and target t:   loss = logsumexp(z) - z_t,   dloss/dh = sum_v p_v W_v - W_t.
+With p = softmax(z), z = W h and target t:   loss = logsumexp(z) - z_t,   dloss/dh = sum_v p_v W_v - W_t,
+and where rows of W are trained (`method.train_tokens`)   dloss/dW_v = (p_v - [v = t]) h   of these rows alone.
 
 The two terms of the gradient all but cancel where p_t is close to 1, which is most tokens of a text that fits well. So
 the products give float32 whatever the compute dtype is: a weighted sum rounded to bfloat16 before W_t is taken off is
@@ -15,12 +16,13 @@ wrong by 17 % at p_t = 0.993 and by more than half at 0.999; logits of 20 rounde
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
+from dist_qft.base_model.row_gradient import RowGradient
 from dist_qft.data.samples import IGNORED
 
 
@@ -118,6 +120,37 @@ def token_cross_entropy(
     return losses, mean_row.div_(total[:, None]).sub_(target_row).to(hidden.dtype)
 
 
+@torch.no_grad()
+def row_factors(
+    hidden: Tensor,
+    targets: Tensor,
+    losses: Tensor,
+    head: Rows,
+    *,
+    ids: Tensor,
+    logit_map: LogitMap,
+    bias: Tensor | None = None,
+) -> Tensor:
+    """The derivative of each token's loss by the raw logits of some rows: (p - [target]) * slope of the map.
+
+    Args:
+        hidden, targets, head, logit_map, bias: as `token_cross_entropy` had them.
+        losses: (tokens,), its result.
+        ids: (n,) int64, the rows.
+
+    Returns:
+        (tokens, n) float32.
+    """
+    logits = _float32_product(_as_factor(hidden), _as_factor(head.rows_of(ids)).T)
+    target_logit = (hidden.float() * head.rows_of(targets).float()).sum(1)
+    if bias is not None:
+        logits, target_logit = logits + bias[ids], target_logit + bias[targets]
+    logits = logit_map(logits)
+    # log p of the target is -loss, which spares a second sum over the vocabulary.
+    chances = torch.exp(logits - (logit_map(target_logit) + losses)[:, None])
+    return (chances - (targets[:, None] == ids).float()) * logit_map.slope(logits)
+
+
 def _as_factor(matrix: Tensor) -> Tensor:
     """The matrix as `_float32_product` takes it: on CUDA as it is, elsewhere in float32.
 
@@ -162,7 +195,27 @@ class _KnownGradient(torch.autograd.Function):
         return full, None, None, None
 
 
-HeadLoss = Callable[[Tensor, Tensor, bool], tuple[Tensor, Tensor | None]]
+class HeadLosses(NamedTuple):
+    """The losses of a head, outside autograd.
+
+    losses: of each token, or their sum. gradient: of each token's own by its hidden state, or None. by_rows: the
+    gradient by rows of the head that are trained, or None.
+    """
+
+    losses: Tensor
+    gradient: Tensor | None
+    by_rows: RowGradient | None = None
+
+    def of(self, hidden: Tensor, positions: Tensor, count: int | None = None) -> Tensor:
+        """The losses as a function of `hidden` (batch, length, dim), of tokens the first `count`, at `positions`."""
+        losses = self.losses if count is None else self.losses[:count]
+        if self.gradient is None:
+            return losses
+        losses = _KnownGradient.apply(hidden, losses, positions, self.gradient)
+        return losses if self.by_rows is None else self.by_rows.given_to(losses)
+
+
+HeadLoss = Callable[[Tensor, Tensor, bool], tuple[Tensor, Tensor | None] | HeadLosses]
 
 
 def token_loss(hidden: Tensor, targets: Tensor, head_loss: HeadLoss) -> Tensor:
@@ -187,16 +240,13 @@ def loss_at(hidden: Tensor, positions: Tensor, targets: Tensor, head_loss: HeadL
     """
     chosen = hidden.detach().reshape(-1, hidden.shape[-1])[positions]
     needs_gradient = torch.is_grad_enabled() and hidden.requires_grad
-    loss, gradient = head_loss(chosen, targets, needs_gradient)
-    if not needs_gradient:
-        return loss
-    return _KnownGradient.apply(hidden, loss, positions, gradient)
+    return HeadLosses(*head_loss(chosen, targets, needs_gradient)).of(hidden, positions)
 
 
 class TokenHead(Protocol):
     """A head that tells the loss of each token."""
 
-    def token_losses(self, hidden: Tensor, targets: Tensor, with_gradient: int) -> tuple[Tensor, Tensor | None]:
+    def token_losses(self, hidden: Tensor, targets: Tensor, with_gradient: int, reference: int = 0) -> HeadLosses:
         """See `OutputHead`."""
 
 
@@ -221,8 +271,5 @@ def token_losses_at(
     if reference is not None:
         chosen = torch.cat([chosen, reference.reshape(-1, width)[positions]])
         targets = torch.cat([targets, targets])
-    losses, gradient = head.token_losses(chosen, targets, count if with_gradient else 0)
-    own = losses[:count]
-    if with_gradient:
-        own = _KnownGradient.apply(hidden, own, positions, gradient)
-    return own, None if reference is None else losses[count:]
+    found = head.token_losses(chosen, targets, count if with_gradient else 0, len(chosen) - count)
+    return found.of(hidden, positions, count), None if reference is None else found.losses[count:]

@@ -48,6 +48,7 @@ EXPLANATIONS = {
     "(train.per_device_train_batch_size x number of ranks)",
     "load_in_4bit": "set quantization.linear to the 4-bit format",
     "load_in_8bit": "set quantization.linear to a 4-bit format; 8-bit bases are not supported",
+    "modules_to_save": "whole tables are not trained; method.train_tokens trains the rows of some tokens",
     "logging_dir": "TensorBoard files are written under output_dir",
     "run_name": "trackers take the name of output_dir; WANDB_NAME sets another",
     "use_wandb": "set train.report_to to [tensorboard, wandb]",

@@ -37,7 +37,8 @@ def reference_beside(base: BaseModel, trainables: TrainableSet) -> Reference:
     """The reference of a loaded base that these trainables are hooked onto."""
     if trainables.leaves_base_states:
         return OwnStates(base)
-    return SecondStream(base.decoder, base.layers, trainables, base.config.model_type)
+    embedding = base.embedding if trainables.changes_embedding else None
+    return SecondStream(base.decoder, base.layers, trainables, base.config.model_type, embedding)
 
 
 def require_reference(config: RunConfig, base: BaseModel, spec: TrainableSpec[Any]) -> None:
@@ -52,7 +53,8 @@ def require_reference(config: RunConfig, base: BaseModel, spec: TrainableSpec[An
     causal = build_on_meta(deepcopy(base.config), config.model, base.dtype)
     decoder = text_decoder(causal)
     layers = [causal.get_submodule(f"{base.layers_path}.{index}") for index in range(len(base.layers))]
-    stream = SecondStream(decoder, layers, HookedTrainables(), base.config.model_type)
+    embedding = causal.get_input_embeddings() if config.method.train_tokens is not None else None
+    stream = SecondStream(decoder, layers, HookedTrainables(), base.config.model_type, embedding)
     _, called = choose_attention(causal, decoder, len(layers))
     if called is not None:  # else the code depends on values, and the first pass with data tells
         stream.require_complete()
@@ -87,10 +89,16 @@ class SecondStream:
 
     Args:
         family: the model's type, for messages.
+        embedding: the decoder's, if trainables change what it returns; else the states begin alike.
     """
 
     def __init__(
-        self, decoder: nn.Module, layers: Sequence[nn.Module], trainables: TrainableSet | HookedTrainables, family: str
+        self,
+        decoder: nn.Module,
+        layers: Sequence[nn.Module],
+        trainables: TrainableSet | HookedTrainables,
+        family: str,
+        embedding: nn.Module | None = None,
     ) -> None:
         self._trainables, self._family = trainables, family
         self._begins = False
@@ -103,9 +111,15 @@ class SecondStream:
             decoder.register_forward_hook(self._end),
         ]
         behind = [child for child in decoder.children() if not isinstance(child, nn.ModuleList)]
+        self._two_embeddings = embedding is not None
+        self._embedded: tuple[Tensor, int, Tensor] | None = None  # the tuned model's, as `_last`, and the reference's
         for module in [*layers, *behind]:
             self._kept.append((module, vars(module).get("forward")))
-            module.forward = self._twice(module.forward, may_begin=module is layers[0])
+            module.forward = (
+                self._embedded_twice(module.forward)
+                if module is embedding
+                else self._twice(module.forward, may_begin=module is layers[0])
+            )
 
     def take(self) -> Tensor:
         """See `Reference`."""
@@ -136,7 +150,7 @@ class SecondStream:
 
     def _begin(self, decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._begins = _is_whole_pass(kwargs)
-        self._last = self._states = None
+        self._last = self._states = self._embedded = None
         self._broken = False
 
     def _end(self, decoder: nn.Module, args: tuple[Any, ...], output: Any) -> None:
@@ -147,7 +161,9 @@ class SecondStream:
             states = args[0] if args else kwargs.get("hidden_states")
             before = self._states
             if may_begin and self._begins and isinstance(states, Tensor):
-                before, self._begins = states.detach(), False
+                before, self._begins = self._first_states(states), False
+                if before is None:
+                    return forward(*args, **kwargs)
             elif before is None or not _is_same(states, self._last):
                 return forward(*args, **kwargs)
             output = forward(*args, **kwargs)
@@ -158,6 +174,25 @@ class SecondStream:
                     reference = forward(**{**kwargs, "hidden_states": before})
             newest = _states_of(output)
             self._last, self._states = (newest, newest._version), _states_of(reference)
+            return output
+
+        return both
+
+    def _first_states(self, states: Tensor) -> Tensor | None:
+        """The reference's input of the first layer, from the tuned model's; None if no module made the difference."""
+        if not self._two_embeddings:
+            return states.detach()
+        embedded, self._embedded = self._embedded, None
+        return embedded[2] if embedded is not None and _is_same(states, embedded[:2]) else None
+
+    def _embedded_twice(self, forward: Callable[..., Any]) -> Callable[..., Any]:
+        """Look the ids up a second time, in the base's own rows."""
+
+        def both(*args: Any, **kwargs: Any) -> Any:
+            output = forward(*args, **kwargs)
+            if self._begins and kwargs.get("use") is None:
+                with torch.no_grad(), self._trainables.disabled():
+                    self._embedded = (output, output._version, forward(*args, **kwargs))
             return output
 
         return both

@@ -4,7 +4,7 @@ A method of another kind than those here adds a line to `KINDS`. A tile method n
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from dist_qft.base_model.skeleton import BaseModel
@@ -14,6 +14,7 @@ from dist_qft.config.methods.tile_method import TileMethod
 from dist_qft.config.schema import RunConfig
 from dist_qft.errors import UserError
 from dist_qft.methods.adapters.adapter_spec import AdapterSpec, adapter_spec, stored_adapters
+from dist_qft.methods.adapters.trained_tokens import trained_tokens
 from dist_qft.methods.qst.spec import SideSpec, side_network_spec, stored_side_network
 from dist_qft.methods.trainable import TrainableSpec
 from dist_qft.storage.checkpoint import Checkpoint
@@ -43,7 +44,10 @@ KINDS: dict[type[MethodConfig], Kind] = {
 def make_spec(config: RunConfig, base: BaseModel) -> TrainableSpec[Any]:
     """The spec of the config's trainables beside this base, from shapes alone. UserError if it does not fit."""
     kind = next(kind for section, kind in KINDS.items() if isinstance(config.method, section))
-    return kind.make(config.method, base)
+    spec = kind.make(config.method, base)
+    if isinstance(spec, AdapterSpec) and config.method.train_tokens is not None:
+        return replace(spec, tokens=trained_tokens(config, base))
+    return spec
 
 
 def stored_spec(checkpoint: Checkpoint, base: BaseModel) -> TrainableSpec[Any]:

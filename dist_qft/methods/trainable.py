@@ -29,10 +29,14 @@ class TrainableSet(Protocol):
 
     Attributes:
         leaves_base_states: True if the base's layers compute as if nothing were hooked onto them.
+        changes_embedding: True if what the embedding returns is not the base's.
     """
 
     @property
     def leaves_base_states(self) -> bool: ...
+
+    @property
+    def changes_embedding(self) -> bool: ...
 
     def named_tensors(self) -> list[tuple[str, nn.Parameter]]:
         """Every trainable, fp32, in the order of the forward pass: a part of the checkpoint contract."""
@@ -63,6 +67,7 @@ class HookedTrainables(nn.Module):
     """Base class of the kinds of `TrainableSet`: values by name, and hooks that can be switched off."""
 
     leaves_base_states = False
+    changes_embedding = False
 
     def __init__(self) -> None:
         super().__init__()

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx, once_differentiable
 
 from dist_qft.quant.contract import CPU_CHUNK, Format, Shape
+from dist_qft.quant.row_update import ChangedRows
 
 
 class FrozenWeight(nn.Module):
@@ -182,7 +183,8 @@ class FrozenEmbedding(FrozenWeight):
 
     `scale`, rounded to `dtype`, multiplies the rows that are looked up (Gemma: sqrt(hidden size)), not those of `rows`,
     which a tied LM head uses. Needs a format that stores each row by itself (q8_0, dense). `padding_idx` is only kept.
-    The `bias` (num_embeddings) is that of an LM head that owns the table.
+    The `bias` (num_embeddings) is that of an LM head that owns the table. `changed`, if set, has other values for some
+    rows, which all readers but `dequantize` see.
     """
 
     bias: nn.Parameter | None
@@ -207,6 +209,7 @@ class FrozenEmbedding(FrozenWeight):
         self.embedding_dim = embedding_dim
         self.padding_idx = padding_idx
         self.output_scale = None if scale is None else torch.tensor(scale, dtype=dtype, device="cpu").item()
+        self.changed: ChangedRows | None = None
 
     def forward(self, ids: Tensor, use: Callable[["FrozenEmbedding", Tensor], Tensor] | None = None) -> Tensor:
         """Rows (..., embedding_dim) of integer ids (...) in the compute dtype, without autograd.
@@ -222,10 +225,16 @@ class FrozenEmbedding(FrozenWeight):
             rows = rows * self.output_scale
         return rows.view(*ids.shape, self.embedding_dim)
 
+    def rows(self, start: int, stop: int) -> Tensor:
+        """The rows start..stop in the compute dtype, not to be written to, without `output_scale`."""
+        rows = super().rows(start, stop)
+        return rows if self.changed is None else self.changed.between(rows, start, stop)
+
     def rows_of(self, ids: Tensor) -> Tensor:
         """Rows (n, embedding_dim) of ids (n,) in the compute dtype, without `output_scale`."""
         packed = {name: tensor.index_select(0, ids) for name, tensor in self.packed().items()}
-        return self.format.dequantize(packed, (len(ids), self.embedding_dim), self.dtype)
+        rows = self.format.dequantize(packed, (len(ids), self.embedding_dim), self.dtype)
+        return rows if self.changed is None else self.changed.among(rows, ids)
 
 
 def _frozen(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | str) -> nn.Parameter:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
@@ -142,6 +143,9 @@ def _from_peft(
     missing = [path for path in tiles if not {f"{path}.A", f"{path}.B"} <= found.keys()]
     if missing:
         raise UserError(f"{KEY}: {folder} has no LoRA of {missing[0]} ({len(missing)} of {len(tiles)} layers missing)")
+    tokens = spec.tokens if isinstance(spec, AdapterSpec) else None
+    if tokens is not None:  # of which the folder has none, so they begin at the base's
+        found |= {name: torch.zeros(shape) for name, shape in tokens.shapes().items()}
     return found
 
 

@@ -51,6 +51,7 @@ class FirstStep(NamedTuple):
     values: dict[str, Tensor]
     batches: list[tuple[Tensor, Tensor, Tensor | None]]
     gathered: int
+    tokens: tuple[int, ...] = ()
 
 
 def first_step(config: RunConfig) -> FirstStep:
@@ -78,6 +79,7 @@ def first_step(config: RunConfig) -> FirstStep:
         {name: parameter.detach().clone() for name, parameter in named.items()},
         [_tokens(batch) for batch in batches],
         parts.engine.traffic.gathered_bytes - before,
+        inputs.spec.tokens.ids if getattr(inputs.spec, "tokens", None) else (),
     )
     run.close()
     parts.detach()
@@ -93,7 +95,7 @@ def _tokens(batch: Any) -> tuple[Tensor, Tensor, Tensor | None]:
 def expected_step(
     model: Path, step: FirstStep, scale: float, loss: Callable[..., Tensor]
 ) -> tuple[float, dict[str, Tensor]]:
-    """Loss and gradient of one micro-batch by a whole model in float64, with low-rank updates in its weights.
+    """Loss and gradient of one micro-batch by a whole model in float64, with low-rank updates and rows in its weights.
 
     loss(log-probabilities of answers (rows,), those of the base, answer lengths, all log-probabilities (rows, L - 1),
     verdicts) is the mean over samples.
@@ -104,6 +106,10 @@ def expected_step(
     tuned = dict(base)
     for name in [name.removesuffix(".A") for name in leaves if name.endswith(".A")]:
         tuned[f"{name}.weight"] = base[f"{name}.weight"] + scale * leaves[f"{name}.B"] @ leaves[f"{name}.A"]
+    for name, leaf in leaves.items():
+        if name.endswith(".token_delta"):
+            weight = f"{name.removesuffix('.token_delta')}.weight"
+            tuned[weight] = base[weight].index_add(0, torch.tensor(step.tokens), leaf)
     ((ids, in_answer, verdicts),) = step.batches
 
     def log_probabilities(weights: dict[str, Tensor]) -> Tensor:

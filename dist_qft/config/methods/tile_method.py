@@ -140,6 +140,7 @@ class TileMethod(MethodConfig):
 
     def faults(self, run: "RunConfig") -> Iterator[Fault]:
         """Schedule rules whose depth ends before it begins, that set nothing, or that set a value beside `skip`."""
+        yield from super().faults(run)
         for index, rule in enumerate(self.schedule):
             path: KeyPath = ("method", "schedule", index)
             if rule.depth is not None and rule.depth[0] > rule.depth[1]:

@@ -37,6 +37,12 @@ class DenseTarget(MergedModel):
         require_folder(request)
         return Recipe(request, "dense", tiles, {}, QuantizationConfig(linear="dense", embedding="dense"))
 
+    def written_rows(self, path: str, live: LiveModel, recipe: Recipe, config: RunConfig) -> Tensor:
+        rows = live.token_rows[path]
+        rounded = rows.live.to(DTYPES[recipe.request.dtype])
+        require_range(rounded, rows.live, path)
+        return rounded.float()
+
     def writer(self, live: LiveModel, recipe: Recipe, config: RunConfig) -> Writer:
         form = DenseForm(live, DTYPES[recipe.request.dtype])
         return FolderWriter(form, live, config, float_rows=form.rows)
@@ -50,7 +56,7 @@ class DenseForm:
     def __init__(self, live: LiveModel, dtype: torch.dtype) -> None:
         self.dtype, self.difference = dtype, Difference()
         self._base, self._weights = live.base, live.weights()
-        self._adapters = live.adapters.by_path
+        self._adapters, self._rows = live.adapters.by_path, live.token_rows
 
     def entries(self, path: str) -> dict[str, Entry]:
         name, shape = self._base.library_shape(path)
@@ -66,12 +72,19 @@ class DenseForm:
 
     def rows(self, path: str, packed: Mapping[str, Tensor]) -> Iterator[Tensor]:
         """A weight with its adapter's dW in pieces of consecutive rows, outputs before inputs."""
-        weight, adapter = self._weights[path], self._adapters.get(path)
+        weight, adapter, trained = self._weights[path], self._adapters.get(path), self._rows.get(path)
+        first = 0
         for exact in live_rows(weight.format, packed, weight.weight_shape, adapter):
             require_numbers(exact.live, path)
             rows = exact.live.to(self.dtype)
             require_range(rows, exact.live, path)
-            self.difference.add(rows, exact.live, None if adapter is None else exact.base)
+            if trained is None:
+                self.difference.add(rows, exact.live, None if adapter is None else exact.base)
+            else:  # `MergedModel.convert` has counted those rows
+                others = trained.others(first, len(rows))
+                self.difference.add(rows[others], exact.live[others])
+                rows = trained.put_into(rows, first)
+            first += len(rows)
             yield rows
 
     def extra_files(self) -> dict[str, str]:

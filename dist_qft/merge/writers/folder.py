@@ -66,16 +66,23 @@ class FolderWriter:
 
     Args:
         float_rows: gives a weight in pieces of consecutive rows, where the folder's weights are plain floats.
+        notes: of the certificate.
     """
 
     def __init__(
-        self, form: WeightForm, live: LiveModel, config: RunConfig, float_rows: FloatRows | None = None
+        self,
+        form: WeightForm,
+        live: LiveModel,
+        config: RunConfig,
+        float_rows: FloatRows | None = None,
+        notes: Sequence[str] = (),
     ) -> None:
+        self._notes = list(notes)
         self._form, self._live, self._config, self._float_rows = form, live, config, float_rows
         self._weights = live.weights()
 
     def notes(self) -> list[str]:
-        return []
+        return self._notes
 
     def wanted(self, path: str) -> tuple[str, ...]:
         return tuple(self._weights[path].packed())

@@ -9,9 +9,8 @@ Q4_0 is affine4 and becomes Q4_1 exactly: its scale stays, its zero is -8 scale 
 more bits than Q4_1's float16 has: codes stay, and the certificate states the rounding of the constants (`rounded`).
 """
 
-import shutil
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,24 +19,23 @@ import numpy as np
 from torch import Tensor
 
 from dist_qft.base_model.gguf_file import GgufSource
-from dist_qft.base_model.gguf_metadata import MetadataReader
 from dist_qft.base_model.skeleton import BaseModel
 from dist_qft.base_model.tokenizer import load_tokenizer, run_tokenizer
 from dist_qft.config.schema import RunConfig
-from dist_qft.errors import CorruptFileError, UserError
+from dist_qft.errors import UserError
 from dist_qft.merge.difference import Difference
 from dist_qft.merge.live_model import LiveModel
 from dist_qft.merge.recipe import MergeRequest, Recipe, quantized_recipe
 from dist_qft.merge.target import CardText, OpenResult, Writer
+from dist_qft.merge.writers.gguf_files import BLOCK_BYTES, PatchedFile, RewrittenFile
+from dist_qft.merge.writers.gguf_rows import GgufRows, require_writable
 from dist_qft.merge.writers.merged_model import MergedModel
 from dist_qft.merge.writers.requantize import requantized
 from dist_qft.methods.adapters.schedule import TileSettings
 from dist_qft.quant.affine4 import Affine4, q4_1_from_affine4
 
 GGUF_FORMAT = Affine4((1, 32))  # bit for bit Q4_1
-_BLOCK_BYTES = 20  # of Q4_1: float16 d, float16 m, 32 codes
 _MB = 1e6
-_M = slice(2, 4)
 
 
 class GgufTarget(MergedModel):
@@ -64,6 +62,8 @@ class GgufTarget(MergedModel):
                 "missing; merge --to dense and convert that with llama.cpp's convert_hf_to_gguf.py, or train on a "
                 "GGUF file"
             )
+        if config.method.train_tokens is not None:
+            require_writable(GgufSource(Path(config.model.path)), base.tables())
         recipe = _of_tiles(quantized_recipe(request, config, base, tiles), base)
         for path in tiles:
             format = recipe.formats.get(path, base.linears[path].format)
@@ -73,6 +73,9 @@ class GgufTarget(MergedModel):
                     "train with quantization.linear: affine4, block: [1, 32], or merge --to quantized"
                 )
         return recipe
+
+    def written_rows(self, path: str, live: LiveModel, recipe: Recipe, config: RunConfig) -> Tensor:
+        return GgufRows(GgufSource(Path(config.model.path)), live.token_rows).values(path)
 
     def writer(self, live: LiveModel, recipe: Recipe, config: RunConfig) -> Writer:
         return GgufWriter(live, recipe, Path(config.model.path), trained_template(config))
@@ -113,6 +116,7 @@ class GgufWriter:
         self._source = GgufSource(source)
         self._weights = live.weights()
         self._adapters = live.adapters.by_path
+        self.rows = GgufRows(self._source, live.token_rows)
         one_file = len(self._source.files) == 1 and template is None
         self._patches = one_file and all(self._is_q4_1(path) for path in recipe.tiles)
 
@@ -123,7 +127,8 @@ class GgufWriter:
             if path not in self.recipe.tiles and not self._held_as_stored(path)
         ]
         more = f" and {len(others) - 1} more" if len(others) > 1 else ""
-        return [f"the file keeps its own {others[0]}{more}"] if others else []
+        kept = [f"the file keeps its own {others[0]}{more}"] if others else []
+        return kept + self.rows.notes()
 
     def wanted(self, path: str) -> tuple[str, ...]:
         if path not in self.recipe.tiles:
@@ -132,12 +137,12 @@ class GgufWriter:
 
     def open(self, temporary: Path) -> OpenResult:
         if self._patches:
-            return OpenGguf(self, PatchedFile(self._source.files[0], temporary))
+            return OpenGguf(self, PatchedFile(self._source.files[0], temporary), temporary)
         if not all(self._is_q4_1(path) for path in self.recipe.tiles):
             print(self.size_change(), flush=True)
         in_order = [self.stored_name(path) for path in self._weights if path in self.recipe.tiles]
         changes = {} if self._template is None else {gguf.Keys.Tokenizer.CHAT_TEMPLATE: self._template}
-        return OpenGguf(self, RewrittenFile(self._source.files, temporary, in_order, changes))
+        return OpenGguf(self, RewrittenFile(self._source.files, temporary, in_order, changes), temporary)
 
     def size_change(self) -> str:
         """One line on how much larger or smaller than the base the file will be, and why."""
@@ -147,7 +152,7 @@ class GgufWriter:
         elements = sum(
             self._weights[path].weight_shape[0] * self._weights[path].weight_shape[1] for path in self.recipe.tiles
         )
-        change = elements // 32 * _BLOCK_BYTES - sum(self._source.stored_bytes(name) for name in names)
+        change = elements // 32 * BLOCK_BYTES - sum(self._source.stored_bytes(name) for name in names)
         were = ", ".join(f"{count} {type}" for type, count in sorted(types.items()))
         return (
             f"adapted tensors become Q4_1 (they are {were}): "
@@ -182,8 +187,8 @@ class GgufWriter:
 class OpenGguf:
     """A GGUF file that takes its adapted layers; see `target.OpenResult`."""
 
-    def __init__(self, writer: GgufWriter, file: "PatchedFile | RewrittenFile") -> None:
-        self._writer, self._file, self.difference = writer, file, Difference()
+    def __init__(self, writer: GgufWriter, file: PatchedFile | RewrittenFile, path: Path) -> None:
+        self._writer, self._file, self._path, self.difference = writer, file, path, Difference()
 
     def write(self, path: str, packed: Mapping[str, Tensor]) -> None:
         name, order = self._writer.stored_name(path), self._writer.row_order(path)
@@ -194,98 +199,10 @@ class OpenGguf:
 
     def finish(self) -> None:
         self._file.close()
+        self._writer.rows.write(self._path)
 
     def close(self) -> None:
         self._file.close()
-
-
-class PatchedFile:
-    """A copy of a GGUF file in which tensors are overwritten by others of the same size."""
-
-    def __init__(self, source: Path, target: Path) -> None:
-        reader = MetadataReader(source)
-        self._places = {tensor.name: (int(tensor.data_offset), int(tensor.n_bytes)) for tensor in reader.tensors}
-        del reader  # it maps the whole file
-        shutil.copyfile(source, target)
-        self._file = target.open("r+b")
-
-    def write(self, name: str, raw: np.ndarray) -> None:
-        offset, size = self._places[name]
-        if raw.nbytes != size:
-            raise ValueError(f"'{name}': {raw.nbytes} bytes for a tensor of {size}")
-        self._file.seek(offset)
-        self._file.write(np.ascontiguousarray(raw).data)
-
-    def write_zeros(self, name: str, zeros: np.ndarray) -> None:
-        """Replace the `m` fields of a Q4_1 tensor; `zeros` is float16, one per block."""
-        offset, size = self._places[name]
-        self._file.seek(offset)
-        raw = np.frombuffer(bytearray(self._file.read(size)), dtype=np.uint8)
-        raw.reshape(-1, _BLOCK_BYTES)[:, _M] = zeros.astype("<f2").reshape(-1, 1).view(np.uint8)
-        self.write(name, raw)
-
-    def close(self) -> None:
-        self._file.close()
-
-
-class RewrittenFile:
-    """One GGUF file with metadata and tensors of others, and some tensors replaced by Q4_1 in a given order.
-
-    Metadata is the first file's, with the texts of `changes` under their keys.
-    """
-
-    def __init__(
-        self, sources: Sequence[Path], target: Path, replaced: list[str], changes: Mapping[str, str] | None = None
-    ) -> None:
-        readers = [(source, MetadataReader(source)) for source in sources]
-        first, reader = readers[0]
-        field = reader.get_field(gguf.Keys.General.ARCHITECTURE)
-        if field is None:
-            raise CorruptFileError(f"{first}: a GGUF file without '{gguf.Keys.General.ARCHITECTURE}'")
-        self._writer = gguf.GGUFWriter(target, field.contents(), endianess=reader.endianess)
-        self._copy_metadata(reader, changes or {})
-        tensors = {tensor.name: tensor for _, each in readers for tensor in each.tensors}
-        kept = [(source, tensor) for source, each in readers for tensor in each.tensors if tensor.name not in replaced]
-        for _, tensor in kept:
-            data = tensor.data
-            self._writer.add_tensor_info(tensor.name, data.shape, data.dtype, data.nbytes, tensor.tensor_type)
-        for name in replaced:
-            columns, rows = (int(size) for size in tensors[name].shape)
-            shape = (rows, columns // 32 * _BLOCK_BYTES)
-            kind = gguf.GGMLQuantizationType.Q4_1
-            self._writer.add_tensor_info(name, shape, np.dtype(np.uint8), shape[0] * shape[1], kind)
-        self._remaining = list(replaced)
-        self._writer.write_header_to_file()
-        self._writer.write_kv_data_to_file()
-        self._writer.write_ti_data_to_file()
-        for source, tensor in kept:
-            offset, size = int(tensor.data_offset), int(tensor.n_bytes)
-            self._writer.write_tensor_data(np.fromfile(source, np.uint8, size, offset=offset))
-
-    def write(self, name: str, raw: np.ndarray) -> None:
-        if not self._remaining or self._remaining.pop(0) != name:
-            raise ValueError(f"'{name}' came out of turn")
-        self._writer.write_tensor_data(np.ascontiguousarray(raw))
-
-    def close(self) -> None:
-        self._writer.close()
-
-    def _copy_metadata(self, reader: gguf.GGUFReader, changes: Mapping[str, str]) -> None:
-        for key, text in changes.items():
-            self._writer.add_string(key, text)
-        for field in reader.fields.values():
-            if field.name in changes:
-                continue
-            # The library writes the header's own counts and the architecture itself. The result is not split.
-            if field.name.startswith(("GGUF.", "split.")) or field.name == gguf.Keys.General.ARCHITECTURE:
-                continue
-            value, kind = field.contents(), field.types[0]
-            if field.name == gguf.Keys.General.FILE_TYPE:
-                value = int(gguf.LlamaFileType.MOSTLY_Q4_1)
-            if field.name == gguf.Keys.General.ALIGNMENT:
-                self._writer.data_alignment = int(value)
-            element = field.types[-1] if kind == gguf.GGUFValueType.ARRAY else None
-            self._writer.add_key_value(field.name, value, kind, sub_type=element)
 
 
 def _file_rows(rows: Tensor, order: np.ndarray | None) -> np.ndarray:

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch.distributed as dist
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
@@ -23,9 +24,10 @@ from dist_qft.merge.names import portable_name
 from dist_qft.merge.probe import logits_of
 from dist_qft.merge.recipe import Kind, MergeRequest, Recipe
 from dist_qft.merge.target import CardText, Converted, OpenResult, Probe, Target
+from dist_qft.merge.token_rows import TokenRowsInUse, add_token_rows, reading
 from dist_qft.merge.writers.folder import require_folder
 from dist_qft.merge.writers.lora_twin import PLAIN, lora_difference, lora_twin
-from dist_qft.merge.writers.peft_support import require_low_rank, require_peft_support
+from dist_qft.merge.writers.peft_support import require_low_rank, require_peft_support, require_token_support
 from dist_qft.merge.writers.safetensors_folder import SafetensorsFolder
 from dist_qft.methods.adapters.attach import AdapterSet
 from dist_qft.methods.adapters.schedule import TileSettings
@@ -56,17 +58,27 @@ class PeftTarget(Target):
             require_peft_support(part.model_type, tiles)
         for path, settings in tiles.items():
             require_low_rank(path, settings)
+        if config.method.train_tokens is not None:
+            require_token_support(base)
         return Recipe(request, "lora", tiles, {}, config.quantization)
 
     def convert(self, live: LiveModel, recipe: Recipe, config: RunConfig, probe: Probe) -> Converted:
-        lora = lora_twin(live.adapters)
-        logits = _logits_with(live, lora, probe)
-        return Converted(logits, lora_difference(live, lora), PeftWriter(lora, config.model))
+        lora, rows = lora_twin(live.adapters), {path: found.live for path, found in live.token_rows.items()}
+        difference = lora_difference(live, lora)
+        if dist.get_rank() == 0:
+            for path, found in live.token_rows.items():
+                add_token_rows(difference, rows[path], found)
+        logits = _logits_with(live, lora, rows, probe)
+        return Converted(logits, difference, PeftWriter(lora, live.token_rows, config.model))
 
     def read_back(self, result: Path, kind: Kind, live: LiveModel, probe: Probe) -> tuple[Difference, Tensor]:
         tiles = {path: adapter.settings for path, adapter in live.adapters.by_path.items()}
-        lora = read_lora(result, tiles).to(probe.device)
-        return lora_difference(live, lora), _logits_with(live, lora, probe)
+        lora, rows = read_lora(result, tiles, live.token_rows)
+        lora.to(probe.device)
+        difference = lora_difference(live, lora)
+        for path, found in live.token_rows.items():
+            add_token_rows(difference, rows[path], found)
+        return difference, _logits_with(live, lora, rows, probe)
 
     def hints(self, recipe: Recipe, config: RunConfig) -> list[str]:
         base, result = Path(config.model.path), recipe.request.path
@@ -77,20 +89,21 @@ class PeftTarget(Target):
         return [held, f"PEFT cannot open a GGUF base by itself: PeftModel.from_pretrained({load}, '{result}') works"]
 
 
-def _logits_with(live: LiveModel, lora: AdapterSet, probe: Probe) -> Tensor:
-    """Logits of the base with other adapters in place of its own. Collective."""
+def _logits_with(live: LiveModel, lora: AdapterSet, rows: Mapping[str, Tensor], probe: Probe) -> Tensor:
+    """Logits of the base with other adapters and rows of its tables in place of its own. Collective."""
     lora.attach(live.base.model)
-    with live.adapters.disabled():
+    ids = {path: found.ids for path, found in live.token_rows.items()}
+    with live.adapters.disabled(), reading(live.base, ids, rows):
         logits = logits_of(live.base, probe.ids, probe.device)
     lora.detach()
     return logits
 
 
 class PeftWriter:
-    """A writer of one folder from plain LoRAs; see `target.Writer`. It needs nothing of the base."""
+    """A writer of one folder from plain LoRAs and trained rows; see `target.Writer`. It needs nothing of the base."""
 
-    def __init__(self, lora: AdapterSet, model: ModelConfig) -> None:
-        self._adapters, self._model = lora.by_path, model
+    def __init__(self, lora: AdapterSet, rows: Mapping[str, TokenRowsInUse], model: ModelConfig) -> None:
+        self._adapters, self._rows, self._model = lora.by_path, rows, model
 
     def notes(self) -> list[str]:
         return []
@@ -101,12 +114,15 @@ class PeftWriter:
     def open(self, temporary: Path) -> OpenResult:
         temporary.mkdir()
         config = peft_config({path: lora.settings for path, lora in self._adapters.items()}, self._model)
+        if self._rows:
+            config["trainable_token_indices"] = {path: rows.ids.tolist() for path, rows in self._rows.items()}
         (temporary / CONFIG_FILE).write_text(json.dumps(config, indent=1) + "\n")
         tensors = {
             f"{_PREFIX}{path}.lora_{name}.weight": parameter.detach().cpu()
             for path, lora in self._adapters.items()
             for name, parameter in lora.named_parameters()
         }
+        tensors |= {_rows_name(path): rows.live for path, rows in self._rows.items()}
         for name, tensor in tensors.items():
             require_numbers(tensor, name)
         return OpenPeft(temporary, tensors)
@@ -156,8 +172,18 @@ def peft_config(settings: Mapping[str, TileSettings], model: ModelConfig) -> dic
     }
 
 
-def read_lora(folder: Path, tiles: Mapping[str, TileSettings]) -> AdapterSet:
-    """The adapters of such a folder, for a check of the written folder; `tiles` gives the layers' sizes."""
+def _rows_name(path: str) -> str:
+    """PEFT's name of the rows that it puts in place of a table's own; it calls them a delta all the same."""
+    return f"{_PREFIX}{path}.token_adapter.trainable_tokens_delta"
+
+
+def read_lora(
+    folder: Path, tiles: Mapping[str, TileSettings], trained: Mapping[str, TokenRowsInUse]
+) -> tuple[AdapterSet, dict[str, Tensor]]:
+    """The adapters and rows of such a folder, for a check of the written folder.
+
+    `tiles` gives the layers' sizes, `trained` the rows that must be there.
+    """
     try:
         config = json.loads((folder / CONFIG_FILE).read_bytes())
         tensors = load_file(folder / f"{_STEM}.safetensors")
@@ -169,10 +195,14 @@ def read_lora(folder: Path, tiles: Mapping[str, TileSettings]) -> AdapterSet:
             twins[path] = TileAdapter(tiles[path].model_copy(update=changes))
         lora = AdapterSet(twins)
         own = {f"{_PREFIX}{path}.lora_{n}.weight": f"{path}.{n}" for path in twins for n in ("A", "B")}
+        rows = {path: tensors.pop(_rows_name(path)) for path in trained}
+        for path, found in trained.items():
+            if rows[path].shape != found.live.shape or config["trainable_token_indices"][path] != found.ids.tolist():
+                raise ValueError(f"rows of {path} are not those that were trained")
         lora.load_tensors({own[name]: tensor for name, tensor in tensors.items()})
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         raise CorruptFileError(f"{folder}: not a LoRA folder of this merge: {error}") from error
-    return lora.eval()
+    return lora.eval(), rows
 
 
 def _plain(value: float) -> float:

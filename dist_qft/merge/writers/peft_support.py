@@ -4,6 +4,7 @@ from collections.abc import Mapping
 
 from transformers import conversion_mapping
 
+from dist_qft.base_model.skeleton import BaseModel
 from dist_qft.errors import UserError
 from dist_qft.methods.adapters.schedule import TileSettings
 
@@ -38,6 +39,15 @@ def require_peft_support(model_type: str, tiles: Mapping[str, TileSettings]) -> 
         raise UserError(
             f"--to peft: {path}: {reason}; merge --to dense or quantized, or train without {leaf} (method.targets, or "
             "a schedule rule with skip)"
+        )
+
+
+def require_token_support(base: BaseModel) -> None:
+    """Refuse trained rows of an LM head with a bias: PEFT's `TrainableTokensLayer` leaves that out. UserError."""
+    if any(table.bias is not None for table in base.tables().values()):
+        raise UserError(
+            "--to peft: method.train_tokens changes rows of an LM head with a bias, which PEFT leaves out where it has "
+            "such rows; merge --to dense or quantized"
         )
 
 

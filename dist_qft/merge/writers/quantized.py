@@ -20,6 +20,7 @@ from dist_qft.merge.difference import Difference
 from dist_qft.merge.live_model import LiveModel
 from dist_qft.merge.recipe import MergeRequest, Recipe, quantized_recipe
 from dist_qft.merge.target import CardText, Writer
+from dist_qft.merge.token_rows import rounding_notes
 from dist_qft.merge.writers.folder import FolderWriter, require_folder
 from dist_qft.merge.writers.merged_model import MergedModel
 from dist_qft.merge.writers.requantize import requantized
@@ -43,7 +44,10 @@ class QuantizedTarget(MergedModel):
         return quantized_recipe(request, config, base, tiles)
 
     def writer(self, live: LiveModel, recipe: Recipe, config: RunConfig) -> Writer:
-        return FolderWriter(PackedForm(live, recipe), live, config)
+        form = PackedForm(live, recipe)
+        rows = {path: self.written_rows(path, live, recipe, config) for path in live.token_rows}
+        forms = {path: live.weights()[path].format.name for path in rows}
+        return FolderWriter(form, live, config, notes=rounding_notes(rows, live.token_rows, forms))
 
 
 class PackedForm:
@@ -54,7 +58,7 @@ class PackedForm:
     def __init__(self, live: LiveModel, recipe: Recipe) -> None:
         self.recipe, self.dtype, self.difference = recipe, live.base.dtype, Difference()
         self._base, self._weights = live.base, live.weights()
-        self._adapters = live.adapters.by_path
+        self._adapters, self._rows = live.adapters.by_path, live.token_rows
 
     def entries(self, path: str) -> dict[str, Entry]:
         weight = self._weights[path]
@@ -69,6 +73,8 @@ class PackedForm:
         if new is not None:
             weight = self._weights[path]
             packed = requantized(weight, path, packed, self._adapters.get(path), new, self.difference)
+        if path in self._rows:
+            packed = self._rows[path].packed_into(packed, self._format(path), path)
         if self._format(path).name == "dense" and (path in self._base.experts or self._weights[path].transposed):
             yield self._base.library_shape(path)[0], self._base.as_library(path, packed["weight"])
             return

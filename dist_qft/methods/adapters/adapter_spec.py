@@ -12,8 +12,11 @@ from dist_qft.errors import UserError
 from dist_qft.methods.adapters.attach import AdapterSet
 from dist_qft.methods.adapters.exact_fold import folding_obstacle
 from dist_qft.methods.adapters.schedule import EXPERTS, LinearShape, TileSettings, plan_adapters, type_of
+from dist_qft.methods.adapters.token_rows import TrainedTokens, tokens_difference
 from dist_qft.methods.trainable import Counts, TrainableSpec
 from dist_qft.quant.experts import FrozenExperts
+
+_TOKENS = "train_tokens"  # in adapter_config.json
 
 
 @dataclass(frozen=True)
@@ -24,10 +27,12 @@ class AdapterSpec(TrainableSpec[AdapterSet]):
         tiles: layer path -> adapter settings, in model order.
         made_to_merge: True for a method whose tiles are to match the base's blocks; a base without such blocks is
             then worth a warning.
+        tokens: those whose rows of the vocabulary tables are trained; None without.
     """
 
     tiles: Mapping[str, TileSettings]
     made_to_merge: bool = False
+    tokens: TrainedTokens | None = None
 
     peft_type: ClassVar[str] = "DIST_QFT_TILE"
     backward_through_base: ClassVar[bool] = True
@@ -35,12 +40,15 @@ class AdapterSpec(TrainableSpec[AdapterSet]):
 
     def names(self) -> list[str]:
         """The names of all trainables."""
-        return [f"{path}.{name}" for path, settings in self.tiles.items() for name in settings.shapes()]
+        tiles = [f"{path}.{name}" for path, settings in self.tiles.items() for name in settings.shapes()]
+        rows = list(self.tokens.shapes()) if self.tokens else []
+        return [*rows[:1], *tiles, *rows[1:]]
 
     @property
     def parameters(self) -> int:
         """Number of trainable values."""
-        return sum(settings.parameters for settings in self.tiles.values())
+        rows = self.tokens.parameters if self.tokens else 0
+        return sum(settings.parameters for settings in self.tiles.values()) + rows
 
     @property
     def leaves_base_clean(self) -> bool:
@@ -48,11 +56,14 @@ class AdapterSpec(TrainableSpec[AdapterSet]):
         return not any(settings.merge_aware for settings in self.tiles.values())
 
     def describe(self) -> dict[str, Any]:
-        """The settings of every adapter."""
-        return {"tiles": {path: settings.to_dict() for path, settings in self.tiles.items()}}
+        """The settings of every adapter, and the tokens whose rows are trained."""
+        tiles = {"tiles": {path: settings.to_dict() for path, settings in self.tiles.items()}}
+        return tiles if self.tokens is None else {**tiles, _TOKENS: self.tokens.describe()}
 
     def difference(self, stored: Mapping[str, Any]) -> str | None:
-        """The first layer, by name, whose adapter is not the stored one, and its settings then and now."""
+        """Other tokens, or the first layer, by name, whose adapter is not the stored one: settings then and now."""
+        if tokens := tokens_difference(self.tokens, stored.get(_TOKENS)):
+            return tokens
         saved, wanted = stored.get("tiles", {}), self.describe()["tiles"]
         for path in sorted({*saved, *wanted}):
             before, now = saved.get(path, {}), wanted.get(path, {})
@@ -66,8 +77,9 @@ class AdapterSpec(TrainableSpec[AdapterSet]):
         return None
 
     def summary(self) -> str:
-        """The number of layers that have an adapter."""
-        return f"{len(self.tiles)} layers"
+        """The number of layers that have an adapter, and of tokens that have rows."""
+        tokens = f" and {len(self.tokens.ids)} tokens" if self.tokens else ""
+        return f"{len(self.tiles)} layers{tokens}"
 
     def warnings(self, base: BaseModel) -> list[str]:
         """Experts that get no adapters; an obstacle to the exact merge, for a method that is made for it."""
@@ -85,11 +97,14 @@ class AdapterSpec(TrainableSpec[AdapterSet]):
                 by_depth[depth] += settings.parameters
         kinds = Counter((type_of(settings, path), settings) for path, settings in self.tiles.items())
         rows = [_row(name, settings, count) for (name, settings), count in kinds.items()]
+        if self.tokens is not None:
+            by_type["tokens"] = self.tokens.parameters
+            rows += [_token_row(*shape) for shape in self.tokens.shapes().values()]
         return Counts(dict(by_type), by_depth, rows)
 
     def build(self, seed: int) -> AdapterSet:
         """Fresh adapters on the CPU."""
-        return AdapterSet.build(self.tiles, seed)
+        return AdapterSet.build(self.tiles, seed, self.tokens)
 
 
 def adapter_spec(method: TileMethod, base: BaseModel) -> AdapterSpec:
@@ -109,9 +124,10 @@ def adapter_spec(method: TileMethod, base: BaseModel) -> AdapterSpec:
 
 def stored_adapters(stored: Mapping[str, Any], where: str) -> AdapterSpec:
     """The spec that `describe` wrote into a checkpoint; `where` names the file, for messages."""
-    tiles = stored.get("tiles", {})
+    tiles, tokens = stored.get("tiles", {}), stored.get(_TOKENS)
     return AdapterSpec(
-        {path: TileSettings.from_dict(fields, where=f"{where}: {path}") for path, fields in tiles.items()}
+        {path: TileSettings.from_dict(fields, where=f"{where}: {path}") for path, fields in tiles.items()},
+        tokens=None if tokens is None else TrainedTokens.read(tokens, where),
     )
 
 
@@ -155,4 +171,17 @@ def _row(name: str, settings: TileSettings, count: int) -> dict[str, Any]:
         "max_rank": settings.max_rank,
         "scale": settings.scale,
         "parameters": count * settings.parameters,
+    }
+
+
+def _token_row(count: int, width: int) -> dict[str, Any]:
+    """A table row for the rows of `count` tokens in one vocabulary table."""
+    return {
+        "layer_type": "tokens",
+        "layers": 1,
+        "shape": [count, width],
+        "tile": [1, 1],
+        "max_rank": min(count, width),
+        "scale": 1.0,
+        "parameters": count * width,
     }

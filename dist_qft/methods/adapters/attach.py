@@ -7,7 +7,7 @@ Not here: the flat fp32 buffer that the parameters become views of, and reading 
 
 import hashlib
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -19,6 +19,7 @@ from dist_qft.errors import UserError
 from dist_qft.methods.adapters.exact_fold import with_folded_zeros
 from dist_qft.methods.adapters.schedule import TileSettings
 from dist_qft.methods.adapters.tile_adapter import TileAdapter
+from dist_qft.methods.adapters.token_rows import TokenRows, TrainedTokens
 from dist_qft.methods.trainable import HookedTrainables
 from dist_qft.quant.contract import Format
 from dist_qft.quant.frozen import FrozenWeight
@@ -28,25 +29,31 @@ class AdapterSet(HookedTrainables):
     """Adapters by the path of the linear layer, or of the product of experts, that they change, in model order.
 
     Train and eval mode are this module's own: `model.eval()` does not reach the adapters' dropout.
+
+    Attributes:
+        token_rows: trained rows of the vocabulary tables; None without.
     """
 
-    def __init__(self, adapters: Mapping[str, TileAdapter]) -> None:
+    def __init__(self, adapters: Mapping[str, TileAdapter], token_rows: TokenRows | None = None) -> None:
         super().__init__()
         if not adapters:
             raise UserError("method: no layer has an adapter, there is nothing to train")
         # A ModuleDict key may not hold a dot; a module path never holds a slash.
         self._adapters = nn.ModuleDict({path.replace(".", "/"): adapter for path, adapter in adapters.items()})
         self._by_path = dict(adapters)
+        self.token_rows = token_rows
+        self.changes_embedding = token_rows is not None
         self._changed: list[tuple[FrozenWeight, TileAdapter]] = []  # those that are merge-aware
         self._written = False  # the base's zeros have dW in them already
 
     @classmethod
-    def build(cls, plan: Mapping[str, TileSettings], seed: int) -> "AdapterSet":
-        """Fresh adapters on the CPU for `plan` (from `plan_adapters`).
+    def build(cls, plan: Mapping[str, TileSettings], seed: int, tokens: TrainedTokens | None = None) -> "AdapterSet":
+        """Fresh adapters on the CPU for `plan` (from `plan_adapters`), and rows of `tokens`.
 
         Each adapter's values depend on (seed, path) alone: not on order, device, world size or the other adapters.
         """
-        return cls({path: TileAdapter(settings, _generator(seed, path)) for path, settings in plan.items()})
+        adapters = {path: TileAdapter(settings, _generator(seed, path)) for path, settings in plan.items()}
+        return cls(adapters, None if tokens is None else TokenRows(tokens))
 
     @property
     def by_path(self) -> dict[str, TileAdapter]:
@@ -57,13 +64,14 @@ class AdapterSet(HookedTrainables):
         """("model.layers.0.self_attn.q_proj.A", parameter) for every trainable.
 
         The order is part of the checkpoint contract: the plan's order of layers, which is model order, and within
-        a layer A before B.
+        a layer A before B. Rows of the embedding come first, those of an LM head of its own last.
         """
-        return [
+        tensors = [
             (f"{path}.{name}", parameter)
             for path, adapter in self.by_path.items()
             for name, parameter in adapter.named_parameters()
         ]
+        return tensors if self.token_rows is None else self.token_rows.around(tensors)
 
     def attach(self, model: nn.Module) -> list[RemovableHandle]:
         """Hook every adapter onto the module of `model` at its path; returns the hooks' handles.
@@ -80,6 +88,8 @@ class AdapterSet(HookedTrainables):
         faults = [fault for path, adapter in adapters.items() if (fault := _misfit(path, adapter, modules.get(path)))]
         if faults:
             raise UserError(f"adapters do not fit this model: {'; '.join(faults)}")
+        if self.token_rows is not None:
+            self._handles += self.token_rows.attach(model)
         for path, adapter in adapters.items():
             self._handles.append(modules[path].register_forward_hook(self._hook(adapter)))
             if adapter.settings.merge_aware:
@@ -93,7 +103,15 @@ class AdapterSet(HookedTrainables):
             handle.remove()
         for module, _ in self._changed:
             module.in_use = None
+        if self.token_rows is not None:
+            self.token_rows.detach_tables()
         self._handles, self._changed = [], []
+
+    @contextmanager
+    def disabled(self) -> Iterator[None]:
+        """Context in which the hooked model is the base model."""
+        with super().disabled(), nullcontext() if self.token_rows is None else self.token_rows.off():
+            yield
 
     @property
     def folded_at_use(self) -> list[tuple[FrozenWeight, TileAdapter]]:

@@ -4,7 +4,9 @@ from itertools import product
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file
 
+from dist_qft.storage.checkpoint import ADAPTER_MODEL
 from tests.support.rank_pool import RankPool
 from tests.support.tiny_model import save_tiny_model, tiny_config, tiny_llama_config
 from tests.support.whole_runs import METHODS, train_losses
@@ -78,6 +80,37 @@ def test_activation_checkpointing_does_not_change_the_losses(pools, reference, t
 def tied_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model whose LM head is its embedding, as of most small models."""
     return save_tiny_model(tmp_path_factory.mktemp("tied-llama"), tiny_llama_config(tie_word_embeddings=True))
+
+
+@pytest.mark.parametrize(
+    ("method", "engine", "then"),
+    [
+        ("qahira", "fsdp", (1, "replicated", {})),  # tables of their own for input and output
+        ("qlora", "zero", (2, "zero", {"gradient_checkpointing": True})),  # one table for both
+    ],
+)
+def test_trained_tokens_learn_alike_and_resume(pools, tiny_llama, tied_llama, tmp_path, method, engine, then):
+    model, names = {"qahira": tiny_llama, "qlora": tied_llama}[method], ["<|im_start|>", "<|im_end|>", 40]
+    base = METHODS[method]
+
+    def run(folder: str, world: int, engine: str, resume: str | None = None, tokens=names, **more) -> list[float]:
+        train = {"max_steps": 4, "per_device_train_batch_size": 2, "learning_rate": 2e-2, **more}
+        sections = {**base, "method": {**base.get("method", {}), "train_tokens": tokens}}
+        config = tiny_config(model, tmp_path / folder, **sections, train=train, sharding={"engine": engine})
+        return pools[world].run(train_losses, config=config, resume=resume)[0]
+
+    expected = run("one", 1, "replicated", per_device_train_batch_size=8)
+    run("sharded", 2, engine, max_steps=2, shard_optimizer=True)
+    world, second, more = then
+    assert run("sharded", world, second, "auto", **more) == pytest.approx(expected, rel=1e-4)
+    one, sharded = (load_file(tmp_path / name / "checkpoint-4" / ADAPTER_MODEL) for name in ("one", "sharded"))
+    tables = [name for name in one if name.endswith("token_delta")]
+    assert tables == ["lm_head.token_delta", "model.embed_tokens.token_delta"][0 if method == "qahira" else 1 :]
+    for name in tables:
+        assert (one[name] - sharded[name]).abs().max() < 1e-4 < one[name].abs().max()
+        assert one[name].any(1).all() or name.startswith("model")  # of the input those that the data has
+    with pytest.raises(AssertionError, match=r"method\.train_tokens: got \[1, 2\], must be \[1, 2, 40\]"):
+        run("one", 1, "replicated", "auto", names[:2])
 
 
 @pytest.mark.parametrize(

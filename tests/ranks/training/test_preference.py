@@ -57,10 +57,16 @@ def kto(own, base, lengths, every, verdicts):
     return (weights * (1 - torch.sigmoid(BETA * signs * (ratios - kl)))).mean()
 
 
-@pytest.mark.parametrize("task, loss", [("dpo", dpo), ("orpo", orpo), ("kto", kto)])
-def test_a_step_is_that_of_whole_models_in_float64(pools, tiny_llama, tmp_path, task, loss):
+WITH_TOKENS = {**QLORA, "train_tokens": ["<|im_end|>", 80]}
+
+
+@pytest.mark.parametrize(
+    "task, loss, method", [("dpo", dpo, QLORA), ("dpo", dpo, WITH_TOKENS), ("orpo", orpo, QLORA), ("kto", kto, QLORA)]
+)
+def test_a_step_is_that_of_whole_models_in_float64(pools, tiny_llama, tmp_path, task, loss, method):
     settings = {"undesirable_weight": 1.5} if task == "kto" else {}
-    (step,) = pools[1].run(first_step, config=config_of(tiny_llama, tmp_path / "run", task, settings=settings))
+    config = config_of(tiny_llama, tmp_path / "run", task, method, settings=settings)
+    (step,) = pools[1].run(first_step, config=config)
     ((ids, in_answer, _),) = step.batches
     ends = torch.where(in_answer, torch.arange(ids.shape[1]), 0).amax(1)  # each row's last token
     real = (torch.arange(1, ids.shape[1]) <= ends[:, None])[: len(ids) // 2]
