@@ -14,7 +14,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from dist_qft.config.fault import Fault, KeyPath, dotted, value_fault
-from dist_qft.config.methods.door import DEFAULT
+from dist_qft.config.methods.door import DEFAULT, METHODS
 from dist_qft.config.schema import RunConfig
 from dist_qft.config.section import BEYOND_ALL, PROGRAMS, UNION_TAGS
 
@@ -97,7 +97,8 @@ def _unknown_key(path: KeyPath, values: Any, meant: str | None) -> Fault:
     if name in _properties(tuple(section)):  # a key of this section for another method
         method = values["method"].get("name", DEFAULT)
         has = ", ".join(key for key in own if key != "name")
-        return value_fault(path, f"{method} does not use it; {method} has {has}")
+        reason = f": {found}" if (found := METHODS[method].unused.get(str(name))) else ""
+        return value_fault(path, f"{method} does not use it{reason}; {method} has {has}")
     text = f"unknown key '{dotted(path)}'"
     if meant:
         text += f", did you mean '{meant}'?"

@@ -53,7 +53,7 @@ def require_reference(config: RunConfig, base: BaseModel, spec: TrainableSpec[An
     causal = build_on_meta(deepcopy(base.config), config.model, base.dtype)
     decoder = text_decoder(causal)
     layers = [causal.get_submodule(f"{base.layers_path}.{index}") for index in range(len(base.layers))]
-    embedding = causal.get_input_embeddings() if config.method.train_tokens is not None else None
+    embedding = causal.get_input_embeddings() if config.method.tokens_to_train else None
     stream = SecondStream(decoder, layers, HookedTrainables(), base.config.model_type, embedding)
     _, called = choose_attention(causal, decoder, len(layers))
     if called is not None:  # else the code depends on values, and the first pass with data tells

@@ -45,7 +45,7 @@ def make_spec(config: RunConfig, base: BaseModel) -> TrainableSpec[Any]:
     """The spec of the config's trainables beside this base, from shapes alone. UserError if it does not fit."""
     kind = next(kind for section, kind in KINDS.items() if isinstance(config.method, section))
     spec = kind.make(config.method, base)
-    if isinstance(spec, AdapterSpec) and config.method.train_tokens is not None:
+    if isinstance(spec, AdapterSpec) and config.method.tokens_to_train:
         return replace(spec, tokens=trained_tokens(config, base))
     return spec
 

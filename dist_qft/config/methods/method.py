@@ -1,11 +1,11 @@
 """The contract of the `method` section, whichever method it is."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic import Field, model_validator
 
-from dist_qft.config.fault import Fault, KeyPath, value_fault
+from dist_qft.config.fault import Fault
 from dist_qft.config.paths import ExpandedPath
 from dist_qft.config.section import Section
 
@@ -26,6 +26,7 @@ class MethodConfig(Section):
     Attributes:
         name: the value of `method.name` that chooses the class.
         merge_obstacle: the reason why the trainables cannot be merged into the base, with a remedy; None if they can.
+        unused: keys of other methods -> the reason why this one has no use for them, where it is not plain.
     """
 
     name: str
@@ -34,20 +35,13 @@ class MethodConfig(Section):
         description="run, checkpoint, or for qlora a PEFT LoRA folder or its Hub id: values that a new run begins with",
         json_schema_extra={"axolotl": "lora_model_dir"},
     )
-    train_tokens: str | list[str | int] | None = Field(
-        None,
-        description="tokens of the tokenizer, or ids, whose rows of embedding and LM head are trained as well, such as "
-        "chat markers that the base never met",
-        json_schema_extra={"peft": "trainable_token_indices", "axolotl": "peft_trainable_token_indices"},
-    )
-
     merge_obstacle: ClassVar[str | None] = None
+    unused: ClassVar[Mapping[str, str]] = {}
 
     @property
     def tokens_to_train(self) -> list[str | int]:
-        """`train_tokens` as a list; empty without."""
-        given = self.train_tokens
-        return [] if given is None else [given] if isinstance(given, str) else list(given)
+        """The tokens whose rows of the vocabulary tables are trained; empty for a method that trains none."""
+        return []
 
     @classmethod
     def own_keys(cls) -> list[str]:
@@ -57,22 +51,7 @@ class MethodConfig(Section):
 
     def faults(self, run: "RunConfig") -> Iterator[Fault]:
         """Broken rules between keys of this section, and between them and the rest of the config."""
-        yield from self._token_faults()
-
-    def _token_faults(self) -> Iterator[Fault]:
-        """Lists of tokens that are empty or name one twice, and whole tables."""
-        path: KeyPath = ("method", "train_tokens")
-        given = self.tokens_to_train
-        if self.train_tokens == "all":
-            yield value_fault(
-                path,
-                "got all, must be a list of tokens: whole tables are the largest weights of a model, and every rank "
-                "would hold them in float32 with two moments; adapters reach what all tokens have in common",
-            )
-        elif self.train_tokens is not None and not given:
-            yield value_fault(path, "got [], must name at least one token; or remove it")
-        elif twice := next((each for each in given if given.count(each) > 1), None):
-            yield value_fault(path, f"got '{twice}' twice, must be different tokens")
+        yield from ()
 
     def warnings(self, run: "RunConfig") -> Iterator[str]:
         """Settings that are allowed but probably not meant, each as a line that starts with its key."""

@@ -1,6 +1,6 @@
 """QST, quantized side tuning (arXiv 2401.07159): a narrow network beside the base, and no gradient through the base."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from pydantic import Field
@@ -35,23 +35,17 @@ class QstConfig(MethodConfig):
     cache: Literal["none", "disk"] = Field(
         "none", description="keep the base's hidden states on disk, so that epochs after the first do not run the base"
     )
-    train_tokens: str | list[str | int] | None = Field(
-        None, description="not for qst: the gradient of the embedding's rows comes back through the base"
-    )
-
     merge_obstacle: ClassVar[str | None] = (
         "a side network (qst) runs beside the base and is not folded into it; serve the run itself "
         "(dist_qft.load, dist-qft generate), or train one of the other methods"
     )
 
+    unused: ClassVar[Mapping[str, str]] = {
+        "train_tokens": "the gradient of the embedding's rows comes back through the base, which it runs without"
+    }
+
     def faults(self, run: "RunConfig") -> Iterator[Fault]:
         """Faults: a rank for a downsample without one, and recomputation of activations that qst never keeps."""
-        if self.train_tokens is not None:
-            yield value_fault(
-                ("method", "train_tokens"),
-                "the gradient of the embedding's rows comes back through the base, and qst runs the base without "
-                "gradients; remove it, or choose a method with adapters",
-            )
         # Compared with the default: a config that was saved whole names every key.
         changed = self.downsample_rank != type(self).model_fields["downsample_rank"].default
         if changed and self.downsample not in _RANKED:

@@ -6,6 +6,7 @@ schedule to a model's.
 """
 
 import math
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, NamedTuple
 
@@ -99,6 +100,12 @@ class TileMethod(MethodConfig):
         json_schema_extra={"peft": "target_modules", "axolotl": "lora_target_modules"},
     )
     schedule: Sequence[ScheduleRule] = Field([], description="exceptions by layer type and depth, in order")
+    train_tokens: str | list[str | int] | None = Field(
+        None,
+        description="tokens of the tokenizer, or ids, whose rows of embedding and LM head are trained as well, such as "
+        "chat markers that the base never met",
+        json_schema_extra={"peft": "trainable_token_indices", "axolotl": "peft_trainable_token_indices"},
+    )
 
     factors: ClassVar[Mapping[str, tuple[str, ...]]] = {}
     balancing: ClassVar[tuple[str, ...]] = ()
@@ -129,6 +136,12 @@ class TileMethod(MethodConfig):
         averages = getattr(self, "pool_mode", "mean") == "mean"
         return self.alpha * pools[1] / pools[0] if averages else self.alpha
 
+    @property
+    def tokens_to_train(self) -> list[str | int]:
+        """`train_tokens` as a list; empty without."""
+        given = self.train_tokens
+        return [] if given is None else [given] if isinstance(given, str) else list(given)
+
     def tile(self, knobs: Mapping[str, Any]) -> Tile:
         """The tile of a layer with these values of the knobs."""
         raise NotImplementedError
@@ -140,7 +153,7 @@ class TileMethod(MethodConfig):
 
     def faults(self, run: "RunConfig") -> Iterator[Fault]:
         """Schedule rules whose depth ends before it begins, that set nothing, or that set a value beside `skip`."""
-        yield from super().faults(run)
+        yield from self._token_faults()
         for index, rule in enumerate(self.schedule):
             path: KeyPath = ("method", "schedule", index)
             if rule.depth is not None and rule.depth[0] > rule.depth[1]:
@@ -150,6 +163,21 @@ class TileMethod(MethodConfig):
                 yield value_fault(path, f"the rule sets nothing; give {', '.join(self.knobs())} or skip")
             elif rule.skip and given:
                 yield value_fault(path, f"skip leaves no use for {', '.join(given)}; give one or the other")
+
+    def _token_faults(self) -> Iterator[Fault]:
+        """Lists of tokens that are empty or name one twice, and whole tables."""
+        path: KeyPath = ("method", "train_tokens")
+        given = self.tokens_to_train
+        if self.train_tokens == "all":
+            yield value_fault(
+                path,
+                "got all, must be a list of tokens: whole tables are the largest weights of a model, and every rank "
+                "would hold them in float32 with two moments; adapters reach what all tokens have in common",
+            )
+        elif self.train_tokens is not None and not given:
+            yield value_fault(path, "got [], must name at least one token; or remove it")
+        elif twice := [token for token, count in Counter(given).items() if count > 1]:
+            yield value_fault(path, f"got '{twice[0]}' twice, must be different tokens")
 
 
 class BlockMethod(TileMethod):

@@ -62,7 +62,7 @@ class GgufTarget(MergedModel):
                 "missing; merge --to dense and convert that with llama.cpp's convert_hf_to_gguf.py, or train on a "
                 "GGUF file"
             )
-        if config.method.train_tokens is not None:
+        if config.method.tokens_to_train:
             require_writable(GgufSource(Path(config.model.path)), base.tables())
         recipe = _of_tiles(quantized_recipe(request, config, base, tiles), base)
         for path in tiles:

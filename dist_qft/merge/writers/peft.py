@@ -58,7 +58,7 @@ class PeftTarget(Target):
             require_peft_support(part.model_type, tiles)
         for path, settings in tiles.items():
             require_low_rank(path, settings)
-        if config.method.train_tokens is not None:
+        if config.method.tokens_to_train:
             require_token_support(base)
         return Recipe(request, "lora", tiles, {}, config.quantization)
 
@@ -82,11 +82,13 @@ class PeftTarget(Target):
 
     def hints(self, recipe: Recipe, config: RunConfig) -> list[str]:
         base, result = Path(config.model.path), recipe.request.path
-        held = f"the certificate's logits are those on the base as this run held it ({config.quantization.linear})"
+        lines = [f"the certificate's logits are those on the base as this run held it ({config.quantization.linear})"]
+        if config.method.tokens_to_train:
+            lines.append("PEFT reads the rows of method.train_tokens, other readers of LoRA folders may not")
         if base.suffix != ".gguf":
-            return [held]
+            return lines
         load = f"AutoModelForCausalLM.from_pretrained('{base.absolute().parent}', gguf_file='{base.name}')"
-        return [held, f"PEFT cannot open a GGUF base by itself: PeftModel.from_pretrained({load}, '{result}') works"]
+        return [*lines, f"PEFT cannot open a GGUF base by itself: PeftModel.from_pretrained({load}, '{result}') works"]
 
 
 def _logits_with(live: LiveModel, lora: AdapterSet, rows: Mapping[str, Tensor], probe: Probe) -> Tensor:

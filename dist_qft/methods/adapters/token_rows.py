@@ -10,7 +10,7 @@ outside of what an engine gathers, so that backward needs no table a second time
 loss (`base_model.row_gradient`).
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -77,8 +77,15 @@ def tokens_difference(now: TrainedTokens | None, stored: Mapping[str, Any] | Non
     for key in ("ids", "tables", "tied"):
         if wanted.get(key) != found.get(key):
             # Of tables only another base has others, which its shapes or fingerprint tell.
-            return f"{KEY}: got {wanted.get('ids', 'none')}, must be {found.get('ids', 'none')}"
+            return f"{KEY}: got {_named(wanted.get('ids'))}, must be {_named(found.get('ids'))}"
     return None
+
+
+def _named(ids: Sequence[int] | None) -> str:
+    """The ids of a message, the first ones of many."""
+    if not ids:
+        return "none"
+    return f"[{', '.join(map(str, ids[:8]))}{f', ... ({len(ids)} in all)' if ids[8:] else ''}]"
 
 
 class TokenRows(nn.Module):
@@ -107,7 +114,7 @@ class TokenRows(nn.Module):
         for path, delta in self.deltas.items():
             table = tables[path]
             if table is None or table.embedding_dim != delta.shape[1] or self.tokens.ids[-1] >= table.num_embeddings:
-                raise UserError(f"{KEY}: {path} is no table of this model with these rows")
+                raise UserError(f"{KEY}: got rows of {path}, must be rows of a table that the model has")
             table.changed = self._updates[path] = RowUpdate(self.tokens.ids, delta)
             self._tables.append(table)
         path, update = next(iter(self._updates.items()))

@@ -17,9 +17,12 @@ def trained_tokens(config: RunConfig, base: BaseModel) -> TrainedTokens:
     """
     tokenizer = run_tokenizer(config)
     rows = min(table.num_embeddings for table in base.tables().values())
+    vocabulary = tokenizer.get_vocab()
     names: dict[int, str | int] = {}
     for given in config.method.tokens_to_train:
-        token = _id_of(given, tokenizer) if isinstance(given, str) else given
+        token = vocabulary.get(given) if isinstance(given, str) else given
+        if token is None:
+            raise _no_token(str(given), tokenizer)
         if not 0 <= token < rows:
             raise UserError(f"{KEY}: got {given!r}, must be one of the base's rows 0 to {rows - 1}")
         if token in names:
@@ -28,7 +31,7 @@ def trained_tokens(config: RunConfig, base: BaseModel) -> TrainedTokens:
             )
         names[token] = given
     ids = sorted(names)
-    of_id = {token: text for text, token in tokenizer.get_vocab().items() if token in names}
+    of_id = {token: text for text, token in vocabulary.items() if token in names}
     strings = tuple(of_id.get(token) for token in ids)
     tables = {path: table.embedding_dim for path, table in base.tables().items()}
     if config.task.predicts_labels:  # by a head of its own; the LM head is not read
@@ -36,13 +39,10 @@ def trained_tokens(config: RunConfig, base: BaseModel) -> TrainedTokens:
     return TrainedTokens(tuple(ids), strings, tables, base.tied)
 
 
-def _id_of(token: str, tokenizer: PreTrainedTokenizerBase) -> int:
-    """The id of a token. UserError if the tokenizer has none of this name."""
-    vocabulary = tokenizer.get_vocab()
-    if token in vocabulary:
-        return int(vocabulary[token])
-    parts = tokenizer.tokenize(token)
-    raise UserError(
-        f"{KEY}: got {token!r}, must be a token of the tokenizer or an id; the tokenizer cuts this text into "
+def _no_token(text: str, tokenizer: PreTrainedTokenizerBase) -> UserError:
+    """The refusal of a text that the tokenizer has no token for."""
+    parts = tokenizer.tokenize(text)
+    return UserError(
+        f"{KEY}: got {text!r}, must be a token of the tokenizer or an id; the tokenizer cuts this text into "
         f"{len(parts)}: {' '.join(parts[:8])}"
     )

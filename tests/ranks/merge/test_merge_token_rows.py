@@ -85,7 +85,9 @@ def test_a_gguf_file_gets_the_rows_in_the_type_of_its_tables(pools, make_run, tm
     """Of a file that is patched, and of one that is written anew."""
     base = save_tiny_gguf(tmp_path / "base.gguf", "Q4_1" if tables == "Q8_0" else "Q4_0", tables)
     method = {**GGUF_RUN["method"], "train_tokens": TOKENS}
-    source, path = make_run(base, size=0.1, **{**GGUF_RUN, "method": method}), tmp_path / "merged.gguf"
+    quantization = {**GGUF_RUN["quantization"], "embedding": "q8_0" if tables == "Q8_0" else "dense"}
+    source = make_run(base, size=0.1, method=method, quantization=quantization)
+    path = tmp_path / "merged.gguf"
     certificate = pools[2].run(merge_run, source=source, target="gguf", path=path)[0]
     before, after = tensors_of(base), tensors_of(path)
     for name in ("token_embd.weight", "output.weight"):

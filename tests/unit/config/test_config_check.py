@@ -57,7 +57,7 @@ def load(tmp_path):
         (
             ["method.name=qahira", "method.balance=2"],
             "method.balance",
-            "qahira does not use it; qahira has init_from, rank, alpha, dropout, targets, schedule, pool_mode",
+            "qahira does not use it; qahira has init_from, rank, alpha, dropout, targets, schedule, train_tokens",
         ),
         (
             ["method.name=qalora", "method.repeat=2"],
