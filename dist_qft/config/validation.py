@@ -97,8 +97,8 @@ def _unknown_key(path: KeyPath, values: Any, meant: str | None) -> Fault:
     if name in _properties(tuple(section)):  # a key of this section for another method
         method = values["method"].get("name", DEFAULT)
         has = ", ".join(key for key in own if key != "name")
-        reason = f": {found}" if (found := METHODS[method].unused.get(str(name))) else ""
-        return value_fault(path, f"{method} does not use it{reason}; {method} has {has}")
+        reason = f"; {found}" if (found := METHODS[method].unused.get(str(name))) else ""
+        return value_fault(path, f"{method} does not use it; {method} has {has}{reason}")
     text = f"unknown key '{dotted(path)}'"
     if meant:
         text += f", did you mean '{meant}'?"
