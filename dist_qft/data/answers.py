@@ -6,7 +6,9 @@ from dataclasses import replace
 import numpy as np
 
 from dist_qft.data.lengths import Lengths, limit_length
-from dist_qft.data.samples import AnySample, Preference, Rated, Sample
+from dist_qft.data.long_texts import characters_of, most_characters
+from dist_qft.data.records import RowError
+from dist_qft.data.samples import AnySample, Conversation, Preference, Rated, Sample
 from dist_qft.data.tokens import SampleEncoder, TokenSequence
 
 
@@ -22,6 +24,9 @@ def encode_answers(
     """
 
     def within_limits(answer: Sample) -> TokenSequence | None:
+        if isinstance(answer, Conversation) and _too_long(answer, limits, where):
+            counts["dropped_overlong"] += 1
+            return None
         return limit_length(encoder.encode(answer, where), limits, where, counts)
 
     match sample:
@@ -35,6 +40,17 @@ def encode_answers(
         case _:
             kept = within_limits(sample)
             return [] if kept is None else [kept]
+
+
+def _too_long(conversation: Conversation, limits: Lengths, where: str) -> bool:
+    """True to drop a conversation that has too many characters to be rendered. RowError where none may be dropped."""
+    found, most = characters_of(conversation), most_characters(limits.maximum)
+    if found > most and limits.overlong != "drop":
+        raise RowError(
+            f"{where}: got a conversation of {found:,} characters, must be at most {most:,} for data.max_length "
+            f"{limits.maximum}, or set data.overlong to drop"
+        )
+    return found > most
 
 
 def _rated(answer: TokenSequence | None, desirable: bool) -> list[TokenSequence]:

@@ -6,18 +6,21 @@ only so can a fault name its file and line. Where one row is at fault, its error
 the rows behind it are still read. Compressed files are not read.
 """
 
-import csv
+import itertools
 import json
 import reprlib
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TextIO
 
+from dist_qft.data.csv_rows import CsvFault, CsvRows
 from dist_qft.data.folders import FolderFiles, files_of_folder
 from dist_qft.data.records import LocatedRecord, Record, RowError
 from dist_qft.data.tables import read_arrow, read_parquet
 from dist_qft.errors import UserError
+
+_PART = 2**20  # characters of a long line that are read at a time
 
 
 def find_files(path: Path, key: str, split: str = "train") -> FolderFiles:
@@ -59,8 +62,12 @@ def read_file(path: Path, counts: Counter[str]) -> Iterator[LocatedRecord]:
 
 
 def _read_jsonl(path: Path, counts: Counter[str]) -> Iterator[LocatedRecord]:
-    for number, line in _text_lines(path):
-        if not line.strip():
+    lines = _text_lines(path)
+    for number in itertools.count(1):
+        line = next(lines, "")
+        if not line:
+            return
+        if line.isspace():
             counts["blank_lines"] += 1
             continue
         where = f"{path}:{number}"
@@ -69,11 +76,18 @@ def _read_jsonl(path: Path, counts: Counter[str]) -> Iterator[LocatedRecord]:
             record: Record | RowError = _require_object(_parse_json(line, path, number), where)
         except RowError as error:
             record = error
+        line = ""  # a long line is not kept beside its record
         yield record, where
+        record = {}
 
 
 def _read_json(path: Path, counts: Counter[str]) -> Iterator[LocatedRecord]:
-    document = _parse_json("".join(_checked_lines(path)), path, first_line=1)
+    for _ in _checked_lines(path):
+        pass
+    with _open_text(path) as stream:
+        text = stream.read()
+    document = _parse_json(text, path, first_line=1)
+    del text
     if isinstance(document, dict):
         if "data" not in document:
             raise UserError(f'{path}: an object without "data"; must be an array of objects, or {{"data": [...]}}')
@@ -89,25 +103,22 @@ def _read_json(path: Path, counts: Counter[str]) -> Iterator[LocatedRecord]:
 
 
 def _read_csv(path: Path, counts: Counter[str]) -> Iterator[LocatedRecord]:
-    csv.field_size_limit(2**31 - 1)  # the module's own limit is 128 KiB
-    reader = csv.reader(_checked_lines(path), strict=True)
+    reader = CsvRows(_checked_lines(path))
+    rows = iter(reader)
     try:
-        header = next(reader, [])
+        _, header = next(rows, (1, []))
         if duplicates := [name for name, count in Counter(header).items() if count > 1]:
             raise UserError(f"{path}:1: column {reprlib.repr(duplicates[0])} occurs twice in the header")
-        first_line = reader.line_num + 1
-        for row in reader:
+        for first_line, row in rows:
             where = f"{path}:{first_line}"  # a quoted field may span lines: name the first
-            first_line = reader.line_num + 1
             if not row:
                 counts["blank_lines"] += 1
-                continue
-            if len(row) != len(header):
+            elif len(row) != len(header):
                 yield RowError(f"{where}: {len(row)} columns where the header has {len(header)}"), where
-                continue
-            yield dict(zip(header, row, strict=True)), where
-    except csv.Error as error:
-        raise UserError(f"{path}:{reader.line_num}: malformed CSV: {error}") from None
+            else:
+                yield dict(zip(header, row, strict=True)), where
+    except CsvFault as fault:
+        raise UserError(f"{path}:{reader.line}: malformed CSV: {fault}") from None
 
 
 READERS: dict[str, Callable[[Path, Counter[str]], Iterator[LocatedRecord]]] = {
@@ -119,20 +130,36 @@ READERS: dict[str, Callable[[Path, Counter[str]], Iterator[LocatedRecord]]] = {
 }
 
 
-def _text_lines(path: Path) -> Iterator[tuple[int, str]]:
-    """Numbered lines (from 1, with their line ends: LF, CR LF or CR) of a file, without a byte order mark.
+def _open_text(path: Path) -> TextIO:
+    """A file whose lines keep their ends (LF, CR LF or CR), without a byte order mark.
 
     Bytes that are not UTF-8 become surrogates, which `_require_text` refuses.
     """
-    with path.open(encoding="utf-8", errors="surrogateescape", newline="") as stream:
-        for number, line in enumerate(stream, start=1):
-            yield number, line.removeprefix("\ufeff") if number == 1 else line
+    return path.open(encoding="utf-8-sig", errors="surrogateescape", newline="")
+
+
+def _text_lines(path: Path) -> Iterator[str]:
+    """The lines of a file, with their ends. Long ones are put together from parts, to be in memory twice at most."""
+    with _open_text(path) as stream:
+        parts: list[str] = []
+        part = stream.readline(_PART)
+        while part:
+            parts.append(part)
+            part = stream.readline(_PART)
+            if part == "\n" and parts[-1][-1] == "\r":  # one line end, which the limit has split
+                parts.append(part)
+                part = stream.readline(_PART)
+            if not part or parts[-1][-1] in "\r\n":
+                parts[:] = ["".join(parts)]
+                yield parts.pop()
 
 
 def _checked_lines(path: Path) -> Iterator[str]:
-    for number, line in _text_lines(path):
+    def checked(number: int, line: str) -> str:
         _require_text(line, path, number)
-        yield line
+        return line
+
+    return map(checked, itertools.count(1), _text_lines(path))
 
 
 def _require_text(line: str, path: Path, number: int) -> None:

@@ -2,7 +2,7 @@
 
     alpaca             instruction, output [input, system, history: list of [question, answer]]
     sharegpt           conversations: list of {from, value} or of {role, content} [system, tools]
-    messages           messages: the same under another name [tools]
+    messages           messages: the same under another name [system, tools]
     prompt-completion  prompt, completion: plain text without a chat template, or two lists of messages [tools]
     text               text
     tokenized          input_ids [labels: the same ids, or -100 where nothing is to be predicted; attention_mask]
@@ -16,13 +16,16 @@
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
-from dist_qft.config.data_schema import OF_TASKS, DatasetConfig
+from dist_qft.config.data_schema import OF_TASKS, TASK_FORMATS, DatasetConfig
 from dist_qft.data.fields import Fields, field_names
 from dist_qft.data.messages import read_messages, read_tools
 from dist_qft.data.pairs import read_pair, read_prompt, read_rated
 from dist_qft.data.records import Record
 from dist_qft.data.samples import IGNORED, AnySample, Conversation, Labelled, Message, Text, Tokenized
 from dist_qft.errors import UserError
+
+# Fields that change what other programs train. To leave them out would train something else without a word.
+_UNSUPPORTED = ("images", "image", "videos", "video", "audios", "audio", "chat_template_kwargs")
 
 
 class FormatFields(NamedTuple):
@@ -33,7 +36,7 @@ class FormatFields(NamedTuple):
 FORMATS = {
     "alpaca": FormatFields(("instruction", "output"), ("input", "system", "history")),
     "sharegpt": FormatFields(("conversations",), ("system", "tools")),
-    "messages": FormatFields(("messages",), ("tools",)),
+    "messages": FormatFields(("messages",), ("system", "tools")),
     "prompt-completion": FormatFields(("prompt", "completion"), ("tools",)),
     "text": FormatFields(("text",)),
     "tokenized": FormatFields(("input_ids",), ("labels", "attention_mask")),
@@ -65,7 +68,8 @@ def resolve_format(
             raise UserError(f"{where}: the fields {field_names(record)} fit {' and '.join(fits)}; set {key}.format")
         if not fits:
             needs = "; ".join(f"{format_name}: {', '.join(FORMATS[format_name].required)}" for format_name in guessed)
-            raise UserError(f"{where}: the fields {field_names(record)} fit no format ({needs}); set {key}.columns")
+            hint = _tasks_of(record, guessed) or f"set {key}.columns"
+            raise UserError(f"{where}: the fields {field_names(record)} fit no format ({needs}); {hint}")
         name = fits[0]
     known = FORMATS[name].required + FORMATS[name].optional
     for field in dataset.columns:
@@ -74,16 +78,29 @@ def resolve_format(
     return name
 
 
+def _tasks_of(record: Record, guessed: Sequence[str]) -> str:
+    """A hint at the tasks, other than the run's, that take such records; empty if none does."""
+    tasks = [
+        task
+        for task, formats in TASK_FORMATS.items()
+        if any(set(FORMATS[name].required) <= set(record) for name in formats if name not in guessed)
+    ]
+    return f"they are data of task.name {' or '.join(tasks)}" if tasks else ""
+
+
 def to_sample(record: Record, format_name: str, columns: Mapping[str, str], where: str) -> AnySample:
     """Interpret one record; UserError naming `where`, the field and the fields at hand if it does not fit."""
     fields = Fields(record, columns, where)
+    for name in _UNSUPPORTED:
+        if name not in columns.values() and record.get(name):
+            raise fields.fault(name, "is not supported; must be empty or absent")
     match format_name:
         case "alpaca":
             return _from_alpaca(fields)
         case "sharegpt":
             return Conversation(_with_system(fields, read_messages(fields, "conversations")), read_tools(fields))
         case "messages":
-            return Conversation(read_messages(fields, "messages"), read_tools(fields))
+            return Conversation(_with_system(fields, read_messages(fields, "messages")), read_tools(fields))
         case "prompt-completion":
             return read_prompt(fields)
         case "text":
@@ -118,9 +135,11 @@ def _from_alpaca(fields: Fields) -> Conversation:
 
 
 def _with_system(fields: Fields, messages: list[Message]) -> list[Message]:
-    if fields.get("system"):
-        return [{"role": "system", "content": fields.text("system")}, *messages]
-    return messages
+    """The messages behind the field `system`, unless they begin with it already."""
+    if not fields.get("system"):
+        return messages
+    system = {"role": "system", "content": fields.text("system")}
+    return messages if messages[:1] == [system] else [system, *messages]
 
 
 def _from_tokenized(fields: Fields) -> Tokenized:

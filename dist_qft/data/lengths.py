@@ -43,10 +43,12 @@ def limit_length(sequence: TokenSequence, limits: Lengths, where: str, counts: C
         return None
     start = int(np.argmax(sequence.targets))
     length = len(sequence.input_ids)
+    if sequence.cut and limits.source is not None and start + limits.maximum >= length:
+        raise RowError(f"{where}: too long a text before its first target for data.max_source_length; must be shorter")
     checks = (("max_source_length", start, limits.source), ("max_target_length", length - start, limits.target))
     over = [(key, found, limit) for key, found, limit in checks if limit is not None and found > limit]
     for key, found, limit in over:
-        if not _may_be_cut(found, f"data.{key} {limit}", limits, where, counts):
+        if not _may_be_cut(found, sequence.cut, f"data.{key} {limit}", limits, where, counts):
             return None
     if over:
         counts["shortened"] += 1
@@ -54,7 +56,7 @@ def limit_length(sequence: TokenSequence, limits: Lengths, where: str, counts: C
         length = len(sequence.input_ids)
     if length <= limits.maximum:
         return sequence
-    if not _may_be_cut(length, f"data.max_length {limits.maximum}", limits, where, counts):
+    if not _may_be_cut(length, sequence.cut, f"data.max_length {limits.maximum}", limits, where, counts):
         return None
     if not sequence.targets[: limits.maximum].any():
         counts["dropped_targets_cut_off"] += 1
@@ -63,11 +65,12 @@ def limit_length(sequence: TokenSequence, limits: Lengths, where: str, counts: C
     return _part(sequence, slice(limits.maximum))
 
 
-def _may_be_cut(length: int, limit: str, limits: Lengths, where: str, counts: Counter[str]) -> bool:
+def _may_be_cut(length: int, at_least: bool, limit: str, limits: Lengths, where: str, counts: Counter[str]) -> bool:
     """True to cut a sample, False to drop it, which is counted here."""
     if limits.overlong == "error":
         raise RowError(
-            f"{where}: got {length} tokens, must be at most {limit}, or set data.overlong to truncate or drop"
+            f"{where}: got {'at least ' * at_least}{length} tokens, must be at most {limit}, or set data.overlong to "
+            "truncate or drop"
         )
     if limits.overlong == "drop":
         counts["dropped_overlong"] += 1
@@ -86,4 +89,5 @@ def _shortened(sequence: TokenSequence, start: int, limits: Lengths) -> TokenSeq
 
 
 def _part(sequence: TokenSequence, part: slice) -> TokenSequence:
-    return replace(sequence, input_ids=sequence.input_ids[part], targets=sequence.targets[part])
+    # Copies, since parts of an array would keep all of it in memory.
+    return replace(sequence, input_ids=sequence.input_ids[part].copy(), targets=sequence.targets[part].copy())

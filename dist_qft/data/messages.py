@@ -29,6 +29,8 @@ ROLES = {
     CALL_TURN: CALL_TURN,
     "tool_call": CALL_TURN,
 }
+# The keys with which programs say whether an answer is learnt (OpenAI; axolotl; ms-swift).
+_WEIGHTS = (WEIGHT, "train", "training", "loss")
 _TEXT_PARTS = ("text", "input_text", "output_text")
 
 
@@ -66,7 +68,7 @@ def _role(fields: Fields, field: str, entry: dict[str, Any], index: int) -> str:
 
 
 def _message(fields: Fields, field: str, entry: dict[str, Any], role: str, index: int) -> Message:
-    own = ("role", "from", "content", "value", "tool_calls", CALL_TURN, "train", WEIGHT, *REASONING_KEYS)
+    own = ("role", "from", "content", "value", "tool_calls", CALL_TURN, *_WEIGHTS, *REASONING_KEYS)
     message = {"role": role} | {key: value for key, value in entry.items() if key not in own and value is not None}
     text, thoughts = _content(fields, field, entry, index)
     reasoning = next((entry[key] for key in REASONING_KEYS if entry.get(key) is not None), None)
@@ -102,7 +104,7 @@ def _content(fields: Fields, field: str, entry: dict[str, Any], index: int) -> t
 
 def _weight(fields: Fields, field: str, entry: dict[str, Any], index: int, role: str = "assistant") -> dict[str, int]:
     """{"weight": 0} for a message that is context only."""
-    weights = [entry[key] for key in (WEIGHT, "train") if entry.get(key) is not None]
+    weights = [entry[key] for key in _WEIGHTS if entry.get(key) is not None]
     if any(weight not in (0, 1) for weight in weights):
         raise fields.fault(field, f"entry {index} has a weight of {reprlib.repr(weights[0])}, must be 0 or 1")
     return {WEIGHT: 0} if role == "assistant" and 0 in weights else {}
@@ -117,7 +119,9 @@ def _calls(fields: Fields, field: str, value: Any, index: int) -> list[dict[str,
         function = call.get("function", call) if isinstance(call, dict) else None
         if not isinstance(function, dict) or not isinstance(function.get("name"), str):
             raise fields.fault(field, f"{form}got {reprlib.repr(call)}")
-        arguments = function.get("arguments", {})
+        arguments = function.get("arguments")
+        if arguments is None or (isinstance(arguments, str) and not arguments.strip()):
+            arguments = {}  # of a function that takes none
         try:
             parsed = json.loads(arguments) if isinstance(arguments, str) else arguments
         except (ValueError, RecursionError):
@@ -137,7 +141,8 @@ def read_tools(fields: Fields) -> list[Tool] | None:
     Raises:
         RowError: `tools` holds something else.
     """
-    tools = fields.from_json(fields.get("tools") or None, "tools")
+    # OpenAI's API first called them functions.
+    tools = fields.from_json(fields.get("tools") or fields.record.get("functions") or None, "tools")
     if not tools:
         return None
     wrapped = []

@@ -16,12 +16,25 @@ _VERDICTS = {"true": True, "false": False, "1": True, "0": False}  # as CSV file
 def read_prompt(fields: Fields, answer: str = "completion") -> PromptCompletion | Conversation:
     """A prompt and the answer in the field `answer`: two texts, or two lists of messages.
 
-    A text beside a list is a message of its own.
+    A text beside a list is a message of its own. An answer may begin with its prompt once more.
+
+    Raises:
+        RowError: the answer begins with another prompt than the field `prompt`, which is a text.
     """
     if not isinstance(fields.require("prompt"), list) and not isinstance(fields.require(answer), list):
         return PromptCompletion(fields.text("prompt"), fields.text(answer))
-    asked = _messages(fields, "prompt", "user")
-    return Conversation([*asked, *_messages(fields, answer, "assistant")], read_tools(fields), prompt_length=len(asked))
+    asked, answered = _messages(fields, "prompt", "user"), _messages(fields, answer, "assistant")
+    start = next((i for i, message in enumerate(answered) if message["role"] == "assistant"), len(answered))
+    if answered[: len(asked)] == asked:
+        return Conversation(answered, read_tools(fields), prompt_length=len(asked))
+    if start and isinstance(fields.require("prompt"), str):
+        # As in UltraFeedback: the text is the question, which the messages hold as well.
+        said = [message["content"].strip() for message in answered if message["role"] == "user"]
+        if asked[0]["content"].strip() not in said:
+            raise fields.fault(answer, "begins with another question than the prompt")
+        last = len(answered) - next(i for i, each in enumerate(reversed(answered)) if each["role"] == "user")
+        return Conversation(answered, read_tools(fields), prompt_length=last)
+    return Conversation([*asked, *answered], read_tools(fields), prompt_length=len(asked))
 
 
 def read_pair(fields: Fields) -> Preference:

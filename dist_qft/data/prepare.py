@@ -73,6 +73,7 @@ def prepare(
         on_missing=data.on_missing,
         today=datetime.date.fromisoformat(data.date) if data.date else None,
         template=data.template,
+        max_length=data.max_length,
     )
     has_eval = data.eval is not None or data.eval_samples > 0
 

@@ -8,7 +8,8 @@ from typing import Any
 from dist_qft.data.records import LocatedRecord, Record
 from dist_qft.errors import UserError
 
-_BATCH = 64  # rows turned into Python objects at a time
+_BATCH = 64  # rows read at a time
+_BATCH_BYTES = 2**22  # of rows read at a time, on average
 
 
 def read_parquet(path: Path, counts: Counter[str]) -> Iterator[LocatedRecord]:
@@ -17,7 +18,18 @@ def read_parquet(path: Path, counts: Counter[str]) -> Iterator[LocatedRecord]:
 
     def batches() -> Iterator[Any]:
         with parquet.ParquetFile(path) as file:
-            yield from file.iter_batches(batch_size=_BATCH)
+            metadata = file.metadata
+            texts = [
+                column.path
+                for column in (metadata.schema.column(number) for number in range(metadata.num_columns))
+                if column.physical_type == "BYTE_ARRAY"
+            ]
+        # Texts that the file stores once and repeats by number are kept so: whole, few kilobytes may become gigabytes.
+        with parquet.ParquetFile(path, read_dictionary=texts, pre_buffer=False) as file:
+            for number in range(metadata.num_row_groups):
+                group = metadata.row_group(number)
+                rows = _BATCH_BYTES * group.num_rows // max(group.total_byte_size, 1)
+                yield from file.iter_batches(batch_size=min(max(rows, 1), _BATCH), row_groups=[number])
 
     yield from _records(path, "parquet", batches())
 
@@ -45,10 +57,9 @@ def _records(path: Path, kind: str, batches: Iterator[Any]) -> Iterator[LocatedR
     number = 0
     try:
         for batch in batches:
-            for start in range(0, batch.num_rows, _BATCH):
-                for record in batch.slice(start, _BATCH).to_pylist():
-                    number += 1
-                    yield without_nulls(record), f"{path}: record {number}"
+            for row in range(batch.num_rows):
+                number += 1
+                yield without_nulls(batch.slice(row, 1).to_pylist()[0]), f"{path}: record {number}"
     except (pyarrow.ArrowException, OSError, UnicodeDecodeError, OverflowError) as error:
         reason = str(error).partition("\n")[0]
         raise UserError(f"{path}: not a readable {kind} file (after record {number}): {reason}") from None

@@ -19,8 +19,19 @@ from dist_qft.config.data_schema import TaskConfig
 from dist_qft.data.chat_template import ChatTemplate, template_source
 from dist_qft.data.forms import locate
 from dist_qft.data.labels import label_value
+from dist_qft.data.long_texts import beginning, most_characters, ordinary_characters, tokens_of_beginning
 from dist_qft.data.records import RowError
-from dist_qft.data.samples import WEIGHT, Conversation, Labelled, PromptCompletion, Sample, Text, Tokenized
+from dist_qft.data.samples import (
+    REASONING,
+    WEIGHT,
+    Conversation,
+    Labelled,
+    Message,
+    PromptCompletion,
+    Sample,
+    Text,
+    Tokenized,
+)
 from dist_qft.data.spans import Located, Span, SpanFinder, TemplateRefusal
 from dist_qft.data.standins import Piece
 from dist_qft.data.templates import with_inputs
@@ -33,13 +44,15 @@ class TokenSequence:
 
     input_ids: (n,) int32. targets: (n,) bool, whether token i is predicted from those before it; the first never is.
     label: the target of a labelled sample, predicted instead of tokens: a label's position, or a number. Of a rated
-    answer 1 or 0. second: of a pair, the token at which the other answer begins, with its prompt.
+    answer 1 or 0. second: of a pair, the token at which the other answer begins, with its prompt. cut: these are the
+    first tokens of a very long sample, more than `data.max_length`; if none of them is a target the last counts as one.
     """
 
     input_ids: np.ndarray
     targets: np.ndarray
     label: float | None = None
     second: int | None = None
+    cut: bool = False
 
 
 @dataclass
@@ -61,8 +74,8 @@ class SampleEncoder:
     prompt and completion the completion; "all" predicts every token.
     task: the task, with the labels that samples may have. train_on: the assistant's turns that are predicted.
     on_missing: the reaction to a template that leaves out a part of a conversation.
-    today: the date that templates with a clock are told. template: the
-    `data.template` that the tokenizer has been given.
+    today: the date that templates with a clock are told. template: the `data.template` that the tokenizer has been
+    given. max_length: tokens that a row keeps at most; of texts many times longer the beginning alone is encoded.
     """
 
     def __init__(
@@ -76,6 +89,7 @@ class SampleEncoder:
         on_missing: Literal["error", "warn"] = "error",
         today: datetime.date | None = None,
         template: str = "chat",
+        max_length: int | None = None,
     ) -> None:
         if not tokenizer.is_fast:
             kind = type(tokenizer).__name__
@@ -89,6 +103,7 @@ class SampleEncoder:
         self.remarks = Remarks()
         self._today = today or datetime.date.today()
         self._template = template
+        self._max_length = max_length
         self._end_markers = tuple(str(token) for token in tokenizer.added_tokens_decoder.values())
         self._finders: dict[str, SpanFinder] = {}
 
@@ -99,14 +114,15 @@ class SampleEncoder:
             RowError: naming `where`, if the tokenizer, its template or the model cannot take the sample.
             UserError: if they cannot take any such sample.
         """
+        cut = False
         match sample:
             case Conversation():
-                input_ids, targets = self._encode_conversation(sample, where)
+                input_ids, targets, cut = self._encode_conversation(sample, where)
             case PromptCompletion(prompt, completion):
                 start = len(prompt) if self.loss_on == "assistant" else 0
-                input_ids, targets = self._encode_document(prompt + completion, start, where)
+                input_ids, targets, cut = self._encode_document((prompt, completion), start, where)
             case Text(text):
-                input_ids, targets = self._encode_document(text, 0, where)
+                input_ids, targets, cut = self._encode_document((text,), 0, where)
             case Tokenized(input_ids, target_list):
                 targets = np.array(target_list, dtype=bool)
             case Labelled():
@@ -118,29 +134,32 @@ class SampleEncoder:
                 f"{self.vocab_size - 1}, the model's vocabulary"
             )
         targets[:1] = False
-        return TokenSequence(np.array(input_ids, dtype=np.int32), targets)
+        if cut and not targets.any():
+            targets[-1] = True
+        return TokenSequence(np.array(input_ids, dtype=np.int32), targets, cut=cut)
 
     def _encode_labelled(self, sample: Labelled, where: str) -> TokenSequence:
         """One text, or two with a line break between them, without an end token; no token is a target of its own."""
-        text = sample.text if sample.text_pair is None else f"{sample.text}\n{sample.text_pair}"
-        input_ids, _ = self._tokenize(text, where, add_special_tokens=True)
+        texts = [sample.text] if sample.text_pair is None else [sample.text, "\n", sample.text_pair]
+        input_ids, _, cut = self._tokenize(texts, where, add_special_tokens=True)
         label = label_value(self.task, sample.label, where)
-        return TokenSequence(np.array(input_ids, dtype=np.int32), np.ones(len(input_ids), dtype=bool), label)
+        targets = np.ones(len(input_ids), dtype=bool)
+        return TokenSequence(np.array(input_ids, dtype=np.int32), targets, label, cut=cut)
 
-    def _encode_document(self, text: str, start: int, where: str) -> tuple[list[int], np.ndarray]:
+    def _encode_document(self, texts: Sequence[str], start: int, where: str) -> tuple[list[int], np.ndarray, bool]:
         """Plain text, predicted from character `start` on, between BOS and EOS if the tokenizer defines them."""
         bos, eos = self.tokenizer.bos_token, self.tokenizer.eos_token_id
-        has_bos = bool(bos) and text.startswith(bos)
-        input_ids, offsets = self._tokenize(text, where, add_special_tokens=not has_bos)
-        targets = _in_spans(offsets, [(start, len(text))])
-        if eos is not None:
+        has_bos = bool(bos) and beginning(texts, len(bos)) == bos
+        input_ids, offsets, cut = self._tokenize(texts, where, add_special_tokens=not has_bos)
+        targets = _in_spans(offsets, [(start, sum(map(len, texts)))])
+        if eos is not None and not cut:
             # Some tokenizers write EOS themselves; at offset 0, so it needs its mark in either case.
             if not input_ids or input_ids[-1] != eos:
                 input_ids, targets = [*input_ids, eos], np.append(targets, True)
             targets[-1] = True
-        return input_ids, targets
+        return input_ids, targets, cut
 
-    def _encode_conversation(self, sample: Conversation, where: str) -> tuple[list[int], np.ndarray]:
+    def _encode_conversation(self, sample: Conversation, where: str) -> tuple[list[int], np.ndarray, bool]:
         if self._template == "alpaca":
             sample = with_inputs(sample)
         finder = self._finder(sample)
@@ -157,14 +176,16 @@ class SampleEncoder:
             located = locate(sample, finder, wanted, checked)
         except TemplateRefusal as refusal:
             raise RowError(f"{where}: {refusal}") from None
+        if any(not _says_anything(sample.messages[i]) for i in trained):
+            self.remarks.add("an answer is empty, so that the model learns to end its turn at once", where)
         if located.missing:
             self._tell_missing(located.missing, sample, where)
         for note in located.notes:
             self.remarks.add(note, where)
         # The template writes BOS itself if the model wants one.
-        input_ids, offsets = self._tokenize(located.text, where, add_special_tokens=False)
+        input_ids, offsets, cut = self._tokenize([located.text], where, add_special_tokens=False)
         inside = _in_spans(offsets, _all_spans(located))
-        return input_ids, ~inside if self.loss_on == "all" else inside
+        return input_ids, ~inside if self.loss_on == "all" else inside, cut
 
     def _trained_turns(self, sample: Conversation, trained: set[int]) -> set[int]:
         """The messages whose tokens are predicted: not those of a prompt, and of the last turn only if so asked."""
@@ -201,7 +222,28 @@ class SampleEncoder:
         for kind in sorted({"tool call" if piece.kind == "function" else piece.kind for piece in missing}):
             self.remarks.add(f"the chat template leaves out {kind}", where)
 
-    def _tokenize(self, text: str, where: str, add_special_tokens: bool) -> tuple[list[int], np.ndarray]:
+    def _tokenize(
+        self, texts: Sequence[str], where: str, add_special_tokens: bool
+    ) -> tuple[list[int], np.ndarray, bool]:
+        """Token ids of texts that stand one behind the other, their (n, 2) character offsets, and True if they are
+        the first ones only, more than `max_length`, of a text many times longer.
+        """
+        characters = sum(map(len, texts))
+        if self._max_length is None or characters <= ordinary_characters(self._max_length):
+            return *self._tokenize_whole("".join(texts), where, add_special_tokens), False
+        tokens = tokens_of_beginning(
+            texts, self._max_length, lambda text: self._tokenize_whole(text, where, add_special_tokens)
+        )
+        if tokens is None and characters <= (most := most_characters(self._max_length)):
+            return *self._tokenize_whole("".join(texts), where, add_special_tokens), False
+        if tokens is None:
+            raise RowError(
+                f"{where}: got {characters:,} characters, of which the first {most:,} do not tell the "
+                f"{self._max_length} tokens of data.max_length; must be at most {most:,}"
+            )
+        return *tokens, True
+
+    def _tokenize_whole(self, text: str, where: str, add_special_tokens: bool) -> tuple[list[int], np.ndarray]:
         """Token ids and their (n, 2) character offsets."""
         try:
             text.encode()
@@ -216,6 +258,10 @@ class SampleEncoder:
             verbose=False,  # the length is limited later, and not to model_max_length
         )
         return encoding["input_ids"], np.array(encoding["offset_mapping"], dtype=np.int64).reshape(-1, 2)
+
+
+def _says_anything(message: Message) -> bool:
+    return any(message.get(key) for key in ("content", "tool_calls", REASONING))
 
 
 def _all_spans(located: Located) -> list[Span]:

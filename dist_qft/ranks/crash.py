@@ -6,7 +6,9 @@ of the user, which their message explains.
 
 import contextlib
 import faulthandler
+import fcntl
 import os
+import re
 import resource
 import socket
 import time
@@ -14,6 +16,7 @@ import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import TracebackType
+from typing import TextIO
 
 import psutil
 
@@ -22,11 +25,13 @@ from dist_qft.errors import DistQFTError, PeerLostError
 CRASH_FOLDER = "crash"
 
 _PACKAGE = Path(__file__).parents[1]
+_FATAL = re.compile(r"rank-\d+(-\d+)?\.fatal\.txt")
 
 
 @contextlib.contextmanager
 def crash_report(output_dir: Path, rank: int, world_size: int, doing: Callable[[], str]) -> Iterator[None]:
     """Context in which an unexpected error or a lost peer is also written to a file, with collective and stacks."""
+    remove_empty_reports(output_dir / CRASH_FOLDER)
     with _fatal_signals(_report_path(output_dir, rank).with_suffix(".fatal.txt")):
         try:
             yield
@@ -60,8 +65,11 @@ def _fatal_signals(path: Path) -> Iterator[None]:
         return
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        file = open(path, "w")  # noqa: SIM115 - open as long as the process may die
+        # Another program that lives, such as a run that is being evaluated, keeps the usual name.
+        file = _open_locked(path) or _open_locked(path.with_name(path.name.replace(".fatal", f"-{os.getpid()}.fatal")))
     except OSError:
+        file = None
+    if file is None:
         yield
         return
     faulthandler.enable(file)
@@ -69,10 +77,36 @@ def _fatal_signals(path: Path) -> Iterator[None]:
         yield
     finally:
         faulthandler.disable()
-        file.close()
         with contextlib.suppress(OSError):
-            path.unlink()
+            Path(file.name).unlink()
             path.parent.rmdir()  # unless there is a report in it
+        file.close()
+
+
+def remove_empty_reports(folder: Path) -> None:
+    """Remove the empty files that killed ranks left. Those of living ranks are locked, and reports are not empty."""
+    for path in folder.glob("rank-*.fatal.txt") if folder.is_dir() else ():
+        with contextlib.suppress(OSError):
+            if _FATAL.fullmatch(path.name) and path.is_file() and not path.is_symlink() and not path.stat().st_size:
+                with open(path, "rb") as file:
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    path.unlink()
+
+
+def _open_locked(path: Path) -> TextIO | None:
+    """The file, emptied, and locked as long as it is open; None if another process has locked it."""
+    file = open(path, "a")  # noqa: SIM115 - open as long as the process may die
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if not os.path.samestat(os.fstat(file.fileno()), os.stat(path)):
+            raise BlockingIOError  # it was removed between the two lines above
+    except (BlockingIOError, FileNotFoundError):
+        file.close()
+        return None
+    except OSError:
+        pass  # a file system without locks: nobody removes the file either
+    file.truncate(0)
+    return file
 
 
 def write_report(output_dir: Path, error: Exception, rank: int, world_size: int, doing: str) -> None:

@@ -40,6 +40,7 @@ class TrainerState:
         history_digest: hash chain over loss, learning rate and gradient norm of every step so far; see `chain_step`.
         last_loss: training loss of the last step; None before the first.
         metrics_bytes: size of `metrics.jsonl` when this was written: lines behind it came later.
+        metrics_digest: SHA-256 of the file up to there; empty in checkpoints of earlier versions.
         world_size: of the run that wrote it, for the record; any other may resume.
         base_eval: None if there is no held-out data.
         evaluated_step: the last step after which held-out loss was measured; a signal may have cut one short.
@@ -58,6 +59,7 @@ class TrainerState:
     history_digest: str = ""
     last_loss: Finite | None = None
     metrics_bytes: NonNegative = 0
+    metrics_digest: str = ""
     world_size: Annotated[int, Field(ge=1)] = 1
     base_eval: BaseEvaluation | None = None
     evaluated_step: NonNegative = 0

@@ -76,7 +76,7 @@ class Checkpointing:
         optimizer = self._optimizer.gather()
         if self._saver is None:
             return
-        self._state.metrics_bytes = self._monitor.flush()
+        self._state.metrics_bytes, self._state.metrics_digest = self._monitor.flush()
         self._saver.start(
             Checkpoint(
                 path=checkpoint_path(inputs.output_dir, self._state.step),

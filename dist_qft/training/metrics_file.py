@@ -1,9 +1,10 @@
 """`metrics.jsonl`: the history of a run, one JSON object a line, each with the optimizer step it belongs to.
 
-A checkpoint holds only the file's size at its time and a digest of the losses, so saving costs the same at every step.
+A checkpoint holds only the file's size and digest at its time, so saving costs the same at every step.
 """
 
 import contextlib
+import hashlib
 import json
 import os
 from collections.abc import Iterator
@@ -15,7 +16,7 @@ from dist_qft.storage.atomic import json_text, publishing, write_text
 
 METRICS_FILE = "metrics.jsonl"
 
-_LAST_LINE_BYTES = 1 << 20  # a line is looked for within so many bytes from the end
+_BLOCK = 1 << 20  # bytes read at a time; also, a line is looked for within so many bytes from the end
 
 
 class MetricsFile:
@@ -24,21 +25,33 @@ class MetricsFile:
     Args:
         size: bytes that it had when step `first_step` was saved, 0 if unknown; records behind them are dropped, since
             the same steps are about to be reported again.
+        digest: SHA-256 of those bytes, "" if unknown.
+
+    Attributes:
+        fault: a line for the user if the file is not the one of that step any more; else None.
     """
 
-    def __init__(self, path: Path, first_step: int, size: int) -> None:
-        _cut_back(path, first_step, size)
+    def __init__(self, path: Path, first_step: int, size: int, digest: str = "") -> None:
+        self.fault = _cut_back(path, first_step, size, digest)
+        self._hash = _hash_of(path) if path.exists() else hashlib.sha256()
         self._file = open(path, "ab")  # noqa: SIM115 - open for the run
 
     def write(self, record: dict[str, Any]) -> None:
         """Append one record. Numbers that JSON lacks (NaN, infinities) become null."""
-        self._file.write(json_text(record, indent=None).encode())
+        line = json_text(record, indent=None).encode()
+        self._file.write(line)
         self._file.flush()
+        self._hash.update(line)
 
     @property
     def size(self) -> int:
         """Bytes written so far."""
         return self._file.tell()
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of the file."""
+        return self._hash.hexdigest()
 
     def sync(self) -> None:
         """Bring all records to the disk."""
@@ -89,13 +102,41 @@ def _records(path: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
                     yield line, record
 
 
-def _cut_back(path: Path, step: int, size: int) -> None:
-    """Drop the records of later steps and a line that a kill cut short; a fresh run (step 0) begins anew."""
+def _hash_of(path: Path, size: int | None = None) -> "hashlib._Hash":
+    """The running SHA-256 of a file, or of its first `size` bytes."""
+    found, left = hashlib.sha256(), path.stat().st_size if size is None else size
+    with open(path, "rb") as file:
+        while left and (block := file.read(min(left, _BLOCK))):
+            found.update(block)
+            left -= len(block)
+    return found
+
+
+def is_history_of(path: Path, size: int, digest: str) -> bool:
+    """True if the file begins with the `size` bytes that have this SHA-256."""
+    return path.is_file() and path.stat().st_size >= size and _hash_of(path, size).hexdigest() == digest
+
+
+def _cut_back(path: Path, step: int, size: int, digest: str) -> str | None:
+    """Drop the records of later steps and a line that a kill cut short; a fresh run (step 0) begins anew.
+
+    Returns a line for the user if the records of the steps so far are not those that were saved.
+    """
     if step == 0:
         write_text(path, "")
-    elif path.exists() and not _cut_at(path, step, size):
-        with publishing(path, overwrite=True) as temporary, open(temporary, "wb") as kept:
-            kept.writelines(line for line, record in _records(path) if record["step"] <= step)
+        return None
+    if not path.exists():
+        return f"warning: {path} is not there: the history of the first {step} steps is lost" if size else None
+    if digest and is_history_of(path, size, digest):
+        os.truncate(path, size)
+        return None
+    if not digest and _cut_at(path, step, size):
+        return None
+    with publishing(path, overwrite=True) as temporary, open(temporary, "wb") as kept:
+        kept.writelines(line for line, record in _records(path) if record["step"] <= step)
+    if not size:
+        return None
+    return f"warning: {path} was changed since step {step} was saved: the lines that can be read are kept"
 
 
 def _cut_at(path: Path, step: int, size: int) -> bool:
@@ -103,7 +144,7 @@ def _cut_at(path: Path, step: int, size: int) -> bool:
     if not 0 < size <= path.stat().st_size:
         return False
     with open(path, "rb") as file:
-        file.seek(max(0, size - _LAST_LINE_BYTES))
+        file.seek(max(0, size - _BLOCK))
         end = file.read(size - file.tell())
     try:
         last = json.loads(end.splitlines()[-1])["step"]

@@ -51,16 +51,27 @@ class Monitor:
         active: False on every rank but 0: all methods do nothing.
         total_steps: where the bar ends.
         first_step: steps done already; more than 0 is a resumed run.
-        metrics_bytes: size of `metrics.jsonl` after `first_step`; 0 if unknown.
+        metrics_bytes, metrics_digest: size and SHA-256 of `metrics.jsonl` after `first_step`; 0 and "" if unknown.
+
+    Attributes:
+        notes: lines to tell at the start, such as one on a history that is not the one that was saved.
 
     Raises (as all methods do but `close`):
         SetupError: the records cannot be written.
     """
 
     def __init__(
-        self, config: RunConfig, *, active: bool, total_steps: int, first_step: int = 0, metrics_bytes: int = 0
+        self,
+        config: RunConfig,
+        *,
+        active: bool,
+        total_steps: int,
+        first_step: int = 0,
+        metrics_bytes: int = 0,
+        metrics_digest: str = "",
     ) -> None:
         self.active = active
+        self.notes: list[str] = []
         self._output_dir = Path(config.output_dir)
         self._unread = False  # nobody reads standard error any more
         self._bar = None
@@ -74,7 +85,8 @@ class Monitor:
             self._task = self._bar.add_task("train", total=total_steps, completed=first_step, note="")
         with self._recording():
             self._sinks = _sinks(config, first_step, self)
-            self._metrics = MetricsFile(self._output_dir / METRICS_FILE, first_step, metrics_bytes)
+            self._metrics = MetricsFile(self._output_dir / METRICS_FILE, first_step, metrics_bytes, metrics_digest)
+        self.notes += [self._metrics.fault] if self._metrics.fault else []
 
     def start(self) -> None:
         """Begin drawing; before it, lines are printed plainly."""
@@ -124,18 +136,18 @@ class Monitor:
             for sink in self._sinks:
                 sink.hparams(plain, known)
 
-    def flush(self) -> int:
+    def flush(self) -> tuple[int, str]:
         """Bring everything recorded so far to the disk, as a checkpoint of this step is about to be.
 
-        Returns the size of `metrics.jsonl`; 0 on the ranks that do not record.
+        Returns size and SHA-256 of `metrics.jsonl`; 0 and "" on the ranks that do not record.
         """
         if not self.active:
-            return 0
+            return 0, ""
         with self._recording():
             for sink in self._sinks:
                 sink.flush()
             self._metrics.sync()
-        return self._metrics.size
+        return self._metrics.size, self._metrics.digest
 
     def close(self) -> None:
         """Take the bar off the terminal and close the files; safe to call twice, and after a failure."""

@@ -82,6 +82,7 @@ class TrainingRun:
             total_steps=self.total_steps,
             first_step=self.state.step,
             metrics_bytes=self.state.metrics_bytes,
+            metrics_digest=self.state.metrics_digest,
         )
         self.evaluations = Evaluations(inputs, parts, self.monitor)
         kept = OptimizerState(self.optimizer, self.flat.parts, self.flat.slices, self._group)
@@ -95,7 +96,7 @@ class TrainingRun:
             with publishing(self.inputs.output_dir / CONFIG_FILE, overwrite=True) as temporary:
                 save_config(self.config, temporary)
         opening = opening_lines(self.inputs, self.parts, self.flat, self.batches.accumulation)
-        for note in [*self.inputs.notes, *self.parts.base.notes, *opening]:
+        for note in [*self.inputs.notes, *self.monitor.notes, *self.parts.base.notes, *opening]:
             self.monitor.say(note)
 
     def evaluate_base(self) -> None:

@@ -142,14 +142,21 @@ def _with_old_rope_keys(content: dict[str, Any], folder: Path) -> dict[str, Any]
     if added["rope_theta"] is None:
         return content
     both = {**content, **added}
-    return both if _as_read(both, folder) == _as_read(content, folder) else content
+    known = _as_read(content, folder)
+    return both if known is not None and _as_read(both, folder) == known else content
 
 
-def _as_read(content: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """The rotary settings that the installed transformers reads out of a config.json of this content."""
+def _as_read(content: dict[str, Any], folder: Path) -> dict[str, Any] | None:
+    """The rotary settings that the installed transformers reads out of a config.json of this content.
+
+    None if it refuses them: models whose layers have rotary embeddings of several kinds do not know the old keys.
+    """
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
         (Path(scratch) / CONFIG).write_text(json.dumps(content))
-        read = AutoConfig.from_pretrained(scratch, trust_remote_code=False).to_dict()
+        try:
+            read = AutoConfig.from_pretrained(scratch, trust_remote_code=False).to_dict()
+        except Exception:  # of any type: each model's class checks in its own way
+            return None
     return {key: read.get(key) for key in ("rope_parameters", "partial_rotary_factor")}
 
 

@@ -15,6 +15,7 @@ from dist_qft.ranks.world import World
 from dist_qft.storage.checkpoint import ADAPTER_MODEL, list_checkpoints, read_checkpoint
 from dist_qft.train import gather_inputs
 from dist_qft.training.event_files import EVENTS_FOLDER
+from dist_qft.training.metrics_file import METRICS_FILE
 from dist_qft.training.summary import SUMMARY_FILE
 from dist_qft.training.training_run import TrainingRun
 from tests.support.outcomes import Outcome, attempt
@@ -228,7 +229,12 @@ def test_a_run_killed_after_its_last_step_is_finished(pools, stopped, run_dir):
     assert len(list((run_dir / EVENTS_FOLDER).iterdir())) == 1, "it goes on in the same event folder"
 
 
-def test_leftovers_of_a_killed_save_are_gone_after_the_next_start(pools, stopped, run_dir):
+def test_leftovers_of_a_killed_save_are_gone_after_the_next_start_and_a_lost_history_is_told(pools, stopped, run_dir):
     shutil.copytree(run_dir / "checkpoint-4", run_dir / ".tmp-checkpoint-6-0123abcd")
-    run_to(pools[1], changed(stopped, run_dir, "train", max_steps=5), 5)
+    (run_dir / METRICS_FILE).unlink()
+    outcome = run_to(pools[1], changed(stopped, run_dir, "train", max_steps=5), 5)
     assert not list(run_dir.glob(".tmp-*"))
+    assert f"{METRICS_FILE} is not there" in outcome.told
+    history = (run_dir / METRICS_FILE).read_bytes()
+    state = read_checkpoint(run_dir / "checkpoint-5").state
+    assert state.metrics_digest == hashlib.sha256(history[: state.metrics_bytes]).hexdigest()

@@ -105,6 +105,57 @@ ACCEPTED = {
             ]
         ),
     ),
+    "weights under other names": (
+        "messages",
+        {"messages": [user("a"), assistant("b") | {"training": False}, user("c"), assistant("d") | {"loss": False}]},
+        Conversation([user("a"), assistant("b") | {"weight": 0}, user("c"), assistant("d") | {"weight": 0}]),
+    ),
+    "a system field, and functions": (
+        "messages",
+        {"messages": [user("a"), assistant("b")], "system": "s", "functions": [{"name": "f"}]},
+        Conversation(
+            [{"role": "system", "content": "s"}, user("a"), assistant("b")],
+            [{"type": "function", "function": {"name": "f"}}],
+        ),
+    ),
+    "a system field that the messages begin with": (
+        "messages",
+        {"messages": [{"role": "system", "content": "s"}, user("a"), assistant("b")], "system": "s"},
+        Conversation([{"role": "system", "content": "s"}, user("a"), assistant("b")]),
+    ),
+    "calls without arguments": (
+        "messages",
+        {
+            "messages": [
+                user("a"),
+                {
+                    "role": "assistant",
+                    "tool_calls": [{"name": "f", "arguments": ""}, {"name": "g", "arguments": None}],
+                },
+            ]
+        },
+        Conversation(
+            [
+                user("a"),
+                assistant("")
+                | {
+                    "tool_calls": [
+                        {"type": "function", "function": {"name": name, "arguments": {}}} for name in ("f", "g")
+                    ]
+                },
+            ]
+        ),
+    ),
+    "a prompt that its answer begins with": (
+        "prompt-completion",
+        {"prompt": "a", "completion": [user("a"), assistant("b")]},
+        Conversation([user("a"), assistant("b")], prompt_length=1),
+    ),
+    "the last question of a prompt that its answer begins with": (
+        "prompt-completion",
+        {"prompt": "c", "completion": [user("a"), assistant("b"), user("c"), assistant("d")]},
+        Conversation([user("a"), assistant("b"), user("c"), assistant("d")], prompt_length=3),
+    ),
     "prompt and completion as messages": (
         "prompt-completion",
         {"prompt": [user("a")], "completion": [assistant("b")]},
@@ -128,6 +179,16 @@ REFUSED = {
         "messages",
         {"messages": [user([{"type": "text", "text": "a"}, {"type": "image_url", "image_url": {"url": "x"}}])]},
         "field 'messages' entry 0 has a part of type 'image_url', must be text",
+    ),
+    "pictures beside the messages": (
+        "messages",
+        {"messages": [user("<image>"), assistant("b")], "images": ["x.png"]},
+        "field 'images' is not supported",
+    ),
+    "settings of the template": (
+        "messages",
+        {"messages": [user("a"), assistant("b")], "chat_template_kwargs": {"enable_thinking": False}},
+        "field 'chat_template_kwargs' is not supported",
     ),
     "arguments that are no object": (
         "messages",

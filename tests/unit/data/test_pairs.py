@@ -24,6 +24,16 @@ FORMS = {
     "texts with their prompt": {"chosen": "the cat sat on a mat", "rejected": "the cat ran"},
     "messages": {"prompt": USER, "chosen": answer("sat on a mat"), "rejected": answer("ran")},
     "messages with their prompt": {"chosen": USER + answer("sat on a mat"), "rejected": USER + answer("ran")},
+    "messages with their prompt twice": {
+        "prompt": USER,
+        "chosen": USER + answer("sat on a mat"),
+        "rejected": USER + answer("ran"),
+    },
+    "a text that the messages hold": {
+        "prompt": "the cat ",
+        "chosen": USER + answer("sat on a mat"),
+        "rejected": USER + answer("ran"),
+    },
     "a text beside messages": {"prompt": "the cat", "chosen": answer("sat on a mat"), "rejected": "ran"},
 }
 
@@ -48,6 +58,7 @@ def test_every_form_of_a_pair(tmp_path, form):
     first, second = answers(dataset, 0)
     assert first.strip().removesuffix("<|im_end|>").strip().removesuffix("<|im_end|>") == "sat on a mat"
     assert second.strip().removesuffix("<|im_end|>").strip().removesuffix("<|im_end|>") == "ran"
+    assert tiny_tokenizer().decode(dataset.tokens).count("the cat") == 2
     assert TokenDataset.load(next((tmp_path / "cache").glob("*.safetensors"))).kind == "pairs"
 
 
@@ -92,9 +103,10 @@ def test_rated_answers_are_put_behind_each_others_prompts(tmp_path):
         ({"prompt": "a", "chosen": "b", "rejected": "b"}, "dpo", "is the same as the chosen answer"),
         ({"chosen": "one", "rejected": "two"}, "orpo", "no prompt in common"),
         ({"chosen": USER + answer("x"), "rejected": "y"}, "dpo", "must be a text or a list of messages"),
+        ({"prompt": "a", "chosen": USER + answer("x"), "rejected": answer("y")}, "dpo", "another question"),
         ({"prompt": "a", "completion": "b", "label": "good"}, "kto", "'label' must be true or false"),
         ({"prompt": "a", "completion": "b"}, "kto", "fit no format"),
-        ({"prompt": "a", "chosen": "b", "rejected": "c"}, "causal-lm", "fit no format"),
+        ({"prompt": "a", "chosen": "b", "rejected": "c"}, "causal-lm", "task.name dpo or orpo"),
     ],
 )
 def test_rows_that_cannot_be_compared_are_refused_at_their_line(tmp_path, row, task, reason):

@@ -5,13 +5,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from transformers import AutoConfig, LlamaConfig, LlamaForCausalLM
+from transformers import AutoConfig, Gemma4TextConfig, LlamaConfig, LlamaForCausalLM
 
 from dist_qft.base_model.stop_tokens import eos_ids
 from dist_qft.base_model.tokenizer import load_tokenizer
 from dist_qft.config.schema import ModelConfig
 from dist_qft.merge.names import portable_name
-from dist_qft.merge.writers.model_files import write_model_files
+from dist_qft.merge.writers.model_files import _with_old_rope_keys, write_model_files
 from dist_qft.tuned_model.prompts import stop_ids, turn_end_id
 from tests.support.tiny_gguf import save_tiny_gguf
 from tests.support.tiny_model import save_tiny_model, tiny_llama_config, tiny_tokenizer
@@ -88,6 +88,13 @@ def test_new_rope_keys_get_their_old_spelling_and_read_the_same(base, tmp_path, 
     scaling = {key: value for key, value in rope.items() if key != "rope_theta"}
     assert config["rope_scaling"] == (None if rope["rope_type"] == "default" else scaling)
     assert AutoConfig.from_pretrained(result).rope_parameters == AutoConfig.from_pretrained(base).rope_parameters
+
+
+def test_rope_keys_that_a_family_refuses_are_not_added(tmp_path):
+    """Gemma 4 has rotary embeddings of two kinds, and its class refuses a scaling without a theta of its own."""
+    content = Gemma4TextConfig(layer_types=["sliding_attention", "full_attention"], num_hidden_layers=2).to_dict()
+    assert content["rope_parameters"]["full_attention"]["rope_type"] == "proportional"
+    assert _with_old_rope_keys(content, tmp_path) == content
 
 
 def test_a_turn_end_that_the_base_does_not_know_is_added_to_the_stops(base, tmp_path):

@@ -1,5 +1,6 @@
 """The history of a run on disk: cut back to the checkpoint it goes on from, and readable as numbers."""
 
+import hashlib
 import json
 import math
 from pathlib import Path
@@ -81,3 +82,37 @@ def test_lines_are_valid_json_whatever_the_numbers(tmp_path):
     (line,) = (tmp_path / METRICS_FILE).read_text().splitlines()
     strict = json.loads(line, parse_constant=lambda name: pytest.fail(name))
     assert strict == {"step": 1, "eval/loss": None, "memory": None, "answer": "a\nb"}
+
+
+@pytest.fixture
+def saved(interrupted) -> tuple[Path, int, str]:
+    """The interrupted file with its size and digest when it was saved."""
+    path, size = interrupted
+    return path, size, hashlib.sha256(path.read_bytes()[:size]).hexdigest()
+
+
+def test_the_digest_goes_on_over_a_resume(saved):
+    path, size, digest = saved
+    file = MetricsFile(path, 2, size, digest)
+    assert (file.fault, file.size, file.digest) == (None, size, digest)
+    file.write(record(3))
+    file.close()
+    assert file.digest == hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+@pytest.mark.parametrize("damage", ["edited", "truncated", "deleted"])
+def test_a_history_that_is_not_the_saved_one_is_told(saved, damage):
+    path, size, digest = saved
+    match damage:
+        case "edited":
+            path.write_bytes(path.read_bytes().replace(b'"train/loss": 1.0', b'"train/loss": 0.5', 1))
+        case "truncated":
+            path.write_bytes(path.read_bytes()[: size - 9])
+        case "deleted":
+            path.unlink()
+    file = MetricsFile(path, 2, size, digest)
+    file.close()
+    assert METRICS_FILE in file.fault
+    kept = [] if damage == "deleted" else [1, 2] if damage == "truncated" else [1, 2, 2, 2]
+    assert [step for step, _ in written(path)] == kept
+    assert MetricsFile(path, 2, 0).fault is None  # a checkpoint of an earlier version knows nothing of the file

@@ -1,0 +1,189 @@
+"""Rows many times longer than `data.max_length`: their tokens, their memory, and those that are refused."""
+
+import csv
+import io
+import json
+import tracemalloc
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pyarrow
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from pyarrow import parquet
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
+
+from dist_qft.config.data_schema import DataConfig
+from dist_qft.data import files, long_texts
+from dist_qft.data.csv_rows import CsvFault, CsvRows
+from dist_qft.data.prepare import prepare
+from dist_qft.data.samples import Text
+from dist_qft.data.tokens import SampleEncoder
+from dist_qft.errors import UserError
+from tests.unit.data.conftest import CORPUS
+
+SIZE = 4_200_000
+WORDS = "The quick brown fox jumps. " * (SIZE // 27)
+LENGTH = 32
+
+
+def _trained(model, trainer, pre_tokenizer=None, normalizer=None) -> PreTrainedTokenizerFast:
+    tokenizer = Tokenizer(model)
+    if pre_tokenizer:
+        tokenizer.pre_tokenizer = pre_tokenizer
+    if normalizer:
+        tokenizer.normalizer = normalizer
+    tokenizer.train_from_iterator(CORPUS, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>")
+
+
+def _tokenizers() -> dict[str, PreTrainedTokenizerFast]:
+    words = {"vocab_size": 120, "special_tokens": ["<unk>"], "show_progress": False}
+    blanks = normalizers.Replace(" ", "▁")
+    return {
+        "bpe of one word": _trained(models.BPE(unk_token="<unk>"), trainers.BpeTrainer(**words), None, blanks),
+        "wordpiece": _trained(
+            models.WordPiece(unk_token="<unk>"), trainers.WordPieceTrainer(**words), pre_tokenizers.Whitespace()
+        ),
+        "unigram": _trained(
+            models.Unigram(), trainers.UnigramTrainer(unk_token="<unk>", **words), pre_tokenizers.Metaspace()
+        ),
+    }
+
+
+@pytest.fixture(scope="module")
+def kinds(chatml):
+    return {"bytes": chatml, **_tokenizers()}
+
+
+@given(
+    words=st.lists(st.sampled_from([*"aeo ", "the ", "fox", "é", "漢", "\n", "  ", "one two "]), min_size=1),
+    kind=st.sampled_from(["bytes", "bpe of one word", "wordpiece", "unigram"]),
+)
+def test_the_beginning_has_the_tokens_of_the_whole(kinds, words, kind):
+    tokenizer, text = kinds[kind], "".join(words) * (2000 // len("".join(words)) + 1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(long_texts, "_CHARACTERS", 600)
+        patch.setattr(long_texts, "_MOST", 4)
+        whole = SampleEncoder(tokenizer, len(tokenizer)).encode(Text(text), "x")
+        part = SampleEncoder(tokenizer, len(tokenizer), max_length=16).encode(Text(text), "x")
+    assert np.array_equal(part.input_ids, whole.input_ids[: len(part.input_ids)])
+    assert len(part.input_ids) > 16 or not part.cut
+
+
+def _write(folder: Path, kind: str) -> Path:
+    path = folder / f"rows.{kind.partition(' ')[0]}"
+    match kind:
+        case "jsonl":
+            path.write_text("".join(json.dumps({"text": text}) + "\n" for text in (WORDS, "one", WORDS)))
+        case "csv":
+            path.write_text(f'text\n"{WORDS}"\n')
+        case "csv lines":
+            path.write_text('text\n"' + ('a ""b"" ' + "c" * 90 + "\n") * (SIZE // 100) + '"\n')
+        case "json":
+            path.write_text(json.dumps([{"text": WORDS}]))
+        case "parquet":
+            parquet.write_table(pyarrow.table({"text": [WORDS, "one"]}), path)
+    return path
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "csv", "csv lines", "json", "parquet"])
+def test_a_long_row_takes_three_times_its_size_at_most(kind, chatml, tmp_path, monkeypatch):
+    lengths, call = [], type(chatml).__call__
+
+    def measured(self, text, **settings):
+        lengths.append(len(text))
+        return call(self, text, **settings)
+
+    monkeypatch.setattr(type(chatml), "__call__", measured)
+    monkeypatch.setattr(long_texts, "_CHARACTERS", 2**13)
+    (tmp_path / "small.jsonl").write_text('{"text": "one"}\n')
+    _prepared(chatml, tmp_path / "small.jsonl")  # imports what it needs
+    path = _write(tmp_path, kind)
+    tracemalloc.start()
+    try:
+        train = _prepared(chatml, path)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert train.counts["truncated"] == 1 + (kind == "jsonl")
+    assert peak < 3 * SIZE + 2_000_000  # the tokens of the beginning, as Python objects
+    assert max(lengths) == 2**13
+
+
+def _prepared(tokenizer, path: Path, **settings):
+    data = DataConfig.model_validate({"train": {"path": str(path)}, "max_length": LENGTH, **settings})
+    return prepare(data, tokenizer, 400, path.parent / "cache").train
+
+
+def test_texts_that_a_table_repeats_are_in_memory_once(tmp_path):
+    path, text = tmp_path / "rows.parquet", "x" * 1_000_000
+    turns = [{"role": "user", "content": text}]
+    parquet.write_table(pyarrow.table({"text": [text] * 40, "messages": [turns] * 40}), path)
+    before = pyarrow.total_allocated_bytes()
+    for record, _ in files.read_file(path, Counter()):
+        assert len(record["text"]) == len(record["messages"][0]["content"]) == 1_000_000
+        assert pyarrow.total_allocated_bytes() - before < 20_000_000
+
+
+def _rows(folder: Path, *rows: dict) -> Path:
+    path = folder / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def _chat(answer: str) -> dict:
+    return {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": answer}]}
+
+
+def test_a_conversation_too_long_to_render_is_refused_dropped_or_skipped(chatml, tmp_path):
+    path = _rows(tmp_path, _chat("one"), _chat(WORDS[: 2**22 + 1]))
+    with pytest.raises(UserError, match=r"rows.jsonl:2: got a conversation of 4,194,3\d\d characters, must be at most"):
+        _prepared(chatml, path)
+    assert _prepared(chatml, path, overlong="drop").counts["dropped_overlong"] == 1
+    assert _prepared(chatml, path, on_bad_row="skip", max_bad_rows=0.5).counts["skipped"] == 1
+
+
+def test_limits_of_a_long_prompt_and_answer(chatml, tmp_path):
+    late = _rows(tmp_path, {"prompt": "a", "completion": "b"}, {"prompt": WORDS, "completion": "b"})
+    assert _prepared(chatml, late).counts["dropped_targets_cut_off"] == 1
+    with pytest.raises(UserError, match=r"rows.jsonl:2: .*max_source_length"):
+        _prepared(chatml, late, max_source_length=8)
+    with pytest.raises(UserError, match=r"got at least .* tokens, must be at most data.max_length"):
+        _prepared(chatml, late, overlong="error")
+    early = _rows(tmp_path, {"prompt": "one two three four", "completion": WORDS})
+    whole = _prepared(chatml, early, max_source_length=4, max_target_length=8)
+    assert whole.counts["shortened"] == 1 and whole.counts["target_tokens"] == 8
+
+
+def test_a_long_text_that_gives_no_tokens_is_refused(kinds, tmp_path):
+    path = _rows(tmp_path, {"text": "one two"}, {"text": " " * 5_000_000})
+    with pytest.raises(UserError, match=r"rows.jsonl:2: got 5,000,000 characters"):
+        _prepared(kinds["wordpiece"], path)
+
+
+@given(st.text(alphabet='a,"\n\r b', max_size=30))
+def test_csv_rows_are_those_of_python(text):
+    def lines():
+        return iter(io.StringIO(text, newline=""))
+
+    try:
+        expected = list(csv.reader(lines(), strict=True))
+    except csv.Error:
+        with pytest.raises(CsvFault):
+            list(CsvRows(lines()))
+        return
+    assert [row for _, row in CsvRows(lines())] == expected
+
+
+def test_lines_longer_than_a_part(tmp_path, monkeypatch):
+    monkeypatch.setattr(files, "_PART", 4)
+    path = tmp_path / "rows.jsonl"
+    for end in ("\n", "\r\n", "\r"):
+        for blanks in range(5):
+            path.write_bytes((" " * blanks + '{"text": "abc"}' + end + end + '{"text": "d"}').encode())
+            found = [(record["text"], where) for record, where in files.read_file(path, Counter())]
+            assert found == [("abc", f"{path}:1"), ("d", f"{path}:3")]
