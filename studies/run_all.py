@@ -15,6 +15,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import NoReturn
 
 STUDIES = ["e1-qbara-vs-qlora", "e2-merged", "e3-qst", "e4-cuts", "e5-balance"]
 HERE = Path(__file__).parent
@@ -26,16 +27,27 @@ def run(command: list[str], deadline: float) -> int:
     """The exit code of a command; it is asked to stop at the deadline, and 124 is returned then."""
     print("$", " ".join(command), flush=True)
     process = subprocess.Popen([sys.executable, *command], cwd=HERE.parent)
+
+    def stop(number: int, frame: object) -> NoReturn:
+        _end(process)
+        sys.exit(128 + number)
+
+    signal.signal(signal.SIGTERM, stop)
     try:
         return process.wait(max(0.0, deadline - time.monotonic()))
     except subprocess.TimeoutExpired:
-        process.send_signal(signal.SIGTERM)
-        try:
-            process.wait(GRACE)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
+        _end(process)
         return 124
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    """Let a process save what it is at, and end it if it does not."""
+    process.send_signal(signal.SIGTERM)
+    try:
+        process.wait(GRACE)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
 
 
 def keep_report(name: str) -> None:

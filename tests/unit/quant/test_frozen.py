@@ -213,7 +213,7 @@ def test_hooks_of_other_libraries_meet_a_tensor():
     targets = torch.tensor([1, 2, 3])
     expected = head.loss(hidden, targets, with_gradient=True)
     embedding.register_forward_hook(lambda module, inputs, output: output.requires_grad_(True))
-    loss, gradient = head.loss(hidden, targets, with_gradient=True)
+    loss, gradient, _ = head.loss(hidden, targets, with_gradient=True)
     assert not loss.requires_grad
     assert torch.equal(loss, expected[0]) and torch.equal(gradient, expected[1])
     assert head.loss(hidden, targets, with_gradient=False)[1] is None
