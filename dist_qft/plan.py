@@ -26,7 +26,7 @@ from dist_qft.methods.specs import make_spec
 from dist_qft.methods.trainable import TrainableSpec
 from dist_qft.quant.contract import Format
 from dist_qft.quant.frozen import FrozenWeight
-from dist_qft.ranks.device import compute_dtype, planned_device
+from dist_qft.ranks.device import compute_dtype, dtype_name, planned_device
 from dist_qft.sharding.engine import Engine, parameter_owners
 from dist_qft.sharding.engines import engine_of, engine_warnings
 from dist_qft.training.links import Placement, Traffic, between_nodes
@@ -194,7 +194,7 @@ def _model(config: RunConfig, base: BaseModel) -> PlannedModel:
         type=base.config.model_type,
         decoder_layers=len(base.layers),
         vocab_size=base.vocab_size,
-        compute_dtype=str(base.dtype).removeprefix("torch."),
+        compute_dtype=dtype_name(base.dtype),
     )
 
 

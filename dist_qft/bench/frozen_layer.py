@@ -18,7 +18,7 @@ from dist_qft.quant.dense import Dense
 from dist_qft.quant.frozen import FrozenLinear
 from dist_qft.quant.nf4 import NF4
 from dist_qft.quant.q8_0 import Q8_0
-from dist_qft.ranks.device import compute_dtype
+from dist_qft.ranks.device import compute_dtype, dtype_name
 
 FORMATS: dict[str, Format] = {
     "nf4": NF4(64),
@@ -45,7 +45,7 @@ def run(options: Options) -> Report:
             sides += part[0]
             comparisons += part[1]
             notes += part[2]
-    settings = {"device": options.device, "threads": 1, "precision": str(dtype).removeprefix("torch.")}
+    settings = {"device": options.device, "threads": 1, "precision": dtype_name(dtype)}
     return Report("frozen-layer", settings, sides, comparisons, notes)
 
 

@@ -1,12 +1,12 @@
 """The options of a benchmark, and the sizes that follow from them."""
 
+import os
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from dist_qft.bench.processes import common_settings
-from dist_qft.ranks.device import compute_dtype
+from dist_qft.ranks.device import compute_dtype, dtype_name
 
 
 @dataclass(frozen=True)
@@ -21,7 +21,8 @@ class Options:
     def common(self, ranks: int | None = None) -> dict[str, Any]:
         """The settings that all sides have: device, threads per rank and compute dtype, the same for ours and peers."""
         dtype = compute_dtype(self.precision, torch.device(self.device))
-        return common_settings(self.device, ranks or self.ranks) | {"precision": str(dtype).removeprefix("torch.")}
+        threads = max(1, len(os.sched_getaffinity(0)) // (ranks or self.ranks))  # as many as there are cores for each
+        return {"device": self.device, "threads": threads, "precision": dtype_name(dtype)}
 
     @property
     def model(self) -> str:

@@ -70,11 +70,6 @@ def _over_ranks(key: str, values: list[float]) -> float:
     return max(values) if key in _LARGEST else values[0]
 
 
-def common_settings(device: str, ranks: int) -> dict[str, Any]:
-    """The settings every side has: the device, and as many threads per rank as there are cores for it."""
-    return {"device": device, "threads": max(1, len(os.sched_getaffinity(0)) // ranks)}
-
-
 def has_device(device: str) -> bool:
     """True if benchmarks can run on this device here."""
     return device == "cpu" or torch.cuda.is_available()

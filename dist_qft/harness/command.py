@@ -21,7 +21,7 @@ from dist_qft.errors import DistQFTError, SetupError, UserError
 from dist_qft.ranks.session import session
 from dist_qft.storage.atomic import write_json
 from dist_qft.trackers.fan_out import Trackers
-from dist_qft.trackers.kinds import TENSORBOARD, TRACKERS, chosen
+from dist_qft.trackers.kinds import TENSORBOARD, chosen, trackers_in
 from dist_qft.training.event_files import EVENTS_FOLDER
 from dist_qft.training.summary import SUMMARY_FILE
 from dist_qft.tuned_model.checkpointed import find_checkpoint, run_folder
@@ -168,8 +168,7 @@ def _record(folder: Path, config: RunConfig, found: dict[str, Figures], step: in
         for task, metrics in figures.items()
         for name, value in metrics.items()
     }
-    names = chosen(config.train.report_to)
-    if TENSORBOARD in names:
+    if TENSORBOARD in chosen(config.train.report_to):
         from torch.utils.tensorboard import SummaryWriter
 
         with SummaryWriter(str(folder / EVENTS_FOLDER / "lm-eval")) as writer:
@@ -179,9 +178,8 @@ def _record(folder: Path, config: RunConfig, found: dict[str, Figures], step: in
     def say(text: str) -> None:
         print(text, file=sys.stderr)
 
-    trackers = Trackers(
-        [name for name in names if name in TRACKERS], folder, config.model_dump(mode="json"), resumed=True, say=say
-    )
+    names, settings = trackers_in(config.train.report_to), config.model_dump(mode="json")
+    trackers = Trackers(names, folder, settings, resumed=True, say=say)
     trackers.scalars(step, values)
     trackers.hparams({}, {})
     trackers.close()

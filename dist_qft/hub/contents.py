@@ -16,6 +16,7 @@ from dist_qft.hub.adapter_card import adapter_card
 from dist_qft.merge.certificate import CARD, BaseUsed, Certificate, ResultFiles, file_digests
 from dist_qft.merge.certificate_file import certificate_path, certificate_text, read_certificate
 from dist_qft.merge.names import portable_name
+from dist_qft.storage.atomic import json_text
 from dist_qft.storage.checkpoint import ADAPTER_CONFIG, ADAPTER_MODEL, TRAINER_STATE, list_checkpoints
 from dist_qft.tuned_model.checkpointed import find_checkpoint, require_finite_trainables
 
@@ -68,7 +69,7 @@ def _of_adapters(path: Path, name: str) -> Contents:
     require_finite_trainables(checkpoint)
     config = {key: value for key, value in checkpoint.adapter_config.items() if key != "run_config"}
     config["base_model_name_or_path"] = portable_name(str(config.get("base_model_name_or_path")), short=True)
-    texts = {ADAPTER_CONFIG: _json(config), CARD: adapter_card(name, checkpoint)}
+    texts = {ADAPTER_CONFIG: json_text(config), CARD: adapter_card(name, checkpoint)}
     return Contents({ADAPTER_MODEL: checkpoint.path / ADAPTER_MODEL}, texts)
 
 
@@ -97,7 +98,7 @@ def _of_result(path: Path, repository: str) -> Contents:
     if certificate.target == "peft":
         config = json.loads(files.pop(ADAPTER_CONFIG).read_bytes())
         config["base_model_name_or_path"] = portable_name(str(config["base_model_name_or_path"]), short=True)
-        texts[ADAPTER_CONFIG] = _json(config)
+        texts[ADAPTER_CONFIG] = json_text(config)
     texts[place.name] = certificate_text(_portable(certificate, path, texts))
     return Contents(files, texts)
 
@@ -122,7 +123,3 @@ def _base_name(path: str, folder: Path) -> str:
     if (folder / path).exists():
         return portable_name(str((folder / path).resolve()), short=True)
     return path if re.fullmatch(r"\w[\w.-]*/[\w.-]+", path) else Path(path).name
-
-
-def _json(content: object) -> str:
-    return json.dumps(content, indent=1) + "\n"

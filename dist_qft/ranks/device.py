@@ -47,6 +47,11 @@ def bfloat16_units(cpuinfo: Path = Path("/proc/cpuinfo")) -> tuple[str, ...]:
     return tuple(name for name in _BFLOAT16_UNITS if name in flags)
 
 
+def dtype_name(dtype: torch.dtype) -> str:
+    """The name of a dtype as configs have it, such as "bfloat16"."""
+    return str(dtype).removeprefix("torch.")
+
+
 def why_dtype(setting: str, device: torch.device) -> str:
     """The reason for a compute dtype in a few words, empty if the config names it."""
     if setting != "auto":

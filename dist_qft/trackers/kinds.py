@@ -18,6 +18,11 @@ def chosen(report_to: str | Sequence[str]) -> tuple[str, ...]:
     return tuple(dict.fromkeys([report_to] if isinstance(report_to, str) else report_to))
 
 
+def trackers_in(report_to: str | Sequence[str]) -> list[str]:
+    """The names in `train.report_to` but TensorBoard."""
+    return [name for name in chosen(report_to) if name in TRACKERS]
+
+
 def is_installed(name: str) -> bool:
     """True for a package that can be imported; a folder of that name, such as W&B's own `wandb/`, is none."""
     spec = find_spec(name)
@@ -30,8 +35,8 @@ def require_installed(report_to: str | Sequence[str]) -> None:
     Raises:
         SetupError: names the package and its installation.
     """
-    for name in chosen(report_to):
-        if name in TRACKERS and not is_installed(name):
+    for name in trackers_in(report_to):
+        if not is_installed(name):
             raise SetupError(
                 f"train.report_to: {name} needs the package {name}, which is not installed; "
                 f"pip install 'dist-qft[{name}]'"

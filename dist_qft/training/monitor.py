@@ -19,7 +19,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from dist_qft.config.schema import RunConfig
 from dist_qft.errors import SetupError
 from dist_qft.trackers.fan_out import Trackers
-from dist_qft.trackers.kinds import TENSORBOARD, TRACKERS, chosen
+from dist_qft.trackers.kinds import TENSORBOARD, chosen, trackers_in
 from dist_qft.training.event_files import EventFiles
 from dist_qft.training.metrics_file import METRICS_FILE, MetricsFile
 
@@ -173,10 +173,9 @@ class Monitor:
 
 def _sinks(config: RunConfig, first_step: int, monitor: Monitor) -> list[Sink]:
     """The sinks that `train.report_to` names; those of a resumed run (`first_step` above 0) go on where they were."""
-    output_dir, names = Path(config.output_dir), chosen(config.train.report_to)
-    sinks: list[Sink] = [EventFiles(output_dir, first_step)] if TENSORBOARD in names else []
-    trackers = [name for name in names if name in TRACKERS]
-    if trackers:
+    output_dir, report_to = Path(config.output_dir), config.train.report_to
+    sinks: list[Sink] = [EventFiles(output_dir, first_step)] if TENSORBOARD in chosen(report_to) else []
+    if trackers := trackers_in(report_to):
         settings = config.model_dump(mode="json")
         sinks.append(Trackers(trackers, output_dir, settings, resumed=first_step > 0, say=monitor.say))
     return sinks

@@ -1,7 +1,7 @@
 """The lines that open a run: base, trainables, data, and where it continues."""
 
 from dist_qft.data.dataset import TokenDataset
-from dist_qft.ranks.device import why_dtype
+from dist_qft.ranks.device import dtype_name, why_dtype
 from dist_qft.training.flat_parameters import FlatParameters
 from dist_qft.training.run_inputs import RunInputs
 from dist_qft.tuned_model.assemble import Assembled
@@ -15,7 +15,7 @@ def opening_lines(inputs: RunInputs, parts: Assembled, flat: FlatParameters, acc
     lines = [
         f"base {config.model.path}: {parts.engine.resident_bytes() / 2**20:.1f} MiB on this rank "
         f"({parts.engine.name}, {world.world_size} ranks), fingerprint {parts.base.fingerprint[:16]}; "
-        f"computes in {str(parts.base.dtype).removeprefix('torch.')}" + (f" ({why})" if why else ""),
+        f"computes in {dtype_name(parts.base.dtype)}" + (f" ({why})" if why else ""),
         f"{config.method.name}: {flat.count:,} trainable parameters in {inputs.spec.summary()}; "
         f"one reduction of {flat.bytes_per_reduction:,} bytes per step"
         + (f", the optimizer spread over {world.world_size} ranks" if flat.shard else ""),

@@ -20,6 +20,7 @@ from dist_qft.base_model.skeleton import BaseModel
 from dist_qft.base_model.stop_tokens import GENERATION_CONFIG, eos_ids
 from dist_qft.base_model.tokenizer import load_tokenizer
 from dist_qft.config.schema import ModelConfig
+from dist_qft.ranks.device import dtype_name
 from dist_qft.tuned_model.prompts import stop_ids
 
 CONFIG, TOKENIZER_CONFIG, CHAT_TEMPLATE = "config.json", "tokenizer_config.json", "chat_template.jinja"
@@ -98,7 +99,7 @@ def _merged_config(content: dict[str, Any], base: BaseModel, dtype: torch.dtype,
     """config.json of the merged model, out of its base's."""
     dropped = ("quantization_config", "auto_map")  # auto_map names code, which is not copied
     content = {key: value for key, value in content.items() if key not in dropped}
-    name = str(dtype).removeprefix("torch.")
+    name = dtype_name(dtype)
     if content.get("dtype", content.get("torch_dtype")) != name:
         content["dtype"] = name
     if "dtype" in content:
