@@ -5,33 +5,31 @@ is loaded, but for its fingerprint, which only a loaded base has.
 """
 
 import json
-import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
 from dist_qft.base_model.base_settings import CONFIG, BaseSettings
 from dist_qft.errors import CorruptFileError, UserError
-from dist_qft.methods.adapters.adapter_spec import AdapterSpec
-from dist_qft.methods.adapters.schedule import TileSettings
+from dist_qft.methods.adapters.attach import AdapterSet
+from dist_qft.methods.adapters.token_rows import TokenRows
 from dist_qft.methods.specs import KINDS
 from dist_qft.methods.trainable import TrainableSpec
 from dist_qft.ranks.collectives import everywhere
 from dist_qft.storage.checkpoint import TRAINER_STATE, list_checkpoints
 from dist_qft.tuned_model.assemble import Assembled
 from dist_qft.tuned_model.checkpointed import find_checkpoint, settings_in
+from dist_qft.tuned_model.peft_lora import KEY, read_peft_lora
 
-KEY = "method.init_from"
 PEFT_CONFIG, PEFT_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 OUR_KINDS = tuple(kind.spec.peft_type for kind in KINDS.values())
-# Features that our LoRA lacks: a folder that uses one would lose something of it.
-_UNKNOWN_TO_US = ("use_dora", "modules_to_save", "trainable_token_indices", "fan_in_fan_out", "layer_replication")
 
 
 @dataclass(frozen=True)
@@ -42,12 +40,14 @@ class StartingValues:
         where: the place they come from.
         fingerprint: of the base that they were trained on; None if it is not known.
         settings: of that base, likewise.
+        rows: of trained tokens, (n, width) float32 by their table's path: whole rows, not differences from the base's.
     """
 
     where: str
     tensors: Mapping[str, Tensor]
     fingerprint: str | None = None
     settings: BaseSettings | None = None
+    rows: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 def starting_values(source: str, spec: TrainableSpec[Any]) -> StartingValues:
@@ -67,7 +67,8 @@ def starting_values(source: str, spec: TrainableSpec[Any]) -> StartingValues:
         config, tensors = _adapter_files(folder)
         if config.get("peft_type") in OUR_KINDS:  # `dist-qft push` sends such folders
             return _ours(folder, config, tensors, spec)
-        return StartingValues(str(folder), _from_peft(folder, config, tensors, spec))
+        pairs, rows = read_peft_lora(folder, config, tensors, spec)
+        return StartingValues(str(folder), pairs, rows=rows)
     raise UserError(f"{KEY}: got '{source}', must be a run, a checkpoint, or a PEFT folder with {PEFT_CONFIG}")
 
 
@@ -88,6 +89,25 @@ def take_values(parts: Assembled, start: StartingValues) -> None:
             )
         )
     parts.load_tensors(start.tensors)
+    if isinstance(parts.trainables, AdapterSet) and parts.trainables.token_rows is not None:
+        _take_rows(parts, parts.trainables.token_rows, start.rows)
+
+
+@torch.no_grad()
+def _take_rows(parts: Assembled, token_rows: TokenRows, rows: Mapping[str, Tensor]) -> None:
+    """Make the trained tokens' rows equal `rows`, by their table: differences from the base's own. Collective.
+
+    On rank 0 alone, as `start_fresh` does.
+    """
+    tables, ids = parts.base.tables(), torch.tensor(token_rows.tokens.ids)
+    for path, wanted in rows.items():
+        table = tables[path]
+        gathered = {name: parts.engine.gather(getattr(table, name)) for name in table.packed()}
+        packed = {name: tensor.index_select(0, ids) for name, tensor in gathered.items() if tensor is not None}
+        del gathered
+        if dist.get_rank() == 0:
+            own = table.format.dequantize(packed, (len(ids), table.embedding_dim), table.dtype)
+            token_rows.deltas[path].copy_(wanted - own.float())
 
 
 def _from_hub(source: str) -> Path:
@@ -123,58 +143,3 @@ def _ours(
     if difference := spec.difference(config):
         raise UserError(f"{KEY}: {where}: {difference}")
     return StartingValues(str(where), tensors, str(config.get("base_fingerprint")), settings_in(config, str(where)))
-
-
-def _from_peft(
-    folder: Path, config: dict[str, Any], tensors: Mapping[str, Tensor], spec: TrainableSpec[Any]
-) -> dict[str, Tensor]:
-    """A PEFT LoRA's pairs under our names, B rescaled from its alpha / r to ours."""
-    tiles = spec.tiles if isinstance(spec, AdapterSpec) else {}
-    if not tiles or any(settings.pool > 1 or settings.repeat > 1 for settings in tiles.values()):
-        raise UserError(f"{KEY}: {folder} is a LoRA; method.name must be qlora")
-    _require_plain_lora(config, folder)
-    found: dict[str, Tensor] = {}
-    for name, tensor in tensors.items():
-        path, _, kind = name.removesuffix(".weight").rpartition(".lora_")
-        ours = next((each for each in tiles if path == each or path.endswith(f".{each}")), None)
-        if kind not in ("A", "B") or ours is None:
-            raise UserError(f"{KEY}: {folder} has {name}, which is not a LoRA of a layer that method.targets selects")
-        found[f"{ours}.{kind}"] = _fitting(tensor, name, kind, tiles[ours], _scale(config, path, tensor, kind), folder)
-    missing = [path for path in tiles if not {f"{path}.A", f"{path}.B"} <= found.keys()]
-    if missing:
-        raise UserError(f"{KEY}: {folder} has no LoRA of {missing[0]} ({len(missing)} of {len(tiles)} layers missing)")
-    tokens = spec.tokens if isinstance(spec, AdapterSpec) else None
-    if tokens is not None:  # of which the folder has none, so they begin at the base's
-        found |= {name: torch.zeros(shape) for name, shape in tokens.shapes().items()}
-    return found
-
-
-def _require_plain_lora(config: dict[str, Any], folder: Path) -> None:
-    if config.get("peft_type") != "LORA":
-        raise UserError(f"{KEY}: {folder}: peft_type is {config.get('peft_type')!r}, must be 'LORA'")
-    used = [key for key in _UNKNOWN_TO_US if config.get(key)]
-    if config.get("bias", "none") != "none":
-        used.append("bias")
-    if used:
-        raise UserError(f"{KEY}: {folder}: it uses {used[0]}, which qlora has not")
-
-
-def _scale(config: dict[str, Any], path: str, tensor: Tensor, kind: str) -> float:
-    """The factor of B A in PEFT: alpha / r, or alpha / sqrt(r) with rank-stabilized scaling."""
-    rank = tensor.shape[0 if kind == "A" else -1]
-    patterns = config.get("alpha_pattern") or {}
-    own = [value for key, value in patterns.items() if path == key or path.endswith(f".{key}")]
-    alpha = own[0] if own else config.get("lora_alpha")
-    if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not math.isfinite(alpha):
-        raise CorruptFileError(f"{PEFT_CONFIG}: lora_alpha is {alpha!r}, must be a number")
-    return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
-
-
-def _fitting(tensor: Tensor, name: str, kind: str, settings: TileSettings, scale: float, folder: Path) -> Tensor:
-    """A or B in float32 for an adapter of ours; UserError if its shape is another."""
-    shape = settings.shapes()[kind]
-    if tuple(tensor.shape) != shape:
-        raise UserError(
-            f"{KEY}: {folder}: {name} is {list(tensor.shape)}, must be {list(shape)} (method.rank {settings.rank})"
-        )
-    return tensor.float() * (scale / settings.scale) if kind == "B" else tensor.float()

@@ -23,14 +23,17 @@ def errors(pools, config, world=1):
 
 
 def updates(run):
-    return {path: exact_dW(adapter) for path, adapter in dist_qft.load(run).adapters.by_path.items()}
+    adapters = dist_qft.load(run).adapters
+    rows = {path: delta.detach() for path, delta in adapters.token_rows.deltas.items()}
+    return {path: exact_dW(adapter) for path, adapter in adapters.by_path.items()} | rows
 
 
 @pytest.mark.parametrize("source", ["run", "pushed", "peft"])
 def test_a_run_begins_with_the_values_of_another(pools, make_run, tiny_llama, tmp_path, source):
-    trained = make_run(tiny_llama, **QLORA)
+    qlora = dict(QLORA["method"], train_tokens=[7, 3])
+    trained = make_run(tiny_llama, method=qlora)
     place = {"run": trained, "pushed": tmp_path / "pushed", "peft": tmp_path / "lora"}[source]
-    method = dict(QLORA["method"], init_from=str(place))
+    method = dict(qlora, init_from=str(place))
     if source == "pushed":
         run_push(str(trained), "owner/adapters", private=True, dry_run=place)
     if source == "peft":
@@ -55,7 +58,7 @@ def test_what_does_not_fit_is_refused_by_name(pools, make_run, tiny_llama, tmp_p
     def refusal(place, **changes):
         method = {**QLORA["method"], "init_from": str(place), **changes}
         (error,) = errors(pools, tiny_config(tiny_llama, tmp_path / "run", method=method, train=STILL))
-        assert error.startswith("method.init_from: ") and not list_checkpoints(tmp_path / "run")
+        assert error.startswith("method.") and not list_checkpoints(tmp_path / "run")
         return error
 
     assert "rank was 4, the config says 8" in refusal(trained, rank=8)
@@ -66,6 +69,8 @@ def test_what_does_not_fit_is_refused_by_name(pools, make_run, tiny_llama, tmp_p
     assert "DORA" in _with(tmp_path / "lora", {"peft_type": "DORA"}, refusal)
     assert "use_dora" in _with(tmp_path / "lora", {"use_dora": True}, refusal)
     assert "PEFT folder" in refusal(tmp_path)
+    tokens = {"trainable_token_indices": [3, 7]}
+    assert "train_tokens: got nothing, must be [3, 7]" in _with(tmp_path / "lora", tokens, refusal)
 
 
 def _drop_a_layer(folder):
