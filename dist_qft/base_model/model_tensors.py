@@ -28,11 +28,12 @@ class ModelTensors:
 
     Attributes:
         source: the files.
+        views: the tensors by name.
         notes: lines to tell the user.
     """
 
     def __init__(self, source: TensorSource, views: Mapping[str, View]) -> None:
-        self.source, self._views = source, views
+        self.source, self.views = source, views
         self.notes: list[str] = []
 
     @property
@@ -40,21 +41,21 @@ class ModelTensors:
         return self.source.where
 
     def __contains__(self, name: str) -> bool:
-        return name in self._views
+        return name in self.views
 
     def stored_name(self, name: str) -> str:
         """The name in the files of a tensor, or of the first of those that it is made of."""
-        return next(iter(self._views[name].leaves())).name
+        return next(iter(self.views[name].leaves())).name
 
     def untouched(self) -> set[str]:
         """Tensors of the files, by their names there, that the base takes nothing of."""
-        return self.source.names() - {leaf.name for view in self._views.values() for leaf in view.leaves()}
+        return self.source.names() - {leaf.name for view in self.views.values() for leaf in view.leaves()}
 
     def names_in_files(self, base: BaseModel) -> dict[str, str]:
         """The files' names of tensors that they hold as the model does, by the library's names."""
         packed = base.weights()
         names = {}
-        for name, found in self._views.items():
+        for name, found in self.views.items():
             view: View | None = found
             path = name.removesuffix(".weight")
             if path in packed and packed[path].transposed:
@@ -70,7 +71,7 @@ class ModelTensors:
         """
         found = {}
         for path in base.experts:
-            runs = self._views[f"{path}.weight"].runs() or []
+            runs = self.views[f"{path}.weight"].runs() or []
             if len(runs) > 1 and all(run.whole for run in runs):
                 found[path] = [run.tensor for run in runs]
         return found
@@ -82,11 +83,11 @@ class ModelTensors:
         """
         renamed = base.conversions.apply(self.source)[1]
         head = next(f"{path}.weight" for path, module in base.model.named_modules() if module is base.head)
-        return sorted(name for name in self.untouched() if renamed[name] not in self._views and renamed[name] != head)
+        return sorted(name for name in self.untouched() if renamed[name] not in self.views and renamed[name] != head)
 
     def read(self, name: str, rows: tuple[int, int] | None = None) -> Tensor:
         """Entries of dimension 0 of a tensor (all for None); to be read, not written to nor kept."""
-        view = self._views[name]
+        view = self.views[name]
         box = [(0, size) for size in view.shape]
         if rows is not None:
             box[0] = rows
@@ -96,19 +97,19 @@ class ModelTensors:
 
     def read_rows(self, name: str, first: int, stop: int) -> Tensor:
         """Rows of a weight as floats, all dimensions but the last counted as rows: (rows, columns)."""
-        return tensor_views.read_rows(self._views[name], first, stop)
+        return tensor_views.read_rows(self.views[name], first, stop)
 
     def kind(self, name: str) -> str | None:
         """The way in which the files quantize a tensor, in words for messages; None if they hold floats."""
-        return tensor_views.kind(self._views[name])
+        return tensor_views.kind(self.views[name])
 
     def stored_format(self, name: str) -> Format | None:
         """The format in which `read_packed` gives a weight, code for code; None if the files have no such codes."""
-        return tensor_views.stored_format(self._views[name])
+        return tensor_views.stored_format(self.views[name])
 
     def read_packed(self, name: str, rows: tuple[int, int]) -> dict[str, Tensor]:
         """The packed tensors of rows of a weight, counted as in `read_rows`; tensors that all rows share are whole."""
-        return tensor_views.read_packed(self._views[name], *rows)
+        return tensor_views.read_packed(self.views[name], *rows)
 
 
 def check_names(base: BaseModel, source: TensorSource) -> ModelTensors:

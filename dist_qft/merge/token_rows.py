@@ -80,7 +80,7 @@ def reading(base: BaseModel, ids: Mapping[str, Tensor], rows: Mapping[str, Tenso
     before = {path: tables[path].changed for path in rows}
     for path, values in rows.items():
         device = next(tables[path].parameters()).device
-        tables[path].changed = RowValues(ids[path].tolist(), values.to(device))
+        tables[path].changed = RowValues(ids[path].tolist(), values.to(device), before[path])
     try:
         yield
     finally:

@@ -77,19 +77,24 @@ class RowValues:
     Args:
         ids: the rows' numbers, ascending and different.
         values: (n, dim).
+        first: what changes the table's rows before.
     """
 
-    def __init__(self, ids: Sequence[int], values: Tensor) -> None:
-        self._numbers, self._values = list(ids), values
+    def __init__(self, ids: Sequence[int], values: Tensor, first: ChangedRows | None = None) -> None:
+        self._numbers, self._values, self._first = list(ids), values, first
         self._ids = torch.tensor(self._numbers, dtype=torch.int64, device=values.device)
 
     def among(self, rows: Tensor, ids: Tensor) -> Tensor:
         """See `ChangedRows`."""
+        if self._first is not None:
+            rows = self._first.among(rows, ids)
         places = torch.searchsorted(self._ids, ids).clamp_(max=len(self._numbers) - 1)
         return torch.where((self._ids[places] == ids)[:, None], self._values[places].to(rows.dtype), rows)
 
     def between(self, rows: Tensor, start: int, stop: int) -> Tensor:
         """See `ChangedRows`."""
+        if self._first is not None:
+            rows = self._first.between(rows, start, stop)
         part = _part(self._numbers, start, stop)
         if part.start == part.stop:
             return rows

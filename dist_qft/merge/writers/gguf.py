@@ -10,7 +10,8 @@ more bits than Q4_1's float16 has: codes stay, and the certificate states the ro
 """
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -26,6 +27,7 @@ from dist_qft.errors import UserError
 from dist_qft.merge.difference import Difference
 from dist_qft.merge.live_model import LiveModel
 from dist_qft.merge.recipe import MergeRequest, Recipe, quantized_recipe
+from dist_qft.merge.stored_weights import as_in_files
 from dist_qft.merge.target import CardText, OpenResult, Writer
 from dist_qft.merge.writers.gguf_files import BLOCK_BYTES, PatchedFile, RewrittenFile
 from dist_qft.merge.writers.gguf_rows import GgufRows, require_writable
@@ -76,6 +78,12 @@ class GgufTarget(MergedModel):
 
     def written_rows(self, path: str, live: LiveModel, recipe: Recipe, config: RunConfig) -> Tensor:
         return GgufRows(GgufSource(Path(config.model.path)), live.token_rows).values(path)
+
+    @contextmanager
+    def as_read(self, live: LiveModel, recipe: Recipe, config: RunConfig) -> Iterator[None]:
+        kept = [path for path in live.weights() if path not in recipe.tiles]
+        with super().as_read(live, recipe, config), as_in_files(live.base, GgufSource(Path(config.model.path)), kept):
+            yield
 
     def writer(self, live: LiveModel, recipe: Recipe, config: RunConfig) -> Writer:
         return GgufWriter(live, recipe, Path(config.model.path), trained_template(config))

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from dist_qft.base_model.gguf_file import GgufSource
 from dist_qft.base_model.gguf_metadata import MetadataReader
+from dist_qft.base_model.gguf_types import FLOATS, GGUF_TYPES
 from dist_qft.errors import UserError
 from dist_qft.merge.token_rows import TokenRowsInUse, rounding_notes
 
@@ -20,6 +21,8 @@ def require_writable(source: GgufSource, tables: Iterable[str]) -> None:
         kind = source.gguf_type(f"{path}.weight")
         columns = source.shape(f"{path}.weight")[-1]
         try:
+            if kind not in FLOATS and kind not in GGUF_TYPES:  # a reader would round the rows once more
+                raise NotImplementedError
             _raw(np.zeros((1, columns), dtype=np.float32), kind)
         except (NotImplementedError, gguf.quants.QuantError):
             raise UserError(

@@ -3,6 +3,7 @@ written."""
 
 from abc import abstractmethod
 from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import torch
@@ -34,6 +35,10 @@ class MergedModel(Target):
     def writer(self, live: LiveModel, recipe: Recipe, config: RunConfig) -> Writer:
         """The writer of this target for a base in which everything is folded that folds exactly."""
 
+    def as_read(self, live: LiveModel, recipe: Recipe, config: RunConfig) -> AbstractContextManager[None]:
+        """Context in which a folded base computes with the weights that a reader of the result gets."""
+        return as_written(live, recipe.formats, recipe.dtype)
+
     def converted(self, live: LiveModel) -> Iterable[str]:
         """Paths of the weights that an inexact merge writes anew: all, or those that a target overrides this with."""
         return live.weights()
@@ -50,13 +55,15 @@ class MergedModel(Target):
             for path, written in rows.items():
                 add_token_rows(difference, written, live.token_rows[path])
         ids = {path: found.ids for path, found in live.token_rows.items()}
-        with live.adapters.disabled(), as_written(live, recipe.formats, recipe.dtype), reading(live.base, ids, rows):
+        with live.adapters.disabled(), self.as_read(live, recipe, config), reading(live.base, ids, rows):
             logits = logits_of(live.base, probe.ids, probe.device)
         live.engine.release()
         return Converted(logits, difference, self.writer(live, recipe, config))
 
     def read_back(self, result: Path, kind: Kind, live: LiveModel, probe: Probe) -> tuple[Difference, torch.Tensor]:
-        written = open_base(result, probe.device, attention=attention_of(live.base))
+        # Weights as they are stored; logits as the run's own compute dtype makes them.
+        attention, precision = attention_of(live.base), str(live.base.dtype).removeprefix("torch.")
+        written = open_base(result, probe.device, attention, precision="float32")
         difference, adapters = Difference(), live.adapters.by_path
         if kind == "exact":
             for path, adapter in adapters.items():
@@ -69,6 +76,9 @@ class MergedModel(Target):
         for path, rows in live.token_rows.items():
             stored = tables[path].rows_of(rows.ids.to(probe.device)).float().cpu()
             add_token_rows(difference, stored, rows)
+        if precision != "float32":
+            del written, tables
+            written = open_base(result, probe.device, attention, precision)
         return difference, logits_of(written, probe.ids, probe.device)
 
 

@@ -138,13 +138,24 @@ def test_a_dense_file_comes_back_with_adapted_layers_as_q4_1(pools, make_run, tm
     assert (hugging_face_logits(path) - live).abs().max() < 0.01 * live.abs().max()
 
 
-def test_an_untouched_tensor_that_the_run_held_otherwise_is_told(pools, make_run, tmp_path):
-    source = save_tiny_gguf(tmp_path / "tiny.gguf", tables="F16")
-    run = make_run(source, **GGUF_RUN)  # embedding and head held as q8_0
-    certificate = pools[1].run(merge_run, source=run, target="gguf", path=tmp_path / "merged.gguf")[0]
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_untouched_tensors_that_the_run_held_otherwise_count_as_the_file_has_them(pools, make_run, tmp_path, precision):
+    """Tables of a type of their own, a matrix that is quantized again, one that is dense; the head's rows trained."""
+    source = save_tiny_gguf(tmp_path / "tiny.gguf", tables="F16", others={"up_proj": "Q8_0", "down_proj": "F16"})
+    method = {**GGUF_RUN["method"], "targets": ["q_proj", "v_proj"], "train_tokens": ["<|im_end|>"]}
+    run = make_run(source, **{**GGUF_RUN, "method": method}, train={"precision": precision})
+    path = tmp_path / "merged.gguf"
+    certificate = pools[2].run(merge_run, source=run, target="gguf", path=path)[0]
     assert not certificate.lossless
-    assert certificate.notes == ["the file keeps its own model.embed_tokens (F16, held as q8_0) and 1 more"]
-    assert tensors_of(source)["token_embd.weight"][0] == tensors_of(tmp_path / "merged.gguf")["token_embd.weight"][0]
+    assert (
+        certificate.notes[0] == "the file keeps its own model.layers.0.mlp.up_proj (Q8_0, held as affine4) and 7 more"
+    )
+    old, new = tensors_of(source), tensors_of(path)
+    for name in ("token_embd.weight", "output.weight", "blk.1.ffn_up.weight", "blk.1.ffn_down.weight"):
+        assert old[name][0] == new[name][0] and (old[name][1] == new[name][1]).mean() > 0.99
+    run_verify(path)  # as the file's reader computes them
+    live, merged = (dist_qft.load(each, dtype=precision).logits(IDS) for each in (run, path))
+    assert float((merged - live).abs().max()) == pytest.approx(certificate.logits.maximum, rel=0.8)
 
 
 def test_lora_can_be_quantized_into_a_gguf_file_with_its_error_printed(pools, make_run, tiny_gguf, tmp_path):

@@ -65,6 +65,15 @@ def test_every_kind_of_result_is_verified(pools, make_run, gguf_run, tiny_llama,
     assert lines[-1] == f"verified: {certificate.summary}"
 
 
+@pytest.mark.parametrize("target", ["dense", "quantized"])
+def test_a_run_in_bfloat16_is_verified_in_bfloat16(pools, make_run, tiny_llama, tmp_path, target):
+    """Its logits; weights are compared as they are stored."""
+    method = {**GGUF_RUN["method"], "targets": ["q_proj"], "train_tokens": ["<|im_end|>"]}
+    run = make_run(tiny_llama, **{**GGUF_RUN, "method": method}, train={"precision": "bfloat16"})
+    pools[1].run(merge_run, source=run, target=target, path=tmp_path / "merged")
+    run_verify(tmp_path / "merged")
+
+
 def test_run_and_result_can_move_together(merged, tmp_path, capsys):
     (tmp_path / "run").rename(tmp_path / "moved")
     run_verify(certificate_path(tmp_path / "moved" / "merged.gguf"))
