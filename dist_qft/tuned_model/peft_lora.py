@@ -75,7 +75,7 @@ def _token_rows(
         if path is None and tokens.tied:
             continue  # the LM head's name for the one table
         if path is None or ids is None:
-            raise UserError(f"{KEY}: {folder} has {name}, which is no table with rows of {TOKENS_KEY}")
+            raise UserError(f"{KEY}: {folder} has {name}, must be rows of a table that {TOKENS_KEY} trains")
         if sorted(ids) != list(tokens.ids):
             raise UserError(f"{TOKENS_KEY}: got {list(tokens.ids)}, must be {sorted(ids)} as in {folder}")
         if tuple(tensor.shape) != (len(ids), tokens.tables[path]):
