@@ -32,7 +32,8 @@ from dist_qft.sharding.engines import engine_of, engine_warnings
 from dist_qft.training.links import Placement, Traffic, between_nodes
 from dist_qft.training.machine import Machine
 from dist_qft.training.memory_plan import MemoryPlan, chosen_group, tokens_per_micro_batch
-from dist_qft.training.optimizer import checkpoint_bytes, optimizer_bytes_per_rank, require_lr_groups, shards_optimizer
+from dist_qft.training.optimizer import checkpoint_bytes, require_lr_groups
+from dist_qft.training.planned_reduction import PlannedReduction
 from dist_qft.training.run_plan import PlannedBatch, PlannedModel, PlannedOptimization, RunPlan
 from dist_qft.training.step_time import StepWork, step_seconds
 from dist_qft.tuned_model.task import head_outputs, head_parameters
@@ -106,7 +107,7 @@ def make_plan(
     place = Placement(world_size, ranks_per_node or world_size, world_size)
     group = chosen_group(config, needed, place, memory)
     place = replace(place, group_size=group)
-    counts = spec.counts(base)
+    counts, reduction = spec.counts(base), PlannedReduction(config, trainable, world_size, accumulation)
     plan = RunPlan(
         model=_model(config, base),
         method=config.method.name,
@@ -122,9 +123,9 @@ def make_plan(
         base_bytes=sum(tensor.nbytes for tensor in tensors),
         base_bytes_per_rank=sum(engine.part_bytes(tensor, group) for tensor in tensors),
         base_formats=_format_rows(base),
-        **_traffic(config, base, spec, place, 4 * trainable),
-        optimizer_bytes=optimizer_bytes_per_rank(config.train, trainable, world_size),
-        optimizer_ranks=world_size if shards_optimizer(config.train, trainable, world_size) else 1,
+        **_traffic(config, base, spec, place, reduction),
+        optimizer_bytes=reduction.optimizer_bytes,
+        optimizer_ranks=world_size if reduction.spread else 1,
         checkpoint_bytes=checkpoint_bytes(config.train, trainable),
         batch=_batch(config, accumulation),
         optimization=_optimization(config.train),
@@ -135,18 +136,19 @@ def make_plan(
 
 
 def _traffic(
-    config: RunConfig, base: BaseModel, spec: TrainableSpec[Any], place: Placement, reduced: int
+    config: RunConfig, base: BaseModel, spec: TrainableSpec[Any], place: Placement, reduction: PlannedReduction
 ) -> dict[str, Any]:
-    """The fields of a plan that are about bytes moved; `reduced` are those of the gradients."""
+    """The fields of a plan that are about bytes moved."""
     engine, accumulation = engine_of(config), accumulation_steps(config, place.world_size)
     passes = int(spec.backward_through_base) + int(engine.gathers_in_backward)  # that gather the layers
     head = head_outputs(config.task) == 0 and not base.tied  # gathered beside the embedding
     gathered = _gather_bytes(base, engine, place.group_size, passes=passes, head=head)
-    traffic = Traffic(gathered, reduced, accumulation, config.sharding.gradient_sum == "invariant")
+    traffic = Traffic(gathered, reduction.buffer_bytes, accumulation, config.sharding.gradient_sum == "invariant")
     return {
         "gather_bytes_per_micro_batch": gathered,
         "gather_bytes_per_step": gathered * accumulation,
-        "reduce_bytes_per_step": reduced,
+        "reduce_bytes_per_step": reduction.buffer_bytes,
+        "collective_bytes_per_step": reduction.collectives(),
         "between_nodes": between_nodes(place, traffic),
     }
 

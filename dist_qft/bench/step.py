@@ -27,10 +27,8 @@ from dist_qft.methods.specs import make_spec
 from dist_qft.ranks.device import compute_dtype
 from dist_qft.ranks.groups import new_group
 from dist_qft.sharding.engines import make_engine
-from dist_qft.training.flat_parameters import FlatParameters
-from dist_qft.training.optimizer import make_optimizer
-from dist_qft.training.train_step import RANK_STATS, TrainStep
-from dist_qft.tuned_model.assemble import Assembled, assemble
+from dist_qft.training.train_step import TrainStep, make_train_step
+from dist_qft.tuned_model.assemble import assemble
 
 METHODS: dict[str, dict[str, dict[str, Any]]] = {
     "qlora": {"method": {"name": "qlora"}, "quantization": {"linear": "nf4", "block": [64]}},
@@ -136,14 +134,17 @@ def ours(settings: dict[str, Any]) -> dict[str, float]:
     tables = sum(map(_bytes_of, skeleton.units.tables))
     rest = _bytes_of(skeleton.units.root) - _bytes_of(skeleton.embedding)
     parts = assemble(config, skeleton, make_spec(config, skeleton), device)
-    flat = FlatParameters(
-        parts.named_tensors(),
-        bucket_bytes=int(config.sharding.bucket_megabytes * 2**20),
+    training = make_train_step(
+        config,
+        parts,
+        BaseForward(parts.base, device),
+        accumulation=settings["accumulation"],
+        total_steps=settings["steps"] + 2,
         group=new_group(device, config.sharding.timeout_seconds),
-        rank_stats_size=RANK_STATS,
     )
+    flat = training.flat
     flat.broadcast()
-    step = _stepper(config, parts, flat, settings, device)
+    step = _stepper(config, training, settings)
     gathered, reduced = parts.engine.traffic.gathered_bytes, flat.reduced_bytes
     found = measure_steps(step, settings["steps"], memory, device)
     world, done = dist.get_world_size(), settings["steps"] + 2
@@ -190,12 +191,8 @@ def _bytes_of(unit: nn.Module) -> int:
     return sum(parameter.nbytes for parameter in unit.parameters())
 
 
-def _stepper(
-    config: RunConfig, parts: Assembled, flat: FlatParameters, settings: dict[str, Any], device: torch.device
-) -> Callable[[int], None]:
-    optimizer = make_optimizer(config.train, flat.parts)
-    training = TrainStep(BaseForward(parts.base, device), parts, flat, optimizer, config.train, settings["steps"] + 2)
-    count, rank = settings["accumulation"], dist.get_rank()
+def _stepper(config: RunConfig, training: TrainStep, settings: dict[str, Any]) -> Callable[[int], None]:
+    count, rank, parts = settings["accumulation"], dist.get_rank(), training.parts
     parts.trainables.train()
     batches = [
         micro_batch(random_ids(parts.base.vocab_size, settings["rows"], settings["length"], index), index)

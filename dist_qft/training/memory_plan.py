@@ -18,7 +18,7 @@ from dist_qft.sharding.engines import engine_of
 from dist_qft.sharding.shard_group import ranks_in_group
 from dist_qft.training.links import Placement
 from dist_qft.training.model_sizes import ModelSizes
-from dist_qft.training.optimizer import optimizer_bytes_per_rank
+from dist_qft.training.planned_reduction import PlannedReduction
 from dist_qft.tuned_model.task import head_outputs
 
 _RUNTIME = {"cuda": 1 << 30, "cpu": 400 << 20}  # CUDA's context, cuBLAS and NCCL; Python with its packages
@@ -42,12 +42,13 @@ class MemoryPlan:
     def parts(self, config: RunConfig, world_size: int, group: int) -> dict[str, int]:
         """Bytes of each part on the fullest rank."""
         engine, device = engine_of(config), planned_device(config.sharding.device).type
+        reduction = PlannedReduction(config, self._trainable, world_size, 1)
         return {
             "base": sum(engine.part_bytes(tensor, group) for tensor in self._tensors),
             "gathered": self._gathered(config, engine),
-            "trainables": 4 * self._trainable,
-            "gradients": 4 * self._trainable,
-            "moments": optimizer_bytes_per_rank(config.train, self._trainable, world_size),
+            "trainables": reduction.buffer_bytes,
+            "gradients": reduction.buffer_bytes + reduction.header_bytes,
+            "moments": reduction.optimizer_bytes,
             "activations": self._activations(config),
             "workspace": self._workspace(config, device),
             "runtime": _RUNTIME[device],

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from dist_qft.config.schema import TrainConfig
 from dist_qft.errors import SetupError, UserError
-from dist_qft.training.slices import padded_slice
+from dist_qft.training.slices import BLOCK, padded_slice
 
 _SHARDED_FROM = 64_000_000  # trainables whose optimizer is spread over the ranks by default: moments of 0.5 GB
 _SMALL = 4096  # values for which bitsandbytes' 8-bit AdamW keeps 32-bit moments
@@ -161,10 +161,10 @@ def optimizer_bytes(config: TrainConfig, trainables: int) -> int:
     return 2 * 4 * trainables
 
 
-def optimizer_bytes_per_rank(config: TrainConfig, trainables: int, world_size: int) -> int:
-    """Bytes of the two moments that each rank keeps."""
+def optimizer_bytes_per_rank(config: TrainConfig, trainables: int, world_size: int, block: int = BLOCK) -> int:
+    """Bytes of the two moments that each rank keeps; slices are multiples of so many values."""
     if shards_optimizer(config, trainables, world_size):
-        trainables = padded_slice(trainables, world_size)
+        trainables = padded_slice(trainables, world_size, block)
     return optimizer_bytes(config, trainables)
 
 

@@ -75,7 +75,9 @@ class RunPlan:
             all if the task has a head of its own. Where no gradient flows back through the base (qst) the rest counts
             once, or not at all if the engine keeps it gathered. 0 with `replicated`.
         gather_bytes_per_step: that times the accumulation steps.
-        reduce_bytes_per_step: 4 * trainable parameters, the fp32 gradient buffer without its small header.
+        reduce_bytes_per_step: the fp32 gradient buffer without its small header: 4 * trainable parameters, and padding
+            where the optimizer is spread over the ranks.
+        collective_bytes_per_step: the tensors of all collectives over the trainables; see `planned_reduction`.
         between_nodes: bytes that come into each node from others; see `links.between_nodes`.
         optimizer_bytes: the optimizer's state on each rank.
         optimizer_ranks: ranks that share the optimizer's state; 1 if each holds all of it (`train.shard_optimizer`).
@@ -105,6 +107,7 @@ class RunPlan:
     gather_bytes_per_micro_batch: int
     gather_bytes_per_step: int
     reduce_bytes_per_step: int
+    collective_bytes_per_step: dict[str, int]
     between_nodes: dict[str, int]
     optimizer_bytes: int
     optimizer_ranks: int

@@ -5,15 +5,24 @@ import time
 from dataclasses import dataclass, field
 
 import torch
+import torch.distributed as dist
 
-from dist_qft.config.schema import TrainConfig
+from dist_qft.config.schema import RunConfig, TrainConfig
 from dist_qft.data.batches import MicroBatch
 from dist_qft.errors import NumericError
 from dist_qft.methods.forward import Forward
 from dist_qft.ranks.preemption import StopSignal
 from dist_qft.training.compute_clock import ComputeClock
+from dist_qft.training.fixed_tree import FixedTree
 from dist_qft.training.flat_parameters import FlatParameters
-from dist_qft.training.optimizer import clip_gradient, learning_rate, scaled_ranges, step_with_ranges
+from dist_qft.training.optimizer import (
+    clip_gradient,
+    learning_rate,
+    make_optimizer,
+    scaled_ranges,
+    shards_optimizer,
+    step_with_ranges,
+)
 from dist_qft.training.step_header import StepTotals
 from dist_qft.tuned_model.assemble import Assembled
 
@@ -148,6 +157,36 @@ class TrainStep:
             reduce_seconds=reduce_seconds,
             figures=self.parts.task.figures(totals.sums, totals.tokens),
         )
+
+
+def make_train_step(
+    config: RunConfig,
+    parts: Assembled,
+    forward: Forward,
+    *,
+    accumulation: int,
+    total_steps: int,
+    group: dist.ProcessGroup | None = None,
+) -> TrainStep:
+    """The step of a run: its trainables in a flat buffer, and the optimizer over them. Collective.
+
+    Args:
+        accumulation: micro-batches of each rank in a step.
+        group: of the gradients' reduction.
+    """
+    named = parts.named_tensors()
+    invariant = config.sharding.gradient_sum == "invariant"
+    flat = FlatParameters(
+        named,
+        bucket_bytes=int(config.sharding.bucket_megabytes * 2**20),
+        group=group,
+        rank_stats_size=RANK_STATS,
+        sums_size=parts.task.sums,
+        tree=FixedTree(accumulation, group) if invariant else None,
+        shard=shards_optimizer(config.train, sum(each.numel() for _, each in named), dist.get_world_size(group)),
+    )
+    optimizer = make_optimizer(config.train, flat.parts, flat.count)
+    return TrainStep(forward, parts, flat, optimizer, config.train, total_steps)
 
 
 def _dropout_seed(seed: int, step: int, micro_batch: int) -> int:

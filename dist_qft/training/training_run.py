@@ -17,17 +17,14 @@ from dist_qft.storage.trainer_state import chain_step
 from dist_qft.training.activations import checkpoint_activations
 from dist_qft.training.checkpointing import Checkpointing, first_state
 from dist_qft.training.evaluations import Evaluations, figure, is_better
-from dist_qft.training.fixed_tree import FixedTree
-from dist_qft.training.flat_parameters import FlatParameters
 from dist_qft.training.monitor import Monitor
 from dist_qft.training.opening import opening_lines
-from dist_qft.training.optimizer import make_optimizer, shards_optimizer
 from dist_qft.training.optimizer_state import OptimizerState
 from dist_qft.training.resume import chain_rows
 from dist_qft.training.run_inputs import RunInputs
 from dist_qft.training.step_meter import StepMeter, held_bytes, peak_bytes, step_scalars
 from dist_qft.training.summary import SummaryFigures
-from dist_qft.training.train_step import RANK_STATS, StepResult, TrainStep
+from dist_qft.training.train_step import StepResult, make_train_step
 from dist_qft.tuned_model.assemble import Assembled, make_forward
 from dist_qft.tuned_model.held_out import HeldOut
 
@@ -57,23 +54,17 @@ class TrainingRun:
         self._ahead = BatchesAhead(self.batches, pin=True) if inputs.device.type == "cuda" else self.batches
         # A group of its own: nobody's timeout but this one's, and no queue behind the engine's gathers.
         self._group = new_group(inputs.device, config.sharding.timeout_seconds)
-        invariant = config.sharding.gradient_sum == "invariant"
-        if invariant:
+        if config.sharding.gradient_sum == "invariant":
             compute_reproducibly(inputs.device)
-        named = parts.named_tensors()
-        trainables = sum(parameter.numel() for _, parameter in named)
-        self.flat = FlatParameters(
-            named,
-            bucket_bytes=int(config.sharding.bucket_megabytes * 2**20),
+        self._step_of_run = make_train_step(
+            config,
+            parts,
+            make_forward(config, parts, inputs.spec, inputs.data.train, inputs.device),
+            accumulation=self.batches.accumulation,
+            total_steps=self.total_steps,
             group=self._group,
-            rank_stats_size=RANK_STATS,
-            sums_size=parts.task.sums,
-            tree=FixedTree(self.batches.accumulation, self._group) if invariant else None,
-            shard=shards_optimizer(config.train, trainables, world.world_size),
         )
-        self.optimizer = make_optimizer(config.train, self.flat.parts, self.flat.count)
-        forward = make_forward(config, parts, inputs.spec, inputs.data.train, inputs.device)
-        self._step_of_run = TrainStep(forward, parts, self.flat, self.optimizer, config.train, self.total_steps)
+        self.flat, self.optimizer = self._step_of_run.flat, self._step_of_run.optimizer
         self.meter = StepMeter(parts.engine, self.flat)
         self.state = first_state(inputs)
         self.monitor = Monitor(

@@ -1,0 +1,69 @@
+"""A rank of 8 to 1024, run alone: the collectives and the memory of the real step are those that the plan says."""
+
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dist_qft.config.schema import RunConfig
+from dist_qft.plan import make_plan, planned_base
+from tests.support.fake_ranks import rehearse
+from tests.support.tiny_model import tiny_llama_config
+
+NF4 = {"linear": "nf4", "block": [64], "double_quant": True}
+METHODS: dict[str, dict[str, Any]] = {
+    "qlora": {"method": {"name": "qlora", "rank": 8}, "quantization": NF4},
+    "qahira": {
+        "method": {"name": "qahira", "pool": 4, "repeat": 8, "rank": 4},
+        "quantization": {"linear": "affine4", "block": [8, 4]},
+    },
+    "qst": {"method": {"name": "qst", "reduction": 4, "downsample_rank": 8}, "quantization": NF4},
+}
+# Method, engine, ranks, group, optimizer spread, sum of the gradients, tied tables: every two of the first five meet.
+RUNS = [
+    ("qlora", "fsdp", 1024, "world", True, "fast", True),
+    ("qlora", "replicated", 128, "world", False, "fast", False),
+    ("qlora", "zero", 8, 4, True, "invariant", False),
+    ("qahira", "fsdp", 128, 4, False, "invariant", False),
+    ("qahira", "zero", 1024, "node", False, "fast", True),
+    ("qahira", "replicated", 8, "world", True, "fast", False),
+    ("qst", "fsdp", 8, "node", True, "fast", True),
+    ("qst", "zero", 128, "world", True, "fast", False),
+    ("qst", "replicated", 1024, "world", False, "invariant", False),
+]
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory) -> dict[bool, Path]:
+    """Models that are a config.json alone, by whether their tables are tied."""
+    found = {tied: tmp_path_factory.mktemp(f"tied-{tied}") for tied in (True, False)}
+    for tied, folder in found.items():
+        tiny_llama_config(num_hidden_layers=2, tie_word_embeddings=tied).save_pretrained(folder)
+    return found
+
+
+def test_the_runs_are_pairwise():
+    assert {run[:2] for run in RUNS} == set(product(METHODS, ("fsdp", "zero", "replicated")))
+    assert {run[0::2][:2] for run in RUNS} == set(product(METHODS, (8, 128, 1024)))
+    assert {run[1:3] for run in RUNS} == set(product(("fsdp", "zero", "replicated"), (8, 128, 1024)))
+
+
+@pytest.mark.parametrize(("method", "engine", "ranks", "group", "spread", "gradient_sum", "tied"), RUNS)
+def test_one_rank_moves_and_holds_what_the_plan_says(folders, method, engine, ranks, group, spread, gradient_sum, tied):
+    config = RunConfig.model_validate(
+        {
+            "output_dir": "unused",
+            "model": {"path": str(folders[tied])},
+            "data": {"train": {"path": "unused"}, "max_length": 16},
+            "sharding": {"engine": engine, "device": "cpu", "group": group, "gradient_sum": gradient_sum},
+            "train": {"max_steps": 9, "global_batch_size": 2 * ranks, "shard_optimizer": spread},
+            **METHODS[method],
+        }
+    )
+    base = planned_base(config)
+    plan = make_plan(config, ranks, min(ranks, 8), base=base)
+    found = rehearse(config, base, ranks, fake=method == "qst" and engine == "fsdp")
+    assert found.received == [plan.gather_bytes_per_micro_batch] * 2
+    assert sum(size for _, _, size in found.step) == sum(plan.collective_bytes_per_step.values())
+    assert found.memory == {part: plan.memory[part] for part in found.memory}
