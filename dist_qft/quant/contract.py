@@ -199,7 +199,7 @@ class BlockFormat(Format):
     ) -> Tensor:
         if out is None:
             out = torch.empty(shape, dtype=dtype, device=packed["codes"].device)
-        if out.device.type == "cuda" and out.numel() and _has_triton():
+        if out.device.type == "cuda" and out.numel() and has_triton():
             self._dequantize_on_cuda(packed, out)
             return out
         for rows in row_chunks(shape, out.device, self.row_alignment):
@@ -220,7 +220,8 @@ def row_entries(entries: int, height: int, first: int, stop: int) -> tuple[int, 
 
 
 @cache
-def _has_triton() -> bool:
+def has_triton() -> bool:
+    """True if kernels can be written for the GPU."""
     return find_spec("triton") is not None
 
 

@@ -1,5 +1,7 @@
 """`nf4`: the 4-bit NormalFloat of QLoRA (arXiv 2305.14314, section 3), by the kernels of bitsandbytes.
 
+With quantized constants a kernel of our own dequantizes on CUDA, with the same bits: `triton_kernels`.
+
 Bits equal those of `bitsandbytes.functional.quantize_4bit`, on CPUs by a faster method (`nf4_codes`). Only the storage
 differs: plain named tensors instead of a `Params4bit` with a separate quantization state, so that the constants are
 sharded like the codes.
@@ -17,7 +19,7 @@ import torch
 from torch import Tensor
 
 from dist_qft.errors import UserError
-from dist_qft.quant.contract import Format, PackedShapes, Shape, finite_rows, row_chunks
+from dist_qft.quant.contract import Format, PackedShapes, Shape, finite_rows, has_triton, row_chunks
 from dist_qft.quant.nf4_codes import quantize_blocks
 
 # bitsandbytes also takes 2048 and 4096, but dequantizes them on AVX-512 machines through torch.compile, anew for each
@@ -127,6 +129,14 @@ class NF4(Format):
     def dequantize(
         self, packed: Mapping[str, Tensor], shape: Shape, dtype: torch.dtype, out: Tensor | None = None
     ) -> Tensor:
+        device = packed["codes"].device
+        if self.double_quant and device.type == "cuda" and packed["codes"].numel() and has_triton():
+            # By bitsandbytes it is three kernels, and the constants make a way through memory of their own.
+            from dist_qft.quant.triton_kernels import dequantize_nf4_nested
+
+            out = torch.empty(shape, dtype=dtype, device=device) if out is None else out
+            dequantize_nf4_nested(packed, self.block, CONSTANT_BLOCK, dynamic_map(device), codebook_on(device), out)
+            return out
         bnb = _bitsandbytes()
         state = bnb.QuantState(
             absmax=self._absmax(packed),
@@ -163,6 +173,12 @@ def _bitsandbytes() -> ModuleType:
 def codebook() -> Tensor:
     """The 16 values of the 4-bit type, float32."""
     return _bitsandbytes().get_4bit_type("nf4", "cpu")
+
+
+@cache
+def codebook_on(device: torch.device) -> Tensor:
+    """`codebook` on a device."""
+    return codebook().to(device)
 
 
 @cache

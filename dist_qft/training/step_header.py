@@ -72,14 +72,16 @@ class StepHeader:
     def fill(self, tokens: int, stop: bool, rank_stats: Sequence[float], digest_of: Tensor | None) -> None:
         """Write the rest of the lanes before they are summed; `digest_of` are the values that replicas compare."""
         lanes = self.lanes
-        lanes[_TOKENS_HIGH], lanes[_TOKENS_LOW] = divmod(tokens, _TOKEN_BASE)
-        lanes[_STOP] = float(stop)
+        # A number rides with its kernel where it is filled in; to assign it would copy it, and make the host wait.
+        high, low = divmod(tokens, _TOKEN_BASE)
+        for lane, number in ((_TOKENS_HIGH, high), (_TOKENS_LOW, low), (_STOP, float(stop))):
+            lanes[lane].fill_(number)
         if digest_of is not None:
             pieces = digest_pieces(digest_of)
             lanes[_DIGEST] = torch.cat([pieces, pieces * pieces])
         first = _FIXED_LANES + self._world + self._rank * self._stats_size
-        for lane, number in enumerate(rank_stats, first):  # a number rides with its kernel, a tensor would be copied
-            lanes[lane] = number
+        for lane, number in enumerate(rank_stats, first):
+            lanes[lane].fill_(number)
 
     def tokens(self) -> Tensor:
         """The summed number of target tokens, at least 1: a float64 scalar on the device."""

@@ -142,11 +142,12 @@ def materialize(
     engine.shard(skeleton.units, device)
     if device.type == "cpu":
         keep_one_heap()
-    _move_buffers(skeleton, device)
+    move_buffers(skeleton, device)
     load_base(skeleton, source, engine, device, poll)
 
 
-def _move_buffers(base: BaseModel, device: torch.device) -> None:
+def move_buffers(base: BaseModel, device: torch.device) -> None:
+    """Move what is no parameter, which no engine takes: rotary frequencies."""
     for module in base.model.modules():
         for name, buffer in module.named_buffers(recurse=False):
             setattr(module, name, buffer.to(device))

@@ -8,6 +8,7 @@ import sys
 from typing import Any
 
 import pytest
+import torch
 
 COMPARE = """
 import torch
@@ -15,10 +16,12 @@ from dist_qft.quant.affine4 import Affine4
 from dist_qft.quant.affine4_gathered import Affine4Gathered
 from dist_qft.quant.affine8 import Affine8
 from dist_qft.quant.codebook4 import Codebook4
+from dist_qft.quant.nf4 import CONSTANT_BLOCK, NF4, codebook, dynamic_map
 from dist_qft.quant.nibbles import group_width
 from dist_qft.quant.q8_0 import Q8_0
 from dist_qft.quant.triton_kernels import (
-    dequantize_affine4, dequantize_affine4_gathered, dequantize_affine8, dequantize_codebook4, dequantize_q8_0
+    dequantize_affine4, dequantize_affine4_gathered, dequantize_affine8, dequantize_codebook4, dequantize_nf4_nested,
+    dequantize_q8_0,
 )
 
 def check(format, packed, shape, dtype, write):
@@ -70,6 +73,11 @@ for dtype in (torch.float32, torch.float16, torch.bfloat16):
             packed = random_packed(format, shape)
             args = packed["codes"], format.scales(packed), format.block
             check(format, packed, shape, dtype, lambda out: dequantize_codebook4(*args, out))
+    for shape, block in (((3, 1088), 64), ((5, 1024), 32), ((520, 128), 128)):  # more and fewer constants than share one
+        format = NF4(block, double_quant=True)
+        packed = format.quantize(torch.randn(shape, generator=torch.Generator().manual_seed(0)) * 3)
+        args = packed, block, CONSTANT_BLOCK, dynamic_map(torch.device("cpu")), codebook()
+        check(format, packed, shape, dtype, lambda out: dequantize_nf4_nested(*args, out))
 print("equal")
 """
 
@@ -82,7 +90,8 @@ def test_kernels_give_the_formats_bits():
     assert done.stdout == "equal\n"
 
 
-POINTERS = {"codes": "*u8", "group": "*i32", "columns": "i32", "groups": "i32"}
+POINTERS = {"codes": "*u8", "group": "*i32", "columns": "i32", "groups": "i32", "absmax_codes": "*u8"}
+POINTERS |= dict.fromkeys(("absmax_absmax", "absmax_offset", "dynamic", "codebook"), "*fp32")
 # kernel, types of its constants, numbers that it is compiled for
 VARIANTS: list[tuple[str, dict[str, str], dict[str, int]]] = [
     ("_affine4_kernel", {"scale": "*fp16", "zero": "*fp16"}, {"B_OUT": 1, "B_IN": 32, "GROUP": 32}),
@@ -94,7 +103,12 @@ VARIANTS: list[tuple[str, dict[str, str], dict[str, int]]] = [
     ("_q8_0_kernel", {"codes": "*i8", "scale": "*fp32"}, {"BLOCK": 16}),
     ("_codebook4_kernel", {"scale": "*fp32"}, {"BLOCK": 32}),
     ("_codebook4_kernel", {"scale": "*fp32"}, {"BLOCK": 16}),
+    ("_nf4_nested_kernel", {}, {"BLOCK": 64, "SHARED": 256}),
 ]
+
+
+# Loads per 8 weights in bfloat16 where all is aligned: codes, and each constant once.
+LOADS = {("_affine4_kernel", 32): 3, ("_affine8_kernel", 32): 3, ("_q8_0_kernel", 32): 2, ("_codebook4_kernel", 32): 2}
 
 
 @pytest.mark.parametrize("capability", [80, 90, 100, 120])
@@ -109,11 +123,19 @@ def test_kernels_compile_without_a_gpu(capability):
 
     for name, constants, numbers in VARIANTS:
         kernel: Any = getattr(triton_kernels, name)
-        for result, hints in (("*bf16", {}), ("*fp32", "aligned")):
-            types = {**POINTERS, **constants, "out": result, **dict.fromkeys((*numbers, "WIDTH"), "constexpr")}
+        for dtype, aligned in ((torch.bfloat16, True), (torch.float32, True), (torch.bfloat16, False)):
+            block = numbers.get("B_IN", numbers.get("BLOCK", 1))
+            sizes = {**numbers, **triton_kernels.sizes(dtype, block)}
+            result = "*bf16" if dtype == torch.bfloat16 else "*fp32"
+            types = {**POINTERS, **constants, "out": result, **dict.fromkeys(sizes, "constexpr")}
             signature = {argument: types[argument] for argument in kernel.arg_names}
             run_time = [index for index, kind in enumerate(signature.values()) if kind != "constexpr"]
-            attributes = {(index,): [["tt.divisibility", 16]] for index in run_time} if hints else {}
-            source = ASTSource(kernel, signature, {**numbers, "WIDTH": 512}, attributes)
-            compiled = compile_kernel(source, target=GPUTarget("cuda", capability, 32))
-            assert compiled.asm["cubin"] and compiled.metadata.shared == 0, (name, result)
+            attributes = {(index,): [["tt.divisibility", 16]] for index in run_time} if aligned else {}
+            sizes = {size: number for size, number in sizes.items() if size in kernel.arg_names}
+            source = ASTSource(kernel, signature, sizes, attributes)
+            unfused = {"enable_fp_fusion": False} if "nf4" in name else {}
+            compiled = compile_kernel(source, target=GPUTarget("cuda", capability, 32), options=unfused)
+            assert compiled.asm["cubin"] and not (aligned and compiled.metadata.shared), (name, result)
+            assert not unfused or "fma" not in compiled.asm["ptx"]
+            if aligned and dtype == torch.bfloat16 and (name, block) in LOADS:
+                assert compiled.asm["ptx"].count("ld.global") == LOADS[name, block], name

@@ -1,0 +1,94 @@
+"""A training step of every method on tensors of a GPU that is not there: devices, waits, and kernels per decoder layer.
+
+The counts are of operators as PyTorch dispatches them. On a GPU some are one kernel that here are several, where an
+operator has no fake form (silu's gradient), none are more.
+"""
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch.testing._internal.distributed.fake_pg import FakeStore
+
+pytest.importorskip("triton")
+pytest.importorskip("bitsandbytes")
+
+from dist_qft.base_model.skeleton import build_skeleton  # noqa: E402
+from dist_qft.config.schema import RunConfig  # noqa: E402
+from dist_qft.data.batches import MicroBatch  # noqa: E402
+from dist_qft.methods.forward import BaseForward  # noqa: E402
+from dist_qft.methods.specs import make_spec  # noqa: E402
+from dist_qft.sharding.engines import engine_of  # noqa: E402
+from dist_qft.training.flat_parameters import FlatParameters  # noqa: E402
+from dist_qft.training.optimizer import make_optimizer  # noqa: E402
+from dist_qft.training.train_step import RANK_STATS, TrainStep  # noqa: E402
+from dist_qft.tuned_model.assemble import attach_trainables, move_buffers  # noqa: E402
+from tests.support.fake_cuda import DEVICE, Counted, fake_cuda  # noqa: E402
+from tests.support.tiny_model import tiny_llama_config  # noqa: E402
+
+NF4 = {"linear": "nf4", "block": [64], "double_quant": True}
+TILES = {"linear": "affine4", "block": [8, 4]}
+QAHIRA = {"name": "qahira", "pool": 4, "repeat": 8}
+# method, quantization, most kernels of a layer: forward, and backward with the forward pass done again
+CASES = {
+    "qlora": ({"name": "qlora", "rank": 4}, NF4, 85, 228),
+    "qbara": ({"name": "qbara", "rank": 4}, NF4, 94, 251),
+    "qalora": ({"name": "qalora", "rank": 4, "pool": 32}, {"linear": "affine4", "block": [1, 32]}, 94, 244),
+    "qablora": ({"name": "qablora", "rank": 4, "pool": 4, "repeat": 8}, TILES, 94, 251),
+    "qahira": (QAHIRA, TILES, 80, 209),
+    "qahira, merge-aware": ({**QAHIRA, "merge_aware": True}, TILES, 52, 174),
+    "qst": ({"name": "qst", "reduction": 4}, NF4, 190, 388),
+}
+
+
+@pytest.fixture
+def one_rank():
+    """A process group whose collectives do nothing: tensors without values are not sent."""
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+def counted_step(folder, method, quantization, layers: int) -> dict[str, Counted]:
+    """An optimizer step of one packed micro-batch, by its parts."""
+    tiny_llama_config(num_hidden_layers=layers).save_pretrained(folder)
+    config = RunConfig(
+        output_dir=str(folder),
+        model={"path": str(folder)},
+        method=method,
+        quantization=quantization,
+        sharding={"engine": "replicated"},
+    )
+    base = build_skeleton(config.model, config.quantization, torch.bfloat16)
+    spec = make_spec(config, base)
+    ids, positions = torch.zeros(1, 128, dtype=torch.int64), torch.arange(128)[None] % 32
+    batch = MicroBatch.of(ids, torch.ones_like(ids), positions, 0)
+    found: dict[str, Counted] = {}
+    with fake_cuda() as counts:
+        engine = engine_of(config)
+        engine.shard(base.units, DEVICE)
+        move_buffers(base, DEVICE)
+        parts = attach_trainables(config, base, engine, spec, DEVICE)
+        flat = FlatParameters(parts.named_tensors(), bucket_bytes=1 << 20, rank_stats_size=RANK_STATS)
+        optimizer = make_optimizer(config.train, flat.parts)
+        step = TrainStep(BaseForward(base, DEVICE), parts, flat, optimizer, config.train, 100)
+        parts.trainables.train()
+        base.decoder.register_forward_pre_hook(lambda *_: found.update(prepared=counts.take()))
+        base.decoder.register_forward_hook(lambda *_: found.update(forward=counts.take()))
+        end = flat.end_micro_batch
+        flat.end_micro_batch = lambda *given: (found.update(backward=counts.take()), end(*given))
+        counts.take()
+        step.run(0, [batch], check_digest=False)
+        found["update"] = counts.take()
+    return found
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_step_on_a_gpu(one_rank, tmp_path, name):
+    method, quantization, most_forward, most_backward = CASES[name]
+    fewer, more = (counted_step(tmp_path, method, quantization, layers) for layers in (1, 2))
+    micro_batch = [more[part] for part in ("prepared", "forward", "backward")]
+    assert not [part for part in micro_batch if part.reads or part.blocking_copies]
+    assert more["update"].reads.total() <= 2 and not more["update"].blocking_copies, more["update"]
+    forward, backward = (more[part].kernels - fewer[part].kernels for part in ("forward", "backward"))
+    assert forward.total() <= most_forward, forward
+    assert forward.total() + backward.total() <= most_backward, (forward, backward)
