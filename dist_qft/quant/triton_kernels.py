@@ -47,7 +47,16 @@ def _adjacent(codes, row, columns, WIDTH: tl.constexpr, CHUNK: tl.constexpr):
 
 @triton.jit
 def _affine4_kernel(
-    codes, scale, zero, out, columns, B_OUT: tl.constexpr, B_IN: tl.constexpr, GROUP: tl.constexpr, WIDTH: tl.constexpr, CHUNK: tl.constexpr
+    codes,
+    scale,
+    zero,
+    out,
+    columns,
+    B_OUT: tl.constexpr,
+    B_IN: tl.constexpr,
+    GROUP: tl.constexpr,
+    WIDTH: tl.constexpr,
+    CHUNK: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
     column, first = _columns(WIDTH, CHUNK)

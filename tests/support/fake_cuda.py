@@ -24,6 +24,8 @@ from torch.utils._pytree import tree_leaves
 
 DEVICE = torch.device("cuda", 0)
 _CUDA, _PRIVATE, _DEVICE_TYPES = 1, 20, 22  # of c10/core/DeviceType.h
+# Operators that CUDA has a kernel for and a CPU build takes apart. They are looked up alone: fakes need no kernel.
+_KERNELS = ("silu_backward", "_fused_rms_norm", "_fused_rms_norm_backward")
 _READS = ("aten::_local_scalar_dense", "aten::item", "aten::is_nonzero", "aten::equal", "aten::nonzero")
 # Neither views by their schema nor kernels.
 _FREE = ("empty", "new_empty", "empty_like", "empty_strided", "new_empty_strided", "detach", "_unsafe_view", "device")
@@ -66,9 +68,9 @@ class Launches(TorchDispatchMode):
         found = function(*args, **kwargs)
         tensors = given + [leaf for leaf in tree_leaves(found) if isinstance(leaf, Tensor)]
         devices = {tensor.device.type for tensor in tensors}
-        if devices == {"cpu", "cuda"} and name in ("aten::_to_copy", "aten::copy_"):
-            if not (kwargs.get("non_blocking") or (name == "aten::copy_" and args[2:] == (True,))):
-                self.blocking_copies[_place(name)] += 1
+        waits = not (kwargs.get("non_blocking") or (name == "aten::copy_" and args[2:] == (True,)))
+        if devices == {"cpu", "cuda"} and name in ("aten::_to_copy", "aten::copy_") and waits:
+            self.blocking_copies[_place(name)] += 1
         if "cuda" in devices and not function.is_view and name.partition("::")[2].partition(".")[0] not in _FREE:
             self.kernels[name] += 1
         return found
@@ -87,6 +89,7 @@ def fake_cuda() -> Iterator[Launches]:
     counts = Launches()
     with ExitStack() as stack:
         stack.enter_context(_stand_in_guard())
+        stack.enter_context(_known_kernels())
         stack.enter_context(patch("torch.cuda.get_device_capability", lambda *_: (9, 0)))
         stack.enter_context(patch("torch.amp.autocast_mode.torch.cuda.amp.common.amp_definitely_not_available", bool))
         stack.enter_context(patch("torch.cuda.is_bf16_supported", lambda *_: True))
@@ -144,6 +147,19 @@ def _kernel(counts: Launches) -> Callable[..., None]:
         counts.kernels[f"triton::{kernel.__name__}"] += 1
 
     return run
+
+
+@contextmanager
+def _known_kernels() -> Iterator[None]:
+    """Inside, PyTorch knows that these operators need not be taken apart on CUDA."""
+    library = torch.library.Library("aten", "IMPL")
+    if not torch._C._dispatch_has_kernel_for_dispatch_key("aten::silu_backward", "CUDA"):
+        for name in _KERNELS:
+            library.impl(name, lambda *_: None, "CUDA")
+    try:
+        yield
+    finally:
+        library._destroy()
 
 
 @contextmanager

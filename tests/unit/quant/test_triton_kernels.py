@@ -73,7 +73,7 @@ for dtype in (torch.float32, torch.float16, torch.bfloat16):
             packed = random_packed(format, shape)
             args = packed["codes"], format.scales(packed), format.block
             check(format, packed, shape, dtype, lambda out: dequantize_codebook4(*args, out))
-    for shape, block in (((3, 1088), 64), ((5, 1024), 32), ((520, 128), 128)):  # more and fewer constants than share one
+    for shape, block in (((3, 1088), 64), ((5, 1024), 32), ((520, 128), 128)):
         format = NF4(block, double_quant=True)
         packed = format.quantize(torch.randn(shape, generator=torch.Generator().manual_seed(0)) * 3)
         args = packed, block, CONSTANT_BLOCK, dynamic_map(torch.device("cpu")), codebook()

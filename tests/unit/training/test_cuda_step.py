@@ -1,7 +1,6 @@
 """A training step of every method on tensors of a GPU that is not there: devices, waits, and kernels per decoder layer.
 
-The counts are of operators as PyTorch dispatches them. On a GPU some are one kernel that here are several, where an
-operator has no fake form (silu's gradient), none are more.
+The counts are of operators as PyTorch dispatches them.
 """
 
 import pytest
@@ -12,18 +11,18 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 pytest.importorskip("triton")
 pytest.importorskip("bitsandbytes")
 
-from dist_qft.base_model.skeleton import build_skeleton  # noqa: E402
-from dist_qft.config.schema import RunConfig  # noqa: E402
-from dist_qft.data.batches import MicroBatch  # noqa: E402
-from dist_qft.methods.forward import BaseForward  # noqa: E402
-from dist_qft.methods.specs import make_spec  # noqa: E402
-from dist_qft.sharding.engines import engine_of  # noqa: E402
-from dist_qft.training.flat_parameters import FlatParameters  # noqa: E402
-from dist_qft.training.optimizer import make_optimizer  # noqa: E402
-from dist_qft.training.train_step import RANK_STATS, TrainStep  # noqa: E402
-from dist_qft.tuned_model.assemble import attach_trainables, move_buffers  # noqa: E402
-from tests.support.fake_cuda import DEVICE, Counted, fake_cuda  # noqa: E402
-from tests.support.tiny_model import tiny_llama_config  # noqa: E402
+from dist_qft.base_model.skeleton import build_skeleton
+from dist_qft.config.schema import RunConfig
+from dist_qft.data.batches import MicroBatch
+from dist_qft.methods.forward import BaseForward
+from dist_qft.methods.specs import make_spec
+from dist_qft.sharding.engines import engine_of
+from dist_qft.training.flat_parameters import FlatParameters
+from dist_qft.training.optimizer import make_optimizer
+from dist_qft.training.train_step import RANK_STATS, TrainStep
+from dist_qft.tuned_model.assemble import attach_trainables, move_buffers
+from tests.support.fake_cuda import DEVICE, Counted, fake_cuda
+from tests.support.tiny_model import tiny_llama_config
 
 NF4 = {"linear": "nf4", "block": [64], "double_quant": True}
 TILES = {"linear": "affine4", "block": [8, 4]}
