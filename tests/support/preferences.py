@@ -54,11 +54,11 @@ class FirstStep(NamedTuple):
     tokens: tuple[int, ...] = ()
 
 
-def first_step(config: RunConfig) -> FirstStep:
-    """The first step's gradient on this rank, from trainables with random values. Collective."""
+def first_step(config: RunConfig, seed: int = 3) -> FirstStep:
+    """The first step's gradient on this rank, from trainables with random values of this seed. Collective."""
     inputs = gather_inputs(config, None, pool_world(), torch.device("cpu"))
     parts = assemble(inputs.config, inputs.skeleton, inputs.spec, inputs.device, inputs.source)
-    generator = torch.Generator().manual_seed(3)
+    generator = torch.Generator().manual_seed(seed)
     for name, parameter in parts.named_tensors():
         if name != "alpha":
             parameter.data += 0.05 * torch.randn(parameter.shape, generator=generator)
