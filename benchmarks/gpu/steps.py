@@ -23,7 +23,7 @@ from dist_qft.training.flat_parameters import FlatParameters
 from dist_qft.training.optimizer import make_optimizer
 from dist_qft.training.step_meter import held_bytes
 from dist_qft.training.train_step import RANK_STATS, TrainStep
-from dist_qft.tuned_model.assemble import attach_trainables
+from dist_qft.tuned_model.assemble import attach_trainables, settle_on
 
 AFFINE4 = {"linear": "affine4", "block": [1, 32]}
 METHODS: dict[str, dict[str, Any]] = {
@@ -60,9 +60,7 @@ def random_base(config: RunConfig, device: torch.device, dtype: torch.dtype) -> 
     torch.manual_seed(0)  # replicas must be alike
     base, engine = build_skeleton(config.model, config.quantization, dtype), engine_of(config)
     engine.shard(base.units, device)
-    for module in base.model.modules():
-        for name, buffer in list(module.named_buffers(recurse=False)):
-            setattr(module, name, buffer.to(device))
+    settle_on(base, device)
     packed = {id(tensor) for weight in base.weights().values() for tensor in weight.packed().values()}
     for name, parameter in base.model.named_parameters():
         part = engine.local(parameter)

@@ -96,7 +96,7 @@ def token_cross_entropy(
     for start in range(0, head.num_embeddings, slice_size):
         stop = min(start + slice_size, head.num_embeddings)
         rows = _as_factor(head.rows(start, stop))
-        products = _float32_product(states, rows.T)
+        products = float32_product(states, rows.T)
         logits = logit_map(products if bias is None else products + bias[start:stop])
         new_maximum = torch.maximum(maximum, logits.amax(dim=1))
         shrink = torch.exp(maximum - new_maximum)
@@ -108,7 +108,7 @@ def token_cross_entropy(
         weights = logits.sub_(new_maximum[:, None]).exp_()
         total.mul_(shrink).add_(weights.sum(dim=1))
         if with_gradient:
-            mean_row.mul_(shrink[:, None]).add_(_float32_product(weights.mul_(slope).to(rows.dtype), rows))
+            mean_row.mul_(shrink[:, None]).add_(float32_product(weights.mul_(slope).to(rows.dtype), rows))
         maximum = new_maximum
     losses = maximum + total.log() - target_logit
     if not with_gradient:
@@ -141,7 +141,7 @@ def row_factors(
     Returns:
         (tokens, n) float32.
     """
-    logits = _float32_product(_as_factor(hidden), _as_factor(head.rows_of(ids)).T)
+    logits = float32_product(_as_factor(hidden), _as_factor(head.rows_of(ids)).T)
     target_logit = (hidden.float() * head.rows_of(targets).float()).sum(1)
     if bias is not None:
         logits, target_logit = logits + bias[ids], target_logit + bias[targets]
@@ -152,15 +152,16 @@ def row_factors(
 
 
 def _as_factor(matrix: Tensor) -> Tensor:
-    """The matrix as `_float32_product` takes it: on CUDA as it is, elsewhere in float32.
+    """The matrix as `float32_product` takes it: on CUDA as it is, elsewhere in float32.
 
     Only CUDA has products of 16-bit matrices that keep the float32 in which they are summed.
     """
     return matrix if matrix.device.type == "cuda" else matrix.float()
 
 
-def _float32_product(left: Tensor, right: Tensor) -> Tensor:
+def float32_product(left: Tensor, right: Tensor) -> Tensor:
     """left @ right in float32, not rounded to the factors' dtype in between."""
+    left, right = _as_factor(left), _as_factor(right)
     if left.dtype == torch.float32:
         return left @ right
     return torch.mm(left, right, out_dtype=torch.float32)

@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from dist_qft.base_model.fused_norms import fuse_norms
 from dist_qft.base_model.load import load_base
 from dist_qft.base_model.skeleton import BaseModel
 from dist_qft.base_model.sources import TensorSource
@@ -142,12 +143,14 @@ def materialize(
     engine.shard(skeleton.units, device)
     if device.type == "cpu":
         keep_one_heap()
-    move_buffers(skeleton, device)
+    settle_on(skeleton, device)
     load_base(skeleton, source, engine, device, poll)
 
 
-def move_buffers(base: BaseModel, device: torch.device) -> None:
-    """Move what is no parameter, which no engine takes: rotary frequencies."""
+def settle_on(base: BaseModel, device: torch.device) -> None:
+    """Move what is no parameter, and so no engine's, to the device; let the library's norms use a GPU's kernels."""
+    if device.type == "cuda":
+        fuse_norms(base.decoder)
     for module in base.model.modules():
         for name, buffer in module.named_buffers(recurse=False):
             setattr(module, name, buffer.to(device))

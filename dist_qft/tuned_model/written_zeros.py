@@ -5,7 +5,7 @@ already. The zeros as they were are kept beside and put back in the end: outside
 """
 
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 
 import torch
 from torch import Tensor
@@ -22,14 +22,17 @@ from dist_qft.sharding.engine import Engine
 def fixed_values(engine: Engine, trainables: TrainableSet) -> Iterator[None]:
     """Inside, no trainable changes; merge-aware layers find dW in the zeros that the ranks keep and gather. Collective.
 
-    The trainables are not to be `disabled` inside.
+    Other adapters are cast to the compute dtype once, on GPUs. The trainables are not to be `disabled` inside.
     """
-    layers = trainables.folded_at_use if isinstance(trainables, AdapterSet) else []
-    if not layers:
+    if not isinstance(trainables, AdapterSet):
         yield
         return
-    assert isinstance(trainables, AdapterSet), "others fold nothing"
-    with written_zeros(engine, layers), trainables.folded_already():
+    layers = trainables.folded_at_use
+    with ExitStack() as stack:
+        stack.enter_context(trainables.cast_once())
+        if layers:
+            stack.enter_context(written_zeros(engine, layers))
+            stack.enter_context(trainables.folded_already())
         yield
 
 

@@ -201,9 +201,16 @@ def backward(loss: Tensor, gradient: Tensor | None = None, inputs: Sequence[Tens
             else:
                 node(*incoming)
             continue
-        outgoing = node(*incoming) if callable(node) else node.apply(*incoming)
-        outgoing = outgoing if isinstance(outgoing, tuple) else (outgoing,)
-        for (target, number), part in zip(node.next_functions, outgoing, strict=False):
+        targets = node.next_functions
+        if callable(node):
+            outgoing = node(*incoming)
+            outgoing = outgoing if isinstance(outgoing, tuple) else (outgoing,)
+        else:  # a function written in Python, which has a result for each argument, whether it is a tensor or not
+            results = node.apply(*incoming)
+            results = results if isinstance(results, tuple) else (results,)
+            outgoing = [part for part, needed in zip(results, node.needs_input_grad, strict=False) if needed]
+            targets = [target for target in targets if target[0] is not None]
+        for (target, number), part in zip(targets, outgoing, strict=True):
             if target is not None and part is not None:
                 shape = target._input_metadata[number].shape
                 _collect(gradients, target, number, part if part.shape == shape else part.sum_to_size(shape))

@@ -22,7 +22,7 @@ from dist_qft.methods.adapters.tile_adapter import TileAdapter
 from dist_qft.methods.adapters.token_rows import TokenRows, TrainedTokens
 from dist_qft.methods.trainable import HookedTrainables
 from dist_qft.quant.contract import Format
-from dist_qft.quant.frozen import FrozenWeight
+from dist_qft.quant.frozen import FrozenLinear, FrozenWeight
 
 
 class AdapterSet(HookedTrainables):
@@ -44,6 +44,8 @@ class AdapterSet(HookedTrainables):
         self.token_rows = token_rows
         self.changes_embedding = token_rows is not None
         self._changed: list[tuple[FrozenWeight, TileAdapter]] = []  # those that are merge-aware
+        self._dtypes: list[tuple[TileAdapter, torch.dtype]] = []  # compute dtypes of the linear layers
+        self._casts: list[tuple[TileAdapter, tuple[torch.Tensor, ...]]] | None = None
         self._written = False  # the base's zeros have dW in them already
 
     @classmethod
@@ -92,6 +94,8 @@ class AdapterSet(HookedTrainables):
             self._handles += self.token_rows.attach(model)
         for path, adapter in adapters.items():
             self._handles.append(modules[path].register_forward_hook(self._hook(adapter)))
+            if isinstance(modules[path], FrozenLinear) and not adapter.settings.merge_aware:
+                self._dtypes.append((adapter, modules[path].dtype))
             if adapter.settings.merge_aware:
                 modules[path].in_use = partial(self._folded, modules[path].format, adapter)
                 self._changed.append((modules[path], adapter))
@@ -105,7 +109,7 @@ class AdapterSet(HookedTrainables):
             module.in_use = None
         if self.token_rows is not None:
             self.token_rows.detach_tables()
-        self._handles, self._changed = [], []
+        self._handles, self._changed, self._dtypes, self._casts = [], [], [], None
 
     @contextmanager
     def disabled(self) -> Iterator[None]:
@@ -127,13 +131,34 @@ class AdapterSet(HookedTrainables):
         finally:
             self._written = False
 
+    @contextmanager
+    def cast_once(self) -> Iterator[None]:
+        """Inside, where no adapter changes, those of linear layers on a GPU are cast to the compute dtype once.
+
+        In one kernel for all of them, and not in two for each use.
+        """
+        if self._casts is None:
+            pairs = [(a, d) for a, d in self._dtypes if a.A.device.type == "cuda" and d != a.A.dtype]
+            self._casts = [(a, tuple(torch.empty_like(p, dtype=d) for p in a.parameters())) for a, d in pairs]
+        if self._casts:
+            values = [value.detach() for adapter, _ in self._casts for value in adapter.parameters()]
+            torch._foreach_copy_([copy for _, copies in self._casts for copy in copies], values)
+        for adapter, copies in self._casts:
+            adapter.cast = copies
+        try:
+            yield
+        finally:
+            for adapter, _ in self._casts:
+                adapter.cast = None
+
     def _hook(self, adapter: TileAdapter) -> Callable[..., torch.Tensor | None]:
         def add_adapter(module: nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> torch.Tensor | None:
             if not self._enabled:
                 return None
             if adapter.settings.merge_aware:  # the output has it already, by the layer's own zeros
                 return adapter.add_gradient_to(output, *args) if torch.is_grad_enabled() else None
-            return adapter.add_to(output, *args)
+            sizes = args[1] if len(args) > 1 else None
+            return adapter.add_to(output, args[0], sizes, module if isinstance(module, FrozenLinear) else None)
 
         return add_adapter
 

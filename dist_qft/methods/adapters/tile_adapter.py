@@ -21,8 +21,10 @@ import torch.nn.functional as F
 from torch import nn
 
 from dist_qft.errors import UserError
+from dist_qft.methods.adapters.fused_update import Update, add_update
 from dist_qft.methods.adapters.schedule import TileSettings
 from dist_qft.methods.adapters.tiles import add_repeated, sum_neighbours, sum_repeated
+from dist_qft.quant.frozen import FrozenLinear
 
 
 class TileAdapter(nn.Module):
@@ -41,6 +43,7 @@ class TileAdapter(nn.Module):
 
     A: nn.Parameter
     B: nn.Parameter | None
+    cast: tuple[torch.Tensor, ...] | None = None  # A and B in the compute dtype, while `AdapterSet.cast_once` holds
 
     def __init__(self, settings: TileSettings, generator: torch.Generator | None = None) -> None:
         super().__init__()
@@ -99,9 +102,21 @@ class TileAdapter(nn.Module):
         update = F.linear(x * scale, A.to(x.dtype)) if inputs < outputs else F.linear(x, A.to(x.dtype)) * scale
         return update if B is None else F.linear(update, B.to(x.dtype))
 
-    def add_to(self, y: torch.Tensor, x: torch.Tensor, sizes: Sequence[int] | None = None) -> torch.Tensor:
-        """The adapted output (..., d_out) in y's dtype, from the base's output y and its input x (..., d_in)."""
-        return add_repeated(y, self.delta(x, sizes).to(y.dtype), self.settings.repeat)
+    def add_to(
+        self, y: torch.Tensor, x: torch.Tensor, sizes: Sequence[int] | None = None, base: FrozenLinear | None = None
+    ) -> torch.Tensor:
+        """The adapted output (..., d_out) in y's dtype, from the base's output y and its input x (..., d_in).
+
+        On CUDA y itself is changed, and the gradient by x is that of `base`, too, if it is the layer that computed y.
+        """
+        if y.device.type != "cuda" or sizes is not None:
+            return add_repeated(y, self.delta(x, sizes).to(y.dtype), self.settings.repeat)
+        settings = self.settings
+        update = Update(self.A, self.B, self.cast, settings.tile_scale, settings.pool, settings.repeat)
+        if not (self.training and settings.dropout):
+            return add_update(y, x, update, base)
+        dropped = F.dropout(sum_neighbours(x, settings.pool), settings.dropout)
+        return add_update(y, dropped, update._replace(pool=1))
 
     def add_gradient_to(self, y: torch.Tensor, x: torch.Tensor, sizes: Sequence[int] | None = None) -> torch.Tensor:
         """y as it is, with the gradient that `add_to` would give A and B; y must have dW in it by other means.

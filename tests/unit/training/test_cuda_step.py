@@ -20,7 +20,7 @@ from dist_qft.sharding.engines import engine_of
 from dist_qft.training.flat_parameters import FlatParameters
 from dist_qft.training.optimizer import make_optimizer
 from dist_qft.training.train_step import RANK_STATS, TrainStep
-from dist_qft.tuned_model.assemble import attach_trainables, move_buffers
+from dist_qft.tuned_model.assemble import attach_trainables, settle_on
 from tests.support.fake_cuda import DEVICE, Counted, fake_cuda
 from tests.support.tiny_model import tiny_llama_config
 
@@ -29,13 +29,13 @@ TILES = {"linear": "affine4", "block": [8, 4]}
 QAHIRA = {"name": "qahira", "pool": 4, "repeat": 8}
 # method, quantization, most kernels of a layer: forward, and backward with the forward pass done again
 CASES = {
-    "qlora": ({"name": "qlora", "rank": 4}, NF4, 85, 228),
-    "qbara": ({"name": "qbara", "rank": 4}, NF4, 94, 251),
-    "qalora": ({"name": "qalora", "rank": 4, "pool": 32}, {"linear": "affine4", "block": [1, 32]}, 94, 244),
-    "qablora": ({"name": "qablora", "rank": 4, "pool": 4, "repeat": 8}, TILES, 94, 251),
-    "qahira": (QAHIRA, TILES, 80, 209),
-    "qahira, merge-aware": ({**QAHIRA, "merge_aware": True}, TILES, 52, 174),
-    "qst": ({"name": "qst", "reduction": 4}, NF4, 190, 388),
+    "qlora": ({"name": "qlora", "rank": 4}, NF4, 45, 128),
+    "qbara": ({"name": "qbara", "rank": 4}, NF4, 59, 156),
+    "qalora": ({"name": "qalora", "rank": 4, "pool": 32}, {"linear": "affine4", "block": [1, 32]}, 52, 142),
+    "qablora": ({"name": "qablora", "rank": 4, "pool": 4, "repeat": 8}, TILES, 59, 156),
+    "qahira": (QAHIRA, TILES, 52, 135),
+    "qahira, merge-aware": ({**QAHIRA, "merge_aware": True}, TILES, 38, 135),
+    "qst": ({"name": "qst", "reduction": 4}, NF4, 176, 362),
 }
 
 
@@ -65,7 +65,7 @@ def counted_step(folder, method, quantization, layers: int) -> dict[str, Counted
     with fake_cuda() as counts:
         engine = engine_of(config)
         engine.shard(base.units, DEVICE)
-        move_buffers(base, DEVICE)
+        settle_on(base, DEVICE)
         parts = attach_trainables(config, base, engine, spec, DEVICE)
         flat = FlatParameters(parts.named_tensors(), bucket_bytes=1 << 20, rank_stats_size=RANK_STATS)
         optimizer = make_optimizer(config.train, flat.parts)

@@ -1,0 +1,41 @@
+"""RMS norms by PyTorch's own kernel, on CUDA: one pass where a library's expression takes six, in float32.
+
+The result is rounded to the compute dtype once; the library's expression rounds before the weight multiplies, too.
+"""
+
+from collections.abc import Callable
+from functools import cache, partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+def fuse_norms(model: nn.Module) -> None:
+    """Let the modules that compute w x / sqrt(mean(x^2) + eps) do it by one kernel; all others stay as they are."""
+    for module in model.modules():
+        eps = getattr(module, "variance_epsilon", getattr(module, "eps", None))
+        kind: Callable[..., nn.Module] = type(module)
+        if kind.__name__.endswith("RMSNorm") and isinstance(eps, float) and _is_plain(kind):
+            module.forward = partial(_normalized, module, eps)
+
+
+def _normalized(module: nn.Module, eps: float, x: Tensor) -> Tensor:
+    weight = module.weight
+    assert isinstance(weight, Tensor), "the class is one whose norm of a small width has been tried"
+    return F.rms_norm(x, weight.shape, weight, eps)
+
+
+@cache
+def _is_plain(kind: Callable[..., nn.Module]) -> bool:
+    """True if a norm of this class gives what PyTorch's gives: others add 1 to the weight, or have a gate."""
+    width, eps = 8, 1e-3
+    with torch.random.fork_rng(devices=[]), torch.device("cpu"), torch.no_grad():
+        try:
+            norm = kind(width, eps=eps)
+            norm.load_state_dict({"weight": torch.randn(width)})
+            x = torch.randn(3, width)
+            found = norm(x)
+        except (TypeError, RuntimeError):  # other arguments than a width, other values than a weight, more than x
+            return False
+        return torch.allclose(found, _normalized(norm, eps, x), rtol=1e-5, atol=1e-6)
