@@ -1,16 +1,21 @@
-"""`pip install -c constraints.txt` finds versions that agree for every build of torch, and these tests run on them.
+"""`pip install -c constraints.txt` finds versions that agree for every build of torch, these tests run on them, and a
+wheel has all that the program needs.
 
 uv resolves from metadata alone: pip would download the gigabytes of CUDA libraries first.
 """
 
 import os
 import re
+import shutil
 import subprocess
 import sys
+import zipfile
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import pytest
+
+from tests.support.tiny_model import save_tiny_model, tiny_llama_config, write_data
 
 ROOT = Path(__file__).resolve().parents[2]
 PINS = dict(re.findall(r"^([\w.-]+)==(\S+)$", (ROOT / "constraints.txt").read_text(), re.MULTILINE))
@@ -52,3 +57,28 @@ def test_these_are_the_installed_versions() -> None:
             return "not installed"
 
     assert {name: installed(name) for name in PINS} == PINS
+
+
+def test_a_wheel_has_the_whole_package_and_works_without_the_repository(tmp_path: Path) -> None:
+    source, installed = tmp_path / "source", tmp_path / "installed"
+    shutil.copytree(ROOT / "dist_qft", source / "dist_qft", ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, source)
+    build = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "-w", tmp_path, source]
+    subprocess.run(build, check=True, capture_output=True, timeout=120)
+    (wheel,) = tmp_path.glob("dist_qft-*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(installed)
+    ours = {str(path.relative_to(source)) for path in (source / "dist_qft").rglob("*") if path.is_file()}
+    assert {str(path.relative_to(installed)) for path in (installed / "dist_qft").rglob("*") if path.is_file()} == ours
+    (entries,) = installed.glob("*.dist-info/entry_points.txt")
+    assert "dist-qft = dist_qft.__main__:run" in entries.read_text()
+
+    # The files beside the code are found where the wheel puts them: the starter of `init`, the machines of `validate`.
+    env = {**os.environ, "PYTHONPATH": str(installed)}
+    model, data = save_tiny_model(tmp_path / "model", tiny_llama_config()), write_data(tmp_path / "rows.jsonl", 8)
+    flags = ["--model", model, "--data", data, "--goal", "exact", "--gpus", "0", "--output", "run"]
+    for words in (["init", "run.yaml", *flags], ["validate", "run.yaml", "--hardware", "H100"]):
+        command = [sys.executable, "-m", "dist_qft", *words]
+        done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=120, check=False)
+        assert done.returncode == 0, done.stderr
