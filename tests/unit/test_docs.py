@@ -6,8 +6,10 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from typer.main import get_command
 
 from dist_qft.cli import app
+from dist_qft.config.renamed import RENAMED
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -27,11 +29,55 @@ def test_links_and_named_files_exist(page):
     assert not dead and not gone
 
 
+COMMANDS = {command.name or command.callback.__name__: command for command in get_command(app).commands.values()}
+SECTIONS = "model|quantization|method|task|data|train|sharding|checkpoint|evaluation|logging|merge"
+LAUNCHERS = r"launch/(?:torchrun|deepspeed|mpirun)\.sh|sbatch slurm/train\.sbatch|-m dist_qft train"
+
+
+def commands_in(text: str) -> list[list[str]]:
+    """The words behind the program's or a launcher's name, of every command in code on a page."""
+    code = re.findall(r"^(?:    |\$ )?(.*)$", text, re.M) + re.findall(r"`([^`\n]+)`", text)
+    found = []
+    for line in code:
+        for part in re.split(r" && |;| \| |  +#|[`)]", line):
+            if match := re.search(rf"(?:dist-qft|python -m dist_qft) ([a-z].*)|(?:{LAUNCHERS}) (.*)", part):
+                words = (match[1] or match[2]).split()
+                found.append(words if match[1] or (words and words[0] in COMMANDS) else ["train", *words])
+    return found
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_commands_are_those_of_the_program(page):
-    verbs = {command.name or command.callback.__name__ for command in app.registered_commands}
-    used = re.findall(r"(?:dist-qft|python -m dist_qft) ([a-z][a-z-]*)\b", page.read_text())
-    assert set(used) <= verbs
+    for verb, *words in commands_in(page.read_text()):
+        if not re.fullmatch(r"[a-z-]+", verb):
+            continue  # prose: `dist-qft`'s own name
+        assert verb in COMMANDS, f"{page.name}: dist-qft {verb}"
+        options = {name for parameter in COMMANDS[verb].params for name in parameter.opts + parameter.secondary_opts}
+        flags = {word.partition("=")[0] for word in words if re.match("--[a-z]", word)}
+        assert flags <= options | {"--help"}, f"{page.name}: dist-qft {verb} {' '.join(words)}"
+        files = [word for word in words if re.match(r"(configs|studies)/\S+\.yaml$", word)]
+        assert all((ROOT / file).is_file() for file in files), f"{page.name}: {files}"
+
+
+def config_keys() -> set[str]:
+    """Every key of a config and every section, by their paths, as docs/config.md has them; renamed ones, too."""
+    found, section = {f"{section}.{old}" for section, old in RENAMED}, ""
+    for line in (ROOT / "docs/config.md").read_text().splitlines():
+        if heading := re.match(r"## `([^`]+)`", line):
+            section = re.sub(r" \(name: \w+\)|\[\]", "", heading[1])
+            found.add(section)
+        elif row := re.match(r"\| `(\w+)` \|", line):
+            found.add(f"{section}.{row[1]}")
+    return found
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_keys_are_those_of_the_schema(page):
+    named = re.findall(
+        rf"(?<![\w./-])(?!model\.(?:l|safetensors))((?:{SECTIONS})(?:\.[a-z_]\w*)+)(?![\w(]|\.[a-z])", page.read_text()
+    )
+    keys = {name for name in named if not re.search(r"\.(py|sh|sbatch|md|jsonl?|yaml|csv|html|gguf)$", name)}
+    assert keys <= config_keys()
 
 
 def test_every_page_is_reached_from_the_index_and_readme_is_short():
