@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassFieldValidationError
 from transformers import PretrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
@@ -36,9 +37,6 @@ _SIZES: dict[str, Any] = {
     "vocab_size_per_layer_input": VOCABULARY,
     "hidden_size_per_layer_input": 8,
     "num_kv_shared_layers": 0,
-    "pad_token_id": None,
-    "bos_token_id": None,
-    "eos_token_id": None,
 }
 _TOWER: dict[str, Any] = {
     **dict.fromkeys(("hidden_size", "d_model"), 32),
@@ -51,12 +49,27 @@ _TOWER: dict[str, Any] = {
     "head_dim": 16,
     "deepstack_visual_indexes": [0],
 }
+_TOKENS = ("pad_token_id", "bos_token_id", "eos_token_id")
+_TURNS = {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]}}
+_TURNING = (
+    "qwen2_vl_text", "qwen2_5_vl_text", "qwen2_5_omni_text", "glm4v_text", "glm4v_moe_text", "glm_ocr_text",
+    "glmga_text", "paddleocr_vl_text", "paddleocr_vl", "ernie4_5_vl_moe_text",
+)  # fmt: skip
 _LINEAR = {"layer_types": ["linear_attention", "full_attention"]}
 _CONVOLUTION = {"layer_types": ["conv", "full_attention"]}
 # Hybrids get a layer with attention: without one, transformers' own caches do not work.
 _OWN: dict[str, dict[str, Any]] = {
+    "gemma4_text": {"pad_token_id": 0},
+    "gemma4_unified_text": {"pad_token_id": 0},
+    "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
+    "lfm3": _CONVOLUTION,
+    "lfm3_text": _CONVOLUTION,
+    "longcat_flash": {"ffn_hidden_size": 128, "expert_ffn_hidden_size": 32, "zero_expert_num": 2},
+    "zamba2": {"layer_types": ["mamba", "hybrid"], "hybrid_layer_ids": [1]},
+    "zaya": {"num_experts_per_tok": 1},
     "bamba": {"attn_layer_indices": [1]},
-    "bailing_hybrid": {"layer_types": ["linear_attention", "full_attention"]},
+    **dict.fromkeys(_TURNING, _TURNS),
+    "bailing_hybrid": {"num_group": 1, "layer_types": ["linear_attention", "full_attention"]},
     "granitemoehybrid": _LINEAR,
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1, "use_mamba_kernels": False, "mamba_dt_rank": 32},
     "kimi_linear": _LINEAR,
@@ -68,26 +81,38 @@ _OWN: dict[str, dict[str, Any]] = {
     "qwen3_5_moe_text": _LINEAR,
     "qwen4_exp_text": _LINEAR,
     "mamba2": {"head_dim": 16, "num_heads": 4},
-    "qwen2_vl_text": {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]}},
-    "qwen2_5_vl_text": {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]}},
 }
 
 
 def tiny_config(kind: str) -> PretrainedConfig:
-    """A small configuration of a model type, as far as its sizes go by known names."""
+    """A small configuration of a model type, as far as its sizes go by known names.
+
+    Special tokens are none where the family allows that, so that no mask is guessed from them.
+    """
+    try:
+        return _config(kind, dict.fromkeys(_TOKENS))
+    except StrictDataclassFieldValidationError:
+        return _config(kind, dict.fromkeys(_TOKENS, 0))
+
+
+def _config(kind: str, tokens: dict[str, Any]) -> PretrainedConfig:
     config_class = CONFIG_MAPPING[kind]
     default = config_class()
     text, parts = default.get_text_config(), {}
     for key in default.sub_configs:
         part = getattr(default, key, None)
         if part is not None:
-            parts[key] = {"model_type": part.model_type} | _settings(part, _SIZES if part is text else _TOWER)
-    return config_class(**_settings(default, _SIZES), **parts)
+            sizes = _SIZES | tokens if part is text else _TOWER
+            parts[key] = {"model_type": part.model_type} | _settings(part, sizes)
+    return config_class(**_settings(default, _SIZES | tokens), **parts)
 
 
 def _settings(config: PretrainedConfig, sizes: dict[str, Any]) -> dict[str, Any]:
     known = config.to_dict()
-    return {key: value for key, value in sizes.items() if key in known} | _OWN.get(config.model_type, {})
+    found = {key: value for key, value in sizes.items() if key in known}
+    if "kv_lora_rank" in known and "num_key_value_heads" in found:  # every head has keys of its own
+        found["num_key_value_heads"] = found["num_attention_heads"]
+    return found | _OWN.get(config.model_type, {})
 
 
 def save_random(config: PretrainedConfig, folder: Path) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, masking_utils
 from transformers.pytorch_utils import Conv1D
 
 from dist_qft.base_model import segment_attention
@@ -63,6 +63,7 @@ def called_linears(causal: PreTrainedModel, decoder: nn.Module, **arguments: Any
             stack.enter_context(library_refusal(place))
             stack.enter_context(_state_on_meta(decoder))
             stack.enter_context(_experts_without_data(causal))
+            stack.enter_context(masks_without_data())
             for module in decoder.modules():
                 if isinstance(module, nn.Linear | Conv1D):
                     hook = module.register_forward_hook(lambda layer, *_: called.add(layer))
@@ -70,13 +71,13 @@ def called_linears(causal: PreTrainedModel, decoder: nn.Module, **arguments: Any
             stack.enter_context(torch.device("meta"))  # for tensors that the decoder's code makes
             decoder(input_ids=torch.zeros(1, _TOKENS, dtype=torch.int64), use_cache=False, **arguments)
     except UserError as error:
-        if _needs_data(error.__cause__):
+        if needs_data(error.__cause__):
             return None
         raise
     return called
 
 
-def _needs_data(cause: BaseException | None) -> bool:
+def needs_data(cause: BaseException | None) -> bool:
     """True if a forward pass failed because there are no values, and not because it cannot work."""
     return isinstance(cause, NotImplementedError) or "meta tensor" in str(cause)
 
@@ -105,6 +106,17 @@ def _state_on_meta(decoder: nn.Module) -> Iterator[None]:
                     delattr(module, name)
             vars(module).clear()
             vars(module).update(attributes)
+
+
+@contextmanager
+def masks_without_data() -> Iterator[None]:
+    """Context in which masks do not look for packed samples among the position ids, which need data for that."""
+    before = masking_utils.find_packed_sequence_indices
+    masking_utils.find_packed_sequence_indices = lambda position_ids: None
+    try:
+        yield
+    finally:
+        masking_utils.find_packed_sequence_indices = before
 
 
 @contextmanager

@@ -26,13 +26,16 @@ _SCALE_KEYS = {"logit_scale": 1, "logits_scaling": -1, "lm_head_multiplier": 1} 
 _CAP_KEY = "final_logit_softcapping"
 _BLIND_TO_POSITIONS = ("opt",)  # families whose attention mask ignores restarting position ids
 _DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
-_RANDOM = re.compile("drop|jitter|noise")  # in the names of rates of dropout and of routers' noise
+# In the names of rates. Noise is drawn by modules that look at their own training flag, which `silence` keeps unset on
+# all but decoder layers; a router may use the same number in evaluation, too, as a threshold (PhiMoE).
+_DROPOUT = re.compile("drop")
+_RANDOM = re.compile("drop|jitter|noise")
 
 
 def disable_dropout(config: PretrainedConfig) -> None:
-    """Set every rate of dropout or noise in a configuration to 0, so that a frozen base is a function of its input."""
+    """Set every rate of dropout in a configuration to 0, so that a frozen base is a function of its input."""
     for part in (config, config.get_text_config()):
-        _set_rates_to_zero(part)
+        _set_rates_to_zero(part, _DROPOUT)
 
 
 def silence(causal: PreTrainedModel) -> None:
@@ -42,7 +45,7 @@ def silence(causal: PreTrainedModel) -> None:
     a module does in training mode, such as a router that draws its experts, stays off.
     """
     for module in causal.modules():
-        _set_rates_to_zero(module)
+        _set_rates_to_zero(module, _RANDOM if isinstance(module, GradientCheckpointingLayer) else _DROPOUT)
         if isinstance(module, _DROPOUTS):
             module.p = 0.0
     causal.eval()
@@ -56,9 +59,9 @@ def silence(causal: PreTrainedModel) -> None:
     causal.train = train  # type: ignore[method-assign]  # this model alone
 
 
-def _set_rates_to_zero(part: object) -> None:
+def _set_rates_to_zero(part: object, names: re.Pattern[str]) -> None:
     for key, value in vars(part).items():
-        if isinstance(value, float) and _RANDOM.search(key):
+        if isinstance(value, float) and names.search(key):
             setattr(part, key, 0.0)
 
 

@@ -1,5 +1,6 @@
 """A decoder's weights replaced by frozen ones on the meta device: linear layers, experts, vocabulary tables."""
 
+import copy
 from collections.abc import Iterable
 
 import torch
@@ -90,6 +91,7 @@ def freeze_tables(
             "embedding and LM head, must be nn.Embedding and nn.Linear"
         )
     scale, biased = getattr(source, "embed_scale", None), lm_head.bias is not None
+    require_lookup(source, 1.0 if scale is None else float(scale), causal.config.model_type)
     shape = (source.num_embeddings, source.embedding_dim)
     embedding = FrozenEmbedding(
         *shape,
@@ -98,6 +100,8 @@ def freeze_tables(
         padding_idx=source.padding_idx,
         scale=None if scale is None else float(scale),
     )
+    for name, module in source.named_children():
+        embedding.follow(name, module)
     tied = ties_head(causal)
     causal.set_input_embeddings(embedding)
     config = causal.config.get_text_config()
@@ -155,6 +159,38 @@ def computes_linear(module: nn.Module) -> bool:
         return torch.allclose(kind.forward(probe, x), probe(x), atol=1e-6)
     except Exception:  # it needs more than a linear layer has
         return False
+
+
+@torch.no_grad()
+def require_lookup(table: nn.Embedding, scale: float, kind: str) -> None:
+    """Refuse an embedding (on meta) whose code does more than look rows up, scale them and apply its child modules.
+
+    Its code is run on a table of a few random rows.
+
+    Raises:
+        UserError: the result is another one, or the code needs more than token ids.
+    """
+    probe = copy.deepcopy(table)
+    generator = torch.Generator().manual_seed(0)
+    values = torch.randn(4, table.embedding_dim, generator=generator)
+    probe.weight = nn.Parameter(values, requires_grad=False)
+    for child in probe.children():
+        child.to_empty(device="cpu").float()
+        for parameter in child.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator))
+    ids = torch.tensor([[2, 1, 3]])
+    expected = values[ids] * scale
+    for child in probe.children():
+        expected = child(expected)
+    try:
+        equal = torch.allclose(probe(ids).float(), expected, rtol=1e-2, atol=1e-4)  # a scale may be rounded
+    except Exception:  # it needs more than ids
+        equal = False
+    if not equal:
+        raise UserError(
+            f"model.path: model type '{kind}' does more with its token embeddings ({type(table).__name__}) than scale "
+            "and normalize them, which is not supported"
+        )
 
 
 def _fault(format: Format, shape: tuple[int, int], path: str) -> str | None:

@@ -33,6 +33,11 @@ class OutputHead(nn.Module):
         self.loss_megabytes = 64.0
         self._weights = [own if own is not None else embedding]  # in a list: not registered a second time
 
+    @property
+    def weight(self) -> Tensor:
+        """The table's `stand_in`, for code of the library that asks for a head's dtype."""
+        return self._weights[0].stand_in()
+
     def forward(self, hidden: Tensor) -> Tensor:
         """Raw logits (..., vocabulary) of hidden states (..., dim)."""
         return self._weights[0](hidden, use=project)

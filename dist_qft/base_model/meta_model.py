@@ -7,6 +7,7 @@ import torch
 from accelerate import init_empty_weights
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
+from transformers.quantizers.base import _assign_is_quantized
 
 from dist_qft.base_model.attention import check_attention
 from dist_qft.base_model.model_config import library_refusal
@@ -35,6 +36,9 @@ def build_on_meta(config: PretrainedConfig, model: ModelConfig, dtype: torch.dty
                 raise UserError(f"model.path: {_no_causal_lm(config)}") from error
             raise
     _keep_in_float32(causal, dtype)
+    # The mark of models whose layers have no plain `weight`: where a family would multiply by a layer's weight
+    # (Jamba's dt_proj) or asks for its dtype, it then calls the layer.
+    _assign_is_quantized(causal)
     return causal
 
 

@@ -4,10 +4,11 @@ The class is the library's wrapper, so that weights, adapters and results carry 
 Its vision and audio parts are built without memory, tell which tensors of the files are theirs, and are taken out.
 """
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoModelForCausalLM,
@@ -21,8 +22,9 @@ from dist_qft.errors import UserError
 
 AutoClass = type[AutoModelForCausalLM] | type[AutoModelForMultimodalLM]
 
-# What a forward pass over text hands on to the text decoder.
+# What a forward pass over text hands on to the text decoder; and to a causal LM inside a model.
 _TEXT_INPUTS = ("input_ids", "inputs_embeds", "attention_mask", "position_ids", "past_key_values", "use_cache")
+_CAUSAL_INPUTS = (*_TEXT_INPUTS, "logits_to_keep")
 
 
 def auto_class(config: PretrainedConfig) -> AutoClass:
@@ -78,14 +80,19 @@ def is_wrapper(causal: PreTrainedModel) -> bool:
 def keep_text_alone(causal: PreTrainedModel, decoder: nn.Module) -> None:
     """Take everything out of a wrapper that is neither its text decoder nor its LM head.
 
-    Its body, which would look for images among the token ids, then hands its inputs on to the text decoder.
+    Its body, which would look for images among the token ids, then hands its inputs on to the text decoder. A wrapper
+    of a whole causal LM (Llama 4) hands them on to that.
     """
     head, table = causal.get_output_embeddings(), causal.get_input_embeddings()
     kept = [part for part in (decoder, head, table) if part is not None]
     _take_out(causal, kept)
     body = causal.base_model
     if body is not causal and body is not decoder and any(module is decoder for module in body.modules()):
-        body.forward = _text_forward(decoder)
+        body.forward = _text_forward(decoder, _TEXT_INPUTS)
+    if body is causal:
+        inner = [child for child in causal.children() if any(module is head for module in child.modules())]
+        if len(inner) == 1 and isinstance(inner[0], PreTrainedModel):
+            causal.forward = _text_forward(inner[0], _CAUSAL_INPUTS)
 
 
 def _take_out(parent: nn.Module, kept: list[nn.Module]) -> None:
@@ -101,11 +108,15 @@ def _take_out(parent: nn.Module, kept: list[nn.Module]) -> None:
             setattr(parent, name, None)
 
 
-def _text_forward(decoder: nn.Module) -> Callable[..., "_TextOutput"]:
-    def forward(**inputs: Any) -> "_TextOutput":
-        given = {key: inputs[key] for key in _TEXT_INPUTS if inputs.get(key) is not None}
-        return _TextOutput(decoder(**given))
+def _text_forward(part: nn.Module, names: tuple[str, ...]) -> Callable[..., "_TextOutput"]:
+    """A forward pass that hands the inputs of these names on to a part of the model."""
 
+    def forward(input_ids: Tensor | None = None, **inputs: Any) -> "_TextOutput":
+        inputs["input_ids"] = input_ids
+        given = {key: inputs[key] for key in names if inputs.get(key) is not None}
+        return _TextOutput(part(**given))
+
+    forward.__signature__ = inspect.signature(part.forward)  # type: ignore[attr-defined]  # which `generate` reads
     return forward
 
 

@@ -6,7 +6,8 @@ everything here reads the module's current attributes, when it computes and not 
 """
 
 from collections.abc import Callable, Iterator
-from math import prod
+from math import nan, prod
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -210,6 +211,22 @@ class FrozenEmbedding(FrozenWeight):
         self.padding_idx = padding_idx
         self.output_scale = None if scale is None else torch.tensor(scale, dtype=dtype, device="cpu").item()
         self.changed: ChangedRows | None = None
+        self.steps: list[str] = []
+
+    def follow(self, name: str, module: nn.Module) -> None:
+        """Apply a module (a norm) to the rows that are looked up, after `scale`; it becomes the child `name`."""
+        self.add_module(name, module)
+        self.steps.append(name)
+
+    def stand_in(self) -> Tensor:
+        """A tensor with the table's shape, compute dtype and device, all NaN: for code that asks for these alone."""
+        device = next(self.parameters()).device
+        return torch.full((1, 1), nan, dtype=self.dtype, device=device).expand(self.weight_shape)
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "weight" and "steps" in self.__dict__ and name not in self._packed_dtypes:
+            return self.stand_in()
+        return super().__getattr__(name)
 
     def forward(self, ids: Tensor, use: Callable[["FrozenEmbedding", Tensor], Tensor] | None = None) -> Tensor:
         """Rows (..., embedding_dim) of integer ids (...) in the compute dtype, without autograd.
@@ -223,6 +240,8 @@ class FrozenEmbedding(FrozenWeight):
         rows = self.rows_of(ids.reshape(-1))
         if self.output_scale is not None:
             rows = rows * self.output_scale
+        for name in self.steps:
+            rows = self.get_submodule(name)(rows)
         return rows.view(*ids.shape, self.embedding_dim)
 
     def rows(self, start: int, stop: int) -> Tensor:

@@ -19,12 +19,14 @@ from transformers import (
     GPTNeoXConfig,
     GptOssConfig,
     GraniteConfig,
+    Llama4TextConfig,
     LlamaConfig,
     MiniCPM3Config,
     MistralConfig,
     MixtralConfig,
     OPTConfig,
     PhiConfig,
+    PhimoeConfig,
     PretrainedConfig,
     Qwen2Config,
     Qwen3Config,
@@ -84,6 +86,13 @@ FAMILIES: dict[str, PretrainedConfig] = {
     "seed_oss": SeedOssConfig(**GROUPED, residual_dropout=0.1),
     "gpt2": GPT2Config(n_embd=64, n_layer=2, n_head=4, n_inner=96, n_positions=64, vocab_size=VOCABULARY),
     "phi": PhiConfig(**COMMON, intermediate_size=96, max_position_embeddings=64),
+    # Its router's noise is a threshold in evaluation, too.
+    "phimoe": PhimoeConfig(
+        **GROUPED, num_local_experts=4, num_experts_per_tok=2, router_jitter_noise=0.1, sliding_window=None
+    ),
+    "llama4_text": Llama4TextConfig(
+        **GROUPED, intermediate_size_mlp=96, num_local_experts=4, num_experts_per_tok=2, interleave_moe_layer_step=2
+    ),
     "minicpm3": MiniCPM3Config(
         **COMMON,
         intermediate_size=96,

@@ -13,6 +13,7 @@ Not here: sizes and counts (`plan`), the base's hidden states on disk (`hidden_c
 
 import hashlib
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,6 +31,7 @@ from transformers import (
 )
 
 from dist_qft.base_model import segment_attention
+from dist_qft.base_model.wrapper import text_decoder
 from dist_qft.data.segments import Segments
 from dist_qft.errors import UserError
 from dist_qft.methods.qst.downsample import make_downsample, pool
@@ -107,7 +109,7 @@ class SideNetwork(HookedTrainables):
         """
         if self._handles:
             raise RuntimeError("SideNetwork.attach: already attached")
-        decoder = model.get_decoder()
+        decoder = text_decoder(model)
         wide = decoder_layers(decoder)
         if len(wide) != len(self.layers):
             raise UserError(f"side network of {len(self.layers)} layers does not fit a base of {len(wide)}")
@@ -134,7 +136,7 @@ class SideNetwork(HookedTrainables):
         dtype = states.last.dtype
         self._states = states
         # Products in the compute dtype; the narrow residual stream, norms and the mix stay fp32.
-        with torch.autocast(states.last.device.type, dtype=dtype, enabled=dtype != torch.float32):
+        with nullcontext() if dtype == torch.float32 else torch.autocast(states.last.device.type, dtype=dtype):
             output = self.decoder(
                 inputs_embeds=self._narrow(0, states.layers[0]),
                 position_ids=position_ids,
@@ -219,7 +221,8 @@ def _narrow_decoder(config: PretrainedConfig) -> PreTrainedModel:
     # The text part of a multimodal model may have no causal LM of its own.
     auto = AutoModelForCausalLM if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING else AutoModel
     model = auto.from_config(config, attn_implementation=attention, dtype=torch.float32, trust_remote_code=False)
-    decoder = model.get_decoder()
+    decoder = text_decoder(model)
+    assert isinstance(decoder, PreTrainedModel), "the library's decoders are"
     for name, child in list(decoder.named_children()):
         if isinstance(child, nn.Embedding):
             setattr(decoder, name, _Zero())

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from transformers import PretrainedConfig
 
+from dist_qft.base_model.dry_run import masks_without_data, needs_data
 from dist_qft.base_model.model_config import library_refusal
 from dist_qft.base_model.skeleton import BaseModel
 from dist_qft.base_model.sources import TensorSource
@@ -20,8 +21,9 @@ from dist_qft.data.dataset import TokenDataset
 from dist_qft.errors import UserError
 from dist_qft.methods.forward import BaseForward, Forward
 from dist_qft.methods.qst.cached_forward import CachedForward
+from dist_qft.methods.qst.downsample import pool
 from dist_qft.methods.qst.hidden_cache import CacheLayout, HiddenCache, cache_folder, require_cache_space
-from dist_qft.methods.qst.network import SideNetwork
+from dist_qft.methods.qst.network import BaseStates, SideNetwork
 from dist_qft.methods.qst.pruning import start_from_base
 from dist_qft.methods.qst.settings import SideSettings
 from dist_qft.methods.qst.sizes import dense_twin, shrunken_config
@@ -196,3 +198,17 @@ def _check_linears(spec: SideSpec, base: BaseModel) -> None:
                 f"method.name: qst does not know how to shrink model type '{base.config.model_type}': "
                 f"{name} takes {narrow.in_features} inputs beside the base's {wide[name].in_features}"
             )
+    _dry_run(network, spec)
+
+
+@torch.no_grad()
+def _dry_run(network: SideNetwork, spec: SideSpec) -> None:
+    """Run a side network on meta, without data; what its family's code cannot do at these sizes is an error of it."""
+    with torch.device("meta"), masks_without_data():
+        layer = pool(spec.settings, torch.empty(1, 4, spec.width))
+        states = BaseStates([layer] * (len(network.layers) + 1), torch.empty(1, 4, spec.out_width))
+        try:
+            network(states, None)
+        except Exception as error:
+            if not needs_data(error):
+                raise

@@ -17,6 +17,7 @@ from transformers import (
 
 from dist_qft.base_model.loss import token_loss
 from dist_qft.base_model.skeleton import build_skeleton
+from dist_qft.base_model.wrapper import text_decoder
 from dist_qft.config.schema import ModelConfig, QuantizationConfig
 from dist_qft.errors import UserError
 from tests.support.families import (
@@ -53,7 +54,7 @@ def test_states_logits_and_loss_are_transformers(folder_of, family, quantization
     tokens, positions = tokens_of(2, 12)
     expected = model(input_ids=tokens, position_ids=positions, output_hidden_states=True)
     hidden = base.hidden_states(tokens, positions)
-    torch.testing.assert_close(hidden, model.get_decoder()(input_ids=tokens).last_hidden_state, rtol=1e-5, atol=2e-5)
+    torch.testing.assert_close(hidden, text_decoder(model)(input_ids=tokens).last_hidden_state, rtol=1e-5, atol=2e-5)
     logits = base.model(input_ids=tokens, position_ids=positions).logits
     torch.testing.assert_close(logits, expected.logits, rtol=1e-5, atol=5e-5)
     targets = tokens.roll(-1, 1)
@@ -71,7 +72,7 @@ def test_gradient_of_the_states_through_the_frozen_layers(folder_of, family):
     model = reference_model(base, folder)
     tokens, positions = tokens_of(2, 9)
     gradients = []
-    for causal, decoder in ((base.model, base.decoder), (model, model.get_decoder())):
+    for causal, decoder in ((base.model, base.decoder), (model, text_decoder(model))):
         offset = torch.zeros(64, requires_grad=True)
         hook = layers_of(decoder)[0].register_forward_hook(lambda module, args, y, o=offset: _shifted(y, o))
         if causal is model:
