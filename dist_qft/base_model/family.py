@@ -41,8 +41,9 @@ def disable_dropout(config: PretrainedConfig) -> None:
 def silence(causal: PreTrainedModel) -> None:
     """Leave a built model no randomness in any mode, whatever its configuration calls it.
 
-    `train()` from now on sets only the flag that layers look at when they recompute their activations; whatever else
-    a module does in training mode, such as a router that draws its experts, stays off.
+    `train()` from now on sets only the flags of the model itself and of layers, which look at theirs when they are to
+    recompute their activations; whatever else a module does in training mode, such as a router that draws its experts,
+    stays off.
     """
     for module in causal.modules():
         _set_rates_to_zero(module, _RANDOM if isinstance(module, GradientCheckpointingLayer) else _DROPOUT)
@@ -52,7 +53,7 @@ def silence(causal: PreTrainedModel) -> None:
 
     def train(mode: bool = True) -> PreTrainedModel:
         for module in causal.modules():
-            if isinstance(module, GradientCheckpointingLayer):
+            if module is causal or isinstance(module, GradientCheckpointingLayer):
                 module.training = mode
         return causal
 

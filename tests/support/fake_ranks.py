@@ -8,6 +8,7 @@ and the placing of modules that are in place already. All else is the code that 
 
 import dataclasses
 import os
+import weakref
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -21,6 +22,8 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from torch.overrides import TorchFunctionMode
 from torch.testing._internal.distributed.fake_pg import FakeStore
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from dist_qft.base_model.skeleton import BaseModel
 from dist_qft.bench.batches import micro_batch
@@ -48,12 +51,15 @@ class Rehearsal:
         step: those that follow the last micro-batch, and those of the trainables' own group.
         received: bytes of the base that this rank receives in each micro-batch, from the tensors' sizes.
         memory: bytes held after the step, by the plan's names of the parts.
+        passing: with fake tensors, the most bytes of tensors that the step made and held at once, without the moments:
+            gathered weights, activations and workspace. No allocator's holes are in it. 0 otherwise.
     """
 
     micro_batches: list[list[tuple[str, str, int]]]
     step: list[tuple[str, str, int]]
     received: list[int]
     memory: dict[str, int]
+    passing: int
 
 
 def rehearse(
@@ -78,14 +84,14 @@ def rehearse(
             checkpoint_activations(base.model, config.train, CPU)
             parts.trainables.train()
         batches = [_batch(config, mode) for _ in range(count)]
-        with mode or nullcontext(), _Unread(), Recorder() as recorder:
-            ends = _marks_of_micro_batches(step, recorder)
+        with mode or nullcontext(), _Unread(), Recorder() as recorder, LiveBytes() if fake else nullcontext() as live:
+            ends = _marks_of_micro_batches(step, recorder, live, count)
             step.run(0, batches, check_digest=False)
         step.flat.close()
-        return _found(recorder.log, ends, group.group_name, step)
+        return _found(recorder.log, ends, group.group_name, step, live.peak if live else 0)
 
 
-def _found(log: list[tuple[str, str, int]], ends: list[int], reducing: str, step: TrainStep) -> Rehearsal:
+def _found(log: list[tuple[str, str, int]], ends: list[int], reducing: str, step: TrainStep, passing: int) -> Rehearsal:
     """The record of the collectives, divided; the group called `reducing` is that of the trainables."""
     spans = [log[start:stop] for start, stop in zip([0, *ends], ends, strict=False)]
     of_base = [[each for each in span if each[0] != reducing] for span in spans]
@@ -101,6 +107,7 @@ def _found(log: list[tuple[str, str, int]], ends: list[int], reducing: str, step
             "gradients": flat.bytes_per_reduction,
             "moments": sum(each.nbytes for of in state for each in of.values() if each.numel() > 1),
         },
+        passing=passing,
     )
 
 
@@ -123,14 +130,21 @@ def _batch(config: RunConfig, mode: FakeTensorMode | None) -> MicroBatch:
     return batch._with(mode.from_tensor, segments)
 
 
-def _marks_of_micro_batches(step: TrainStep, recorder: Recorder) -> list[int]:
-    """A list that gets the length of the record at the end of each micro-batch's backward pass."""
+def _marks_of_micro_batches(
+    step: TrainStep, recorder: Recorder, live: "LiveBytes | None", accumulation: int
+) -> list[int]:
+    """A list that gets the length of the record at the end of each micro-batch's backward pass.
+
+    Until the last one's, `live` counts: the optimizer's state, which the first update makes, stays outside.
+    """
     ends: list[int] = []
     after_backward = step.parts.engine.after_backward
 
     def mark() -> None:
         after_backward()
         ends.append(len(recorder.log))
+        if live is not None and len(ends) == accumulation:
+            live.counting = False
 
     step.parts.engine.after_backward = mark  # type: ignore[method-assign]
     return ends
@@ -183,3 +197,58 @@ class _Unread(TorchFunctionMode):
 
 def _zeros(shape: torch.Size) -> Any:
     return [_zeros(shape[1:]) for _ in range(shape[0])] if len(shape) else 0.0
+
+
+class LiveBytes(TorchDispatchMode):
+    """The bytes of the storages that operations inside have made and that are still there.
+
+    Attributes:
+        now, peak: bytes.
+        counting: new storages count.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.peak = 0
+        self.counting = True
+        self._sizes: dict[int, int] = {}
+        self._resizing = patch.object(torch.UntypedStorage, "resize_", self._resize(torch.UntypedStorage.resize_))
+
+    def __enter__(self) -> "LiveBytes":
+        self._resizing.start()
+        return cast(LiveBytes, super().__enter__())
+
+    def __exit__(self, *exception: Any) -> None:
+        super().__exit__(*exception)
+        self._resizing.stop()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        found = func(*args, **(kwargs or {}))
+        if self.counting and func.namespace != "c10d":
+            given = {each.untyped_storage()._cdata for each in tree_leaves((args, kwargs)) if isinstance(each, Tensor)}
+            for each in tree_leaves(found):
+                if isinstance(each, Tensor) and each.untyped_storage()._cdata not in given:
+                    self._count(each.untyped_storage())
+        return found
+
+    def _count(self, storage: torch.UntypedStorage) -> None:
+        key = storage._cdata
+        if key not in self._sizes:
+            weakref.finalize(storage, self._change, key, None)
+            self._change(key, storage.nbytes())
+
+    def _change(self, key: int, size: int | None) -> None:
+        """A storage has another size now, or is gone."""
+        self.now += (size or 0) - self._sizes.pop(key, 0)
+        if size is not None:
+            self._sizes[key] = size
+        self.peak = max(self.peak, self.now)
+
+    def _resize(self, resize: Any) -> Any:
+        def resized(storage: torch.UntypedStorage, size: int) -> Any:
+            found = resize(storage, size)
+            if storage._cdata in self._sizes:
+                self._change(storage._cdata, size)
+            return found
+
+        return resized

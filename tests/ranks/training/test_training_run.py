@@ -247,14 +247,28 @@ def test_the_base_is_evaluated_again_on_resume_only_for_other_held_out_data(pool
     assert read_summary(tmp_path / "run")["base_eval_loss"] == base_loss
 
 
+def note_calls(run: TrainingRun, notes: Path) -> None:
+    """Evaluate the base, as every run does, and note each call within the first layer from then on."""
+    run.evaluate_base()
+
+    def note(*_: object) -> None:
+        if run.world.rank == 0 and torch.is_grad_enabled():
+            with notes.open("a") as file:
+                file.write(".")
+
+    run.parts.base.layers[0].mlp.register_forward_pre_hook(note)
+
+
 def test_gradient_checkpointing_and_dropout_resume_exactly(pools, tiny_llama, tmp_path):
     changes = {"method": {"dropout": 0.3}}
     digests = []
+    disturb = partial(note_calls, notes=tmp_path / "calls")
     for folder, stops in (("straight", [6]), ("stopped", [2, 5, 6])):
         for stop in stops:
             train = {"max_steps": stop, "gradient_checkpointing": True}
             config = tiny_config(tiny_llama, tmp_path / folder, train=train, **changes)
-            outcome = pools[2].run(attempt, config=config, resume="auto")[0]
+            outcome = pools[2].run(attempt, config=config, resume="auto", disturb=disturb)[0]
             assert outcome.error == ""
         digests.append((adapter_digest(tmp_path / folder), outcome))
     assert digests[0] == digests[1]
+    assert len((tmp_path / "calls").read_text()) == 2 * (2 * 2 * 6), "each of two micro-batches a step, twice"

@@ -171,6 +171,7 @@ def test_training_mode_changes_nothing(folder_of, family):
     tokens, positions = tokens_of(1, 8)
     before = base.hidden_states(tokens, positions)
     base.model.train()
+    assert base.model.training, "so that whoever needs the other mode for a while can put it back"
     assert torch.equal(base.hidden_states(tokens, positions), before)
 
 
