@@ -1,4 +1,4 @@
-"""The reports of a run: JSON lines, TensorBoard and other trackers, and one line or bar on rank 0's terminal.
+"""The reports of a run: JSON lines, TensorBoard and other trackers, and lines or a live display for rank 0's user.
 
 The same numbers go to all of them, so a figure seen in a tracker can be found in `metrics.jsonl`. Other ranks
 hold a monitor that does nothing, so the training code has no `if rank == 0`.
@@ -14,13 +14,13 @@ from pathlib import Path
 from typing import Protocol
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from dist_qft.config.schema import RunConfig
 from dist_qft.errors import SetupError
 from dist_qft.trackers.fan_out import Trackers
 from dist_qft.trackers.kinds import TENSORBOARD, chosen, trackers_in
 from dist_qft.training.event_files import EventFiles
+from dist_qft.training.live import LiveDisplay
 from dist_qft.training.metrics_file import METRICS_FILE, MetricsFile
 
 
@@ -49,7 +49,7 @@ class Monitor:
     Args:
         config: `train.report_to` names the sinks; files go to `output_dir`.
         active: False on every rank but 0: all methods do nothing.
-        total_steps: where the bar ends.
+        total_steps: the end of the run.
         first_step: steps done already; more than 0 is a resumed run.
         metrics_bytes, metrics_digest: size and SHA-256 of `metrics.jsonl` after `first_step`; 0 and "" if unknown.
 
@@ -74,15 +74,13 @@ class Monitor:
         self.notes: list[str] = []
         self._output_dir = Path(config.output_dir)
         self._unread = False  # nobody reads standard error any more
-        self._bar = None
+        self._display: LiveDisplay | None = None
         if not active:
             return
         # Answers are shown as they are: no markup, no ":smile:" turned into a picture.
         self._console = Console(file=sys.stderr, highlight=False, markup=False, emoji=False)
         if self._console.is_terminal:
-            columns = [TextColumn("train"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[note]}")]
-            self._bar = Progress(*columns, TimeRemainingColumn(), console=self._console)
-            self._task = self._bar.add_task("train", total=total_steps, completed=first_step, note="")
+            self._display = LiveDisplay(self._console, total_steps, first_step)
         with self._recording():
             self._sinks = _sinks(config, first_step, self)
             self._metrics = MetricsFile(self._output_dir / METRICS_FILE, first_step, metrics_bytes, metrics_digest)
@@ -90,8 +88,8 @@ class Monitor:
 
     def start(self) -> None:
         """Begin drawing; before it, lines are printed plainly."""
-        if self._bar:
-            self._bar.start()
+        if self._display:
+            self._display.start()
 
     def say(self, text: str) -> None:
         """One line for the person watching; a reader who has gone, as in `... 2>&1 | head`, does not end the run."""
@@ -109,11 +107,13 @@ class Monitor:
             for sink in self._sinks:
                 sink.scalars(step, values)
             self._metrics.write({"step": step, **values})
+        if self._display:
+            self._display.record(values)
 
     def progress(self, step: int, total_steps: int, note: str) -> None:
-        """Advance the bar, or print a plain line where there is no terminal."""
-        if self._bar:
-            self._bar.update(self._task, completed=step, note=note)
+        """Advance the display, or print a plain line where there is no terminal."""
+        if self._display:
+            self._display.advance(step)
         else:
             self.say(f"step {step}/{total_steps}  {note}")
 
@@ -150,10 +150,10 @@ class Monitor:
         return self._metrics.size, self._metrics.digest
 
     def close(self) -> None:
-        """Take the bar off the terminal and close the files; safe to call twice, and after a failure."""
-        if self._bar:
-            self._bar.stop()
-            self._bar = None
+        """End the display and close the files; safe to call twice, and after a failure."""
+        if self._display:
+            self._display.stop()
+            self._display = None
         if self.active:
             # A full disk has been reported by whoever wrote; it must not hide the error that ends the run.
             with contextlib.suppress(OSError):

@@ -230,13 +230,14 @@ def test_a_terminal_gets_a_bar_that_is_gone_after_a_failure(tmp_path, monkeypatc
         monitor = Monitor(bare_config(tmp_path), active=True, total_steps=3)
         monitor.say("before")
         monitor.start()
-        monitor.progress(2, 3, "loss 1.25")
+        monitor.scalars(2, {"train/loss": 1.25})
+        monitor.progress(2, 3, "for lines alone")
         monitor.say("base: [b]held-out[/b]")
         monitor.close()
         monitor.close()
         monitor.say("after")
     shown = "".join(read_all(ours))
-    assert "2/3" in shown and "loss 1.25" in shown
+    assert "2/3" in shown and "loss 1.2500" in shown and "for lines alone" not in shown
     assert "[b]held-out[/b]" in shown
     assert "after" not in shown
     assert shown.count("\x1b[?25l") == shown.count("\x1b[?25h") == 1, "the cursor is hidden, then shown again"
