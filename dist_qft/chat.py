@@ -6,7 +6,7 @@ Rank 0 reads the lines and prints; the other ranks get each line from it, becaus
 import datetime
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from queue import Empty, Queue
@@ -42,6 +42,7 @@ class Chat:
 
     Attributes:
         trainables: None for a merged model.
+        answering: entered for each answer, and told whether it is the tuned model's.
         output: gets answers and remarks; None on ranks other than 0.
         today: the date for chat templates that print it; None takes the day of each answer.
     """
@@ -55,6 +56,7 @@ class Chat:
     output: TextIO | None = None
     today: datetime.date | None = None
     turns: Messages = field(default_factory=list)
+    answering: Callable[[bool], AbstractContextManager[None]] = field(default=lambda tuned: nullcontext())
 
     def take(self, line: str) -> bool:
         """Act on one line of input; False if it ends the chat. Collective."""
@@ -92,9 +94,9 @@ class Chat:
         if not asked:
             return self._say("(there is no message yet)")
         with self.trainables.disabled():
-            self._generate(asked)
+            self._generate(asked, tuned=False)
 
-    def _generate(self, asked: Messages) -> str | None:
+    def _generate(self, asked: Messages, *, tuned: bool = True) -> str | None:
         """The streamed answer to a conversation; None if it has grown too long."""
         system = [] if self.system is None else [{"role": "system", "content": self.system}]
         prompt: str | Messages = [*system, *asked]
@@ -106,7 +108,8 @@ class Chat:
             self._say(f"({length} tokens and an answer do not fit into the model's {limit}; /reset begins anew)")
             return None
         streamer = None if self.output is None else Streamer(self.tokenizer, self.output)
-        return answers(self.base, self.tokenizer, [prompt], self.sampling, self.device, self.today, streamer)[0]
+        with self.answering(tuned):
+            return answers(self.base, self.tokenizer, [prompt], self.sampling, self.device, self.today, streamer)[0]
 
     def _say(self, text: str) -> None:
         if self.output is not None and text:
@@ -151,7 +154,9 @@ def _opened(path: str, sampling: Sampling, system: str | None) -> Iterator[Chat]
     with opened_to_answer(path, doing="a chat", request={"settings": repr((sampling, system))}) as run:
         output = sys.stdout if run.world.rank == 0 else None
         base, trainables, today = run.parts.base, run.parts.trainables, date_of(run.config)
-        yield Chat(base, run.tokenizer, trainables, run.device, sampling, system, output, today)
+        chat = Chat(base, run.tokenizer, trainables, run.device, sampling, system, output, today)
+        chat.answering = lambda tuned: run.parts.answering(run.device, tuned=tuned)
+        yield chat
 
 
 def _read(asking: bool) -> str | None:

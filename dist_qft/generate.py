@@ -25,9 +25,9 @@ def run_generation(path: str, prompts: Sequence[str], sampling: Sampling, base: 
         model, today = run.parts.base, date_of(run.config)
         found = {}
         if base:
-            with run.parts.trainables.disabled():
+            with run.parts.trainables.disabled(), run.parts.answering(run.device, tuned=False):
                 found["base"] = answers(model, run.tokenizer, prompts, sampling, run.device, today)
-        with run.parts.fixed():
+        with run.parts.answering(run.device):
             found["tuned"] = answers(model, run.tokenizer, prompts, sampling, run.device, today)
         if run.world.rank == 0:
             for index in range(len(prompts)):

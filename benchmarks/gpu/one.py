@@ -1,6 +1,7 @@
 """The parts for one GPU; started by `benchmarks/gpu.sh`."""
 
 import gc
+import importlib.util
 import subprocess
 import sys
 import tempfile
@@ -8,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import kernels
+import shapes
 import steps
 import torch
 from parts import Figures, Options, options, run_parts
@@ -16,6 +18,8 @@ from dist_qft.bench.measuring import median_seconds
 from dist_qft.bench.models import GGUF, cache
 from dist_qft.ranks.connection import connect
 from dist_qft.ranks.world import World
+
+_LAYERS = 2  # of the shapes that are loaded and merged
 
 
 def loading(asked: Options) -> Figures:
@@ -26,6 +30,26 @@ def loading(asked: Options) -> Figures:
         seconds = median_seconds(lambda f=format: f.quantize(weight), torch.device("cpu"))
         found[f"{name}, million weights/s"] = weight.numel() / seconds / 1e6
     return found
+
+
+def loading_of_a_model(asked: Options) -> Figures:
+    """Random weights of an 8B shape through the way that loads a model, a few layers of it: made on the device."""
+    found: Figures = {}
+    for method in ("qlora", "qahira"):
+        if method == "qlora" and importlib.util.find_spec("bitsandbytes") is None:
+            continue
+        with steps.run_config(method, asked.quick, layers=_LAYERS) as config:
+            _, engine, seconds = shapes.loaded(config, asked.device)
+        name, gigabytes = config.quantization.linear, engine.resident_bytes() / 1e9
+        found |= {f"{name}, s for {_LAYERS} layers": seconds, f"{name}, GB kept": gigabytes}
+    return found
+
+
+def merging_of_a_model(asked: Options) -> Figures:
+    """QA-HiRA of an 8B shape folded into the zeros of a few layers, and these brought to the CPU to be written."""
+    with steps.run_config("qahira", asked.quick, layers=_LAYERS) as config:
+        seconds, folded = shapes.merged(config, asked.device)
+    return {f"s for {_LAYERS} layers": seconds, "million zeros": folded / 1e6}
 
 
 def smollm2(asked: Options) -> Figures:
@@ -51,6 +75,8 @@ PARTS: dict[str, Callable[[Options], Figures]] = {
     "products": kernels.products,
     "gradient of the loss, bfloat16": kernels.loss_gradient,
     "loading": loading,
+    "loading of an 8B shape": loading_of_a_model,
+    "merging of an 8B shape": merging_of_a_model,
     "qlora, 4096 tokens": steps.step_of("qlora"),
     "qbara, 4096 tokens": steps.step_of("qbara"),
     "qahira, 4096 tokens": steps.step_of("qahira"),

@@ -37,11 +37,12 @@ _TINY = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, "
 _EIGHT = {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32}
 
 
-def model_config(quick: bool) -> LlamaConfig:
-    """Llama-3.1-8B's shape, or a tiny one."""
+def model_config(quick: bool, layers: int | None = None) -> LlamaConfig:
+    """Llama-3.1-8B's shape, or a tiny one; with so many layers."""
     small = {**_TINY, "num_key_value_heads": 2, "vocab_size": 512}
     large = {**_EIGHT, "num_key_value_heads": 8, "vocab_size": 128256}
-    config = LlamaConfig(**(small if quick else large), max_position_embeddings=131072, dtype=torch.bfloat16)
+    shape = {**(small if quick else large), **({} if layers is None else {"num_hidden_layers": layers})}
+    config = LlamaConfig(**shape, max_position_embeddings=131072, dtype=torch.bfloat16)
     config.architectures = ["LlamaForCausalLM"]
     return config
 
@@ -101,10 +102,10 @@ def make_forward_of(base: BaseModel, device: torch.device) -> Any:
 
 
 @contextmanager
-def run_config(name: str, quick: bool, **sections: Any) -> Any:
+def run_config(name: str, quick: bool, *, layers: int | None = None, **sections: Any) -> Any:
     """The config of a method on a folder that has the model's configuration alone."""
     with tempfile.TemporaryDirectory() as folder:
-        model_config(quick).save_pretrained(folder)
+        model_config(quick, layers).save_pretrained(folder)
         tree = {"output_dir": folder, "model": {"path": folder}, **METHODS[name], **sections}
         tree.setdefault("sharding", {"engine": "replicated"})
         yield RunConfig.model_validate(tree)

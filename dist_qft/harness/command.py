@@ -66,9 +66,9 @@ def run_tasks(path: str, request: TaskRequest, *, base: bool, as_json: bool) -> 
     with opened_to_answer(path, doing="lm-eval", request={"tasks": repr((request, base))}) as run:
         found: dict[str, Figures] = {}
         if base:
-            with run.parts.trainables.disabled():
+            with run.parts.trainables.disabled(), run.parts.answering(run.device, tuned=False):
                 found["base"] = measure(run.parts.base, run.tokenizer, run.device, request)
-        with run.parts.fixed():
+        with run.parts.answering(run.device):
             found["tuned"] = measure(run.parts.base, run.tokenizer, run.device, request)
         if run.world.rank == 0:
             _record(run_folder(path), run.config, found, step)

@@ -5,7 +5,9 @@ decides which rows of every parameter this rank keeps, allocates just those, and
 modules callable as if they were whole. It knows neither formats nor methods; trainables never pass through it.
 """
 
+import time
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol, Self
 
@@ -45,6 +47,18 @@ class Traffic:
         self.gathered_bytes += received
         self.gathers += 1
         self.seconds += seconds
+
+
+class TimedHandle:
+    """A gather in flight; waiting for it counts as time spent gathering."""
+
+    def __init__(self, handle: Any, traffic: Traffic) -> None:
+        self._handle, self._traffic = handle, traffic
+
+    def wait(self, **arguments: Any) -> None:
+        started = time.perf_counter()
+        self._handle.wait(**arguments)
+        self._traffic.seconds += time.perf_counter() - started
 
 
 class Engine(Protocol):
@@ -108,6 +122,9 @@ class Engine(Protocol):
 
     def gather(self, parameter: nn.Parameter) -> Tensor | None:
         """The whole parameter on rank 0 (a copy on the CPU), None elsewhere. Only the group of rank 0 takes part."""
+
+    def gathered_once(self) -> AbstractContextManager[None]:
+        """Inside, what a forward pass has gathered serves the next ones, up to the whole base; freed in the end."""
 
     def keep_gathered(self, unit: nn.Module) -> None:
         """Keep `unit` whole on every rank from its next use on.

@@ -20,7 +20,8 @@ forward pass gathers the tables alone.
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from itertools import pairwise
 from typing import Any, ClassVar, Self, cast
 
@@ -77,7 +78,8 @@ class FsdpEngine:
         self._group_setting, self._timeout_seconds = group, timeout_seconds
         self.gathers_in_backward = reshard_after_forward
         self._parameters: list[nn.Parameter] = []
-        self._units: list[FSDPModule] = []
+        self._units: dict[FSDPModule, bool] = {}  # and whether each is freed behind its forward pass
+        self._at_once = False
         self._freed_by_head: RemovableHandle | None = None
 
     @classmethod
@@ -109,8 +111,10 @@ class FsdpEngine:
             reshard = self.gathers_in_backward or unit in units.tables
             sharded = fully_shard(unit, mesh=mesh, reshard_after_forward=reshard)
             sharded.set_custom_all_gather(cast(Any, counter))  # `AllGather`, its interface, is private
-            self._units.append(sharded)
-        _order_backward_gathers(units)
+            self._units[sharded] = reshard
+        order_backward_gathers(units)
+        if device.type == "cuda":
+            order_forward_gathers(units)
         for module, name in owners:
             part = nn.Parameter(torch.empty_like(getattr(module, name), device=device), requires_grad=False)
             module.register_parameter(name, part)
@@ -164,14 +168,36 @@ class FsdpEngine:
         dist.gather(padded.view(torch.uint8), pieces, group=shards.process_group)
         return whole[: parameter.shape[0]].cpu()
 
+    @contextmanager
+    def gathered_once(self) -> Iterator[None]:
+        for unit in self._units:
+            unit.set_reshard_after_forward(False, recurse=False)
+        self._at_once = True
+        try:
+            yield
+        finally:
+            self._at_once = False
+            for unit, freed in self._units.items():
+                unit.set_reshard_after_forward(freed, recurse=False)
+            self.release()
+
     def keep_gathered(self, unit: nn.Module) -> None:
-        _sharded(unit).set_reshard_after_forward(False)
+        self._keep(unit)
         if self._freed_by_head is not None:
             self._freed_by_head.remove()
 
     def keep_until_head(self, table: nn.Module) -> None:
-        _sharded(table).set_reshard_after_forward(False)
-        self._freed_by_head = table.register_forward_hook(_free_after_head, with_kwargs=True)
+        def free_after_head(table: nn.Module, ids: tuple[Tensor], options: dict[str, Any], output: object) -> None:
+            if called_as_head(options) and not self._at_once:  # its last use in a forward pass
+                _sharded(table).reshard()
+
+        self._keep(table)
+        self._freed_by_head = table.register_forward_hook(free_after_head, with_kwargs=True)
+
+    def _keep(self, unit: nn.Module) -> None:
+        sharded = _sharded(unit)
+        self._units[sharded] = False
+        sharded.set_reshard_after_forward(False)
 
     def resident_bytes(self) -> int:
         # Storages, because FSDP2 pads a short part to the size of the others.
@@ -190,13 +216,16 @@ def _sharded(unit: nn.Module) -> FSDPModule:
     return cast(FSDPModule, unit)
 
 
-def _free_after_head(table: nn.Module, ids: tuple[Tensor], options: dict[str, Any], output: object) -> None:
-    """Forward hook: free a table after its use as the head, its last in a forward pass."""
-    if called_as_head(options):
-        _sharded(table).reshard()
+def order_forward_gathers(units: Units) -> None:
+    """Each layer's gather is launched before the layer in front of it computes, however far behind the host is.
+
+    For streams that overlap. A CPU has none: there it would only hold two layers at a time.
+    """
+    for layer, after in pairwise(map(_sharded, units.layers)):
+        layer.set_modules_to_forward_prefetch([after])
 
 
-def _order_backward_gathers(units: Units) -> None:
+def order_backward_gathers(units: Units) -> None:
     """Each unit prefetches the one before it in backward; the first layer prefetches nothing."""
     layers = [_sharded(layer) for layer in units.layers]
     _sharded(units.root).set_modules_to_backward_prefetch([layers[-1]])

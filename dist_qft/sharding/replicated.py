@@ -1,5 +1,6 @@
 """Engine `replicated`: every rank holds the whole base. For models that fit, and as the other engines' reference."""
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import ClassVar, Self
 
 import torch
@@ -63,6 +64,9 @@ class ReplicatedEngine:
 
     def gather(self, parameter: nn.Parameter) -> Tensor | None:
         return parameter.data.to("cpu", copy=True) if dist.get_rank() == 0 else None
+
+    def gathered_once(self) -> AbstractContextManager[None]:
+        return nullcontext()
 
     def keep_gathered(self, unit: nn.Module) -> None:
         pass

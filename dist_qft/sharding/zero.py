@@ -23,7 +23,8 @@ import math
 import os
 import time
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from importlib.util import find_spec
 from typing import Any, ClassVar, Protocol, Self, cast
 
@@ -35,12 +36,12 @@ from dist_qft.config.deepspeed_file import read_zero_options
 from dist_qft.config.schema import RunConfig
 from dist_qft.errors import UserError
 from dist_qft.ranks.collectives import everywhere
-from dist_qft.sharding.engine import Traffic, Units, called_as_head, parameter_owners
+from dist_qft.sharding.engine import TimedHandle, Traffic, Units, called_as_head, parameter_owners
 from dist_qft.sharding.host_memory import return_freed_memory_between
 from dist_qft.sharding.shard_group import Setting, ShardGroup
 
 AllGather = Callable[..., Any]
-_UNTIL_HEAD = -1  # the id of no module, among those that use a parameter
+_UNTIL_HEAD, _AT_ONCE = -1, -2  # the ids of no modules, among those that use a parameter
 
 
 class _ZeroParameter(Protocol):
@@ -195,6 +196,17 @@ class ZeroEngine:
     def release(self) -> None:
         self._zero.partition_all_parameters()
 
+    @contextmanager
+    def gathered_once(self) -> Iterator[None]:
+        for parameter in self._parameters:
+            _zero(parameter).ds_active_sub_modules.add(_AT_ONCE)
+        try:
+            yield
+        finally:
+            for parameter in self._parameters:
+                _zero(parameter).ds_active_sub_modules.discard(_AT_ONCE)
+            self.release()
+
     def keep_gathered(self, unit: nn.Module) -> None:
         for parameter in unit.parameters():
             _zero(parameter).ds_persist = True
@@ -251,13 +263,13 @@ class ZeroEngine:
         """DeepSpeed's gather of some parameters, counting this rank's received bytes and waiting time."""
         peers = self._shards.size - 1
 
-        def counted(parameters: Iterable[nn.Parameter], **arguments: Any) -> "_TimedHandle":
+        def counted(parameters: Iterable[nn.Parameter], **arguments: Any) -> "TimedHandle":
             parameters = list(parameters)
             started = time.perf_counter()
             handle = all_gather(parameters, **arguments)
             received = peers * sum(_zero(parameter).ds_tensor.nbytes for parameter in parameters)
             self.traffic.add(received, time.perf_counter() - started)
-            return _TimedHandle(handle, self.traffic)
+            return TimedHandle(handle, self.traffic)
 
         return counted
 
@@ -265,18 +277,6 @@ class ZeroEngine:
         """Bytes in DeepSpeed's unit, elements of any dtype, by the average over the base."""
         total = sum(_zero(parameter).ds_tensor.nbytes for parameter in self._parameters)
         return count * sum(_zero(parameter).ds_tensor.numel() for parameter in self._parameters) // total
-
-
-class _TimedHandle:
-    """A gather in flight; waiting for it counts as time spent gathering."""
-
-    def __init__(self, handle: Any, traffic: Traffic) -> None:
-        self._handle, self._traffic = handle, traffic
-
-    def wait(self, **arguments: Any) -> None:
-        started = time.perf_counter()
-        self._handle.wait(**arguments)
-        self._traffic.seconds += time.perf_counter() - started
 
 
 def _elements_of(unit: nn.Module) -> int:

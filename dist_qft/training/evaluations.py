@@ -89,7 +89,7 @@ class Evaluations:
         config, tokenizer, device = self._inputs.config, self._inputs.tokenizer, self._inputs.device
         prompts, sampling = config.evaluation.prompts, Sampling(config.evaluation.max_new_tokens)
         self._parts.trainables.eval()
-        with self._parts.fixed():
+        with self._parts.answering(device):
             texts = answers(self._parts.base, tokenizer, prompts, sampling, device, date_of(config))
         for prompt, text in zip(prompts, texts, strict=True):
             self._monitor.text(step, f"answer/{which}", f"{prompt}\n\n{text}")

@@ -1,7 +1,7 @@
 """The live parts of a config, with which training, evaluation, generation and merging all begin."""
 
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -27,6 +27,7 @@ from dist_qft.ranks.preemption import StopSignal
 from dist_qft.sharding.engine import Engine
 from dist_qft.sharding.engines import engine_of
 from dist_qft.sharding.host_memory import keep_one_heap
+from dist_qft.tuned_model.gathered_once import gathered_once
 from dist_qft.tuned_model.preference import PREFERENCES
 from dist_qft.tuned_model.task import CausalLM, Labelling, Task, head_outputs
 from dist_qft.tuned_model.written_zeros import fixed_values
@@ -50,6 +51,16 @@ class Assembled:
         Not where the base is run as well: it has to be without them.
         """
         return nullcontext() if self.task.needs_base else fixed_values(self.engine, self.trainables)
+
+    @contextmanager
+    def answering(self, device: torch.device, *, tuned: bool = True) -> Iterator[None]:
+        """Inside, no trainable changes, and the base is gathered once where it fits. Collective.
+
+        Args:
+            tuned: False for the base without its trainables, which are `disabled` then.
+        """
+        with self.fixed() if tuned else nullcontext(), gathered_once(self.base, self.engine, device):
+            yield
 
     def detach(self) -> None:
         """Take trainables and task off the base: it computes as if it had never been touched."""

@@ -80,13 +80,22 @@ def bits_through_zero(prefetch_bytes: int) -> dict[str, Any]:
     for _ in range(3):  # the prefetch needs two passes to know the order
         seen = root(torch.zeros(1))
         assert all(torch.equal(got, bits) for got, bits in zip(seen, expected, strict=True))
+    left = sum(parameter.data.nbytes for parameter in parameters)
+    with engine.gathered_once():
+        root(torch.zeros(1))
+        received = engine.traffic.gathered_bytes
+        seen = root(torch.zeros(1))
+        assert all(torch.equal(got, bits) for got, bits in zip(seen, expected, strict=True))
+        assert engine.traffic.gathered_bytes == received
+    assert sum(parameter.data.nbytes for parameter in parameters) == 0
+    assert all(torch.equal(got, bits) for got, bits in zip(root(torch.zeros(1)), expected, strict=True))
     return {
         "spans": [engine.span(parameter) for parameter in parameters],
         "local": [as_bytes(engine.local(parameter)) for parameter in parameters],
         "expected": expected,
         "resident": engine.resident_bytes(),
         "whole": sum(whole.nbytes for whole in wholes),
-        "left_gathered": sum(parameter.data.nbytes for parameter in parameters),
+        "left_gathered": left,
     }
 
 
