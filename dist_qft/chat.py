@@ -18,9 +18,10 @@ import torch.distributed as dist
 from transformers import PreTrainedTokenizerBase, TextStreamer
 
 from dist_qft.base_model.skeleton import BaseModel
+from dist_qft.config.schema import ShardingConfig
 from dist_qft.errors import UserError
 from dist_qft.methods.trainable import TrainableSet
-from dist_qft.ranks.world import World
+from dist_qft.ranks.session import place
 from dist_qft.tuned_model.answer import Sampling, answers
 from dist_qft.tuned_model.loaded_model import holds_model, load
 from dist_qft.tuned_model.opened_run import opened_to_answer
@@ -145,10 +146,10 @@ def run_chat(path: str, sampling: Sampling, system: str | None) -> None:
 @contextmanager
 def _opened(path: str, sampling: Sampling, system: str | None) -> Iterator[Chat]:
     if holds_model(Path(path)):
-        world = World.from_environment()
+        world, device = place(ShardingConfig())
         if world.world_size > 1:
             raise UserError(f"'{path}' is a whole model: chat with it in one process, not on {world.world_size} ranks")
-        model = load(path)
+        model = load(path, device)
         yield Chat(model.base, model.tokenizer, None, model.device, sampling, system, sys.stdout)
         return
     with opened_to_answer(path, doing="a chat", request={"settings": repr((sampling, system))}) as run:

@@ -2,7 +2,8 @@
 
 from collections.abc import Sequence
 
-from dist_qft.ranks.world import World
+from dist_qft.config.schema import ShardingConfig
+from dist_qft.ranks.session import place
 from dist_qft.tuned_model.answer import Sampling, answers
 from dist_qft.tuned_model.loaded_model import load
 from dist_qft.tuned_model.opened_run import opened_to_answer
@@ -36,8 +37,9 @@ def run_generation(path: str, prompts: Sequence[str], sampling: Sampling, base: 
 
 
 def run_model_generation(path: str, prompts: Sequence[str], sampling: Sampling) -> None:
-    """Print a merged model's answers. They are the same on every rank, so rank 0 alone works."""
-    if World.from_environment().rank == 0:
-        model = load(path)
+    """Print a merged model's answers, on a GPU if there is one. All ranks would have the same: rank 0 alone works."""
+    world, device = place(ShardingConfig())
+    if world.rank == 0:
+        model = load(path, device)
         for text in answers(model.base, model.tokenizer, prompts, sampling, model.device):
             print(text, flush=True)

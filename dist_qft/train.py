@@ -183,7 +183,8 @@ def execute_run(inputs: RunInputs, stop: StopSignal, activity: Activity | None =
         else:
             parts = attach_trainables(inputs.config, inputs.skeleton, inputs.loaded.engine, inputs.spec, inputs.device)
         if inputs.config.data is not None and inputs.config.data.packing:
-            parts.base.require_separate_samples(inputs.device)
+            rows = inputs.config.train.per_device_train_batch_size
+            parts.base.require_separate_samples(inputs.device, rows)
         if inputs.checkpoint is not None:
             check_fingerprint(inputs.checkpoint, parts.base)
         else:

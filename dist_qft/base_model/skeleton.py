@@ -176,8 +176,11 @@ class BaseModel:
         return self.decoder(input_ids=input_ids, use_cache=False, **more).last_hidden_state
 
     @torch.no_grad()
-    def require_separate_samples(self, device: torch.device) -> None:
+    def require_separate_samples(self, device: torch.device, rows_at_once: int = 2) -> None:
         """Refuse packing for a family that lets a packed sample change the next one. Collective; needs weights.
+
+        Args:
+            rows_at_once: of a micro-batch. Flash attention of transformers keeps samples apart in a lone row only.
 
         Raises:
             UserError: as layers that carry a state along the row (convolutions, state spaces) do.
@@ -185,13 +188,16 @@ class BaseModel:
         token = torch.arange(4, device=device) % self.vocab_size
         rows = torch.stack([token, token.roll(1)])
         rows[:, 2:] = token[:2]
-        states = self.hidden_states(rows, torch.tensor([[0, 1, 0, 1]], device=device).expand(2, -1))
+        positions = torch.tensor([[0, 1, 0, 1]], device=device)
+        parts = rows.split(min(rows_at_once, 2))
+        states = torch.cat([self.hidden_states(part, positions.expand(len(part), -1)) for part in parts])
         tolerance = 1e-4 if self.dtype == torch.float32 else 1e-2
         if (states[0, 2:] - states[1, 2:]).abs().max() > tolerance * states.abs().max():
-            kind = self.config.model_type
-            raise everywhere(
-                UserError(f"data.packing: model type '{kind}' cannot keep packed samples apart; set it to false")
-            )
+            name, attention = self.config.model_type, segment_attention.library_name(self.config)
+            remedy = "set it to false"
+            if attention.startswith("flash"):
+                remedy += f", or train.per_device_train_batch_size to 1 for model.attention: {attention}"
+            raise everywhere(UserError(f"data.packing: model type '{name}' cannot keep packed samples apart; {remedy}"))
 
 
 def build_skeleton(model: ModelConfig, quantization: QuantizationConfig, dtype: torch.dtype) -> BaseModel:

@@ -67,6 +67,8 @@ def _join(world: World, device: torch.device, timeout: timedelta) -> None:
     if device.type == "cuda":
         # Rows of other lengths at each step leave holes of all sizes; segments that grow have none.
         os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
+        # cuDNN's attention plans anew for each length of a row, on the host; flash attention does not.
+        os.environ.setdefault("TORCH_CUDNN_SDPA_DEPRIORITIZED", "1")
         torch.cuda.set_device(device)
         # The operations of two groups run in the order in which the host launched them, and not in any: a reduction
         # and a gather cannot wait for each other. NCCL reads it when its first group is made.

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 _MULTIPLIER = 0x9E3779B97F4A7C15 - (1 << 64)  # golden ratio, odd, as a signed 64-bit integer
-_CHUNK = 1 << 18  # words per chunk: bounds the int64 temporaries to 2 MiB each
+# Words per chunk: bounds the int64 temporaries to 2 MiB each, on a GPU to 128: there a chunk is some five kernels.
+_CPU_CHUNK, _ACCELERATOR_CHUNK = 1 << 18, 1 << 24
 
 _WORD_VIEWS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -27,8 +28,9 @@ def positional_digest(tensor: Tensor, start: int = 0) -> Tensor:
     """
     words = tensor.detach().contiguous().view(-1).view(_WORD_VIEWS[tensor.element_size()])
     total = torch.zeros((), dtype=torch.int64, device=tensor.device)
-    for first in range(0, words.numel(), _CHUNK):
-        part = words[first : first + _CHUNK].to(torch.int64) + 1  # so that zeros count, and the length with them
+    chunk = _CPU_CHUNK if tensor.device.type == "cpu" else _ACCELERATOR_CHUNK
+    for first in range(0, words.numel(), chunk):
+        part = words[first : first + chunk].to(torch.int64) + 1  # so that zeros count, and the length with them
         index = torch.arange(start + first, start + first + part.numel(), device=tensor.device)
         # Spread the index over all 64 bits; `| 1` makes the weight odd, hence invertible.
         weight = index.mul_(_MULTIPLIER).bitwise_or_(1)

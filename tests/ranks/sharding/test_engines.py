@@ -1,6 +1,5 @@
 """Engines on real ranks: every bit survives, nothing is held or sent twice, and the traffic is what it says it is."""
 
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ from dist_qft.errors import UserError
 from dist_qft.sharding.engine import Engine, Units, parameter_owners
 from dist_qft.sharding.engines import make_engine
 from dist_qft.sharding.fsdp import order_forward_gathers
+from tests.support.gathered_answers import greedy_answer, require_same_gathered_once
 from tests.support.tiny_model import save_tiny_model, tiny_llama_config
 
 CPU = torch.device("cpu")
@@ -254,25 +254,6 @@ def test_traffic_is_the_docstrings_formula_and_memory_one_share(pools, models, w
 # --- uses that are not one forward, one backward ----------------------------------------------------------------------
 
 
-def answer(base: BaseModel) -> list[int]:
-    tokens = torch.tensor([[1, 2, 3]])
-    found = base.model.generate(tokens, attention_mask=torch.ones_like(tokens), max_new_tokens=3, do_sample=False)
-    return found[0].tolist()
-
-
-def generated(base: BaseModel, engine: Engine) -> None:
-    """An answer for which the base is gathered for each token, and once: the same, and all is freed behind it."""
-    bytes_of: list[int] = []
-    answers = []
-    for context in (nullcontext(), engine.gathered_once(), nullcontext()):
-        before = engine.traffic.gathered_bytes
-        with context:
-            answers.append(answer(base))
-        bytes_of.append(engine.traffic.gathered_bytes - before)
-    assert answers[0] == answers[1] == answers[2]
-    assert bytes_of[0] == bytes_of[2] > 2 * bytes_of[1] > 0, bytes_of
-
-
 def interleaved(path: Path, engine_name: str, disturb: bool, **options: bool) -> list[float]:
     """Losses and gradients of three steps; `disturb` evaluates and generates in between, gathers layers ahead in the
     last one, and runs two forward passes before one backward pass."""
@@ -289,9 +270,9 @@ def interleaved(path: Path, engine_name: str, disturb: bool, **options: bool) ->
             with torch.no_grad():
                 loss_of(base, 50)
                 if options["reshard_after_forward"]:
-                    generated(base, engine)
+                    require_same_gathered_once(base, engine)
                 else:
-                    answer(base)
+                    greedy_answer(base)
         else:
             for seed in (2 * step, 2 * step + 1):
                 loss_of(base, seed).backward()

@@ -13,6 +13,7 @@ from dist_qft.base_model.segment_attention import segment_attention as attention
 from dist_qft.base_model.skeleton import BaseModel, build_skeleton
 from dist_qft.config.schema import ModelConfig, QuantizationConfig
 from dist_qft.data.segments import Segments
+from dist_qft.errors import UserError
 from tests.support.families import GROUPED, WITHOUT_SDPA, open_base, save_random, tokens_of
 
 LENGTHS = [5, 1, 9, 6]
@@ -102,3 +103,18 @@ def test_a_packed_row_of_32k_tokens_of_an_8b_shape_has_no_square_mask(tmp_path, 
     assert seen.waits == []
     assert sum("_varlen_attn" in name for name in seen.names) == 2
     assert seen.elements == length * 14336 < length * length / 2
+
+
+def test_packing_is_tried_with_the_rows_of_a_micro_batch(tmp_path, monkeypatch):
+    """Attention that looks at the positions of a single row alone, as transformers' flash attention does."""
+    base = open_base(save_random(LlamaConfig(**GROUPED), tmp_path))
+    inner = base.hidden_states
+
+    def one_row_alone(ids: Tensor, positions: Tensor) -> Tensor:
+        straight = torch.arange(positions.shape[1]).expand_as(positions)
+        return inner(ids, positions if len(ids) == 1 else straight)
+
+    monkeypatch.setattr(base, "hidden_states", one_row_alone)
+    base.require_separate_samples(torch.device("cpu"), rows_at_once=1)
+    with pytest.raises(UserError, match=r"data\.packing: "):
+        base.require_separate_samples(torch.device("cpu"), rows_at_once=4)

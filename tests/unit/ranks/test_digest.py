@@ -44,7 +44,7 @@ def test_definition_and_untouched_input(dtype):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("chunk", [1, 7, 64, 1 << 20])
 def test_parts_add_up_whatever_the_chunk(monkeypatch, dtype, chunk):
-    monkeypatch.setattr(digest, "_CHUNK", chunk)
+    monkeypatch.setattr(digest, "_CPU_CHUNK", chunk)
     values = random_bits(100, dtype)
     whole = positional_digest(values.view(4, 25))
     for cuts in ([0, 100], [0, 1, 40, 100], [0, 33, 33, 100]):
