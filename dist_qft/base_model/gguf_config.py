@@ -8,12 +8,12 @@ import math
 from typing import Any
 
 import numpy as np
-from transformers import PretrainedConfig
+from transformers import MixtralConfig, PretrainedConfig
 
 from dist_qft.base_model.gguf_header import GgufHeader
 from dist_qft.errors import CorruptFileError, UserError
 
-ARCHITECTURES = ("llama", "qwen2", "qwen3")
+ARCHITECTURES = ("llama", "qwen2", "qwen3", "qwen3moe")
 ROPE_FACTORS = "rope_freqs.weight"
 _SIZES = {
     "block_count": 1000,
@@ -35,6 +35,11 @@ def architecture_of(header: GgufHeader) -> str:
         allowed = ", ".join(ARCHITECTURES)
         raise UserError(f"{header.path}: GGUF architecture '{found}' is not supported (supported: {allowed})")
     return found
+
+
+def experts_of(header: GgufHeader) -> int:
+    """The number of experts in each layer of a mixture; 0 for a dense model. CorruptFileError if it is out of bounds."""
+    return header.number(f"{architecture_of(header)}.expert_count", 0, 1 << 16, default=0)
 
 
 def check_sizes(header: GgufHeader) -> None:
@@ -68,8 +73,10 @@ def check_sizes(header: GgufHeader) -> None:
 
 
 def complete_config(config: PretrainedConfig, header: GgufHeader) -> PretrainedConfig:
-    """Add the settings that transformers left out to the configuration it made of the file. Changes `config`."""
-    prefix = architecture_of(header)
+    """The configuration that transformers made of the file, with the settings that it left out. Changes `config`."""
+    prefix, experts = architecture_of(header), experts_of(header)
+    if experts:
+        config = _mixture(config, header, prefix, experts)
     config.tie_word_embeddings = "output.weight" not in header.tensors
     head_dim = config.hidden_size // config.num_attention_heads
     head_dim = header.number(f"{prefix}.attention.key_length", 1, 1 << 16, default=head_dim)
@@ -81,6 +88,20 @@ def complete_config(config: PretrainedConfig, header: GgufHeader) -> PretrainedC
     scaling = _scaling(header, prefix, head_dim, _theta(config))
     if scaling:
         config.rope_parameters = {"rope_theta": _theta(config), **scaling}
+    return config
+
+
+def _mixture(config: PretrainedConfig, header: GgufHeader, prefix: str, experts: int) -> PretrainedConfig:
+    """The configuration of a mixture of experts. Mixtral's architecture is `llama`, which transformers takes for dense."""
+    used = header.number(f"{prefix}.expert_used_count", 1, experts)
+    if prefix == "llama":
+        known = MixtralConfig().to_dict()
+        given = {key: value for key, value in config.to_dict().items() if key in known and key != "model_type"}
+        return MixtralConfig(**given | {"num_local_experts": experts, "num_experts_per_tok": used})
+    config.num_experts, config.num_experts_per_tok = experts, used
+    width = header.metadata[f"{prefix}.feed_forward_length"]
+    config.moe_intermediate_size = header.number(f"{prefix}.expert_feed_forward_length", 1, 1 << 24, default=width)
+    config.norm_topk_prob, config.mlp_only_layers, config.decoder_sparse_step = True, [], 1
     return config
 
 

@@ -1,21 +1,26 @@
 """A GGUF file as a source of weights: its tensors renamed and reordered to Hugging Face's, read by rows."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from dist_qft.base_model.gguf_config import ROPE_FACTORS, architecture_of, check_sizes
+from dist_qft.base_model.gguf_config import ROPE_FACTORS, architecture_of, check_sizes, experts_of
 from dist_qft.base_model.gguf_header import GgufTensor, read_header
 from dist_qft.base_model.gguf_types import FLOATS, GGUF_TYPES, NEAREST
 from dist_qft.base_model.sources import Rows, require_finite
 from dist_qft.errors import CorruptFileError, UserError
 from dist_qft.quant.contract import Format
 
+_EXPERT = "{expert}"  # in the name of a stack, the number of an expert
+
 
 class GgufSource:
     """A GGUF model of a supported architecture, its tensors renamed and its rows reordered to Hugging Face's.
+
+    Of a mixture's stacks each expert is a tensor of its own.
 
     Raises:
         UserError: another architecture, a tensor that has no place in it, or one of a type that is no weight's.
@@ -31,8 +36,13 @@ class GgufSource:
         blocks = header.metadata[f"{architecture}.block_count"]
         heads = header.metadata[f"{architecture}.attention.head_count"]
         kv_heads = header.metadata.get(f"{architecture}.attention.head_count_kv", heads)
-        names = gguf_names(architecture, blocks)
-        self._tensors = {name: header.tensors[stored] for name, stored in names.items() if stored in header.tensors}
+        names, experts = gguf_names(architecture, blocks), experts_of(header)
+        if experts:
+            names |= _mixture_names(architecture, blocks)
+        self._tensors: dict[str, GgufTensor] = {}
+        for name, stored in names.items():
+            if stored in header.tensors:
+                self._tensors |= _by_expert(name, header.tensors[stored], experts)
         # llama.cpp stores the rotary halves of these rows interleaved (its converter's `permute`).
         self._heads = {"q_proj": heads, "k_proj": kv_heads} if architecture == "llama" else {}
         self._refuse_odd_tensors(header.tensors)
@@ -133,6 +143,41 @@ class GgufSource:
                 raise CorruptFileError(
                     f"{self.where}: tensor '{tensor.name}' has {tensor.shape[0]} rows, {heads} heads cannot share them"
                 )
+
+
+def _by_expert(name: str, tensor: GgufTensor, experts: int) -> dict[str, GgufTensor]:
+    """A tensor under its name; a stack of experts as one tensor for each, under the names that models publish.
+
+    Raises:
+        CorruptFileError: a stack of another number of experts than the metadata says.
+    """
+    if _EXPERT not in name:
+        return {name: tensor}
+    if len(tensor.shape) != 3 or tensor.shape[0] != experts:
+        raise CorruptFileError(
+            f"{tensor.path}: tensor '{tensor.name}' is {list(tensor.shape)}, must be a stack of {experts} experts"
+        )
+    size = tensor.nbytes // experts
+    return {
+        name.replace(_EXPERT, str(number)): replace(
+            tensor, shape=tensor.shape[1:], offset=tensor.offset + number * size, nbytes=size
+        )
+        for number in range(experts)
+    }
+
+
+def _mixture_names(architecture: str, blocks: int) -> dict[str, str]:
+    """Hugging Face tensor name -> GGUF tensor name of routers and experts, whose numbers are `_EXPERT`."""
+    if architecture == "llama":  # Mixtral
+        block, products = "block_sparse_moe", {"w1": "gate", "w2": "down", "w3": "up"}
+    else:
+        block, products = "mlp", {f"{product}_proj": product for product in ("gate", "down", "up")}
+    names = {}
+    for i in range(blocks):
+        names[f"model.layers.{i}.{block}.gate.weight"] = f"blk.{i}.ffn_gate_inp.weight"
+        for product, stored in products.items():
+            names[f"model.layers.{i}.{block}.experts.{_EXPERT}.{product}.weight"] = f"blk.{i}.ffn_{stored}_exps.weight"
+    return names
 
 
 def gguf_names(architecture: str, blocks: int) -> dict[str, str]:

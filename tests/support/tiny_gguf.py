@@ -21,6 +21,8 @@ _MODULES = {
     "mlp.down_proj": "ffn_down",
     "input_layernorm": "attn_norm",
     "post_attention_layernorm": "ffn_norm",
+    "self_attn.q_norm": "attn_q_norm",
+    "self_attn.k_norm": "attn_k_norm",
 }
 _OUTER = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
 
@@ -45,14 +47,14 @@ def save_tiny_gguf(
     torch.manual_seed(1)
     weights = LlamaForCausalLM(config).state_dict()
     writer = gguf.GGUFWriter(path, "llama")
-    _add_metadata(writer, config)
+    add_metadata(writer, config)
     for name, tensor in weights.items():
         module = name.removesuffix(".weight")
         kind = "F32" if tensor.dim() == 1 else tables if module in _OUTER else linears
         kind = (others or {}).get(module.split(".")[-1], kind)
-        values = _interleaved(module, tensor, config).float().numpy()
+        values = file_rows(module, tensor, config).float().numpy()
         kind = gguf.GGMLQuantizationType[kind]
-        writer.add_tensor(_stored_name(module), quantize(values, kind), raw_dtype=kind)
+        writer.add_tensor(stored_name(module), quantize(values, kind), raw_dtype=kind)
     finish(writer)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
@@ -146,22 +148,22 @@ def save_random_gguf(path: Path, layers: int, hidden: int, intermediate: int) ->
     with torch.device("meta"):
         shapes = {name: tensor.shape for name, tensor in LlamaForCausalLM(config).state_dict().items()}
     writer = gguf.GGUFWriter(path, "llama", use_temp_file=True)
-    _add_metadata(writer, config)
+    add_metadata(writer, config)
     generator = np.random.default_rng(0)
     for name, shape in shapes.items():
         module = name.removesuffix(".weight")
         if len(shape) == 1:
-            writer.add_tensor(_stored_name(module), np.ones(shape, np.float32))
+            writer.add_tensor(stored_name(module), np.ones(shape, np.float32))
         elif module in _OUTER:
             values = generator.standard_normal(shape, np.float32)
             q8_0 = gguf.GGMLQuantizationType.Q8_0
-            writer.add_tensor(_stored_name(module), gguf.quants.quantize(values, q8_0), raw_dtype=q8_0)
+            writer.add_tensor(stored_name(module), gguf.quants.quantize(values, q8_0), raw_dtype=q8_0)
         else:
             blocks = generator.integers(0, 256, (shape[0], shape[1] // 32, 20), np.uint8)
             scale = np.float16(0.1 / hidden**0.5)
             blocks[:, :, :4] = np.array([scale, -7.5 * scale], "<f2").view(np.uint8)
             raw = blocks.reshape(shape[0], -1)
-            writer.add_tensor(_stored_name(module), raw, raw_dtype=gguf.GGMLQuantizationType.Q4_1)
+            writer.add_tensor(stored_name(module), raw, raw_dtype=gguf.GGMLQuantizationType.Q4_1)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -169,7 +171,7 @@ def save_random_gguf(path: Path, layers: int, hidden: int, intermediate: int) ->
     return path
 
 
-def _add_metadata(writer: gguf.GGUFWriter, config) -> None:
+def add_metadata(writer: gguf.GGUFWriter, config) -> None:
     writer.add_name("tiny")
     writer.add_file_type(gguf.LlamaFileType.MOSTLY_Q4_1)
     writer.add_block_count(config.num_hidden_layers)
@@ -202,14 +204,14 @@ def _merges(tokenizer) -> list[str]:
     return [merge if isinstance(merge, str) else " ".join(merge) for merge in merges]
 
 
-def _stored_name(module: str) -> str:
+def stored_name(module: str) -> str:
     if module in _OUTER:
         return f"{_OUTER[module]}.weight"
     _, _, block, part = module.split(".", 3)
     return f"blk.{block}.{_MODULES[part]}.weight"
 
 
-def _interleaved(module: str, weight: torch.Tensor, config) -> torch.Tensor:
+def file_rows(module: str, weight: torch.Tensor, config) -> torch.Tensor:
     """Rows of q and k as llama.cpp's converter stores them: the two rotary halves of a head alternate."""
     heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}.get(module.split(".")[-1])
     if heads is None:

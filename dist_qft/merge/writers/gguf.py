@@ -20,6 +20,7 @@ import numpy as np
 from torch import Tensor
 
 from dist_qft.base_model.gguf_file import GgufSource
+from dist_qft.base_model.model_tensors import check_names
 from dist_qft.base_model.skeleton import BaseModel
 from dist_qft.base_model.tokenizer import load_tokenizer, run_tokenizer
 from dist_qft.config.schema import RunConfig
@@ -63,6 +64,11 @@ class GgufTarget(MergedModel):
                 f"--to gguf: the base '{config.model.path}' is not a GGUF file, so metadata and tokenizer would be "
                 "missing; merge --to dense and convert that with llama.cpp's convert_hf_to_gguf.py, or train on a "
                 "GGUF file"
+            )
+        if stacks := [path for path in tiles if path in base.experts]:
+            raise UserError(
+                f"--to gguf: {stacks[0]} is a stack of experts, whose changes no GGUF file is written with; merge --to "
+                "quantized or dense, or train without method.targets: experts"
             )
         if config.method.tokens_to_train:
             require_writable(GgufSource(Path(config.model.path)), base.tables())
@@ -122,6 +128,7 @@ class GgufWriter:
     def __init__(self, live: LiveModel, recipe: Recipe, source: Path, template: str | None = None) -> None:
         self.recipe, self._template = recipe, template
         self._source = GgufSource(source)
+        self._tensors = check_names(live.base, self._source)
         self._weights = live.weights()
         self._adapters = live.adapters.by_path
         self.rows = GgufRows(self._source, live.token_rows)
@@ -130,7 +137,7 @@ class GgufWriter:
 
     def notes(self) -> list[str]:
         others = [
-            f"{path} ({self._source.gguf_type(f'{path}.weight')}, held as {weight.format.name})"
+            f"{path} ({self._type(path)}, held as {weight.format.name})"
             for path, weight in self._weights.items()
             if path not in self.recipe.tiles and not self._held_as_stored(path)
         ]
@@ -189,7 +196,11 @@ class GgufWriter:
     def _held_as_stored(self, path: str) -> bool:
         """True if the run computed with exactly the weights of the file; a dense weight is held as it was read."""
         format = self._weights[path].format
-        return format.name == "dense" or format == self._source.stored_format(f"{path}.weight")
+        return format.name == "dense" or format == self._tensors.stored_format(f"{path}.weight")
+
+    def _type(self, path: str) -> str:
+        """The GGUF type of a weight, for a stack of experts that of its first part."""
+        return self._source.gguf_type(self._tensors.stored_name(f"{path}.weight"))
 
 
 class OpenGguf:
