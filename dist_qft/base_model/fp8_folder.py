@@ -1,7 +1,8 @@
 """FP8 weights (E4M3, and E5M2): read as floats, their scales applied while rows are read.
 
-A weight is stored as 8-bit floats beside a scale: one for the tensor, one for each output, or one for each block of
-128 x 128 weights (DeepSeek). The true weight is the product. It is then quantized as any float weight is: a
+A weight is stored as 8-bit floats beside a scale: one for the tensor, one for each output, or one for each block, of
+128 x 128 weights (DeepSeek) or of a size that the settings state. The true weight is the product. What the settings say
+about activations does not concern weights. It is then quantized as any float weight is: a
 second quantization, which the run's notes report as one. The names differ:
 
     fp8 (Hugging Face, DeepSeek)     <module>.weight, <module>.weight_scale_inv
@@ -52,7 +53,7 @@ def fp8_weights(files: SafetensorsSource, settings: Mapping[str, Any]) -> Iterat
     Raises:
         CorruptFileError: a weight without a scale, or with one that fits neither tensor, rows nor blocks.
     """
-    names = files.names()
+    names, blocks = files.names(), _stated_blocks(settings)
     for name in sorted(names):
         module = name.removesuffix(".weight")
         if module == name or files.dtype(name) not in _TYPES or len(files.shape(name)) != 2:
@@ -61,25 +62,42 @@ def fp8_weights(files: SafetensorsSource, settings: Mapping[str, Any]) -> Iterat
         if scale is None:
             raise CorruptFileError(f"{files.where}: '{name}' is {files.dtype(name)} and has no scale beside it")
         rows, columns = files.shape(name)
-        block = _block(files, scale, (rows, columns), settings.get("weight_block_size"))
+        block = _block(files, scale, (rows, columns), blocks)
         words = {(rows, columns): "one scale", (1, columns): "a scale per output"}
         how = words.get(block, f"blocks of {block[0]} x {block[1]}")
         yield Fp8Weight(module, (rows, columns), f"FP8 {files.dtype(name).removeprefix('F8_')}, {how}", scale, block)
 
 
-def _block(files: SafetensorsSource, scale: str, shape: tuple[int, int], stated: object) -> tuple[int, int]:
+def _stated_blocks(settings: Mapping[str, Any]) -> list[tuple[int, int]]:
+    """The sizes of blocks, rows by columns, that a `quantization_config` states; 128 x 128 if it states none."""
+    groups = settings.get("config_groups")
+    weights = [group.get("weights") for group in groups.values() if isinstance(group, Mapping)] if groups else []
+    stated = [settings.get("weight_block_size")]
+    for each in weights:
+        if isinstance(each, Mapping):
+            stated += [each.get("block_structure"), [1, each.get("group_size")]]
+    found = []
+    for sizes in stated:
+        parts = sizes.lower().split("x") if isinstance(sizes, str) else sizes  # older folders have "128x128"
+        if isinstance(parts, list | tuple) and len(parts) == 2 and all(str(part).isdecimal() for part in parts):
+            found.append((int(parts[0]), int(parts[1])))
+    return [block for block in dict.fromkeys(found) if min(block) > 0] or [(128, 128)]
+
+
+def _block(
+    files: SafetensorsSource, scale: str, shape: tuple[int, int], stated: list[tuple[int, int]]
+) -> tuple[int, int]:
     rows, columns = shape
     found = files.shape(scale)
     if found in ((), (1,), (1, 1)):
         return shape
     if found in ((rows,), (rows, 1)):
         return (1, columns)
-    sizes = stated if isinstance(stated, list | tuple) and len(stated) == 2 else (128, 128)
-    if all(isinstance(size, int) and size > 0 for size in sizes):
-        block = (int(sizes[0]), int(sizes[1]))
-        if found == (-(-rows // block[0]), -(-columns // block[1])):
-            return block
-    raise CorruptFileError(
-        f"{files.where}: scale '{scale}' is {list(found)}, which fits neither a {rows} x {columns} weight, its rows, "
-        f"nor blocks of {list(sizes)}"
-    )
+    fitting = [block for block in stated if found == (-(-rows // block[0]), -(-columns // block[1]))]
+    if len(fitting) == 1:
+        return fitting[0]
+    blocks = " and ".join(f"{block[0]} x {block[1]}" for block in fitting or stated)
+    fault = f"fits neither a {rows} x {columns} weight, its rows, nor blocks of {blocks}"
+    if fitting:
+        fault = f"fits blocks of more than one size: {blocks}"
+    raise CorruptFileError(f"{files.where}: scale '{scale}' is {list(found)}, which {fault}")

@@ -38,7 +38,7 @@ def architecture_of(header: GgufHeader) -> str:
 
 
 def experts_of(header: GgufHeader) -> int:
-    """The number of experts in each layer of a mixture; 0 for a dense model. CorruptFileError if it is out of bounds."""
+    """The number of experts in a layer; 0 for a dense model. CorruptFileError if it is out of bounds."""
     return header.number(f"{architecture_of(header)}.expert_count", 0, 1 << 16, default=0)
 
 
@@ -92,7 +92,7 @@ def complete_config(config: PretrainedConfig, header: GgufHeader) -> PretrainedC
 
 
 def _mixture(config: PretrainedConfig, header: GgufHeader, prefix: str, experts: int) -> PretrainedConfig:
-    """The configuration of a mixture of experts. Mixtral's architecture is `llama`, which transformers takes for dense."""
+    """The configuration of a mixture. Mixtral's architecture is `llama`, which transformers takes for dense."""
     used = header.number(f"{prefix}.expert_used_count", 1, experts)
     if prefix == "llama":
         known = MixtralConfig().to_dict()

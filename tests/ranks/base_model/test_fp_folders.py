@@ -25,9 +25,12 @@ PARTS = ("_packed", "_scale", "_scale_inv", "_scale_2", "_global_scale")
 E2M1 = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0])
 FP8 = {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [16, 32]}
 COMPRESSED = {"quant_method": "compressed-tensors", "format": "mixed-precision", "config_groups": {}}
+WEIGHTS = {"num_bits": 8, "type": "float", "strategy": "block", "block_structure": [16, 32]}
+TOKENS = {"num_bits": 8, "type": "float", "strategy": "token", "dynamic": True}
 MODELOPT = {"quant_method": "modelopt", "quant_algo": "NVFP4"}
 VARIANTS: dict[str, dict[str, Any]] = {
     "fp8 blocks": FP8,
+    "fp8 blocks of a group": {**COMPRESSED, "config_groups": {"g": {"weights": WEIGHTS, "input_activations": TOKENS}}},
     "fp8 rows": COMPRESSED,
     "fp8 tensor": COMPRESSED,
     "mxfp4": COMPRESSED,
@@ -42,12 +45,11 @@ def pack(name: str, weight: torch.Tensor, generator: torch.Generator) -> tuple[d
     rows, columns = weight.shape
     if name.startswith("fp8"):
         code = (torch.randn(rows, columns, generator=generator) * 50).to(torch.float8_e4m3fn)
-        shape = {"fp8 blocks": (-(-rows // 16), -(-columns // 32)), "fp8 rows": (rows, 1), "fp8 tensor": (1,)}[name]
+        blocks = "blocks" in name
+        shape = {"fp8 rows": (rows, 1), "fp8 tensor": (1,)}.get(name, (-(-rows // 16), -(-columns // 32)))
         scale = torch.rand(shape, generator=generator) * 1e-3 + 1e-4
+        spread = scale.repeat_interleave(16, 0).repeat_interleave(32, 1)[:rows, :columns] if blocks else scale
         suffix = "weight_scale_inv" if name == "fp8 blocks" else "weight_scale"
-        spread = (
-            scale.repeat_interleave(16, 0).repeat_interleave(32, 1)[:rows, :columns] if suffix[-1] == "v" else scale
-        )
         return {"weight": code, suffix: scale}, code.float() * spread
     nibbles = torch.randint(0, 16, (rows, columns), generator=generator)
     codes = (nibbles[:, 0::2] | nibbles[:, 1::2] << 4).to(torch.uint8)
