@@ -2,7 +2,7 @@
 
     PYTHONPATH=. python benchmarks/plan_memory.py [NUMBER ...]
 
-Methods, engines, and checkpointing on and off; packed rows of 512 tokens, two per micro-batch, three steps. Measured is
+Methods, engines, and checkpointing on and off; packed rows of 512 tokens, one per micro-batch, two steps. Measured is
 the largest resident size of the fuller rank over its whole life (`peak_rss_bytes` of summary.json, the kernel's own).
 Memory does not depend on what else the machine does: the runs need no idle one. They take 10 minutes.
 """
@@ -37,7 +37,7 @@ RUNS = (
     ("qst", "replicated", False),
     ("qst", "zero", False),
 )
-PARTS = ("base", "gathered", "trainables", "gradients", "moments", "activations", "workspace", "runtime")
+PARTS = ("base", "gathered", "trainables", "gradients", "moments", "activations", "workspace", "allocator", "runtime")
 
 
 def main() -> None:
@@ -61,10 +61,10 @@ def tree_of(method: str, engine: str, checkpointing: bool, folder: str) -> dict[
         "model": {"path": str(cache() / GGUF)},
         "data": {"train": {"path": "stdlib-docs", "limit": 200}, "max_length": 512, "packing": True},
         "train": {
-            "max_steps": 3,
+            "max_steps": 2,
             "warmup_steps": 0,
-            "global_batch_size": 4,
-            "per_device_train_batch_size": 2,
+            "global_batch_size": 2,
+            "per_device_train_batch_size": 1,
             "gradient_checkpointing": checkpointing,
         },
         "sharding": {"engine": engine, "device": "cpu"},

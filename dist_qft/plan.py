@@ -159,7 +159,9 @@ def _memory(needed: MemoryPlan, config: RunConfig, place: Placement, limit: int 
     peak = sum(parts.values())
     fits = None if limit is None else peak <= limit
     remedy = needed.remedy(config, place, limit) if limit is not None and not fits else None
-    return {"memory": parts, "peak_bytes": peak, "memory_limit": limit, "fits": fits, "remedy": remedy}
+    loading = needed.load_peak(parts, planned_device(config.sharding.device).type)
+    fields = {"memory": parts, "peak_bytes": peak, "load_peak_bytes": loading}
+    return {**fields, "memory_limit": limit, "fits": fits, "remedy": remedy}
 
 
 def _with_times(plan: RunPlan, config: RunConfig, memory: MemoryPlan, machine: Machine, *, through: bool) -> RunPlan:

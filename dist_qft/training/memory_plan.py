@@ -1,15 +1,18 @@
 """The memory of a rank at its peak, by part, and the smallest shard group and the cheapest change that would fit.
 
-Base, trainables, gradients and moments are exact. Activations and workspace are estimates from the layers' shapes: they
-count the results that backward passes need, and neither the allocator's holes nor a kernel's own buffers.
+Base, trainables, gradients and moments are exact. What is gathered, activations and workspace are estimates from the
+layers' shapes: they count the results that backward passes need, and no kernel's own buffers. `docs/scaling.md` has
+them beside the live bytes of the real step and beside measured peaks.
 """
 
-from collections.abc import Iterator
+import os
+from collections.abc import Iterator, Mapping
 
 import psutil
 import torch
 
 from dist_qft.base_model.skeleton import BaseModel
+from dist_qft.config.methods.qst import QstConfig
 from dist_qft.config.schema import RunConfig
 from dist_qft.ranks.device import planned_device
 from dist_qft.ranks.world import World
@@ -21,9 +24,15 @@ from dist_qft.training.model_sizes import ModelSizes
 from dist_qft.training.planned_reduction import PlannedReduction
 from dist_qft.tuned_model.task import head_outputs
 
-_RUNTIME = {"cuda": 1 << 30, "cpu": 400 << 20}  # CUDA's context, cuBLAS and NCCL; Python with its packages
+_RUNTIME = {"cuda": 1 << 30, "cpu": 550 << 20}  # CUDA's context, cuBLAS and NCCL; Python with its packages
+_DEEPSPEED = 110 << 20  # with its packages
 _CHUNK_MEGABYTES = {"cuda": 64.0, "cpu": 8.0}
-_LAYERS_AT_ONCE = 2  # FSDP2 gathers the next layer while one is computed
+_AT_ONCE = 3  # a layer in use, the next one as it was gathered, and its copy in parameters
+_LOADING = 16 << 20  # the rows in hand of a weight that is read and quantized
+_SIDE_SAVED = 21  # float32 values that a layer of a side network keeps of each token, over its width
+# The holes that glibc before 2.38 keeps and does not use again, over the activations of all layers: also of those that
+# compute them again, which ask for the same blocks one after the other.
+_HOLES = 0.4
 
 
 class MemoryPlan:
@@ -43,51 +52,66 @@ class MemoryPlan:
         """Bytes of each part on the fullest rank."""
         engine, device = engine_of(config), planned_device(config.sharding.device).type
         reduction = PlannedReduction(config, self._trainable, world_size, 1)
+        gathered, workspace = self._passing(config, engine, device)
+        activations = self._activations(config)
+        unchecked = self._activations(_with(config, "train", gradient_checkpointing=False))
         return {
             "base": sum(engine.part_bytes(tensor, group) for tensor in self._tensors),
-            "gathered": self._gathered(config, engine),
+            "gathered": gathered,
             "trainables": reduction.buffer_bytes,
             "gradients": reduction.buffer_bytes + reduction.header_bytes,
             "moments": reduction.optimizer_bytes,
-            "activations": self._activations(config),
-            "workspace": self._workspace(config, device),
-            "runtime": _RUNTIME[device],
+            "activations": activations,
+            "workspace": workspace,
+            "allocator": int(_HOLES * unchecked) if device == "cpu" and _leaves_holes() else 0,
+            "runtime": _RUNTIME[device] + (_DEEPSPEED if engine.name == "zero" and device == "cpu" else 0),
         }
+
+    def load_peak(self, parts: Mapping[str, int], device: str) -> int:
+        """Bytes on the fullest rank while the base is read: its part, the rows in hand, and one weight's constants.
+
+        Rows are quantized on the CPU and only then go to a GPU, which holds nothing else of the run yet.
+        """
+        held = parts["base"] + parts["runtime"]
+        return held + (_LOADING + 4 * self.sizes.largest // 64 if device == "cpu" else 0)
 
     def peak(self, config: RunConfig, world_size: int, group: int) -> int:
         return sum(self.parts(config, world_size, group).values())
 
-    def _gathered(self, config: RunConfig, engine: Engine) -> int:
-        if engine.name == "replicated":
-            return 0
+    def _passing(self, config: RunConfig, engine: Engine, device: str) -> tuple[int, int]:
+        """Bytes gathered, and of workspace, at the fuller of two times: in the LM head's loss, and within a layer.
+
+        A unit is there twice when it has just been gathered: as it came, and in its parameters.
+        """
         sizes, sharding = self.sizes, config.sharding
-        layers = sizes.layer_bytes * _LAYERS_AT_ONCE
+        chunk = config.train.loss_chunk_megabytes or _CHUNK_MEGABYTES[device]
+        logits = 0 if head_outputs(config.task) else int(3 * chunk * 1e6)
+        in_layer = sizes.largest * sizes.itemsize + 2 * tokens_per_micro_batch(config) * sizes.widest * sizes.itemsize
+        if engine.name == "replicated":
+            return 0, max(logits, in_layer)
+        table, kept = sizes.table_bytes, 0
+        layers = sizes.layer_bytes * _AT_ONCE
         if engine.name == "zero":
-            layers = sizes.layer_bytes + int(sharding.prefetch_megabytes * 1e6)
+            layers = 2 * sizes.layer_bytes + int(sharding.prefetch_megabytes * 1e6)
         elif not sharding.reshard_after_forward:
-            layers = sizes.packed
-        return layers + sizes.table_bytes
+            kept, layers = sizes.packed, 0
+        times = [(kept + 2 * table, 0), (kept + table, logits), (kept + layers, in_layer)]
+        return max(times, key=sum)
 
     def _activations(self, config: RunConfig) -> int:
         sizes, train = self.sizes, config.train
         tokens = tokens_per_micro_batch(config)
         state = tokens * sizes.hidden * sizes.itemsize
-        layer = tokens * sizes.saved * sizes.itemsize
-        if not self._through_base:  # the side network reads a hidden state of every layer
-            return state * sizes.layers + layer
+        if isinstance(config.method, QstConfig):  # the side network reads a hidden state of every layer
+            side = tokens * _SIDE_SAVED * 4 * sizes.hidden // config.method.reduction
+            return (sizes.layers + 2) * state + sizes.layers * side
+        inputs = sizes.inputs // (getattr(config.method, "pool", None) or 1)
+        layer = tokens * (sizes.saved + inputs) * sizes.itemsize
         if not train.gradient_checkpointing:
             return layer * sizes.layers
         computed_again = -(-sizes.layers // train.checkpoint_every_n_layers)
         kept = 0 if train.offload_activations else state * computed_again
         return kept + layer * (sizes.layers - computed_again + 1)
-
-    def _workspace(self, config: RunConfig, device: str) -> int:
-        """One weight in the compute dtype, a chunk of logits with its gradient, and a layer's results in passing."""
-        sizes = self.sizes
-        chunk = config.train.loss_chunk_megabytes or _CHUNK_MEGABYTES[device]
-        logits = 0 if head_outputs(config.task) else int(3 * chunk * 1e6)
-        passing = 2 * tokens_per_micro_batch(config) * sizes.widest * sizes.itemsize
-        return sizes.largest * sizes.itemsize + logits + passing
 
     def smallest_group(self, config: RunConfig, place: Placement, limit: int) -> int:
         """The fewest ranks per shard group whose plan is within `limit` bytes; all ranks if none is.
@@ -175,6 +199,15 @@ def detected_memory(device: torch.device, ranks_on_node: int) -> int | None:
             return None
         return torch.cuda.mem_get_info(device)[1]
     return psutil.virtual_memory().total // ranks_on_node
+
+
+def _leaves_holes() -> bool:
+    """True with a glibc that does not use an aligned hole again (its bug 14581; `sharding.host_memory`)."""
+    try:
+        name, version = (os.confstr("CS_GNU_LIBC_VERSION") or "").split()
+    except (OSError, ValueError):  # not glibc
+        return False
+    return name == "glibc" and tuple(map(int, version.split(".")[:2])) < (2, 38)
 
 
 def _group_sizes(place: Placement) -> list[int]:

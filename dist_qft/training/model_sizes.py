@@ -23,6 +23,7 @@ class ModelSizes:
         table_bytes: packed bytes of the largest vocabulary table.
         largest: weights of the largest matrix.
         saved: elements in the compute dtype that a layer keeps of each token for its backward pass.
+        inputs: elements per token that a layer's matrices are given, which adapters keep: each distinct input once.
         widest: the widest of a layer's intermediate results, per token.
         itemsize: bytes of an element in the compute dtype.
     """
@@ -37,6 +38,7 @@ class ModelSizes:
     table_bytes: int
     largest: int
     saved: int
+    inputs: int
     widest: int
     itemsize: int
 
@@ -54,14 +56,14 @@ class ModelSizes:
                 share *= experts
             depth = base.depth_of(path)
             by_depth[depth] = by_depth.get(depth, 0.0) + share * rows
-            if columns != hidden:  # results within the layer: of attention, and of the activation function twice
+            if columns != hidden:  # results within the layer: of attention, and of the activation function
                 by_depth[depth] += share * columns
                 inner[depth] = max(inner.get(depth, 0), int(share * columns))
             active += share * rows * columns
             weights += prod(module.weight_shape)
             largest, widest = max(largest, prod(module.weight_shape)), max(widest, int(share * rows))
         fp32 = 8 // base.dtype.itemsize  # both norms keep their input in float32
-        saved = max((int(each) + inner.get(depth, 0) for depth, each in by_depth.items()), default=0)
+        saved = max((int(each) for each in by_depth.values()), default=0)
         layer_bytes = [sum(p.nbytes for p in layer.parameters()) for layer in base.layers]
         tables = [sum(p.nbytes for p in table.parameters()) for table in base.units.tables]
         total = sum(getattr(module, name).nbytes for module, name in parameter_owners(base.units))
@@ -75,7 +77,8 @@ class ModelSizes:
             layer_bytes=max(layer_bytes),
             table_bytes=max(tables),
             largest=largest,
-            saved=saved + hidden * (2 + fp32),
+            saved=saved + hidden * fp32,
+            inputs=2 * hidden + max(inner.values(), default=0),
             widest=widest,
             itemsize=base.dtype.itemsize,
         )

@@ -84,6 +84,7 @@ class RunPlan:
         checkpoint_bytes: trainables (fp32) and optimizer state.
         memory: bytes on the fullest rank at its peak, by part; see `memory_plan`.
         peak_bytes: their sum.
+        load_peak_bytes: the same while the base is read, before anything is trained.
         memory_limit: bytes that a rank may use; None if nobody said.
         fits: whether the peak is within the limit; None without one.
         remedy: overrides with which the run would fit; None if it does, or if none is known.
@@ -117,6 +118,7 @@ class RunPlan:
     warnings: list[str]
     memory: dict[str, int]
     peak_bytes: int
+    load_peak_bytes: int
     memory_limit: int | None
     fits: bool | None
     remedy: str | None

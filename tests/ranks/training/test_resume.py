@@ -78,7 +78,8 @@ def test_stops_anywhere_change_no_byte(pools, tiny_llama, tmp_path, undisturbed)
 def test_any_number_of_ranks_and_any_engine_continue_with_the_same_samples(pools, tiny_llama, tmp_path, undisturbed):
     config = tiny_config(tiny_llama, tmp_path / "run")
     for step, ranks, engine in [(5, 4, "fsdp"), (9, 1, "replicated"), (14, 2, "replicated"), (STEPS, 4, "fsdp")]:
-        sharding = config.sharding.model_copy(update={"engine": engine})
+        group = 2 if ranks == 4 else "world"  # on four ranks the base is there twice
+        sharding = config.sharding.model_copy(update={"engine": engine, "group": group})
         train = config.train.model_copy(update={"shard_optimizer": ranks == 4})
         outcome = run_to(pools[ranks], config.model_copy(update={"sharding": sharding, "train": train}), step)
     assert outcome.data_chain == undisturbed[0].data_chain
