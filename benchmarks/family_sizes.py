@@ -69,7 +69,7 @@ _OWN: dict[str, dict[str, Any]] = {
     "zaya": {"num_experts_per_tok": 1},
     "bamba": {"attn_layer_indices": [1]},
     **dict.fromkeys(_TURNING, _TURNS),
-    "bailing_hybrid": {"num_group": 1, "layer_types": ["linear_attention", "full_attention"]},
+    "bailing_hybrid": {"n_group": 1, "layer_types": ["linear_attention", "full_attention"]},
     "granitemoehybrid": _LINEAR,
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1, "use_mamba_kernels": False, "mamba_dt_rank": 32},
     "kimi_linear": _LINEAR,
