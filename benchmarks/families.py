@@ -154,8 +154,9 @@ def page(rows: list[Row]) -> str:
         "",
         f"Made by `PYTHONPATH=. python benchmarks/families.py ROWS.jsonl >docs/models.md` on {date.today()} with "
         f"transformers {transformers.__version__} and torch {torch.__version__.partition('+')[0]}: for every causal or "
-        "multimodal language model that transformers knows, a tiny random model is written as it is published, read by this project, and its float32 logits are "
-        "compared with transformers' own. Differences are relative to the largest logit. Of a multimodal model "
+        "multimodal language model that transformers knows, a tiny random model is written as it is published, read by "
+        "this project, and its float32 logits are compared with transformers' own. Differences are relative to the "
+        "largest logit. Of a multimodal model "
         "(`...ForConditionalGeneration`) the text decoder is read, and tried on text (docs/multimodal.md).",
         "",
         "## Numbers",
