@@ -15,7 +15,7 @@ import signal
 import sys
 import tempfile
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from datetime import date
 from pathlib import Path
@@ -24,7 +24,9 @@ import torch
 import transformers
 from family_runs import (
     NEAR,
+    WORLDS,
     base_difference,
+    losses_difference,
     opened,
     packs,
     quiet,
@@ -72,6 +74,7 @@ class Row:
     dense: str = ""
     peft: str = ""
     qst: str = ""
+    losses: str = ""
     faults: list[str] = field(default_factory=list)
 
 
@@ -79,7 +82,7 @@ class TookTooLong(Exception):
     """A step of one model type has not come to an end."""
 
 
-def try_family(kind: str, folder: Path, pool: RankPool) -> Row:
+def try_family(kind: str, folder: Path, pools: Mapping[int, RankPool]) -> Row:
     row = Row(kind)
     try:
         save_random(tiny_config(kind), folder)
@@ -106,17 +109,19 @@ def try_family(kind: str, folder: Path, pool: RankPool) -> Row:
     row.quantized = str(said(row.faults, lambda: share_in_4_bits(base)))
     row.packing = "yes" if said(row.faults, lambda: packs(base)) == "yes" else "no"
     if kind in TUNED:
-        _tune(row, folder, pool)
+        _tune(row, folder, pools)
     return row
 
 
-def _tune(row: Row, folder: Path, pool: RankPool) -> None:
+def _tune(row: Row, folder: Path, pools: Mapping[int, RankPool]) -> None:
     attention = row.attention
-    outcome = said(row.faults, lambda: pool.run(tune, folder=folder, attention=attention)[0])
+    outcome = said(row.faults, lambda: pools[2].run(tune, folder=folder, attention=attention)[0])
     if isinstance(outcome, str):
         row.qlora = row.qst = outcome
         return
     row.qlora, row.qst, row.peft = outcome["qlora"], outcome["qst"], outcome.get("peft", "")
+    formats = {name: outcome[name] for name in ("qlora", "qst") if outcome[name] in ("nf4", "dense")}
+    row.losses = _number(said(row.faults, lambda: losses_difference(pools, folder, attention, formats)))
     run = Path(run_config(folder, attention, "qlora", row.qlora).output_dir) if "peft" in outcome else None
     if run is None:
         return
@@ -170,10 +175,11 @@ def page(rows: list[Row]) -> str:
         "that run (dense where the tiny sizes allow no other). *dense*: logits of transformers on `merge --to dense` "
         "against the tuned model's. *PEFT*: the same of stock PEFT on `merge --to peft`. A word stands for a "
         "refusal; its line is below. *in 4 bits*: share of the decoder layers' matrices that nf4 holds, smaller here "
-        "than in real models. *packing*: `data.packing` keeps samples apart.",
+        "than in real models. *packing*: `data.packing` keeps samples apart. *ranks*: losses of both methods "
+        "on 2 ranks under zero and on 3 under fsdp against those of one rank, relative.",
         "",
-        "| model type | attention | logits | in 4 bits | packing | qlora | dense | PEFT | qst |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "| model type | attention | logits | in 4 bits | packing | qlora | dense | PEFT | qst | ranks |",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]
     notes: list[str] = []
     for row in tuned:
@@ -181,7 +187,9 @@ def page(rows: list[Row]) -> str:
         cells = {name: _short(text) for name, text in steps.items()}
         notes += [f"* {row.kind}, {name}: {_plain(text)}" for name, text in steps.items() if _short(text) != text]
         first = f"| {row.kind} | {row.attention} | {row.logits} | {cells['quantized']} | {row.packing} "
-        lines.append(first + "".join(f"| {cells[name]} " for name in ("qlora", "dense", "peft", "qst")) + "|")
+        lines.append(
+            first + "".join(f"| {cells[name]} " for name in ("qlora", "dense", "peft", "qst")) + f"| {row.losses} |"
+        )
     lines += ["", "What is refused of these:", "", *notes] if notes else []
     lines += ["", "## Read", "", "Same logits, not trained here.", ""]
     lines += ["| model type | attention | logits | packing |", "|---|---|---|---|"]
@@ -204,6 +212,11 @@ def _plain(text: str) -> str:
     return text.partition("model.path: ")[2].replace("|", "/") or text.replace("|", "/")
 
 
+def close(pools: Mapping[int, RankPool]) -> None:
+    for pool in pools.values():
+        pool.close()
+
+
 def main(file: Path, kinds: list[str]) -> int:
     logging.set_verbosity_error()
     logging.disable_progress_bar()
@@ -213,15 +226,15 @@ def main(file: Path, kinds: list[str]) -> int:
     rows = {row["kind"]: Row(**row) for row in known}
     every = sorted({*MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, *MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES})
     every.sort(key=lambda kind: TUNED.index(kind) if kind in TUNED else len(TUNED))
-    pool = RankPool(2)
+    pools = {ranks: RankPool(ranks) for ranks in WORLDS}
     for kind in [kind for kind in kinds or every if kind not in rows]:
         with tempfile.TemporaryDirectory() as place:
             folder = Path(place) / "model"
             try:
                 with at_most(SECONDS), quiet():
-                    row = try_family(kind, folder, pool)
+                    row = try_family(kind, folder, pools)
             except TookTooLong:
-                pool.close()
+                close(pools)
                 row = Row(kind, result="no end", faults=[f"no end after {SECONDS} s"])
             text = json.dumps(asdict(row)).replace(f"'{folder}'", "the folder").replace(str(folder), "the folder")
             rows[kind] = Row(**json.loads(text.replace(place, "")))
@@ -229,7 +242,7 @@ def main(file: Path, kinds: list[str]) -> int:
             log.write(json.dumps(asdict(rows[kind])) + "\n")
         for fault in rows[kind].faults:
             print(f"{kind}: {fault}", file=sys.stderr, flush=True)
-    pool.close()
+    close(pools)
     print(page([rows[kind] for kind in sorted(rows)]))
     return 1 if any(row.faults for row in rows.values()) else 0
 

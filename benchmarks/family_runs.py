@@ -1,7 +1,7 @@
 """The steps of `families.py` with one tiny model: its logits, a tuned model on 2 ranks, and the readers of that."""
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +18,12 @@ from dist_qft.errors import DistQFTError
 from dist_qft.sharding.replicated import ReplicatedEngine
 from dist_qft.tuned_model.loaded_model import LoadedModel
 from tests.support.merges import merge_run
+from tests.support.rank_pool import RankPool
 from tests.support.tiny_model import VOCABULARY, tiny_config
 from tests.support.whole_runs import train_losses
 
 CPU = torch.device("cpu")
+WORLDS = {1: "replicated", 2: "zero", 3: "fsdp"}  # engine by the number of ranks
 NEAR = 1e-4  # of the largest logit
 METHODS = {"qlora": {"name": "qlora", "rank": 2}, "qst": {"name": "qst", "reduction": 4, "downsample_rank": 4}}
 
@@ -89,6 +91,35 @@ def run_config(folder: Path, attention: str, method: str, linear: str) -> RunCon
         merge={"at_end": "dense", "dtype": "float32"} if method == "qlora" else {},
     )
     return config.model_copy(update={"model": config.model.model_copy(update={"attention": attention})})
+
+
+def losses_difference(pools: Mapping[int, RankPool], folder: Path, attention: str, formats: Mapping[str, str]) -> float:
+    """The largest relative difference of a loss in other worlds from that of one rank; the base's format by method."""
+    largest = 0.0
+    for method, linear in formats.items():
+        config = run_config(folder, attention, method, linear)
+        losses = {}
+        for ranks, engine in WORLDS.items():
+            changes = {"engine": engine}
+            world = config.model_copy(
+                update={
+                    "output_dir": f"{config.output_dir}-{ranks}",
+                    "merge": type(config.merge)(),
+                    "sharding": config.sharding.model_copy(update=changes),
+                    "train": config.train.model_copy(update={"global_batch_size": 6, "per_device_train_batch_size": 1}),
+                }
+            )
+            losses[ranks] = pools[ranks].run(quietly_trained, config=world)[0]
+        for ranks in WORLDS:
+            found = [abs(loss - one) / abs(one) for loss, one in zip(losses[ranks], losses[1], strict=True)]
+            largest = max(largest, *found)
+    return largest
+
+
+def quietly_trained(config: RunConfig) -> list[float]:
+    """The losses of a run, on a rank."""
+    with quiet():
+        return train_losses(config)
 
 
 def tune(folder: Path, attention: str) -> dict[str, str]:
