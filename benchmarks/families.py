@@ -24,6 +24,7 @@ import torch
 import transformers
 from family_runs import (
     NEAR,
+    NO_TEXT_ALONE,
     WORLDS,
     base_difference,
     losses_difference,
@@ -104,8 +105,8 @@ def try_family(kind: str, folder: Path, pools: Mapping[int, RankPool]) -> Row:
     found = said(row.faults, lambda: base_difference(base, folder, row.attention))
     row.logits = _number(found)
     row.result = "works" if isinstance(found, float) and found < NEAR else "other logits"
-    if isinstance(found, str) and found.startswith("read,"):
-        row.logits, row.result = "", found
+    if found == NO_TEXT_ALONE:
+        row.logits, row.result = "", NO_TEXT_ALONE
     row.quantized = str(said(row.faults, lambda: share_in_4_bits(base)))
     row.packing = "yes" if said(row.faults, lambda: packs(base)) == "yes" else "no"
     if kind in TUNED:

@@ -25,6 +25,7 @@ from tests.support.whole_runs import train_losses
 CPU = torch.device("cpu")
 WORLDS = {1: "replicated", 2: "zero", 3: "fsdp"}  # engine by the number of ranks
 NEAR = 1e-4  # of the largest logit
+NO_TEXT_ALONE = "read, but transformers' own model computes nothing from text alone"
 METHODS = {"qlora": {"name": "qlora", "rank": 2}, "qst": {"name": "qst", "reduction": 4, "downsample_rank": 4}}
 
 
@@ -61,7 +62,7 @@ def base_difference(base: BaseModel, folder: Path, attention: str) -> float | st
     except TypeError as error:
         if "required positional argument" not in str(error):
             raise
-        return "read, but transformers' own model computes nothing from text alone"
+        return NO_TEXT_ALONE
     return difference(base.model(input_ids=ids()).logits, expected)
 
 
@@ -100,12 +101,11 @@ def losses_difference(pools: Mapping[int, RankPool], folder: Path, attention: st
         config = run_config(folder, attention, method, linear)
         losses = {}
         for ranks, engine in WORLDS.items():
-            changes = {"engine": engine}
             world = config.model_copy(
                 update={
                     "output_dir": f"{config.output_dir}-{ranks}",
                     "merge": type(config.merge)(),
-                    "sharding": config.sharding.model_copy(update=changes),
+                    "sharding": config.sharding.model_copy(update={"engine": engine}),
                     "train": config.train.model_copy(update={"global_batch_size": 6, "per_device_train_batch_size": 1}),
                 }
             )

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from queue import Empty, Queue
 from threading import Thread
@@ -43,7 +44,7 @@ class Chat:
 
     Attributes:
         trainables: None for a merged model.
-        answering: entered for each answer, and told whether it is the tuned model's.
+        answering: entered for each answer; its keyword `tuned` says whether the answer is the tuned model's.
         output: gets answers and remarks; None on ranks other than 0.
         today: the date for chat templates that print it; None takes the day of each answer.
     """
@@ -57,7 +58,7 @@ class Chat:
     output: TextIO | None = None
     today: datetime.date | None = None
     turns: Messages = field(default_factory=list)
-    answering: Callable[[bool], AbstractContextManager[None]] = field(default=lambda tuned: nullcontext())
+    answering: Callable[..., AbstractContextManager[None]] = field(default=lambda *, tuned: nullcontext())
 
     def take(self, line: str) -> bool:
         """Act on one line of input; False if it ends the chat. Collective."""
@@ -109,7 +110,7 @@ class Chat:
             self._say(f"({length} tokens and an answer do not fit into the model's {limit}; /reset begins anew)")
             return None
         streamer = None if self.output is None else Streamer(self.tokenizer, self.output)
-        with self.answering(tuned):
+        with self.answering(tuned=tuned):
             return answers(self.base, self.tokenizer, [prompt], self.sampling, self.device, self.today, streamer)[0]
 
     def _say(self, text: str) -> None:
@@ -155,9 +156,8 @@ def _opened(path: str, sampling: Sampling, system: str | None) -> Iterator[Chat]
     with opened_to_answer(path, doing="a chat", request={"settings": repr((sampling, system))}) as run:
         output = sys.stdout if run.world.rank == 0 else None
         base, trainables, today = run.parts.base, run.parts.trainables, date_of(run.config)
-        chat = Chat(base, run.tokenizer, trainables, run.device, sampling, system, output, today)
-        chat.answering = lambda tuned: run.parts.answering(run.device, tuned=tuned)
-        yield chat
+        answering = partial(run.parts.answering, run.device)
+        yield Chat(base, run.tokenizer, trainables, run.device, sampling, system, output, today, answering=answering)
 
 
 def _read(asking: bool) -> str | None:

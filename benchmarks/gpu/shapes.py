@@ -6,21 +6,19 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dist_qft.base_model.load import load_base
 from dist_qft.base_model.skeleton import BaseModel, build_skeleton
-from dist_qft.base_model.sources import Rows
+from dist_qft.base_model.sources import FloatSource, Rows
 from dist_qft.config.schema import RunConfig
 from dist_qft.methods.adapters.attach import AdapterSet
 from dist_qft.methods.adapters.exact_fold import folded, zeros_of
 from dist_qft.methods.specs import make_spec
-from dist_qft.quant.contract import Format
 from dist_qft.sharding.engine import Engine
 from dist_qft.sharding.engines import engine_of
-from dist_qft.tuned_model.assemble import attach_trainables, settle_on
+from dist_qft.tuned_model.assemble import attach_trainables, materialize
 
 
 @dataclass(frozen=True)
-class RandomWeights:
+class RandomWeights(FloatSource):
     """A source of a base's tensors, made on `device` when they are read, and read on the CPU as those of files are."""
 
     shapes: dict[str, tuple[int, ...]]
@@ -39,22 +37,6 @@ class RandomWeights:
         """Always."""
         return True
 
-    def kind(self, name: str) -> str | None:
-        """None: no file quantizes it."""
-        return None
-
-    def stored_format(self, name: str) -> Format | None:
-        """None, likewise."""
-        return None
-
-    def kept_format(self, name: str) -> Format | None:
-        """None, likewise."""
-        return None
-
-    def read_packed(self, name: str, rows: Rows = None) -> dict[str, Tensor]:
-        """Nothing is packed."""
-        raise NotImplementedError(name)
-
     def read(self, name: str, rows: Rows = None) -> Tensor:
         """Other values with each call."""
         height, *others = self.shapes[name]
@@ -67,9 +49,7 @@ def loaded(config: RunConfig, device: torch.device) -> tuple[BaseModel, Engine, 
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     base, engine = build_skeleton(config.model, config.quantization, dtype), engine_of(config)
     started = time.perf_counter()
-    engine.shard(base.units, device)
-    settle_on(base, device)
-    load_base(base, RandomWeights(base.shapes, device), engine, device)
+    materialize(base, RandomWeights(base.shapes, device), engine, device)
     return base, engine, time.perf_counter() - started
 
 

@@ -19,10 +19,8 @@ from dist_qft.data.batches import MicroBatch
 from dist_qft.methods.specs import make_spec
 from dist_qft.sharding.engines import engine_of
 from dist_qft.training.activations import checkpoint_activations
-from dist_qft.training.flat_parameters import FlatParameters
-from dist_qft.training.optimizer import make_optimizer
 from dist_qft.training.step_meter import held_bytes
-from dist_qft.training.train_step import RANK_STATS, TrainStep
+from dist_qft.training.train_step import make_train_step
 from dist_qft.tuned_model.assemble import attach_trainables, settle_on
 
 AFFINE4 = {"linear": "affine4", "block": [1, 32]}
@@ -83,10 +81,8 @@ def training_step(config: RunConfig, length: int, device: torch.device) -> Calla
     base, engine = random_base(config, device, dtype)
     spec = make_spec(config, base)
     parts = attach_trainables(config, base, engine, spec, device)
-    flat = FlatParameters(parts.named_tensors(), bucket_bytes=25 << 20, rank_stats_size=RANK_STATS)
+    training = make_train_step(config, parts, make_forward_of(base, device), accumulation=1, total_steps=1000)
     checkpoint_activations(base.model, config.train, device)
-    forward = make_forward_of(base, device)
-    training = TrainStep(forward, parts, flat, make_optimizer(config.train, flat.parts), config.train, 1000)
     parts.trainables.train()
     batch = packed_batch(length, base.vocab_size)
     if device.type == "cuda":

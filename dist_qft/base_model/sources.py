@@ -121,7 +121,23 @@ class _Entry:
     start: int
 
 
-class SafetensorsSource:
+class FloatSource:
+    """The part of `TensorSource` that is the same for all sources of plain floats."""
+
+    def kind(self, name: str) -> str | None:
+        return None
+
+    def stored_format(self, name: str) -> Format | None:
+        return None
+
+    def kept_format(self, name: str) -> Format | None:
+        return None
+
+    def read_packed(self, name: str, rows: Rows = None) -> dict[str, Tensor]:
+        raise NotImplementedError(f"{name}: nothing here is packed")
+
+
+class SafetensorsSource(FloatSource):
     """A Hugging Face folder: one safetensors file or several with an index."""
 
     def __init__(self, folder: Path) -> None:
@@ -161,18 +177,6 @@ class SafetensorsSource:
         entry = self._entries[name]
         matrix = replace(entry, shape=(math.prod(entry.shape) // width, width))
         return _read(matrix, ((first, stop), (0, width)))
-
-    def kind(self, name: str) -> str | None:
-        return None
-
-    def stored_format(self, name: str) -> Format | None:
-        return None
-
-    def kept_format(self, name: str) -> Format | None:
-        return None
-
-    def read_packed(self, name: str, rows: Rows = None) -> dict[str, Tensor]:
-        raise NotImplementedError("a plain folder holds nothing packed")
 
 
 def read_box(source: TensorSource, name: str, box: Sequence[tuple[int, int]]) -> Tensor:

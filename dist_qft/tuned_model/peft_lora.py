@@ -16,6 +16,7 @@ from dist_qft.methods.adapters.token_rows import TrainedTokens
 from dist_qft.methods.trainable import TrainableSpec
 
 KEY = "method.init_from"
+PEFT_CONFIG = "adapter_config.json"
 # Features that our LoRA lacks: a folder that uses one would lose something of it.
 _UNKNOWN_TO_US = ("use_dora", "modules_to_save", "fan_in_fan_out", "layer_replication")
 _ROWS = ".token_adapter.trainable_tokens_delta"  # PEFT's name; whole rows all the same
@@ -113,7 +114,7 @@ def _scale(config: dict[str, Any], path: str, tensor: Tensor, kind: str) -> floa
     own = [value for key, value in patterns.items() if _ends_with(path, key)]
     alpha = own[0] if own else config.get("lora_alpha")
     if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not math.isfinite(alpha):
-        raise CorruptFileError(f"adapter_config.json: lora_alpha is {alpha!r}, must be a number")
+        raise CorruptFileError(f"{PEFT_CONFIG}: lora_alpha is {alpha!r}, must be a number")
     return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
 
 

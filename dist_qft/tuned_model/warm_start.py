@@ -26,9 +26,9 @@ from dist_qft.ranks.collectives import everywhere
 from dist_qft.storage.checkpoint import TRAINER_STATE, list_checkpoints
 from dist_qft.tuned_model.assemble import Assembled
 from dist_qft.tuned_model.checkpointed import find_checkpoint, settings_in
-from dist_qft.tuned_model.peft_lora import KEY, read_peft_lora
+from dist_qft.tuned_model.peft_lora import KEY, PEFT_CONFIG, read_peft_lora
 
-PEFT_CONFIG, PEFT_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+PEFT_WEIGHTS = "adapter_model.safetensors"
 OUR_KINDS = tuple(kind.spec.peft_type for kind in KINDS.values())
 
 

@@ -25,6 +25,7 @@ from dist_qft.merge.token_rows import TokenRowsInUse, add_token_rows, reading, r
 from dist_qft.methods.adapters.exact_fold import folded
 from dist_qft.methods.adapters.tile_adapter import TileAdapter
 from dist_qft.quant.frozen import FrozenWeight
+from dist_qft.ranks.device import dtype_name
 from dist_qft.tuned_model.loaded_model import open_base
 
 
@@ -62,7 +63,7 @@ class MergedModel(Target):
 
     def read_back(self, result: Path, kind: Kind, live: LiveModel, probe: Probe) -> tuple[Difference, torch.Tensor]:
         # Weights as they are stored; logits as the run's own compute dtype makes them.
-        attention, precision = attention_of(live.base), str(live.base.dtype).removeprefix("torch.")
+        attention, precision = attention_of(live.base), dtype_name(live.base.dtype)
         written = open_base(result, probe.device, attention, precision="float32")
         difference, adapters = Difference(), live.adapters.by_path
         if kind == "exact":
