@@ -14,12 +14,16 @@ Options, restarts and log files are torchrun's own, with these differences:
 * Several nodes meet at --master-addr and --master-port, each as its --node-rank; a single one listens on loopback only.
   See `rendezvous`; another --rdzv-backend or --standalone is torchrun's own.
 * OMP_NUM_THREADS defaults to the cores divided by the ranks, not to 1.
+* Ranks on CPUs are forked from the launcher once it has imported what they need; see `forked`. `top` calls them
+  "rank 0", "rank 1", ...; `ps` shows the launcher's command.
 * With `--dry-run` among ARGS no rank starts: the command is printed and, for `train`, the plan of that
   world.
 
 Not here: the ranks' side (ranks/).
 """
 
+import gc
+import importlib
 import logging
 import os
 import shlex
@@ -41,6 +45,7 @@ from torch.distributed.run import determine_local_world_size, get_args_parser, p
 
 from dist_qft.errors import DistQFTError, PeerLostError, SetupError, UserError
 from dist_qft.launch.agent import LaunchState, ending, first_failure, use_our_agent
+from dist_qft.launch.forked import ForkedRanks, can_fork
 from dist_qft.launch.rendezvous import BACKEND, use_our_rendezvous
 from dist_qft.ranks.launchers import LAUNCHER
 from dist_qft.ranks.preemption import INTERRUPTED, SECOND_INTERRUPT_SECONDS, heeded, leave_before_the_run
@@ -111,12 +116,14 @@ def _dry_run(args: Namespace, argv: Sequence[str]) -> int:
 
 
 def _launch(args: Namespace) -> int:
-    if "LOGLEVEL" not in os.environ:  # torchrun's own switch for how much it says
-        logging.disable(logging.ERROR)
     threads = len(os.sched_getaffinity(0)) // int(args.nproc_per_node)
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, threads)))
+    _require_signals(args.signals_to_handle)
+    forked = _fork_ranks(args)
+    if "LOGLEVEL" not in os.environ:  # torchrun's own switch for how much it says
+        logging.disable(logging.ERROR)
     state = LaunchState()
-    signals = _Signals(args.signals_to_handle.split(","), args.shutdown_timeout, state)
+    signals = _Signals(args.signals_to_handle.split(","), args.shutdown_timeout, state, forked)
     os.environ[LAUNCHER] = launcher_mark()  # for the ranks
     # Ranks that lost a peer have nothing to save: one that stays long hangs. A checkpoint may be being written.
     args.shutdown_timeout = min(args.shutdown_timeout, _CLEARING_SECONDS)
@@ -139,6 +146,26 @@ def _launch(args: Namespace) -> int:
     return 0
 
 
+def _fork_ranks(args: Namespace) -> ForkedRanks | None:
+    """The ranks of this node as processes that wait for torchrun; None if it must start them from nothing."""
+    if not can_fork(args):
+        return None
+    if args.training_script == "dist_qft":
+        # By name, since it is above this module: the launcher itself has no use for it.
+        importlib.import_module("dist_qft.cli.preload").preload(args.training_script_args)
+    gc.freeze()  # collecting garbage would write to memory that the ranks share
+    forked = ForkedRanks(args.training_script, int(args.nproc_per_node))
+    forked.use()
+    return forked
+
+
+def _require_signals(names: str) -> None:
+    """Raise UserError unless `names`, separated by commas, are names of signals."""
+    for name in names.split(","):
+        if name not in signal.Signals.__members__:
+            raise UserError(f"--signals-to-handle: got {names}, there is no signal {name!r}")
+
+
 def _meet_our_way(args: Namespace) -> None:
     use_our_rendezvous()
     args.nnodes = str(parse_min_max_nnodes(args.nnodes)[1])
@@ -152,20 +179,22 @@ def _meet_our_way(args: Namespace) -> None:
 class _Signals:
     """A handler of stop signals: passes them on to the ranks, and kills those left `grace_seconds` after the first."""
 
-    def __init__(self, names: Sequence[str], grace_seconds: int, state: LaunchState) -> None:
+    def __init__(
+        self, names: Sequence[str], grace_seconds: int, state: LaunchState, forked: ForkedRanks | None
+    ) -> None:
         self.hurried = False
         self._state = state
+        self._forked = forked
         self._grace_seconds = grace_seconds
         self._interrupted_at = -SECOND_INTERRUPT_SECONDS
         for name in names:
-            if name not in signal.Signals.__members__:
-                raise UserError(f"--signals-to-handle: got {','.join(names)}, there is no signal {name!r}")
             if heeded(signal.Signals[name]):
                 signal.signal(signal.Signals[name], self._forward)
         signal.signal(signal.SIGALRM, self._kill_after_grace)
 
     def _forward(self, number: int, frame: FrameType | None) -> None:
-        ranks = psutil.Process().children()
+        waiting = self._forked.waiting if self._forked else set()
+        ranks = [process for process in psutil.Process().children() if process.pid not in waiting]
         if not ranks:
             leave_before_the_run(number)
         self._state.stopping = True

@@ -12,6 +12,13 @@ import psutil
 TIMEOUT_SECONDS = 180
 
 
+def is_rank(process: psutil.Process, rank: int | None = None) -> bool:
+    """True if this process is a rank, or that rank: by its environment, or by its name if the launcher forked it."""
+    name, variable = process.name(), process.environ().get("RANK")
+    number = name.removeprefix("rank ") if name.startswith("rank ") else variable
+    return number is not None and rank in (None, int(number))
+
+
 class Finished(NamedTuple):
     """The outcome of a command as the shell sees it."""
 
@@ -56,7 +63,7 @@ class Command:
     def rank(self, rank: int) -> psutil.Process:
         """One of the processes that the launcher started."""
         ranks = psutil.Process(self.process.pid).children(recursive=True)
-        return next(process for process in ranks if process.environ().get("RANK") == str(rank))
+        return next(process for process in ranks if is_rank(process, rank))
 
     def finish(self, seconds: float = TIMEOUT_SECONDS) -> Finished:
         out, err = self.process.communicate(timeout=seconds)

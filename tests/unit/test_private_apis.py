@@ -85,6 +85,15 @@ def test_torchrun_still_starts_the_agent_by_its_name():
     assert "LocalElasticAgent(" in inspect.getsource(api.launch_agent)
 
 
+def test_torchrun_still_starts_ranks_by_that_name():
+    from torch.distributed.elastic.multiprocessing.api import SubprocessContext
+    from torch.distributed.elastic.multiprocessing.subprocess_handler import SubprocessHandler
+
+    start, handler = inspect.getsource(SubprocessContext._start), inspect.getsource(SubprocessHandler)
+    assert "get_subprocess_handler(" in start and "local_rank_id=local_rank" in start
+    assert "self._popen(args_str, env_vars)" in handler
+
+
 def private_names(tree: ast.Module) -> set[str]:
     """The names with a leading underscore that are read from something else than `self`, or imported from a package."""
     names = set()

@@ -222,6 +222,20 @@ def free_port() -> str:
         return str(probe.getsockname()[1])
 
 
+def test_a_signal_ends_a_node_that_waits_for_the_others(start) -> None:
+    """Its ranks, which are there already and wait too, keep neither it nor themselves alive."""
+    launcher = start("--nnodes", "2", "--master-port", free_port(), "--", "save")
+    node = psutil.Process(launcher.pid)
+    while not any(c.status == psutil.CONN_LISTEN for c in node.net_connections()):
+        assert launcher.poll() is None
+        time.sleep(0.05)
+    ranks = node.children()
+    launcher.send_signal(signal.SIGTERM)
+    _, errors = launcher.communicate(timeout=30)
+    assert (launcher.returncode, errors) == (75, "error: stopped by a signal before the run began; start it again\n")
+    assert psutil.wait_procs(ranks, timeout=10)[1] == []
+
+
 def test_a_killed_rank_restarts_the_ranks_of_all_nodes(start, tmp_path) -> None:
     """Two launchers stand for two nodes; rank 1 of the first one is killed, and both start their ranks again."""
     options = ["--nproc-per-node", "2", "--nnodes", "2", "--master-port", free_port(), "--max-restarts", "2"]

@@ -18,7 +18,7 @@ from pathlib import Path
 import psutil
 
 from dist_qft.storage.checkpoint import ADAPTER_MODEL, OPTIMIZER, fault_in, list_checkpoints
-from tests.support.commands import Command
+from tests.support.commands import Command, is_rank
 from tests.whole.breaking.attempts import Breaker, Budget, Tally
 from tests.whole.breaking.workshop import Workshop
 
@@ -181,7 +181,7 @@ _STRIKES_BY_NAME = {
 
 def _is_rank(process: psutil.Process) -> bool:
     try:
-        return "RANK" in process.environ()
+        return is_rank(process)
     except psutil.Error:
         return False
 
