@@ -18,18 +18,17 @@ ruff format --check .
 # same on every machine. No test may need the network.
 export OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
 unset PYTHONDONTWRITEBYTECODE # hundreds of processes start, and should not each compile the package
+types=$(mktemp) code=0
+mypy >"$types" 2>&1 & # takes a minute of one core
+checker=$!
+trap 'kill "$checker" 2>/dev/null || true; rm -f "$types"' EXIT # a failed kill would become the exit code
 if [[ ${#tiers[@]} == 0 && $# == 0 ]]; then
-  types=$(mktemp) code=0
-  mypy >"$types" 2>&1 & # takes a minute of one core
-  checker=$!
-  trap 'kill "$checker" 2>/dev/null || true; rm -f "$types"' EXIT # a failed kill would become the exit code
   # File by file to whichever stream is free; the files with the longest tests come first.
-  pytest --durations=25 --numprocesses=2 --dist=loadfile --no-loadscope-reorder tests/whole tests/ranks tests/unit ||
-    code=$?
-  wait "$checker" || code=1
-  cat "$types"
-  exit "$code"
+  set -- --numprocesses=2 --dist=loadfile --no-loadscope-reorder tests/whole tests/ranks tests/unit
+elif [[ "${tiers[*]}" == tests/unit && $# == 0 ]]; then
+  set -- --numprocesses=2 --dist=loadfile
 fi
-mypy
-if [[ "${tiers[*]}" == tests/unit && $# == 0 ]]; then set -- --numprocesses=2 --dist=loadfile; fi
-exec pytest --durations=25 "${tiers[@]}" "$@"
+pytest --durations=25 "${tiers[@]}" "$@" || code=$?
+wait "$checker" || code=1
+cat "$types"
+exit "$code"

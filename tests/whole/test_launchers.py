@@ -35,7 +35,7 @@ LAUNCHERS = {
     "accelerate": (f"{ACCELERATE} -m dist_qft train", {}, "replicated"),
 }
 
-RESUMED = ("deepspeed", "mpich")  # Open MPI starts the ranks as MPICH does, accelerate as torchrun
+RESUMED = ("mpich",)  # that `--resume` reaches the ranks is no matter of the launcher
 
 
 def environment(**variables: str) -> dict[str, str]:

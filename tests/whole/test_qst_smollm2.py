@@ -1,9 +1,5 @@
 """The side network beside the real SmolLM2, and what the command line says of one that does not fit."""
 
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 import torch.distributed as dist
@@ -34,12 +30,8 @@ def test_starts_at_the_base_and_generates_with_caches(process_group, smollm2):
         assert not torch.equal(cached, base.model.generate(ids, **settings))
 
 
-def test_a_reduction_that_does_not_fit_is_one_line_and_exit_code_2(smollm2, tmp_path):
+def test_a_reduction_that_does_not_fit_is_one_line_and_exit_code_2(shell, smollm2, tmp_path):
     path = tmp_path / "run.yaml"
     path.write_text(f"output_dir: {tmp_path}/run\nmodel: {{path: {smollm2}}}\nmethod: {{name: qst}}\n")
-    command = [sys.executable, "-m", "dist_qft", "validate", str(path), "method.reduction=20"]
-    result = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[2])
-    assert result.returncode == 2
     line = "error: method.reduction: 20 does not fit hidden_size 576, intermediate_size 1536; nearest: 16 or 24\n"
-    assert result.stderr.endswith(line)
-    assert result.stdout == ""
+    assert shell("validate", path, "method.reduction=20") == (2, "", line)
