@@ -121,11 +121,12 @@ def start(tmp_path: Path):
     env["PYTHONPATH"] = f"{tmp_path}:{REPOSITORY}"
     started: list[subprocess.Popen[str]] = []
 
-    def popen(*arguments: str, ignored: tuple[signal.Signals, ...] = ()) -> "subprocess.Popen[str]":
+    def popen(*arguments: str, ignored: tuple[signal.Signals, ...] = (), **variables: str) -> "subprocess.Popen[str]":
         command = [sys.executable, "-c", LAUNCHER, "--nproc-per-node", "2", *arguments]
         ignore = f"trap '' {' '.join(number.name for number in ignored)};" if ignored else ""
         command = ["bash", "-c", f'{ignore} exec "$@"', "bash", *command]
-        process = subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+        process = subprocess.Popen(command, env=env | variables, text=True, **pipes)
         started.append(process)
         return process
 
@@ -148,8 +149,11 @@ def test_ranks_meet_and_success_is_silent(start) -> None:
 
 
 def test_code_of_the_rank_that_failed_and_not_of_its_peer_reaches_the_shell(start) -> None:
-    """Rank 1 fails with 6, so rank 0 loses its peer and ends with 4; rank 1's message is the last word."""
-    launcher = start("--", "fail")
+    """Rank 1 fails with 6, so rank 0 loses its peer and ends with 4; rank 1's message is the last word.
+
+    PYTHON_EXEC has the ranks started afresh, as on GPUs; in the other tests they are forked.
+    """
+    launcher = start("--", "fail", PYTHON_EXEC=sys.executable)
     _, errors = launcher.communicate(timeout=90)
     assert errors.splitlines() == ["out of luck"]
     assert launcher.returncode == 6
