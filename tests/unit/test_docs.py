@@ -3,16 +3,14 @@
 import os
 import re
 import subprocess
-from pathlib import Path
 
 import pytest
 from typer.main import get_command
 
 from dist_qft.cli import app
 from dist_qft.config.renamed import RENAMED
+from tests.support.documented import LEFT_OUT, PAGES, ROOT, documented_commands
 
-ROOT = Path(__file__).parents[2]
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 FOLDERS = "dist_qft|tests|launch|slurm|configs|docs|studies|benchmarks|docker"
 # Paths within `dist_qft/` there, not within the root.
 WITHIN_PACKAGE = {"private-apis.md", "architecture.md"}
@@ -57,6 +55,15 @@ def test_commands_are_those_of_the_program(page):
         assert flags <= options | {"--help"}, f"{page.name}: dist-qft {verb} {' '.join(words)}"
         files = [word for word in words if re.match(r"(configs|studies)/\S+\.yaml$", word)]
         assert all((ROOT / file).is_file() for file in files), f"{page.name}: {files}"
+
+
+def test_a_command_is_left_out_of_those_that_are_run_for_a_reason_that_holds():
+    """`benchmarks/documented_commands.py` runs all others; a command that is one rule's alone keeps the rule alive."""
+    reasons = {command.left_out for command in documented_commands()}
+    assert None in reasons and reasons - {None} <= set(LEFT_OUT.values())
+    for why in LEFT_OUT.values():
+        assert (ROOT / why).exists() if why.startswith("tests") else re.match(r"needs |takes ", why)
+    assert all(any(re.search(rule, command.text) for command in documented_commands()) for rule in LEFT_OUT)
 
 
 def config_keys() -> set[str]:
