@@ -19,6 +19,7 @@ from dist_qft.ranks.heartbeat import Heartbeat, rank_names
 from dist_qft.ranks.local_peers import LocalPeers
 
 POLL_SECONDS = 1.0
+_ASLEEP_SECONDS = 5.0  # a thread that polls, and has not for so long, was stopped with its process
 
 
 class PeerWatch:
@@ -79,7 +80,11 @@ class PeerWatch:
         return f"rank {rank} does not answer, last heard of at {beat.partition(' ')[2] or 'start-up'}"
 
     def _decide(self) -> None:
+        polled = time.monotonic()
         while not self._left.wait(POLL_SECONDS):
+            if time.monotonic() - polled > _ASLEEP_SECONDS:
+                self._answer_came = time.monotonic()  # this rank asked nothing: the store's silence says nothing
+            polled = time.monotonic()
             lost = self._found
             if lost is None and time.monotonic() - self._answer_came > self._silence_seconds:
                 lost = "rank 0 does not answer"  # it, or its launcher, serves the store

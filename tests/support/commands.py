@@ -31,6 +31,7 @@ class Command:
     """A started command in a session of its own; use as a context, which ends what is left of it."""
 
     def __init__(self, *arguments: object, ranks: int | None = None, wrapper: tuple[str, ...] = ()) -> None:
+        self.ranks = ranks or 1  # of this command
         launcher = [] if ranks is None else ["dist_qft.launch", "--nproc-per-node", str(ranks), "--"]
         words = [*wrapper, sys.executable, "-m", *(launcher or ["dist_qft"]), *map(str, arguments)]
         self.process = subprocess.Popen(

@@ -57,16 +57,20 @@ def by_itself(command: Command, run: Path, chance: random.Random) -> None:
     """The fault needs nobody to cause it."""
 
 
-def kill(rank: int) -> Callable[[Command], None]:
-    return lambda command: command.rank(rank).send_signal(signal.SIGKILL)
+def kill_first(command: Command) -> None:
+    command.rank(0).send_signal(signal.SIGKILL)
 
 
 def terminate(command: Command) -> None:
     command.process.send_signal(signal.SIGTERM)
 
 
-def terminate_rank_1(command: Command) -> None:
-    command.rank(1).send_signal(signal.SIGTERM)
+def kill_last(command: Command) -> None:
+    command.rank(command.ranks - 1).send_signal(signal.SIGKILL)
+
+
+def terminate_last(command: Command) -> None:
+    command.rank(command.ranks - 1).send_signal(signal.SIGTERM)
 
 
 def truncate(path: Path) -> None:

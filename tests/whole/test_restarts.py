@@ -9,11 +9,17 @@ from dist_qft.config.load import save_config
 from dist_qft.storage.checkpoint import list_checkpoints, read_checkpoint
 from dist_qft.training.resume import resume_after_restart
 from tests.support.commands import Command
+from tests.support.fault_ranks import fault_ranks
 from tests.support.tiny_model import tiny_config
 from tests.support.whole_runs import adapter_digest, train_only
 
 STEPS = 24
-SECTIONS = {"train": {"max_steps": STEPS}, "checkpoint": {"save_steps": 4, "save_total_limit": 20}}
+RANKS = fault_ranks()
+SECTIONS = {
+    "train": {"max_steps": STEPS},
+    "checkpoint": {"save_steps": 4, "save_total_limit": 20},
+    "sharding": RANKS.sharding(),
+}
 
 
 @pytest.fixture
@@ -30,14 +36,14 @@ def digest_and_history(run: Path) -> tuple[str, str, str]:
 def test_a_lost_rank_restarts_the_group_which_ends_with_the_undisturbed_adapter(
     pools, tiny_llama, config, tmp_path, monkeypatch
 ):
-    pools[2].run(train_only, config=tiny_config(tiny_llama, tmp_path / "undisturbed", **SECTIONS))
+    pools[RANKS.count].run(train_only, config=tiny_config(tiny_llama, tmp_path / "undisturbed", **SECTIONS))
     monkeypatch.setenv("PET_MAX_RESTARTS", "2")
-    with Command("train", config, ranks=2) as command:
+    with Command("train", config, ranks=RANKS.count) as command:
         command.wait_until(lambda: len(list_checkpoints(tmp_path / "run")) > 0)
-        command.rank(1).send_signal(signal.SIGKILL)
+        command.rank(RANKS.last).send_signal(signal.SIGKILL)
         done = command.finish()
     assert done.code == 0, done.err
-    assert "dist_qft.launch: rank 1 was killed by SIGKILL; starting again, 1 more restarts left" in done.err
+    assert f"rank {RANKS.last} was killed by SIGKILL; starting again, 1 more restarts left" in done.err
     assert "resuming from " in done.err
     assert digest_and_history(tmp_path / "run") == digest_and_history(tmp_path / "undisturbed")
 

@@ -1,4 +1,4 @@
-"""Kills and signals through the real launcher, at times of chance, in a run of two ranks with a merge at its end.
+"""Kills and signals through the real launcher, at times of chance, in a run of several ranks with a merge at its end.
 
 A chain is one run that is started, struck and started again until it ends by itself. It must then have the bytes of a
 run that nothing happened to: adapter, optimizer, merged weights, and each step once in `metrics.jsonl`. After each
@@ -19,10 +19,12 @@ import psutil
 
 from dist_qft.storage.checkpoint import ADAPTER_MODEL, OPTIMIZER, fault_in, list_checkpoints
 from tests.support.commands import Command, is_rank
+from tests.support.fault_ranks import fault_ranks
 from tests.whole.breaking.attempts import Breaker, Budget, Tally
 from tests.whole.breaking.workshop import Workshop
 
 STEPS = 24
+_RANKS = fault_ranks()
 _STRIKES = 4  # in a chain, at most
 _GONE_SECONDS = 45.0  # until no process of a struck run is left
 _END_SECONDS = 150.0
@@ -37,7 +39,7 @@ def killer(shop: Workshop) -> Breaker:
         tally = Tally("kill or signal through the launcher")
         config = _config(shop, shop.folder / "reference")
         if not (reference := shop.folder / "reference" / "run").exists():
-            with Command("train", config, ranks=2) as command:
+            with Command("train", config, ranks=_RANKS.count) as command:
                 ended = command.finish()
             assert ended.code == 0, ended.err
         expected = _bytes_of(reference)
@@ -51,12 +53,12 @@ def killer(shop: Workshop) -> Breaker:
 
 
 def _config(shop: Workshop, place: Path) -> Path:
-    """The workshop's config for a run in `place` on two ranks, whose steps leave time to strike."""
+    """The workshop's config for a run in `place` on several ranks, whose steps leave time to strike."""
     place.mkdir(parents=True, exist_ok=True)
     tree = shop.tree()
     tree["output_dir"] = str(place / "run")
     tree["train"] |= {"max_steps": STEPS}
-    tree["sharding"] |= {"engine": "fsdp", "timeout_seconds": 30}
+    tree["sharding"] |= _RANKS.sharding(engine="fsdp", timeout_seconds=30)
     path = place / "run.yaml"
     path.write_text(json.dumps(tree))
     return path
@@ -68,7 +70,7 @@ def _chain(shop: Workshop, name: str, chance: random.Random, expected: object, t
     config, run = _config(shop, place), place / "run"
     strikes = chance.randint(1, _STRIKES)
     for start in range(strikes + 1):
-        with Command("train", config, "--resume", "auto", ranks=2) as command:
+        with Command("train", config, "--resume", "auto", ranks=_RANKS.count) as command:
             if start < strikes:
                 _strike(command, run, chance, f"{name}, start {start}", tally)
             else:

@@ -1,7 +1,8 @@
-"""Real faults in real runs of two ranks: what the shell sees, what is left, and that the run goes on as if nothing was.
+"""Real faults in real runs: what the shell sees, what is left, and that the run goes on as if nothing was.
 
 Starting a run costs seconds, so several faults strike the same run one after the other, before it ends undisturbed.
-Two such runs by default, one for each engine that shards; every fault under every engine with DIST_QFT_FAULTS=full.
+Two such runs by default, one for each engine that shards, the first with two bases of two ranks each; every fault under
+every engine with DIST_QFT_FAULTS=full, and with two bases under the engines that shard with DIST_QFT_TEST_GROUP=2, too.
 The outcomes are written as a Markdown table to DIST_QFT_FAULT_TABLE. Moments are random in their phase, from a seed
 that engine, method and fault give.
 """
@@ -29,6 +30,7 @@ from dist_qft.storage.checkpoint import (
 from dist_qft.storage.manifest import MANIFEST
 from dist_qft.training.metrics_file import METRICS_FILE
 from tests.support.commands import Command, Finished
+from tests.support.fault_ranks import GROUP, FaultRanks, fault_ranks
 from tests.support.faults import (
     FULL_DISK,
     MERGED,
@@ -36,7 +38,8 @@ from tests.support.faults import (
     Moment,
     by_itself,
     flip,
-    kill,
+    kill_first,
+    kill_last,
     merging,
     nothing,
     on_disk,
@@ -45,7 +48,7 @@ from tests.support.faults import (
     starting,
     stepping,
     terminate,
-    terminate_rank_1,
+    terminate_last,
     truncate,
 )
 from tests.support.qst_models import qst_config
@@ -70,7 +73,7 @@ class Fault:
     """An action at a moment, the exit codes it may give, and a change of a file of the last checkpoint.
 
     Attributes:
-        said: part of what the command says of it.
+        said: part of what the command says of it, LAST for the number of the last rank.
         settings: of the run beside the cell's.
         disk: the script that the run is started by, on a disk of its own.
     """
@@ -91,49 +94,57 @@ MERGES = ("merge.at_end=dense",)
 
 
 FAULTS = {
-    "SIGKILL rank 0, start": Fault(starting, kill(0), (KILLED,)),
-    "SIGKILL rank 1, start": Fault(starting, kill(1), (KILLED,)),
-    "SIGKILL rank 0, step": Fault(stepping, kill(0), (KILLED,)),
-    "SIGKILL rank 1, step": Fault(stepping, kill(1), (KILLED,), "rank 1 is gone"),
-    "SIGKILL rank 0, save": Fault(saving, kill(0), (KILLED,)),
+    "SIGKILL rank 0, start": Fault(starting, kill_first, (KILLED,)),
+    "SIGKILL last rank, start": Fault(starting, kill_last, (KILLED,)),
+    "SIGKILL rank 0, step": Fault(stepping, kill_first, (KILLED,)),
+    "SIGKILL last rank, step": Fault(stepping, kill_last, (KILLED,), "rank LAST is gone"),
+    "SIGKILL rank 0, save": Fault(saving, kill_first, (KILLED,)),
     "SIGTERM, start": Fault(starting),
     "SIGTERM, step": Fault(stepping, said=SAVED),
-    "SIGTERM rank 1, step": Fault(stepping, terminate_rank_1, said=SAVED),
+    "SIGTERM last rank, step": Fault(stepping, terminate_last, said=SAVED),
     "SIGTERM, save": Fault(saving, said=SAVED),
-    "SIGKILL rank 0, prune": Fault(pruning, kill(0), (KILLED,)),
-    "SIGKILL rank 1, evaluation": Fault(stepping, kill(1), (KILLED,), settings=EVALUATES),
+    "SIGKILL rank 0, prune": Fault(pruning, kill_first, (KILLED,)),
+    "SIGKILL last rank, evaluation": Fault(stepping, kill_last, (KILLED,), settings=EVALUATES),
     "SIGTERM, evaluation": Fault(stepping, said=SAVED, settings=EVALUATES),
-    "SIGKILL rank 0, merge": Fault(merging, kill(0), (KILLED,), settings=MERGES),
+    "SIGKILL rank 0, merge": Fault(merging, kill_first, (KILLED,), settings=MERGES),
     "SIGTERM, merge": Fault(merging, codes=(75, 0), settings=MERGES),  # 0: it came after the last layer
     "disk full": Fault(by_itself, nothing, (3,), disk=FULL_DISK),
     "output read-only": Fault(by_itself, nothing, (3,), disk=READ_ONLY),
-    "truncated adapter": Fault(stepping, terminate_rank_1, said=SAVED, file=ADAPTER_MODEL, harm=truncate),
+    "truncated adapter": Fault(stepping, terminate_last, said=SAVED, file=ADAPTER_MODEL, harm=truncate),
     "flipped bit in the optimizer": Fault(stepping, file=OPTIMIZER, harm=flip),
     "missing state": Fault(stepping, file=TRAINER_STATE, harm=Path.unlink),
     "flipped bit in the manifest": Fault(stepping, file=MANIFEST, harm=flip),
 }
 
-# What strikes one run in turn. Faults of a run that has no folder yet come first, those of its merge last.
+# What strikes one run in turn. Faults of a run that has no folder yet come first, and only there: a rank that is killed
+# at the start has not said from where it goes on. Those of the merge come last.
 SERIES = (
     ("disk full", "SIGKILL rank 0, save", "truncated adapter"),
-    ("SIGKILL rank 1, step", "SIGTERM, evaluation", "SIGTERM, merge"),
-    ("output read-only", "SIGKILL rank 0, start", "SIGKILL rank 0, prune"),
-    ("SIGKILL rank 1, start", "SIGTERM, step", "flipped bit in the optimizer", "SIGKILL rank 0, merge"),
+    ("SIGKILL last rank, step", "SIGTERM, evaluation", "SIGTERM, merge"),
+    ("output read-only", "SIGKILL rank 0, prune"),
+    ("SIGKILL last rank, start", "SIGTERM, step", "flipped bit in the optimizer", "SIGKILL rank 0, merge"),
     ("SIGTERM, start", "SIGKILL rank 0, step", "SIGTERM, save", "missing state"),
-    ("SIGKILL rank 1, evaluation", "SIGTERM rank 1, step", "flipped bit in the manifest"),
+    (
+        "SIGKILL rank 0, start",
+        "SIGKILL last rank, evaluation",
+        "SIGTERM last rank, step",
+        "flipped bit in the manifest",
+    ),
 )
 
 
-def cases() -> list[tuple[str, str, tuple[str, ...]]]:
-    """(engine, method, faults): every series under every engine, methods in turn; by default two of them."""
+def cases() -> list[tuple[str, str, FaultRanks, tuple[str, ...]]]:
+    """(engine, method, ranks, faults): every series under every engine, methods in turn; by default two of them."""
     every = []
     for s, names in enumerate(SERIES):
         merges = any(FAULTS[name].settings == MERGES for name in names)
         methods = [method for method in METHODS if not (merges and method == "qst")]
-        every += [(engine, methods[(e + s) % len(methods)], names) for e, engine in enumerate(ENGINES)]
+        every += [(engine, methods[(e + s) % len(methods)], fault_ranks(), names) for e, engine in enumerate(ENGINES)]
     if os.environ.get("DIST_QFT_FAULTS") == "full":
-        return every
-    return [every[0], every[4]]
+        # An engine that does not shard has no groups.
+        return [case for case in every if GROUP is None or case[0] != "replicated"]
+    (engine, method, _, names), second = every[0], every[4]
+    return [(engine, method, fault_ranks(group=2), names), second]
 
 
 @pytest.fixture(scope="module")
@@ -141,8 +152,8 @@ def table() -> Iterator[list[str]]:
     rows: list[str] = []
     yield rows
     if path := os.environ.get("DIST_QFT_FAULT_TABLE"):
-        head = "| engine | method | fault | exit code | went on from step |\n"
-        Path(path).write_text(head + "|---" * 5 + "|\n" + "".join(rows))
+        head = "| engine | method | ranks | group | fault | exit code | went on from step |\n"
+        Path(path).write_text(head + "|---" * 7 + "|\n" + "".join(rows))
 
 
 def state_of(run: Path) -> tuple[str, str, str]:
@@ -156,38 +167,41 @@ def train_undisturbed(config):
 
 
 @pytest.fixture(scope="module")
-def undisturbed(pools, tiny_llama, tmp_path_factory) -> Callable[[str, str], tuple[Path, tuple]]:
-    """The config of an engine and method, and what a run of it ends with when nothing happens."""
-    known: dict[tuple[str, str], tuple[Path, tuple]] = {}
+def undisturbed(pools, tiny_llama, tmp_path_factory) -> Callable[[str, str, FaultRanks], tuple[Path, tuple]]:
+    """The config of an engine, method and ranks, and what a run of it ends with when nothing happens."""
+    known: dict[tuple[str, str, FaultRanks], tuple[Path, tuple]] = {}
 
-    def get(engine: str, method: str) -> tuple[Path, tuple]:
-        if (engine, method) not in known:
+    def get(engine: str, method: str, ranks: FaultRanks) -> tuple[Path, tuple]:
+        if (engine, method, ranks) not in known:
             folder = tmp_path_factory.mktemp(f"{engine}-{method}")
             sections = {
                 "train": {"max_steps": STEPS},
                 "checkpoint": {"save_steps": 2, "save_total_limit": 3},
                 "data": {"eval_samples": 20},
-                "sharding": {"engine": engine},
+                "sharding": ranks.sharding(engine=engine),
             }
             make_config = qst_config if method == "qst" else tiny_config
             config = make_config(tiny_llama, folder / "run", **sections, **METHODS[method])
             save_config(config, folder / "run.yaml")
-            known[engine, method] = folder / "run.yaml", pools[2].run(train_undisturbed, config=config)[0]
-        return known[engine, method]
+            ended = pools[ranks.count].run(train_undisturbed, config=config)[0]
+            known[engine, method, ranks] = folder / "run.yaml", ended
+        return known[engine, method, ranks]
 
     return get
 
 
-@pytest.mark.parametrize(("engine", "method", "names"), cases(), ids=lambda part: part if isinstance(part, str) else "")
-def test_after_faults_the_run_ends_as_if_there_were_none(undisturbed, table, tmp_path, engine, method, names):
-    config, expected = undisturbed(engine, method)
+@pytest.mark.parametrize(
+    ("engine", "method", "ranks", "names"), cases(), ids=lambda part: part if isinstance(part, str) else ""
+)
+def test_after_faults_the_run_ends_as_if_there_were_none(undisturbed, table, tmp_path, engine, method, ranks, names):
+    config, expected = undisturbed(engine, method, ranks)
     run = tmp_path / "run"
     settings = {word for name in names for word in FAULTS[name].settings}
     words = ("train", config, f"output_dir={run}", *sorted(settings), "--resume", "auto")
     step, told = 0, []  # what the next start goes on from, and says
     for name in names:
         fault, chance = FAULTS[name], random.Random(f"{engine} {method} {name}")
-        with Command(*words, ranks=2, wrapper=on_disk(fault.disk, run, config.parent / "run")) as command:
+        with Command(*words, ranks=ranks.count, wrapper=on_disk(fault.disk, run, config.parent / "run")) as command:
             fault.moment(command, run, chance)
             fault.act(command)
             ended = command.finish()
@@ -198,7 +212,7 @@ def test_after_faults_the_run_ends_as_if_there_were_none(undisturbed, table, tmp
             shutil.move(f"{run}.left", run)
             assert ended.err.count("error: rank 0: ") == 1, "the rank that writes says why, once"
         assert ended.code in fault.codes, ended.err
-        assert fault.said in ended.err and "Traceback" not in ended.err, ended.err
+        assert fault.said.replace("LAST", str(ranks.last)) in ended.err and "Traceback" not in ended.err, ended.err
         assert [part for part in told if part not in ended.err] == [], ended.err
         require_steps_once(ended, step)
         saved = list_checkpoints(run)
@@ -212,9 +226,11 @@ def test_after_faults_the_run_ends_as_if_there_were_none(undisturbed, table, tmp
         step = int(saved[-1].name.split("-")[1]) if saved else 0
         if 0 < step < STEPS:
             told.append(f"resuming from {saved[-1]} at step {step}")
-        table.append(f"| {engine} | {method} | {name} | {ended.code} | {step} |\n")
+        table.append(
+            f"| {engine} | {method} | {ranks.count} | {ranks.group or 'world'} | {name} | {ended.code} | {step} |\n"
+        )
 
-    with Command(*words, ranks=2) as command:
+    with Command(*words, ranks=ranks.count) as command:
         done = command.finish()
     assert done.code == 0, done.err
     assert [part for part in told if part not in done.err] == [], done.err

@@ -10,15 +10,17 @@ from dist_qft.config.load import save_config
 from dist_qft.ranks.crash import CRASH_FOLDER
 from dist_qft.storage.checkpoint import fault_in, list_checkpoints
 from tests.support.commands import Command
+from tests.support.fault_ranks import GROUP, fault_ranks
 from tests.support.tiny_model import tiny_config
 
-RANKS, STOPPED, TIMEOUT_SECONDS = 3, 1, 20
+SPREAD = fault_ranks(group=GROUP or 2)  # ranks 2 and 3 share another base, and wait elsewhere than rank 0
+RANKS, STOPPED, TIMEOUT_SECONDS = SPREAD.count, 1, 20
 
 
 def test_a_stopped_rank_is_named_by_all_others_and_nothing_is_left(tiny_llama: Path, tmp_path: Path):
     run = tmp_path / "run"
-    sections = {"train": {"max_steps": 5000, "global_batch_size": 6}, "checkpoint": {"save_steps": 2}}
-    config = tiny_config(tiny_llama, run, sharding={"timeout_seconds": TIMEOUT_SECONDS}, **sections)
+    sections = {"train": {"max_steps": 5000, "global_batch_size": 2 * RANKS}, "checkpoint": {"save_steps": 2}}
+    config = tiny_config(tiny_llama, run, sharding=SPREAD.sharding(timeout_seconds=TIMEOUT_SECONDS), **sections)
     save_config(config, tmp_path / "run.yaml")
     with Command("train", tmp_path / "run.yaml", ranks=RANKS) as command:
         command.wait_until(lambda: len(list_checkpoints(run)) > 0)

@@ -12,10 +12,13 @@ import pytest
 from dist_qft.config.load import save_config
 from dist_qft.storage.checkpoint import fault_in, list_checkpoints
 from tests.support.commands import Command, Finished
+from tests.support.fault_ranks import fault_ranks
 from tests.support.tiny_model import tiny_config
 
 TIMEOUT_SECONDS = 20
 ADDRESSES = ("10.213.0.1", "10.213.0.2")
+RANKS = fault_ranks()
+ON_EACH = RANKS.count // 2  # ranks of a host
 
 
 def ip(*words: str) -> None:
@@ -44,12 +47,12 @@ def hosts() -> Iterator[list[str]]:
 
 
 def train_on(hosts: list[str], config: Path, meanwhile: Callable[[], None]) -> list[Finished]:
-    """One rank on each host; `meanwhile` happens while they run."""
+    """Half of the ranks on each host; `meanwhile` happens while they run."""
     common = ["PET_NNODES=2", f"PET_MASTER_ADDR={ADDRESSES[0]}", "PET_MASTER_PORT=29533", "GLOO_SOCKET_IFNAME=wire"]
     starts = [("ip", "netns", "exec", h, "env", *common, f"PET_NODE_RANK={node}") for node, h in enumerate(hosts)]
     with (
-        Command("train", config, ranks=1, wrapper=starts[0]) as first,
-        Command("train", config, ranks=1, wrapper=starts[1]) as second,
+        Command("train", config, ranks=ON_EACH, wrapper=starts[0]) as first,
+        Command("train", config, ranks=ON_EACH, wrapper=starts[1]) as second,
     ):
         meanwhile()
         return [first.finish(), second.finish()]
@@ -59,7 +62,7 @@ def test_a_cut_link_ends_both_hosts_in_time_and_leaves_whole_checkpoints(tiny_ll
     sections = {
         "train": {"max_steps": 5000},
         "checkpoint": {"save_steps": 2},
-        "sharding": {"timeout_seconds": TIMEOUT_SECONDS},
+        "sharding": RANKS.sharding(timeout_seconds=TIMEOUT_SECONDS),
     }
     config, run = tmp_path / "run.yaml", tmp_path / "run"
     save_config(tiny_config(tiny_llama, run, **sections), config)
@@ -76,10 +79,10 @@ def test_a_cut_link_ends_both_hosts_in_time_and_leaves_whole_checkpoints(tiny_ll
 
     ended = train_on(hosts, config, cut)
     seconds = time.monotonic() - cut_at
-    for rank, done in enumerate(ended):
-        assert done.code == 4, done.err
-        told = re.search(rf"error: rank {rank}: step \d+: rank {1 - rank} does not answer", done.err)
-        assert told and "Traceback" not in done.err, done.err
+    for host, done in enumerate(ended):
+        assert done.code == 4 and "Traceback" not in done.err, done.err
+        told = re.findall(r"error: rank (\d+): step \d+: rank (\d+) does not answer", done.err)
+        assert any((int(rank) // ON_EACH, int(lost) // ON_EACH) == (host, 1 - host) for rank, lost in told), done.err
     assert seconds < 3 * TIMEOUT_SECONDS
     saved = list_checkpoints(run)
     assert saved and [fault_in(path) for path in saved] == [None] * len(saved)
