@@ -7,7 +7,7 @@ tensors: the modules in `frozen.py` do.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
 from importlib.util import find_spec
@@ -155,15 +155,19 @@ class Format(ABC):
         return views
 
     def row_pieces(
-        self, packed: Mapping[str, Tensor], shape: Shape, dtype: torch.dtype
+        self,
+        packed: Mapping[str, Tensor],
+        shape: Shape,
+        dtype: torch.dtype,
+        room: Callable[[Shape], Tensor | None] = lambda shape: None,
     ) -> Iterator[tuple[slice, Tensor]]:
         """The weight in ranges of rows of bounded size, each dequantized when it is asked for.
 
-        Only for a `row_local` format.
+        Only for a `row_local` format. `room` may give the tensor that a piece of some shape is written to.
         """
         for rows in row_chunks(shape, next(iter(packed.values())).device, self.row_alignment):
-            part = self.slice_rows(packed, rows.start, rows.stop)
-            yield rows, self.dequantize(part, (rows.stop - rows.start, shape[1]), dtype)
+            part, size = self.slice_rows(packed, rows.start, rows.stop), (rows.stop - rows.start, shape[1])
+            yield rows, self.dequantize(part, size, dtype, room(size))
 
 
 class BlockFormat(Format):

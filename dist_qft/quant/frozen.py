@@ -5,6 +5,7 @@ starts on the meta device; whoever loads the model fills in its tensors, and an 
 everything here reads the module's current attributes, when it computes and not before.
 """
 
+import threading
 from collections.abc import Callable, Iterator
 from math import nan, prod
 from typing import Any
@@ -14,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx, once_differentiable
 
-from dist_qft.quant.contract import CPU_CHUNK, Format, Shape
+from dist_qft.quant.contract import CPU_CHUNK, BlockFormat, Format, Shape
 from dist_qft.quant.row_update import ChangedRows
 
 
@@ -125,9 +126,30 @@ class FrozenLinear(FrozenWeight):
     def forward(self, x: Tensor) -> Tensor:
         return _FrozenProduct.apply(x, self)
 
+    def passing(self) -> Tensor:
+        """The weight as `dequantize` has it, for a product at once: the next call may write over it."""
+        packed = self._packed_in_use()
+        return self.format.dequantize(packed, self.weight_shape, self.dtype, self._room(self.weight_shape))
+
     def pieces(self) -> Iterator[tuple[slice, Tensor]]:
-        """The weight in ranges of rows, each dequantized when asked for; only with `in_pieces`."""
-        return self.format.row_pieces(self._packed_in_use(), self.weight_shape, self.dtype)
+        """The weight in ranges of rows, each dequantized when asked for, over the one before; only with `in_pieces`."""
+        return self.format.row_pieces(self._packed_in_use(), self.weight_shape, self.dtype, self._room)
+
+    def _room(self, shape: Shape) -> Tensor | None:
+        """Memory of this thread for a weight of this shape that is used at once; None where a new block is as good.
+
+        On CPUs the system would hand out a block of some MiB with fresh pages, and their faults cost as much as a
+        pass over it.
+        """
+        on_cpu = next(self.parameters()).device.type == "cpu"
+        if not (on_cpu and self.dtype == torch.float32 and isinstance(self.format, BlockFormat)):
+            return None
+        size = prod(shape)
+        if size > CPU_CHUNK:
+            return None
+        if not hasattr(_SCRATCH, "weight"):
+            _SCRATCH.weight = torch.empty(CPU_CHUNK)
+        return _SCRATCH.weight[:size].view(shape)
 
     @property
     def in_pieces(self) -> bool:
@@ -138,6 +160,9 @@ class FrozenLinear(FrozenWeight):
         """
         many = prod(self.weight_shape) > CPU_CHUNK and self.format.row_local
         return many and self.dtype == torch.float32 and next(self.parameters()).device.type == "cpu"
+
+
+_SCRATCH = threading.local()
 
 
 class _ProductContext(FunctionCtx):
@@ -157,7 +182,7 @@ class _FrozenProduct(torch.autograd.Function):
     def forward(ctx: _ProductContext, x: Tensor, module: FrozenLinear) -> Tensor:
         ctx.module = module
         if not module.in_pieces:
-            return F.linear(x, module.dequantize(), module.bias)
+            return F.linear(x, module.passing(), module.bias)
         flat = x.reshape(-1, module.in_features)
         product = flat.new_empty(len(flat), module.out_features)
         for rows, weight in module.pieces():
@@ -171,7 +196,7 @@ class _FrozenProduct(torch.autograd.Function):
     def backward(ctx: _ProductContext, grad_output: Tensor) -> tuple[Tensor, None]:
         module = ctx.module
         if not module.in_pieces:
-            return grad_output @ module.dequantize(), None
+            return grad_output @ module.passing(), None
         flat = grad_output.reshape(-1, module.out_features)
         grad_input = flat.new_zeros(len(flat), module.in_features)
         for rows, weight in module.pieces():

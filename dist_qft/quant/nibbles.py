@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 
 _WIDEST = 32
+# A type for half a group's codes, by their bytes: torch moves one such element at a time where it would move bytes.
+_HALVES = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64, 16: torch.complex128}
 _LOW_NIBBLES = 0x0F0F0F0F0F0F0F0F
 
 
@@ -25,14 +27,12 @@ def pack_nibbles(codes: Tensor) -> Tensor:
 
 def unpack_into(codes: Tensor, out: Tensor) -> None:
     """Write the codes (rows, in_features / 2) as numbers into the contiguous `out` (rows, in_features) of any dtype."""
-    half = group_width(out.shape[1]) // 2
-    groups = codes.unflatten(1, (-1, half))
-    halves = out.unflatten(1, (-1, 2, half))
-    if half % 8 == 0 and codes.storage_offset() % 8 == 0 and codes.is_contiguous():
-        # Eight bytes at a time: the same codes in less time than byte by byte into two strided halves.
-        words = groups.view(torch.int64)
-        nibbles = torch.stack([words & _LOW_NIBBLES, (words >> 4) & _LOW_NIBBLES], dim=2)
-        halves.copy_(nibbles.view(torch.uint8))
+    flat = codes.reshape(-1)
+    if flat.numel() % 8 == 0 and flat.storage_offset() % 8 == 0:
+        words = flat.view(torch.int64)
+        low, high = words & _LOW_NIBBLES, (words >> 4).bitwise_and_(_LOW_NIBBLES)
     else:
-        halves[:, :, 0].copy_(groups & 0x0F)
-        halves[:, :, 1].copy_(groups >> 4)
+        low, high = flat & 0x0F, flat >> 4
+    half = _HALVES[group_width(out.shape[1]) // 2]
+    nibbles = torch.stack([low.view(half), high.view(half)], dim=1)
+    out.copy_(nibbles.view(torch.uint8).view(out.shape))

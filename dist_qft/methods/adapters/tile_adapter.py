@@ -102,6 +102,21 @@ class TileAdapter(nn.Module):
         update = F.linear(x * scale, A.to(x.dtype)) if inputs < outputs else F.linear(x, A.to(x.dtype)) * scale
         return update if B is None else F.linear(update, B.to(x.dtype))
 
+    def gradients_of_pooled(self, x: torch.Tensor, gradient: torch.Tensor) -> list[torch.Tensor]:
+        """The gradients of A and B, given that of `of_pooled(x)`: the bits that autograd finds, in fewer products.
+
+        Of one linear layer, without dropout.
+        """
+        rows, by_delta = x.reshape(-1, x.shape[-1]), gradient.reshape(-1, gradient.shape[-1]).to(x.dtype)
+        scale, (outputs, inputs) = self.settings.tile_scale, self.A.shape
+        if self.B is None:
+            by_update, by_B = by_delta, []
+        else:
+            update, right = self._update(rows, self.A, None), self.B.to(x.dtype)
+            by_update, by_B = by_delta @ right, [(by_delta.T @ update).to(self.B.dtype)]
+        by_A = by_update.T @ (rows * scale) if inputs < outputs else (by_update * scale).T @ rows
+        return [by_A.to(self.A.dtype), *by_B]
+
     def add_to(
         self, y: torch.Tensor, x: torch.Tensor, sizes: Sequence[int] | None = None, base: FrozenLinear | None = None
     ) -> torch.Tensor:
@@ -149,10 +164,12 @@ class _GradientOfAdded(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         (pooled,), adapter = ctx.saved_tensors, ctx.adapter
+        summed = sum_repeated(gradient, adapter.settings.repeat)
+        if ctx.sizes is None:
+            return gradient, None, None, None, *adapter.gradients_of_pooled(pooled, summed)
         values = [parameter.detach().requires_grad_() for parameter in adapter.parameters()]
         with torch.enable_grad():
             delta = adapter.of_pooled(pooled, ctx.sizes, *values).to(gradient.dtype)
-            summed = sum_repeated(gradient, adapter.settings.repeat)
             found = torch.autograd.grad(delta, values, summed)
         return gradient, None, None, None, *found
 
