@@ -3,7 +3,8 @@
     PYTHONPATH=. python benchmarks/plan_memory.py [NUMBER ...]
 
 Methods, engines, and checkpointing on and off; packed rows of 512 tokens, one per micro-batch, two steps. Measured is
-the largest resident size of the fuller rank over its whole life (`peak_rss_bytes` of summary.json, the kernel's own).
+the largest resident size of the fuller rank over its whole life (`peak_rss_bytes` of summary.json, the kernel's own);
+in a second table, the largest one before training began (`load_peak_rss_bytes`) beside the planned peak while loading.
 Memory does not depend on what else the machine does: the runs need no idle one. They take 10 minutes.
 """
 
@@ -42,16 +43,23 @@ PARTS = ("base", "gathered", "trainables", "gradients", "moments", "activations"
 
 def main() -> None:
     print(f"| run | measured, MiB | planned | | {' | '.join(PARTS)} |\n{'|---' * (4 + len(PARTS))}|")
+    loading = ["| run, while loading | measured, MiB | planned | |\n|---|---|---|---|"]
     for number in map(int, sys.argv[1:] or range(len(RUNS))):
         method, engine, checkpointing = RUNS[number]
         with tempfile.TemporaryDirectory() as folder:
             tree = tree_of(method, engine, checkpointing, folder)
             plan = make_plan(RunConfig.model_validate(tree), RANKS)
-            measured = peak_of(tree, Path(folder))
+            while_loading, measured = peaks_of(tree, Path(folder))
         name = f"{method}, {engine}{', checkpointing' if checkpointing else ''}"
         parts = " | ".join(f"{plan.memory[part] / 2**20:.0f}" for part in PARTS)
-        figures = f"{measured / 2**20:.0f} | {plan.peak_bytes / 2**20:.0f} | {plan.peak_bytes / measured - 1:+.1%}"
-        print(f"| {name} | {figures} | {parts} |", flush=True)
+        print(f"| {name} | {beside(measured, plan.peak_bytes)} | {parts} |", flush=True)
+        loading.append(f"| {name} | {beside(while_loading, plan.load_peak_bytes)} |")
+    print("", *loading, sep="\n")
+
+
+def beside(measured: int, planned: int) -> str:
+    """Both in MiB, and how much of the measured one the plan is off."""
+    return f"{measured / 2**20:.0f} | {planned / 2**20:.0f} | {planned / measured - 1:+.1%}"
 
 
 def tree_of(method: str, engine: str, checkpointing: bool, folder: str) -> dict[str, Any]:
@@ -72,14 +80,15 @@ def tree_of(method: str, engine: str, checkpointing: bool, folder: str) -> dict[
     }
 
 
-def peak_of(tree: dict[str, Any], folder: Path) -> int:
-    """Peak resident bytes of the fuller rank of a run."""
+def peaks_of(tree: dict[str, Any], folder: Path) -> tuple[int, int]:
+    """Peak resident bytes of the fuller rank of a run: while it loads, and over all of it."""
     config = folder / "run.yaml"
     config.write_text(json.dumps(tree))  # JSON is YAML
     words = [sys.executable, "-m", "dist_qft.launch", "--nproc-per-node", str(RANKS), "--", "train", str(config)]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     subprocess.run(words, check=True, env=environment, stdout=subprocess.DEVNULL)
-    return int(json.loads((folder / "run" / "summary.json").read_text())["peak_rss_bytes"])
+    summary = json.loads((folder / "run" / "summary.json").read_text())
+    return int(summary["load_peak_rss_bytes"]), int(summary["peak_rss_bytes"])
 
 
 if __name__ == "__main__":

@@ -130,8 +130,13 @@ def peak_bytes(device: torch.device) -> tuple[int, int | None]:
 
     The second is None on CPUs.
     """
-    # ru_maxrss is in KiB on Linux and in bytes on macOS.
-    unit = 1 if sys.platform == "darwin" else 1024
-    resident = maximum(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit, device)
+    resident = maximum(resident_peak(), device)
     on_device = maximum(held_bytes(device) if device.type == "cuda" else 0, device)
     return int(resident), int(on_device) if device.type == "cuda" else None
+
+
+def resident_peak() -> int:
+    """Largest resident size of this process so far, in bytes."""
+    # ru_maxrss is in KiB on Linux and in bytes on macOS.
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

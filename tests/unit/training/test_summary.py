@@ -23,6 +23,7 @@ FIGURES = SummaryFigures(
     gather_bytes_per_step=None,
     reduce_bytes_per_step=400,
     tokens_per_second=math.inf,
+    load_peak_rss_bytes=10**8,
     peak_rss_bytes=10**9,
     peak_device_bytes=None,
     seconds=1.5,
