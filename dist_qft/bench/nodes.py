@@ -2,10 +2,13 @@
 
 The nodes are network namespaces of this machine; the link between them has the speed of a data centre's, of an office's
 and of a slow one. Beside ours PEFT under FSDP1, sharding over all ranks (FULL_SHARD) and in each node (HYBRID_SHARD).
+With --json, sides that are measured are kept in a file beside it, and the same command goes on after an interruption.
 """
 
+from functools import partial
 from typing import Any
 
+from dist_qft.bench.kept_sides import KeptSides
 from dist_qft.bench.models import dense_folder
 from dist_qft.bench.network import Network, can_be_two_nodes
 from dist_qft.bench.options import Options
@@ -42,12 +45,15 @@ def run(options: Options) -> Report:
     sides: dict[str, Side] = {}
     comparisons: list[Comparison] = []
     names = [GROUPED] if options.quick else list(SIDES)
-    for megabits in MEGABITS[1:2] if options.quick else MEGABITS:
+    links = MEGABITS[1:2] if options.quick else MEGABITS
+    kept = KeptSides(options.kept, "nodes", len(names) * len(links))
+    for megabits in links:
         for name in names:
             kind, told = SIDES[name]
             label = f"{name}, {megabits} Mbit/s"
-            side = run_side(label, kind, settings | told, ranks=ranks, network=Network(2, megabits))
-            sides[label] = _with_link_bytes(side)
+            told_all, network = settings | told, Network(2, megabits)
+            run_it = partial(run_side, label, kind, told_all, ranks=ranks, network=network)
+            sides[label] = _with_link_bytes(kept.measure(label, told_all, run_it))
         for whole, grouped in zip(names[::2], names[1::2], strict=False):
             ours, peer = (f"{name}, {megabits} Mbit/s" for name in (grouped, whole))
             comparisons += [compare(sides, metric, ours, peer) for metric in _METRICS]

@@ -2,6 +2,7 @@
 
 import os
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,12 +12,18 @@ from dist_qft.ranks.device import compute_dtype, dtype_name
 
 @dataclass(frozen=True)
 class Options:
-    """`quick` runs everything on a tiny model, in seconds: for trying out, its figures mean nothing."""
+    """The options of `dist-qft bench`.
+
+    Attributes:
+        quick: run everything on a tiny model, in seconds: for trying out, the figures mean nothing.
+        kept: file for the sides of a benchmark that is not at its end; None keeps none.
+    """
 
     device: str = "cpu"
     quick: bool = False
     ranks: int = 2
     precision: str = "auto"
+    kept: Path | None = None
 
     def common(self, ranks: int | None = None) -> dict[str, Any]:
         """The settings that all sides have: device, threads per rank and compute dtype, the same for ours and peers."""

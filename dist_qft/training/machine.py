@@ -9,7 +9,16 @@ from dist_qft.config.document import Document
 from dist_qft.errors import UserError
 
 SHIPPED = Path(__file__).with_name("machines.yaml")
-_UNITS = {"": 1, "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30, "TIB": 1 << 40, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+_UNITS = {
+    "B": 1,
+    "KIB": 1 << 10,
+    "MIB": 1 << 20,
+    "GIB": 1 << 30,
+    "TIB": 1 << 40,
+    "MB": 10**6,
+    "GB": 10**9,
+    "TB": 10**12,
+}
 
 
 @dataclass(frozen=True)
@@ -35,7 +44,7 @@ class Machine:
 
 
 def parse_size(text: str, key: str) -> int:
-    """Bytes from text such as "80GiB" or "24 GB". Raises UserError."""
+    """Bytes from text such as "80GiB" or "24 GB". Raises UserError, also for a number without its unit."""
     found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", text)
     if found is None or found[2].upper() not in _UNITS or not float(found[1]):
         raise UserError(f"{key}: got '{text}', must be a size such as 80GiB or 24GB")
@@ -43,8 +52,9 @@ def parse_size(text: str, key: str) -> int:
 
 
 def find_machine(name: str) -> Machine:
-    """The shipped machine of that name, or the one in the YAML file at that path. Raises UserError."""
+    """The shipped machine of that name in any case, or the one in the YAML file at that path. Raises UserError."""
     shipped = Document.read(SHIPPED).values
+    name = next((known for known in shipped if known.lower() == name.lower()), name)
     where = f"--hardware: '{name}'"
     if name in shipped:
         return _machine(name, shipped[name], where)

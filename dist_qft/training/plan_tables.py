@@ -60,8 +60,12 @@ def _time_row(plan: RunPlan) -> dict[str, str]:
     if plan.seconds_per_step is None:
         return {}
     step, *rest = (plan.seconds_per_step[name] for name in ("step", "compute", "gather", "reduce", "optimizer"))
-    words = "{:.3g} s on {}: compute {:.3g}, gather {:.3g}, reduce {:.3g}, optimizer {:.3g}"
-    return {"step": words.format(step, plan.hardware, *rest)}
+    words = "{} s on {}: compute {}, gather {}, reduce {}, optimizer {}"
+    return {"step": words.format(_seconds(step), plan.hardware, *map(_seconds, rest))}
+
+
+def _seconds(seconds: float) -> str:
+    return "< 0.001" if 0 < seconds < 0.001 else f"{seconds:.3g}"
 
 
 def _unit(batch: PlannedBatch) -> str:

@@ -71,7 +71,7 @@ def test_seconds_of_a_step_follow_from_the_machines_figures(tmp_path, shell):
     file.write_text(f"{{tflops: 100, {figures}, between_gb_per_s: 1, efficiency: 1.0}}\n")
     machine = find_machine(str(file))
     assert machine.memory == 24 * 2**30
-    assert {find_machine(name).name for name in ("A100-80", "H100", "H200", "B200", "RTX-4090", "L40S")}
+    assert {find_machine(name).name for name in ("A100-80", "H100", "H200", "B200", "RTX-4090", "l40s")}
     sizes = ModelSizes(
         layers=1, hidden=0, active=10**9, weights=0, head=0, packed=0, layer_bytes=0, table_bytes=0, largest=0, saved=0,
         inputs=0,
@@ -96,6 +96,7 @@ def test_seconds_of_a_step_follow_from_the_machines_figures(tmp_path, shell):
     for words, message in [
         (("--hardware", "H1"), "--hardware: got 'H1', must be one of A100-80, H100"),
         (("--memory", "many"), "--memory: got 'many', must be a size such as 80GiB"),
+        (("--memory", "80"), "--memory: got '80', must be a size such as 80GiB"),
         (("--nodes", 2, "--gpus-per-node", 4, "--world-size", 4), "--world-size: got 4, must be --nodes 2 x"),
         (("--hardware", run), "must have tflops, memory, memory_gb_per_s"),
     ]:
