@@ -59,6 +59,7 @@ class BaseModel:
         segmented: attention is told where samples begin (`segment_attention`), and needs no mask.
         wrapped: whether the model is a multimodal one, of which this is the text decoder with its head.
         fingerprint: hex digest of the base's content, set by loading.
+        load_peak_bytes: largest resident size of this process until the base was loaded.
         matrices: linear layers and experts, the packed weights that adapters may change, likewise.
         shapes: of all tensors that its files must hold, by name. Once sharded, parameters need not have these.
         buffers: shapes of the buffers that a checkpoint holds beside the parameters, by name; older files lack some.
@@ -78,6 +79,7 @@ class BaseModel:
     segmented: bool
     wrapped: bool = False
     fingerprint: str = ""
+    load_peak_bytes: int = 0
     notes: list[str] = field(default_factory=list)
     matrices: dict[str, FrozenLinear | FrozenExperts] = field(init=False)
     shapes: dict[str, tuple[int, ...]] = field(init=False)

@@ -1,7 +1,5 @@
 """Measure a training step from outside: time, bytes gathered and reduced, memory; and the totals of all steps."""
 
-import resource
-import sys
 import time
 from dataclasses import dataclass
 
@@ -10,6 +8,7 @@ import torch
 
 from dist_qft.ranks.collectives import maximum
 from dist_qft.sharding.engine import Engine
+from dist_qft.sharding.host_memory import resident_peak
 from dist_qft.training.flat_parameters import FlatParameters
 from dist_qft.training.train_step import StepResult
 
@@ -133,10 +132,3 @@ def peak_bytes(device: torch.device) -> tuple[int, int | None]:
     resident = maximum(resident_peak(), device)
     on_device = maximum(held_bytes(device) if device.type == "cuda" else 0, device)
     return int(resident), int(on_device) if device.type == "cuda" else None
-
-
-def resident_peak() -> int:
-    """Largest resident size of this process so far, in bytes."""
-    # ru_maxrss is in KiB on Linux and in bytes on macOS.
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

@@ -20,7 +20,7 @@ class SummaryFigures:
         gather_bytes_per_step, reduce_bytes_per_step, tokens_per_second: of this process's own steps on this rank;
             None if it ran none.
         base_bytes_per_rank, peak_rss_bytes, peak_device_bytes: of the rank with the most; the last is None on CPUs.
-        load_peak_rss_bytes: the largest resident size before training began, of the rank with the most.
+        load_peak_rss_bytes: the largest resident size until the base was loaded, of the rank with the most.
         seconds: of this process, start-up excluded.
     """
 

@@ -22,7 +22,7 @@ from dist_qft.training.opening import opening_lines
 from dist_qft.training.optimizer_state import OptimizerState
 from dist_qft.training.resume import chain_rows
 from dist_qft.training.run_inputs import RunInputs
-from dist_qft.training.step_meter import StepMeter, held_bytes, peak_bytes, resident_peak, step_scalars
+from dist_qft.training.step_meter import StepMeter, held_bytes, peak_bytes, step_scalars
 from dist_qft.training.summary import SummaryFigures
 from dist_qft.training.train_step import StepResult, make_train_step
 from dist_qft.tuned_model.assemble import Assembled, make_forward
@@ -41,7 +41,6 @@ class TrainingRun:
         self.inputs, self.config, self.world, self.parts = inputs, config, world, parts
         self.doing = "start-up"
         self._stop, self._started = stop, time.perf_counter()
-        self._load_peak = resident_peak()
         self.total_steps, total_rows = inputs.length()
         self.batches = Batches(
             inputs.data.train,
@@ -271,7 +270,7 @@ class TrainingRun:
             gather_bytes_per_step=self.meter.gathered_bytes_per_step,
             reduce_bytes_per_step=self.meter.reduced_bytes_per_step,
             tokens_per_second=self.meter.tokens_per_second,
-            load_peak_rss_bytes=int(maximum(self._load_peak, device)),
+            load_peak_rss_bytes=int(maximum(self.parts.base.load_peak_bytes, device)),
             peak_rss_bytes=peak_rss,
             peak_device_bytes=peak_device,
             seconds=time.perf_counter() - self._started,

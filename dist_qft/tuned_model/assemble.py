@@ -26,7 +26,7 @@ from dist_qft.methods.trainable import TrainableSet, TrainableSpec, TrainingPart
 from dist_qft.ranks.preemption import StopSignal
 from dist_qft.sharding.engine import Engine
 from dist_qft.sharding.engines import engine_of
-from dist_qft.sharding.host_memory import keep_one_heap
+from dist_qft.sharding.host_memory import keep_one_heap, resident_peak
 from dist_qft.tuned_model.gathered_once import gathered_once
 from dist_qft.tuned_model.preference import PREFERENCES
 from dist_qft.tuned_model.task import CausalLM, Labelling, Task, head_outputs
@@ -156,6 +156,7 @@ def materialize(
         keep_one_heap()
     settle_on(skeleton, device)
     load_base(skeleton, source, engine, device, poll)
+    skeleton.load_peak_bytes = resident_peak()
 
 
 def settle_on(base: BaseModel, device: torch.device) -> None:
