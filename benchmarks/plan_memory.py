@@ -4,7 +4,7 @@
 
 Methods, engines, and checkpointing on and off; packed rows of 512 tokens, one per micro-batch, two steps. Measured is
 the largest resident size of the fuller rank over its whole life (`peak_rss_bytes` of summary.json, the kernel's own);
-in a second table, the largest one until the base was loaded (`load_peak_rss_bytes`) beside the planned peak while loading.
+in a second table, the largest one until the base was loaded (`load_peak_rss_bytes`) beside the planned one.
 Memory does not depend on what else the machine does: the runs need no idle one. They take 10 minutes.
 """
 
