@@ -13,7 +13,7 @@ from transformers import MixtralConfig, PretrainedConfig
 from dist_qft.base_model.gguf_header import GgufHeader
 from dist_qft.errors import CorruptFileError, UserError
 
-ARCHITECTURES = ("llama", "qwen2", "qwen3", "qwen3moe")
+ARCHITECTURES = ("llama", "qwen2", "qwen2moe", "qwen3", "qwen3moe")
 ROPE_FACTORS = "rope_freqs.weight"
 _SIZES = {
     "block_count": 1000,
@@ -100,8 +100,15 @@ def _mixture(config: PretrainedConfig, header: GgufHeader, prefix: str, experts:
         return MixtralConfig(**given | {"num_local_experts": experts, "num_experts_per_tok": used})
     config.num_experts, config.num_experts_per_tok = experts, used
     width = header.metadata[f"{prefix}.feed_forward_length"]
-    config.moe_intermediate_size = header.number(f"{prefix}.expert_feed_forward_length", 1, 1 << 24, default=width)
-    config.norm_topk_prob, config.mlp_only_layers, config.decoder_sparse_step = True, [], 1
+    config.moe_intermediate_size = header.number(
+        f"{prefix}.expert_feed_forward_length", 1, 1 << 24, default=max(1, width // used)
+    )
+    config.mlp_only_layers, config.decoder_sparse_step = [], 1
+    config.norm_topk_prob = prefix == "qwen3moe"  # as llama.cpp computes them: no key says it
+    if prefix == "qwen2moe":
+        config.shared_expert_intermediate_size = header.number(
+            f"{prefix}.expert_shared_feed_forward_length", 1, 1 << 24, default=width
+        )
     return config
 
 

@@ -15,12 +15,13 @@ from dist_qft.errors import CorruptFileError, UserError
 from dist_qft.quant.contract import Format
 
 _EXPERT = "{expert}"  # in the name of a stack, the number of an expert
+_SHARED_GATE = "shared_expert_gate.weight"
 
 
 class GgufSource:
     """A GGUF model of a supported architecture, its tensors renamed and its rows reordered to Hugging Face's.
 
-    Of a mixture's stacks each expert is a tensor of its own.
+    Of a mixture's stacks each expert is a tensor of its own; older files hold one tensor for each already.
 
     Raises:
         UserError: another architecture, a tensor that has no place in it, or one of a type that is no weight's.
@@ -43,6 +44,8 @@ class GgufSource:
         for name, stored in names.items():
             if stored in header.tensors:
                 self._tensors |= _by_expert(name, header.tensors[stored], experts)
+            elif _EXPERT in name:
+                self._tensors |= _one_by_one(name, stored, header.tensors, experts)
         # llama.cpp stores the rotary halves of these rows interleaved (its converter's `permute`).
         self._heads = {"q_proj": heads, "k_proj": kv_heads} if architecture == "llama" else {}
         self._refuse_odd_tensors(header.tensors)
@@ -152,7 +155,9 @@ def _by_expert(name: str, tensor: GgufTensor, experts: int) -> dict[str, GgufTen
         CorruptFileError: a stack of another number of experts than the metadata says.
     """
     if _EXPERT not in name:
-        return {name: tensor}
+        # A gate of shared experts has one output, and the file holds its inputs as a vector.
+        is_row = name.endswith(_SHARED_GATE) and len(tensor.shape) == 1
+        return {name: replace(tensor, shape=(1, *tensor.shape)) if is_row else tensor}
     if len(tensor.shape) != 3 or tensor.shape[0] != experts:
         raise CorruptFileError(
             f"{tensor.path}: tensor '{tensor.name}' is {list(tensor.shape)}, must be a stack of {experts} experts"
@@ -166,6 +171,12 @@ def _by_expert(name: str, tensor: GgufTensor, experts: int) -> dict[str, GgufTen
     }
 
 
+def _one_by_one(name: str, stack: str, stored: dict[str, GgufTensor], experts: int) -> dict[str, GgufTensor]:
+    """The experts of files from before there were stacks, as far as they are there: `blk.0.ffn_gate.3.weight`."""
+    names = {number: stack.replace("_exps.", f".{number}.") for number in range(experts)}
+    return {name.replace(_EXPERT, str(number)): stored[each] for number, each in names.items() if each in stored}
+
+
 def _mixture_names(architecture: str, blocks: int) -> dict[str, str]:
     """Hugging Face tensor name -> GGUF tensor name of routers and experts, whose numbers are `_EXPERT`."""
     if architecture == "llama":  # Mixtral
@@ -177,6 +188,10 @@ def _mixture_names(architecture: str, blocks: int) -> dict[str, str]:
         names[f"model.layers.{i}.{block}.gate.weight"] = f"blk.{i}.ffn_gate_inp.weight"
         for product, stored in products.items():
             names[f"model.layers.{i}.{block}.experts.{_EXPERT}.{product}.weight"] = f"blk.{i}.ffn_{stored}_exps.weight"
+            if architecture == "qwen2moe":
+                names[f"model.layers.{i}.mlp.shared_expert.{product}.weight"] = f"blk.{i}.ffn_{stored}_shexp.weight"
+        if architecture == "qwen2moe":
+            names[f"model.layers.{i}.mlp.{_SHARED_GATE}"] = f"blk.{i}.ffn_gate_inp_shexp.weight"
     return names
 
 

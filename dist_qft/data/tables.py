@@ -1,5 +1,6 @@
 """Readers of files that hold tables: parquet, and the Arrow files that `datasets` writes with `save_to_disk`."""
 
+import reprlib
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -57,10 +58,14 @@ def _records(path: Path, kind: str, batches: Iterator[Any]) -> Iterator[LocatedR
     number = 0
     try:
         for batch in batches:
+            names = batch.schema.names
+            if len(set(names)) < len(names):
+                twice = next(name for name, count in Counter(names).items() if count > 1)
+                raise UserError(f"{path}: column {reprlib.repr(twice)} occurs twice")
             for row in range(batch.num_rows):
                 number += 1
                 yield without_nulls(batch.slice(row, 1).to_pylist()[0]), f"{path}: record {number}"
-    except (pyarrow.ArrowException, OSError, UnicodeDecodeError, OverflowError) as error:
+    except (pyarrow.ArrowException, OSError, ValueError, OverflowError) as error:
         reason = str(error).partition("\n")[0]
         raise UserError(f"{path}: not a readable {kind} file (after record {number}): {reason}") from None
 
@@ -73,6 +78,6 @@ def without_nulls(record: Record) -> Record:
 def _pruned(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _pruned(entry) for key, entry in value.items() if entry is not None}
-    if isinstance(value, list) and value and isinstance(value[0], dict | list):
+    if isinstance(value, list) and isinstance(next((entry for entry in value if entry is not None), None), dict | list):
         return [_pruned(entry) for entry in value]
     return value

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import dist_qft
-from dist_qft.errors import CorruptFileError
+from dist_qft.errors import CorruptFileError, UserError
 from dist_qft.merge.verify import run_verify
 from tests.support.merges import GGUF_RUN, merge_run
 from tests.support.tiny_gguf import tensors_of
@@ -17,15 +17,38 @@ IDS = torch.tensor([[5, 40, 77, 120, 33, 9, 201, 60, 12, 300]])
 
 @pytest.mark.parametrize(
     ("architecture", "experts", "held"),
-    [("qwen3moe", "Q4_1", "affine4"), ("llama", "Q4_0", "affine4"), ("qwen3moe", "Q8_0", "q8_0")],
+    [
+        ("qwen3moe", "Q4_1", "affine4"),
+        ("llama", "Q4_0", "affine4"),
+        ("qwen3moe", "Q8_0", "q8_0"),
+        ("qwen2moe", "Q4_1", "affine4"),
+    ],
 )
 @torch.no_grad()
 def test_logits_are_those_of_the_values_in_the_file(tmp_path, architecture, experts, held):
     model = save_mixture_gguf(tmp_path / "tiny.gguf", architecture, experts)
     loaded = dist_qft.load(tmp_path / "tiny.gguf")
     assert {stack.format.name for stack in loaded.base.experts.values()} == {held}
-    assert loaded.base.config.model_type == {"llama": "mixtral", "qwen3moe": "qwen3_moe"}[architecture]
+    assert (
+        loaded.base.config.model_type
+        == {
+            "llama": "mixtral",
+            "qwen2moe": "qwen2_moe",
+            "qwen3moe": "qwen3_moe",
+        }[architecture]
+    )
     torch.testing.assert_close(loaded.logits(IDS), model(IDS).logits, rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+def test_files_from_before_there_were_stacks_hold_each_expert_alone(tmp_path):
+    path = tmp_path / "tiny.gguf"
+    model = save_mixture_gguf(path, "llama", "Q4_1", stacked=False)
+    assert "blk.1.ffn_down.3.weight" in tensors_of(path)
+    torch.testing.assert_close(dist_qft.load(path).logits(IDS), model(IDS).logits, rtol=1e-4, atol=1e-4)
+    path.write_bytes(path.read_bytes().replace(b"blk.1.ffn_down.3.weight", b"blk.1.ffn_down.9.weight"))
+    with pytest.raises(UserError, match=r"tensor 'blk.1.ffn_down.9.weight' has no place in this architecture"):
+        dist_qft.load(path)
 
 
 def test_a_merge_keeps_the_files_experts_however_the_run_held_them(pools, make_run, tmp_path):

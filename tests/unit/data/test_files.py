@@ -182,6 +182,19 @@ def test_name_that_no_file_system_takes(tmp_path):
         find_files(tmp_path / f"{'x' * 300}.jsonl", "data.train")
 
 
+def test_a_name_that_occurs_twice_in_a_table(tmp_path):
+    """Of two columns, or two fields of a struct, one would be taken in silence."""
+    path, texts = tmp_path / "a.parquet", pyarrow.array(["a"])
+    parquet.write_table(pyarrow.Table.from_arrays([texts, texts], names=["text", "text"]), path)
+    with pytest.raises(UserError, match=r"a.parquet: column 'text' occurs twice"):
+        next(read_file(path, Counter()))
+    field = pyarrow.field("b", pyarrow.string())
+    inner = pyarrow.StructArray.from_arrays([texts, texts], fields=[field, field])
+    parquet.write_table(pyarrow.table({"text": texts, "more": inner}), path)
+    with pytest.raises(UserError, match=r"not a readable parquet file .*duplicate field names"):
+        next(read_file(path, Counter()))
+
+
 def test_folder_without_data_files(tmp_path):
     (tmp_path / "notes.txt").write_text("x")
     with pytest.raises(
