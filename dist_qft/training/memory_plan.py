@@ -25,7 +25,8 @@ from dist_qft.training.planned_reduction import PlannedReduction
 from dist_qft.tuned_model.task import head_outputs
 
 _RUNTIME = {"cuda": 1 << 30, "cpu": 550 << 20}  # CUDA's context, cuBLAS and NCCL; Python with its packages
-_DEEPSPEED = 110 << 20  # with its packages
+_STEPPING = 25 << 20  # on CPUs, from the first step: TensorBoard, the packages of optimizers, BLAS's buffers
+_DEEPSPEED = 85 << 20  # on CPUs, with its packages
 _CHUNK_MEGABYTES = {"cuda": 64.0, "cpu": 8.0}
 _AT_ONCE = 3  # a layer in use, the next one as it was gathered, and its copy in parameters
 _LOADING = 16 << 20  # the rows in hand of a weight that is read and quantized
@@ -64,7 +65,7 @@ class MemoryPlan:
             "activations": activations,
             "workspace": workspace,
             "allocator": int(_HOLES * unchecked) if device == "cpu" and _leaves_holes() else 0,
-            "runtime": _RUNTIME[device] + (_DEEPSPEED if engine.name == "zero" and device == "cpu" else 0),
+            "runtime": _RUNTIME[device] + (_in_steps(engine) if device == "cpu" else 0),
         }
 
     def load_peak(self, parts: Mapping[str, int], device: str) -> int:
@@ -72,7 +73,7 @@ class MemoryPlan:
 
         Rows are quantized on the CPU and only then go to a GPU, which holds nothing else of the run yet.
         """
-        held = parts["base"] + parts["runtime"]
+        held = parts["base"] + _RUNTIME[device]
         return held + (_LOADING + 4 * self.sizes.largest // 64 if device == "cpu" else 0)
 
     def peak(self, config: RunConfig, world_size: int, group: int) -> int:
@@ -199,6 +200,11 @@ def detected_memory(device: torch.device, ranks_on_node: int) -> int | None:
             return None
         return torch.cuda.mem_get_info(device)[1]
     return psutil.virtual_memory().total // ranks_on_node
+
+
+def _in_steps(engine: Engine) -> int:
+    """Bytes of packages that the steps of a run need, and its loading does not."""
+    return _STEPPING + (_DEEPSPEED if engine.name == "zero" else 0)
 
 
 def _leaves_holes() -> bool:
