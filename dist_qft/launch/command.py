@@ -150,6 +150,7 @@ def _fork_ranks(args: Namespace) -> ForkedRanks | None:
     """The ranks of this node as processes that wait for torchrun; None if it must start them from nothing."""
     if not can_fork(args):
         return None
+    torch.set_num_threads(1)  # OpenMP's threads, once they run, do not survive a fork: a rank would wait for them
     if args.training_script == "dist_qft":
         # By name, since it is above this module: the launcher itself has no use for it.
         importlib.import_module("dist_qft.cli.preload").preload(args.training_script_args)
