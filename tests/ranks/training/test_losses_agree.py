@@ -50,7 +50,7 @@ def _losses(
 ) -> list[float]:
     sections = dict(METHODS[method])
     sections["sharding"] = {"engine": engine}
-    sections["train"] = {"per_device_train_batch_size": micro, "max_steps": 10} | more
+    sections["train"] = {"per_device_train_batch_size": micro, "max_steps": 6} | more
     results = pool.run(train_losses, config=tiny_config(model, folder / "run", **sections))
     assert all(result == results[0] for result in results), "ranks report different losses"
     return results[0]
