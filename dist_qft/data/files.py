@@ -82,8 +82,8 @@ def _read_jsonl(path: Path, counts: Counter[str]) -> Iterator[LocatedRecord]:
 
 
 def _read_json(path: Path, counts: Counter[str]) -> Iterator[LocatedRecord]:
-    for _ in _checked_lines(path):
-        pass
+    for line in _checked_lines(path):
+        del line  # or the last one, which may be the whole file, would stay in memory
     with _open_text(path) as stream:
         text = stream.read()
     document = _parse_json(text, path, first_line=1)
