@@ -22,6 +22,20 @@ _SIZES = {
     "attention.head_count": 1 << 16,
     "context_length": (1 << 31) - 1,
 }
+# Settings that change a model's results and that no supported architecture of transformers has: the values that change
+# nothing. llama.cpp takes 0 for a factor that is not set.
+_WITHOUT_EFFECT: dict[str, tuple[float, ...]] = {
+    "logit_scale": (0, 1),
+    "residual_scale": (0, 1),
+    "embedding_scale": (0, 1),
+    "expert_weights_scale": (0, 1),
+    "attention.clamp_kqv": (0,),
+    "attn_logit_softcapping": (0,),
+    "final_logit_softcapping": (0,),
+    "attention.causal": (True,),
+    "use_parallel_residual": (False,),
+    "leading_dense_block_count": (0,),
+}
 # YaRN's further settings. Other values than these are refused, because transformers computes with these.
 _FIXED_SCALING = {"yarn_ext_factor": 1.0, "yarn_attn_factor": 1.0, "yarn_log_multiplier": 0.0}
 
@@ -60,6 +74,8 @@ def check_sizes(header: GgufHeader) -> None:
     header.real(f"{prefix}.rope.freq_base")
     if header.real(f"{prefix}.attention.layer_norm_rms_epsilon") is None:
         raise CorruptFileError(f"{header.path}: '{prefix}.attention.layer_norm_rms_epsilon' is missing")
+    _require_known_computation(header, prefix)
+    _require_whole_vocabulary(header, prefix)
     numbers = {
         int(parts[1]) for name in header.tensors if (parts := name.split("."))[0] == "blk" and parts[1].isdigit()
     }
@@ -69,6 +85,30 @@ def check_sizes(header: GgufHeader) -> None:
         raise CorruptFileError(
             f"{header.path}: '{prefix}.block_count' is {blocks}, and there are "
             f"{'tensors' if wrong in numbers else 'no tensors'} of block {wrong}"
+        )
+
+
+def _require_known_computation(header: GgufHeader, prefix: str) -> None:
+    """Refuse settings that would be ignored and change results: UserError."""
+    for key, neutral in _WITHOUT_EFFECT.items():
+        value = header.metadata.get(f"{prefix}.{key}", neutral[0])
+        if value not in neutral:
+            raise UserError(f"{header.path}: '{prefix}.{key}': got {value!r}, must be {neutral[-1]} or not set")
+    width = header.metadata[f"{prefix}.embedding_length"] // header.metadata[f"{prefix}.attention.head_count"]
+    usual = header.number(f"{prefix}.attention.key_length", 1, 1 << 16, default=max(1, width)) ** -0.5
+    scale = header.metadata.get(f"{prefix}.attention.scale", 0)
+    if scale and not (isinstance(scale, float) and math.isclose(scale, usual, rel_tol=1e-3)):
+        raise UserError(f"{header.path}: '{prefix}.attention.scale': got {scale!r}, must be {usual:.4g} or not set")
+
+
+def _require_whole_vocabulary(header: GgufHeader, prefix: str) -> None:
+    """Refuse a size of the vocabulary that the embedding has not, before a table of that size is made."""
+    embedding = header.tensors.get("token_embd.weight")
+    said = header.metadata.get(f"{prefix}.vocab_size")
+    if embedding is not None and said is not None and said != embedding.shape[0]:
+        raise CorruptFileError(
+            f"{header.path}: '{prefix}.vocab_size': got {said!r}, must be {embedding.shape[0]}, the rows of "
+            "'token_embd.weight'"
         )
 
 

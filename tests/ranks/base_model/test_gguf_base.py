@@ -9,6 +9,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from dist_qft.base_model.gguf_config import ARCHITECTURES
 from dist_qft.base_model.gguf_file import GgufSource
 from dist_qft.base_model.load import load_base
 from dist_qft.base_model.model_tensors import check_names
@@ -201,7 +202,7 @@ def write_gguf(path: Path, architecture: str | None) -> Path:
 def test_files_that_are_not_what_they_should_be(tmp_path):
     with pytest.raises(UserError) as refused:
         GgufSource(write_gguf(tmp_path / "x.gguf", "mamba"))
-    supported = "(supported: llama, qwen2, qwen3, qwen3moe)"
+    supported = f"(supported: {', '.join(ARCHITECTURES)})"
     assert str(refused.value) == f"{tmp_path / 'x.gguf'}: GGUF architecture 'mamba' is not supported {supported}"
     for content in (b"", b"GGUF", b"not a GGUF file at all"):
         (tmp_path / "y.gguf").write_bytes(content)

@@ -14,6 +14,7 @@ from dist_qft.base_model.gguf_file import GgufSource
 from dist_qft.base_model.gguf_header import GgufHeader, read_header
 from dist_qft.errors import CorruptFileError, DistQFTError, UserError
 from tests.support.tiny_gguf import save_tiny_gguf, split_gguf
+from tests.support.tiny_model import tiny_llama_config
 
 
 @pytest.fixture(scope="module")
@@ -145,6 +146,40 @@ def test_what_has_no_place_is_refused(tmp_path):
 
     with pytest.raises(UserError, match=r"tensor 'blk\.0\.ffn_gate_exps\.weight' has no place"):
         GgufSource(save_tiny_gguf(tmp_path / "extra.gguf", finish=extra))
+
+
+FLOAT, BOOL, NUMBER = gguf.GGUFValueType.FLOAT32, gguf.GGUFValueType.BOOL, gguf.GGUFValueType.UINT32
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "kind"),
+    [
+        ("logit_scale", 2.0, FLOAT),
+        ("embedding_scale", 12.0, FLOAT),
+        ("final_logit_softcapping", 30.0, FLOAT),
+        ("attention.causal", False, BOOL),
+        ("attention.scale", 0.5, FLOAT),
+        ("vocab_size", 1 << 31, NUMBER),
+        ("vocab_size", 5, NUMBER),
+    ],
+)
+def test_a_setting_that_would_be_ignored_is_refused(tmp_path, key, value, kind):
+    def finish(writer: gguf.GGUFWriter) -> None:
+        writer.kv_data[0].pop(f"llama.{key}", None)
+        writer.add_key_value(f"llama.{key}", value, kind)
+
+    with pytest.raises(DistQFTError, match=rf"'llama\.{key}': got .*, must be ") as refused:
+        GgufSource(save_tiny_gguf(tmp_path / "odd.gguf", finish=finish))
+    assert refused.value.exit_code in (2, 5)
+
+
+def test_settings_that_change_nothing_are_taken(tmp_path):
+    def finish(writer: gguf.GGUFWriter) -> None:
+        writer.add_logit_scale(1.0)
+        writer.add_key_value("llama.attention.causal", True, BOOL)
+        writer.add_key_value("llama.attention.scale", tiny_llama_config().head_dim ** -0.5, FLOAT)
+
+    assert GgufSource(save_tiny_gguf(tmp_path / "usual.gguf", finish=finish)).names()
 
 
 # --- models in several files -----------------------------------------------------------------------------------------
