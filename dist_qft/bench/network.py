@@ -9,8 +9,6 @@ import shutil
 import subprocess
 from dataclasses import dataclass
 
-_RANKS = 'for rank in $RANKS; do RANK=$rank LOCAL_RANK=$rank "$@" & done; wait'
-
 # Node 1 is a second namespace, kept alive by a process that sleeps, at the other end of a virtual cable. Traffic within
 # a node goes through its loopback interface, which nothing slows down.
 _TWO_NODES = """
@@ -30,13 +28,14 @@ if [ -n "$MEGABITS" ]; then
   tc qdisc add dev wire root tbf rate ${MEGABITS}mbit burst 256kb latency 400ms
   on_other tc qdisc add dev wire root tbf rate ${MEGABITS}mbit burst 256kb latency 400ms
 fi
-started=
+first= second=
 for rank in $RANKS; do
-  export RANK=$rank LOCAL_RANK=$((rank % LOCAL_WORLD_SIZE))
-  if [ $rank -lt $LOCAL_WORLD_SIZE ]; then "$@" & else on_other "$@" & fi
-  started="$started $!"
+  if [ $rank -lt $LOCAL_WORLD_SIZE ]; then first="$first $rank"; else second="$second $rank"; fi
 done
-wait $started
+export RANKS="$first"; "$@" & here=$!
+export RANKS="$second"; on_other "$@" & there=$!
+wait $here
+wait $there
 """
 
 
@@ -59,7 +58,7 @@ class Network:
         return "wire" if self.nodes > 1 else "lo"
 
     def environment(self, ranks: int) -> dict[str, str]:
-        """The variables that the ranks and `command` need."""
+        """The variables that the ranks and `command` need; RANKS are the ranks of a node to the command behind it."""
         return {
             "RANKS": " ".join(map(str, range(ranks))),
             "LOCAL_WORLD_SIZE": str(ranks // self.nodes),
@@ -69,11 +68,10 @@ class Network:
         }
 
     def command(self) -> list[str]:
-        """A command prefix that starts the command behind it once per rank in this network, and waits for all."""
+        """A command prefix that starts the command behind it once per node of this network, and waits for all."""
         if self.nodes > 1:
             return [*_UNSHARE, "sh", "-ec", _TWO_NODES, "sh"]
-        inner = ["sh", "-c", _RANKS, "sh"]
-        return [*_own_loopback(self.megabits), *inner] if isolated() else inner
+        return _own_loopback(self.megabits) if isolated() else []
 
 
 @functools.cache
