@@ -25,7 +25,6 @@ CHAT = {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "c
 QUICKSTART = "configs/quickstart.yaml train.max_steps=1 data.eval.limit=4 evaluation.max_new_tokens=4 merge.at_end=null"
 RUNS = ("runs/smollm2-qalora", "runs/first", "runs/my-run", "runs/mine", "runs/llama-8b-qlora")
 CONFIGS = ("configs/llama-8b/qlora.yaml", "my.yaml", "CONFIG")
-WORDS = {"dist-qft chat": "Hi\n", "dist-qft init": ""}  # what is typed
 
 
 def main() -> int:
@@ -76,7 +75,7 @@ def prepare(folder: Path) -> None:
 
 def execute(folder: Path, command: str) -> subprocess.CompletedProcess[str]:
     """Run a command there on two ranks, as in an activated environment."""
-    typed = next((words for start, words in WORDS.items() if command.startswith(start)), "")
+    typed = "Hi\n" if command.startswith("dist-qft chat") else ""
     environment = {**os.environ, "VIRTUAL_ENV": sys.prefix, "PYTHONPATH": str(folder), "NPROC_PER_NODE": "2"}
     environment["PATH"] = f"{sys.prefix}/bin:{environment['PATH']}"
     return subprocess.run(

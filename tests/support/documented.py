@@ -7,8 +7,8 @@ from typing import NamedTuple
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 
-PROGRAMS = r"dist-qft|python|torchrun|launch/|sbatch|srun|pip|pytest|tests/|benchmarks/|docs/|bash"
-_COMMAND = re.compile(rf"(?:[A-Z_]+=\S+ )*(?:{PROGRAMS})")
+_PROGRAMS = r"dist-qft|python|torchrun|launch/|sbatch|srun|pip|pytest|tests/|benchmarks/|docs/|bash"
+_COMMAND = re.compile(rf"(?:[A-Z_]+=\S+ )*(?:{_PROGRAMS})")
 # By pattern, the first that matches: the reason why `benchmarks/documented_commands.py` leaves the command out.
 LEFT_OUT = {
     r"pip install": "tests/whole/test_install.py",
@@ -31,7 +31,6 @@ class Documented(NamedTuple):
     """A command as a page shows it, without its comment."""
 
     page: str
-    line: int
     text: str
 
     @property
@@ -45,11 +44,11 @@ def documented_commands() -> list[Documented]:
     found = []
     for page in PAGES:
         fenced = False
-        for number, line in enumerate(page.read_text().splitlines(), 1):
+        for line in page.read_text().splitlines():
             if line.startswith("```"):
                 fenced = not fenced
             elif fenced or line.startswith("    "):
                 text = re.split(r"\s+#\s|\s{2,}#", line.strip().removeprefix("$ "))[0].strip()
                 if _COMMAND.match(text) and not re.match(r"[\w/.-]+: |\w+ = ", text):
-                    found.append(Documented(page.name, number, text))
+                    found.append(Documented(page.name, text))
     return found

@@ -29,6 +29,6 @@ class FaultRanks:
         return settings if self.group is None else {**settings, "group": self.group}
 
 
-def fault_ranks(count: int = 2, group: int | None = GROUP) -> FaultRanks:
-    """So many ranks with one base, or those of two bases if there are groups."""
-    return FaultRanks(count) if group is None else FaultRanks(2 * group, group)
+def fault_ranks(group: int | None = GROUP) -> FaultRanks:
+    """Two ranks with one base, or those of two bases if there are groups."""
+    return FaultRanks() if group is None else FaultRanks(2 * group, group)
