@@ -94,11 +94,16 @@ def _require_known_computation(header: GgufHeader, prefix: str) -> None:
         value = header.metadata.get(f"{prefix}.{key}", neutral[0])
         if value not in neutral:
             raise UserError(f"{header.path}: '{prefix}.{key}': got {value!r}, must be {neutral[-1]} or not set")
-    width = header.metadata[f"{prefix}.embedding_length"] // header.metadata[f"{prefix}.attention.head_count"]
-    usual = header.number(f"{prefix}.attention.key_length", 1, 1 << 16, default=max(1, width)) ** -0.5
+    usual = max(1, _head_width(header, prefix)) ** -0.5
     scale = header.metadata.get(f"{prefix}.attention.scale", 0)
     if scale and not (isinstance(scale, float) and math.isclose(scale, usual, rel_tol=1e-3)):
         raise UserError(f"{header.path}: '{prefix}.attention.scale': got {scale!r}, must be {usual:.4g} or not set")
+
+
+def _head_width(header: GgufHeader, prefix: str) -> int:
+    """Numbers in a head's key; 0 if there are more heads than numbers in a state."""
+    width = header.metadata[f"{prefix}.embedding_length"] // header.metadata[f"{prefix}.attention.head_count"]
+    return header.number(f"{prefix}.attention.key_length", 1, 1 << 16, default=width)
 
 
 def _require_whole_vocabulary(header: GgufHeader, prefix: str) -> None:
@@ -118,8 +123,7 @@ def complete_config(config: PretrainedConfig, header: GgufHeader) -> PretrainedC
     if experts:
         config = _mixture(config, header, prefix, experts)
     config.tie_word_embeddings = "output.weight" not in header.tensors
-    head_dim = config.hidden_size // config.num_attention_heads
-    head_dim = header.number(f"{prefix}.attention.key_length", 1, 1 << 16, default=head_dim)
+    head_dim = _head_width(header, prefix)
     if header.number(f"{prefix}.attention.value_length", 1, 1 << 16, default=head_dim) != head_dim:
         raise UserError(f"{header.path}: keys and values of different sizes are not supported")
     if header.number(f"{prefix}.rope.dimension_count", 1, 1 << 16, default=head_dim) != head_dim:

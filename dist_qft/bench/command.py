@@ -50,12 +50,11 @@ def run_benchmarks(names: Sequence[str], *, every: bool, options: Options, json_
         raise UserError(f"bench: {missing[0]} is not installed; pip install 'dist-qft[bench]'")
     if json_path is not None and not json_path.absolute().parent.is_dir():
         raise UserError(f"--json: there is no folder '{json_path.absolute().parent}'")
-    if json_path is not None:
-        options = replace(options, kept=json_path.with_name(f"{json_path.name}.sides"))
+    kept = None if json_path is None else json_path.with_name(f"{json_path.name}.sides")
+    options = replace(options, kept=kept)
     for name in BENCHMARKS if every else names:
         report = importlib.import_module(f"dist_qft.bench.{BENCHMARKS[name]}").run(options)
         print_report(report)
-        if json_path is not None:
+        if json_path is not None and kept is not None:
             append_report(report, json_path)
-            if options.kept is not None:
-                options.kept.unlink(missing_ok=True)
+            kept.unlink(missing_ok=True)

@@ -16,6 +16,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
+from dist_qft.ranks.process import leave
+
 # Side -> the function that runs it on each rank, called with the settings.
 SIDES = {
     "ours": "step:ours",
@@ -84,8 +86,7 @@ def _run(side: str, values: dict[str, Any], folder: str, mapped: list[tuple[int,
         result = {"error": f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"}
     Path(folder, f"{rank}.json").write_text(json.dumps(result))
     # Peers that failed on one rank leave the others in a collective: nobody waits for an orderly end.
-    sys.stdout.flush()
-    os._exit(1 if "error" in result else 0)
+    leave(1 if "error" in result else 0)
 
 
 if __name__ == "__main__":

@@ -30,7 +30,8 @@ import torch
 from torch.distributed.elastic.multiprocessing import api
 from torch.distributed.elastic.multiprocessing.subprocess_handler import SubprocessHandler
 
-from dist_qft.ranks.preemption import STOP_SIGNALS, heeded, leave_before_the_run
+from dist_qft.ranks.preemption import STOP_SIGNALS, heeded, leave_on_stop_signals
+from dist_qft.ranks.process import leave
 
 _POLL_SECONDS = 0.02
 _READY = b"."
@@ -129,9 +130,7 @@ def _run_forked(module: str, local_rank: int, ours: socket.socket, others: Seque
     try:
         os.setsid()
         os.environ["LOCAL_RANK"] = str(local_rank)  # only the first one prints that a signal came too early
-        for number in STOP_SIGNALS:
-            if heeded(number):
-                signal.signal(number, leave_before_the_run)
+        leave_on_stop_signals()
         for other in others:
             other.close()
         ours.send(_READY)
@@ -145,9 +144,7 @@ def _run_forked(module: str, local_rank: int, ours: socket.socket, others: Seque
     except BaseException:
         traceback.print_exc()
     finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
+        leave(code)
 
 
 def _await_start(ours: socket.socket) -> tuple[list[str], dict[str, str]]:

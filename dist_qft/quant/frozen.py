@@ -141,11 +141,8 @@ class FrozenLinear(FrozenWeight):
         On CPUs the system would hand out a block of some MiB with fresh pages, and their faults cost as much as a
         pass over it.
         """
-        on_cpu = next(self.parameters()).device.type == "cpu"
-        if not (on_cpu and self.dtype == torch.float32 and isinstance(self.format, BlockFormat)):
-            return None
         size = prod(shape)
-        if size > CPU_CHUNK:
+        if not (self._in_float32_on_cpu and isinstance(self.format, BlockFormat)) or size > CPU_CHUNK:
             return None
         if not hasattr(_SCRATCH, "weight"):
             _SCRATCH.weight = torch.empty(CPU_CHUNK)
@@ -159,7 +156,11 @@ class FrozenLinear(FrozenWeight):
         pages each time, is ever asked for. With 16-bit types sums over pieces would be rounded once per piece.
         """
         many = prod(self.weight_shape) > CPU_CHUNK and self.format.row_local
-        return many and self.dtype == torch.float32 and next(self.parameters()).device.type == "cpu"
+        return many and self._in_float32_on_cpu
+
+    @property
+    def _in_float32_on_cpu(self) -> bool:
+        return self.dtype == torch.float32 and next(self.parameters()).device.type == "cpu"
 
 
 _SCRATCH = threading.local()

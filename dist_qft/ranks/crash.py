@@ -9,7 +9,6 @@ import faulthandler
 import fcntl
 import os
 import re
-import resource
 import socket
 import time
 import traceback
@@ -21,6 +20,7 @@ from typing import TextIO
 import psutil
 
 from dist_qft.errors import DistQFTError, PeerLostError
+from dist_qft.ranks.process import resident_peak
 
 CRASH_FOLDER = "crash"
 
@@ -122,7 +122,7 @@ def _report_path(output_dir: Path, rank: int) -> Path:
 def _write(path: Path, error: Exception, where: str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     used = psutil.Process().memory_info().rss / 2**20
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10  # in KiB on Linux
+    peak = resident_peak() / 2**20
     with open(path, "w") as file:
         file.write(
             f"{time.strftime('%Y-%m-%d %H:%M:%S')}  {where}; process {os.getpid()} on {socket.gethostname()}\n"

@@ -39,6 +39,13 @@ def leave_before_the_run(number: int, frame: FrameType | None = None) -> None:
     os._exit(INTERRUPTED if number == signal.SIGINT else Preempted.exit_code)
 
 
+def leave_on_stop_signals() -> None:
+    """Until other handlers are set, let a stop signal mean that the run has not begun: `leave_before_the_run`."""
+    for number in STOP_SIGNALS:
+        if heeded(number):
+            signal.signal(number, leave_before_the_run)
+
+
 class _StoppedEarly(BaseException):
     """The interrupt of the main thread, wherever it is; not an Exception, which libraries catch."""
 

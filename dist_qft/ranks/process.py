@@ -1,4 +1,4 @@
-"""The start and the end of every process of ours: it ends with its launcher, outlives its terminal, exits at once.
+"""The start, peak and end of every process of ours: it ends with its launcher, outlives its terminal, exits at once.
 
 Imports nothing heavy: it runs before the imports that take seconds.
 """
@@ -8,6 +8,7 @@ import ctypes
 import errno
 import gc
 import os
+import resource
 import select
 import signal
 import socket
@@ -21,7 +22,7 @@ import psutil
 
 from dist_qft.errors import SetupError
 from dist_qft.ranks.launchers import LAUNCHER, MPI_LAUNCHERS, local_rank_text
-from dist_qft.ranks.preemption import STOP_SIGNALS, heeded, leave_before_the_run
+from dist_qft.ranks.preemption import leave_on_stop_signals
 
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 _SAVE_SECONDS = 120.0  # as long as the launcher itself would give the ranks
@@ -35,13 +36,10 @@ def begin(*, stops_early: bool) -> None:
     """Prepare this process.
 
     Args:
-        stops_early: until other handlers are set, a stop signal means that the run has not begun yet; see
-            `leave_before_the_run`.
+        stops_early: see `leave_on_stop_signals`.
     """
     if stops_early:
-        for number in STOP_SIGNALS:
-            if heeded(number):
-                signal.signal(number, leave_before_the_run)
+        leave_on_stop_signals()
     gc.set_threshold(*_IMPORTING_THRESHOLDS)
     sys.stdout, sys.stderr = cast(TextIO, LastingStream(sys.stdout)), cast(TextIO, LastingStream(sys.stderr))
     end_with_launcher()
@@ -52,6 +50,13 @@ def imported() -> None:
     if gc.get_threshold() == _IMPORTING_THRESHOLDS:
         gc.freeze()
         gc.set_threshold(*_USUAL_THRESHOLDS)
+
+
+def resident_peak() -> int:
+    """Largest resident size of this process so far, in bytes."""
+    # ru_maxrss is in KiB on Linux and in bytes on macOS.
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def leave(code: int) -> NoReturn:

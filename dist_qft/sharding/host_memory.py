@@ -1,4 +1,4 @@
-"""Host memory: the peak of a process, and freed blocks that go back to the system. glibc keeps them, as if in use.
+"""Return freed host memory to the system: by default glibc keeps blocks that were freed, and they count as in use.
 
 On a machine with glibc 2.36 a sharded training step on CPUs needs 550 MiB of blocks at its end of a forward pass, and
 holds 1,000: torch asks for aligned blocks, for which glibc before 2.38 does not reuse a hole of the same size
@@ -6,8 +6,6 @@ holds 1,000: torch asks for aligned blocks, for which glibc before 2.38 does not
 """
 
 import ctypes
-import resource
-import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,13 +14,6 @@ from torch import nn
 
 _TRIMS_PER_PASS = 5
 _M_ARENA_MAX = -8  # malloc.h
-
-
-def resident_peak() -> int:
-    """Largest resident size of this process so far, in bytes."""
-    # ru_maxrss is in KiB on Linux and in bytes on macOS.
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def return_freed_memory() -> None:

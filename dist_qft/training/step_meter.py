@@ -7,8 +7,8 @@ import psutil
 import torch
 
 from dist_qft.ranks.collectives import maximum
+from dist_qft.ranks.process import resident_peak
 from dist_qft.sharding.engine import Engine
-from dist_qft.sharding.host_memory import resident_peak
 from dist_qft.training.flat_parameters import FlatParameters
 from dist_qft.training.train_step import StepResult
 

@@ -24,9 +24,10 @@ from dist_qft.methods.forward import Forward
 from dist_qft.methods.reference import reference_beside
 from dist_qft.methods.trainable import TrainableSet, TrainableSpec, TrainingParts
 from dist_qft.ranks.preemption import StopSignal
+from dist_qft.ranks.process import resident_peak
 from dist_qft.sharding.engine import Engine
 from dist_qft.sharding.engines import engine_of
-from dist_qft.sharding.host_memory import keep_one_heap, resident_peak
+from dist_qft.sharding.host_memory import keep_one_heap
 from dist_qft.tuned_model.gathered_once import gathered_once
 from dist_qft.tuned_model.preference import PREFERENCES
 from dist_qft.tuned_model.task import CausalLM, Labelling, Task, head_outputs

@@ -32,8 +32,8 @@ from dist_qft.merge.writers.safetensors_folder import SafetensorsFolder
 from dist_qft.methods.adapters.attach import AdapterSet
 from dist_qft.methods.adapters.schedule import TileSettings
 from dist_qft.methods.adapters.tile_adapter import TileAdapter
+from dist_qft.tuned_model.peft_lora import PEFT_CONFIG
 
-CONFIG_FILE = "adapter_config.json"
 _STEM = "adapter_model"
 _PREFIX = "base_model.model."
 
@@ -118,7 +118,7 @@ class PeftWriter:
         config = peft_config({path: lora.settings for path, lora in self._adapters.items()}, self._model)
         if self._rows:
             config["trainable_token_indices"] = {path: rows.ids.tolist() for path, rows in self._rows.items()}
-        (temporary / CONFIG_FILE).write_text(json.dumps(config, indent=1) + "\n")
+        (temporary / PEFT_CONFIG).write_text(json.dumps(config, indent=1) + "\n")
         tensors = {
             f"{_PREFIX}{path}.lora_{name}.weight": parameter.detach().cpu()
             for path, lora in self._adapters.items()
@@ -187,7 +187,7 @@ def read_lora(
     `tiles` gives the layers' sizes, `trained` the rows that must be there.
     """
     try:
-        config = json.loads((folder / CONFIG_FILE).read_bytes())
+        config = json.loads((folder / PEFT_CONFIG).read_bytes())
         tensors = load_file(folder / f"{_STEM}.safetensors")
         twins = {}
         for path in config["target_modules"]:
