@@ -2,9 +2,11 @@
 
 import importlib.util
 import platform
+from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 
 import torch
+import torch.nn.functional as F
 from parts import Figures, Options
 from torch import Tensor
 
@@ -79,6 +81,27 @@ def products(asked: Options) -> Figures:
     size = 256 if asked.quick else 8192
     left, right = (torch.randn(size, size, device=asked.device).bfloat16() for _ in range(2))
     return {"bfloat16 product, TFLOP/s": 2 * size**3 / median_seconds(lambda: left @ right, asked.device) / 1e12}
+
+
+@torch.no_grad()
+def few_rows(asked: Options) -> Figures:
+    """Microseconds of a product with few rows, as a generated token has: with the packed weight, and dequantized."""
+    shape, found = (256, 512) if asked.quick else (14336, 4096), {}
+    for name, format in formats().items():
+        packed = format.quantize(torch.randn(shape, device=asked.device) * 0.02)
+        for rows in range(1, format.few_rows(torch.bfloat16) + 1, 3):
+            x = torch.randn(rows, shape[1], device=asked.device).bfloat16()
+            ways: dict[str, Callable[[], Tensor]] = {
+                "packed": lambda f=format, p=packed, x=x: f.product(p, shape, x, None),
+                "dequantized": lambda f=format, p=packed, x=x: F.linear(x, f.dequantize(p, shape, torch.bfloat16)),
+            }
+            for way, product in ways.items():
+                found[f"{name}, {rows} rows, {way}"] = median_seconds(product, asked.device) * 1e6
+            error = (ways["packed"]() - ways["dequantized"]()).norm() / ways["dequantized"]().norm()
+            found[f"{name}, {rows} rows, difference"] = error.item()
+            if not error < 0.01:
+                raise AssertionError(f"more than 1 % off: {found}")
+    return found
 
 
 class _Table:

@@ -73,6 +73,7 @@ PARTS: dict[str, Callable[[Options], Figures]] = {
     "bits of the kernels": kernels.bits,
     "bandwidth of the kernels": kernels.bandwidth,
     "products": kernels.products,
+    "products of few rows, us": kernels.few_rows,
     "gradient of the loss, bfloat16": kernels.loss_gradient,
     "loading": loading,
     "loading of an 8B shape": loading_of_a_model,

@@ -136,6 +136,17 @@ class Format(ABC):
         `out`, if given, is a contiguous tensor of this shape and dtype, and is returned.
         """
 
+    def few_rows(self, dtype: torch.dtype) -> int:
+        """The most rows of this dtype that `product` takes; 0 for a format without such a kernel."""
+        return 0
+
+    def product(self, packed: Mapping[str, Tensor], shape: Shape, x: Tensor, bias: Tensor | None) -> Tensor:
+        """x @ W^T + bias of a few rows x, without gradient, by a kernel that reads the packed weight itself.
+
+        It may round otherwise than a product with the dequantized weight.
+        """
+        raise NotImplementedError(f"{self.name} has no such kernel")
+
     def bytes_of(self, shape: Shape, dense_element_size: int = 4) -> int:
         """Bytes of all packed tensors; `dense_element_size` is the size of one element of the compute dtype."""
         return sum(

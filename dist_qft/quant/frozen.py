@@ -89,6 +89,11 @@ class FrozenWeight(nn.Module):
         weight = self.format.dequantize(packed, (last - first, self.weight_shape[1]), self.dtype)
         return weight[start - first : stop - first]
 
+    def fuses(self, rows: int, x: Tensor) -> bool:
+        """True if the format's own `product` is for so many rows of x: in generation, a token at a time, on a GPU."""
+        few = 0 < rows <= self.format.few_rows(x.dtype) and x.dtype == self.dtype
+        return few and x.device.type == "cuda" and not torch.is_grad_enabled()
+
     def _packed_in_use(self) -> dict[str, Tensor]:
         packed = self.packed()
         return packed if self.in_use is None else self.in_use(packed)
@@ -124,6 +129,8 @@ class FrozenLinear(FrozenWeight):
         self.register_parameter("bias", _frozen((out_features,), dtype, device) if bias else None)
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.fuses(x.shape[:-1].numel(), x):
+            return self.format.product(self._packed_in_use(), self.weight_shape, x, self.bias)
         return _FrozenProduct.apply(x, self)
 
     def passing(self) -> Tensor:

@@ -27,6 +27,10 @@ from dist_qft.quant.nf4_codes import quantize_blocks
 BLOCKS = (32, 64, 128, 256, 512, 1024)
 CONSTANT_BLOCK = 256  # block constants that share an 8-bit scale
 _KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+# Up to so many rows bitsandbytes' product reads the codes themselves on every GPU. For more it may choose to dequantize
+# first, which takes it three kernels and `dequantize` one.
+_FEW_ROWS = 4
+_LOADED = 16  # bytes that its kernel loads at once
 
 
 @dataclass(frozen=True)
@@ -149,6 +153,25 @@ class NF4(Format):
         weight = bnb.dequantize_4bit(packed["codes"].view(-1, 1), state)
         return weight.to(dtype) if out is None else out.copy_(weight)
 
+    def few_rows(self, dtype: torch.dtype) -> int:
+        return _FEW_ROWS if dtype in _KERNEL_DTYPES else 0
+
+    def product(self, packed: Mapping[str, Tensor], shape: Shape, x: Tensor, bias: Tensor | None) -> Tensor:
+        """The same in bitsandbytes' kernel. In 16 bits it rounds codebook, absmax, weights and their products with x to
+        x's dtype, and sums in float32; `dequantize` rounds a weight once, and products are then exact.
+        """
+        from bitsandbytes import matmul_4bit
+
+        bnb = _bitsandbytes()
+        state = bnb.QuantState(packed.get("absmax"), shape, None, self.block, "nf4", x.dtype)
+        if self.double_quant:
+            state.absmax, state.offset, state.nested = packed["absmax_codes"], packed["absmax_offset"].view(()), True
+            state.state2 = bnb.QuantState(
+                packed["absmax_absmax"], None, dynamic_map(x.device), CONSTANT_BLOCK, None, torch.float32
+            )
+        # As a row, in which shape each version of bitsandbytes reads the codes by rows of the weight.
+        return matmul_4bit(_aligned(x), _aligned(packed["codes"]).view(1, -1), state, bias=bias)
+
     def _absmax(self, packed: Mapping[str, Tensor]) -> Tensor:
         if not self.double_quant:
             return packed["absmax"]
@@ -157,6 +180,12 @@ class NF4(Format):
             codes, absmax=packed["absmax_absmax"], code=dynamic_map(codes.device), blocksize=CONSTANT_BLOCK
         )
         return absmax.add_(packed["absmax_offset"])
+
+
+def _aligned(tensor: Tensor) -> Tensor:
+    """A tensor that bitsandbytes' kernel may load: contiguous, at a multiple of `_LOADED` bytes."""
+    aligned = tensor.storage_offset() * tensor.itemsize % _LOADED == 0
+    return tensor.contiguous() if aligned else tensor.clone(memory_format=torch.contiguous_format)
 
 
 @cache

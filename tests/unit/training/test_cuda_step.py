@@ -3,6 +3,8 @@
 The counts are of operators as PyTorch dispatches them.
 """
 
+from collections import Counter
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -47,16 +49,20 @@ def one_rank():
     dist.destroy_process_group()
 
 
-def counted_step(folder, method, quantization, layers: int) -> dict[str, Counted]:
-    """An optimizer step of one packed micro-batch, by its parts."""
+def config_of(folder, method, quantization, layers: int) -> RunConfig:
     tiny_llama_config(num_hidden_layers=layers).save_pretrained(folder)
-    config = RunConfig(
+    return RunConfig(
         output_dir=str(folder),
         model={"path": str(folder)},
         method=method,
         quantization=quantization,
         sharding={"engine": "replicated"},
     )
+
+
+def counted_step(folder, method, quantization, layers: int) -> dict[str, Counted]:
+    """An optimizer step of one packed micro-batch, by its parts."""
+    config = config_of(folder, method, quantization, layers)
     base = build_skeleton(config.model, config.quantization, torch.bfloat16)
     spec = make_spec(config, base)
     ids, positions = torch.zeros(1, 128, dtype=torch.int64), torch.arange(128)[None] % 32
@@ -91,3 +97,29 @@ def test_step_on_a_gpu(one_rank, tmp_path, name):
     forward, backward = (more[part].kernels - fewer[part].kernels for part in ("forward", "backward"))
     assert forward.total() <= most_forward, forward
     assert forward.total() + backward.total() <= most_backward, (forward, backward)
+
+
+def counted_token(folder, method, quantization, layers: int) -> Counter[str]:
+    """The kernels of a decoder for one token of one prompt."""
+    config = config_of(folder, method, quantization, layers)
+    base = build_skeleton(config.model, config.quantization, torch.bfloat16)
+    spec = make_spec(config, base)
+    with fake_cuda() as counts, torch.no_grad():
+        engine = engine_of(config)
+        engine.shard(base.units, DEVICE)
+        settle_on(base, DEVICE)
+        parts = attach_trainables(config, base, engine, spec, DEVICE)
+        parts.trainables.eval()
+        with parts.fixed():
+            counts.take()
+            base.decoder(torch.zeros(1, 1, dtype=torch.int64, device=DEVICE))
+            return counts.take().kernels
+
+
+@pytest.mark.parametrize("quantization", [NF4, {**NF4, "double_quant": False}], ids=["double_quant", "plain"])
+def test_a_token_is_generated_without_dequantizing(one_rank, tmp_path, quantization):
+    """Each of a decoder layer's seven linear layers is one kernel, and its adapter two products added to that."""
+    fewer, more = (counted_token(tmp_path, {"name": "qlora", "rank": 4}, quantization, layers) for layers in (1, 2))
+    layer = more - fewer
+    assert layer["bitsandbytes::gemm_4bit"] == 7 and layer["aten::addmm_"] == 14
+    assert not [name for name in layer if "dequantize" in name or "triton" in name]
