@@ -39,6 +39,15 @@ class Form:
             taken = [{**message, "content": [{"type": "text", "text": message["content"]}]} for message in taken]
         return taken, folded
 
+    def spelled_out(self, messages: Sequence[Message], text: str) -> bool:
+        """True if a template took the content parts of `apply` for text, and wrote them with braces and quotes."""
+        return "parts" in self.repairs and any(
+            spelling in text
+            for message in messages
+            for part in message["content"]
+            for spelling in (repr(part), json.dumps(part), json.dumps(part, ensure_ascii=False))
+        )
+
     def _message(self, message: Message, knows_developer: bool) -> Message:
         changed = {key: value for key, value in message.items() if key != WEIGHT and value is not None}
         changed.setdefault("content", "")
@@ -108,6 +117,8 @@ def prompt_text(conversation: Conversation, template: ChatTemplate, *, prompt: b
         messages, _ = form.apply(conversation.messages, "developer" in template.source)
         (rendered,) = template.render([Request(messages, conversation.tools, prompt)])
         missing = [text for text in said if text.strip() not in rendered.text]
+        if form.spelled_out(messages, rendered.text):
+            continue
         if rendered.error is None and not missing:
             return rendered.text
         if not reason:
@@ -142,6 +153,8 @@ def _attempt(
         found = finder.locate(messages, conversation.tools, {message - folded for message in wanted})
     except TemplateRefusal as refusal:
         return refusal
+    if form.spelled_out(messages, found.text):
+        return TemplateRefusal("the chat template writes lists of content parts as Python or JSON does")
     spans = {message + folded: spans for message, spans in found.spans.items()}
     missing = [Piece(piece.message + folded, piece.kind, piece.text) for piece in found.missing]
     missing = [piece for piece in missing if piece.message in checked]

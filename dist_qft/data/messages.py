@@ -45,7 +45,7 @@ def read_messages(fields: Fields, field: str) -> list[Message]:
     for i, entry in enumerate(fields.objects(field)):
         role = _role(fields, field, entry, i)
         if role == CALL_TURN:
-            calls = _calls(fields, field, entry.get("value", entry.get("content")), i)
+            calls = _calls(fields, field, _first(entry, "value", "content"), i)
             if previous == CALL_TURN:  # parallel calls, one entry each
                 messages[-1]["tool_calls"] += calls
             else:
@@ -70,7 +70,7 @@ def _role(fields: Fields, field: str, entry: dict[str, Any], index: int) -> str:
 def _message(fields: Fields, field: str, entry: dict[str, Any], role: str, index: int) -> Message:
     own = ("role", "from", "content", "value", "tool_calls", CALL_TURN, *_WEIGHTS, *REASONING_KEYS)
     message = {"role": role} | {key: value for key, value in entry.items() if key not in own and value is not None}
-    text, thoughts = _content(fields, field, entry, index)
+    text, thoughts = _content(fields, field, entry, role, index)
     reasoning = next((entry[key] for key in REASONING_KEYS if entry.get(key) is not None), None)
     if reasoning is not None:
         thoughts = fields.check_text(reasoning, field, f"entry {index} reasoning ")
@@ -84,9 +84,11 @@ def _message(fields: Fields, field: str, entry: dict[str, Any], role: str, index
     return message | _weight(fields, field, entry, index, role)
 
 
-def _content(fields: Fields, field: str, entry: dict[str, Any], index: int) -> tuple[Any, str]:
-    """The content as one text, and the reasoning among its parts."""
-    content = entry.get("content", entry.get("value"))
+def _content(fields: Fields, field: str, entry: dict[str, Any], role: str, index: int) -> tuple[Any, str]:
+    """The content as one text, and the reasoning among its parts. A tool's result may be any value: JSON text of it."""
+    content = _first(entry, "content", "value")
+    if role == "tool" and not _is_text(content):
+        return json.dumps(content, ensure_ascii=False), ""
     if not isinstance(content, list):
         return content, ""
     texts, thoughts = [], []
@@ -100,6 +102,18 @@ def _content(fields: Fields, field: str, entry: dict[str, Any], index: int) -> t
         else:
             raise fields.fault(field, f"entry {index} has a part of type {reprlib.repr(kind)}, must be text")
     return "".join(texts), "".join(thoughts)
+
+
+def _first(entry: dict[str, Any], *keys: str) -> Any:
+    """The value of the first of the keys that has one: a set that mixes two spellings fills the other with nulls."""
+    return next((entry[key] for key in keys if entry.get(key) is not None), None)
+
+
+def _is_text(content: Any) -> bool:
+    """True for a text, parts, or nothing; false for an object, a number or a list of them."""
+    if isinstance(content, list):
+        return all(isinstance(part, str) or (isinstance(part, dict) and "type" in part) for part in content)
+    return content is None or isinstance(content, str)
 
 
 def _weight(fields: Fields, field: str, entry: dict[str, Any], index: int, role: str = "assistant") -> dict[str, int]:

@@ -1,5 +1,8 @@
 """Readers of files that hold tables: parquet, and the Arrow files that `datasets` writes with `save_to_disk`."""
 
+import base64
+import datetime
+import decimal
 import reprlib
 from collections import Counter
 from collections.abc import Iterator
@@ -71,13 +74,32 @@ def _records(path: Path, kind: str, batches: Iterator[Any]) -> Iterator[LocatedR
 
 
 def without_nulls(record: Record) -> Record:
-    """A table's record without the keys that it fills with nulls inside objects, because other rows have them."""
+    """A table's record without the keys that it fills with nulls inside objects, because other rows have them.
+
+    Times, decimals and bytes inside objects become what JSON has for them: templates are given JSON.
+    """
     return {name: _pruned(value) for name, value in record.items()}
 
 
 def _pruned(value: Any) -> Any:
     if isinstance(value, dict):
-        return {key: _pruned(entry) for key, entry in value.items() if entry is not None}
+        return {key: _pruned(_in_json(entry)) for key, entry in value.items() if entry is not None}
     if isinstance(value, list) and isinstance(next((entry for entry in value if entry is not None), None), dict | list):
         return [_pruned(entry) for entry in value]
     return value
+
+
+def _in_json(value: Any) -> Any:
+    """A value, or each of a list, as JSON has it: a time in ISO 8601, a decimal as a number, bytes in base64."""
+    match value:
+        case list():
+            return [_in_json(entry) for entry in value]
+        case None | str() | bool() | int() | float() | dict():
+            return value
+        case datetime.date() | datetime.time():
+            return value.isoformat()
+        case decimal.Decimal():
+            return int(value) if value == value.to_integral_value() else float(value)
+        case bytes():
+            return base64.b64encode(value).decode()
+    return str(value)

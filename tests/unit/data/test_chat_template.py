@@ -8,6 +8,8 @@ import pytest
 
 from dist_qft.data import chat_template
 from dist_qft.data.chat_template import ChatTemplate, Request, has_clock
+from dist_qft.data.forms import prompt_text
+from dist_qft.data.samples import Conversation
 from dist_qft.errors import UserError
 from tests.support import chat_templates
 
@@ -110,3 +112,12 @@ def test_bad_templates_are_refused(source):
         assert str(error).startswith("model.path: the chat template is not valid: ")
     else:
         assert rendered.error is not None or rendered.text == ""
+
+
+def test_a_refused_prompt_is_not_written_as_a_list_of_parts():
+    source = "{% for m in messages %}{% if 'no' in m.content %}{{ raise_exception('not that') }}{% endif %}"
+    template = ChatTemplate(source + "{{ m.content }}{% endfor %}", {}, TODAY)
+    with pytest.raises(UserError, match=r"^model.path: the chat template refuses the conversation: not that$"):
+        prompt_text(Conversation([{"role": "user", "content": "say no"}]), template)
+    assert prompt_text(Conversation([{"role": "user", "content": "yes"}]), template) == "yes"
+    template.close()

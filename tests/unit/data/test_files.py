@@ -1,7 +1,10 @@
 """Local readers: what they accept, and that every fault names its file and line."""
 
+import datetime
+import json
 import re
 from collections import Counter
+from decimal import Decimal
 
 import pyarrow
 import pytest
@@ -63,6 +66,15 @@ def test_parquet_keys_that_other_rows_have(tmp_path):
     calls = [{"name": "w", "arguments": {"city": "Paris"}}, {"name": "add", "arguments": {"a": 1, "b": [1, 2]}}]
     parquet.write_table(pyarrow.Table.from_pylist([{"calls": [call], "other": None} for call in calls]), path)
     assert [record["calls"] for record, _ in read(path)[0]] == [[call] for call in calls]
+
+
+def test_values_of_tables_that_json_does_not_have(tmp_path):
+    path, day = tmp_path / "a.parquet", datetime.datetime(2023, 4, 9, 1, 12)
+    entry = {"at": day, "on": [day.date()], "cost": Decimal("1.50"), "count": Decimal("2.0"), "blob": b"\xff"}
+    parquet.write_table(pyarrow.Table.from_pylist([{"messages": [entry]}]), path)
+    expected = {"at": "2023-04-09T01:12:00", "on": ["2023-04-09"], "cost": 1.5, "count": 2, "blob": "/w=="}
+    [(record, _)] = read(path)[0]
+    assert json.loads(json.dumps(record)) == {"messages": [expected]}
 
 
 def test_parquet(tmp_path):
@@ -154,6 +166,11 @@ def test_truncated_parquet_names_the_file(tmp_path):
     [
         ("none.jsonl", None, "data.train.path: no such file or folder: {path}"),
         ("empty.jsonl", b"", "data.train.path: {path} is empty"),
+        (
+            "pointer.parquet",
+            b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n",
+            "data.train.path: {path} is a Git LFS pointer, must be the file; run `git lfs pull` there",
+        ),
         (
             "a.txt",
             b"x",

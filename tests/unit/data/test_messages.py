@@ -56,6 +56,33 @@ ACCEPTED = {
         },
         Conversation([user("ab"), {"role": "assistant", "reasoning_content": "t", "content": "c"}]),
     ),
+    "results that are no texts": (
+        "messages",
+        {
+            "messages": [
+                user("a"),
+                *({"role": "tool", "content": result} for result in ({"\xb0C": 2}, [{"t": 2}, None], 2.5, False)),
+                assistant("b"),
+            ]
+        },
+        Conversation(
+            [
+                user("a"),
+                *({"role": "tool", "content": text} for text in ('{"\xb0C": 2}', '[{"t": 2}, null]', "2.5", "false")),
+                assistant("b"),
+            ]
+        ),
+    ),
+    "two spellings in one set": (
+        "sharegpt",
+        {
+            "conversations": [
+                {"role": "user", "content": "a", "from": None, "value": None},
+                {"role": None, "content": None, "from": "gpt", "value": "b"},
+            ]
+        },
+        Conversation([user("a"), assistant("b")]),
+    ),
     "arguments as text stay text": (
         "messages",
         {"messages": [user("a"), {"role": "assistant", "tool_calls": [{"name": "add", "arguments": '{"a": 1}'}]}]},
@@ -194,6 +221,11 @@ REFUSED = {
         "messages",
         {"messages": [{"role": "assistant", "tool_calls": [{"name": "f", "arguments": "[1]"}]}]},
         "field 'messages' entry 0 'arguments' must be an object: got '[1]'",
+    ),
+    "an answer that is no text": (
+        "messages",
+        {"messages": [user("a"), {"role": "assistant", "content": {"t": 2}}]},
+        "field 'messages' entry 1 'content' must be a string, not dict",
     ),
     "a weight between": (
         "messages",

@@ -156,6 +156,12 @@ def test_what_a_template_leaves_out(encoder, template, messages, message):
     assert any("leaves out" in remark and first == WHERE for remark, first in warned.remarks.first.items())
 
 
+def test_lists_of_parts_are_not_given_to_a_template_that_writes_them_as_they_are(encoder):
+    by_length = kinds.CHATML.replace("{{ m.content }}", "{{ m.content }}{{ '!' if m.content | length > 20 }}")
+    with pytest.raises(UserError, match=r"^data.jsonl:7: the chat template changes what the messages say"):
+        trained(encoder(by_length), [user("Hi"), assistant("An answer of more than twenty characters.")])
+
+
 def test_a_template_that_changes_the_texts_is_refused(encoder):
     shouting = kinds.CHATML.replace("{{ m.content }}", "{{ m.content | upper }}")
     with pytest.raises(UserError, match=r"^data.jsonl:7: the chat template changes what the messages say"):
