@@ -66,11 +66,14 @@ def why_dtype(setting: str, device: torch.device) -> str:
 def compute_reproducibly(device: torch.device) -> None:
     """Have a GPU add in one order: attention's backward pass and cuBLAS's products are otherwise free to choose.
 
-    Before the first product. A CPU does so by itself.
+    Before the first product. A CPU does so by itself. An operator that has no such order raises RuntimeError.
     """
     if device.type == "cuda":
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        torch.use_deterministic_algorithms(True, warn_only=True)
+        # Not `warn_only`: with it flash and memory-efficient attention warn, and add in any order as before.
+        torch.use_deterministic_algorithms(True)
+        # Else every new tensor is filled first, one more pass over each dequantized weight.
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # set at run time
 
 
 def device_for(world: World, setting: Literal["auto", "cpu", "cuda"]) -> torch.device:
