@@ -118,10 +118,18 @@ def _end(process: subprocess.Popen[bytes]) -> None:
 
 
 def template_source(tokenizer: PreTrainedTokenizerBase, tools: Sequence[Tool] | None) -> str | None:
-    """The template that the tokenizer uses with or without tools; None if it has none."""
+    """The template that the tokenizer uses with or without tools; None if it has none.
+
+    Raises:
+        UserError: it has several, and none for this.
+    """
     if not tokenizer.chat_template:
         return None
-    return tokenizer.get_chat_template(tools=None if tools is None else list(tools))
+    try:
+        return tokenizer.get_chat_template(tools=None if tools is None else list(tools))
+    except ValueError:
+        names = ", ".join(sorted(tokenizer.chat_template))
+        raise UserError(f"model.path: got a tokenizer with the chat templates {names}, must have a default") from None
 
 
 def has_clock(tokenizer: PreTrainedTokenizerBase) -> bool:

@@ -37,6 +37,8 @@ from dist_qft.data.standins import Piece
 from dist_qft.data.templates import with_inputs
 from dist_qft.errors import UserError
 
+_EMPTY = "an answer is empty, so that the model learns to end its turn at once"
+
 
 @dataclass(frozen=True)
 class TokenSequence:
@@ -119,6 +121,8 @@ class SampleEncoder:
             case Conversation():
                 input_ids, targets, cut = self._encode_conversation(sample, where)
             case PromptCompletion(prompt, completion):
+                if not completion:
+                    self.remarks.add(_EMPTY, where)
                 start = len(prompt) if self.loss_on == "assistant" else 0
                 input_ids, targets, cut = self._encode_document((prompt, completion), start, where)
             case Text(text):
@@ -177,7 +181,7 @@ class SampleEncoder:
         except TemplateRefusal as refusal:
             raise RowError(f"{where}: {refusal}") from None
         if any(not _says_anything(sample.messages[i]) for i in trained):
-            self.remarks.add("an answer is empty, so that the model learns to end its turn at once", where)
+            self.remarks.add(_EMPTY, where)
         if located.missing:
             self._tell_missing(located.missing, sample, where)
         for note in located.notes:

@@ -24,6 +24,7 @@ from dist_qft.ranks.device import dtype_name
 from dist_qft.tuned_model.prompts import stop_ids
 
 CONFIG, TOKENIZER_CONFIG, CHAT_TEMPLATE = "config.json", "tokenizer_config.json", "chat_template.jinja"
+MORE_TEMPLATES = "additional_chat_templates"  # a folder: the templates of a tokenizer that has several, by name
 
 # Copied from the base: tokenizers of every kind, templates, processors, licences. Code is not: nothing here runs it.
 _COPIED = (
@@ -48,6 +49,7 @@ def write_model_files(
     edit_json(folder / CONFIG, lambda content: _merged_config(content, base, dtype, folder))
     if isinstance(template := tokenizer.chat_template, str) and template != load_tokenizer(model).chat_template:
         (folder / CHAT_TEMPLATE).write_text(template, encoding="utf-8")  # `data.template`; it wins over other places
+        shutil.rmtree(folder / MORE_TEMPLATES, ignore_errors=True)  # but for rows with tools, these would
     stops = stop_ids(eos_ids(model, base.config), tokenizer)
     edit_json(folder / GENERATION_CONFIG, lambda content: _with_stops(content, stops))
 
@@ -59,7 +61,7 @@ def _own_files(model: ModelConfig) -> Path:
         return path
     from huggingface_hub import snapshot_download
 
-    patterns = [*_COPIED, CONFIG, GENERATION_CONFIG]
+    patterns = [*_COPIED, CONFIG, GENERATION_CONFIG, f"{MORE_TEMPLATES}/*.jinja"]
     return Path(snapshot_download(model.path, revision=model.revision, allow_patterns=patterns))
 
 
@@ -68,6 +70,9 @@ def _copy_files(source: Path, folder: Path) -> None:
         named = file.name in (CONFIG, GENERATION_CONFIG) or _matches(file.name, _COPIED)
         if file.is_file() and named and not _matches(file.name, _NEVER):
             shutil.copyfile(file, folder / file.name)
+    for file in sorted((source / MORE_TEMPLATES).glob("*.jinja")):
+        (folder / MORE_TEMPLATES).mkdir(exist_ok=True)
+        shutil.copyfile(file, folder / MORE_TEMPLATES / file.name)
 
 
 def _matches(name: str, patterns: tuple[str, ...]) -> bool:

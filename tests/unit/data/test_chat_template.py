@@ -7,10 +7,11 @@ import time
 import pytest
 
 from dist_qft.data import chat_template
-from dist_qft.data.chat_template import ChatTemplate, Request, has_clock
+from dist_qft.data.chat_template import ChatTemplate, Request, has_clock, template_source
 from dist_qft.data.forms import prompt_text
 from dist_qft.data.samples import Conversation
 from dist_qft.errors import UserError
+from dist_qft.tuned_model.prompts import turn_end_id
 from tests.support import chat_templates
 
 TODAY = datetime.date(2025, 3, 9)
@@ -112,6 +113,14 @@ def test_bad_templates_are_refused(source):
         assert str(error).startswith("model.path: the chat template is not valid: ")
     else:
         assert rendered.error is not None or rendered.text == ""
+
+
+def test_several_templates_without_a_default(make_tokenizer):
+    tokenizer = make_tokenizer({"tool_use": chat_templates.CHATML, "rag": chat_templates.CHATML})
+    assert template_source(tokenizer, [TOOL]) == chat_templates.CHATML
+    with pytest.raises(UserError, match=r"^model.path: got .* rag, tool_use, must have a default$"):
+        template_source(tokenizer, None)
+    assert turn_end_id(tokenizer) is None
 
 
 def test_a_refused_prompt_is_not_written_as_a_list_of_parts():

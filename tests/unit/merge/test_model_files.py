@@ -10,6 +10,7 @@ from transformers import AutoConfig, Gemma4TextConfig, LlamaConfig, LlamaForCaus
 from dist_qft.base_model.stop_tokens import eos_ids
 from dist_qft.base_model.tokenizer import load_tokenizer
 from dist_qft.config.schema import ModelConfig
+from dist_qft.data.templates import use_template
 from dist_qft.merge.names import portable_name
 from dist_qft.merge.writers.model_files import _with_old_rope_keys, write_model_files
 from dist_qft.tuned_model.prompts import stop_ids, turn_end_id
@@ -61,6 +62,18 @@ def test_files_of_the_base_are_copied_byte_for_byte(base, tmp_path):
     assert copied == {file.name for file in base.iterdir()} - weights
     for name in copied:
         assert (result / name).read_bytes() == (base / name).read_bytes(), name
+
+
+def test_every_template_of_the_base_is_copied_or_none(base, tmp_path):
+    more = base / "additional_chat_templates"
+    more.mkdir()
+    (more / "tool_use.jinja").write_text("{{ tools | tojson }}")
+    tokenizer = load_tokenizer(ModelConfig(path=str(base)))
+    assert load_tokenizer(ModelConfig(path=str(written(base, tmp_path)))).chat_template == tokenizer.chat_template
+    trained_with, result = use_template(tokenizer, "alpaca"), tmp_path / "another"
+    result.mkdir()
+    write_model_files(result, ModelConfig(path=str(base)), BASE, torch.bfloat16, trained_with)
+    assert load_tokenizer(ModelConfig(path=str(result))).chat_template == trained_with.chat_template
 
 
 def test_another_dtype_is_said_in_both_spellings_and_code_is_not_named(base, tmp_path):
