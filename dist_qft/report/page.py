@@ -1,7 +1,7 @@
 """A run as one HTML page: losses, answers, memory, traffic, time, the merge, and what to type next."""
 
-import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +54,7 @@ def make_page(run: RunRecords) -> str:
         merges=[(place.name, certificate) for place, certificate in run.certificates],
         next_steps=list(next_steps(run)),
         config=(run.folder / CONFIG_FILE).read_text(encoding="utf-8"),
-        versions=run.summary.get("versions", {}),
+        versions=versions if isinstance(versions := run.summary.get("versions"), dict) else {},
     )
 
 
@@ -62,7 +62,7 @@ def _status(run: RunRecords) -> str:
     done = int(run.steps[-1]["step"]) if run.steps else 0
     if not run.summary:
         return f"not finished: {done} steps are recorded"
-    ranks, steps, engine = (run.summary[key] for key in ("world_size", "steps", "engine"))
+    ranks, steps, engine = (run.summary.get(key, "?") for key in ("world_size", "steps", "engine"))
     return f"finished: {steps} steps on {ranks} {'rank' if ranks == 1 else 'ranks'} ({engine})"
 
 
@@ -71,21 +71,23 @@ def _cards(run: RunRecords) -> Iterator[tuple[str, str]]:
     held_out = [*run.curve("base/loss")[:1], *run.curve("eval/loss")[-1:]]
     if held_out:
         yield " → ".join(f"{loss:.4f}" for _, loss in held_out), "held-out loss, base → tuned (nats per token)"
-    if run.steps and math.isfinite(run.steps[-1]["train/loss"] or math.nan):
-        yield f"{run.steps[-1]['train/loss']:.4f}", "training loss of the last step"
-    summary = run.summary
-    if not summary:
-        return
-    yield f"{summary['trainable_parameters']:,}", "trainable parameters"
-    yield f"{summary['base_bytes_per_rank'] / _MIB:,.1f} MiB", "base on the fullest rank"
-    peak = summary["peak_device_bytes"] or summary["peak_rss_bytes"]
-    yield (
-        f"{peak / _MIB:,.0f} MiB",
-        "peak memory of the fullest rank" + ("" if summary["peak_device_bytes"] else " (process)"),
+    trained = run.curve("train/loss")
+    if trained and trained[-1][0] == run.steps[-1]["step"]:
+        yield f"{trained[-1][1]:.4f}", "training loss of the last step"
+    device = run.figure("peak_device_bytes")
+    figures: tuple[tuple[float | None, Callable[[float], str], str], ...] = (
+        (run.figure("trainable_parameters"), "{:,}".format, "trainable parameters"),
+        (run.figure("base_bytes_per_rank"), _mebibytes(1), "base on the fullest rank"),
+        (device or None, _mebibytes(0), "peak memory of the fullest rank"),
+        (None if device else run.figure("peak_rss_bytes"), _mebibytes(0), "peak memory of the fullest rank (process)"),
+        (run.figure("tokens_per_second"), "{:,.0f}".format, "target tokens per second"),
+        (run.figure("seconds"), _duration, "from the first line to the summary"),
     )
-    if summary["tokens_per_second"] is not None:
-        yield f"{summary['tokens_per_second']:,.0f}", "target tokens per second"
-    yield _duration(summary["seconds"]), "from the first line to the summary"
+    yield from ((shown(value), words) for value, shown, words in figures if value is not None)
+
+
+def _mebibytes(digits: int) -> Callable[[float], str]:
+    return lambda value: f"{value / _MIB:,.{digits}f} MiB"
 
 
 def _charts(run: RunRecords) -> Iterator[dict[str, Any]]:
@@ -126,17 +128,16 @@ def _memory(run: RunRecords) -> list[dict[str, Any]]:
 
 def _traffic(run: RunRecords) -> list[dict[str, str]]:
     """Bytes per step and rank, as measured and as planned; the plan is missing if the base is not at hand."""
-    if not run.summary:
-        return []
-    try:
-        plan = make_plan(run.config, run.summary["world_size"])
-        planned = {"gathered": plan.gather_bytes_per_step, "reduced": plan.reduce_bytes_per_step}
-    except DistQFTError:
-        planned = {}
     rows = (
-        ("base gathered", "gathered", run.summary["gather_bytes_per_step"]),
-        ("gradients reduced", "reduced", run.summary["reduce_bytes_per_step"]),
+        ("base gathered", "gathered", run.figure("gather_bytes_per_step")),
+        ("gradients reduced", "reduced", run.figure("reduce_bytes_per_step")),
     )
+    ranks = run.figure("world_size")
+    planned: dict[str, int] = {}
+    if isinstance(ranks, int) and ranks > 0:
+        with suppress(DistQFTError):
+            plan = make_plan(run.config, ranks)
+            planned = {"gathered": plan.gather_bytes_per_step, "reduced": plan.reduce_bytes_per_step}
     return [
         {"what": label, "measured": f"{measured:,}", "planned": f"{planned[key]:,}" if planned else ""}
         for label, key, measured in rows

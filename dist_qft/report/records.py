@@ -5,6 +5,7 @@ Every file may be missing: a run that was stopped has no summary, and still a pa
 
 import json
 import math
+import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -61,6 +62,11 @@ class RunRecords:
             tuple(_certificates(folder)),
         )
 
+    def figure(self, name: str) -> float | None:
+        """A finite number of the summary; None if it has none under this name. Anyone may have edited the file."""
+        value = self.summary.get(name)
+        return value if _is_number(value) else None
+
     @cached_property
     def steps(self) -> list[Mapping[str, Any]]:
         """The lines of optimizer steps, ascending."""
@@ -68,8 +74,7 @@ class RunRecords:
 
     def curve(self, tag: str) -> list[tuple[float, float]]:
         """(step, value) of each line with a finite number under `tag`."""
-        found = [(line["step"], line[tag]) for line in self.metrics if isinstance(line.get(tag), int | float)]
-        return [(step, value) for step, value in found if math.isfinite(value)]
+        return [(line["step"], line[tag]) for line in self.metrics if _is_number(line.get(tag))]
 
     def mean(self, tag: str) -> float | None:
         """The mean over the logged steps; None if the tag was not logged."""
@@ -92,6 +97,11 @@ class RunRecords:
         return found
 
 
+def _is_number(value: object) -> bool:
+    """True for a number that is finite as a float: JSON has NaN, Infinity and integers of any size, too."""
+    return isinstance(value, int | float) and abs(value) <= sys.float_info.max
+
+
 def _lines(path: Path) -> Iterator[Mapping[str, Any]]:
     """The records of a JSON Lines file; a last line that is half written is left out."""
     if not path.is_file():
@@ -101,7 +111,7 @@ def _lines(path: Path) -> Iterator[Mapping[str, Any]]:
             record = json.loads(text)
         except ValueError:
             continue
-        if isinstance(record, dict) and isinstance(record.get("step"), int):
+        if isinstance(record, dict) and isinstance(record.get("step"), int) and _is_number(record["step"]):
             yield record
 
 

@@ -66,6 +66,22 @@ def test_a_finished_run_shows_its_figures_without_the_base(run):
     assert "--resume" not in page
 
 
+@pytest.mark.parametrize("spoil", [None, "words", [1], {"a": 1}, float("nan"), 10**400, -1, 0])
+def test_figures_of_another_kind_are_left_out(run, spoil):
+    figures = dict.fromkeys(SummaryFigures.__dataclass_fields__, 7)
+    for name in figures:
+        spoiled = {key: value for key, value in figures.items() if key != name}
+        for summary in (spoiled, spoiled | {name: spoil}):
+            (run / "summary.json").write_text(json.dumps(summary))
+            assert "finished: " in write_report(RunRecords.read(run)).read_text()
+    history = (run / "metrics.jsonl").read_text().splitlines()[:-1]
+    for number, line in enumerate(history):
+        for tag in json.loads(line):
+            lines = [*history[:number], json.dumps(json.loads(line) | {tag: spoil}), *history[number + 1 :]]
+            (run / "metrics.jsonl").write_text("\n".join(lines))
+            write_report(RunRecords.read(run))
+
+
 def test_the_same_files_give_the_same_page(run):
     assert write_report(RunRecords.read(run)).read_bytes() == write_report(RunRecords.read(run)).read_bytes()
 
