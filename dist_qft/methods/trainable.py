@@ -133,6 +133,12 @@ class TrainingParts(Generic[SetT]):
     keep_head: Callable[[], None]
 
 
+def section(stored: object, key: str) -> Mapping[str, Any]:
+    """The object under a key of a stored description; empty if there is none, or a value of another kind."""
+    found = stored.get(key) if isinstance(stored, Mapping) else None
+    return found if isinstance(found, Mapping) else {}
+
+
 class TrainableSpec(ABC, Generic[SetT]):
     """A description of trainables beside a base, decided from shapes alone.
 

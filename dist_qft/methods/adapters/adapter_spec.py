@@ -13,7 +13,7 @@ from dist_qft.methods.adapters.attach import AdapterSet
 from dist_qft.methods.adapters.exact_fold import folding_obstacle
 from dist_qft.methods.adapters.schedule import EXPERTS, LinearShape, TileSettings, plan_adapters, type_of
 from dist_qft.methods.adapters.token_rows import TrainedTokens, tokens_difference
-from dist_qft.methods.trainable import Counts, TrainableSpec
+from dist_qft.methods.trainable import Counts, TrainableSpec, section
 from dist_qft.quant.experts import FrozenExperts
 
 _TOKENS = "train_tokens"  # in adapter_config.json
@@ -62,18 +62,19 @@ class AdapterSpec(TrainableSpec[AdapterSet]):
 
     def difference(self, stored: Mapping[str, Any]) -> str | None:
         """Other tokens, or the first layer, by name, whose adapter is not the stored one: settings then and now."""
-        if tokens := tokens_difference(self.tokens, stored.get(_TOKENS)):
+        if tokens := tokens_difference(self.tokens, section(stored, _TOKENS)):
             return tokens
-        saved, wanted = stored.get("tiles", {}), self.describe()["tiles"]
+        saved, wanted = section(stored, "tiles"), self.describe()["tiles"]
         for path in sorted({*saved, *wanted}):
-            before, now = saved.get(path, {}), wanted.get(path, {})
-            if before != now:
-                changes = [
-                    f"{key} was {before.get(key, 'absent')}, the config says {now.get(key, 'absent')}"
-                    for key in {**before, **now}
-                    if before.get(key) != now.get(key)
-                ]
-                return f"adapter of {path}: {'; '.join(changes)}"
+            if saved.get(path) == wanted.get(path):
+                continue
+            before, now = section(saved, path), section(wanted, path)
+            changes = [
+                f"{key} was {before.get(key, 'absent')}, the config says {now.get(key, 'absent')}"
+                for key in {**before, **now}
+                if before.get(key) != now.get(key)
+            ]
+            return f"adapter of {path}: {'; '.join(changes) or 'its settings are not those of a layer'}"
         return None
 
     def summary(self) -> str:
@@ -124,7 +125,9 @@ def adapter_spec(method: TileMethod, base: BaseModel) -> AdapterSpec:
 
 def stored_adapters(stored: Mapping[str, Any], where: str) -> AdapterSpec:
     """The spec that `describe` wrote into a checkpoint; `where` names the file, for messages."""
-    tiles, tokens = stored.get("tiles", {}), stored.get(_TOKENS)
+    tiles, tokens = stored.get("tiles"), stored.get(_TOKENS)
+    if not isinstance(tiles, Mapping):
+        raise UserError(f"{where}: tiles: got {type(tiles).__name__}, must be an object of layers")
     return AdapterSpec(
         {path: TileSettings.from_dict(fields, where=f"{where}: {path}") for path, fields in tiles.items()},
         tokens=None if tokens is None else TrainedTokens.read(tokens, where),

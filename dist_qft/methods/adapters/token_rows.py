@@ -71,20 +71,22 @@ class TrainedTokens:
             raise UserError(f"{where}: train_tokens: not a record of this version: {error}") from error
 
 
-def tokens_difference(now: TrainedTokens | None, stored: Mapping[str, Any] | None) -> str | None:
-    """The difference of stored tokens from those of a config, in words; None if there is none."""
-    wanted, found = now.describe() if now else {}, stored or {}
+def tokens_difference(now: TrainedTokens | None, stored: Mapping[str, Any]) -> str | None:
+    """The difference of stored tokens (empty for none) from those of a config, in words; None if there is none."""
+    wanted = now.describe() if now else {}
     for key in ("ids", "tables", "tied"):
-        if wanted.get(key) != found.get(key):
+        if wanted.get(key) != stored.get(key):
             # Of tables only another base has others, which its shapes or fingerprint tell.
-            return f"{KEY}: got {_named(wanted.get('ids'))}, must be {_named(found.get('ids'))}"
+            return f"{KEY}: got {_named(wanted.get('ids'))}, must be {_named(stored.get('ids'))}"
     return None
 
 
-def _named(ids: Sequence[int] | None) -> str:
+def _named(ids: object) -> str:
     """The ids of a message, the first ones of many."""
     if not ids:
         return "none"
+    if not isinstance(ids, Sequence):
+        return repr(ids)
     return f"[{', '.join(map(str, ids[:8]))}{f', ... ({len(ids)} in all)' if ids[8:] else ''}]"
 
 

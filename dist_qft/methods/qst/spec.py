@@ -27,7 +27,7 @@ from dist_qft.methods.qst.network import BaseStates, SideNetwork
 from dist_qft.methods.qst.pruning import start_from_base
 from dist_qft.methods.qst.settings import SideSettings
 from dist_qft.methods.qst.sizes import dense_twin, shrunken_config
-from dist_qft.methods.trainable import Counts, TrainableSpec, TrainingParts
+from dist_qft.methods.trainable import Counts, TrainableSpec, TrainingParts, section
 
 
 @dataclass(frozen=True)
@@ -76,8 +76,8 @@ class SideSpec(TrainableSpec[SideNetwork]):
 
     def difference(self, stored: Mapping[str, Any]) -> str | None:
         """The first setting or size that is not the stored one."""
-        for section, wanted in self.describe().items():
-            found = stored.get(section, {})
+        for name, wanted in self.describe().items():
+            found = section(stored, name)
             for key in sorted(set(wanted) | set(found)):
                 if wanted.get(key) != found.get(key):
                     return f"the side network's {key} was {found.get(key)}, the config says {wanted.get(key)}"
@@ -169,7 +169,11 @@ def side_network_spec(method: QstConfig, base: BaseModel) -> SideSpec:
 
 def stored_side_network(stored: Mapping[str, Any], base: BaseModel, where: str) -> SideSpec:
     """The spec that `describe` wrote into a checkpoint; `where` names the file, for messages."""
-    spec = _spec(SideSettings.from_dict(stored.get("side_network"), where), base)
+    settings = SideSettings.from_dict(stored.get("side_network"), where)
+    try:
+        spec = _spec(settings, base)
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from None
     if difference := spec.difference(stored):
         raise UserError(f"{where}: {difference}")
     return spec

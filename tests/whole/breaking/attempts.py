@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
-LONGEST_OUTPUT = 60  # lines: a refusal is one or two
+LONGEST_OUTPUT = 101  # lines: a refusal is one or two, but of a config it names up to 100 faults
 CODES = (0, 2, 3, 4, 5, 6, 75)  # those of `dist_qft.errors`, and success
 
 
