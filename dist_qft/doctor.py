@@ -118,9 +118,21 @@ def _torch(config: RunConfig | None) -> Iterator[Finding]:
     else:
         remedy = "the config says sharding.device: cuda" if wanted else "runs use the CPU"
         yield Finding("GPU", "missing" if wanted else "note", f"none; {build}", remedy)
+    if count:
+        yield _triton()
     nccl = torch.distributed.is_available() and torch.distributed.is_nccl_available()
     if count and not nccl:
         yield Finding("NCCL", "missing", "not in this build of PyTorch", "install a CUDA build of torch for Linux")
+
+
+def _triton() -> Finding:
+    from dist_qft.quant.triton_here import triton_obstacle
+
+    obstacle = triton_obstacle()
+    if obstacle is None:
+        return Finding("Triton", "ok", "its kernels can be built")
+    remedy = "install a C compiler (gcc) and Python's headers (python3-dev): weights are dequantized slower without"
+    return Finding("Triton", "note", obstacle, remedy)
 
 
 def _network() -> Iterator[Finding]:

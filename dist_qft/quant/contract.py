@@ -9,8 +9,6 @@ tensors: the modules in `frozen.py` do.
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from functools import cache
-from importlib.util import find_spec
 from math import prod
 from typing import Any, ClassVar
 
@@ -18,6 +16,7 @@ import torch
 from torch import Tensor
 
 from dist_qft.errors import UserError
+from dist_qft.quant.triton_here import triton_obstacle
 
 Shape = tuple[int, int]
 CONSTANTS = {"float16": torch.float16, "float32": torch.float32}  # dtypes of block constants by name
@@ -214,7 +213,7 @@ class BlockFormat(Format):
     ) -> Tensor:
         if out is None:
             out = torch.empty(shape, dtype=dtype, device=packed["codes"].device)
-        if out.device.type == "cuda" and out.numel() and has_triton():
+        if out.device.type == "cuda" and out.numel() and triton_obstacle() is None:
             self._dequantize_on_cuda(packed, out)
             return out
         for rows in row_chunks(shape, out.device, self.row_alignment):
@@ -232,12 +231,6 @@ class BlockFormat(Format):
 def row_entries(entries: int, height: int, first: int, stop: int) -> tuple[int, int]:
     """The dim-0 entries that hold the rows first..stop of `height` rows, in a tensor that runs over them evenly."""
     return first * entries // height, stop * entries // height
-
-
-@cache
-def has_triton() -> bool:
-    """True if kernels can be written for the GPU."""
-    return find_spec("triton") is not None
 
 
 def row_chunks(shape: Shape, device: torch.device, alignment: int = 1) -> Iterator[slice]:

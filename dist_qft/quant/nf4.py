@@ -19,8 +19,9 @@ import torch
 from torch import Tensor
 
 from dist_qft.errors import UserError
-from dist_qft.quant.contract import Format, PackedShapes, Shape, finite_rows, has_triton, row_chunks
+from dist_qft.quant.contract import Format, PackedShapes, Shape, finite_rows, row_chunks
 from dist_qft.quant.nf4_codes import quantize_blocks
+from dist_qft.quant.triton_here import triton_obstacle
 
 # bitsandbytes also takes 2048 and 4096, but dequantizes them on AVX-512 machines through torch.compile, anew for each
 # shape and half a minute each.
@@ -134,7 +135,7 @@ class NF4(Format):
         self, packed: Mapping[str, Tensor], shape: Shape, dtype: torch.dtype, out: Tensor | None = None
     ) -> Tensor:
         device = packed["codes"].device
-        if self.double_quant and device.type == "cuda" and packed["codes"].numel() and has_triton():
+        if self.double_quant and device.type == "cuda" and packed["codes"].numel() and triton_obstacle() is None:
             # By bitsandbytes it is three kernels, and the constants make a way through memory of their own.
             from dist_qft.quant.triton_kernels import dequantize_nf4_nested
 

@@ -1,6 +1,7 @@
 """The lines that open a run: base, trainables, data, and where it continues."""
 
 from dist_qft.data.dataset import TokenDataset
+from dist_qft.quant.triton_here import triton_obstacle
 from dist_qft.ranks.device import dtype_name, why_dtype
 from dist_qft.training.flat_parameters import FlatParameters
 from dist_qft.training.run_inputs import RunInputs
@@ -23,6 +24,8 @@ def opening_lines(inputs: RunInputs, parts: Assembled, flat: FlatParameters, acc
         f"{total_steps} steps of {config.train.global_batch_size} "
         f"= {config.train.per_device_train_batch_size} x {accumulation} x {world.world_size} ranks",
     ]
+    if inputs.device.type == "cuda" and (obstacle := triton_obstacle()):
+        lines.append(f"{obstacle}; weights are dequantized by PyTorch alone, which is slower: see `dist-qft doctor`")
     if (checkpoint := inputs.checkpoint) is not None:
         lines.append(f"resuming from {checkpoint.path} at step {checkpoint.state.step}")
     return lines
