@@ -1,13 +1,16 @@
 """The device and the compute dtype of a rank, and those that a plan assumes."""
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Literal
 
 import torch
 
-from dist_qft.errors import SetupError
+from dist_qft.errors import SetupError, UserError
+from dist_qft.ranks.collectives import everywhere
 from dist_qft.ranks.world import World
 
 CPU_PRECISION = "DIST_QFT_CPU_PRECISION"  # float32 or bfloat16: the meaning of `auto` on CPUs, for clusters of several
@@ -66,7 +69,8 @@ def why_dtype(setting: str, device: torch.device) -> str:
 def compute_reproducibly(device: torch.device) -> None:
     """Have a GPU add in one order: attention's backward pass and cuBLAS's products are otherwise free to choose.
 
-    Before the first product. A CPU does so by itself. An operator that has no such order raises RuntimeError.
+    Before the first product. A CPU does so by itself. An operator without such an order raises RuntimeError: see
+    `order_required`.
     """
     if device.type == "cuda":
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -74,6 +78,23 @@ def compute_reproducibly(device: torch.device) -> None:
         torch.use_deterministic_algorithms(True)
         # Else every new tensor is filled first, one more pass over each dequantized weight.
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # set at run time
+
+
+@contextmanager
+def order_required() -> Iterator[None]:
+    """Context in which an operator that `compute_reproducibly` cannot have add in one order is a mistake of the config.
+
+    Raises:
+        UserError: on all ranks, which run the same operators.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        operator, named, _ = str(error).partition(" does not have a deterministic implementation")
+        if not named:
+            raise
+        reason = f"{operator}, which this model needs, adds in any order on a GPU"
+        raise everywhere(UserError(f"sharding.gradient_sum: got invariant, must be fast: {reason}")) from error
 
 
 def device_for(world: World, setting: Literal["auto", "cpu", "cuda"]) -> torch.device:

@@ -11,6 +11,7 @@ from dist_qft.config.schema import RunConfig, TrainConfig
 from dist_qft.data.batches import MicroBatch
 from dist_qft.errors import NumericError
 from dist_qft.methods.forward import Forward
+from dist_qft.ranks.device import order_required
 from dist_qft.ranks.preemption import StopSignal
 from dist_qft.training.compute_clock import ComputeClock
 from dist_qft.training.fixed_tree import FixedTree
@@ -96,7 +97,8 @@ class TrainStep:
         """
         started = time.perf_counter()
         self.clock.begin()
-        self._accumulate(step, micro_batches)
+        with order_required():
+            self._accumulate(step, micro_batches)
         self.clock.end()
         totals = self.flat.reduce(
             tokens=sum(batch.num_terms for batch in micro_batches),

@@ -8,7 +8,14 @@ import torch.distributed as dist
 
 from dist_qft.errors import NumericError, SetupError, UserError
 from dist_qft.ranks import device
-from dist_qft.ranks.device import CPU_PRECISION, bfloat16_units, compute_dtype, compute_reproducibly, device_for
+from dist_qft.ranks.device import (
+    CPU_PRECISION,
+    bfloat16_units,
+    compute_dtype,
+    compute_reproducibly,
+    device_for,
+    order_required,
+)
 from dist_qft.ranks.groups import leave_group
 from dist_qft.ranks.local_peers import require_own_gpus
 from dist_qft.ranks.world import World
@@ -126,3 +133,18 @@ def test_a_gpu_adds_in_one_order_where_bits_are_promised(monkeypatch):
     finally:
         torch.use_deterministic_algorithms(False)
         torch.utils.deterministic.fill_uninitialized_memory = True
+
+
+def test_an_operator_without_one_order_is_the_configs_mistake():
+    try:
+        torch.use_deterministic_algorithms(True)
+        with (
+            pytest.raises(UserError, match="gradient_sum: got invariant, must be fast: put_") as raised,
+            order_required(),
+        ):
+            torch.zeros(3).put_(torch.tensor([0, 0]), torch.ones(2))
+        assert raised.value.everywhere
+        with pytest.raises(RuntimeError, match="another"), order_required():
+            raise RuntimeError("another error")
+    finally:
+        torch.use_deterministic_algorithms(False)
