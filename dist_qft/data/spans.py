@@ -7,7 +7,7 @@ one way while it is the last and in another when turns follow are therefore no p
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import NamedTuple
@@ -108,7 +108,7 @@ class SpanFinder:
         located = Located(text, {}, missing, set())
         if self.marked:
             answers = {i for i, message in enumerate(messages) if message["role"] == "assistant"}
-            _assign_marks(located, rendered.marked, pieces, occurrences, wanted, wanted == answers)
+            _assign_marks(located, rendered.marked, pieces, occurrences, wanted, answers)
         elif wanted:
             assert shape is not None
             for message in sorted(wanted):
@@ -253,9 +253,9 @@ def _assign_marks(
     pieces: Sequence[Piece],
     occurrences: Sequence[Occurrence],
     wanted: set[int],
-    all_wanted: bool,
+    answers: set[int],
 ) -> None:
-    """Give each block that the template's author marked to the message whose pieces it holds."""
+    """Give each block that the template's author marked to the message whose pieces it holds, or that it stands at."""
     outside = {number for number, piece in enumerate(pieces) if piece.message in wanted and piece.text}
     for start, end in marks:
         inside = {found.piece for found in occurrences if start <= found.start and found.end <= end}
@@ -263,8 +263,17 @@ def _assign_marks(
         owners = {pieces[number].message for number in inside}
         if owners & wanted and owners - wanted:
             raise TemplateRefusal("a {% generation %} block of the chat template holds messages that are not trained")
-        if not owners and all_wanted:  # an empty answer
-            owners = {min(wanted)}
+        if not owners and wanted:  # an empty answer, or an end token that is marked by itself
+            owners = {min(wanted)} if wanted == answers else _beside(start, pieces, occurrences, answers)
         for message in owners & wanted:
             located.spans.setdefault(message, []).append((start, end))
     located.missing += [pieces[number] for number in sorted(outside) if pieces[number] not in located.missing]
+
+
+def _beside(
+    place: int, pieces: Sequence[Piece], occurrences: Sequence[Occurrence], answers: Collection[int]
+) -> set[int]:
+    """The answer that ends before a place in the text or, behind another's message, begins after it."""
+    owners = _owners(pieces, occurrences)
+    number = sum(found.end <= place for found in occurrences)
+    return set([owner for owner in (*owners[:number][-1:], *owners[number:][:1]) if owner in answers][:1])

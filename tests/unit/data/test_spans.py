@@ -122,6 +122,22 @@ def test_last_turn(encoder):
     assert trained(encoder(kinds.LAST_TURN_DIFFERS, train_on="last-turn"), earlier).endswith("Fine.<|im_end|>")
 
 
+@pytest.mark.parametrize(
+    "template",
+    [
+        kinds.MARKED.replace("<|im_end|>{%", "{% endgeneration %}{% generation %}<|im_end|>{%"),
+        kinds.MARKED.replace("{% generation %}", "{% generation %}<think></think>{% endgeneration %}{% generation %}"),
+    ],
+    ids=["an end token", "an empty block of reasoning"],
+)
+@pytest.mark.parametrize("settings", [{"train_on": "last-turn"}, {}], ids=["last turn", "weight 0"])
+def test_marks_without_text_belong_to_the_answer_beside_them(encoder, template, settings):
+    first = {} if settings else {"weight": 0}
+    messages = [user("Hi"), assistant("Hello.", **first), *TURNS[2:]]
+    everything, last = trained(encoder(template), TURNS), trained(encoder(template, **settings), messages)
+    assert everything.count("<|im_end|>") == 2 and last == everything[everything.index("<|im_end|>") + 10 :]
+
+
 def test_loss_on_all_leaves_out_messages_of_weight_0(encoder):
     everything = encoder(kinds.CHATML, loss_on="all")
     text = trained(everything, [user("Hi"), assistant("Hello.", weight=0), *TURNS[2:]])
