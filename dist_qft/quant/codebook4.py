@@ -9,7 +9,7 @@
 A weight is table[code] * scale: the table is 0, 0.5, 1, 1.5, 2, 3, 4, 6 and their negatives. A table has no zero that
 could be shifted, so no adapter folds into these. They are only read from files, never quantized into.
 
-A byte of codes is looked up at once in a table of 256 pairs, straight into the result: as quick as nf4's kernel within a tenth.
+A byte of codes is looked up at once in a table of 256 pairs, straight into the result: about as quick as nf4's kernel.
 """
 
 from collections.abc import Mapping
