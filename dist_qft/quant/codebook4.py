@@ -99,11 +99,11 @@ class Codebook4(BlockFormat):
         return values.div_(factor) if self.kind == "nvfp4-divided" else values.mul_(factor)
 
     def _dequantize_rows(self, packed: Mapping[str, Tensor], out: Tensor) -> None:
-        codes, pairs = packed["codes"], out.view(torch.int64)
+        codes, pairs, table = packed["codes"], out.view(torch.int64), _pairs_on(out.device)
         if torch.get_num_threads() == 1:
-            torch.index_select(_pairs(), 0, codes.reshape(-1).int(), out=pairs.view(-1))
+            torch.index_select(table, 0, codes.reshape(-1).int(), out=pairs.view(-1))
         else:  # a third slower on one thread, but spread over all of them
-            torch.gather(_pairs().expand(len(codes), -1), 1, codes.long(), out=pairs)
+            torch.gather(table.expand(len(codes), -1), 1, codes.long(), out=pairs)
         out.unflatten(1, (-1, self.block)).mul_(self.scales(packed).unsqueeze(-1))
 
     def _dequantize_on_cuda(self, packed: Mapping[str, Tensor], out: Tensor) -> None:
@@ -118,6 +118,12 @@ def _pairs() -> Tensor:
     values = torch.tensor([*_E2M1, *(-value for value in _E2M1)])
     byte = torch.arange(256)
     return torch.stack([values[byte & 15], values[byte >> 4]], dim=1).view(torch.int64).squeeze(1)
+
+
+@cache
+def _pairs_on(device: torch.device) -> Tensor:
+    """`_pairs` on a device."""
+    return _pairs().to(device)
 
 
 def _looked_up(scale: Tensor, values: Tensor) -> Tensor:

@@ -11,7 +11,10 @@ pytest.importorskip("triton")
 pytest.importorskip("bitsandbytes")
 
 from dist_qft import doctor
-from dist_qft.quant.formats import NF4, Affine4
+from dist_qft.quant.affine4_gathered import Affine4Gathered
+from dist_qft.quant.affine8 import Affine8
+from dist_qft.quant.codebook4 import Codebook4, _pairs_on
+from dist_qft.quant.formats import NF4, Q8_0, Affine4
 from dist_qft.quant.frozen import FrozenLinear
 from dist_qft.quant.nf4 import codebook_on, dynamic_map
 from dist_qft.quant.triton_here import triton_obstacle
@@ -38,7 +41,7 @@ def no_driver(monkeypatch):
         patched.setattr(torch.cuda, "is_available", lambda: True)
         triton_obstacle()
     yield
-    for kept in (triton_obstacle, dynamic_map, codebook_on):
+    for kept in (triton_obstacle, dynamic_map, codebook_on, _pairs_on):
         kept.cache_clear()
 
 
@@ -52,7 +55,11 @@ def kernels(format) -> set[str]:
         return set(counts.take().kernels)
 
 
-@pytest.mark.parametrize("format", [Affine4(), NF4(64, double_quant=True)], ids=str)
+FORMATS = [Affine4(), Affine4((8, 4)), Affine4Gathered(4), Affine8(32), Q8_0(), NF4(64, double_quant=True)]
+FORMATS += map(Codebook4, ("mxfp4", "nvfp4", "nvfp4-divided"))
+
+
+@pytest.mark.parametrize("format", FORMATS, ids=str)
 def test_weights_are_dequantized_without_triton(no_driver, format):
     assert triton_obstacle() is not None
     assert not [name for name in kernels(format) if name.startswith("triton")]
