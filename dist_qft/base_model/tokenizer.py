@@ -9,6 +9,7 @@ from dist_qft.base_model.gguf_metadata import quick_metadata
 from dist_qft.config.schema import ModelConfig, RunConfig
 from dist_qft.data.templates import use_template
 from dist_qft.errors import UserError
+from dist_qft.storage.lfs_pointer import is_lfs_pointer, lfs_fault
 
 
 def load_tokenizer(model: ModelConfig) -> PreTrainedTokenizerBase:
@@ -29,6 +30,8 @@ def load_tokenizer(model: ModelConfig) -> PreTrainedTokenizerBase:
         found.decode(found("a text")["input_ids"])
         return found
     except Exception as error:  # the Rust library behind it raises nothing more precise
+        if is_lfs_pointer(path / "tokenizer.json"):
+            raise UserError(f"model.path: {lfs_fault(path / 'tokenizer.json')}") from None
         reason = textwrap.shorten(str(error), 300) or type(error).__name__
         raise UserError(f"model.path: cannot read a tokenizer from '{model.path}': {reason}") from error
 

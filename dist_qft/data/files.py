@@ -19,8 +19,8 @@ from dist_qft.data.folders import FolderFiles, files_of_folder
 from dist_qft.data.records import LocatedRecord, Record, RowError
 from dist_qft.data.tables import read_arrow, read_parquet
 from dist_qft.errors import UserError
+from dist_qft.storage.lfs_pointer import is_lfs_pointer, lfs_fault
 
-_LFS_POINTER = b"version https://git-lfs"  # in place of a large file, in a clone made without Git LFS
 _PART = 2**20  # characters of a long line that are read at a time
 
 
@@ -34,11 +34,10 @@ def find_files(path: Path, key: str, split: str = "train") -> FolderFiles:
         found = _list_files(path, key, split)
         for file in found.files:
             with file.open("rb") as stream:
-                begin = stream.read(len(_LFS_POINTER))
-            if not begin:
-                raise UserError(f"{key}.path: {file} is empty")
-            if begin == _LFS_POINTER:
-                raise UserError(f"{key}.path: {file} is a Git LFS pointer, must be the file; run `git lfs pull` there")
+                if not stream.read(1):
+                    raise UserError(f"{key}.path: {file} is empty")
+            if is_lfs_pointer(file):
+                raise UserError(f"{key}.path: {lfs_fault(file)}")
     except OSError as error:
         raise UserError(f"{key}.path: cannot read {error.filename or path}: {error.strerror}") from None
     return found

@@ -8,7 +8,11 @@ import torch
 from safetensors.torch import save_file
 
 from dist_qft.base_model.sources import SafetensorsSource
+from dist_qft.base_model.tokenizer import load_tokenizer
+from dist_qft.base_model.weight_files import open_source
+from dist_qft.config.schema import ModelConfig
 from dist_qft.errors import CorruptFileError, UserError
+from tests.support.tiny_model import save_tiny_model
 
 TENSORS = {
     "scalar": torch.tensor(3.5),
@@ -75,3 +79,17 @@ def test_an_index_that_leaves_the_folder(folder, name):
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": name}}))
     with pytest.raises(CorruptFileError, match="leaves the folder"):
         SafetensorsSource(folder)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "tokenizer.json", "model.gguf"])
+def test_pointers_of_git_lfs_are_named(tmp_path, name):
+    save_tiny_model(tmp_path)
+    pointer = tmp_path / name
+    pointer.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n")
+    model = ModelConfig(path=str(pointer if pointer.suffix == ".gguf" else tmp_path))
+    with pytest.raises(UserError) as raised:
+        load_tokenizer(model) if name == "tokenizer.json" else open_source(model)
+    assert (
+        str(raised.value) == f"model.path: {pointer} is a Git LFS pointer, must be the file; run `git lfs pull` there"
+    )
+    assert raised.value.exit_code == 2
