@@ -57,7 +57,7 @@ def _config(shop: Workshop, place: Path) -> Path:
     place.mkdir(parents=True, exist_ok=True)
     tree = shop.tree()
     tree["output_dir"] = str(place / "run")
-    tree["train"] |= {"max_steps": STEPS}
+    tree["train"] |= {"max_steps": STEPS, "global_batch_size": 2 * _RANKS.count}
     tree["sharding"] |= _RANKS.sharding(engine="fsdp", timeout_seconds=30)
     path = place / "run.yaml"
     path.write_text(json.dumps(tree))
