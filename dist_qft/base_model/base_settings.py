@@ -18,6 +18,7 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 from dist_qft.base_model.stop_tokens import GENERATION_CONFIG, stored_generation_config
 from dist_qft.config.schema import ModelConfig
 from dist_qft.errors import CorruptFileError
+from dist_qft.storage.first_fault import first_fault
 
 CONFIG, TOKENIZER, TOKENIZER_CONFIG = "config.json", "tokenizer.json", "tokenizer_config.json"
 
@@ -54,8 +55,7 @@ class BaseSettings:
         try:
             return TypeAdapter(cls).validate_python(stored)
         except ValidationError as error:
-            fault = error.errors()[0]
-            raise CorruptFileError(f"{where}: {'.'.join(map(str, fault['loc']))}: {fault['msg']}") from error
+            raise CorruptFileError(f"{where}: {first_fault(error)}") from error
 
     def differences(self, before: "BaseSettings", files: tuple[str, ...] | None = None) -> list[str]:
         """Each setting of these files (None: of all) that was another one `before`: file, key, what it is and was.

@@ -11,6 +11,8 @@ from dist_qft.data.templates import use_template
 from dist_qft.errors import UserError
 from dist_qft.storage.lfs_pointer import is_lfs_pointer, lfs_fault
 
+_MOST_IDS = 2**24  # vocabularies end below 2^19; writing one down takes the time of its largest id
+
 
 def load_tokenizer(model: ModelConfig) -> PreTrainedTokenizerBase:
     """The tokenizer of `model.path`.
@@ -28,12 +30,14 @@ def load_tokenizer(model: ModelConfig) -> PreTrainedTokenizerBase:
             found = AutoTokenizer.from_pretrained(model.path, revision=model.revision, trust_remote_code=False)
         # Some settings, such as a model_max_length that is no number, are only met when it is used.
         found.decode(found("a text")["input_ids"])
-        return found
     except Exception as error:  # the Rust library behind it raises nothing more precise
         if is_lfs_pointer(path / "tokenizer.json"):
             raise UserError(f"model.path: {lfs_fault(path / 'tokenizer.json')}") from None
         reason = textwrap.shorten(str(error), 300) or type(error).__name__
         raise UserError(f"model.path: cannot read a tokenizer from '{model.path}': {reason}") from error
+    if (largest := max(found.get_vocab().values(), default=0)) >= _MOST_IDS:
+        raise UserError(f"model.path: '{model.path}': tokenizer: got id {largest}, must be < {_MOST_IDS}")
+    return found
 
 
 def run_tokenizer(config: RunConfig) -> PreTrainedTokenizerBase:

@@ -5,7 +5,7 @@ wording of faults in `validation`.
 `save_config` is the way back, for the copy that a run keeps in its folder.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from operator import itemgetter
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from pydantic import ValidationError
 
 from dist_qft.config.check import cross_field_faults
 from dist_qft.config.document import Document, make_yaml
-from dist_qft.config.fault import Fault, dotted
+from dist_qft.config.fault import Fault, KeyPath, dotted, value_fault
 from dist_qft.config.methods.door import DEFAULT, METHODS
 from dist_qft.config.methods.switch import keys_for
 from dist_qft.config.override import Override, OverrideError, key_path
@@ -56,16 +56,35 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
             lines.append(f"command line: {override.text}: {error}")
             applied.remove(override)
     values = with_current_names(values)
-    try:
-        config = RunConfig.model_validate(values)
-        faults = cross_field_faults(config)
-    except ValidationError as error:
-        faults = validation_faults(error, values)
+    config, faults = _checked(values)
     located = [_located(fault, document, applied) for fault in faults[:_MOST_LOCATED]]
     lines += [text for _, text in sorted(located, key=itemgetter(0))]
-    if lines:
+    if config is None or lines:
         raise UserError(_readable(lines, len(lines) + len(faults) - len(located)))
     return config.with_notes(dict.fromkeys(notes)) if notes else config
+
+
+def _checked(values: dict[str, Any]) -> tuple[RunConfig | None, list[Fault]]:
+    """The config of a tree, if it has the schema's types, and the tree's faults."""
+    if faults := list(_texts_beyond_unicode(values)):
+        return None, faults
+    try:
+        config = RunConfig.model_validate(values)
+    except ValidationError as error:
+        return None, validation_faults(error, values)
+    return config, cross_field_faults(config)
+
+
+def _texts_beyond_unicode(value: Any, path: KeyPath = ()) -> Iterator[Fault]:
+    """Texts that no file can hold: with half of a surrogate pair (an escape in YAML) or bytes of a command line."""
+    if isinstance(value, str):
+        try:
+            value.encode()
+        except UnicodeEncodeError as error:
+            yield value_fault(path, f"got {value[error.start : error.end]!a} in the text, must be Unicode characters")
+    elif isinstance(value, dict | list):
+        for key, entry in value.items() if isinstance(value, dict) else enumerate(value):
+            yield from _texts_beyond_unicode(entry, (*path, key))
 
 
 def _readable(lines: Sequence[str], total: int) -> str:
@@ -98,12 +117,8 @@ def change_config(config: RunConfig, changes: Mapping[str, Any]) -> RunConfig:
             values = Override(key, current_path(key_path(key)), value).apply(values)
         except OverrideError as error:
             raise UserError(f"{key}: {error}") from None
-    try:
-        changed = RunConfig.model_validate(values)
-        faults = cross_field_faults(changed)
-    except ValidationError as error:
-        faults = validation_faults(error, values)
-    if faults:
+    changed, faults = _checked(values)
+    if changed is None or faults:
         raise UserError("\n".join(fault.message for fault in faults))
     return changed.with_notes(config.notes)
 

@@ -22,6 +22,7 @@ from pydantic import TypeAdapter, ValidationError
 from dist_qft.errors import CorruptFileError, SetupError, UserError
 from dist_qft.merge.certificate import IN_FOLDER, VERSION, Certificate, certificate_place, file_digests
 from dist_qft.storage.atomic import lock_path, publishing, refused_write, write_text
+from dist_qft.storage.first_fault import first_fault
 from dist_qft.storage.lock import locked
 
 _NEXT, _DIGEST = "next", "digest"
@@ -178,9 +179,7 @@ def _parsed(content: Any, place: Path) -> Certificate:
     try:
         return _READER.validate_python(content)
     except ValidationError as error:
-        fault = error.errors()[0]
-        where = ".".join(map(str, fault["loc"])) or "content"
-        raise CorruptFileError(f"{place}: not a merge certificate: {where}: {fault['msg']}") from error
+        raise CorruptFileError(f"{place}: not a merge certificate: {first_fault(error)}") from error
 
 
 def _text(content: Mapping[str, Any]) -> str:

@@ -32,6 +32,7 @@ from torch import Tensor
 from dist_qft.errors import CorruptFileError, SetupError, UserError
 from dist_qft.storage import manifest
 from dist_qft.storage.atomic import remove_folder, remove_leftovers, remove_unfinished, temporary_name
+from dist_qft.storage.first_fault import first_fault
 from dist_qft.storage.manifest import publish_folder
 from dist_qft.storage.trainer_state import TrainerState
 
@@ -163,8 +164,7 @@ def _parsed(path: Path, parse: Callable[[bytes], _T]) -> _T:
     try:
         return parse(path.read_bytes())
     except ValidationError as error:
-        fault = error.errors()[0]
-        reason = f"{'.'.join(map(str, fault['loc'])) or 'content'}: {fault['msg']}"
+        reason = first_fault(error)
     except (SafetensorError, OSError) as error:
         reason = str(error)
     raise CorruptFileError(f"{path}: {reason}")

@@ -29,6 +29,7 @@ from dist_qft.storage.checkpoint import (
     newest_valid,
     read_checkpoint,
 )
+from dist_qft.storage.first_fault import first_fault
 from dist_qft.tuned_model.assemble import Assembled, assemble
 
 _SETTINGS = "base_settings"  # in adapter_config.json
@@ -69,7 +70,8 @@ def config_of(checkpoint: Checkpoint) -> RunConfig:
     try:
         return RunConfig.model_validate(checkpoint.state.config)
     except ValidationError as error:
-        raise CorruptFileError(f"{checkpoint.path / TRAINER_STATE}: not a config of this version: {error}") from error
+        where = f"{checkpoint.path / TRAINER_STATE}: not a config of this version"
+        raise CorruptFileError(f"{where}: {first_fault(error)}") from error
 
 
 def with_date(config: RunConfig, tokenizer: PreTrainedTokenizerBase, checkpoint: Checkpoint | None) -> RunConfig:

@@ -71,15 +71,23 @@ def test_every_verb_names_the_setting_that_has_changed(trained, shell, tmp_path,
     assert not output.exists()
 
 
-def test_a_tokenizer_that_fails_in_use_is_one_line(trained, shell):
-    file = trained / "base" / "tokenizer_config.json"
+@pytest.mark.parametrize(
+    ("name", "change", "words"),
+    [
+        ("tokenizer_config.json", lambda tree: tree.update(model_max_length=[1]), "cannot read a tokenizer"),
+        # The library writes such a vocabulary down by counting up to the largest id.
+        ("tokenizer.json", lambda tree: tree["model"]["vocab"].update(l=2**31 - 1), "tokenizer: got id 2147483647"),
+    ],
+)
+def test_a_tokenizer_that_fails_in_use_is_one_line(trained, shell, name, change, words):
+    file = trained / "base" / name
     before = file.read_bytes()
-    edit(file, lambda tree: tree.update(model_max_length=[1]))
+    edit(file, change)
     try:
         code, _, err = shell("eval", trained / "run")
     finally:
         file.write_bytes(before)
-    assert code == UserError.exit_code and "model.path: cannot read a tokenizer" in err and err.count("\n") == 1
+    assert code == UserError.exit_code and "model.path: " in err and words in err and err.count("\n") == 1
 
 
 def with_settings(run: Path, change: Callable[[dict[str, Any]], object]) -> None:
