@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from dist_qft.errors import CorruptFileError, UserError
-from dist_qft.storage.lfs_pointer import is_lfs_pointer, lfs_fault
+from dist_qft.storage.lfs_pointer import refuse_lfs_pointer
 
 _MAGIC = b"GGUF"
 _VERSIONS = (2, 3)
@@ -113,8 +113,7 @@ def _parts(path: Path) -> list[Path]:
 
 
 def _read_file(path: Path) -> GgufHeader:
-    if is_lfs_pointer(path):
-        raise UserError(f"model.path: {lfs_fault(path)}")
+    refuse_lfs_pointer(path, "model.path")
     try:
         with path.open("rb") as file:
             size = path.stat().st_size

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from dist_qft.errors import CorruptFileError, UserError
 from dist_qft.quant.contract import Format
-from dist_qft.storage.lfs_pointer import is_lfs_pointer, lfs_fault
+from dist_qft.storage.lfs_pointer import refuse_lfs_pointer
 
 _FLOATS = ("F64", "F32", "F16", "BF16")
 # Tensor types by the names that safetensors gives them; those that this torch lacks are left out.
@@ -228,8 +228,7 @@ def _indexed_files(index: Path) -> list[str]:
 
 def _read_header(path: Path) -> dict[str, _Entry]:
     """The entries of a safetensors file, from its header. The library itself checks the file."""
-    if is_lfs_pointer(path):
-        raise UserError(f"model.path: {lfs_fault(path)}")
+    refuse_lfs_pointer(path, "model.path")
     try:
         with safe_open(path, "pt"):
             pass

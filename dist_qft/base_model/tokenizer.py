@@ -9,7 +9,7 @@ from dist_qft.base_model.gguf_metadata import quick_metadata
 from dist_qft.config.schema import ModelConfig, RunConfig
 from dist_qft.data.templates import use_template
 from dist_qft.errors import UserError
-from dist_qft.storage.lfs_pointer import is_lfs_pointer, lfs_fault
+from dist_qft.storage.lfs_pointer import refuse_lfs_pointer
 
 _MOST_IDS = 2**24  # vocabularies end below 2^19; writing one down takes the time of its largest id
 
@@ -31,8 +31,7 @@ def load_tokenizer(model: ModelConfig) -> PreTrainedTokenizerBase:
         # Some settings, such as a model_max_length that is no number, are only met when it is used.
         found.decode(found("a text")["input_ids"])
     except Exception as error:  # the Rust library behind it raises nothing more precise
-        if is_lfs_pointer(path / "tokenizer.json"):
-            raise UserError(f"model.path: {lfs_fault(path / 'tokenizer.json')}") from None
+        refuse_lfs_pointer(path / "tokenizer.json", "model.path")
         reason = textwrap.shorten(str(error), 300) or type(error).__name__
         raise UserError(f"model.path: cannot read a tokenizer from '{model.path}': {reason}") from error
     if (largest := max(found.get_vocab().values(), default=0)) >= _MOST_IDS:

@@ -19,7 +19,7 @@ from dist_qft.data.folders import FolderFiles, files_of_folder
 from dist_qft.data.records import LocatedRecord, Record, RowError
 from dist_qft.data.tables import read_arrow, read_parquet
 from dist_qft.errors import UserError
-from dist_qft.storage.lfs_pointer import is_lfs_pointer, lfs_fault
+from dist_qft.storage.lfs_pointer import refuse_lfs_pointer
 
 _PART = 2**20  # characters of a long line that are read at a time
 
@@ -36,8 +36,7 @@ def find_files(path: Path, key: str, split: str = "train") -> FolderFiles:
             with file.open("rb") as stream:
                 if not stream.read(1):
                     raise UserError(f"{key}.path: {file} is empty")
-            if is_lfs_pointer(file):
-                raise UserError(f"{key}.path: {lfs_fault(file)}")
+            refuse_lfs_pointer(file, f"{key}.path")
     except OSError as error:
         raise UserError(f"{key}.path: cannot read {error.filename or path}: {error.strerror}") from None
     return found

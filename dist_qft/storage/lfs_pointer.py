@@ -2,18 +2,17 @@
 
 from pathlib import Path
 
+from dist_qft.errors import UserError
+
 _BEGINS = b"version https://git-lfs"
 
 
-def is_lfs_pointer(path: Path) -> bool:
-    """True if a file is such a pointer; false if it cannot be read."""
+def refuse_lfs_pointer(path: Path, key: str) -> None:
+    """Raise UserError naming the config key if a file is such a pointer; a file that cannot be read is none."""
     try:
         with path.open("rb") as file:
-            return file.read(len(_BEGINS)) == _BEGINS
+            found = file.read(len(_BEGINS))
     except OSError:
-        return False
-
-
-def lfs_fault(path: Path) -> str:
-    """One line on a pointer where the file itself is needed."""
-    return f"{path} is a Git LFS pointer, must be the file; run `git lfs pull` there"
+        return
+    if found == _BEGINS:
+        raise UserError(f"{key}: {path} is a Git LFS pointer, must be the file; run `git lfs pull` there")
