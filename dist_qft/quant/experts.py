@@ -61,15 +61,9 @@ class FrozenExperts(FrozenWeight):
         """`forward` by the format's own `product`: no weight is dequantized, and x receives no gradient."""
         packed, product = self._packed_in_use(), x.new_zeros(len(x), self.out_features)
         for expert, rows in rows_by_expert(sizes):
-            format, part = self._part(packed, expert * self.out_features, (expert + 1) * self.out_features)
+            format, part = self._packed_rows(packed, expert * self.out_features, (expert + 1) * self.out_features)
             product[rows] = format.product(part, (self.out_features, self.in_features), x[rows], None)
         return product
-
-    def _part(self, packed: dict[str, Tensor], start: int, stop: int) -> tuple[Format, dict[str, Tensor]]:
-        """The packed rows start..stop, and their format."""
-        if self.format.row_format is None:
-            return self.format, self.format.slice_rows(packed, start, stop)
-        return self.format.row_format, self.format.row_part(packed, self.weight_shape, start, stop)
 
     def hit(self, sizes: Sequence[int]) -> Iterator[tuple[slice, Tensor]]:
         """The rows of each expert that has any, and its weight, dequantized when it is asked for."""

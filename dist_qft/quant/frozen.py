@@ -79,15 +79,18 @@ class FrozenWeight(nn.Module):
 
     def _rows_of(self, packed: dict[str, Tensor], start: int, stop: int) -> Tensor:
         """The rows start..stop of a weight whose packed tensors these are; only with `rows_alone`."""
-        if self.format.row_format is not None:
-            part = self.format.row_part(packed, self.weight_shape, start, stop)
-            return self.format.row_format.dequantize(part, (stop - start, self.weight_shape[1]), self.dtype)
         alignment = self.format.row_alignment
         first = start // alignment * alignment
         last = -(-stop // alignment) * alignment
-        packed = self.format.slice_rows(packed, first, last)
-        weight = self.format.dequantize(packed, (last - first, self.weight_shape[1]), self.dtype)
+        format, part = self._packed_rows(packed, first, last)
+        weight = format.dequantize(part, (last - first, self.weight_shape[1]), self.dtype)
         return weight[start - first : stop - first]
+
+    def _packed_rows(self, packed: dict[str, Tensor], start: int, stop: int) -> tuple[Format, dict[str, Tensor]]:
+        """The rows start..stop of these packed tensors, and their format; both are multiples of its `row_alignment`."""
+        if self.format.row_format is None:
+            return self.format, self.format.slice_rows(packed, start, stop)
+        return self.format.row_format, self.format.row_part(packed, self.weight_shape, start, stop)
 
     def fuses(self, rows: int, x: Tensor) -> bool:
         """True if the format's own `product` is for so many rows of x: in generation, a token at a time, on a GPU."""
