@@ -18,7 +18,7 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 from dist_qft.base_model.stop_tokens import GENERATION_CONFIG, stored_generation_config
 from dist_qft.config.schema import ModelConfig
 from dist_qft.errors import CorruptFileError
-from dist_qft.storage.first_fault import first_fault
+from dist_qft.storage.stored_faults import first_fault
 
 CONFIG, TOKENIZER, TOKENIZER_CONFIG = "config.json", "tokenizer.json", "tokenizer_config.json"
 

@@ -22,8 +22,8 @@ from pydantic import TypeAdapter, ValidationError
 from dist_qft.errors import CorruptFileError, SetupError, UserError
 from dist_qft.merge.certificate import IN_FOLDER, VERSION, Certificate, certificate_place, file_digests
 from dist_qft.storage.atomic import lock_path, publishing, refused_write, write_text
-from dist_qft.storage.first_fault import first_fault
 from dist_qft.storage.lock import locked
+from dist_qft.storage.stored_faults import first_fault
 
 _NEXT, _DIGEST = "next", "digest"
 _READER = TypeAdapter(Certificate)

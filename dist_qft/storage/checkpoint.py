@@ -32,8 +32,8 @@ from torch import Tensor
 from dist_qft.errors import CorruptFileError, SetupError, UserError
 from dist_qft.storage import manifest
 from dist_qft.storage.atomic import remove_folder, remove_leftovers, remove_unfinished, temporary_name
-from dist_qft.storage.first_fault import first_fault
 from dist_qft.storage.manifest import publish_folder
+from dist_qft.storage.stored_faults import first_fault
 from dist_qft.storage.trainer_state import TrainerState
 
 ADAPTER_CONFIG = "adapter_config.json"

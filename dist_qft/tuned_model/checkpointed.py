@@ -29,7 +29,7 @@ from dist_qft.storage.checkpoint import (
     newest_valid,
     read_checkpoint,
 )
-from dist_qft.storage.first_fault import first_fault
+from dist_qft.storage.stored_faults import first_fault
 from dist_qft.tuned_model.assemble import Assembled, assemble
 
 _SETTINGS = "base_settings"  # in adapter_config.json

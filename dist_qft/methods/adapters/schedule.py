@@ -16,6 +16,7 @@ from dist_qft.config.methods.tile_method import ScheduleRule, TileMethod
 from dist_qft.config.section import Fraction, Positive, Section
 from dist_qft.divisors import either, nearest_divisors
 from dist_qft.errors import UserError
+from dist_qft.storage.stored_faults import every_fault
 
 # A parent module's name decides the group (self_attn.dense and mlp.dense differ); the layer's own name
 # decides where the parent says nothing (OPT's fc1 and fc2 sit directly in the decoder layer).
@@ -116,8 +117,7 @@ class TileSettings(Section):
         try:
             return cls.model_validate(fields)
         except ValidationError as error:
-            faults = [": ".join([*map(str, fault["loc"]), fault["msg"]]) for fault in error.errors()]
-            raise UserError(f"{where}: {'; '.join(faults)}") from None
+            raise UserError(f"{where}: {every_fault(error)}") from None
 
 
 @dataclass

@@ -5,6 +5,7 @@ from pydantic import ValidationError
 from dist_qft.config.methods.qst import Compat, Downsample, QstConfig, Reduction
 from dist_qft.config.section import Positive, Section
 from dist_qft.errors import UserError
+from dist_qft.storage.stored_faults import every_fault
 
 POOLS = ("maxpool", "avgpool")
 
@@ -37,8 +38,7 @@ class SideSettings(Section):
         try:
             return cls.model_validate(fields)
         except ValidationError as error:
-            faults = [": ".join([*map(str, fault["loc"]), fault["msg"]]) for fault in error.errors()]
-            raise UserError(f"{where}: {'; '.join(faults)}") from None
+            raise UserError(f"{where}: {every_fault(error)}") from None
 
     @property
     def pools(self) -> bool:

@@ -3,7 +3,7 @@
 import pytest
 from pydantic import TypeAdapter, ValidationError
 
-from dist_qft.storage.first_fault import first_fault
+from dist_qft.storage.stored_faults import first_fault
 
 
 @pytest.mark.parametrize(
