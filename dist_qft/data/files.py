@@ -8,20 +8,22 @@ the rows behind it are still read. Compressed files are not read.
 
 import itertools
 import json
+import re
 import reprlib
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NoReturn, TextIO
+from typing import Any, NoReturn
 
 from dist_qft.data.csv_rows import CsvFault, CsvRows
 from dist_qft.data.folders import FolderFiles, files_of_folder
+from dist_qft.data.narrow_text import PART, narrow_lines, open_narrow, require_text, widen, widened
 from dist_qft.data.records import LocatedRecord, Record, RowError
 from dist_qft.data.tables import read_arrow, read_parquet
 from dist_qft.errors import UserError
 from dist_qft.storage.lfs_pointer import refuse_lfs_pointer
 
-_PART = 2**20  # characters of a long line that are read at a time
+_WIDE_ESCAPE = re.compile(r"\\u(?!00[0-7])")  # in JSON, of a character that a narrow text cannot tell from a byte
 
 
 def find_files(path: Path, key: str, split: str = "train") -> FolderFiles:
@@ -64,21 +66,23 @@ def read_file(path: Path, counts: Counter[str]) -> Iterator[LocatedRecord]:
 
 
 def _read_jsonl(path: Path, counts: Counter[str]) -> Iterator[LocatedRecord]:
-    lines = _text_lines(path)
+    lines = narrow_lines(path)
     for number in itertools.count(1):
         line = next(lines, "")
         if not line:
             return
-        if line.isspace():
-            counts["blank_lines"] += 1
-            continue
         where = f"{path}:{number}"
         try:
-            _require_text(line, path, number)
-            record: Record | RowError = _require_object(_parse_json(line, path, number), where)
+            require_text(line, path, number)
+            if "{" not in line and widened(line).isspace():
+                counts["blank_lines"] += 1
+                continue
+            value, is_narrow = _parse_json(line, path, number)
+            line = ""  # a long line is not kept beside its record
+            record: Record | RowError = _as_record(value, is_narrow, where)
         except RowError as error:
             record = error
-        line = ""  # a long line is not kept beside its record
+        line, value = "", None
         yield record, where
         record = {}
 
@@ -86,9 +90,9 @@ def _read_jsonl(path: Path, counts: Counter[str]) -> Iterator[LocatedRecord]:
 def _read_json(path: Path, counts: Counter[str]) -> Iterator[LocatedRecord]:
     for line in _checked_lines(path):
         del line  # or the last one, which may be the whole file, would stay in memory
-    with _open_text(path) as stream:
+    with open_narrow(path) as stream:
         text = stream.read()
-    document = _parse_json(text, path, first_line=1)
+    document, is_narrow = _parse_json(text, path, first_line=1)
     del text
     if isinstance(document, dict):
         if "data" not in document:
@@ -96,19 +100,21 @@ def _read_json(path: Path, counts: Counter[str]) -> Iterator[LocatedRecord]:
         document = document["data"]
     if not isinstance(document, list):
         raise UserError(f'{path}: {_json_type(document)}; must be an array of objects, or {{"data": [...]}}')
-    for number, record in enumerate(document, start=1):
-        where = f"{path}: record {number}"
+    for index in range(len(document)):
+        where = f"{path}: record {index + 1}"
+        value, document[index] = document[index], None  # a row that was read goes before the next becomes wide
         try:
-            yield _require_object(record, where), where
+            yield _as_record(value, is_narrow, where), where
         except RowError as error:
             yield error, where
 
 
 def _read_csv(path: Path, counts: Counter[str]) -> Iterator[LocatedRecord]:
-    reader = CsvRows(_checked_lines(path))
+    reader = CsvRows(_checked_lines(path))  # narrow, as their fields and the header are
     rows = iter(reader)
     try:
         _, header = next(rows, (1, []))
+        widen(header)
         if duplicates := [name for name, count in Counter(header).items() if count > 1]:
             raise UserError(f"{path}:1: column {reprlib.repr(duplicates[0])} occurs twice in the header")
         for first_line, row in rows:
@@ -118,6 +124,7 @@ def _read_csv(path: Path, counts: Counter[str]) -> Iterator[LocatedRecord]:
             elif len(row) != len(header):
                 yield RowError(f"{where}: {len(row)} columns where the header has {len(header)}"), where
             else:
+                widen(row)
                 yield dict(zip(header, row, strict=True)), where
     except CsvFault as fault:
         raise UserError(f"{path}:{reader.line}: malformed CSV: {fault}") from None
@@ -132,59 +139,26 @@ READERS: dict[str, Callable[[Path, Counter[str]], Iterator[LocatedRecord]]] = {
 }
 
 
-def _open_text(path: Path) -> TextIO:
-    """A file whose lines keep their ends (LF, CR LF or CR), without a byte order mark.
-
-    Bytes that are not UTF-8 become surrogates, which `_require_text` refuses.
-    """
-    return path.open(encoding="utf-8-sig", errors="surrogateescape", newline="")
-
-
-def _text_lines(path: Path) -> Iterator[str]:
-    """The lines of a file, with their ends. Long ones are put together from parts, to be in memory twice at most."""
-    with _open_text(path) as stream:
-        parts: list[str] = []
-        part = stream.readline(_PART)
-        while part:
-            parts.append(part)
-            part = stream.readline(_PART)
-            if part == "\n" and parts[-1][-1] == "\r":  # one line end, which the limit has split
-                parts.append(part)
-                part = stream.readline(_PART)
-            if not part or parts[-1][-1] in "\r\n":
-                parts[:] = ["".join(parts)]
-                yield parts.pop()
-
-
 def _checked_lines(path: Path) -> Iterator[str]:
     def checked(number: int, line: str) -> str:
-        _require_text(line, path, number)
+        require_text(line, path, number)
         return line
 
-    return map(checked, itertools.count(1), _text_lines(path))
+    return map(checked, itertools.count(1), narrow_lines(path))
 
 
-def _require_text(line: str, path: Path, number: int) -> None:
-    """Refuse bytes that are not UTF-8. A NUL is, but in practice it is the mark of a torn file or of UTF-16."""
-    if line.isascii() and "\0" not in line:
-        return
-    bad = line.find("\0")
-    if bad < 0:
+def _parse_json(text: str, path: Path, first_line: int) -> tuple[Any, bool]:
+    """The value of a narrow text as strict JSON, and True if its texts are still narrow.
+
+    A fault names its line in `path`, in which `text` starts at `first_line`.
+    """
+    if len(text) > PART and not text.isascii() and not _WIDE_ESCAPE.search(text):
         try:
-            line.encode()
-        except UnicodeEncodeError as error:
-            bad = error.start
-    if bad >= 0:
-        column = len(line[:bad].encode("utf-8", "surrogateescape")) + 1
-        byte = ord(line[bad]) & 0xFF
-        fault = "a NUL byte" if byte == 0 else f"byte 0x{byte:02x} is not UTF-8"
-        raise RowError(f"{path}:{number}:{column}: {fault}; must be UTF-8 text")
-
-
-def _parse_json(text: str, path: Path, first_line: int) -> Any:
-    """`text` as strict JSON; a fault names its line in `path`, in which `text` starts at `first_line`."""
+            return _loads(text), True
+        except (ValueError, RecursionError):
+            pass  # told below, with the column in characters
     try:
-        return json.loads(text, object_pairs_hook=_unique_keys, parse_constant=_refuse_constant)
+        return _loads(widened(text)), False
     except json.JSONDecodeError as error:
         hint = ""
         if error.msg == "Extra data" and path.suffix == ".json":
@@ -196,6 +170,10 @@ def _parse_json(text: str, path: Path, first_line: int) -> Any:
     except ValueError as error:
         # From the hooks below, or an integer of more digits than Python converts: these know no position.
         raise RowError(f"{path}:{first_line}: malformed JSON: {error}") from None
+
+
+def _loads(text: str) -> Any:
+    return json.loads(text, object_pairs_hook=_unique_keys, parse_constant=_refuse_constant)
 
 
 def _unique_keys(pairs: list[tuple[str, Any]]) -> Record:
@@ -210,9 +188,11 @@ def _refuse_constant(name: str) -> NoReturn:
     raise ValueError(f"{name} is not JSON")
 
 
-def _require_object(value: Any, where: str) -> Record:
+def _as_record(value: Any, is_narrow: bool, where: str) -> Record:
     if not isinstance(value, dict):
         raise RowError(f"{where}: {_json_type(value)}; must be an object")
+    if is_narrow:
+        widen(value)
     return value
 
 

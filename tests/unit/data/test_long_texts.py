@@ -17,7 +17,7 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from dist_qft.config.data_schema import DataConfig
-from dist_qft.data import files, long_texts
+from dist_qft.data import files, long_texts, narrow_text
 from dist_qft.data.csv_rows import CsvFault, CsvRows
 from dist_qft.data.prepare import prepare
 from dist_qft.data.samples import Text
@@ -28,6 +28,7 @@ from tests.unit.data.conftest import CORPUS
 SIZE = 4_200_000
 WORDS = "The quick brown fox jumps. " * (SIZE // 27)
 LENGTH = 32
+WIDE = ("jsonl wide", "json wide", "csv wide")
 
 
 def _trained(model, trainer, pre_tokenizer=None, normalizer=None) -> PreTrainedTokenizerFast:
@@ -88,13 +89,15 @@ def _write(folder: Path, kind: str) -> Path:
         case "json wide" | "jsonl wide":  # Python takes four bytes for each character of a text with an emoji
             row = json.dumps({"text": WORDS + "😀"}, ensure_ascii=False)
             path.write_text(f"[{row}]" if kind == "json wide" else row, encoding="utf-8")
+        case "csv wide":
+            path.write_text(f'text\n"{WORDS}😀"\n', encoding="utf-8")
         case "parquet":
             parquet.write_table(pyarrow.table({"text": [WORDS, "one"]}), path)
     return path
 
 
-@pytest.mark.parametrize("kind", ["jsonl", "csv", "csv lines", "json", "parquet", "jsonl wide", "json wide"])
-def test_a_long_row_takes_three_times_its_size_at_most_or_eight_of_wide_text(kind, chatml, tmp_path, monkeypatch):
+@pytest.mark.parametrize("kind", ["jsonl", "csv", "csv lines", "json", "parquet", *WIDE])
+def test_a_long_row_takes_three_times_its_size_at_most_or_five_of_wide_text(kind, chatml, tmp_path, monkeypatch):
     lengths, call = [], type(chatml).__call__
 
     def measured(self, text, **settings):
@@ -113,7 +116,7 @@ def test_a_long_row_takes_three_times_its_size_at_most_or_eight_of_wide_text(kin
     finally:
         tracemalloc.stop()
     assert train.counts["truncated"] == 1 + (kind == "jsonl")
-    assert peak < (8 if "wide" in kind else 3) * SIZE + 2_000_000  # the tokens of the beginning, as Python objects
+    assert peak < (5.5 if kind in WIDE else 3) * SIZE + 2_000_000  # the tokens of the beginning, as Python objects
     assert max(lengths) == 2**13
 
 
@@ -182,11 +185,74 @@ def test_csv_rows_are_those_of_python(text):
     assert [row for _, row in CsvRows(lines())] == expected
 
 
+def _parts_of(characters: int, patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(narrow_text, "PART", characters)
+    patch.setattr(narrow_text, "_DECODED", characters)
+    patch.setattr(files, "PART", characters)
+
+
 def test_lines_longer_than_a_part(tmp_path, monkeypatch):
-    monkeypatch.setattr(files, "_PART", 4)
+    _parts_of(4, monkeypatch)
     path = tmp_path / "rows.jsonl"
     for end in ("\n", "\r\n", "\r"):
         for blanks in range(5):
             path.write_bytes((" " * blanks + '{"text": "abc"}' + end + end + '{"text": "d"}').encode())
             found = [(record["text"], where) for record, where in files.read_file(path, Counter())]
             assert found == [("abc", f"{path}:1"), ("d", f"{path}:3")]
+
+
+def test_a_document_of_many_rows_takes_three_times_its_size_at_most(tmp_path):
+    path = tmp_path / "rows.json"
+    rows = [{"text": "The quick brown fox jumps. " * 20 + "😀" * (i % 10 == 0)} for i in range(8000)]
+    path.write_text(json.dumps(rows, ensure_ascii=False), encoding="utf-8")
+    tracemalloc.start()
+    try:
+        for expected, (record, _) in zip(rows, files.read_file(path, Counter()), strict=True):
+            assert record == expected
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak < 3 * path.stat().st_size
+
+
+_TEXT = st.text(alphabet='aé漢😀\\"\x01\x7f\x80\x85\xa0\u2028 u', max_size=12)
+_VALUE = st.recursive(_TEXT | st.integers() | st.none(), lambda each: st.lists(each) | st.dictionaries(_TEXT, each))
+
+
+@given(rows=st.lists(st.dictionaries(_TEXT, _VALUE, min_size=1), min_size=1, max_size=3), ascii=st.booleans())
+def test_records_are_those_of_json_whatever_the_characters(rows, ascii, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("rows")
+    lines = [json.dumps(row, ensure_ascii=ascii) for row in rows]
+    (folder / "a.jsonl").write_text("\ufeff" + "\n".join(lines), encoding="utf-8")
+    (folder / "a.json").write_text(f"[{', '.join(lines)}]", encoding="utf-8")
+    with pytest.MonkeyPatch.context() as patch:
+        _parts_of(4, patch)
+        for name in ("a.jsonl", "a.json"):
+            assert [record for record, _ in files.read_file(folder / name, Counter())] == rows
+
+
+def test_a_mixture_of_characters_and_escapes(tmp_path, monkeypatch):
+    _parts_of(4, monkeypatch)
+    (tmp_path / "a.jsonl").write_text(r'{"é": ["\u00e9 \ud83d\ude00 \\u1234 \u001f é😀"]}', encoding="utf-8")
+    [(record, _)] = files.read_file(tmp_path / "a.jsonl", Counter())
+    assert record == {"é": ["é 😀 \\u1234 \x1f é😀"]}
+
+
+@pytest.mark.parametrize(
+    ("content", "fault"),
+    [
+        ('{"a": "é😀" "b"}', "a.jsonl:1:12: malformed JSON"),  # columns of JSON are in characters
+        ('{"é": 1, "é": 2}', "a.jsonl:1: malformed JSON: duplicate key 'é'"),
+        (b'{"a": "\xc3\xa9\xf0\x9f\x98\x80 \xff"}', "a.jsonl:1:15: byte 0xff is not UTF-8"),
+        (b'{"a": "aaaa\xf0\x9f\x98', "a.jsonl:1:12: byte 0xf0 is not UTF-8"),
+        ('{"a": "é😀\0"}', "a.jsonl:1:14: a NUL byte"),
+        (b'["\xc3\xa9"]', "a.jsonl:1: an array"),
+    ],
+)
+def test_faults_of_a_long_line_are_told_as_those_of_a_short_one(content, fault, tmp_path, monkeypatch):
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(content.encode() if isinstance(content, str) else content)
+    [(short, _)] = files.read_file(path, Counter())
+    _parts_of(4, monkeypatch)
+    [(long, _)] = files.read_file(path, Counter())
+    assert str(long) == str(short) and fault in str(long)

@@ -1,0 +1,93 @@
+"""Text files with one character in memory for each byte, and their values as text again.
+
+Python keeps a text in four bytes a character if it has one emoji: a file of 1 GB whose rows hold some would take 4 GB
+before its first row is known. The syntax of JSON and CSV is ASCII, of which UTF-8 never uses a byte for anything else.
+So a file is taken apart as if it were Latin-1 (*narrow*), and only the values of the row at hand become text.
+"""
+
+import codecs
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, TextIO
+
+from dist_qft.data.records import RowError
+
+PART = 2**20  # characters of a long line that are read at a time
+_DECODED = 2**16  # bytes that become text at a time
+_MARK = codecs.BOM_UTF8.decode("latin-1")
+
+
+def open_narrow(path: Path) -> TextIO:
+    """A file whose lines keep their ends (LF, CR LF or CR), without a byte order mark."""
+    stream = path.open(encoding="latin-1", newline="")
+    if stream.read(len(_MARK)) != _MARK:
+        stream.seek(0)
+    return stream
+
+
+def narrow_lines(path: Path) -> Iterator[str]:
+    """The lines of a file, with their ends. Long ones are put together from parts, to be in memory twice at most."""
+    with open_narrow(path) as stream:
+        parts: list[str] = []
+        part = stream.readline(PART)
+        while part:
+            parts.append(part)
+            part = stream.readline(PART)
+            if part == "\n" and parts[-1][-1] == "\r":  # one line end, which the limit has split
+                parts.append(part)
+                part = stream.readline(PART)
+            if not part or parts[-1][-1] in "\r\n":
+                parts[:] = ["".join(parts)]
+                yield parts.pop()
+
+
+def require_text(line: str, path: Path, number: int) -> None:
+    """Refuse a line with bytes that are not UTF-8. A NUL is, but in practice the mark of a torn file or of UTF-16."""
+    bad = line.find("\0")
+    if bad < 0 and not line.isascii():
+        try:
+            for _ in _decoded(line):
+                pass
+        except UnicodeDecodeError as error:
+            bad = error.start
+    if bad >= 0:
+        fault = f"byte 0x{ord(line[bad]):02x} is not UTF-8" if line[bad] != "\0" else "a NUL byte"
+        raise RowError(f"{path}:{number}:{bad + 1}: {fault}; must be UTF-8 text")
+
+
+def widened(text: str) -> str:
+    """The text that a narrow one stands for."""
+    return text if text.isascii() else "".join(_decoded(text))
+
+
+def widen(record: dict[str, Any] | list[Any]) -> None:
+    """Replace all texts in a narrow record, its keys included, by those that they stand for; one after the other."""
+    holders: list[Any] = [record]
+    while holders:
+        holder = holders.pop()
+        if isinstance(holder, dict) and not all(map(str.isascii, holder)):
+            entries = {widened(key): value for key, value in holder.items()}
+            holder.clear()
+            holder.update(entries)
+            del entries
+        for key in holder if isinstance(holder, dict) else range(len(holder)):
+            match holder[key]:
+                case dict() | list():
+                    holders.append(holder[key])
+                case str() if not holder[key].isascii():
+                    parts = list(_decoded(holder[key]))
+                    holder[key] = None  # the narrow text goes before the wide one is put together
+                    holder[key] = "".join(parts)
+
+
+def _decoded(text: str) -> Iterator[str]:
+    """Parts of the text that a narrow one stands for. UnicodeDecodeError with the place in all of the narrow text."""
+    at = 0
+    while at < len(text):
+        part, last = text[at : at + _DECODED].encode("latin-1"), at + _DECODED >= len(text)
+        try:
+            decoded, used = codecs.utf_8_decode(part, "strict", last)
+        except UnicodeDecodeError as error:
+            raise UnicodeDecodeError("utf-8", part, at + error.start, at + error.end, error.reason) from None
+        yield decoded
+        at += used
