@@ -21,9 +21,10 @@ class CsvRows:
         CsvFault: a quoted field does not end, or something stands behind its end.
     """
 
-    def __init__(self, lines: Iterator[str]) -> None:
+    def __init__(self, lines: Iterator[str], separator: str = ",") -> None:
         self.line = 0
         self._lines = lines
+        self._separator = separator
         self._text = ""  # the line at hand, and the place in it
         self._at = 0
 
@@ -44,12 +45,12 @@ class CsvRows:
         row = []
         while True:
             row.append(self._quoted() if self._text.startswith('"', self._at) else self._plain())
-            if not self._text.startswith(",", self._at):
+            if not self._text.startswith(self._separator, self._at):
                 return row
             self._at += 1
 
     def _plain(self) -> str:
-        start, end = self._at, self._text.find(",", self._at)
+        start, end = self._at, self._text.find(self._separator, self._at)
         if end < 0:
             end = len(self._text) - len(self._text[-2:]) + len(self._text[-2:].rstrip("\r\n"))
         self._at = max(start, end)
@@ -65,8 +66,8 @@ class CsvRows:
                 raise CsvFault("unexpected end of data")
         value.write(self._text[self._at : end].replace('""', '"'))
         self._at = end + 1
-        if self._text[self._at : self._at + 1] not in ("", ",", "\r", "\n"):
-            raise CsvFault("',' expected after '\"'")
+        if self._text[self._at : self._at + 1] not in ("", self._separator, "\r", "\n"):
+            raise CsvFault(f"{self._separator!r} expected after '\"'")
         return value.getvalue()
 
     def _closing_quote(self) -> int:

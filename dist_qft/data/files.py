@@ -1,23 +1,26 @@
-"""Readers of local data files: json, jsonl, csv, and the tables of `tables`. Each yields (record, where).
+"""Readers of local data files: json, jsonl, csv, tsv, and the tables of `tables`. Each yields (record, where).
 
 A record is a dict as the file holds it, not yet interpreted. `where` is the place for error messages: `file:line`,
 or `file: record N` (from 1) where a file has no lines. Text files are parsed here and not by `datasets`, because
 only so can a fault name its file and line. Where one row is at fault, its error is yielded in place of a record, and
-the rows behind it are still read. Compressed files are not read.
+the rows behind it are still read. Text files may be compressed by gzip.
 """
 
+import glob
+import gzip
 import itertools
 import json
 import re
 import reprlib
+import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
 from dist_qft.data.csv_rows import CsvFault, CsvRows
-from dist_qft.data.folders import FolderFiles, files_of_folder
-from dist_qft.data.narrow_text import PART, narrow_lines, open_narrow, require_text, widen, widened
+from dist_qft.data.folders import FolderFiles, files_of_folder, kind_of
+from dist_qft.data.narrow_text import PART, narrow_lines, open_narrow, require_text, require_unpackable, widen, widened
 from dist_qft.data.records import LocatedRecord, Record, RowError
 from dist_qft.data.tables import read_arrow, read_parquet
 from dist_qft.errors import UserError
@@ -26,8 +29,13 @@ from dist_qft.storage.lfs_pointer import refuse_lfs_pointer
 _WIDE_ESCAPE = re.compile(r"\\u(?!00[0-7])")  # in JSON, of a character that a narrow text cannot tell from a byte
 
 
+def names_local_data(path: Path) -> bool:
+    """True for a name that is one of data files, and of no data set of the Hub."""
+    return kind_of(path) in READERS or path.suffix in _HINTS or glob.has_magic(str(path))
+
+
 def find_files(path: Path, key: str, split: str = "train") -> FolderFiles:
-    """The data files that `path` means: itself, or those of a split in that folder (see `folders`).
+    """The data files that `path` means: itself, those of a split in that folder (see `folders`), or of a pattern.
 
     Every file is opened once, so that a missing, unreadable or empty one is refused before any work is done.
     `key` is the config section to blame.
@@ -45,24 +53,37 @@ def find_files(path: Path, key: str, split: str = "train") -> FolderFiles:
 
 
 def _list_files(path: Path, key: str, split: str) -> FolderFiles:
-    allowed = f"{', '.join(READERS)} (uncompressed)"
-    if not path.exists():
-        raise UserError(f"{key}.path: no such file or folder: {path}")
     if path.is_dir():
-        found = files_of_folder(path, split, tuple(READERS), key)
+        found = files_of_folder(path, split, (_PLAIN, tuple(READERS)), key)
         if not found.files:
-            raise UserError(f"{key}.path: the folder {path} holds no data files; must be {allowed}")
+            hints = sorted({_HINTS[file.suffix] for file in path.iterdir() if file.suffix in _HINTS})
+            raise UserError(
+                f"{key}.path: the folder {path} holds no data files; must be {'; '.join([_ALLOWED, *hints])}"
+            )
         return found
-    if path.suffix not in READERS:
-        raise UserError(f"{key}.path: {path} has an unknown file type; must be {allowed}")
+    if path.exists():
+        files = [path]
+    else:
+        files = [Path(name) for name in sorted(glob.glob(str(path), recursive=True))]
+        if not files:
+            kind = "file fits the pattern" if glob.has_magic(str(path)) else "such file or folder:"
+            raise UserError(f"{key}.path: no {kind} {path}")
+    for file in files:
+        if kind_of(file) not in READERS:
+            hint = f"; {_HINTS[file.suffix]}" if file.suffix in _HINTS else ""
+            raise UserError(f"{key}.path: {file} has an unknown file type; must be {_ALLOWED}{hint}")
     if split != "train":
-        raise UserError(f"{key}.split: {path} is one file and has no splits; name the wanted file in {key}.path")
-    return FolderFiles([path])
+        named, wanted = ("one file", "file") if files == [path] else ("a pattern", "files")
+        raise UserError(f"{key}.split: {path} is {named} and has no splits; name the wanted {wanted} in {key}.path")
+    return FolderFiles(files)
 
 
 def read_file(path: Path, counts: Counter[str]) -> Iterator[LocatedRecord]:
     """Records of one data file; blank lines are skipped and counted in `counts["blank_lines"]`."""
-    return READERS[path.suffix](path, counts)
+    try:
+        yield from READERS[kind_of(path)](path, counts)
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise UserError(f"{path}: not a readable gzip file: {error}") from None
 
 
 def _read_jsonl(path: Path, counts: Counter[str]) -> Iterator[LocatedRecord]:
@@ -88,7 +109,10 @@ def _read_jsonl(path: Path, counts: Counter[str]) -> Iterator[LocatedRecord]:
 
 
 def _read_json(path: Path, counts: Counter[str]) -> Iterator[LocatedRecord]:
+    size = 0
     for line in _checked_lines(path):
+        size += len(line)
+        require_unpackable(path, size)
         del line  # or the last one, which may be the whole file, would stay in memory
     with open_narrow(path) as stream:
         text = stream.read()
@@ -110,7 +134,9 @@ def _read_json(path: Path, counts: Counter[str]) -> Iterator[LocatedRecord]:
 
 
 def _read_csv(path: Path, counts: Counter[str]) -> Iterator[LocatedRecord]:
-    reader = CsvRows(_checked_lines(path))  # narrow, as their fields and the header are
+    lines = _checked_lines(path)  # narrow, as the header and the fields are
+    first = next(lines, "")
+    reader = CsvRows(itertools.chain([first], lines) if first else lines, _separator(first, path))
     rows = iter(reader)
     try:
         _, header = next(rows, (1, []))
@@ -130,12 +156,31 @@ def _read_csv(path: Path, counts: Counter[str]) -> Iterator[LocatedRecord]:
         raise UserError(f"{path}:{reader.line}: malformed CSV: {fault}") from None
 
 
-READERS: dict[str, Callable[[Path, Counter[str]], Iterator[LocatedRecord]]] = {
+def _separator(header: str, path: Path) -> str:
+    """The separator of a table in text: of a header without commas a semicolon, as spreadsheets write it, or a tab."""
+    if kind_of(path).startswith(".tsv"):
+        return "\t"
+    outside = re.sub(r'"[^"]*"', "", header)
+    return next((each for each in ",;\t" if each in outside), ",")
+
+
+_Reader = Callable[[Path, Counter[str]], Iterator[LocatedRecord]]
+_TEXTS: dict[str, _Reader] = {
     ".json": _read_json,
     ".jsonl": _read_jsonl,
+    ".ndjson": _read_jsonl,
     ".csv": _read_csv,
-    ".parquet": read_parquet,
-    ".arrow": read_arrow,
+    ".tsv": _read_csv,
+}
+_TABLES: dict[str, _Reader] = {".parquet": read_parquet, ".arrow": read_arrow}
+READERS: dict[str, _Reader] = {**_TEXTS, **_TABLES, **{f"{kind}.gz": reader for kind, reader in _TEXTS.items()}}
+# The types that a folder is searched for first: it may hold others that are no data, or the same data once more.
+_PLAIN = (".json", ".jsonl", ".csv", *_TABLES)
+_ALLOWED = f"{', '.join(_TEXTS)} (each also as .gz), {', '.join(_TABLES)}"
+_HINTS = {
+    **dict.fromkeys((".txt", ".md"), 'put a row {"text": ...} for each text into a .jsonl file'),
+    **dict.fromkeys((".zst", ".xz", ".bz2", ".zip", ".tar", ".tgz", ".7z", ".gz"), "unpack it first"),
+    **dict.fromkeys((".xlsx", ".xls", ".ods"), "save it as .csv"),
 }
 
 
@@ -161,7 +206,7 @@ def _parse_json(text: str, path: Path, first_line: int) -> tuple[Any, bool]:
         return _loads(widened(text)), False
     except json.JSONDecodeError as error:
         hint = ""
-        if error.msg == "Extra data" and path.suffix == ".json":
+        if error.msg == "Extra data" and kind_of(path) in (".json", ".json.gz"):
             hint = " (one object per line? then name the file .jsonl)"
         line = first_line + error.lineno - 1
         raise RowError(f"{path}:{line}:{error.colno}: malformed JSON: {error.msg}{hint}") from None

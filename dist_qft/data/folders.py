@@ -6,6 +6,7 @@ Three kinds of folder are known: plain ones, clones of a Hub repository (files i
 
 import json
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -29,11 +30,16 @@ class FolderFiles:
     notes: list[str] = field(default_factory=list)
 
 
-def files_of_folder(folder: Path, split: str, suffixes: tuple[str, ...], key: str) -> FolderFiles:
+def kind_of(path: Path) -> str:
+    """The file type that a name says: its last suffix, for compressed files the last two."""
+    return "".join(path.suffixes[-2:]) if path.suffix == ".gz" else path.suffix
+
+
+def files_of_folder(folder: Path, split: str, kinds: Sequence[Sequence[str]], key: str) -> FolderFiles:
     """The data files of `split` in `folder`, sorted by name; none if the folder holds no data files at all.
 
     Args:
-        suffixes: of the file types that can be read.
+        kinds: groups of file types that can be read. A group counts only where there are no files of those before it.
         key: the config section to blame, such as `data.train`.
 
     Raises:
@@ -51,17 +57,17 @@ def files_of_folder(folder: Path, split: str, suffixes: tuple[str, ...], key: st
         if split != "train" and not (isinstance(held, str) and _same(held, split)):
             raise _no_split(folder, split, [held] if isinstance(held, str) else [], key)
         return FolderFiles(_saved_files(folder, key))
-    files = _data_files(folder, suffixes)
-    if not files and (folder / "data").is_dir():
-        files = _data_files(folder / "data", suffixes)
+    places = [folder, folder / "data"] if (folder / "data").is_dir() else [folder]
+    found = (_data_files(place, group) for group in kinds for place in places)
+    files = next(filter(None, found), [])
     return _of_split(folder, files, split, key) if files else FolderFiles([])
 
 
-def _data_files(folder: Path, suffixes: tuple[str, ...]) -> list[Path]:
+def _data_files(folder: Path, kinds: Sequence[str]) -> list[Path]:
     return sorted(
         file
         for file in folder.iterdir()
-        if file.suffix in suffixes and not file.name.startswith(".") and file.name not in _DESCRIPTIONS
+        if kind_of(file) in kinds and not file.name.startswith(".") and file.name not in _DESCRIPTIONS
     )
 
 

@@ -6,32 +6,41 @@ So a file is taken apart as if it were Latin-1 (*narrow*), and only the values o
 """
 
 import codecs
+import gzip
+import io
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TextIO
 
 from dist_qft.data.records import RowError
+from dist_qft.errors import UserError
 
 PART = 2**20  # characters of a long line that are read at a time
 _DECODED = 2**16  # bytes that become text at a time
+_UNPACKED = 2**28  # bytes of the longest line in a compressed file: few of its bytes can hold gigabytes
 _MARK = codecs.BOM_UTF8.decode("latin-1")
 
 
 def open_narrow(path: Path) -> TextIO:
-    """A file whose lines keep their ends (LF, CR LF or CR), without a byte order mark."""
-    stream = path.open(encoding="latin-1", newline="")
+    """A file, or what one named .gz holds. Lines keep their ends (LF, CR LF or CR); a byte order mark is skipped."""
+    opened = gzip.open if path.suffix == ".gz" else open
+    stream = io.TextIOWrapper(opened(path, "rb"), encoding="latin-1", newline="")
     if stream.read(len(_MARK)) != _MARK:
         stream.seek(0)
     return stream
 
 
 def narrow_lines(path: Path) -> Iterator[str]:
-    """The lines of a file, with their ends. Long ones are put together from parts, to be in memory twice at most."""
+    """The lines of a file, with their ends. Long ones are put together from parts, to be in memory twice at most.
+
+    UserError: a line in a compressed file is too long.
+    """
     with open_narrow(path) as stream:
         parts: list[str] = []
         part = stream.readline(PART)
         while part:
             parts.append(part)
+            require_unpackable(path, len(parts) * PART)
             part = stream.readline(PART)
             if part == "\n" and parts[-1][-1] == "\r":  # one line end, which the limit has split
                 parts.append(part)
@@ -39,6 +48,12 @@ def narrow_lines(path: Path) -> Iterator[str]:
             if not part or parts[-1][-1] in "\r\n":
                 parts[:] = ["".join(parts)]
                 yield parts.pop()
+
+
+def require_unpackable(path: Path, size: int) -> None:
+    """Refuse a line or document of `size` bytes if it comes out of a compressed file and is too long for that."""
+    if path.suffix == ".gz" and size > _UNPACKED:
+        raise UserError(f"{path}: a line of more than {_UNPACKED // 2**20} MiB once unpacked; unpack the file first")
 
 
 def require_text(line: str, path: Path, number: int) -> None:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from dist_qft.config.data_schema import DatasetConfig
 from dist_qft.data import stdlib_docs
-from dist_qft.data.files import READERS, find_files, read_file
+from dist_qft.data.files import find_files, names_local_data, read_file
 from dist_qft.data.records import LocatedRecord
 from dist_qft.data.tables import without_nulls
 from dist_qft.errors import UserError
@@ -69,7 +69,7 @@ def load_records(dataset: DatasetConfig, source: Source, key: str, counts: Count
 
 def _local_path(dataset: DatasetConfig) -> Path | None:
     path = Path(os.path.expanduser(dataset.path))  # which, unlike Path's own, leaves an unknown user alone
-    local = os.path.exists(path) or path.suffix in READERS or dataset.path.startswith((".", "/", "~"))
+    local = os.path.exists(path) or names_local_data(path) or dataset.path.startswith((".", "/", "~"))
     return path if local else None
 
 

@@ -171,17 +171,12 @@ def test_truncated_parquet_names_the_file(tmp_path):
             b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n",
             "data.train.path: {path} is a Git LFS pointer, must be the file; run `git lfs pull` there",
         ),
+        ("none-*.jsonl", None, "data.train.path: no file fits the pattern {path}"),
         (
-            "a.txt",
+            "a.bin",
             b"x",
             "data.train.path: {path} has an unknown file type; "
-            "must be .json, .jsonl, .csv, .parquet, .arrow (uncompressed)",
-        ),
-        (
-            "a.jsonl.gz",
-            b"x",
-            "data.train.path: {path} has an unknown file type; "
-            "must be .json, .jsonl, .csv, .parquet, .arrow (uncompressed)",
+            "must be .json, .jsonl, .ndjson, .csv, .tsv (each also as .gz), .parquet, .arrow",
         ),
     ],
 )
@@ -215,7 +210,7 @@ def test_a_name_that_occurs_twice_in_a_table(tmp_path):
 def test_folder_without_data_files(tmp_path):
     (tmp_path / "notes.txt").write_text("x")
     with pytest.raises(
-        UserError, match=r"the folder .* holds no data files; must be \.json, \.jsonl, \.csv, \.parquet"
+        UserError, match=r"the folder .* holds no data files; must be \.json, \.jsonl, \.ndjson, \.csv, \.tsv"
     ):
         find_files(tmp_path, "data.train")
 

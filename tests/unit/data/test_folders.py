@@ -47,6 +47,7 @@ def texts(path, split="train"):
         (["contest.jsonl", "trainer.jsonl"], "train", ["contest.jsonl", "trainer.jsonl"]),
         (["extra-part.jsonl", "train.jsonl"], "part", ["extra-part.jsonl"]),
         (["data/train-0.jsonl", "data/test-0.jsonl"], "test", ["data/test-0.jsonl"]),
+        (["a.ndjson", "b.ndjson"], "train", ["a.ndjson", "b.ndjson"]),
     ],
 )
 def test_a_split_is_the_files_that_are_named_after_it(folder, names, split, expected):
@@ -61,6 +62,11 @@ def test_a_split_is_the_files_that_are_named_after_it(folder, names, split, expe
 def test_a_split_that_no_file_is_named_after_is_refused(folder, names, split):
     with pytest.raises(UserError, match=f"^data.train.split: .* has no split '{split}'"):
         texts(folder(*names), split)
+
+
+def test_the_same_data_compressed_or_a_table_beside_it_is_not_read(folder):
+    assert texts(folder("rows.jsonl", "rows.ndjson", "labels.tsv", "rows.jsonl.gz"))[0] == ["rows.jsonl"]
+    assert texts(folder("up/readme.tsv", "up/data.jsonl").joinpath("up"))[0] == ["up/data.jsonl"]
 
 
 def test_descriptions_of_a_repository_are_no_data(folder):
