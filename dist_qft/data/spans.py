@@ -5,48 +5,24 @@ else by stand-ins (`standins`). No rendering of fewer messages has to be a prefi
 one way while it is the last and in another when turns follow are therefore no problem.
 """
 
-import json
 import re
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass, field
-from functools import lru_cache
-from typing import NamedTuple
+from dataclasses import dataclass
 
 from dist_qft.data.chat_template import ChatTemplate, Request
 from dist_qft.data.opening import opening_length
 from dist_qft.data.samples import Message, Tool
+from dist_qft.data.shapes import Shape, Shapes
 from dist_qft.data.standins import CHOICES, Choice, Occurrence, Piece, align, search, stand_in, tags_in
 from dist_qft.data.turn_ends import TurnEnds
 
 Span = tuple[int, int]  # characters [start, end) of the rendered text
 
-CACHED_SHAPES = 1024
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 
 class TemplateRefusal(Exception):
     """A conversation cannot be rendered, or the assistant's part in it cannot be found."""
-
-
-class Tail(NamedTuple):
-    """The end of a rendering: the number of its last stand-in (None: it has none) and the text after that."""
-
-    number: int | None
-    text: str
-
-
-@dataclass(frozen=True)
-class Shape:
-    """The rendering of conversations that differ in their texts only.
-
-    parts: the rendering with stand-ins, split. before: by message, the tail of a rendering that ends with the prompt
-    for this message. after: by message, the tail of a rendering that ends with this message.
-    """
-
-    parts: list[str]
-    before: dict[int, Tail]
-    after: dict[int, Tail]
-    headers: dict[int, str] = field(default_factory=dict)
 
 
 @dataclass
@@ -76,7 +52,7 @@ class SpanFinder:
         self.end_markers = end_markers
         self._tags = tags_in(template.source)
         self._ends = TurnEnds(end_markers)
-        self._shape = lru_cache(CACHED_SHAPES)(self._render_shape)
+        self._shapes = Shapes(template, tails=not self.marked)
 
     def locate(self, messages: Sequence[Message], tools: Sequence[Tool] | None, wanted: set[int]) -> Located:
         """The text, and where the assistant messages `wanted` are in it.
@@ -120,33 +96,9 @@ class SpanFinder:
         self, text: str, messages: Sequence[Message], tools: Sequence[Tool] | None, choice: Choice
     ) -> tuple[list[Piece], list[Occurrence], Shape] | None:
         changed = stand_in(messages, self._tags, choice)
-        key = json.dumps([changed.messages, tools], ensure_ascii=False, default=str)
-        shape = self._shape(key, changed.word)
+        shape = self._shapes.find(changed.messages, tools, changed.word)
         occurrences = None if shape is None else align(text, shape.parts, changed.pieces)
         return None if occurrences is None or shape is None else (changed.pieces, occurrences, shape)
-
-    def _render_shape(self, key: str, word: re.Pattern[str]) -> Shape | None:
-        """The shape of a conversation that has stand-ins already, given as JSON; None if the template refuses it."""
-        messages, tools = json.loads(key)
-        answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
-        requests = [Request(messages, tools)]
-        if not self.marked:
-            requests += [Request(messages[:i], tools, prompt=True) for i in answers if i > 0]
-            requests += [Request(messages[: i + 1], tools) for i in answers]
-        whole, *others = self.template.render(requests)
-        if whole.error is not None:
-            return None
-        shape = Shape(word.split(whole.text), {}, {})
-        if not self.marked:
-            befores = [i for i in answers if i > 0]
-            for tails, indices, renderings in (
-                (shape.before, befores, others[: len(befores)]),
-                (shape.after, answers, others[len(befores) :]),
-            ):
-                for index, rendering in zip(indices, renderings, strict=True):
-                    if rendering.error is None:
-                        tails[index] = _tail(word.split(rendering.text))
-        return shape
 
     def _span(
         self,
@@ -175,7 +127,7 @@ class SpanFinder:
         prompt = before.text if before and before.number == (previous.piece if previous else None) else None
         opening = opening_length(gap, prompt, located.notes)
         if opening is None:
-            header = self._header(message, conversation, shape)
+            header = self._shapes.header(shape, message, *conversation)
             at = gap.rfind(header) if header.strip() else -1
             if at < 0:
                 raise TemplateRefusal(
@@ -188,34 +140,43 @@ class SpanFinder:
         closing = after.text if after and places and after.number == occurrences[behind - 1].piece else None
         if not places and after and prompt is not None and after.text.startswith(prompt):
             closing = after.text.removeprefix(prompt)
+        elif closing is not None and prompt is not None and self._ends.may_have_trailer(closing):
+            unasked = self._shapes.unasked(shape, message)
+            if before and unasked and unasked.number == before.number:
+                closing = self._ends.without_trailer(closing, prompt, unasked.text, gap)
         last = occurrences[behind - 1].end if places else start
-        length = self._ends.length(text[last:high], closing)
-        if closing is not None and not closing.strip():
-            if behind < len(occurrences):
-                header = _header_before(text, behind, conversation[0], pieces, occurrences)
-                length = max(length, self._ends.length_before_another(text[last:high], header))
-            else:
-                located.notes.add(
-                    "the chat template writes nothing behind a conversation's last answer, so these do not teach the "
-                    "model to stop"
-                )
-        end = last + length
+        following = (
+            _header_before(text, behind, conversation[0], pieces, occurrences) if behind < len(occurrences) else None
+        )
+        end = last + self._end_length(text, (last, high), closing, following, gap, located.notes)
         # Templates put a line break behind the end-of-turn token, where nobody generates any more.
         turn = text[start:end].rstrip()
         if turn.endswith(self.end_markers):
             end = start + len(turn)
         return start, end
 
-    def _header(self, message: int, conversation: tuple[Sequence[Message], Sequence[Tool] | None], shape: Shape) -> str:
-        """The generation prompt alone: the text that it adds to a rendering of the messages before."""
-        if message not in shape.headers:
-            messages, tools = conversation
-            without, with_prompt = self.template.render(
-                [Request(messages[:message], tools, prompt) for prompt in (False, True)]
+    def _end_length(
+        self, text: str, behind: Span, closing: str | None, following: str | None, gap: str, notes: set[str]
+    ) -> int:
+        """The length of the text behind an answer's last piece that belongs to it.
+
+        behind: the characters up to the next piece. closing: the text that ends a conversation with the answer.
+        following: None if it is the last message, else the text in front of the first message that has the role of the
+        next one. gap: the text in front of the answer.
+        """
+        rest = text[slice(*behind)]
+        length = self._ends.length(rest, closing)
+        if closing is not None and not closing.strip():
+            if following is not None:
+                before_another = self._ends.length_before_another(rest, following)
+                return max(length, before_another or self._ends.common_end(rest, gap, text))
+            notes.add(
+                "the chat template writes nothing behind a conversation's last answer, so these do not teach the "
+                "model to stop"
             )
-            gained = with_prompt.text.startswith(without.text) and not (without.error or with_prompt.error)
-            shape.headers[message] = with_prompt.text[len(without.text) :] if gained else ""
-        return shape.headers[message]
+        elif closing and following and not rest.startswith(closing):
+            return 0 if self._ends.is_header(rest, length, following, gap) else length
+        return length
 
 
 def _header_before(
@@ -241,10 +202,6 @@ def _owners(pieces: Sequence[Piece], occurrences: Sequence[Occurrence]) -> list[
         if piece.kind == "function":
             named.add(found.piece)
     return owners
-
-
-def _tail(parts: list[str]) -> Tail:
-    return Tail(int(parts[-2]) if len(parts) > 1 else None, parts[-1])
 
 
 def _assign_marks(

@@ -24,7 +24,62 @@ class TurnEnds:
         common = self._common_start(rest, closing)
         if self._first_marker(closing) and not self._first_marker(rest[:common]):
             return self._first_marker(rest)
+        if self._has_words(closing[common:]) and not self._has_marker(rest[:common]) and self._has_marker(rest):
+            return len("".join(self._split_at_markers.split(rest, maxsplit=1)[:2]))  # text that is written otherwise
         return common
+
+    def may_have_trailer(self, closing: str) -> bool:
+        """True if the text has more than one token of the tokenizer's own, or words behind it, or no token at all."""
+        return bool("".join(self._split_at_markers.split(closing, maxsplit=1)[2:] or closing).strip())
+
+    def without_trailer(self, closing: str, asked: str, unasked: str, gap: str) -> str:
+        """`closing` without what the template writes behind every conversation: its own words, or a prompt.
+
+        asked, unasked: the text behind the last piece of the messages before this one, with and without a prompt for
+        it. gap: the text there in the conversation itself.
+        """
+        if asked == unasked:  # a prompt stands behind every conversation
+            mine, theirs = self._split_at_markers.split(closing), self._split_at_markers.split(unasked)
+            stripped = ([part.strip() for part in reversed(parts)] for parts in (mine, theirs))
+            start = len(mine) - _same_start(*stripped)
+            own, trailer = "".join(mine[:start]), "".join(mine[start:])
+            end = self._first_marker(trailer)
+            # Words or two tokens may end every turn; then an answer's header stands behind them.
+            is_prompt = (end and self._has_words(trailer[end:])) or len(mine) - start > 5
+            if not is_prompt and gap.strip() != unasked.strip():
+                return closing
+            end = end or len(trailer) - len(trailer.lstrip())
+            return own + trailer[:end] if trailer[end:].strip() else closing
+        if gap.startswith(unasked):
+            return closing
+        trailer = unasked[self._common_start(gap, unasked) :]
+        if not self._has_words(trailer) or not closing.endswith(trailer):
+            return closing
+        closing = closing.removesuffix(trailer)
+        # The token that begins every header may stand before the trailer's own words.
+        header = self._split_at_markers.split(asked.removeprefix(unasked)) if asked.startswith(unasked) else []
+        return closing.removesuffix(header[1]) if len(header) > 1 else closing
+
+    def is_header(self, rest: str, length: int, header: str, gap: str) -> bool:
+        """True if the first `length` characters of `rest` are a token that begins the next message.
+
+        header: as for `length_before_another`. gap: the text in front of the answer, behind another message.
+        """
+        token = rest[:length].strip()
+        if token not in self._markers or not header or gap.lstrip().startswith(token):  # it ends other messages, too
+            return False
+        return not self.length_before_another(rest, header)
+
+    def common_end(self, rest: str, gap: str, text: str) -> int:
+        """The length of the start of `rest` up to a token that ends this message and the one before it; 0 if none does.
+
+        gap: the text in front of the answer. text: the whole text; a token that it begins with begins messages.
+        """
+        length = self._first_marker(rest)
+        token = rest[:length].strip()
+        blank, first, between, second = (*self._split_at_markers.split(text, maxsplit=2), "", "", "")[:4]
+        begins = blank.strip() == "" and token in ((first,) if between.strip() else (first, second))  # after BOS
+        return length if token and not begins and gap.lstrip().startswith(token) else 0
 
     def length_before_another(self, rest: str, header: str) -> int:
         """The length of the start of `rest` up to the token that ends a turn, where a turn ends if another one follows.
@@ -33,7 +88,7 @@ class TurnEnds:
         of the tokenizer's own that `rest` has besides is the answer's end.
         """
         mine, theirs = self._split_at_markers.split(rest), self._split_at_markers.split(header)
-        while mine and theirs and mine[-1] == theirs[-1]:
+        while mine and theirs and mine[-1].strip() == theirs[-1].strip():
             mine.pop()
             theirs.pop()
         return self._first_marker("".join(mine)) if header else 0
@@ -43,17 +98,23 @@ class TurnEnds:
         blank, *parts = self._split_at_markers.split(rest, maxsplit=1)
         return len(blank) + len(parts[0]) if parts and not blank.strip() else 0
 
+    def _has_marker(self, text: str) -> bool:
+        return len(self._split_at_markers.split(text)) > 1
+
+    def _has_words(self, text: str) -> bool:
+        return any(part.strip() for part in self._split_at_markers.split(text)[::2])
+
     def _common_start(self, one: str, other: str) -> int:
         """The length of the common start of two texts, without a part of one of the tokenizer's own tokens."""
         length = 0
         for mine, theirs in zip(self._split_at_markers.split(one), self._split_at_markers.split(other), strict=False):
             if mine != theirs:
                 is_marker = mine in self._markers or theirs in self._markers
-                return length + (0 if is_marker else _same_characters(mine, theirs))
+                return length + (0 if is_marker else _same_start(mine, theirs))
             length += len(mine)
         return length
 
 
-def _same_characters(one: str, other: str) -> int:
-    """The number of characters with which both texts begin."""
+def _same_start(one: Sequence[str], other: Sequence[str]) -> int:
+    """The number of items, or characters, with which both begin."""
     return next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))

@@ -73,6 +73,39 @@ END_WITH_THE_NEXT = (
     "{% if add_generation_prompt %}<|Assistant|>{% endif %}"
 )
 
+# Earlier answers end, but not one behind which nothing stands. A system message stands before all questions.
+LAST_HAS_NO_END = "<|im_start|>system\nBe kind.<|im_end|>\n" + CHATML.replace(
+    "<|im_end|>\n{% endfor %}{% if add_generation_prompt %}",
+    "{% if add_generation_prompt or not loop.last %}<|im_end|>\n{% endif %}{% endfor %}{% if add_generation_prompt %}",
+)
+
+# Turns have headers and no ends; the text has one.
+TEXT_ENDS = (
+    "{% for m in messages %}{{ {'user': '<|User|>', 'assistant': '<|Assistant|>'}[m.role] or '' }}{{ m.content }}"
+    "{% endfor %}{% if add_generation_prompt %}<|Assistant|>{% else %}<|im_end|>{% endif %}"
+)
+
+# A prompt, in words or in tokens, stands behind every text, asked for or not.
+ALWAYS_ASKS = CHATML.replace("{% if add_generation_prompt %}", "{{ '").replace(
+    "assistant\n{% endif %}", "assistant\n' }}"
+)
+ALWAYS_ASKS_IN_WORDS = (
+    "{% for m in messages %}{{ {'user': '### User:\n', 'assistant': '### Answer:\n'}[m.role] or '' }}{{ m.content }}"
+    "{{ '\n<|im_end|>\n' if m.role == 'assistant' else '\n' }}{% endfor %}{{ '### Answer:\n' }}"
+)
+ALWAYS_ASKS_IN_TOKENS = (
+    "{% for m in messages %}{{ {'user': '<|User|>', 'assistant': '<|Assistant|>'}[m.role] or '' }}{{ m.content }}"
+    "<|im_end|>{% endfor %}<|Assistant|>"
+)
+
+# The template's own words stand behind every conversation, in front of the prompt.
+INSTRUCTION_AT_THE_END = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}<|channel|>{{ m.content }}"
+    "{% for call in m.tool_calls or [] %}{{ call.function | tojson }}\n{% else %}<|im_end|>{% endfor %}{% endfor %}"
+    "<|im_start|>system<|channel|>Write an action.<|im_end|>"
+    "{% if add_generation_prompt %}<|im_start|>assistant<|channel|>{% endif %}"
+)
+
 # The prompt goes on with words, or with an empty channel of thoughts, that no finished answer has.
 PROMPT_GOES_ON = CHATML.replace("assistant\n{% endif %}", "assistant\nMy reasoning:\n{% endif %}")
 PROMPT_HAS_CHANNEL = CHATML.replace("assistant\n{% endif %}", "assistant\n<|channel>thought\n<channel|>{% endif %}")
@@ -107,6 +140,15 @@ TOOLS_AS_TAGS = TOOLS.replace(
 )
 TOOLS_AS_TEXT = TOOLS.replace(
     "CALL<|im_end|>", "{{ '<tool_call>' + call.function.name + '\n' + call.function.arguments + '</tool_call>' }}"
+)
+
+# A call has its number once its result is known.
+CALLS_ARE_NUMBERED = (
+    "{% set ns = namespace(known=false) %}{% for m in messages %}{% if m.role == 'tool' %}{% set ns.known = true %}"
+    "{% endif %}{% endfor %}{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}"
+    "{% for call in m.tool_calls or [] %}[{{ call.function.name }}({{ call.function.arguments | tojson }}"
+    "{% if ns.known %}, 1{% endif %})]{% endfor %}{% if not loop.last %}<|im_end|>\n{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<|im_end|>\n<|im_start|>assistant\n{% endif %}"
 )
 
 # The system header holds the day.

@@ -60,6 +60,37 @@ TARGETS = {
     "end at the very end": (kinds.END_AT_THE_END, TURNS, "Hello.<|im_end|>Fine.<|im_end|>\n<|endoftext|>"),
     "last end differs": (kinds.LAST_END_DIFFERS, TURNS, "<|channel|>Hello.<|im_end|><|channel|>Fine.<|endoftext|>"),
     "end with the next question": (kinds.END_WITH_THE_NEXT, TURNS, "Hello.<|im_end|>Fine."),
+    "the last has no end": (kinds.LAST_HAS_NO_END, TURNS, "Hello.<|im_end|>Fine."),
+    "the text has an end": (kinds.TEXT_ENDS, TURNS, "Hello.Fine.<|im_end|>"),
+    "always asks": (kinds.ALWAYS_ASKS, TURNS, "Hello.<|im_end|>Fine.<|im_end|>"),
+    "always asks in words": (kinds.ALWAYS_ASKS_IN_WORDS, TURNS, "Hello.\n<|im_end|>Fine.\n<|im_end|>"),
+    "always asks in words, behind blanks": (
+        kinds.ALWAYS_ASKS_IN_WORDS,
+        [user("Hi\n\n"), assistant("Hello.")],
+        "Hello.\n<|im_end|>",
+    ),
+    "always asks in tokens": (kinds.ALWAYS_ASKS_IN_TOKENS, TURNS, "Hello.<|im_end|>Fine.<|im_end|>"),
+    "words end turns, and no prompt": (
+        "{% for m in messages %}{{ m.role }}: {{ m.content }}{{ '[over]\n' }}{% endfor %}",
+        TURNS[:2],
+        "assistant: Hello.[over]\n",
+    ),
+    "instruction at the end": (kinds.INSTRUCTION_AT_THE_END, TURNS, "Hello.<|im_end|>Fine.<|im_end|>"),
+    "instruction behind a call": (
+        kinds.INSTRUCTION_AT_THE_END,
+        CALLS[:2],
+        f"{AS_JSON}\n",
+    ),
+    "calls are numbered": (
+        kinds.CALLS_ARE_NUMBERED,
+        [user("Hi"), assistant("", tool_calls=[call(a="b")]), {"role": "tool", "content": "c"}, assistant("Sun.")],
+        '[get_weather({"a": "b"}, 1)]<|im_end|>Sun.',
+    ),
+    "the next header is no end, behind blanks": (
+        kinds.PROMPT_OPENS_THINK.replace("<|im_end|>", ""),
+        [user("  Hi"), *TURNS[1:]],
+        "Hello.Fine.",
+    ),
     "prompt goes on with words": (kinds.PROMPT_GOES_ON, TURNS, "Hello.<|im_end|>Fine.<|im_end|>"),
     "prompt has a channel": (kinds.PROMPT_HAS_CHANNEL, TURNS, "Hello.<|im_end|>Fine.<|im_end|>"),
     "system folded": (
