@@ -1,12 +1,10 @@
 """The records of a run: read back with TensorBoard's own reader, line by line, and from a real terminal."""
 
-import contextlib
 import json
 import os
 import pty
 import shutil
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +20,7 @@ from dist_qft.training.metrics_file import METRICS_FILE
 from dist_qft.training.monitor import Monitor
 from dist_qft.training.summary import SUMMARY_FILE
 from tests.support.outcomes import Outcome, attempt
+from tests.support.terminals import shown_on
 from tests.support.tiny_model import tiny_config
 from tests.support.tracker_files import read_trackio
 
@@ -215,13 +214,6 @@ def test_records_that_cannot_be_written_are_a_fault_of_the_environment(tmp_path)
     assert failure.value.exit_code == 3
 
 
-def read_all(terminal: int) -> Iterator[str]:
-    """The text written to the other end of a terminal, in pieces, until nobody has that end open."""
-    with open(terminal, "rb", buffering=0) as stream, contextlib.suppress(OSError):
-        while piece := stream.read(4096):
-            yield piece.decode(errors="replace")
-
-
 def test_a_terminal_gets_a_bar_that_is_gone_after_a_failure(tmp_path, monkeypatch):
     ours, theirs = pty.openpty()
     monkeypatch.setenv("TERM", "xterm")
@@ -236,7 +228,7 @@ def test_a_terminal_gets_a_bar_that_is_gone_after_a_failure(tmp_path, monkeypatc
         monitor.close()
         monitor.close()
         monitor.say("after")
-    shown = "".join(read_all(ours))
+    shown = shown_on(ours)
     assert "2/3" in shown and "loss 1.2500" in shown and "for lines alone" not in shown
     assert "[b]held-out[/b]" in shown
     assert "after" not in shown

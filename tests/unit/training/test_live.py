@@ -1,6 +1,5 @@
 """The display of a run on a real (pseudo) terminal, and its parts."""
 
-import os
 import pty
 import re
 
@@ -8,6 +7,7 @@ import pytest
 from rich.console import Console
 
 from dist_qft.training.live import LiveDisplay, sparkline, speed_and_memory
+from tests.support.terminals import shown_on
 
 FIGURES = {
     "train/loss": 2.46134,
@@ -34,11 +34,7 @@ def test_a_terminal_shows_bar_losses_speed_and_memory_below_what_is_printed():
         display.advance(5)
         display.stop()
         display.stop()
-    shown = b""
-    while len(part := os.read(reader, 1 << 16)) == 1 << 16:
-        shown += part
-    text = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", (shown + part).decode())
-    os.close(reader)
+    text = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", shown_on(reader))
     assert "checkpoint  runs/a/checkpoint-5" in text
     last = text[text.rindex("train") :].split("\r\n")
     assert "5/20" in last[0] and "left" in last[0]
