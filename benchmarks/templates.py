@@ -31,6 +31,11 @@ _SPECIAL = re.compile(
     r"<\|[A-Za-z_0-9]+\|>|<\|[a-z_]+>|<[a-z_]+\|>|<[\uff5c\u2581A-Za-z_:]+\uff5c>"
     r"|</?(?:think|tool_call|start_of_turn|end_of_turn|s)>|\[/?INST\]"
 )
+# The beginnings of turns, which no answer ends in.
+_HEADERS = re.compile(
+    r"<\|im_start\|>|<\|start_header_id\|>|<\|START_OF_TURN_TOKEN\|>|<\|start_of_role\|>|<start_of_turn>|<\|turn>|<\|start\|>"
+    r"|<\|begin_[a-z_]+\|>|<\|(?:user|assistant|User|Assistant)\|>|<\uff5c(?:User|Assistant)\uff5c>|\[INST\]|###"
+)
 _USER, _SYSTEM, _RESULT = {"role": "user"}, {"role": "system", "content": "wordsystem"}, "wordresult"
 _TOOL = {
     "type": "function",
@@ -119,10 +124,12 @@ def _tokenizer(template: str) -> tuple[PreTrainedTokenizerFast, int]:
 
 
 def _words(encoder: SampleEncoder, messages: Sequence[dict[str, Any]], tools: list[dict[str, Any]] | None) -> list[str]:
-    """The words of the conversation in its targets."""
+    """The words of the conversation in its targets, and the header of a turn that stands behind them."""
     sequence = encoder.encode(Conversation(list(messages), tools), "the data")
     text = encoder.tokenizer.decode(sequence.input_ids[sequence.targets])
-    return re.findall(r"(?<!/)word[a-z]+", text)  # an argument's name comes again in its closing tag
+    behind = re.split(r"word[a-z]+", text)[-1]
+    # An argument's name comes again in its closing tag.
+    return [*re.findall(r"(?<!/)word[a-z]+", text), *_HEADERS.findall(behind)]
 
 
 def _section(origin: str, rows: list[tuple[str, list[str]]]) -> str:

@@ -24,7 +24,7 @@ FOLDED = "the chat template has no system role; the system message is put before
 @dataclass(frozen=True)
 class Form:
     """repairs: "parts" gives contents as lists of parts, "arguments" those of calls as JSON text, "system" the system
-    message as the start of the first user message."""
+    message as the start of the first user message, "null" no content to calls without a text."""
 
     repairs: frozenset[str] = frozenset()
 
@@ -35,8 +35,13 @@ class Form:
         if folded:
             texts = [message["content"] for message in taken[: folded + 1]]
             taken = [{**taken[folded], "content": "\n\n".join(texts)}, *taken[folded + 1 :]]
+        if "null" in self.repairs:
+            taken = [
+                {**message, "content": message["content"] or None} if message.get("tool_calls") else message
+                for message in taken
+            ]
         if "parts" in self.repairs:
-            taken = [{**message, "content": [{"type": "text", "text": message["content"]}]} for message in taken]
+            taken = [{**message, "content": _as_parts(message["content"])} for message in taken]
         return taken, folded
 
     def spelled_out(self, messages: Sequence[Message], text: str) -> bool:
@@ -44,7 +49,7 @@ class Form:
         return "parts" in self.repairs and any(
             spelling in text
             for message in messages
-            for part in message["content"]
+            for part in message["content"] or ()
             for spelling in (repr(part), json.dumps(part), json.dumps(part, ensure_ascii=False))
         )
 
@@ -71,6 +76,10 @@ class Form:
         return {**call, "function": {**call["function"], "arguments": arguments}}
 
 
+def _as_parts(content: str | None) -> list[dict[str, str]] | None:
+    return None if content is None else [{"type": "text", "text": content}]
+
+
 def system_length(messages: Sequence[Message]) -> int:
     """The number of system messages at the start that a user message follows; 0 if none does."""
     roles = [message["role"] for message in messages]
@@ -90,7 +99,11 @@ def locate(conversation: Conversation, finder: SpanFinder, wanted: set[int], che
     """
     usual = _attempt(Form(), conversation, finder, wanted, checked)
     if isinstance(usual, Located) and not usual.missing:
-        return usual
+        if not any(_ends_twice(usual, number, conversation, finder.end_markers) for number in wanted):
+            return usual
+        bare = _attempt(Form(frozenset({"null"})), conversation, finder, wanted, checked)
+        shorter = isinstance(bare, Located) and not bare.missing and len(bare.text) < len(usual.text)
+        return bare if isinstance(bare, Located) and shorter else usual
     best = usual
     for form in _repaired(usual, conversation):
         attempt = _attempt(form, conversation, finder, wanted, checked)
@@ -102,6 +115,15 @@ def locate(conversation: Conversation, finder: SpanFinder, wanted: set[int], che
     if isinstance(best, TemplateRefusal):
         raise best
     return best
+
+
+def _ends_twice(located: Located, number: int, conversation: Conversation, ends: tuple[str, ...]) -> bool:
+    """True if a template writes a message's calls, and its empty content as an answer of its own."""
+    message, spans = conversation.messages[number], located.spans.get(number)
+    if not spans or not message.get("tool_calls") or message.get("content"):
+        return False
+    said = located.text[spans[0][0] : spans[-1][1]]
+    return any(said.endswith(end) and said.count(end) > 1 for end in ends)
 
 
 def prompt_text(conversation: Conversation, template: ChatTemplate, *, prompt: bool = True) -> str:
@@ -137,6 +159,7 @@ def _repaired(failure: Located | TemplateRefusal, conversation: Conversation) ->
     else:
         roles = {messages[piece.message]["role"] for piece in failure.missing if piece.kind == "content"}
         repairs = ["parts"] * bool(roles) + ["system"] * (may_fold and roles == {"system"})
+        repairs += ["null"] * any(piece.kind in ("function", "tool call") for piece in failure.missing)
     for size in range(1, len(repairs) + 1):
         yield from (Form(frozenset(chosen)) for chosen in combinations(repairs, size))
 

@@ -142,6 +142,22 @@ TOOLS_AS_TEXT = TOOLS.replace(
     "CALL<|im_end|>", "{{ '<tool_call>' + call.function.name + '\n' + call.function.arguments + '</tool_call>' }}"
 )
 
+# Calls are written by a message without content only.
+CALLS_WITHOUT_CONTENT = (
+    "{% for m in messages %}{% if m.role == 'assistant' %}<|Assistant|>{% if m.content is none %}"
+    "{% for call in m.tool_calls %}{{ call.function | tojson }}{% endfor %}{% else %}{{ m.content }}{% endif %}"
+    "<|im_end|>{% else %}<|User|>{{ m.content }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<|Assistant|>{% endif %}"
+)
+
+# Beside its calls a message's content, empty or not, is an answer of its own.
+CALLS_BESIDE_AN_ANSWER = (
+    "{% for m in messages %}{% if m.role == 'assistant' %}{% if m.tool_calls %}<|Assistant|>"
+    "{% for call in m.tool_calls %}{{ call.function | tojson }}{% endfor %}<|im_end|>{% endif %}"
+    "{% if m.content is not none %}<|Assistant|>{{ m.content }}<|im_end|>{% endif %}"
+    "{% else %}<|User|>{{ m.content }}{% endif %}{% endfor %}{% if add_generation_prompt %}<|Assistant|>{% endif %}"
+)
+
 # A call has its number once its result is known.
 CALLS_ARE_NUMBERED = (
     "{% set ns = namespace(known=false) %}{% for m in messages %}{% if m.role == 'tool' %}{% set ns.known = true %}"

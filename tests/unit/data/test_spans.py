@@ -122,6 +122,8 @@ TARGETS = {
         CALLS,
         '<tool_call>get_weather\n{"city": "Par\\"is \u00e9", "days": 2}</tool_call><|im_end|>Sun.<|im_end|>',
     ),
+    "calls without content": (kinds.CALLS_WITHOUT_CONTENT, CALLS, f"{AS_JSON}<|im_end|>Sun.<|im_end|>"),
+    "calls, and no empty answer": (kinds.CALLS_BESIDE_AN_ANSWER, CALLS, f"{AS_JSON}<|im_end|>Sun.<|im_end|>"),
     "weight 0": (
         kinds.CHATML,
         [user("Hi"), assistant("Hello.", weight=0), *TURNS[2:]],
@@ -176,6 +178,11 @@ def test_loss_on_all_leaves_out_messages_of_weight_0(encoder):
 
 
 MISSING = {
+    "calls beside content": (
+        kinds.CALLS_WITHOUT_CONTENT,
+        [user("Weather?"), assistant("I look.", tool_calls=[call(city="Rome")])],
+        "message 1 (assistant), function: 'get_weather'",
+    ),
     "reasoning that is cut": (kinds.REASONING_CUT, INLINE, "message 1 (assistant), content: 'A greeting.'"),
     "reasoning of earlier turns": (
         kinds.LAST_TURN_DIFFERS,
