@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from dist_qft.errors import SetupError
+from dist_qft.storage.home import without_home
 
 PACKAGES = ("torch", "transformers", "bitsandbytes", "peft", "accelerate", "deepspeed", "triton")
 
@@ -140,7 +141,7 @@ def append_report(report: Report, path: Path) -> None:
     """Append the report as one JSON line; raises SetupError if the file cannot be written."""
     try:
         with path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(report.as_json()) + "\n")
+            file.write(json.dumps(without_home(report.as_json())) + "\n")
     except OSError as error:
         raise SetupError(f"--json {path}: cannot write: {error.strerror}") from error
 

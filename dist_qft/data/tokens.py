@@ -38,6 +38,7 @@ from dist_qft.data.templates import with_inputs
 from dist_qft.errors import UserError
 
 _EMPTY = "an answer is empty, so that the model learns to end its turn at once"
+_ENDLESS = "the tokenizer has no end token, so that texts have no end and the model learns no place to stop"
 
 
 @dataclass(frozen=True)
@@ -156,7 +157,9 @@ class SampleEncoder:
         has_bos = bool(bos) and beginning(texts, len(bos)) == bos
         input_ids, offsets, cut = self._tokenize(texts, where, add_special_tokens=not has_bos)
         targets = _in_spans(offsets, [(start, sum(map(len, texts)))])
-        if eos is not None and not cut:
+        if eos is None:
+            self.remarks.add(_ENDLESS, where)
+        elif not cut:
             # Some tokenizers write EOS themselves; at offset 0, so it needs its mark in either case.
             if not input_ids or input_ids[-1] != eos:
                 input_ids, targets = [*input_ids, eos], np.append(targets, True)
@@ -166,6 +169,8 @@ class SampleEncoder:
     def _encode_conversation(self, sample: Conversation, where: str) -> tuple[list[int], np.ndarray, bool]:
         if self._template == "alpaca":
             sample = with_inputs(sample)
+        if self._template != "chat" and self.tokenizer.eos_token_id is None:
+            self.remarks.add(_ENDLESS, where)
         finder = self._finder(sample)
         answers = {i for i, message in enumerate(sample.messages) if message["role"] == "assistant"}
         trained = {i for i in answers if sample.messages[i].get(WEIGHT, 1) != 0}

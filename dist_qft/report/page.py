@@ -12,6 +12,7 @@ from dist_qft.pages.chart import Curve, line_chart
 from dist_qft.plan import make_plan
 from dist_qft.report.records import RunRecords
 from dist_qft.storage.atomic import write_text
+from dist_qft.storage.home import without_home
 from dist_qft.trackers.kinds import TENSORBOARD, chosen
 from dist_qft.training.event_files import EVENTS_FOLDER
 
@@ -36,12 +37,12 @@ def write_report(run: RunRecords) -> Path:
 
 
 def make_page(run: RunRecords) -> str:
-    """The page's HTML; it depends on the run's files alone."""
+    """The page's HTML; it depends on the run's files, and on the home folder, of which it shows `~`."""
     return render(
         __package__,
         "page.html.jinja",
         title=run.folder.resolve().name,
-        model=run.config.model.path,
+        model=without_home(run.config.model.path),
         method=run.config.method.name,
         status=_status(run),
         cards=list(_cards(run)),
@@ -52,8 +53,8 @@ def make_page(run: RunRecords) -> str:
         traffic=_traffic(run),
         checks=sum(value for _, value in run.curve("replicas/digest_checked")),
         merges=[(place.name, certificate) for place, certificate in run.certificates],
-        next_steps=list(next_steps(run)),
-        config=(run.folder / CONFIG_FILE).read_text(encoding="utf-8"),
+        next_steps=without_home(list(next_steps(run))),
+        config=without_home((run.folder / CONFIG_FILE).read_text(encoding="utf-8")),
         versions=versions if isinstance(versions := run.summary.get("versions"), dict) else {},
     )
 

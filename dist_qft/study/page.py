@@ -7,6 +7,7 @@ from statistics import fmean
 from typing import Any
 
 from dist_qft.pages import render
+from dist_qft.storage.home import without_home
 from dist_qft.study.contrasts import Compared
 from dist_qft.study.figures import Picture
 from dist_qft.study.findings import Finding, number
@@ -33,9 +34,9 @@ def make_page(
         __package__,
         "page.html.jinja",
         title=study.title,
-        command=f"dist-qft study {study.document.path}",
+        command=without_home(f"dist-qft study {study.document.path}"),
         base={
-            "model": config.model.path,
+            "model": without_home(config.model.path),
             "linear layers": config.quantization.linear,
             "method": config.method.name,
             "steps": config.train.max_steps or f"{config.train.num_train_epochs:g} epochs",

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from dist_qft.storage.atomic import json_text
+from dist_qft.storage.home import without_home
 from dist_qft.trackers.process import FINISHED_SECONDS, STOPPED_SECONDS
 from dist_qft.trackers.secrets import without_secrets
 
@@ -32,7 +33,7 @@ class Trackers:
     Args:
         names: keys of `libraries.LIBRARIES`.
         output_dir: the run's folder; files go to `trackers/` in it.
-        config: settings to record once; secrets in them are hidden.
+        config: settings to record once; secrets and the home folder in them are hidden.
         resumed: go on with the runs that the trackers have recorded here before.
         say: shows a note to the person watching.
     """
@@ -41,7 +42,8 @@ class Trackers:
         self, names: Sequence[str], output_dir: Path, config: dict[str, Any], *, resumed: bool, say: Say
     ) -> None:
         folder = (output_dir / TRACKERS_FOLDER).resolve()
-        opening = {"folder": str(folder), "name": output_dir.resolve().name, "config": config, "resumed": resumed}
+        opening = {"folder": str(folder), "name": output_dir.resolve().name, "config": without_home(config)}
+        opening |= {"resumed": resumed}
         if names:
             folder.mkdir(parents=True, exist_ok=True)
         self._processes = [TrackerProcess(name, folder, say) for name in names]

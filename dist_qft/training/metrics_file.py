@@ -15,6 +15,7 @@ from typing import Any
 from dist_qft.storage.atomic import json_text, publishing, write_text
 
 METRICS_FILE = "metrics.jsonl"
+_LOGGED = ("train/loss", "train/learning_rate", "train/grad_norm")  # figures that every logged step has
 
 _BLOCK = 1 << 20  # bytes read at a time; also, a line is looked for within so many bytes from the end
 
@@ -75,11 +76,11 @@ class StepRecord:
 
 
 def read_history(output_dir: Path) -> list[StepRecord]:
-    """Every logged training step of a run, in order; empty without a metrics file."""
+    """Every logged training step of a run, in order; empty without a metrics file. Damaged lines are left out."""
     path = output_dir / METRICS_FILE
     if not path.exists():
         return []
-    return [
+    found = [
         StepRecord(
             record["step"],
             record["train/loss"],
@@ -88,8 +89,10 @@ def read_history(output_dir: Path) -> list[StepRecord]:
             record.get("train/target_tokens", 0),
         )
         for _, record in _records(path)
-        if "train/loss" in record
+        if record.keys() >= set(_LOGGED)
     ]
+    # Numbers that JSON lacks are null.
+    return [each for each in found if all(isinstance(value, float | int | None) for value in vars(each).values())]
 
 
 def _records(path: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:

@@ -1,6 +1,7 @@
 """The report of a benchmark: the columns of its tables, the fields of its JSON, and what a failed side leaves."""
 
 import json
+from dataclasses import replace
 
 import pytest
 
@@ -61,6 +62,19 @@ def test_json_lines_are_appended(report, tmp_path):
     assert set(first["comparisons"][0]) == {"what", "ours", "peer", "peer_name", "ratio", "bound"}
     assert first["sides"][2] == {"name": "broken", "metrics": {}, "error": "ValueError: no"}
     assert first["comparisons"] == second["comparisons"]
+
+
+def test_the_home_folder_is_not_in_the_json(report, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/somebody")
+    error = "OSError: no /home/somebody/a, /home/somebody2, /mnt/home/somebody/a"
+    append_report(replace(report, settings={"model": "/home/somebody/models/a"}, notes=[error]), tmp_path / "a.jsonl")
+    written = json.loads((tmp_path / "a.jsonl").read_text())
+    assert written["settings"] == {"model": "~/models/a"}
+    assert written["notes"] == ["OSError: no ~/a, /home/somebody2, /mnt/home/somebody/a"]
+    for home in ("/", ""):
+        monkeypatch.setenv("HOME", home)
+        append_report(replace(report, notes=["/a /b"]), tmp_path / "b.jsonl")
+        assert json.loads((tmp_path / "b.jsonl").read_text().splitlines()[-1])["notes"] == ["/a /b"]
 
 
 def test_a_file_that_cannot_be_written_is_one_line(report, tmp_path):

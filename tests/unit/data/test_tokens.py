@@ -8,6 +8,7 @@ from tokenizers import processors
 
 from dist_qft.data.lengths import Lengths, limit_length
 from dist_qft.data.samples import Conversation, PromptCompletion, Text, Tokenized
+from dist_qft.data.templates import use_template
 from dist_qft.data.tokens import SampleEncoder, TokenSequence
 from dist_qft.errors import UserError
 
@@ -56,6 +57,22 @@ def test_empty_answers_are_told(chatml):
         assert not encoder.remarks.counts
         encoder.encode(empty, WHERE)
         assert [remark.startswith("an answer is empty") for remark in encoder.remarks.counts] == [True]
+
+
+def test_texts_without_an_end_are_told(make_tokenizer):
+    for eos, told in (("<|im_end|>", []), (None, [True, True])):
+        encoder = SampleEncoder(make_tokenizer(eos_token=eos), 400)
+        found = []
+        for sample in (Text("one"), PromptCompletion("a", "b"), Conversation(TWO_TURNS)):
+            encoder.encode(sample, WHERE)
+            found += ["no end token" in remark for remark in encoder.remarks.counts]
+            encoder.remarks.counts.clear()
+        assert found == told, "the end of a conversation is written by the tokenizer's own template"
+    for template in ("alpaca", "none"):
+        tokenizer = use_template(make_tokenizer(eos_token=None), template)
+        encoder = SampleEncoder(tokenizer, 400, template=template)
+        encoder.encode(Conversation(TWO_TURNS), WHERE)
+        assert any("no end token" in remark for remark in encoder.remarks.counts)
 
 
 def test_user_text_that_imitates_an_assistant_is_not_predicted(chatml):

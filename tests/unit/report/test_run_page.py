@@ -44,6 +44,13 @@ def test_a_stopped_run_has_a_page_that_says_how_to_go_on(run):
     assert "300" in page and "planned" not in page
 
 
+def test_the_home_folder_is_not_on_the_page(run, monkeypatch):
+    monkeypatch.setenv("HOME", str(run.parent))
+    page = write_report(RunRecords.read(run)).read_text()
+    assert str(run.parent) not in page
+    assert "dist-qft train ~/run/config.yaml --resume auto" in page and "path: ~/gone.gguf" in page
+
+
 def test_what_a_model_answers_is_text(run):
     page = write_report(RunRecords.read(run)).read_text()
     assert "<script>" not in page and "&lt;script&gt;alert(1)" in page

@@ -21,7 +21,11 @@ from dist_qft.trackers.secrets import without_secrets
 from tests.support.tracker_files import READERS
 
 TOKEN = "hf_" + "x" * 30
-CONFIG = {"train": {"learning_rate": 1e-3}, "evaluation": {"prompts": [f"my token is {TOKEN}"]}}
+CONFIG = {
+    "model": {"path": f"{Path.home()}/models/a"},
+    "train": {"learning_rate": 1e-3},
+    "evaluation": {"prompts": [f"my token is {TOKEN}"]},
+}
 
 
 def open_trackers(output_dir: Path, *names: str, resumed: bool = False) -> tuple[Trackers, list[str]]:
@@ -50,6 +54,7 @@ def test_a_run_and_its_resumption_are_one_run_of_the_library(name, tmp_path, mon
     assert [step for step, value in found.by_tag(step_seconds) if math.isnan(value)] == list(range(1, 7))
     assert found.texts == [(step, "answer/eval", "of **all**\n\nwords") for step in (3, 6)]
     assert "0.001" in str(found.config) and TOKEN not in str(found.config)
+    assert "~/models/a" in str(found.config) and f"{Path.home()}/models" not in str(found.config)
     if name != "wandb":  # W&B keeps results in its summary
         assert found.by_tag("result/loss") == [(6, 0.5)]
 

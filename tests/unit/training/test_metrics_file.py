@@ -75,6 +75,21 @@ def test_a_fresh_run_begins_anew_and_another_folder_has_no_history(interrupted, 
     assert (tmp_path / "new" / METRICS_FILE).read_bytes() == b""
 
 
+def test_damaged_lines_are_left_out_of_the_history(interrupted):
+    path, _ = interrupted
+    before = read_history(path.parent)
+    lines = path.read_bytes().splitlines(keepends=True)
+    damaged = [
+        b'{"step": 1, "train/loss": 1.0}\n',
+        b'{"step": 1, "train/loss": "1", "train/learning_rate": 0, "train/grad_norm": 0}\n',
+        b'{"step": 1, "train/loss": 1, "train/learning_rate": 0, "train/grad_norm": 0, "train/target_tokens": []}\n',
+        b'{"step": 1, "train/lo\n',
+        b"\xff\x00\n[1]\n",
+    ]
+    path.write_bytes(b"".join([lines[0], *damaged, *lines[1:]]))
+    assert read_history(path.parent) == before
+
+
 def test_lines_are_valid_json_whatever_the_numbers(tmp_path):
     file = MetricsFile(tmp_path / METRICS_FILE, 0, 0)
     file.write({"step": 1, "eval/loss": math.nan, "memory": math.inf, "answer": "a\nb"})
