@@ -44,8 +44,13 @@ def find_files(path: Path, key: str, split: str = "train") -> FolderFiles:
         found = _list_files(path, key, split)
         for file in found.files:
             with file.open("rb") as stream:
-                if not stream.read(1):
-                    raise UserError(f"{key}.path: {file} is empty")
+                beginning = stream.read(4)
+            if not beginning:
+                raise UserError(f"{key}.path: {file} is empty")
+            if kind_of(file) in _TEXTS:
+                for mark, fault in _NO_TEXTS.items():
+                    if beginning.startswith(mark):
+                        raise UserError(f"{key}.path: {file} is {fault}")
             refuse_lfs_pointer(file, f"{key}.path")
     except OSError as error:
         raise UserError(f"{key}.path: cannot read {error.filename or path}: {error.strerror}") from None
@@ -177,6 +182,12 @@ READERS: dict[str, _Reader] = {**_TEXTS, **_TABLES, **{f"{kind}.gz": reader for 
 # The types that a folder is searched for first: it may hold others that are no data, or the same data once more.
 _PLAIN = (".json", ".jsonl", ".csv", *_TABLES)
 _ALLOWED = f"{', '.join(_TEXTS)} (each also as .gz), {', '.join(_TABLES)}"
+_NO_TEXTS = {
+    b"\x1f\x8b": "compressed by gzip; must be named .gz, or unpacked",
+    b"PK\x03\x04": "a zip archive or a spreadsheet; must be unpacked, or saved as CSV",
+    b"\xff\xfe": "UTF-16 text; must be UTF-8, as `iconv -f UTF-16 -t UTF-8` makes it",
+    b"\xfe\xff": "UTF-16 text; must be UTF-8, as `iconv -f UTF-16 -t UTF-8` makes it",
+}
 _HINTS = {
     **dict.fromkeys((".txt", ".md"), 'put a row {"text": ...} for each text into a .jsonl file'),
     **dict.fromkeys((".zst", ".xz", ".bz2", ".zip", ".tar", ".tgz", ".7z", ".gz"), "unpack it first"),
@@ -235,7 +246,9 @@ def _refuse_constant(name: str) -> NoReturn:
 
 def _as_record(value: Any, is_narrow: bool, where: str) -> Record:
     if not isinstance(value, dict):
-        raise RowError(f"{where}: {_json_type(value)}; must be an object")
+        array = isinstance(value, list) and value and all(isinstance(each, dict) for each in value)
+        hint = " (a whole array of them? then name the file .json)" if array else ""
+        raise RowError(f"{where}: {_json_type(value)}; must be an object{hint}")
     if is_narrow:
         widen(value)
     return value

@@ -28,6 +28,23 @@ def test_a_file_of_another_type_says_what_to_do(tmp_path, name, hint):
         assert str(caught.value).endswith(f".parquet, .arrow; {hint}")
 
 
+@pytest.mark.parametrize(
+    ("content", "fault"),
+    [
+        (gzip.compress(b"{}"), "compressed by gzip; must be named .gz, or unpacked"),
+        (b"PK\x03\x04\x14", "a zip archive or a spreadsheet; must be unpacked, or saved as CSV"),
+        ("a;b".encode("utf-16"), "UTF-16 text; must be UTF-8, as `iconv -f UTF-16 -t UTF-8` makes it"),
+        (b"\xfe\xff\0a", "UTF-16 text; must be UTF-8, as `iconv -f UTF-16 -t UTF-8` makes it"),
+    ],
+)
+def test_a_file_that_is_something_else_than_its_name_says(tmp_path, content, fault):
+    path = tmp_path / "a.csv"
+    path.write_bytes(content)
+    with pytest.raises(UserError) as caught:
+        find_files(path, "data.train")
+    assert str(caught.value) == f"data.train.path: {path} is {fault}"
+
+
 ROWS = [{"prompt": "a, b", "completion": "é"}, {"prompt": 'say "x"', "completion": "1\n2"}]
 
 

@@ -115,8 +115,12 @@ MALFORMED = [
     ("latin1.jsonl", b'{"a": "caf\xe9"}\n', ":1:11: byte 0xe9 is not UTF-8"),
     ("cut_utf8.jsonl", b'{"a": "\xc3', ":1:8: byte 0xc3 is not UTF-8"),
     ("torn.jsonl", b'{"a": 1}\n{"a": \0\0\0', ":2:7: a NUL byte"),
-    ("utf16.jsonl", '{"a": 1}'.encode("utf-16"), ":1:4: a NUL byte"),
-    ("gzip.jsonl", b"\x1f\x8b\x08\x08", ":1:2: byte 0x8b is not UTF-8"),
+    ("utf16.jsonl", '{"a": 1}'.encode("utf-16-le"), ":1:2: a NUL byte"),
+    (
+        "rows.jsonl",
+        b'[{"a": 1}, {}]',
+        ":1: an array; must be an object (a whole array of them? then name the file .json)",
+    ),
     (
         "lines.json",
         b'{"a": 1}\n{"a": 2}\n',
