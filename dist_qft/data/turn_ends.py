@@ -38,18 +38,9 @@ class TurnEnds:
         asked, unasked: the text behind the last piece of the messages before this one, with and without a prompt for
         it. gap: the text there in the conversation itself.
         """
-        if asked == unasked:  # a prompt stands behind every conversation
-            mine, theirs = self._split_at_markers.split(closing), self._split_at_markers.split(unasked)
-            stripped = ([part.strip() for part in reversed(parts)] for parts in (mine, theirs))
-            start = len(mine) - _same_start(*stripped)
-            own, trailer = "".join(mine[:start]), "".join(mine[start:])
-            end = self._first_marker(trailer)
-            # Words or two tokens may end every turn; then an answer's header stands behind them.
-            is_prompt = (end and self._has_words(trailer[end:])) or len(mine) - start > 5
-            if not is_prompt and gap.strip() != unasked.strip():
-                return closing
-            end = end or len(trailer) - len(trailer.lstrip())
-            return own + trailer[:end] if trailer[end:].strip() else closing
+        header = asked.removeprefix(unasked) if asked.startswith(unasked) else None
+        if header is not None and not self._has_words(header):  # a prompt, or its beginning, may stand behind all
+            return self._without_prompt(closing, unasked, always=not header, alone=gap.strip() == unasked.strip())
         if gap.startswith(unasked):
             return closing
         trailer = unasked[self._common_start(gap, unasked) :]
@@ -57,8 +48,25 @@ class TurnEnds:
             return closing
         closing = closing.removesuffix(trailer)
         # The token that begins every header may stand before the trailer's own words.
-        header = self._split_at_markers.split(asked.removeprefix(unasked)) if asked.startswith(unasked) else []
-        return closing.removesuffix(header[1]) if len(header) > 1 else closing
+        opening = self._split_at_markers.split(header or "")[1:2]
+        return closing.removesuffix(opening[0]) if opening else closing
+
+    def _without_prompt(self, closing: str, unasked: str, always: bool, alone: bool) -> str:
+        """`closing` without the prompt that stands behind every conversation.
+
+        always: `unasked` has the whole prompt, and not its beginning. alone: nothing else stands before the answer.
+        """
+        mine, theirs = self._split_at_markers.split(closing), self._split_at_markers.split(unasked)
+        stripped = ([part.strip() for part in reversed(parts)] for parts in (mine, theirs))
+        start = len(mine) - _same_start(*stripped)
+        own, trailer = "".join(mine[:start]), "".join(mine[start:])
+        end = self._first_marker(trailer)
+        # Words or two tokens may end every turn; then an answer's header stands behind them.
+        in_words = always and bool(end) and self._has_words(trailer[end:])
+        if not in_words and not (always and alone) and len(mine) - start <= 5:
+            return closing
+        end = end or len(trailer) - len(trailer.lstrip())
+        return own + trailer[:end] if trailer[end:].strip() else closing
 
     def is_header(self, rest: str, length: int, header: str, gap: str) -> bool:
         """True if the first `length` characters of `rest` are a token that begins the next message.

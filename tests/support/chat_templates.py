@@ -98,6 +98,12 @@ ALWAYS_ASKS_IN_TOKENS = (
     "<|im_end|>{% endfor %}<|Assistant|>"
 )
 
+BEGINS_TO_ASK = (
+    "{% for m in messages %}<|im_start|>"
+    "{{ {'user': '<|User|>', 'assistant': '<|Assistant|><|channel|>'}[m.role] or '' }}"
+    "{{ m.content }}<|im_end|>{% endfor %}<|im_start|><|Assistant|>{% if add_generation_prompt %}<|channel|>{% endif %}"
+)
+
 # The template's own words stand behind every conversation, in front of the prompt.
 INSTRUCTION_AT_THE_END = (
     "{% for m in messages %}<|im_start|>{{ m.role }}<|channel|>{{ m.content }}"

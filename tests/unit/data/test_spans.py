@@ -70,6 +70,7 @@ TARGETS = {
         "Hello.\n<|im_end|>",
     ),
     "always asks in tokens": (kinds.ALWAYS_ASKS_IN_TOKENS, TURNS, "Hello.<|im_end|>Fine.<|im_end|>"),
+    "begins to ask": (kinds.BEGINS_TO_ASK, TURNS, "Hello.<|im_end|>Fine.<|im_end|>"),
     "words end turns, and no prompt": (
         "{% for m in messages %}{{ m.role }}: {{ m.content }}{{ '[over]\n' }}{% endfor %}",
         TURNS[:2],

@@ -57,10 +57,10 @@ def check_targets(encoder, messages):
     [kinds.CHATML, kinds.LAST_TURN_DIFFERS, kinds.PROMPT_OPENS_THINK, kinds.PARTS_ONLY, kinds.END_AT_THE_END,
      kinds.LAST_END_DIFFERS, kinds.ALTERNATING, kinds.MARKED, kinds.PLAIN, kinds.CLOCK, kinds.END_WITH_THE_NEXT,
      kinds.PROMPT_HAS_CHANNEL, kinds.LAST_HAS_NO_END, kinds.TEXT_ENDS, kinds.ALWAYS_ASKS, kinds.ALWAYS_ASKS_IN_WORDS,
-     kinds.ALWAYS_ASKS_IN_TOKENS, kinds.INSTRUCTION_AT_THE_END],
+     kinds.ALWAYS_ASKS_IN_TOKENS, kinds.BEGINS_TO_ASK, kinds.INSTRUCTION_AT_THE_END],
     ids=["chatml", "last turn", "think", "parts", "end", "last end", "alternating", "marked", "plain", "clock",
          "end with the next", "channel", "last has no end", "text ends", "asks", "asks in words", "asks in tokens",
-         "instruction"],
+         "begins to ask", "instruction"],
 )  # fmt: skip
 @settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(messages=conversations())
