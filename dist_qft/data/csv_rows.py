@@ -58,12 +58,13 @@ class CsvRows:
 
     def _quoted(self) -> str:
         """The field whose opening quote is at hand. Two quotes in it stand for one."""
-        value = io.StringIO()
+        value, opened = io.StringIO(), self.line
         self._at += 1
         while (end := self._closing_quote()) < 0:
             value.write(self._text[self._at :].replace('""', '"'))
             if not self._next_line():
-                raise CsvFault("unexpected end of data")
+                self.line = opened
+                raise CsvFault("a quoted field does not end")
         value.write(self._text[self._at : end].replace('""', '"'))
         self._at = end + 1
         if self._text[self._at : self._at + 1] not in ("", self._separator, "\r", "\n"):

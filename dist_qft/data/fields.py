@@ -1,10 +1,13 @@
 """A record's fields under our names, each checked when it is taken."""
 
 import json
+import re
 from collections.abc import Mapping
 from typing import Any
 
 from dist_qft.data.records import Record, RowError
+
+_PYTHON = re.compile(r"\s*\[?\s*\{\s*'")
 
 
 class Fields:
@@ -51,7 +54,8 @@ class Fields:
         try:
             return json.loads(value)
         except (ValueError, RecursionError):
-            raise self.fault(field, f"{part}must be a list of objects or JSON text of one") from None
+            hint = " (as json.dumps writes it: Python's own quotes are not JSON)" if _PYTHON.match(value) else ""
+            raise self.fault(field, f"{part}must be a list of objects or JSON text of one{hint}") from None
 
     def integers(self, field: str) -> list[int]:
         value = self.require(field)

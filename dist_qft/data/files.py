@@ -140,11 +140,14 @@ def _read_json(path: Path, counts: Counter[str]) -> Iterator[LocatedRecord]:
 
 def _read_csv(path: Path, counts: Counter[str]) -> Iterator[LocatedRecord]:
     lines = _checked_lines(path)  # narrow, as the header and the fields are
-    first = next(lines, "")
-    reader = CsvRows(itertools.chain([first], lines) if first else lines, _separator(first, path))
+    first = [next(lines, "")]
+    while first[-1] and not first[-1].strip("\r\n"):
+        first.append(next(lines, ""))
+    reader = CsvRows(itertools.chain(filter(None, first), lines), _separator(first[-1], path))
     rows = iter(reader)
     try:
-        _, header = next(rows, (1, []))
+        header = next((row for _, row in rows if row), [])
+        counts["blank_lines"] += len(first) - 1
         widen(header)
         if duplicates := [name for name, count in Counter(header).items() if count > 1]:
             raise UserError(f"{path}:1: column {reprlib.repr(duplicates[0])} occurs twice in the header")

@@ -13,6 +13,8 @@
 `columns` in the config maps these field names to the data's own. No tokenizer here: see `tokens`.
 """
 
+import json
+import re
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
@@ -26,6 +28,15 @@ from dist_qft.errors import UserError
 
 # Fields that change what other programs train. To leave them out would train something else without a word.
 _UNSUPPORTED = ("images", "image", "videos", "video", "audios", "audio", "chat_template_kwargs")
+
+
+# What data sets call the fields of a question with its answer, of a conversation and of a text.
+_ALIKE = {
+    "instruction": ("prompt", "question", "query", "user", "problem", "source"),
+    "output": ("completion", "answer", "response", "assistant", "reply", "solution", "target", "output_text"),
+    "messages": ("conversation", "dialog", "dialogue", "chat", "turns"),
+    "text": ("content", "document", "body", "article", "sentence"),
+}
 
 
 class FormatFields(NamedTuple):
@@ -68,7 +79,7 @@ def resolve_format(
             raise UserError(f"{where}: the fields {field_names(record)} fit {' and '.join(fits)}; set {key}.format")
         if not fits:
             needs = "; ".join(f"{format_name}: {', '.join(FORMATS[format_name].required)}" for format_name in guessed)
-            hint = _tasks_of(record, guessed) or f"set {key}.columns"
+            hint = _tasks_of(record, guessed) or f"set {key}.columns{_columns_for(record, guessed)}"
             raise UserError(f"{where}: the fields {field_names(record)} fit no format ({needs}); {hint}")
         name = fits[0]
     known = FORMATS[name].required + FORMATS[name].optional
@@ -86,6 +97,27 @@ def _tasks_of(record: Record, guessed: Sequence[str]) -> str:
         if any(set(FORMATS[name].required) <= set(record) for name in formats if name not in guessed)
     ]
     return f"they are data of task.name {' or '.join(tasks)}" if tasks else ""
+
+
+def _columns_for(record: Record, guessed: Sequence[str]) -> str:
+    """An example of columns under which the record would fit a format, if names that others use tell one."""
+    known = {name.strip().casefold(): name for name in record if len(name) < 100}
+    none: dict[str, tuple[str, ...]] = {}
+    for alike in (none, _ALIKE):
+        for format_name in guessed:
+            required, optional = FORMATS[format_name]
+            found = {
+                field: next((known[name] for name in (field, *alike.get(field, ())) if name in known), None)
+                for field in required
+            }
+            if all(name is not None and name not in optional for name in found.values()):
+                columns = [f"{field}: {_in_yaml(str(name))}" for field, name in found.items() if name != field]
+                return f", such as {{{', '.join(columns)}}}"
+    return ""
+
+
+def _in_yaml(name: str) -> str:
+    return name if re.fullmatch(r"[A-Za-z_]\w*", name) else json.dumps(name)
 
 
 def to_sample(record: Record, format_name: str, columns: Mapping[str, str], where: str) -> AnySample:

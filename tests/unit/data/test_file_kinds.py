@@ -78,6 +78,14 @@ def test_a_comma_in_a_header_is_a_separator_unless_it_is_quoted(tmp_path):
     assert [record for record, _ in read(tmp_path / "a.csv")[0]] == [{"text": "1;2"}]
 
 
+def test_blank_lines_before_a_header_are_skipped(tmp_path):
+    (tmp_path / "a.csv").write_text("\n\r\nprompt;completion\n1;2\n\n")
+    located, counts = read(tmp_path / "a.csv")
+    assert located == [({"prompt": "1", "completion": "2"}, f"{tmp_path / 'a.csv'}:4")] and counts["blank_lines"] == 3
+    (tmp_path / "a.csv").write_text("\n\n")
+    assert read(tmp_path / "a.csv") == ([], {"blank_lines": 2})
+
+
 def test_a_pattern_is_its_files_by_name(tmp_path):
     for name in ("b1.jsonl", "a1.jsonl", "c.jsonl", "deep/a1.jsonl"):
         (tmp_path / name).parent.mkdir(exist_ok=True)

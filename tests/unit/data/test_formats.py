@@ -3,6 +3,7 @@
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from ruamel.yaml import YAML
 
 from dist_qft.config.data_schema import DatasetConfig
 from dist_qft.data.formats import FORMATS, resolve_format, to_sample
@@ -233,6 +234,34 @@ def test_auto_says_why_it_cannot_decide(record, columns, message):
     with pytest.raises(UserError) as caught:
         resolve_format(DatasetConfig(path="x", columns=columns), (record, WHERE), "data.train")
     assert message in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("names", "columns", "format_name"),
+    [
+        (["question", "answer"], {"instruction": "question", "output": "answer"}, "alpaca"),
+        ([" prompt", "Completion"], {"prompt": " prompt", "completion": "Completion"}, "prompt-completion"),
+        (["id", "Dialogue"], {"messages": "Dialogue"}, "messages"),
+        (["Text", "title"], {"text": "Text"}, "text"),
+        (["input", "output"], None, None),  # alpaca would take the input twice
+        (["a", "b", " " * 500 + "text"], None, None),
+    ],
+)
+def test_columns_that_would_fit_are_told(names, columns, format_name):
+    record = dict.fromkeys(names, "a")
+    with pytest.raises(UserError) as caught:
+        resolve_format(DatasetConfig(path="x"), (record, WHERE), "data.train")
+    _, _, told = str(caught.value).partition("set data.train.columns")
+    if columns is None:
+        assert told == ""
+        return
+    assert YAML(typ="safe").load(told.removeprefix(", such as ")) == columns
+    assert resolve_format(DatasetConfig(path="x", columns=columns), (record, WHERE), "data.train") == format_name
+
+
+def test_lists_in_pythons_own_notation_are_told():
+    with pytest.raises(UserError, match=r"JSON text of one \(as json.dumps writes it"):
+        to_sample({"messages": "[{'role': 'user', 'content': 'a'}]"}, "messages", {}, WHERE)
 
 
 def test_every_format_of_the_schema_is_known():
