@@ -16,6 +16,7 @@ import pytest
 
 from dist_qft.config.load import load_config, save_config
 from dist_qft.storage.checkpoint import fault_in, list_checkpoints, read_checkpoint
+from tests.support.fault_ranks import fault_ranks
 from tests.support.rank_pool import RankPool
 from tests.support.slurm_cluster import SlurmCluster, missing
 from tests.support.study_files import write_study
@@ -24,8 +25,9 @@ from tests.support.whole_runs import adapter_digest, train_only
 
 REPOSITORY = Path(__file__).parents[2]
 STEPS = 100
-RANKS = 2  # one on each node; the scripts' own headers ask for two on each, which one test below leaves as it is
-ONE_PER_NODE = "--ntasks-per-node=1"
+RANKS = fault_ranks()  # half of them on each node: one, or a whole group with DIST_QFT_TEST_GROUP=2
+# The scripts' own headers ask for two on each, which some tests below leave as it is.
+PER_NODE = f"--ntasks-per-node={RANKS.count // 2}"
 
 pytestmark = pytest.mark.skipif(missing() is not None, reason=str(missing()))
 
@@ -74,8 +76,8 @@ class Job:
 @pytest.fixture(scope="module")
 def config(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("slurm")
-    train = {"max_steps": STEPS, "global_batch_size": 2 * RANKS}
-    sections = {"train": train, "checkpoint": {"save_steps": 5, "save_total_limit": 100}}
+    train = {"max_steps": STEPS, "global_batch_size": 2 * RANKS.count}
+    sections = {"train": train, "checkpoint": {"save_steps": 5, "save_total_limit": 100}, "sharding": RANKS.sharding()}
     save_config(tiny_config(tiny_llama, folder / "run", **sections), folder / "run.yaml")
     return folder / "run.yaml"
 
@@ -83,7 +85,7 @@ def config(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def undisturbed(pools: dict[int, RankPool], config: Path) -> tuple[str, str]:
     """Digest of the final adapter and history of the same config without launcher and Slurm."""
-    pools[RANKS].run(train_only, config=load_config(config))
+    pools[RANKS.count].run(train_only, config=load_config(config))
     return digest_and_history(config.parent / "run")
 
 
@@ -98,7 +100,7 @@ def require_complete(job: Job, undisturbed: tuple[str, str], attempts: list[int]
     assert (state["JobState"], state["ExitCode"]) == ("COMPLETED", "0:0"), job.output()
     assert (job.attempts(), state["Restarts"]) == (attempts, str(len(attempts) - 1)), job.output()
     assert digest_and_history(job.run_dir) == undisturbed
-    assert json.loads((job.run_dir / "summary.json").read_text())["world_size"] == RANKS
+    assert json.loads((job.run_dir / "summary.json").read_text())["world_size"] == RANKS.count
 
 
 def require_saved(job: Job, first: int) -> int:
@@ -112,7 +114,7 @@ def require_saved(job: Job, first: int) -> int:
 
 def test_what_ends_a_torchrun_job_before_its_time_changes_no_bit(cluster, config, undisturbed, tmp_path):
     """One job is requeued, then warned as before its time limit, then ends."""
-    job = Job(cluster, tmp_path, ONE_PER_NODE, str(config), f"output_dir={tmp_path}/run", STARTER="torchrun")
+    job = Job(cluster, tmp_path, PER_NODE, str(config), f"output_dir={tmp_path}/run", STARTER="torchrun")
     job.await_checkpoint(10)
     cluster.run("scontrol", "requeue", job.number)
     saved = require_saved(job, 10)
@@ -123,16 +125,16 @@ def test_what_ends_a_torchrun_job_before_its_time_changes_no_bit(cluster, config
     logs = tmp_path / "logs" / job.number / "attempt-2"
     told = [f"[default0]:step {STEPS}/{STEPS}" in path.read_text() for path in sorted(logs.glob("task-*.log"))]
     assert told == [True, False]
-    assert len(list(logs.glob("node-?/*/attempt_0/?/stderr.log"))) == RANKS, "one log per rank"
+    assert len(list(logs.glob("node-?/*/attempt_0/?/stderr.log"))) == RANKS.count, "one log per rank"
 
 
 def test_a_job_of_sruns_own_ranks_saves_on_a_signal_and_goes_on(cluster, config, undisturbed, tmp_path):
-    job = Job(cluster, tmp_path, ONE_PER_NODE, str(config), f"output_dir={tmp_path}/run", STARTER="srun")
+    job = Job(cluster, tmp_path, PER_NODE, str(config), f"output_dir={tmp_path}/run", STARTER="srun")
     job.await_checkpoint(10)
     cluster.run("scancel", "--signal=TERM", job.number)
     require_saved(job, 10)
     require_complete(job, undisturbed, [75, 0])
-    assert len(list((tmp_path / "logs" / job.number / "attempt-1").glob("task-*.log"))) == RANKS
+    assert len(list((tmp_path / "logs" / job.number / "attempt-1").glob("task-*.log"))) == RANKS.count
 
 
 def test_every_warning_reaches_the_ranks(cluster, tmp_path):
@@ -186,7 +188,7 @@ def process_of(job: Job, wanted: Callable[[psutil.Process], bool]) -> psutil.Pro
 
 def test_a_mistake_is_not_tried_again_and_other_failures_only_so_often(cluster, config, tmp_path):
     (tmp_path / "typo").mkdir()
-    typo = Job(cluster, tmp_path / "typo", ONE_PER_NODE, str(config), "train.learning_rat=1")
+    typo = Job(cluster, tmp_path / "typo", PER_NODE, str(config), "train.learning_rat=1")
     state = typo.finish()
     assert (state["JobState"], state["ExitCode"], state["Restarts"]) == ("FAILED", "2:0", "0")
     told = "error: command line: train.learning_rat=1: unknown key 'train.learning_rat'"
