@@ -39,8 +39,9 @@ class TurnEnds:
         it. gap: the text there in the conversation itself.
         """
         header = asked.removeprefix(unasked) if asked.startswith(unasked) else None
-        if header is not None and not self._has_words(header):  # a prompt, or its beginning, may stand behind all
-            return self._without_prompt(closing, unasked, always=not header, alone=gap.strip() == unasked.strip())
+        begun = header is not None and gap.startswith(unasked) and not self._has_words(header)
+        if header == "" or begun:  # a prompt, or its beginning, may stand behind every conversation
+            return self._without_prompt(closing, unasked, always=header == "", alone=gap.strip() == unasked.strip())
         if gap.startswith(unasked):
             return closing
         trailer = unasked[self._common_start(gap, unasked) :]

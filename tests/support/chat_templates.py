@@ -106,10 +106,9 @@ BEGINS_TO_ASK = (
 
 # The template's own words stand behind every conversation, in front of the prompt.
 INSTRUCTION_AT_THE_END = (
-    "{% for m in messages %}<|im_start|>{{ m.role }}<|channel|>{{ m.content }}"
+    "{% for m in messages %}<|im_start|>{{ '<|Assistant|>' if m.role == 'assistant' else '<|User|>' }}{{ m.content }}"
     "{% for call in m.tool_calls or [] %}{{ call.function | tojson }}\n{% else %}<|im_end|>{% endfor %}{% endfor %}"
-    "<|im_start|>system<|channel|>Write an action.<|im_end|>"
-    "{% if add_generation_prompt %}<|im_start|>assistant<|channel|>{% endif %}"
+    "<|im_start|><|User|>Write an action.<|im_end|>{% if add_generation_prompt %}<|im_start|><|Assistant|>{% endif %}"
 )
 
 # The prompt goes on with words, or with an empty channel of thoughts, that no finished answer has.

@@ -77,10 +77,10 @@ TARGETS = {
         "assistant: Hello.[over]\n",
     ),
     "instruction at the end": (kinds.INSTRUCTION_AT_THE_END, TURNS, "Hello.<|im_end|>Fine.<|im_end|>"),
-    "instruction behind a call": (
+    "instruction behind calls": (
         kinds.INSTRUCTION_AT_THE_END,
-        CALLS[:2],
-        f"{AS_JSON}\n",
+        [*CALLS[:2], {"role": "tool", "content": "Dry."}, assistant("Sun."), *CALLS[:2]],
+        f"{AS_JSON}\nSun.<|im_end|>{AS_JSON}\n",
     ),
     "calls are numbered": (
         kinds.CALLS_ARE_NUMBERED,
