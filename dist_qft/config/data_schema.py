@@ -105,7 +105,7 @@ class DatasetConfig(Section):
     """A data set: its place and the meaning of its columns."""
 
     path: ExpandedPath = Field(
-        description="Hub id, local file or folder, or 'stdlib-docs': questions on this Python's own library",
+        description="Hub id, local file, folder or pattern, or 'stdlib-docs': questions on this Python's own library",
         json_schema_extra={"axolotl": "path"},
     )
     name: str | None = Field(None, description="Hub configuration name", json_schema_extra={"axolotl": "name"})

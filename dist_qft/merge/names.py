@@ -9,8 +9,8 @@ def portable_name(path: str, *, short: bool = False) -> str:
     Args:
         short: of any other path the last name alone, instead of the absolute path.
     """
-    if not Path(path).exists():
-        return path
+    if not Path(path).exists():  # of the Hub, a pattern of data files, or deleted since
+        return Path(path).name if short and path.startswith(("/", "~")) else path
     place = Path(path).absolute()
     for folder in (place, *place.parents):
         if folder.name.startswith("models--") and folder.name.count("--") == 2 and "snapshots" in place.parts:

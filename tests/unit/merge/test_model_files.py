@@ -160,6 +160,9 @@ def test_names_of_bases_mean_something_elsewhere(tmp_path, monkeypatch):
     snapshot = tmp_path / "hub" / "models--owner--some-name" / "snapshots" / "abc"
     snapshot.mkdir(parents=True)
     assert portable_name(str(snapshot)) == "owner/some-name"
+    for gone in ("/home/somebody/rows-*.jsonl", "~/rows-*.jsonl"):
+        assert portable_name(gone, short=True) == "rows-*.jsonl" and portable_name(gone) == gone
+    assert portable_name("owner/name", short=True) == "owner/name"
 
 
 def test_tiny_models_are_as_transformers_writes_them(tmp_path):
