@@ -4,13 +4,15 @@
 #     benchmarks/gpu.sh [--ranks N] [--device cuda|cpu] [--quick] [--again] [--json FILE]
 #
 # Each part's figures are written to FILE (runs/gpu-<ranks>.json) as soon as they are there; a second call does only
-# what is missing. --quick takes tiny shapes; with --device cpu it tries the script out anywhere.
+# what is missing. --quick takes tiny shapes; with --device cpu it tries the script out anywhere. Such figures go to a
+# file of their own, and one of another device is refused.
 set -euo pipefail
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 export PYTHONPATH="$ROOT${PYTHONPATH:+:$PYTHONPATH}"
 ranks=1 words=("$@")
 while [[ $# -gt 0 ]]; do
     [[ $1 != --ranks ]] || ranks=${2:?--ranks needs a number}
+    [[ $1 != --ranks=* ]] || ranks=${1#*=}
     shift
 done
 PYTHON=${PYTHON:-python}

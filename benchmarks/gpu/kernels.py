@@ -13,6 +13,9 @@ from torch import Tensor
 from dist_qft.base_model.loss import LogitMap, token_cross_entropy
 from dist_qft.bench.measuring import median_seconds
 from dist_qft.quant.affine4 import Affine4
+from dist_qft.quant.affine4_gathered import Affine4Gathered
+from dist_qft.quant.affine8 import Affine8
+from dist_qft.quant.codebook4 import Codebook4
 from dist_qft.quant.contract import Format
 from dist_qft.quant.nf4 import NF4
 from dist_qft.quant.q8_0 import Q8_0
@@ -26,6 +29,24 @@ def formats() -> dict[str, Format]:
     if importlib.util.find_spec("bitsandbytes") is not None:
         found |= {"nf4": NF4(64), "nf4, double_quant": NF4(64, double_quant=True)}
     return found
+
+
+def only_read() -> dict[str, Format]:
+    """The formats that files alone have, by name."""
+    found: dict[str, Format] = {"affine4 gathered": Affine4Gathered(32), "affine8": Affine8(32)}
+    return found | {kind: Codebook4(kind) for kind in ("mxfp4", "nvfp4")}
+
+
+def random_packed(format: Format, shape: tuple[int, int]) -> dict[str, Tensor]:
+    """Any codes, and constants that make no value infinite, on the CPU."""
+    generator, packed = torch.Generator().manual_seed(0), {}
+    for name, (size, dtype) in format.packed_shapes(shape).items():
+        if dtype is None or dtype.is_floating_point:
+            packed[name] = (torch.rand(size, generator=generator) + 0.5).to(dtype or torch.float32)
+        else:
+            low, high = (120, 130) if name == "scale" else (0, 32)
+            packed[name] = torch.randint(low, high, size, generator=generator).to(dtype)
+    return packed
 
 
 def environment(asked: Options) -> Figures:
@@ -47,11 +68,12 @@ def environment(asked: Options) -> Figures:
 def bits(asked: Options) -> Figures:
     """Every format dequantized on the device, beside the CPU's result: the number of values that differ."""
     found: Figures = {}
-    for name, format in formats().items():
-        weight = torch.randn(96, 1088, generator=torch.Generator().manual_seed(0)) * 0.1
-        packed = format.quantize(weight)
+    weight = torch.randn(96, 1088, generator=torch.Generator().manual_seed(0)) * 0.1
+    made = {name: (format, format.quantize(weight)) for name, format in formats().items()}
+    made |= {name: (format, random_packed(format, (96, 1088))) for name, format in only_read().items()}
+    for name, (format, packed) in made.items():
         there = {key: tensor.to(asked.device) for key, tensor in packed.items()}
-        for dtype in (torch.bfloat16, torch.float32):
+        for dtype in (torch.bfloat16, torch.float16, torch.float32):
             here = format.dequantize(packed, (96, 1088), dtype)
             other = format.dequantize(there, (96, 1088), dtype).cpu()
             found[f"{name}, {str(dtype)[6:]}: values that differ"] = int((here != other).sum())
@@ -67,8 +89,11 @@ def bandwidth(asked: Options) -> Figures:
     other = torch.empty_like(out)
     copy = 2 * out.nbytes / median_seconds(lambda: other.copy_(out), asked.device) / 1e9
     found: Figures = {"copy, GB/s": copy}
-    for name, format in formats().items():
-        packed = format.quantize(torch.randn(shape, device=asked.device) * 0.02)
+    for name, format in {**formats(), **only_read()}.items():
+        if name in only_read():
+            packed = {key: tensor.to(asked.device) for key, tensor in random_packed(format, shape).items()}
+        else:
+            packed = format.quantize(torch.randn(shape, device=asked.device) * 0.02)
         moved = out.nbytes + sum(tensor.nbytes for tensor in packed.values())
         seconds = median_seconds(lambda f=format, p=packed: f.dequantize(p, shape, torch.bfloat16), asked.device)
         found[f"{name}, GB/s"] = moved / seconds / 1e9

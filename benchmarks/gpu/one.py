@@ -75,6 +75,8 @@ PARTS: dict[str, Callable[[Options], Figures]] = {
     "products": kernels.products,
     "products of few rows, us": kernels.few_rows,
     "gradient of the loss, bfloat16": kernels.loss_gradient,
+    "no waits within a micro-batch": steps.waits,
+    "steps beside the CPU's": steps.beside_the_cpu,
     "loading": loading,
     "loading of an 8B shape": loading_of_a_model,
     "merging of an 8B shape": merging_of_a_model,

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 Figures = dict[str, Any]
+MEASURED_ON = "measured on"
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,12 @@ class Options:
     again: bool
     json: Path
 
+    @property
+    def measured_on(self) -> Figures:
+        """The conditions of the figures: those of others are not taken for this call's."""
+        device = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "CPU"
+        return {"device": device, "ranks": self.ranks, "quick": self.quick}
+
 
 def options(local_rank: int = 0) -> Options:
     """From the command line; ends with exit code 2 if there is no such device."""
@@ -43,20 +50,28 @@ def options(local_rank: int = 0) -> Options:
         parser.error(f"--ranks: got {given.ranks}, must be at least 1")
     if given.device == "cuda" and torch.cuda.device_count() < given.ranks:
         parser.error(f"--device: got cuda for {given.ranks} ranks, PyTorch finds {torch.cuda.device_count()} GPUs here")
-    path = given.json or Path("runs") / f"gpu-{given.ranks}.json"
+    tried = f"{'-cpu' if given.device == 'cpu' else ''}{'-quick' if given.quick else ''}"
+    path = given.json or Path("runs") / f"gpu-{given.ranks}{tried}.json"
     device = torch.device("cuda", local_rank) if given.device == "cuda" else torch.device("cpu")
-    return Options(device, given.quick, given.ranks, given.again, path)
+    asked = Options(device, given.quick, given.ranks, given.again, path)
+    if path.is_file() and not given.again:
+        before = json.loads(path.read_text()).get(MEASURED_ON)
+        if before != asked.measured_on:
+            parser.error(f"--json: got {path}, measured on {before}, must be of {asked.measured_on}; or --again")
+    return asked
 
 
 def run_parts(asked: Options, parts: Mapping[str, Callable[[Options], Figures]], *, writes: bool = True) -> int:
     """Do every part that the file lacks, and print the table; returns the exit code, 1 if a part failed.
 
     A part that fails is told with its reason and does not stop the others; it is done again by the next call. On
-    several ranks all run the parts, and one `writes`.
+    several ranks all run the parts, and one `writes`; a failure ends them, for the others may be waiting within the
+    part for this rank.
     """
     known: dict[str, Figures] = {}
     if asked.json.is_file() and not asked.again:
         known = {name: found for name, found in json.loads(asked.json.read_text()).items() if "failed" not in found}
+    known[MEASURED_ON] = asked.measured_on
     for name, part in parts.items():
         if name in known:
             continue
@@ -72,6 +87,8 @@ def run_parts(asked: Options, parts: Mapping[str, Callable[[Options], Figures]],
             unfinished = asked.json.with_suffix(".tmp")
             unfinished.write_text(json.dumps(known, indent=1) + "\n")
             unfinished.replace(asked.json)
+        if asked.ranks > 1 and "failed" in known[name]:
+            break
     if writes:
         _print_table(known)
         print(f"figures: {asked.json}")

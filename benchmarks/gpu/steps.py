@@ -3,13 +3,14 @@
 import importlib.util
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from parts import Figures, Options
 from torch import nn
+from torch.autograd import DeviceType
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from dist_qft.base_model.loss import IGNORED
@@ -20,7 +21,7 @@ from dist_qft.methods.specs import make_spec
 from dist_qft.sharding.engines import engine_of
 from dist_qft.training.activations import checkpoint_activations
 from dist_qft.training.step_meter import held_bytes
-from dist_qft.training.train_step import make_train_step
+from dist_qft.training.train_step import TrainStep, make_train_step
 from dist_qft.tuned_model.assemble import attach_trainables, settle_on
 
 AFFINE4 = {"linear": "affine4", "block": [1, 32]}
@@ -75,8 +76,8 @@ def random_base(config: RunConfig, device: torch.device, dtype: torch.dtype) -> 
     return base, engine
 
 
-def training_step(config: RunConfig, length: int, device: torch.device) -> Callable[[int], Any]:
-    """Our optimizer step on one packed row."""
+def prepared(config: RunConfig, length: int, device: torch.device) -> tuple[TrainStep, MicroBatch, BaseModel]:
+    """Our optimizer step, one packed row for it, and the base under it."""
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     base, engine = random_base(config, device, dtype)
     spec = make_spec(config, base)
@@ -87,6 +88,12 @@ def training_step(config: RunConfig, length: int, device: torch.device) -> Calla
     batch = packed_batch(length, base.vocab_size)
     if device.type == "cuda":
         batch = batch.pinned()
+    return training, batch, base
+
+
+def training_step(config: RunConfig, length: int, device: torch.device) -> Callable[[int], Any]:
+    """Our optimizer step on one packed row, by its number."""
+    training, batch, _ = prepared(config, length, device)
     return lambda number: training.run(number, [batch], check_digest=False)
 
 
@@ -137,13 +144,27 @@ def _profile(step: Callable[[], Any], device: torch.device) -> Figures:
         step()
         _wait(device)
         wall = (time.perf_counter() - started) * 1e6
-    spans = sorted((e.time_range.start, e.time_range.end, e.name) for e in profiler.events())
+    spans = device_spans(profiler.events())
+    attention = sorted({name[:60] for _, _, name in spans if "flash" in name or "fmha" in name or "attention" in name})
+    return {"idle share": 1 - busy_microseconds(spans) / wall, "kernels": len(spans), "attention kernels": attention}
+
+
+def device_spans(events: Iterable[Any]) -> list[tuple[float, float, str]]:
+    """Start, end and name of the work of the GPU, by its start.
+
+    The profiler lists the host's calls, too; the one that waits for the GPU lasts as long as the step.
+    """
+    work = (e for e in events if e.device_type == DeviceType.CUDA and not getattr(e, "is_user_annotation", False))
+    return sorted((e.time_range.start, e.time_range.end, e.name) for e in work)
+
+
+def busy_microseconds(spans: Iterable[tuple[float, float, str]]) -> float:
+    """The time in which at least one of these spans, sorted by their start, lasts."""
     busy, until = 0.0, 0.0
     for start, end, _ in spans:
         busy += max(0.0, end - max(start, until))
         until = max(until, end)
-    attention = sorted({name[:60] for _, _, name in spans if "flash" in name or "fmha" in name or "attention" in name})
-    return {"idle share": 1 - busy / wall, "kernels": len(spans), "attention kernels": attention}
+    return busy
 
 
 def ceiling(config: LlamaConfig, tokens_per_second: float) -> float:
@@ -167,6 +188,50 @@ def step_of(name: str, **sections: Any) -> Callable[[Options], Figures]:
         return found | {"TFLOP/s of the base": ceiling(model_config(asked.quick), found["tokens/s"])}
 
     return part
+
+
+def waits(asked: Options) -> Figures:
+    """Micro-batches of every method, forward and backward, in which PyTorch refuses whatever waits for the GPU."""
+    found: Figures = {}
+    for name in possible():
+        with run_config(name, asked.quick, layers=2) as config:
+            training, batch, _ = prepared(config, 256, asked.device)
+            training.run(0, [batch], check_digest=False)  # what is built or looked up once
+            if asked.device.type == "cuda":
+                torch.cuda.set_sync_debug_mode("error")
+            try:
+                training._accumulate(1, [batch])
+            finally:
+                if asked.device.type == "cuda":
+                    torch.cuda.set_sync_debug_mode("default")
+        found[name] = "no wait"
+    return found
+
+
+def beside_the_cpu(asked: Options) -> Figures:
+    """Loss and gradient's norm of three steps of every method, tiny, beside the same steps in float32 on the CPU."""
+    found: Figures = {}
+    for name in possible():
+        with run_config(name, quick=True) as config:
+            here, batch, base = prepared(config, 128, torch.device("cpu"))
+            there, same, other = prepared(config, 128, asked.device)
+        with torch.no_grad():
+            for part, mine in zip(other.model.parameters(), base.model.parameters(), strict=True):
+                part.copy_(mine)
+            there.flat.values.copy_(here.flat.values)
+        for number in range(3):
+            mine, theirs = (t.run(number, [b], check_digest=False) for t, b in ((here, batch), (there, same)))
+            found[f"{name}, step {number + 1}: loss, CPU, GPU"] = [mine.loss, theirs.loss]
+            found[f"{name}, step {number + 1}: norm, CPU, GPU"] = [mine.grad_norm, theirs.grad_norm]
+            if abs(mine.loss - theirs.loss) > 0.02 or abs(mine.grad_norm - theirs.grad_norm) > 0.05 * mine.grad_norm:
+                raise AssertionError(f"other figures than on the CPU: {found}")
+    return found
+
+
+def possible() -> list[str]:
+    """The methods whose formats can be used here."""
+    nf4 = importlib.util.find_spec("bitsandbytes") is not None
+    return [name for name, made in METHODS.items() if nf4 or made["quantization"]["linear"] != "nf4"]
 
 
 def long_row(asked: Options) -> Figures:

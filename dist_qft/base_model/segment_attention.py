@@ -7,11 +7,12 @@ Registered with transformers under a name of its own, so that a decoder calls it
 in generation, it is transformers' "sdpa" with its masks.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PretrainedConfig, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -25,6 +26,7 @@ _LAYER_TYPES = ("full_attention", "sliding_attention")
 _NOT_HERE = ("softcap", "s_aux", "position_bias")  # what changes scores in ways that only some kernels have
 _FLASH_DTYPES = (torch.bfloat16, torch.float16)
 _FLASH_HEAD_DIM = 256
+_FLASH_MULTIPLE = 8
 _watching: list[set[nn.Module]] = []
 
 
@@ -58,6 +60,7 @@ def segment_attention(
         raise ValueError("attention with changed scores, or that is not causal, needs a mask")
     for reached in _watching:
         reached.add(module)
+    query, key, value = _as_autocast((query, key, value))
     window = sliding_window if sliding_window is not None and sliding_window < segments.longest else None
     if _has_flash(query, value) and not (segments.whole_rows and window is None):
         return _flash(query, key, value, segments, scaling, window), None
@@ -66,10 +69,20 @@ def segment_attention(
     return _by_sample(module, query, key, value, segments, scaling, window), None
 
 
+def _as_autocast(tensors: tuple[Tensor, ...]) -> Iterable[Tensor]:
+    """The tensors as autocast gives them to PyTorch's attention; it does not know the one for different lengths.
+
+    In a side network rotary embeddings have made float32 of queries and keys.
+    """
+    if tensors[0].device.type != "cuda" or not torch.is_autocast_enabled("cuda"):
+        return tensors
+    return (tensor.to(torch.get_autocast_dtype("cuda")) for tensor in tensors)
+
+
 def _has_flash(query: Tensor, value: Tensor) -> bool:
     if query.device.type != "cuda" or query.dtype not in _FLASH_DTYPES:
         return False
-    same = query.shape[-1] == value.shape[-1] <= _FLASH_HEAD_DIM and query.shape[-1] % 8 == 0
+    same = query.shape[-1] == value.shape[-1] <= _FLASH_HEAD_DIM
     return same and torch.cuda.get_device_capability(query.device)[0] >= 8
 
 
@@ -78,7 +91,11 @@ def _flash(
 ) -> Tensor:
     from torch.nn.attention.varlen import varlen_attn
 
-    q, k, v = (tensor.transpose(1, 2).flatten(0, 1) for tensor in (query, key, value))
+    width = query.shape[-1]
+    # Zeros change neither scores nor sums. A side network's heads may be as narrow as 4.
+    lacking = -width % _FLASH_MULTIPLE
+    q, k, v = (F.pad(t, (0, lacking)) if lacking else t for t in (query, key, value))
+    q, k, v = (tensor.transpose(1, 2).flatten(0, 1) for tensor in (q, k, v))
     found = varlen_attn(
         q,
         k,
@@ -87,12 +104,12 @@ def _flash(
         segments.starts,
         segments.longest,
         segments.longest,
-        scale=scaling,
+        scale=width**-0.5 if scaling is None else scaling,
         window_size=(-1 if window is None else window - 1, 0),
         enable_gqa=query.shape[1] != key.shape[1],
     )
     assert isinstance(found, Tensor), "no auxiliary outputs were asked for"
-    return found.unflatten(0, (query.shape[0], query.shape[2]))
+    return found[..., :width].unflatten(0, (query.shape[0], query.shape[2]))
 
 
 def _by_sample(

@@ -14,6 +14,7 @@ import torch.distributed as dist
 from dist_qft.errors import DistQFTError, SetupError
 from dist_qft.ranks import mpi
 from dist_qft.ranks.activity import Activity
+from dist_qft.ranks.device import let_segments_grow
 from dist_qft.ranks.groups import leave_group
 from dist_qft.ranks.launchers import LAUNCHER
 from dist_qft.ranks.network import LOOPBACK, choose_interface, client_store, listening_address, listening_store
@@ -65,8 +66,7 @@ def _join(world: World, device: torch.device, timeout: timedelta) -> None:
     choose_interface(world.single_node, world.master_address)
     backend, own = "gloo", None
     if device.type == "cuda":
-        # Rows of other lengths at each step leave holes of all sizes; segments that grow have none.
-        os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
+        let_segments_grow()
         # cuDNN's attention plans anew for each length of a row, on the host; flash attention does not.
         os.environ.setdefault("TORCH_CUDNN_SDPA_DEPRIORITIZED", "1")
         torch.cuda.set_device(device)

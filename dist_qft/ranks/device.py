@@ -14,6 +14,8 @@ from dist_qft.ranks.collectives import everywhere
 from dist_qft.ranks.world import World
 
 CPU_PRECISION = "DIST_QFT_CPU_PRECISION"  # float32 or bfloat16: the meaning of `auto` on CPUs, for clusters of several
+_ALLOCATOR_SETTINGS = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")  # the second is the name of old
+_GROWING = "expandable_segments:True"
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 _BFLOAT16_UNITS = ("amx_bf16", "avx512_bf16")  # as Linux calls them
 
@@ -64,6 +66,17 @@ def why_dtype(setting: str, device: torch.device) -> str:
     if os.environ.get(CPU_PRECISION):
         return f"auto, {CPU_PRECISION}"
     return f"auto: this CPU has {', '.join(units)}" if (units := bfloat16_units()) else "auto: a CPU without bfloat16"
+
+
+def let_segments_grow() -> None:
+    """Have PyTorch's allocator of GPU memory extend its segments, unless the user has set it otherwise.
+
+    Rows of other lengths at each step leave holes of all sizes; segments that grow have none. The allocator is told as
+    well as the environment, which a CUDA build may have read when it was imported.
+    """
+    if not any(name in os.environ for name in _ALLOCATOR_SETTINGS):
+        os.environ[_ALLOCATOR_SETTINGS[0]] = _GROWING
+        torch._C._accelerator_setAllocatorSettings(_GROWING)
 
 
 def compute_reproducibly(device: torch.device) -> None:

@@ -7,12 +7,13 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
+CPU = {"measured on": {"device": "CPU", "ranks": 1, "quick": True}}
 KNOWN = {"bfloat16 product, TFLOP/s": 123.0}
 
 
 def test_every_part_for_one_gpu(tmp_path):
     path = tmp_path / "figures.json"
-    path.write_text(json.dumps({"products": KNOWN, "loading": {"failed": "an earlier call was stopped here"}}))
+    path.write_text(json.dumps({**CPU, "products": KNOWN, "loading": {"failed": "an earlier call was stopped here"}}))
     command = [ROOT / "benchmarks/gpu.sh", "--device", "cpu", "--quick", "--json", path]
     env = {**os.environ, "PYTHON": sys.executable}
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300, check=False)
@@ -22,6 +23,7 @@ def test_every_part_for_one_gpu(tmp_path):
     assert not [name for name, part in found.items() if "failed" in part] and "qst, 4096 tokens" in found
     assert all(part["tokens/s"] > 0 for name, part in found.items() if "tokens" in name and "skipped" not in part)
     assert max(value for key, value in found["gradient of the loss, bfloat16"].items() if key[:2] == "p ") < 0.01
+    assert set(found["no waits within a micro-batch"]) >= {"qlora", "qbara", "qahira", "qst"}
     assert found["qahira, 4096 tokens"]["tokens/s"] > 0 and f"figures: {path}" in done.stdout
 
 
@@ -29,3 +31,15 @@ def test_a_machine_without_gpus_is_told_so():
     env = {**os.environ, "PYTHON": sys.executable, "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run([ROOT / "benchmarks/gpu.sh"], env=env, capture_output=True, text=True, check=False)
     assert done.returncode == 2 and "--device: got cuda for 1 ranks, PyTorch finds 0 GPUs here" in done.stderr
+
+
+def test_figures_of_another_device_are_not_taken_for_this_ones(tmp_path):
+    """Of a trial on a CPU, say, with tiny shapes: the table of a GPU would have shown them."""
+    path = tmp_path / "figures.json"
+    for other in ({"device": "NVIDIA H100", "ranks": 1, "quick": True}, {**CPU["measured on"], "quick": False}, None):
+        path.write_text(json.dumps({"measured on": other, "products": KNOWN}))
+        command = [ROOT / "benchmarks/gpu.sh", "--device", "cpu", "--quick", "--json", path]
+        env = {**os.environ, "PYTHON": sys.executable}
+        done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
+        assert done.returncode == 2 and f"--json: got {path}" in done.stderr
+        assert json.loads(path.read_text())["products"] == KNOWN

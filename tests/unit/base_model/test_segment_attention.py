@@ -1,9 +1,11 @@
 """Attention by the borders of samples: against transformers' masks, and what it never makes."""
 
 import itertools
+from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlamaConfig, MistralConfig
@@ -118,3 +120,25 @@ def test_packing_is_tried_with_the_rows_of_a_micro_batch(tmp_path, monkeypatch):
     base.require_separate_samples(torch.device("cpu"), rows_at_once=1)
     with pytest.raises(UserError, match=r"data\.packing: "):
         base.require_separate_samples(torch.device("cpu"), rows_at_once=4)
+
+
+@pytest.mark.parametrize("width", [4, 8, 12])
+def test_flash_attention_is_given_heads_of_any_width(monkeypatch, width):
+    """Its kernels take multiples of 8; heads of a side network may be as narrow as 4. The rest of a head is zeros."""
+
+    def by_sample(q, k, v, starts, _, longest, __, *, scale, window_size, enable_gqa):
+        assert q.shape[-1] % 8 == 0 and window_size == (-1, 0)
+        pieces = []
+        for start, stop in zip(starts[:-1].tolist(), starts[1:].tolist(), strict=True):
+            part = (tensor[start:stop].transpose(0, 1)[None] for tensor in (q, k, v))
+            found = F.scaled_dot_product_attention(*part, is_causal=True, scale=scale, enable_gqa=enable_gqa)
+            pieces.append(found[0].transpose(0, 1))
+        return torch.cat(pieces)
+
+    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", by_sample)
+    query, key, value = (torch.randn(2, heads, 9, width, dtype=torch.float64) for heads in (4, 2, 2))
+    segments = Segments.of(torch.tensor([[0, 1, 2, 0, 1, 2, 3, 0, 1], [0, 1, 2, 3, 4, 5, 0, 1, 2]]))
+    module = SimpleNamespace(is_causal=True, num_key_value_groups=2, training=True)
+    expected = segment_attention._by_sample(module, query, key, value, segments, None, None)
+    found = segment_attention._flash(query, key, value, segments, None, None)
+    assert torch.allclose(found, expected, rtol=1e-12, atol=1e-12)

@@ -14,6 +14,7 @@ from dist_qft.ranks.device import (
     compute_dtype,
     compute_reproducibly,
     device_for,
+    let_segments_grow,
     order_required,
 )
 from dist_qft.ranks.groups import leave_group
@@ -148,3 +149,20 @@ def test_an_operator_without_one_order_is_the_configs_mistake():
             raise RuntimeError("another error")
     finally:
         torch.use_deterministic_algorithms(False)
+
+
+def test_segments_of_gpu_memory_grow_unless_the_user_says_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[str] = []
+    monkeypatch.setattr(torch._C, "_accelerator_setAllocatorSettings", told.append)
+    for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):
+        with monkeypatch.context() as patched:
+            patched.delenv("PYTORCH_ALLOC_CONF", raising=False)
+            patched.setenv(name, "max_split_size_mb:512")
+            before = dict(os.environ)
+            let_segments_grow()
+            assert not told and dict(os.environ) == before
+    monkeypatch.setenv("PYTORCH_ALLOC_CONF", "")  # so that it is removed again
+    monkeypatch.delenv("PYTORCH_ALLOC_CONF")
+    monkeypatch.delenv("PYTORCH_CUDA_ALLOC_CONF", raising=False)
+    let_segments_grow()
+    assert told == ["expandable_segments:True"] == [os.environ["PYTORCH_ALLOC_CONF"]]

@@ -37,7 +37,7 @@ CASES = {
     "qablora": ({"name": "qablora", "rank": 4, "pool": 4, "repeat": 8}, TILES, 59, 156),
     "qahira": (QAHIRA, TILES, 52, 135),
     "qahira, merge-aware": ({**QAHIRA, "merge_aware": True}, TILES, 38, 135),
-    "qst": ({"name": "qst", "reduction": 4}, NF4, 176, 362),
+    "qst": ({"name": "qst", "reduction": 4}, NF4, 97, 213),
 }
 
 

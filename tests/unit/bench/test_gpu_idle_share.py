@@ -1,0 +1,46 @@
+"""The share of a step in which a GPU works, from a profiler's events; the profiler lists the host's calls as well."""
+
+import importlib.util
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from torch.autograd import DeviceType
+
+FOLDER = Path(__file__).parents[3] / "benchmarks/gpu"
+
+
+@pytest.fixture
+def steps(monkeypatch):
+    monkeypatch.syspath_prepend(FOLDER)
+    spec = importlib.util.spec_from_file_location("gpu_steps", FOLDER / "steps.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    yield module
+    for name in ("parts",):
+        sys.modules.pop(name, None)
+
+
+def event(name: str, start: float, end: float, device=DeviceType.CUDA, **more):
+    return SimpleNamespace(
+        name=name,
+        device_type=device,
+        time_range=SimpleNamespace(start=start, end=end),
+        is_user_annotation=False,
+        **more,
+    )
+
+
+def test_only_work_of_the_gpu_is_busy(steps):
+    events = [
+        event("cudaDeviceSynchronize", 0.0, 100.0, DeviceType.CPU),
+        event("gather", 15.0, 30.0),
+        event("product", 10.0, 20.0),
+        event("copy", 50.0, 55.0),
+    ]
+    events.append(event("optimizer", 0.0, 100.0))
+    events[-1].is_user_annotation = True
+    spans = steps.device_spans(events)
+    assert [name for _, _, name in spans] == ["product", "gather", "copy"]
+    assert steps.busy_microseconds(spans) == 25.0
