@@ -127,8 +127,9 @@ class SpanFinder:
         prompt = before.text if before and before.number == (previous.piece if previous else None) else None
         opening = opening_length(gap, prompt, located.notes)
         if opening is None:
-            header = self._shapes.header(shape, message, *conversation)
-            at = gap.rfind(header) if header.strip() else -1
+            # Some prompts begin with a line break that finished answers have not in front of their header.
+            header = self._shapes.header(shape, message, *conversation).lstrip()
+            at = gap.rfind(header) if header else -1
             if at < 0:
                 raise TemplateRefusal(
                     f"the chat template does not show where message {message} begins; must be one with "

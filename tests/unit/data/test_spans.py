@@ -70,6 +70,11 @@ TARGETS = {
         "Hello.\n<|im_end|>",
     ),
     "always asks in tokens": (kinds.ALWAYS_ASKS_IN_TOKENS, TURNS, "Hello.<|im_end|>Fine.<|im_end|>"),
+    "asks on a line of its own": (
+        kinds.CHATML.replace("<|im_end|>\n", "<|im_end|>").replace("prompt %}<", "prompt %}{{ '\n' }}<"),
+        TURNS,
+        "Hello.<|im_end|>Fine.<|im_end|>",
+    ),
     "begins to ask": (kinds.BEGINS_TO_ASK, TURNS, "Hello.<|im_end|>Fine.<|im_end|>"),
     "words end turns, and no prompt": (
         "{% for m in messages %}{{ m.role }}: {{ m.content }}{{ '[over]\n' }}{% endfor %}",
