@@ -63,7 +63,7 @@ def random_base(config: RunConfig, device: torch.device, dtype: torch.dtype) -> 
     settle_on(base, device)
     packed = {id(tensor) for weight in base.weights().values() for tensor in weight.packed().values()}
     for name, parameter in base.model.named_parameters():
-        part = engine.local(parameter)
+        part = torch.empty(engine.shape(parameter), dtype=parameter.dtype, device=device)  # whole: alike on all engines
         if not part.is_floating_point():
             part.random_(-100, 100) if part.dtype == torch.int8 else part.random_(0, 256)
         elif id(parameter) not in packed:
@@ -71,6 +71,7 @@ def random_base(config: RunConfig, device: torch.device, dtype: torch.dtype) -> 
         else:
             # affine4: codes of 0 to 15 around zero; the others' constants are scales.
             part.fill_(-0.02 if name.endswith("zero") else 0.0026 if name.endswith("scale") else 0.02)
+        engine.store(parameter, 0, part)
     for table in base.tables().values():
         engine.local(table.scale).fill_(2e-4)
     return base, engine
