@@ -4,8 +4,8 @@
 
 Every run goes through the package's own sharding and step, with torch's fake process group as the network and fake
 tensors as the model (`tests/support/fake_ranks.py`): nothing is computed, all shapes are. A line of 70B takes up to
-20 minutes of a CPU, one of 405B longer.
-Rows of 2,048 tokens, one per micro-batch and step, gradient checkpointing (not with qst), nodes of 8 ranks.
+20 minutes of a CPU, one of 405B longer. Rows of 2,048 tokens, one per micro-batch and step, gradient checkpointing (not
+with qst), nodes of 8 ranks.
 """
 
 import argparse

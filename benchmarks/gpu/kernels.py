@@ -2,7 +2,7 @@
 
 import importlib.util
 import platform
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from importlib.metadata import PackageNotFoundError, version
 
 import torch
@@ -49,6 +49,16 @@ def random_packed(format: Format, shape: tuple[int, int]) -> dict[str, Tensor]:
     return packed
 
 
+def every_format(weight: Tensor) -> Iterator[tuple[str, Format, dict[str, Tensor]]]:
+    """Names and formats, each with the weight packed, or of formats that are only read any tensors of its shape."""
+    for name, format in formats().items():
+        yield name, format, format.quantize(weight)
+    height, width = weight.shape
+    for name, format in only_read().items():
+        packed = random_packed(format, (height, width))
+        yield name, format, {key: tensor.to(weight.device) for key, tensor in packed.items()}
+
+
 def environment(asked: Options) -> Figures:
     """Versions and the device."""
     found: Figures = {"python": platform.python_version()}
@@ -69,9 +79,7 @@ def bits(asked: Options) -> Figures:
     """Every format dequantized on the device, beside the CPU's result: the number of values that differ."""
     found: Figures = {}
     weight = torch.randn(96, 1088, generator=torch.Generator().manual_seed(0)) * 0.1
-    made = {name: (format, format.quantize(weight)) for name, format in formats().items()}
-    made |= {name: (format, random_packed(format, (96, 1088))) for name, format in only_read().items()}
-    for name, (format, packed) in made.items():
+    for name, format, packed in every_format(weight):
         there = {key: tensor.to(asked.device) for key, tensor in packed.items()}
         for dtype in (torch.bfloat16, torch.float16, torch.float32):
             here = format.dequantize(packed, (96, 1088), dtype)
@@ -89,11 +97,7 @@ def bandwidth(asked: Options) -> Figures:
     other = torch.empty_like(out)
     copy = 2 * out.nbytes / median_seconds(lambda: other.copy_(out), asked.device) / 1e9
     found: Figures = {"copy, GB/s": copy}
-    for name, format in {**formats(), **only_read()}.items():
-        if name in only_read():
-            packed = {key: tensor.to(asked.device) for key, tensor in random_packed(format, shape).items()}
-        else:
-            packed = format.quantize(torch.randn(shape, device=asked.device) * 0.02)
+    for name, format, packed in every_format(torch.randn(shape, device=asked.device) * 0.02):
         moved = out.nbytes + sum(tensor.nbytes for tensor in packed.values())
         seconds = median_seconds(lambda f=format, p=packed: f.dequantize(p, shape, torch.bfloat16), asked.device)
         found[f"{name}, GB/s"] = moved / seconds / 1e9

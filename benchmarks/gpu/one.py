@@ -1,7 +1,6 @@
 """The parts for one GPU; started by `benchmarks/gpu.sh`."""
 
 import gc
-import importlib.util
 import subprocess
 import sys
 import tempfile
@@ -35,9 +34,7 @@ def loading(asked: Options) -> Figures:
 def loading_of_a_model(asked: Options) -> Figures:
     """Random weights of an 8B shape through the way that loads a model, a few layers of it: made on the device."""
     found: Figures = {}
-    for method in ("qlora", "qahira"):
-        if method == "qlora" and importlib.util.find_spec("bitsandbytes") is None:
-            continue
+    for method in (name for name in ("qlora", "qahira") if name in steps.possible()):
         with steps.run_config(method, asked.quick, layers=_LAYERS) as config:
             _, engine, seconds = shapes.loaded(config, asked.device)
         name, gigabytes = config.quantization.linear, engine.resident_bytes() / 1e9

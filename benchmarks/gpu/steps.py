@@ -181,7 +181,7 @@ def step_of(name: str, **sections: Any) -> Callable[[Options], Figures]:
     """The part that measures one method at 4,096 packed tokens."""
 
     def part(asked: Options) -> Figures:
-        if METHODS[name]["quantization"]["linear"] == "nf4" and importlib.util.find_spec("bitsandbytes") is None:
+        if name not in possible():
             return {"skipped": "bitsandbytes is not installed"}
         length = 128 if asked.quick else 4096
         with run_config(name, asked.quick, **sections) as config:

@@ -42,8 +42,8 @@ class Trackers:
         self, names: Sequence[str], output_dir: Path, config: dict[str, Any], *, resumed: bool, say: Say
     ) -> None:
         folder = (output_dir / TRACKERS_FOLDER).resolve()
-        opening = {"folder": str(folder), "name": output_dir.resolve().name, "config": without_home(config)}
-        opening |= {"resumed": resumed}
+        shown = without_home(config)
+        opening = {"folder": str(folder), "name": output_dir.resolve().name, "config": shown, "resumed": resumed}
         if names:
             folder.mkdir(parents=True, exist_ok=True)
         self._processes = [TrackerProcess(name, folder, say) for name in names]

@@ -15,7 +15,7 @@ from typing import Any
 from dist_qft.storage.atomic import json_text, publishing, write_text
 
 METRICS_FILE = "metrics.jsonl"
-_LOGGED = ("train/loss", "train/learning_rate", "train/grad_norm")  # figures that every logged step has
+_LOGGED = frozenset(("train/loss", "train/learning_rate", "train/grad_norm"))  # figures that every logged step has
 
 _BLOCK = 1 << 20  # bytes read at a time; also, a line is looked for within so many bytes from the end
 
@@ -89,7 +89,7 @@ def read_history(output_dir: Path) -> list[StepRecord]:
             record.get("train/target_tokens", 0),
         )
         for _, record in _records(path)
-        if record.keys() >= set(_LOGGED)
+        if record.keys() >= _LOGGED
     ]
     # Numbers that JSON lacks are null.
     return [each for each in found if all(isinstance(value, float | int | None) for value in vars(each).values())]

@@ -18,18 +18,12 @@ def steps(monkeypatch):
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     yield module
-    for name in ("parts",):
-        sys.modules.pop(name, None)
+    sys.modules.pop("parts", None)
 
 
-def event(name: str, start: float, end: float, device=DeviceType.CUDA, **more):
-    return SimpleNamespace(
-        name=name,
-        device_type=device,
-        time_range=SimpleNamespace(start=start, end=end),
-        is_user_annotation=False,
-        **more,
-    )
+def event(name: str, start: float, end: float, device=DeviceType.CUDA, annotation=False):
+    time_range = SimpleNamespace(start=start, end=end)
+    return SimpleNamespace(name=name, device_type=device, time_range=time_range, is_user_annotation=annotation)
 
 
 def test_only_work_of_the_gpu_is_busy(steps):
@@ -38,9 +32,8 @@ def test_only_work_of_the_gpu_is_busy(steps):
         event("gather", 15.0, 30.0),
         event("product", 10.0, 20.0),
         event("copy", 50.0, 55.0),
+        event("optimizer", 0.0, 100.0, annotation=True),
     ]
-    events.append(event("optimizer", 0.0, 100.0))
-    events[-1].is_user_annotation = True
     spans = steps.device_spans(events)
     assert [name for _, _, name in spans] == ["product", "gather", "copy"]
     assert steps.busy_microseconds(spans) == 25.0
