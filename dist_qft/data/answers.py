@@ -47,8 +47,8 @@ def _too_long(conversation: Conversation, limits: Lengths, where: str) -> bool:
     found, most = characters_of(conversation), most_characters(limits.maximum)
     if found > most and limits.overlong != "drop":
         raise RowError(
-            f"{where}: got a conversation of {found:,} characters, must be at most {most:,} for data.max_length "
-            f"{limits.maximum}, or set data.overlong to drop"
+            f"{where}: got a conversation of at least {found:,} characters, must be at most {most:,} for "
+            f"data.max_length {limits.maximum}, or set data.overlong to drop"
         )
     return found > most
 

@@ -20,18 +20,25 @@ from typing import Any, NoReturn
 
 from dist_qft.data.csv_rows import CsvFault, CsvRows
 from dist_qft.data.folders import FolderFiles, files_of_folder, kind_of
-from dist_qft.data.narrow_text import PART, narrow_lines, open_narrow, require_text, require_unpackable, widen, widened
+from dist_qft.data.narrow_text import (
+    PART,
+    narrow_lines,
+    open_narrow,
+    require_text,
+    require_unpackable,
+    widen,
+    widened,
+    with_narrow_escapes,
+)
 from dist_qft.data.records import LocatedRecord, Record, RowError
 from dist_qft.data.tables import read_arrow, read_parquet
 from dist_qft.errors import UserError
 from dist_qft.storage.lfs_pointer import refuse_lfs_pointer
 
-_WIDE_ESCAPE = re.compile(r"\\u(?!00[0-7])")  # in JSON, of a character that a narrow text cannot tell from a byte
-
 
 def names_local_data(path: Path) -> bool:
     """True for a name that is one of data files, and of no data set of the Hub."""
-    return kind_of(path) in READERS or path.suffix in _HINTS or glob.has_magic(str(path))
+    return kind_of(path) in _KINDS or path.suffix in _HINTS or glob.has_magic(str(path))
 
 
 def find_files(path: Path, key: str, split: str = "train") -> FolderFiles:
@@ -59,7 +66,7 @@ def find_files(path: Path, key: str, split: str = "train") -> FolderFiles:
 
 def _list_files(path: Path, key: str, split: str) -> FolderFiles:
     if path.is_dir():
-        found = files_of_folder(path, split, (_PLAIN, tuple(READERS)), key)
+        found = files_of_folder(path, split, (_PLAIN, _KINDS), key)
         if not found.files:
             hints = sorted({_HINTS[file.suffix] for file in path.iterdir() if file.suffix in _HINTS})
             raise UserError(
@@ -74,7 +81,7 @@ def _list_files(path: Path, key: str, split: str) -> FolderFiles:
             kind = "file fits the pattern" if glob.has_magic(str(path)) else "such file or folder:"
             raise UserError(f"{key}.path: no {kind} {path}")
     for file in files:
-        if kind_of(file) not in READERS:
+        if kind_of(file) not in _KINDS:
             hint = f"; {_HINTS[file.suffix]}" if file.suffix in _HINTS else ""
             raise UserError(f"{key}.path: {file} has an unknown file type; must be {_ALLOWED}{hint}")
     if split != "train":
@@ -83,15 +90,19 @@ def _list_files(path: Path, key: str, split: str) -> FolderFiles:
     return FolderFiles(files)
 
 
-def read_file(path: Path, counts: Counter[str]) -> Iterator[LocatedRecord]:
-    """Records of one data file; blank lines are skipped and counted in `counts["blank_lines"]`."""
+def read_file(path: Path, counts: Counter[str], longest: int | None = None) -> Iterator[LocatedRecord]:
+    """Records of one data file; blank lines are skipped and counted in `counts["blank_lines"]`.
+
+    Of a text of many more than `longest` characters that are not all ASCII, the beginning is enough, if more than that.
+    """
+    kind = kind_of(path)
     try:
-        yield from READERS[kind_of(path)](path, counts)
+        yield from _TABLES[kind](path, counts) if kind in _TABLES else _READERS[kind](path, counts, longest)
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise UserError(f"{path}: not a readable gzip file: {error}") from None
 
 
-def _read_jsonl(path: Path, counts: Counter[str]) -> Iterator[LocatedRecord]:
+def _read_jsonl(path: Path, counts: Counter[str], longest: int | None) -> Iterator[LocatedRecord]:
     lines = narrow_lines(path)
     for number in itertools.count(1):
         line = next(lines, "")
@@ -103,9 +114,10 @@ def _read_jsonl(path: Path, counts: Counter[str]) -> Iterator[LocatedRecord]:
             if "{" not in line and widened(line).isspace():
                 counts["blank_lines"] += 1
                 continue
+            line = with_narrow_escapes(line)
             value, is_narrow = _parse_json(line, path, number)
             line = ""  # a long line is not kept beside its record
-            record: Record | RowError = _as_record(value, is_narrow, where)
+            record: Record | RowError = _as_record(value, is_narrow, where, longest)
         except RowError as error:
             record = error
         line, value = "", None
@@ -113,14 +125,14 @@ def _read_jsonl(path: Path, counts: Counter[str]) -> Iterator[LocatedRecord]:
         record = {}
 
 
-def _read_json(path: Path, counts: Counter[str]) -> Iterator[LocatedRecord]:
+def _read_json(path: Path, counts: Counter[str], longest: int | None) -> Iterator[LocatedRecord]:
     size = 0
     for line in _checked_lines(path):
         size += len(line)
         require_unpackable(path, size)
         del line  # or the last one, which may be the whole file, would stay in memory
     with open_narrow(path) as stream:
-        text = stream.read()
+        text = with_narrow_escapes(stream.read())
     document, is_narrow = _parse_json(text, path, first_line=1)
     del text
     if isinstance(document, dict):
@@ -133,12 +145,12 @@ def _read_json(path: Path, counts: Counter[str]) -> Iterator[LocatedRecord]:
         where = f"{path}: record {index + 1}"
         value, document[index] = document[index], None  # a row that was read goes before the next becomes wide
         try:
-            yield _as_record(value, is_narrow, where), where
+            yield _as_record(value, is_narrow, where, longest), where
         except RowError as error:
             yield error, where
 
 
-def _read_csv(path: Path, counts: Counter[str]) -> Iterator[LocatedRecord]:
+def _read_csv(path: Path, counts: Counter[str], longest: int | None) -> Iterator[LocatedRecord]:
     lines = _checked_lines(path)  # narrow, as the header and the fields are
     first = [next(lines, "")]
     while first[-1] and not first[-1].strip("\r\n"):
@@ -158,7 +170,7 @@ def _read_csv(path: Path, counts: Counter[str]) -> Iterator[LocatedRecord]:
             elif len(row) != len(header):
                 yield RowError(f"{where}: {len(row)} columns where the header has {len(header)}"), where
             else:
-                widen(row)
+                widen(row, longest)
                 yield dict(zip(header, row, strict=True)), where
     except CsvFault as fault:
         raise UserError(f"{path}:{reader.line}: malformed CSV: {fault}") from None
@@ -172,16 +184,17 @@ def _separator(header: str, path: Path) -> str:
     return next((each for each in ",;\t" if each in outside), ",")
 
 
-_Reader = Callable[[Path, Counter[str]], Iterator[LocatedRecord]]
-_TEXTS: dict[str, _Reader] = {
+_TextReader = Callable[[Path, Counter[str], int | None], Iterator[LocatedRecord]]
+_TEXTS: dict[str, _TextReader] = {
     ".json": _read_json,
     ".jsonl": _read_jsonl,
     ".ndjson": _read_jsonl,
     ".csv": _read_csv,
     ".tsv": _read_csv,
 }
-_TABLES: dict[str, _Reader] = {".parquet": read_parquet, ".arrow": read_arrow}
-READERS: dict[str, _Reader] = {**_TEXTS, **_TABLES, **{f"{kind}.gz": reader for kind, reader in _TEXTS.items()}}
+_READERS = {**_TEXTS, **{f"{kind}.gz": reader for kind, reader in _TEXTS.items()}}
+_TABLES = {".parquet": read_parquet, ".arrow": read_arrow}
+_KINDS = (*_READERS, *_TABLES)
 # The types that a folder is searched for first: it may hold others that are no data, or the same data once more.
 _PLAIN = (".json", ".jsonl", ".csv", *_TABLES)
 _ALLOWED = f"{', '.join(_TEXTS)} (each also as .gz), {', '.join(_TABLES)}"
@@ -209,9 +222,10 @@ def _checked_lines(path: Path) -> Iterator[str]:
 def _parse_json(text: str, path: Path, first_line: int) -> tuple[Any, bool]:
     """The value of a narrow text as strict JSON, and True if its texts are still narrow.
 
-    A fault names its line in `path`, in which `text` starts at `first_line`.
+    A fault names its line in `path`, in which `text` starts at `first_line`, and its column, in which an escape counts
+    as the character that it stands for if the text is a long one (`with_narrow_escapes`).
     """
-    if len(text) > PART and not text.isascii() and not _WIDE_ESCAPE.search(text):
+    if len(text) > PART:
         try:
             return _loads(text), True
         except (ValueError, RecursionError):
@@ -247,13 +261,13 @@ def _refuse_constant(name: str) -> NoReturn:
     raise ValueError(f"{name} is not JSON")
 
 
-def _as_record(value: Any, is_narrow: bool, where: str) -> Record:
+def _as_record(value: Any, is_narrow: bool, where: str, longest: int | None) -> Record:
     if not isinstance(value, dict):
         array = isinstance(value, list) and value and all(isinstance(each, dict) for each in value)
         hint = " (a whole array of them? then name the file .json)" if array else ""
         raise RowError(f"{where}: {_json_type(value)}; must be an object{hint}")
     if is_narrow:
-        widen(value)
+        widen(value, longest)
     return value
 
 

@@ -8,6 +8,7 @@ So a file is taken apart as if it were Latin-1 (*narrow*), and only the values o
 import codecs
 import gzip
 import io
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TextIO
@@ -19,6 +20,10 @@ PART = 2**20  # characters of a long line that are read at a time
 _DECODED = 2**16  # bytes that become text at a time
 _UNPACKED = 2**28  # bytes of the longest line in a compressed file: few of its bytes can hold gigabytes
 _MARK = codecs.BOM_UTF8.decode("latin-1")
+# In JSON. Its groups: the digits of a character that a narrow text cannot tell from bytes, and of a pair the second's.
+_ESCAPE = re.compile(
+    r"\\(?:u(?!00[0-7])([0-9a-fA-F]{4})(?:(?<=u[dD][89abAB]..)\\u([dD][c-fC-F][0-9a-fA-F]{2}))?|.)", re.DOTALL
+)
 
 
 def open_narrow(path: Path) -> TextIO:
@@ -61,7 +66,7 @@ def require_text(line: str, path: Path, number: int) -> None:
     bad = line.find("\0")
     if bad < 0 and not line.isascii():
         try:
-            for _ in _decoded(line):
+            for _ in _decoded(line, "strict"):
                 pass
         except UnicodeDecodeError as error:
             bad = error.start
@@ -75,8 +80,33 @@ def widened(text: str) -> str:
     return text if text.isascii() else "".join(_decoded(text))
 
 
-def widen(record: dict[str, Any] | list[Any]) -> None:
-    """Replace all texts in a narrow record, its keys included, by those that they stand for; one after the other."""
+def with_narrow_escapes(text: str) -> str:
+    """A narrow JSON text with the UTF-8 bytes of characters in place of their escapes; a short one as it is."""
+    if len(text) <= PART or "\\u" not in text:
+        return text
+    parts: list[str] = []
+    written, done = bytearray(), 0
+    for escape in _ESCAPE.finditer(text):
+        if escape[1] is None:
+            continue
+        code = int(escape[1], 16)
+        if escape[2] is not None:
+            code = 0x10000 + ((code - 0xD800) << 10) + int(escape[2], 16) - 0xDC00
+        if escape.start() - done + len(written) > _DECODED:
+            parts += [written.decode("latin-1"), text[done : escape.start()]]
+            written.clear()
+        else:
+            written += text[done : escape.start()].encode("latin-1")
+        written += chr(code).encode(errors="surrogatepass")  # JSON can write half of a pair
+        done = escape.end()
+    return "".join([*parts, written.decode("latin-1"), text[done:]])
+
+
+def widen(record: dict[str, Any] | list[Any], longest: int | None = None) -> None:
+    """Replace all texts in a narrow record, its keys included, by those that they stand for; one after the other.
+
+    Of a text of many more than `longest` characters the beginning, if more than that.
+    """
     holders: list[Any] = [record]
     while holders:
         holder = holders.pop()
@@ -90,18 +120,23 @@ def widen(record: dict[str, Any] | list[Any]) -> None:
                 case dict() | list():
                     holders.append(holder[key])
                 case str() if not holder[key].isascii():
-                    parts = list(_decoded(holder[key]))
+                    parts, characters = [], 0
+                    for part in _decoded(holder[key]):
+                        parts.append(part)
+                        characters += len(part)
+                        if longest is not None and characters > longest:
+                            break
                     holder[key] = None  # the narrow text goes before the wide one is put together
                     holder[key] = "".join(parts)
 
 
-def _decoded(text: str) -> Iterator[str]:
+def _decoded(text: str, errors: str = "surrogatepass") -> Iterator[str]:
     """Parts of the text that a narrow one stands for. UnicodeDecodeError with the place in all of the narrow text."""
     at = 0
     while at < len(text):
         part, last = text[at : at + _DECODED].encode("latin-1"), at + _DECODED >= len(text)
         try:
-            decoded, used = codecs.utf_8_decode(part, "strict", last)
+            decoded, used = codecs.utf_8_decode(part, errors, last)
         except UnicodeDecodeError as error:
             raise UnicodeDecodeError("utf-8", part, at + error.start, at + error.end, error.reason) from None
         yield decoded

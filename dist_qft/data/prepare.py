@@ -16,6 +16,7 @@ from transformers import PreTrainedTokenizerBase
 from dist_qft.config.data_schema import DataConfig, TaskConfig
 from dist_qft.data.dataset import FORMAT_VERSION, TokenDataset
 from dist_qft.data.encode import Encoded, dropped_line, encode_records
+from dist_qft.data.long_texts import most_characters
 from dist_qft.data.mixture import shares
 from dist_qft.data.sources import Source, open_data_source
 from dist_qft.data.tokens import SampleEncoder, TokenSequence
@@ -61,8 +62,8 @@ def prepare(
         SetupError: the cache cannot be written, or another process has been building the same data for an hour.
     """
     assert data.eval is None or not data.eval_samples, "the config's check refuses both"
-    sources = {key: open_data_source(dataset, key) for key, dataset in data.train_sets().items()}
-    sources |= {key: open_data_source(dataset, key) for key, dataset in data.eval_sets().items()}
+    sets, longest = {**data.train_sets(), **data.eval_sets()}, most_characters(data.max_length)
+    sources = {key: open_data_source(dataset, key, longest) for key, dataset in sets.items()}
     task = task or TaskConfig()
     encoder = SampleEncoder(
         tokenizer,

@@ -37,8 +37,10 @@ class Source:
     notes: tuple[str, ...] = ()
 
 
-def open_data_source(dataset: DatasetConfig, key: str) -> Source:
+def open_data_source(dataset: DatasetConfig, key: str, longest: int | None = None) -> Source:
     """The source that `dataset` names. `key` is its config section (`data.train`), for messages.
+
+    longest: characters of a text that are wanted at most, see `files.read_file`.
 
     UserError: no such file, folder or Hub data set; a file that cannot be read, is empty, or has an unknown type;
     a split or name that the source does not have.
@@ -46,7 +48,7 @@ def open_data_source(dataset: DatasetConfig, key: str) -> Source:
     if dataset.path == STDLIB_DOCS:
         return _open_stdlib_docs(dataset, key)
     path = _local_path(dataset)
-    return _open_hub(dataset, key) if path is None else _open_files(dataset, path, key)
+    return _open_hub(dataset, key) if path is None else _open_files(dataset, path, key, longest)
 
 
 def require_local_files(dataset: DatasetConfig, key: str) -> None:
@@ -73,7 +75,7 @@ def _local_path(dataset: DatasetConfig) -> Path | None:
     return path if local else None
 
 
-def _open_files(dataset: DatasetConfig, path: Path, key: str) -> Source:
+def _open_files(dataset: DatasetConfig, path: Path, key: str, longest: int | None) -> Source:
     if dataset.name is not None:
         raise UserError(f"{key}.name: {path} is local and has none; name the wanted file in {key}.path")
     found = find_files(path, key, dataset.split)
@@ -83,7 +85,7 @@ def _open_files(dataset: DatasetConfig, path: Path, key: str) -> Source:
 
     def read(counts: Counter[str]) -> Iterator[LocatedRecord]:
         for file in found.files:
-            yield from read_file(file, counts)
+            yield from read_file(file, counts, longest)
 
     return Source(digest.hexdigest(), read, tuple(found.notes))
 

@@ -247,7 +247,7 @@ class SampleEncoder:
             return *self._tokenize_whole("".join(texts), where, add_special_tokens), False
         if tokens is None:
             raise RowError(
-                f"{where}: got {characters:,} characters, of which the first {most:,} do not tell the "
+                f"{where}: got at least {characters:,} characters, of which the first {most:,} do not tell the "
                 f"{self._max_length} tokens of data.max_length; must be at most {most:,}"
             )
         return *tokens, True
