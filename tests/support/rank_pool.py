@@ -9,6 +9,7 @@ anew for the next test, because its ranks may no longer agree on which collectiv
 
 import multiprocessing
 import os
+import shutil
 import tempfile
 import traceback
 from collections.abc import Callable
@@ -26,6 +27,7 @@ class RankPool:
         self.size = size
         self._pipes: list[Connection] = []
         self._processes: list[multiprocessing.Process] = []
+        self._folder = ""
 
     def run(self, function: Callable[..., Any], **arguments: Any) -> list[Any]:
         if not self._processes:
@@ -49,11 +51,13 @@ class RankPool:
             process.kill()
             process.join()
         self._pipes, self._processes = [], []
+        shutil.rmtree(self._folder, ignore_errors=True)
 
     def _start(self) -> None:
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(_PRELOADED)
-        store = os.path.join(tempfile.mkdtemp(prefix="ranks-"), "store")
+        self._folder = tempfile.mkdtemp(prefix="ranks-")
+        store = os.path.join(self._folder, "store")
         for rank in range(self.size):
             ours, theirs = context.Pipe()
             process = context.Process(target=_serve, args=(rank, self.size, store, theirs), daemon=True)
