@@ -1,20 +1,17 @@
 """The parts for one GPU; started by `benchmarks/gpu.sh`."""
 
 import gc
-import subprocess
 import sys
-import tempfile
 from collections.abc import Callable
-from pathlib import Path
 
 import kernels
+import runs
 import shapes
 import steps
 import torch
 from parts import Figures, Options, options, run_parts
 
 from dist_qft.bench.measuring import median_seconds
-from dist_qft.bench.models import GGUF, cache
 from dist_qft.ranks.connection import connect
 from dist_qft.ranks.world import World
 
@@ -49,22 +46,6 @@ def merging_of_a_model(asked: Options) -> Figures:
     return {f"s for {_LAYERS} layers": seconds, "million zeros": folded / 1e6}
 
 
-def smollm2(asked: Options) -> Figures:
-    """A run of two steps on SmolLM2, merged, by the command; skipped where its file is not."""
-    path = cache() / GGUF
-    if not path.is_file() or asked.quick:
-        return {"skipped": "with --quick" if asked.quick else f"no file {path}; launch/get_smollm2.sh gets it"}
-    with tempfile.TemporaryDirectory() as folder:
-        words = [f"output_dir={folder}/run", f"model.path={path}", f"sharding.device={asked.device.type}"]
-        words += ["train.max_steps=2", "merge.at_end=gguf", "data.train.path=stdlib-docs", f"data.cache_dir={folder}"]
-        config = Path(__file__).parents[2] / "configs/smollm2/qahira.yaml"
-        command = [sys.executable, "-m", "dist_qft", "train", str(config), *words]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise RuntimeError(f"exit code {done.returncode}: {done.stderr.strip().splitlines()[-1:]}")
-    return {"run, merged": "exit code 0"}
-
-
 PARTS: dict[str, Callable[[Options], Figures]] = {
     "environment": kernels.environment,
     "bits of the kernels": kernels.bits,
@@ -83,7 +64,7 @@ PARTS: dict[str, Callable[[Options], Figures]] = {
     "qst, 4096 tokens": steps.step_of("qst"),
     "PEFT with bitsandbytes, 4096 tokens": steps.peft,
     "qahira, 32768 tokens": steps.long_row,
-    "SmolLM2": smollm2,
+    **runs.PARTS,
 }
 
 
