@@ -20,6 +20,7 @@ from dist_qft.base_model.skeleton import BaseModel, build_skeleton
 from dist_qft.base_model.weight_files import local_source
 from dist_qft.config.check import accumulation_steps, config_warnings
 from dist_qft.config.schema import RunConfig, TrainConfig
+from dist_qft.data.sources import missing_data
 from dist_qft.errors import UserError
 from dist_qft.methods.reference import require_reference
 from dist_qft.methods.specs import make_spec
@@ -215,7 +216,8 @@ def _batch(config: RunConfig, accumulation: int) -> PlannedBatch:
 
 
 def _warnings(config: RunConfig, spec: TrainableSpec[Any], base: BaseModel) -> list[str]:
-    return config_warnings(config) + engine_warnings(config) + spec.warnings(base) + base.notes
+    missing = [] if config.data is None else missing_data(config.data)
+    return config_warnings(config) + engine_warnings(config) + spec.warnings(base) + base.notes + missing
 
 
 def _notes_on_files(config: RunConfig, base: BaseModel) -> list[str]:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
-from dist_qft.config.data_schema import DatasetConfig
+from dist_qft.config.data_schema import DataConfig, DatasetConfig
 from dist_qft.data import stdlib_docs
 from dist_qft.data.files import find_files, names_local_data, read_file
 from dist_qft.data.records import LocatedRecord
@@ -55,6 +55,17 @@ def require_local_files(dataset: DatasetConfig, key: str) -> None:
     """Refuse files of this machine that are missing or empty, without reading them. Elsewhere nothing is asked."""
     if dataset.path != STDLIB_DOCS and (path := _local_path(dataset)) is not None:
         find_files(path, key, dataset.split)
+
+
+def missing_data(data: DataConfig) -> list[str]:
+    """Lines that say which local data sets of `data` this machine does not have; files are opened and not read."""
+    found = []
+    for key, dataset in {**data.train_sets(), **data.eval_sets()}.items():
+        try:
+            require_local_files(dataset, key)
+        except UserError as error:
+            found.append(f"{error} (on this machine; a run needs it)")
+    return found
 
 
 def load_records(dataset: DatasetConfig, source: Source, key: str, counts: Counter[str]) -> Iterator[LocatedRecord]:

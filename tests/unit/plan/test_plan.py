@@ -212,6 +212,14 @@ def test_refusals(plan, overrides, world_size, message):
     assert message in str(refusal.value)
 
 
+def test_data_that_are_not_on_this_machine_are_warned_of(plan, tmp_path):
+    (tmp_path / "there.jsonl").write_text('{"text": "one"}\n')
+    files = [f"data.train.path={tmp_path}/there.jsonl", f"data.eval.path={tmp_path}/missing.jsonl"]
+    [warning] = plan(*files)["warnings"]
+    assert warning.startswith(f"data.eval.path: no such file or folder: {tmp_path}/missing.jsonl")
+    assert plan("data.train.path=someone/a-set-of-the-hub")["warnings"] == []
+
+
 def test_json_is_the_only_output_and_survives_the_trip(make, capsys):
     result = make("method.name=qalora", world_size=2)
     print_plan(result, as_json=True)
