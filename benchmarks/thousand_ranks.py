@@ -4,15 +4,18 @@
 
 Every run goes through the package's own sharding and step, with torch's fake process group as the network and fake
 tensors as the model (`tests/support/fake_ranks.py`): nothing is computed, all shapes are. A line of 70B takes up to
-20 minutes of a CPU, one of 405B longer. Rows of 2,048 tokens, one per micro-batch and step, gradient checkpointing (not
-with qst), nodes of 8 ranks.
+20 minutes of a CPU, so the last of them and those of 405B have a tenth of their layers, which are all alike. Rows of
+2,048 tokens, one per micro-batch and step, gradient checkpointing (not with qst), nodes of 8 ranks.
 """
 
 import argparse
+import copy
 import json
 import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
+
+from transformers import PretrainedConfig
 
 from benchmarks.hardware import METHODS, SHAPES
 from dist_qft.config.schema import RunConfig
@@ -35,6 +38,7 @@ class Run:
     engine: str
     group: str
     spread: bool
+    layers: int | None = None  # of the model's own, by default all
 
 
 # Every engine, group and method at every number of ranks with another of the rest.
@@ -46,11 +50,11 @@ RUNS = (
     Run("70B", 8, "qst", "zero", "world", False),
     Run("70B", 128, "qlora", "fsdp", "node", False),
     Run("70B", 1024, "qahira", "zero", "node", True),
-    Run("70B", 4096, "qlora", "fsdp", "world", True),
-    Run("405B", 8, "qahira", "fsdp", "world", True),
-    Run("405B", 128, "qlora", "zero", "world", False),
-    Run("405B", 1024, "qst", "fsdp", "node", True),
-    Run("405B", 4096, "qahira", "fsdp", "node", True),
+    Run("70B", 4096, "qlora", "fsdp", "world", True, 8),
+    Run("405B", 8, "qahira", "fsdp", "world", True, 12),
+    Run("405B", 128, "qlora", "zero", "world", False, 12),
+    Run("405B", 1024, "qst", "fsdp", "node", True, 12),
+    Run("405B", 4096, "qahira", "fsdp", "node", True, 12),
 )
 COLUMNS = (
     "model", "ranks", "method, engine, group, optimizer", "base received per micro-batch, GiB", "over all ranks, GiB",
@@ -67,12 +71,19 @@ def main() -> None:
     for run in RUNS:
         if run.model in asked.models.split(","):
             with tempfile.TemporaryDirectory() as folder:
-                MODELS[run.model].save_pretrained(folder)
+                model_of(run).save_pretrained(folder)
                 plan, found = compared(config_of(run, folder))
             if asked.raw is not None:
                 with asked.raw.open("a") as raw:
                     raw.write(json.dumps({"run": asdict(run), "found": asdict(found), "plan": plan.to_dict()}) + "\n")
             print(row(run, plan, found), flush=True)
+
+
+def model_of(run: Run) -> PretrainedConfig:
+    """The configuration of a line's model."""
+    model = copy.deepcopy(MODELS[run.model])
+    model.num_hidden_layers = run.layers or model.num_hidden_layers
+    return model
 
 
 def config_of(run: Run, folder: str) -> RunConfig:
@@ -108,7 +119,9 @@ def row(run: Run, plan: RunPlan, found: Rehearsal) -> str:
     held = [_beside(size, plan.memory[part]) for part, size in found.memory.items()]
     planned = sum(plan.memory[part] for part in ("gathered", "activations", "workspace"))
     cells = [
-        run.model,
+        run.model
+        if run.layers is None
+        else f"{run.model}, {run.layers} of {MODELS[run.model].num_hidden_layers} layers",
         f"{run.ranks:,}",
         f"{run.method}, {run.engine}, {run.group}, {'spread' if run.spread else 'whole'}",
         _beside(found.received[0], plan.gather_bytes_per_micro_batch),
