@@ -16,8 +16,5 @@ while [[ $# -gt 0 ]]; do
     shift
 done
 PYTHON=${PYTHON:-python}
-if [[ $ranks == 1 ]]; then
-    exec "$PYTHON" "$ROOT/benchmarks/gpu/one.py" ${words[@]+"${words[@]}"}
-fi
-exec "$PYTHON" -m torch.distributed.run --standalone --nproc-per-node "$ranks" "$ROOT/benchmarks/gpu/several.py" \
-    ${words[@]+"${words[@]}"}
+if [[ $ranks == 1 ]]; then script=one; else script=several; fi
+exec "$PYTHON" "$ROOT/benchmarks/gpu/$script.py" ${words[@]+"${words[@]}"}

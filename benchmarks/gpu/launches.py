@@ -1,11 +1,14 @@
 """Commands of `dist_qft` in processes of their own, on SmolLM2 or, with --quick, on a tiny model; and their runs."""
 
 import atexit
+import math
+import shutil
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 from parts import Figures, Options
 
@@ -18,6 +21,9 @@ from tests.support.tiny_gguf import save_tiny_gguf
 from tests.support.tiny_model import write_data
 
 STEPS, SAVED = 5, 3  # steps of a run, and the one that it is saved after besides the last
+# PyTorch's deterministic algorithms and one order of sums: the same bits each time. The rate is one that moves the
+# zeros of 4-bit blocks within STEPS.
+EXACT = ("sharding.gradient_sum=invariant", "train.gradient_checkpointing=false", "train.learning_rate=1.0e-2")
 PATIENCE = 300.0  # seconds; a command that hangs must not stop the other parts
 
 _CONFIGS = Path(__file__).parents[2] / "configs/smollm2"
@@ -38,24 +44,18 @@ class Place:
         device: str = "",
         environment: Mapping[str, str] | None = None,
         wrapper: tuple[str, ...] = (),
+        program: Sequence[object] | None = None,
     ) -> Command:
         """A command on so many ranks, or as one process without the launcher; on the CPU it sees no GPU."""
         given = dict(environment or {})
         if (device or self.asked.device.type) == "cpu":
             given |= {"CUDA_VISIBLE_DEVICES": "", "DIST_QFT_CPU_PRECISION": "float32"}
         setting = ("env", *(f"{name}={value}" for name, value in given.items())) if given else ()
-        return Command(*words, ranks=ranks, wrapper=(*setting, *wrapper))
+        return Command(*words, ranks=ranks, wrapper=(*setting, *wrapper), program=program)
 
-    def done(
-        self,
-        *words: object,
-        ranks: int | None = None,
-        device: str = "",
-        environment: Mapping[str, str] | None = None,
-        wrapper: tuple[str, ...] = (),
-    ) -> Finished:
-        """The outcome of a command that must end well; RuntimeError with its last line otherwise."""
-        with self.started(*words, ranks=ranks, device=device, environment=environment, wrapper=wrapper) as command:
+    def done(self, *words: object, **settings: Any) -> Finished:
+        """The outcome of a command, see `started`, that must end well; RuntimeError with its last line otherwise."""
+        with self.started(*words, **settings) as command:
             ended = command.finish(PATIENCE)
         if ended.code:
             raise RuntimeError(f"{' '.join(map(str, words[:2]))}: exit code {ended.code}: {last_line(ended)}")
@@ -64,32 +64,34 @@ class Place:
     def settings(self, method: str, name: str, *changes: str) -> list[object]:
         """The words that train a method of configs/smollm2 for STEPS steps into the folder `name`."""
         rows, length = (4, 64) if self.asked.quick else (16, 256)
+        rows = math.lcm(rows, 2 * self.asked.ranks)
         words = [f"output_dir={self.folder / name}", f"model.path={self.model}", f"train.max_steps={STEPS}"]
         words += [f"data.cache_dir={self.folder / 'data'}", f"data.max_length={length}", "data.eval=null"]
         words += ["evaluation.eval_steps=null", "evaluation.prompts=[]", f"checkpoint.save_steps={SAVED}"]
         words += [f"train.global_batch_size={rows}", "train.per_device_train_batch_size=2"]
         if self.asked.quick:
             words.append(f"data.train.path={self.folder / 'data.jsonl'}")
-        if method in ("qahira", "qablora"):  # the GGUF file's blocks, whose mean of 32 inputs divides dW
-            words += ["quantization.block=[1,32]", "method.pool=32", "method.repeat=1"]
-            words.append(f"train.learning_rate={1e-2 if method == 'qahira' else 2e-3}")
+        if method in ("qahira", "qablora"):
+            words += ["quantization.block=[1,32]", "method.pool=32", "method.repeat=1"]  # those of the GGUF file
         return [_CONFIGS / f"{method}.yaml", *words, *changes]
 
-    def trained(
-        self,
-        method: str,
-        name: str,
-        *changes: str,
-        ranks: int | None = None,
-        device: str = "",
-        environment: Mapping[str, str] | None = None,
-    ) -> Path:
-        """The folder of a run to its end; one that another part has made is taken as it is."""
+    def trained(self, method: str, name: str, *changes: str, **settings: Any) -> Path:
+        """The folder of a run to its end, see `started`; one that another part has made is taken as it is."""
         run = self.folder / name
         if not (run / "summary.json").is_file():
-            words = self.settings(method, name, *changes)
-            self.done("train", *words, ranks=ranks, device=device, environment=environment)
+            self.done("train", *self.settings(method, name, *changes), **settings)
         return run
+
+    def gone_on(self, method: str, run: Path, name: str, *changes: str, ranks: int | None = None) -> Path:
+        """The folder of a run that lost all after step SAVED of `run`, and went on from there to its end."""
+        other = self.folder / name
+        shutil.copytree(run, other)
+        shutil.rmtree(other / f"checkpoint-{STEPS}")
+        (other / "summary.json").unlink()
+        ended = self.done("train", *self.settings(method, name, *changes), "--resume", "auto", ranks=ranks)
+        if f"checkpoint-{SAVED} at step {SAVED}" not in ended.err:
+            raise AssertionError(f"{name}: it did not go on from step {SAVED}: {ended.err[-300:]}")
+        return other
 
     def merged(self, run: Path, kind: str, name: str, *, ranks: int | None = None, device: str = "") -> str:
         """SHA-256 of the file of weights that a merge of the run writes, as `gguf` or `quantized`."""
@@ -105,9 +107,9 @@ def _place(asked: Options) -> Place | None:
     folder = tempfile.TemporaryDirectory()
     atexit.register(folder.cleanup)
     path = models.cache() / models.GGUF
+    write_data(Path(folder.name, "data.jsonl"))
     if asked.quick:
         path = save_tiny_gguf(Path(folder.name, "tiny.gguf"))
-        write_data(Path(folder.name, "data.jsonl"))
     return Place(Path(folder.name), path, asked) if path.is_file() else None
 
 
@@ -121,6 +123,11 @@ def with_runs(part: Callable[[Place], Figures]) -> Callable[[Options], Figures]:
         return part(place)
 
     return run
+
+
+def not_quick(part: Callable[[Place], Figures]) -> Callable[[Place], Figures]:
+    """The part, left out of a trial: the test suite has the same with tiny models, or it takes long."""
+    return lambda here: {"skipped": "with --quick"} if here.asked.quick else part(here)
 
 
 def last_line(ended: Finished) -> str:

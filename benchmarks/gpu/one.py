@@ -9,7 +9,7 @@ import runs
 import shapes
 import steps
 import torch
-from parts import Figures, Options, options, run_parts
+from parts import Figures, Options, options, print_table, run_parts
 
 from dist_qft.bench.measuring import median_seconds
 from dist_qft.ranks.connection import connect
@@ -84,4 +84,5 @@ if __name__ == "__main__":
     given = options()
     with connect(World.from_environment({}), given.device, 600):
         code = run_parts(given, {name: alone(part) for name, part in PARTS.items()})
+    print_table(given)
     sys.exit(code)

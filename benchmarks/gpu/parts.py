@@ -38,7 +38,7 @@ class Options:
 
 
 def options(local_rank: int = 0) -> Options:
-    """From the command line; ends with exit code 2 if there is no such device."""
+    """From the command line; ends with exit code 2 if there is no such device, or if the file is of another one."""
     parser = argparse.ArgumentParser(prog="benchmarks/gpu.sh", description="Correctness and speed on GPUs.")
     parser.add_argument("--ranks", type=int, default=1, help="GPUs; default 1")
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
@@ -61,17 +61,26 @@ def options(local_rank: int = 0) -> Options:
     return asked
 
 
-def run_parts(asked: Options, parts: Mapping[str, Callable[[Options], Figures]], *, writes: bool = True) -> int:
-    """Do every part that the file lacks, and print the table; returns the exit code, 1 if a part failed.
+def known_parts(asked: Options) -> dict[str, Figures]:
+    """The figures that the file has already, those of parts that failed left out."""
+    if not asked.json.is_file():
+        return {}
+    return {name: found for name, found in json.loads(asked.json.read_text()).items() if "failed" not in found}
 
-    A part that fails is told with its reason and does not stop the others; it is done again by the next call. On
-    several ranks all run the parts, and one `writes`; a failure ends them, for the others may be waiting within the
-    part for this rank.
+
+def run_parts(
+    asked: Options, parts: Mapping[str, Callable[[Options], Figures]], *, together: bool = False, writes: bool = True
+) -> int:
+    """Do every part that the file lacks; returns the exit code, 1 if a part failed.
+
+    A part that fails is told with its reason and does not stop the others; it is done again by the next call.
+
+    Args:
+        together: all ranks run the parts, and one `writes`. A failure ends them, for the others may be waiting within
+            the part for this rank.
     """
-    known: dict[str, Figures] = {}
-    if asked.json.is_file() and not asked.again:
-        known = {name: found for name, found in json.loads(asked.json.read_text()).items() if "failed" not in found}
-    known[MEASURED_ON] = asked.measured_on
+    known = {**({} if asked.again else known_parts(asked)), MEASURED_ON: asked.measured_on}
+    failed = False
     for name, part in parts.items():
         if name in known:
             continue
@@ -80,26 +89,25 @@ def run_parts(asked: Options, parts: Mapping[str, Callable[[Options], Figures]],
             known[name] = part(asked)
         except Exception as error:  # whatever a part meets, the others count
             traceback.print_exc()
-            known[name] = {"failed": f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"}
+            known[name], failed = {"failed": f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"}, True
         known[name]["seconds of this part"] = round(time.perf_counter() - started, 2)
         if writes:
             asked.json.parent.mkdir(parents=True, exist_ok=True)
             unfinished = asked.json.with_suffix(".tmp")
             unfinished.write_text(json.dumps(known, indent=1) + "\n")
             unfinished.replace(asked.json)
-        if asked.ranks > 1 and "failed" in known[name]:
+        if together and failed:
             break
-    if writes:
-        _print_table(known)
-        print(f"figures: {asked.json}")
-    return int(any("failed" in found for found in known.values()))
+    return int(failed)
 
 
-def _print_table(known: Mapping[str, Figures]) -> None:
-    for name, found in known.items():
+def print_table(asked: Options) -> None:
+    """Print all figures of the file, and its name."""
+    for name, found in json.loads(asked.json.read_text()).items():
         print(f"\n{name}")
         for key, value in found.items():
             print(f"    {key:44} {_words(value)}")
+    print(f"figures: {asked.json}")
 
 
 def _words(value: Any) -> str:

@@ -1,13 +1,12 @@
 """Whole runs by the commands that users give: the device's losses, results and answers beside the CPU's."""
 
 import re
-import shutil
 import time
 from collections.abc import Callable
 from functools import partial
 
 import torch
-from launches import SAVED, STEPS, Place, adapter_of, last_line, losses_of, require_like, with_runs
+from launches import EXACT, Place, adapter_of, last_line, losses_of, require_like, with_runs
 from parts import Figures, Options
 from safetensors.torch import load_file
 from steps import possible
@@ -15,8 +14,6 @@ from steps import possible
 import dist_qft
 from dist_qft.storage.checkpoint import ADAPTER_MODEL, list_checkpoints
 from dist_qft.storage.manifest import sha256_of
-
-INVARIANT = "sharding.gradient_sum=invariant"  # with it PyTorch's deterministic algorithms: the same bits each time
 
 _METHODS = ("qlora", "qbara", "qalora", "qablora", "qahira", "qst")
 _ANSWER = 32  # tokens
@@ -50,8 +47,8 @@ def every_method(here: Place) -> Figures:
 def packed_and_checkpointed(here: Place) -> Figures:
     """Packed rows beside the CPU's; layers that are computed again in the backward pass give the same losses."""
     kept, again = (
-        losses_of(here.trained("qahira", name, INVARIANT, f"train.gradient_checkpointing={setting}"))
-        for name, setting in (("invariant", "false"), ("checkpointed", "true"))
+        losses_of(here.trained("qahira", name, *EXACT, f"train.gradient_checkpointing={setting}"))
+        for name, setting in (("exact", "false"), ("checkpointed", "true"))
     )
     if kept != again:
         raise AssertionError(f"checkpointed: losses {again}, without {kept}")
@@ -72,15 +69,10 @@ def stopped(here: Place, *, optimizers: tuple[str, ...]) -> Figures:
     """Runs that lost all after step SAVED and went on from there: the adapter is that of one that did not stop."""
     found: Figures = {}
     for optimizer in optimizers:
-        name = "invariant" if optimizer == "adamw" else optimizer
-        changes = (INVARIANT, "train.gradient_checkpointing=false", f"train.optim={optimizer}")
-        run, other = here.trained("qahira", name, *changes), here.folder / f"stopped-{optimizer}"
-        shutil.copytree(run, other)
-        shutil.rmtree(other / f"checkpoint-{STEPS}")
-        (other / "summary.json").unlink()
-        ended = here.done("train", *here.settings("qahira", other.name, *changes), "--resume", "auto")
-        if f"checkpoint-{SAVED} at step {SAVED}" not in ended.err:
-            raise AssertionError(f"{optimizer}: it did not go on from step {SAVED}: {ended.err[-300:]}")
+        name = "exact" if optimizer == "adamw" else optimizer
+        changes = (*EXACT, f"train.optim={optimizer}")
+        run = here.trained("qahira", name, *changes)
+        other = here.gone_on("qahira", run, f"stopped-{optimizer}", *changes)
         if adapter_of(run) != adapter_of(other):
             raise AssertionError(f"{optimizer}: another adapter after a resume")
         found[optimizer] = f"the same adapter, SHA-256 {adapter_of(run)[:12]}..."
@@ -98,7 +90,7 @@ def paged(here: Place) -> Figures:
 
 def results(here: Place) -> Figures:
     """A run merged on the device and on the CPU: the same bytes; loading it, and time per token of an answer."""
-    run, found = here.trained("qahira", "invariant", INVARIANT, "train.gradient_checkpointing=false"), Figures()
+    run, found = here.trained("qahira", "exact", *EXACT), Figures()
     for kind in ("gguf",) if here.asked.quick else ("gguf", "quantized"):
         digests = [here.merged(run, kind, device or "device", device=device) for device in ("", "cpu")]
         if len(set(digests)) > 1:

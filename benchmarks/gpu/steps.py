@@ -137,6 +137,13 @@ def _wait(device: torch.device) -> None:
 
 
 def _profile(step: Callable[[], Any], device: torch.device) -> Figures:
+    spans, wall = profiled(step, device)
+    attention = sorted({name[:60] for _, _, name in spans if "flash" in name or "fmha" in name or "attention" in name})
+    return {"idle share": 1 - busy_microseconds(spans) / wall, "kernels": len(spans), "attention kernels": attention}
+
+
+def profiled(step: Callable[[], Any], device: torch.device) -> tuple[list[tuple[float, float, str]], float]:
+    """The work of the GPU in a step, see `device_spans`, and the microseconds that the step took."""
     from torch.profiler import ProfilerActivity, profile
 
     with profile(activities=[ProfilerActivity.CUDA]) as profiler:
@@ -145,9 +152,7 @@ def _profile(step: Callable[[], Any], device: torch.device) -> Figures:
         step()
         _wait(device)
         wall = (time.perf_counter() - started) * 1e6
-    spans = device_spans(profiler.events())
-    attention = sorted({name[:60] for _, _, name in spans if "flash" in name or "fmha" in name or "attention" in name})
-    return {"idle share": 1 - busy_microseconds(spans) / wall, "kernels": len(spans), "attention kernels": attention}
+    return device_spans(profiler.events()), wall
 
 
 def device_spans(events: Iterable[Any]) -> list[tuple[float, float, str]]:
@@ -166,6 +171,12 @@ def busy_microseconds(spans: Iterable[tuple[float, float, str]]) -> float:
         busy += max(0.0, end - max(start, until))
         until = max(until, end)
     return busy
+
+
+def alone_microseconds(spans: Iterable[tuple[float, float, str]], others: Iterable[tuple[float, float, str]]) -> float:
+    """The time in which at least one of `spans` lasts and none of the `others`."""
+    there = list(others)
+    return busy_microseconds(sorted([*spans, *there])) - busy_microseconds(there)
 
 
 def ceiling(config: LlamaConfig, tokens_per_second: float) -> float:

@@ -4,7 +4,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import psutil
@@ -28,12 +28,25 @@ class Finished(NamedTuple):
 
 
 class Command:
-    """A started command in a session of its own; use as a context, which ends what is left of it."""
+    """A started command in a session of its own; use as a context, which ends what is left of it.
 
-    def __init__(self, *arguments: object, ranks: int | None = None, wrapper: tuple[str, ...] = ()) -> None:
+    Args:
+        ranks: through the launcher on so many; None without it.
+        wrapper: words before the command.
+        program: words in place of the command or the launcher.
+    """
+
+    def __init__(
+        self,
+        *arguments: object,
+        ranks: int | None = None,
+        wrapper: tuple[str, ...] = (),
+        program: Sequence[object] | None = None,
+    ) -> None:
         self.ranks = ranks or 1  # of this command
-        launcher = [] if ranks is None else ["dist_qft.launch", "--nproc-per-node", str(ranks), "--"]
-        words = [*wrapper, sys.executable, "-m", *(launcher or ["dist_qft"]), *map(str, arguments)]
+        options = [] if ranks is None else ["--nproc-per-node", str(ranks), "--"]
+        ours = [sys.executable, "-m", "dist_qft" if ranks is None else "dist_qft.launch"]
+        words = [*wrapper, *map(str, program or ours), *options, *map(str, arguments)]
         self.process = subprocess.Popen(
             words,
             env={key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")},

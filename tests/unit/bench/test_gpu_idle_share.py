@@ -37,3 +37,11 @@ def test_only_work_of_the_gpu_is_busy(steps):
     spans = steps.device_spans(events)
     assert [name for _, _, name in spans] == ["product", "gather", "copy"]
     assert steps.busy_microseconds(spans) == 25.0
+
+
+def test_a_gather_is_hidden_while_anything_else_works(steps):
+    gathers = [(0.0, 10.0, "gather"), (20.0, 30.0, "gather"), (25.0, 40.0, "gather")]
+    products = [(5.0, 22.0, "product"), (35.0, 50.0, "product")]
+    assert steps.alone_microseconds(gathers, products) == 5.0 + 13.0
+    assert steps.alone_microseconds(products, gathers) == 10.0 + 10.0
+    assert steps.alone_microseconds(gathers, []) == 30.0
