@@ -1,6 +1,5 @@
 """The parts for one GPU; started by `benchmarks/gpu.sh`."""
 
-import gc
 import sys
 from collections.abc import Callable
 
@@ -68,21 +67,9 @@ PARTS: dict[str, Callable[[Options], Figures]] = {
 }
 
 
-def alone(part: Callable[[Options], Figures]) -> Callable[[Options], Figures]:
-    """The part, with the memory of the one before given back."""
-
-    def run(asked: Options) -> Figures:
-        gc.collect()
-        if asked.device.type == "cuda":
-            torch.cuda.empty_cache()
-        return part(asked)
-
-    return run
-
-
 if __name__ == "__main__":
     given = options()
     with connect(World.from_environment({}), given.device, 600):
-        code = run_parts(given, {name: alone(part) for name, part in PARTS.items()})
+        code = run_parts(given, PARTS)
     print_table(given)
     sys.exit(code)

@@ -1,6 +1,7 @@
 """The options of `benchmarks/gpu.sh`, its results on disk, and the table of them."""
 
 import argparse
+import gc
 import json
 import time
 import traceback
@@ -84,6 +85,7 @@ def run_parts(
     for name, part in parts.items():
         if name in known:
             continue
+        _give_memory_back(asked.device)
         started = time.perf_counter()
         try:
             known[name] = part(asked)
@@ -99,6 +101,13 @@ def run_parts(
         if together and failed:
             break
     return int(failed)
+
+
+def _give_memory_back(device: torch.device) -> None:
+    """Of the part before."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
 
 
 def print_table(asked: Options) -> None:

@@ -118,15 +118,14 @@ def out_of_memory(here: Place) -> Figures:
     rows = 256 if on_gpu else 64
     changes = [f"train.global_batch_size={rows}", f"train.per_device_train_batch_size={rows}"]
     words = here.settings("qahira", "too-large", *changes, "train.gradient_checkpointing=false")
-    taken = (
-        torch.empty(torch.cuda.mem_get_info()[0] - _LEFT_BYTES, dtype=torch.uint8, device="cuda") if on_gpu else None
-    )
+    taken = max(0, torch.cuda.mem_get_info()[0] - _LEFT_BYTES) if on_gpu else 0
+    held = torch.empty(taken, dtype=torch.uint8, device=here.asked.device)
     limit = () if on_gpu else ("prlimit", f"--as={_ADDRESSES}")
     started = time.perf_counter()
     with here.started("train", *words, wrapper=limit) as command:
         ended = command.finish(_ENDS_WITHIN)
     seconds = time.perf_counter() - started
-    del taken
+    del held
     report = here.folder / "too-large/crash/rank-0.txt"
     if ended.code != 1 or not _MEMORY.search(ended.err):
         raise AssertionError(f"exit code {ended.code}: {last_line(ended)}")

@@ -20,7 +20,7 @@ from tests.support.tiny_gguf import save_tiny_gguf
 
 _LAUNCH = Path(__file__).parents[2] / "launch"
 _SMALL_STEPS = 300
-_ONE_DEVICE = 'CUDA_VISIBLE_DEVICES=$LOCAL_RANK exec "$0" -m dist_qft "$@"'
+_ONE_DEVICE = 'CUDA_VISIBLE_DEVICES=$(echo "$DEVICES" | cut -d , -f $((LOCAL_RANK + 1))) exec "$0" -m dist_qft "$@"'
 
 
 def counts(here: Place) -> list[int]:
@@ -121,14 +121,15 @@ def launchers(here: Place) -> Figures:
         "mpirun.sh": (mpirun is None and "no mpirun", ("bash", _LAUNCH / "mpirun.sh")),
         "srun": (outside and "not within a Slurm job", ("srun", f"--ntasks={ranks}", "--gpus-per-task=1", *train)),
     }
-    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    environment = {"NPROC_PER_NODE": str(ranks), "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    environment["DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(ranks)))
     for name, (reason, program) in ways.items():
         if reason:
             found[name] = f"skipped: {reason}"
             continue
         folder = name.replace(" ", "-")
         words = here.settings("qahira", folder, *EXACT, f"sharding.device={here.asked.device.type}")
-        here.done(*words, program=program, environment={"NPROC_PER_NODE": str(ranks), "PATH": path})
+        here.done(*words, program=program, environment=environment)
         if adapter_of(here.folder / folder) != expected:
             raise AssertionError(f"{name}: another adapter")
         found[name] = "the same adapter"
