@@ -5,7 +5,7 @@ import gc
 import json
 import time
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -62,11 +62,15 @@ def options(local_rank: int = 0) -> Options:
     return asked
 
 
-def known_parts(asked: Options) -> dict[str, Figures]:
-    """The figures that the file has already, those of parts that failed left out."""
-    if not asked.json.is_file():
-        return {}
-    return {name: found for name, found in json.loads(asked.json.read_text()).items() if "failed" not in found}
+def recorded_parts(asked: Options) -> dict[str, Figures]:
+    """The figures that the file has already; of a part that failed its reason."""
+    return json.loads(asked.json.read_text()) if asked.json.is_file() else {}
+
+
+def left_over(asked: Options, parts: Iterable[str]) -> list[str]:
+    """The parts that the file lacks, or that failed."""
+    recorded = recorded_parts(asked)
+    return [name for name in parts if "failed" in recorded.get(name, {"failed": "never begun"})]
 
 
 def run_parts(
@@ -80,15 +84,13 @@ def run_parts(
         together: all ranks run the parts, and one `writes`. A failure ends them, for the others may be waiting within
             the part for this rank.
     """
-    known = {**({} if asked.again else known_parts(asked)), MEASURED_ON: asked.measured_on}
+    known = {**({} if asked.again else recorded_parts(asked)), MEASURED_ON: asked.measured_on}
     failed = False
-    for name, part in parts.items():
-        if name in known:
-            continue
+    for name in parts if asked.again else left_over(asked, parts):
         _give_memory_back(asked.device)
         started = time.perf_counter()
         try:
-            known[name] = part(asked)
+            known[name] = parts[name](asked)
         except Exception as error:  # whatever a part meets, the others count
             traceback.print_exc()
             known[name], failed = {"failed": f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"}, True
@@ -112,7 +114,7 @@ def _give_memory_back(device: torch.device) -> None:
 
 def print_table(asked: Options) -> None:
     """Print all figures of the file, and its name."""
-    for name, found in json.loads(asked.json.read_text()).items():
+    for name, found in recorded_parts(asked).items():
         print(f"\n{name}")
         for key, value in found.items():
             print(f"    {key:44} {_words(value)}")

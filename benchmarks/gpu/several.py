@@ -7,12 +7,13 @@ import os
 import subprocess
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import faults
 import several_runs
 import together
-from parts import known_parts, options, print_table, run_parts
+from parts import Figures, Options, left_over, options, print_table, recorded_parts, run_parts
 
 _LAUNCHER = "import sys; from dist_qft.launch.command import main; sys.exit(main(module='together'))"
 _PATHS = f"{Path(__file__).parent}:{Path(__file__).parents[2]}"
@@ -23,13 +24,20 @@ def main() -> int:
     given, words = options(), [word for word in sys.argv[1:] if word != "--again"]
     if given.again:
         given.json.unlink(missing_ok=True)
-    code = 0
-    if together.PARTS.keys() - known_parts(given).keys():
+    given = replace(given, again=False)
+    if left_over(given, together.PARTS):
         launcher = [sys.executable, "-c", _LAUNCHER, "--nproc-per-node", str(given.ranks), "--", *words]
         code = subprocess.run(launcher, env={**os.environ, "PYTHONPATH": _PATHS}, check=False).returncode
-    code = run_parts(replace(given, again=False), {**several_runs.PARTS, **faults.PARTS}) or code
+        never = dict.fromkeys(together.PARTS.keys() - recorded_parts(given).keys(), partial(_not_done, code))
+        run_parts(given, {name: never[name] for name in together.PARTS if name in never})
+    run_parts(given, {**several_runs.PARTS, **faults.PARTS})
     print_table(given)
-    return int(bool(code))
+    return int(bool(left_over(given, recorded_parts(given))))
+
+
+def _not_done(code: int, asked: Options) -> Figures:
+    """The part that the ranks did not come to, or in which one of them failed that does not write."""
+    raise RuntimeError(f"the ranks ended before, with exit code {code}; why stands above")
 
 
 if __name__ == "__main__":
