@@ -4,8 +4,8 @@ import sys
 from collections.abc import Callable
 
 import kernels
-import runs
 import shapes
+import single_runs
 import steps
 import torch
 from parts import Figures, Options, options, print_table, run_parts
@@ -63,7 +63,7 @@ PARTS: dict[str, Callable[[Options], Figures]] = {
     "qst, 4096 tokens": steps.step_of("qst"),
     "PEFT with bitsandbytes, 4096 tokens": steps.peft,
     "qahira, 32768 tokens": steps.long_row,
-    **runs.PARTS,
+    **single_runs.PARTS,
 }
 
 
