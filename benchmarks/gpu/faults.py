@@ -3,7 +3,6 @@
 import random
 import shutil
 import signal
-import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -15,14 +14,11 @@ from parts import Figures, Options
 
 from dist_qft.ranks.crash import CRASH_FOLDER
 from dist_qft.storage.checkpoint import fault_in, list_checkpoints
-from tests.support.commands import Command
-from tests.support.faults import FULL_DISK, kill_last, nothing, on_disk, stepping
+from tests.support.commands import Command, launcher_of
+from tests.support.faults import FULL_DISK, NO_MOUNTS, kill_last, nothing, on_disk, stepping
 
 _TIMEOUT_SECONDS, _MORE_SECONDS = 20, 15  # the ranks' patience, and what the end may take besides
-_NO_MOUNTS = 99
 _LONG, _EVERY = 24, 4  # steps of the run that starts again, and of those after which it is saved
-# The launcher, with ranks that are `struck`.
-_STRUCK = "import sys; from dist_qft.launch.command import main; sys.exit(main(module='struck'))"
 
 
 def ended(
@@ -33,22 +29,22 @@ def ended(
     code: int,
     said: str,
     reports: Sequence[int],
-    program: Sequence[object] | None = None,
+    ranks_run: str | None = None,
 ) -> Figures:
     """A run that is struck while it steps, or strikes itself: AssertionError unless it ends as asked.
 
     Args:
         said: a part of its messages.
         reports: the ranks that leave a crash report.
-        program: starts the ranks in place of our launcher.
+        ranks_run: a module of this folder that the ranks run in place of `dist_qft`.
     """
     changes = (f"sharding.timeout_seconds={_TIMEOUT_SECONDS}", "train.max_steps=5000", "checkpoint.save_steps=2")
     words, run = here.settings("qahira", name, *changes, "checkpoint.save_total_limit=3"), here.folder / name
-    environment = {"PYTHONPATH": f"{Path(__file__).parent}:{Path(__file__).parents[2]}"} if program else {}
+    program, environment = launcher_of(ranks_run, Path(__file__).parent) if ranks_run else (None, {})
     ranks = here.asked.ranks
     with here.started("train", *words, ranks=ranks, program=program, environment=environment) as command:
         stepping(command, run, random.Random(0))
-        processes = [] if program else [command.rank(rank) for rank in range(ranks)]
+        processes = [command.rank(rank) for rank in range(ranks)] if ranks_run is None else []
         act(command)
         started = time.time()
         outcome = command.finish(PATIENCE)
@@ -87,8 +83,7 @@ def halted(here: Place) -> Figures:
 
 def one_error(here: Place) -> Figures:
     """An unexpected error of one rank alone: its own message and exit code, and its crash report."""
-    program = (sys.executable, "-c", _STRUCK)
-    found = ended(here, "one-error", nothing, code=1, said=struck.SAID, reports=(struck.RANK,), program=program)
+    found = ended(here, "one-error", nothing, code=1, said=struck.SAID, reports=(struck.RANK,), ranks_run="struck")
     report = here.folder / "one-error" / CRASH_FOLDER / f"rank-{struck.RANK}.txt"
     if f"RuntimeError: {struck.SAID}" not in report.read_text():
         raise AssertionError(f"another report: {report.read_text()[:300]}")
@@ -104,7 +99,7 @@ def full_disk(here: Place) -> Figures:
     words = here.settings("qahira", "full", *EXACT, "train.max_steps=5000", "checkpoint.save_steps=2")
     with here.started("train", *words, ranks=ranks, wrapper=on_disk(FULL_DISK, run, whole)) as command:
         outcome = command.finish(PATIENCE)
-    if outcome.code == _NO_MOUNTS:
+    if outcome.code == NO_MOUNTS:
         return {"skipped": f"no disks of one's own here: {last_line(outcome)}"}
     saved = list_checkpoints(run.with_name("full.left"))
     if outcome.code != 3 or outcome.err.count("error: rank 0: ") != 1 or not saved or any(map(fault_in, saved)):

@@ -15,8 +15,7 @@ import several_runs
 import together
 from parts import Figures, Options, left_over, options, print_table, recorded_parts, run_parts
 
-_LAUNCHER = "import sys; from dist_qft.launch.command import main; sys.exit(main(module='together'))"
-_PATHS = f"{Path(__file__).parent}:{Path(__file__).parents[2]}"
+from tests.support.commands import launcher_of
 
 
 def main() -> int:
@@ -26,8 +25,9 @@ def main() -> int:
         given.json.unlink(missing_ok=True)
     given = replace(given, again=False)
     if left_over(given, together.PARTS):
-        launcher = [sys.executable, "-c", _LAUNCHER, "--nproc-per-node", str(given.ranks), "--", *words]
-        code = subprocess.run(launcher, env={**os.environ, "PYTHONPATH": _PATHS}, check=False).returncode
+        launcher, variables = launcher_of("together", Path(__file__).parent)
+        command = [*launcher, "--nproc-per-node", str(given.ranks), "--", *words]
+        code = subprocess.run(command, env={**os.environ, **variables}, check=False).returncode
         never = dict.fromkeys(together.PARTS.keys() - recorded_parts(given).keys(), partial(_not_done, code))
         run_parts(given, {name: never[name] for name in together.PARTS if name in never})
     run_parts(given, {**several_runs.PARTS, **faults.PARTS})

@@ -1,6 +1,5 @@
 """Whole runs on several ranks by the commands that users give: the same training, whatever the number of ranks."""
 
-import importlib.util
 import json
 import os
 import shutil
@@ -109,7 +108,7 @@ def launchers(here: Place) -> Figures:
     """The other ways to start ranks, one visible device for each among them: the same adapter as by our launcher."""
     ranks, found = here.asked.ranks, Figures()
     expected = adapter_of(exact_run(here, ranks))
-    missing = importlib.util.find_spec("deepspeed") is None
+    missing = "zero" not in engines()
     mpirun = shutil.which(os.environ.get("MPIRUN", "mpirun"))
     outside = "SLURM_JOB_ID" not in os.environ
     torchrun = ("torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", "--no-python")

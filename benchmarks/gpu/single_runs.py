@@ -6,7 +6,7 @@ from collections.abc import Callable
 from functools import partial
 
 import torch
-from launches import EXACT, Place, adapter_of, last_line, losses_of, require_like, with_runs
+from launches import EXACT, Place, adapter_of, last_line, losses_of, not_quick, require_like, with_runs
 from parts import Figures, Options
 from safetensors.torch import load_file
 from steps import possible
@@ -81,8 +81,8 @@ def stopped(here: Place, *, optimizers: tuple[str, ...]) -> Figures:
 
 def paged(here: Place) -> Figures:
     """The same for optimizers whose moments lie in memory that CPU and GPU share."""
-    if here.asked.quick or "qlora" not in possible():
-        return {"skipped": "with --quick" if here.asked.quick else "bitsandbytes is not installed"}
+    if "qlora" not in possible():
+        return {"skipped": "bitsandbytes is not installed"}
     if here.asked.device.type == "cpu":
         return {"skipped": "only on a GPU"}
     return stopped(here, optimizers=("paged_adamw_32bit", "paged_adamw_8bit"))
@@ -138,7 +138,7 @@ PARTS: dict[str, Callable[[Options], Figures]] = {
     "runs of every method": with_runs(every_method),
     "packed rows, checkpointed layers": with_runs(packed_and_checkpointed),
     "a run that was stopped": with_runs(partial(stopped, optimizers=("adamw",))),
-    "paged optimizers of a run that was stopped": with_runs(paged),
+    "paged optimizers of a run that was stopped": with_runs(not_quick(paged)),
     "merged results and answers": with_runs(results),
     "a step that memory is too small for": with_runs(out_of_memory),
 }

@@ -219,6 +219,10 @@ class DataConfig(Section):
         """The held-out data sets likewise; empty if there are none."""
         return {} if self.eval is None else _by_key("data.eval", self.eval)
 
+    def all_sets(self) -> dict[str, DatasetConfig]:
+        """Both, those that are trained on first."""
+        return {**self.train_sets(), **self.eval_sets()}
+
 
 def _by_key(key: str, given: DatasetConfig | list[DatasetConfig]) -> dict[str, DatasetConfig]:
     if isinstance(given, list):

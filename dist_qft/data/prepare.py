@@ -62,7 +62,7 @@ def prepare(
         SetupError: the cache cannot be written, or another process has been building the same data for an hour.
     """
     assert data.eval is None or not data.eval_samples, "the config's check refuses both"
-    sets, longest = {**data.train_sets(), **data.eval_sets()}, most_characters(data.max_length)
+    sets, longest = data.all_sets(), most_characters(data.max_length)
     sources = {key: open_data_source(dataset, key, longest) for key, dataset in sets.items()}
     task = task or TaskConfig()
     encoder = SampleEncoder(

@@ -60,7 +60,7 @@ def require_local_files(dataset: DatasetConfig, key: str) -> None:
 def missing_data(data: DataConfig) -> list[str]:
     """Lines that say which local data sets of `data` this machine does not have; files are opened and not read."""
     found = []
-    for key, dataset in {**data.train_sets(), **data.eval_sets()}.items():
+    for key, dataset in data.all_sets().items():
         try:
             require_local_files(dataset, key)
         except UserError as error:

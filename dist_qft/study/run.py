@@ -106,7 +106,7 @@ def require_data(rows: Sequence[StudyRun], *, retry_failed: bool) -> None:
         data = row.config.data
         if data is None or not wanted(row, retry_failed):
             continue
-        for key, dataset in {**data.train_sets(), **data.eval_sets()}.items():
+        for key, dataset in data.all_sets().items():
             parts[key, dataset.path] = dataset
     for (key, _), dataset in parts.items():
         require_local_files(dataset, key)

@@ -5,11 +5,13 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 import psutil
 
 TIMEOUT_SECONDS = 180
+_REPOSITORY = Path(__file__).parents[2]
 
 
 def is_rank(process: psutil.Process, rank: int | None = None) -> bool:
@@ -17,6 +19,12 @@ def is_rank(process: psutil.Process, rank: int | None = None) -> bool:
     name, variable = process.name(), process.environ().get("RANK")
     number = name.removeprefix("rank ") if name.startswith("rank ") else variable
     return number is not None and rank in (None, int(number))
+
+
+def launcher_of(module: str, folder: Path) -> tuple[list[str], dict[str, str]]:
+    """Words that start the launcher with ranks that run a module of `folder`, and the variables that it needs."""
+    program = f"import sys; from dist_qft.launch.command import main; sys.exit(main(module={module!r}))"
+    return [sys.executable, "-c", program], {"PYTHONPATH": f"{folder}:{_REPOSITORY}"}
 
 
 class Finished(NamedTuple):

@@ -1,5 +1,6 @@
 """Bytes of every kind through an engine: stored in parts, gathered to rank 0, and seen whole by a forward pass."""
 
+import math
 from typing import Any
 
 import torch
@@ -48,16 +49,15 @@ def as_bytes(tensor: Tensor) -> Tensor:
     return tensor.detach().clone().contiguous().view(-1).view(torch.uint8)
 
 
-def content(index: int, parameter: nn.Parameter) -> Tensor:
+def content(index: int, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     """Random bits, among them NaNs, infinities and signed zeros."""
     generator = torch.Generator().manual_seed(index)
-    size = parameter.element_size()
-    count = parameter.numel() * size
+    count = dtype.itemsize * math.prod(shape)
     bits = torch.randint(0, 256, (count,), dtype=torch.uint8, generator=generator)
-    if parameter.dtype.is_floating_point:
-        bits[:size] = 0xFF  # a NaN with all payload bits set
-        bits[-size:] = torch.tensor([0] * (size - 1) + [0x80], dtype=torch.uint8)  # -0.0
-    return bits.view(parameter.dtype).view(parameter.shape)
+    if dtype.is_floating_point:
+        bits[-dtype.itemsize :] = torch.tensor([0] * (dtype.itemsize - 1) + [0x80], dtype=torch.uint8)  # -0.0
+        bits[: dtype.itemsize] = 0xFF  # a NaN with all payload bits set
+    return bits.view(dtype).view(shape)
 
 
 def filled(engine: Engine, device: torch.device) -> tuple[Root, list[tuple[nn.Module, str]]]:
@@ -67,7 +67,7 @@ def filled(engine: Engine, device: torch.device) -> tuple[Root, list[tuple[nn.Mo
     for index, (module, name) in enumerate(owners):
         parameter = getattr(module, name)
         first, stop = engine.rows(parameter)
-        whole = content(index, parameter)
+        whole = content(index, tuple(parameter.shape), parameter.dtype)
         # More rows than this rank keeps, as a loader may have read them.
         first = max(0, first - 1)
         engine.store(parameter, first, whole[first : stop + 1])
@@ -79,7 +79,7 @@ def round_trip(name: str, device: torch.device) -> dict[str, Any]:
     engine = make_engine(name)
     root, owners = filled(engine, device)
     parameters = [getattr(module, attribute) for module, attribute in owners]
-    expected = [as_bytes(content(i, parameter)) for i, parameter in enumerate(parameters)]
+    expected = [as_bytes(content(i, tuple(each.shape), each.dtype)) for i, each in enumerate(parameters)]
     rows = [engine.rows(parameter) for parameter in parameters]
     for (first, stop), parameter in zip(rows, parameters, strict=True):
         assert tuple(engine.local(parameter).shape) == (stop - first, *parameter.shape[1:])

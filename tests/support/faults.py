@@ -87,6 +87,7 @@ def nothing(command: Command) -> None:
     pass
 
 
+NO_MOUNTS = 99  # the exit code of these where a machine has none
 # Run in a mount namespace of their own with the run's folder $1 on a disk of $2 bytes, copied to $1.left in the end.
 FULL_DISK = """
 run=$1 size=$2; shift 2; mkdir -p $run; mount -t tmpfs -o size=$size tmpfs $run || exit 99

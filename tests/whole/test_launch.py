@@ -15,8 +15,7 @@ import psutil
 import pytest
 
 from dist_qft.launch.command import main
-
-REPOSITORY = Path(__file__).parents[2]
+from tests.support.commands import launcher_of
 
 RANKS = """
 import contextlib, os, signal, sys, time
@@ -110,19 +109,18 @@ elif what == "deaf":
     wait()
 """
 
-LAUNCHER = "import sys; from dist_qft.launch.command import main; sys.exit(main(module='ranks'))"
-
 
 @pytest.fixture
 def start(tmp_path: Path):
     """Starts the launcher with two ranks; ends what a failed test left behind."""
     (tmp_path / "ranks.py").write_text(RANKS)
     env = {key: value for key, value in os.environ.items() if key not in ("OMP_NUM_THREADS", "RANK", "WORLD_SIZE")}
-    env["PYTHONPATH"] = f"{tmp_path}:{REPOSITORY}"
+    launcher, variables = launcher_of("ranks", tmp_path)
+    env |= variables
     started: list[subprocess.Popen[str]] = []
 
     def popen(*arguments: str, ignored: tuple[signal.Signals, ...] = (), **variables: str) -> "subprocess.Popen[str]":
-        command = [sys.executable, "-c", LAUNCHER, "--nproc-per-node", "2", *arguments]
+        command = [*launcher, "--nproc-per-node", "2", *arguments]
         ignore = f"trap '' {' '.join(number.name for number in ignored)};" if ignored else ""
         command = ["bash", "-c", f'{ignore} exec "$@"', "bash", *command]
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}

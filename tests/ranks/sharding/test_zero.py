@@ -18,48 +18,28 @@ from dist_qft.config.schema import ModelConfig, QuantizationConfig
 from dist_qft.errors import UserError
 from dist_qft.sharding.engine import Engine, Units, parameter_owners
 from dist_qft.sharding.engines import make_engine
+from tests.support import engine_bytes
+from tests.support.engine_bytes import Holder, as_bytes, content
 from tests.support.tiny_model import save_tiny_model, tiny_llama_config
 
 CPU = torch.device("cpu")
 AFFINE4 = QuantizationConfig(linear="affine4", block=[8, 4])
 
 # Sizes that two and four ranks do not divide, fewer elements than ranks, and every dtype a format stores.
-SHAPES = {
-    "codes": ((9, 5), torch.uint8),
-    "signed": ((1, 7), torch.int8),
-    "scale": ((3, 2), torch.float16),
-    "absmax": ((6,), torch.float32),
-    "offset": ((1,), torch.float32),
-    "weight": ((5, 3), torch.bfloat16),
-}
+SHAPES = {name: shape for name, shape in engine_bytes.SHAPES.items() if name != "even"}
+SHAPES["weight"] = (5, 3), torch.bfloat16
 
 
-def as_bytes(tensor: Tensor) -> Tensor:
-    return tensor.detach().clone().contiguous().view(-1).view(torch.uint8)
-
-
-def content(seed: int, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """Random bits, the first element all ones: a NaN in every floating-point format."""
-    size = torch.empty((), dtype=dtype).element_size()
-    count = size * torch.Size(shape).numel()
-    bits = torch.randint(0, 256, (count,), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed))
-    bits[:size] = 0xFF
-    return bits.view(dtype).view(shape)
-
-
-class Unit(nn.Module):
-    """Parameters on meta; a call returns the bytes of all of them as the engine shows them then."""
+class Unit(Holder):
+    """A holder of holders; a call returns the bytes of all."""
 
     def __init__(self, children: list["Unit"]) -> None:
-        super().__init__()
+        super().__init__(SHAPES)
         self.units = nn.ModuleList(children)
-        for name, (shape, dtype) in SHAPES.items():
-            empty = torch.empty(shape, dtype=dtype, device="meta")
-            self.register_parameter(name, nn.Parameter(empty, requires_grad=False))
 
     def forward(self, x: Tensor) -> list[Tensor]:
-        own = [as_bytes(parameter) for parameter in self.parameters(recurse=False)]
-        return own + [bits for unit in self.units for bits in unit(x)]
+        own = super().forward(x)[1].values()
+        return [*own, *(bits for unit in self.units for bits in unit(x))]
 
 
 def bits_through_zero(prefetch_bytes: int) -> dict[str, Any]:

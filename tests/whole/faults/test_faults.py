@@ -34,6 +34,7 @@ from tests.support.fault_ranks import GROUP, FaultRanks, fault_ranks
 from tests.support.faults import (
     FULL_DISK,
     MERGED,
+    NO_MOUNTS,
     READ_ONLY,
     Moment,
     by_itself,
@@ -206,7 +207,7 @@ def test_after_faults_the_run_ends_as_if_there_were_none(undisturbed, table, tmp
             fault.act(command)
             ended = command.finish()
         if fault.disk is not None:
-            if ended.code == 99:
+            if ended.code == NO_MOUNTS:
                 pytest.skip(f"no private mounts here: {ended.err.strip()}")
             run.rmdir()
             shutil.move(f"{run}.left", run)
