@@ -19,7 +19,7 @@ from dist_qft.config.schema import RunConfig
 from dist_qft.data.batches import MicroBatch
 from dist_qft.methods.specs import make_spec
 from dist_qft.sharding.engines import engine_of
-from dist_qft.training.activations import checkpoint_activations
+from dist_qft.training.activations import choose_activations
 from dist_qft.training.step_meter import held_bytes
 from dist_qft.training.train_step import TrainStep, make_train_step
 from dist_qft.tuned_model.assemble import attach_trainables, settle_on
@@ -84,7 +84,7 @@ def prepared(config: RunConfig, length: int, device: torch.device) -> tuple[Trai
     spec = make_spec(config, base)
     parts = attach_trainables(config, base, engine, spec, device)
     training = make_train_step(config, parts, make_forward_of(base, device), accumulation=1, total_steps=1000)
-    checkpoint_activations(base.model, config.train, device)
+    choose_activations(base.model, parts.trainables, config.train, device)
     parts.trainables.train()
     batch = packed_batch(length, base.vocab_size)
     if device.type == "cuda":

@@ -47,6 +47,9 @@ class TrainableSet(Protocol):
     def attach(self, model: PreTrainedModel) -> Any:
         """Hook onto a base: its last hidden states are from now on those of the tuned model."""
 
+    def make_inputs_again(self) -> None:
+        """Keep nothing for gradients that is cheap to compute again; not with checkpointed activations."""
+
     def disabled(self) -> AbstractContextManager[None]:
         """Context in which the hooked model is the base model."""
 
@@ -84,6 +87,9 @@ class HookedTrainables(nn.Module):
         Raises UserError that names every missing, unexpected or misshapen tensor; nothing is changed then.
         """
         copy_tensors(dict(self.named_tensors()), tensors)
+
+    def make_inputs_again(self) -> None:
+        """See `TrainableSet`; here nothing is."""
 
     @contextmanager
     def disabled(self) -> Iterator[None]:

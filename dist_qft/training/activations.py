@@ -1,20 +1,27 @@
-"""The activations kept of a forward pass for its backward pass: all, or of some layers their inputs alone."""
+"""Activations kept for the backward pass: what is not cheap to make, or of some layers their inputs alone."""
 
 import torch
 from transformers import PreTrainedModel
 
 from dist_qft.config.train_schema import TrainConfig
 from dist_qft.errors import UserError
+from dist_qft.methods.trainable import TrainableSet
 from dist_qft.ranks.collectives import everywhere
 
 
-def checkpoint_activations(model: PreTrainedModel, train: TrainConfig, device: torch.device) -> None:
+def choose_activations(
+    model: PreTrainedModel, trainables: TrainableSet, train: TrainConfig, device: torch.device
+) -> None:
     """Have the layers that `train` names compute their activations again in backward, in training mode alone.
+
+    Where it names none, adapters still keep no input that is cheap to make again. Not both: a checkpoint hands out
+    what it has computed again only once.
 
     Raises:
         UserError: on all ranks: activations are to be kept in host memory on a CPU, or the model cannot do it.
     """
     if not train.gradient_checkpointing:
+        trainables.make_inputs_again()
         return
     if train.offload_activations and device.type == "cpu":
         raise everywhere(UserError("train.offload_activations: on a CPU they are in host memory already; remove it"))

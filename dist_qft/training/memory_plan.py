@@ -106,13 +106,22 @@ class MemoryPlan:
         if isinstance(config.method, QstConfig):  # the side network reads a hidden state of every layer
             side = tokens * _SIDE_SAVED * 4 * sizes.hidden // config.method.reduction
             return (sizes.layers + 2) * state + sizes.layers * side
-        inputs = sizes.inputs // (getattr(config.method, "pool", None) or 1)
+        inputs = self._inputs_kept(config)
         layer = tokens * (sizes.saved + inputs) * sizes.itemsize
         if not train.gradient_checkpointing:
             return layer * sizes.layers
         computed_again = -(-sizes.layers // train.checkpoint_every_n_layers)
         kept = 0 if train.offload_activations else state * computed_again
         return kept + layer * (sizes.layers - computed_again + 1)
+
+    def _inputs_kept(self, config: RunConfig) -> int:
+        """Elements per token of the matrices' inputs that a layer's adapters keep."""
+        pool = getattr(config.method, "pool", None) or getattr(config.method, "balance", None) or 1
+        if pool > 1 or getattr(config.method, "dropout", 0) or config.train.gradient_checkpointing:
+            return self.sizes.inputs // pool
+        # On CUDA norms are one kernel, whose result is kept.
+        norms = 0 if planned_device(config.sharding.device).type == "cuda" else self.sizes.norm_inputs
+        return self.sizes.inputs - self.sizes.inner_inputs - norms
 
     def smallest_group(self, config: RunConfig, place: Placement, limit: int) -> int:
         """The fewest ranks per shard group whose plan is within `limit` bytes; all ranks if none is.

@@ -24,6 +24,8 @@ class ModelSizes:
         largest: weights of the largest matrix.
         saved: elements in the compute dtype that a layer keeps of each token for its backward pass.
         inputs: elements per token that a layer's matrices are given, which adapters keep: each distinct input once.
+        norm_inputs, inner_inputs: those of them that an adapter without pooling and dropout makes again instead, if
+            activations are not checkpointed: behind RMS norms, and behind the activation function of an MLP.
         widest: the widest of a layer's intermediate results, per token.
         itemsize: bytes of an element in the compute dtype.
     """
@@ -39,6 +41,8 @@ class ModelSizes:
     largest: int
     saved: int
     inputs: int
+    norm_inputs: int
+    inner_inputs: int
     widest: int
     itemsize: int
 
@@ -47,6 +51,7 @@ class ModelSizes:
         hidden = base.embedding.embedding_dim
         by_depth: dict[int | None, float] = {}
         inner: dict[int | None, int] = {}
+        among_experts = 0
         active, weights, largest, widest = 0.0, 0, 0, hidden
         for path, module in base.matrices.items():
             share, (rows, columns) = 1.0, module.weight_shape[-2:]
@@ -59,6 +64,8 @@ class ModelSizes:
             if columns != hidden:  # results within the layer: of attention, and of the activation function
                 by_depth[depth] += share * columns
                 inner[depth] = max(inner.get(depth, 0), int(share * columns))
+                if isinstance(module, FrozenExperts):
+                    among_experts = max(among_experts, inner[depth])
             active += share * rows * columns
             weights += prod(module.weight_shape)
             largest, widest = max(largest, prod(module.weight_shape)), max(widest, int(share * rows))
@@ -67,6 +74,8 @@ class ModelSizes:
         layer_bytes = [sum(p.nbytes for p in layer.parameters()) for layer in base.layers]
         tables = [sum(p.nbytes for p in table.parameters()) for table in base.units.tables]
         total = sum(getattr(module, name).nbytes for module, name in parameter_owners(base.units))
+        rms = any(type(module).__name__.endswith("RMSNorm") for module in base.layers[0].modules())
+        widest_inner = max(inner.values(), default=0)
         return cls(
             layers=len(base.layers),
             hidden=hidden,
@@ -78,7 +87,9 @@ class ModelSizes:
             table_bytes=max(tables),
             largest=largest,
             saved=saved + hidden * fp32,
-            inputs=2 * hidden + max(inner.values(), default=0),
+            inputs=2 * hidden + widest_inner,
+            norm_inputs=2 * hidden if rms else 0,
+            inner_inputs=widest_inner if widest_inner > among_experts else 0,
             widest=widest,
             itemsize=base.dtype.itemsize,
         )

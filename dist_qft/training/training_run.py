@@ -14,7 +14,7 @@ from dist_qft.ranks.preemption import StopSignal
 from dist_qft.storage.atomic import publishing
 from dist_qft.storage.lock import FolderLock
 from dist_qft.storage.trainer_state import chain_step
-from dist_qft.training.activations import checkpoint_activations
+from dist_qft.training.activations import choose_activations
 from dist_qft.training.checkpointing import Checkpointing, first_state
 from dist_qft.training.evaluations import Evaluations, figure, is_better
 from dist_qft.training.monitor import Monitor
@@ -82,7 +82,7 @@ class TrainingRun:
     def prepare(self) -> None:
         """Restore a checkpoint if there is one, make the replicas equal, print the opening lines."""
         self.checkpoints.restore()
-        checkpoint_activations(self.parts.base.model, self.config.train, self.inputs.device)
+        choose_activations(self.parts.base.model, self.parts.trainables, self.config.train, self.inputs.device)
         if self.world.rank == 0:
             with publishing(self.inputs.output_dir / CONFIG_FILE, overwrite=True) as temporary:
                 save_config(self.config, temporary)

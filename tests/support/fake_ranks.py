@@ -34,7 +34,7 @@ from dist_qft.methods.forward import BaseForward
 from dist_qft.methods.specs import make_spec
 from dist_qft.ranks.groups import new_group
 from dist_qft.sharding import fsdp
-from dist_qft.training.activations import checkpoint_activations
+from dist_qft.training.activations import choose_activations
 from dist_qft.training.train_step import TrainStep, make_train_step
 from dist_qft.tuned_model.assemble import assemble
 from tests.support.collectives import Recorder
@@ -81,7 +81,7 @@ def rehearse(
             group = new_group(CPU, 1.0)
             forward = BaseForward(base, CPU)
             step = make_train_step(config, parts, forward, accumulation=count, total_steps=9, group=group)
-            checkpoint_activations(base.model, config.train, CPU)
+            choose_activations(base.model, parts.trainables, config.train, CPU)
             parts.trainables.train()
         batches = [_batch(config, mode) for _ in range(count)]
         with mode or nullcontext(), _Unread(), Recorder() as recorder, LiveBytes() if fake else nullcontext() as live:

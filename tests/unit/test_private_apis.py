@@ -33,8 +33,8 @@ PARAMETERS = {
     },
     "transformers.masking_utils.create_causal_mask": {"config", "attention_mask", "past_key_values", "position_ids"},
 }
-# Private by name and public by documentation.
-DOCUMENTED = {"_exit", "_replace", "_asdict"}
+# Private by name and public by documentation; `_saved_...` in PyTorch's notes on autograd.
+DOCUMENTED = {"_exit", "_replace", "_asdict", "_saved_self", "_saved_approximate"}
 
 
 def resolve(name: str) -> Any:

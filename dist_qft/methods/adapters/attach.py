@@ -75,6 +75,11 @@ class AdapterSet(HookedTrainables):
         ]
         return tensors if self.token_rows is None else self.token_rows.around(tensors)
 
+    def make_inputs_again(self) -> None:
+        """Let adapters keep no input for their gradients that is cheap to make again (`adapters/recomputed.py`)."""
+        for adapter in self._by_path.values():
+            adapter.makes_inputs_again = True
+
     def attach(self, model: nn.Module) -> list[RemovableHandle]:
         """Hook every adapter onto the module of `model` at its path; returns the hooks' handles.
 

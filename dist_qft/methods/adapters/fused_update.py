@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from dist_qft.base_model.loss import float32_product
+from dist_qft.methods.adapters.recomputed import Again
 from dist_qft.methods.adapters.tiles import sum_repeated
 from dist_qft.quant.frozen import FrozenLinear
 
@@ -32,7 +33,9 @@ class Update(NamedTuple):
     repeat: int
 
 
-def add_update(y: Tensor, x: Tensor, update: Update, base: FrozenLinear | None = None) -> Tensor:
+def add_update(
+    y: Tensor, x: Tensor, update: Update, base: FrozenLinear | None = None, again: Again | None = None
+) -> Tensor:
     """`y` with the update added in place; x, A and B get their gradients.
 
     Args:
@@ -40,14 +43,15 @@ def add_update(y: Tensor, x: Tensor, update: Update, base: FrozenLinear | None =
         x: (..., d_in), the update's input.
         base: if it has computed y from x. Its part of the gradient by x is then computed here, and the update's is
             added to it in place.
+        again: makes x once more for the gradients; x itself is not kept then. Only without pooling.
     """
     cast = update.cast or tuple(value.detach().to(y.dtype) for value in (update.A, update.B) if value is not None)
     given = y if base is None else y.detach()
-    return _AddUpdate.apply(given, x, base, update.A, update.B, cast, update.scale, update.pool, update.repeat)
+    return _AddUpdate.apply(given, x, base, again, update.A, update.B, cast, update.scale, update.pool, update.repeat)
 
 
 class _AddUpdate(torch.autograd.Function):
-    """Keeps the pooled x, the inner activation, and A and B as they were cast."""
+    """Keeps the pooled x, unless it can be made again, the inner activation, and A and B as they were cast."""
 
     @staticmethod
     def forward(
@@ -55,6 +59,7 @@ class _AddUpdate(torch.autograd.Function):
         y: Tensor,
         x: Tensor,
         base: FrozenLinear | None,
+        again: Again | None,
         A: Tensor,
         B: Tensor | None,
         cast: tuple[Tensor, ...],
@@ -70,27 +75,30 @@ class _AddUpdate(torch.autograd.Function):
             whole.addmm_(left, cast[-1].T, alpha=factor)
         else:
             whole.unflatten(-1, (-1, repeat)).add_((left @ cast[-1].T).unsqueeze(-1), alpha=factor)
-        ctx.save_for_backward(rows, left, *cast)
-        ctx.base, ctx.scale, ctx.pool, ctx.repeat, ctx.shape = base, scale, pool, repeat, x.shape
+        right = None if B is None else cast[1]
+        ctx.save_for_backward(cast[0], right, None if B is None else left, None if again else rows)
+        ctx.base, ctx.again, ctx.scale, ctx.pool, ctx.repeat, ctx.shape = base, again, scale, pool, repeat, x.shape
         ctx.mark_dirty(y)
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        rows, left, *cast = ctx.saved_tensors
+        A, B, left, rows = ctx.saved_tensors
+        if rows is None:
+            rows = ctx.again().reshape(-1, ctx.shape[-1])
         flat = gradient.reshape(-1, gradient.shape[-1])
         summed, by_B = sum_repeated(flat, ctx.repeat), None
-        if len(cast) == 1:
+        if B is None:
             inner, factor, by_A = summed, ctx.scale, float32_product(summed.T, rows).mul_(ctx.scale)
         else:
-            inner, factor = _scaled_product(summed, cast[1], ctx.scale), 1.0
+            inner, factor = _scaled_product(summed, B, ctx.scale), 1.0
             by_A, by_B = float32_product(inner.T, rows), float32_product(summed.T, left)
         by_x = None
         if ctx.needs_input_grad[1]:
             by_x = None if ctx.base is None else flat @ ctx.base.dequantize()
-            by_x = _add_spread(by_x, inner, cast[0], factor, ctx.pool).view(ctx.shape)
-        return None if ctx.base is not None else gradient, by_x, None, by_A, by_B, None, None, None, None
+            by_x = _add_spread(by_x, inner, A, factor, ctx.pool).view(ctx.shape)
+        return None if ctx.base is not None else gradient, by_x, None, None, by_A, by_B, None, None, None, None
 
 
 def _add_spread(total: Tensor | None, left: Tensor, right: Tensor, scale: float, pool: int) -> Tensor:

@@ -19,9 +19,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.autograd.function import once_differentiable
 
 from dist_qft.errors import UserError
 from dist_qft.methods.adapters.fused_update import Update, add_update
+from dist_qft.methods.adapters.recomputed import Again, recomputation
 from dist_qft.methods.adapters.schedule import TileSettings
 from dist_qft.methods.adapters.tiles import add_repeated, sum_neighbours, sum_repeated
 from dist_qft.quant.frozen import FrozenLinear
@@ -38,12 +40,14 @@ class TileAdapter(nn.Module):
     gradient of an expert without rows is zero.
 
     Kept for backward per call: the pooled input (d_in / p per token), the inner activation, and copies of A and B
-    if they had to be cast; never x itself unless p = 1. Dropout follows this module's own `training` flag.
+    if they had to be cast; never x itself unless p = 1, and then not if it is made again (`makes_inputs_again`).
+    Dropout follows this module's own `training` flag.
     """
 
     A: nn.Parameter
     B: nn.Parameter | None
     cast: tuple[torch.Tensor, ...] | None = None  # A and B in the compute dtype, while `AdapterSet.cast_once` holds
+    makes_inputs_again = False  # where that is cheap; not where all activations are computed again
 
     def __init__(self, settings: TileSettings, generator: torch.Generator | None = None) -> None:
         super().__init__()
@@ -75,8 +79,18 @@ class TileAdapter(nn.Module):
 
     def delta(self, x: torch.Tensor, sizes: Sequence[int] | None = None) -> torch.Tensor:
         """One value per tile of outputs: (..., d_in) -> (..., d_out / k), computed in x's dtype."""
+        if again := self._recomputation(x):
+            return _UpdateOfRecomputed.apply(x, self, again, *self.parameters())
         # The mean's 1 / p is in tile_scale.
         return self.of_pooled(sum_neighbours(x, self.settings.pool), sizes, *self.parameters())
+
+    def _recomputation(self, x: torch.Tensor) -> Again | None:
+        """A function that makes x again for the gradients of A and B; None if it, or what is pooled of it, is kept."""
+        settings = self.settings
+        dropped = settings.dropout and self.training
+        if not (self.makes_inputs_again and settings.pool == 1 and settings.experts is None) or dropped:
+            return None
+        return recomputation(x) if torch.is_grad_enabled() else None
 
     def of_pooled(
         self, x: torch.Tensor, sizes: Sequence[int] | None, A: torch.Tensor, B: torch.Tensor | None = None
@@ -96,11 +110,14 @@ class TileAdapter(nn.Module):
         return torch.cat([*updates, rest.new_zeros(len(rest), tiles)])
 
     def _update(self, x: torch.Tensor, A: torch.Tensor, B: torch.Tensor | None) -> torch.Tensor:
-        scale = self.settings.tile_scale
-        # Scaled where the activation is narrowest.
-        outputs, inputs = A.shape
-        update = F.linear(x * scale, A.to(x.dtype)) if inputs < outputs else F.linear(x, A.to(x.dtype)) * scale
+        update = self.update_by_A(x, A)
         return update if B is None else F.linear(update, B.to(x.dtype))
+
+    def update_by_A(self, x: torch.Tensor, A: torch.Tensor) -> torch.Tensor:
+        """The scaled outputs of a matrix A, or of one expert's part of it: (..., d_in / p) -> (..., A's rows)."""
+        scale, (outputs, inputs) = self.settings.tile_scale, A.shape
+        # Scaled where the activation is narrowest.
+        return F.linear(x * scale, A.to(x.dtype)) if inputs < outputs else F.linear(x, A.to(x.dtype)) * scale
 
     def gradients_of_pooled(self, x: torch.Tensor, gradient: torch.Tensor) -> list[torch.Tensor]:
         """The gradients of A and B, given that of `of_pooled(x)`: the bits that autograd finds, in fewer products.
@@ -108,14 +125,21 @@ class TileAdapter(nn.Module):
         Of one linear layer, without dropout.
         """
         rows, by_delta = x.reshape(-1, x.shape[-1]), gradient.reshape(-1, gradient.shape[-1]).to(x.dtype)
-        scale, (outputs, inputs) = self.settings.tile_scale, self.A.shape
         if self.B is None:
-            by_update, by_B = by_delta, []
-        else:
-            update, right = self._update(rows, self.A, None), self.B.to(x.dtype)
-            by_update, by_B = by_delta @ right, [(by_delta.T @ update).to(self.B.dtype)]
+            return [self.gradient_of_A(rows, by_delta)]
+        by_A = self.gradient_of_A(rows, by_delta @ self.B.to(x.dtype))
+        return [by_A, (by_delta.T @ self._update(rows, self.A, None)).to(self.B.dtype)]
+
+    def gradient_of_A(self, rows: torch.Tensor, by_update: torch.Tensor) -> torch.Tensor:
+        """The gradient of A, given the inputs (n, d_in / p) and the gradient of A's outputs (n, A's rows)."""
+        scale, (outputs, inputs) = self.settings.tile_scale, self.A.shape
         by_A = by_update.T @ (rows * scale) if inputs < outputs else (by_update * scale).T @ rows
-        return [by_A.to(self.A.dtype), *by_B]
+        return by_A.to(self.A.dtype)
+
+    def gradient_of_rows(self, by_update: torch.Tensor) -> torch.Tensor:
+        """The gradient of the inputs (n, d_in / p), given that of A's outputs (n, A's rows)."""
+        scale, (outputs, inputs), right = self.settings.tile_scale, self.A.shape, self.A.to(by_update.dtype)
+        return (by_update @ right) * scale if inputs < outputs else (by_update * scale) @ right
 
     def add_to(
         self, y: torch.Tensor, x: torch.Tensor, sizes: Sequence[int] | None = None, base: FrozenLinear | None = None
@@ -129,7 +153,7 @@ class TileAdapter(nn.Module):
         settings = self.settings
         update = Update(self.A, self.B, self.cast, settings.tile_scale, settings.pool, settings.repeat)
         if not (self.training and settings.dropout):
-            return add_update(y, x, update, base)
+            return add_update(y, x, update, base, self._recomputation(x))
         dropped = F.dropout(sum_neighbours(x, settings.pool), settings.dropout)
         return add_update(y, dropped, update._replace(pool=1))
 
@@ -172,6 +196,34 @@ class _GradientOfAdded(torch.autograd.Function):
             delta = adapter.of_pooled(pooled, ctx.sizes, *values).to(gradient.dtype)
             found = torch.autograd.grad(delta, values, summed)
         return gradient, None, None, None, *found
+
+
+class _UpdateOfRecomputed(torch.autograd.Function):
+    """`TileAdapter.delta` of one linear layer, without pooling and dropout, with the bits that autograd finds.
+
+    Keeps the inner activation and no input: `again` makes that once more.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: torch.Tensor, adapter: "TileAdapter", again: Again, A: torch.Tensor, B: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        update = adapter.update_by_A(x, A)
+        ctx.adapter, ctx.again = adapter, again
+        ctx.save_for_backward(*() if B is None else (update,))
+        return update if B is None else F.linear(update, B.to(x.dtype))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        adapter, x = ctx.adapter, ctx.again()
+        by_update, by_B = gradient.reshape(-1, gradient.shape[-1]), []
+        if adapter.B is not None:
+            (update,) = ctx.saved_tensors
+            by_B = [(by_update.T @ update.reshape(-1, update.shape[-1])).to(adapter.B.dtype)]
+            by_update = by_update @ adapter.B.to(x.dtype)
+        by_A = adapter.gradient_of_A(x.reshape(-1, x.shape[-1]), by_update)
+        return adapter.gradient_of_rows(by_update).view_as(x), None, None, by_A, *by_B
 
 
 @torch.no_grad()

@@ -7,7 +7,8 @@ import torch
 
 from dist_qft.config.train_schema import TrainConfig
 from dist_qft.errors import UserError
-from dist_qft.training.activations import checkpoint_activations
+from dist_qft.methods.trainable import HookedTrainables
+from dist_qft.training.activations import choose_activations
 from dist_qft.training.compute_clock import ComputeClock
 
 DEVICE = torch.device("cuda", 0)
@@ -32,10 +33,10 @@ class Model:
 def test_the_settings_reach_the_library():
     train = TrainConfig(gradient_checkpointing=True, checkpoint_every_n_layers=2, offload_activations=True)
     model = Model()
-    checkpoint_activations(model, train, DEVICE)
+    choose_activations(model, HookedTrainables(), train, DEVICE)
     assert model.asked == ({"use_reentrant": False}, 2, True)
     with pytest.raises(UserError, match=r"train\.offload_activations: on a CPU"):
-        checkpoint_activations(model, train, torch.device("cpu"))
+        choose_activations(model, HookedTrainables(), train, torch.device("cpu"))
 
 
 class Event:
