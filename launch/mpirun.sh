@@ -27,8 +27,12 @@ case $version in
     # Other nodes get no variable that is not named.
     for name in $(compgen -e); do
       case $name in
-        PATH | VIRTUAL_ENV | LD_LIBRARY_PATH | MPI4PY_LIBMPI | TOKENIZERS_PARALLELISM | OMP_* | PYTHON* | HF_* | \
-          TORCH_* | PYTORCH_* | NCCL_* | GLOO_* | DIST_QFT_CPU_PRECISION) options+=(-x "$name") ;;
+        CUDA_VISIBLE_DEVICES) ;; # each node's own
+        PATH | VIRTUAL_ENV | LD_LIBRARY_PATH | MPI4PY_LIBMPI | TOKENIZERS_PARALLELISM | OMP_* | MKL_* | PYTHON* | HF_* | \
+          TORCH_* | PYTORCH_* | TRITON_* | CUDA_* | BNB_* | DS_* | NCCL_* | GLOO_* | UCX_* | FI_* | WANDB_* | MLFLOW_* | \
+          TRACKIO_* | *_proxy | *_PROXY | SSL_CERT_* | *_CA_BUNDLE | XDG_CACHE_HOME | \
+          DIST_QFT_CACHE | DIST_QFT_CPU_PRECISION)
+          options+=(-x "$name") ;;
       esac
     done
     if [[ $EUID == 0 ]]; then options+=(--allow-run-as-root); fi

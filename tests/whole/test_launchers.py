@@ -211,6 +211,8 @@ def test_deepspeed_missing(tmp_path):
         ),
         ("mpirun.sh", {"MPIRUN": "mpiexec.hydra"}, "mpiexec.hydra -n 6 -ppn 3 -f"),
         ("mpirun.sh", {**LAUNCHERS["openmpi"][1], "NCCL_SOCKET_IFNAME": "eth9"}, "-x NCCL_SOCKET_IFNAME"),
+        ("mpirun.sh", {**LAUNCHERS["openmpi"][1], "UCX_TLS": "rc", "https_proxy": "http://p:1"}, "-x UCX_TLS"),
+        ("mpirun.sh", {**LAUNCHERS["openmpi"][1], "WANDB_API_KEY": "0123"}, "-x WANDB_API_KEY"),  # by its name alone
     ],
 )
 def test_dry_run_shows_the_command_and_the_plan(config, tmp_path, name, variables, part):
@@ -223,4 +225,5 @@ def test_dry_run_shows_the_command_and_the_plan(config, tmp_path, name, variable
     result = script(name, str(config), "train.global_batch_size=12", "--dry-run", NPROC_PER_NODE="3", **variables)
     assert result.returncode == 0, result.stderr
     assert part in result.stdout.splitlines()[0]
+    assert "0123" not in result.stdout
     assert ("6 x fsdp" if name == "mpirun.sh" else "3 x fsdp") in result.stdout
