@@ -3,8 +3,9 @@
     python studies/run_all.py [--hours H] [--jobs N] [--only e1-qbara-vs-qlora ...] [--plan]
 
 makes the texts, pre-trains the model, runs every study with as many processes as there are cores and copies the reports
-into studies/<name>/report. Whatever is done is not done again: stopped at any time, by hand or by --hours, the same
-command goes on. With --plan it says how long each study will take, once the model is there.
+into studies/<name>/report. The last study's base is SmolLM2, which `launch/get_smollm2.sh` fetches. Whatever is done is
+not done again: stopped at any time, by hand or by --hours, the same command goes on. With --plan it says how long each
+study will take, once the model is there.
 """
 
 import argparse
@@ -17,7 +18,17 @@ import time
 from pathlib import Path
 from typing import NoReturn
 
-STUDIES = ["e1-qbara-vs-qlora", "e2-merged", "e3-qst", "e4-cuts", "e5-balance"]
+STUDIES = [
+    "e1-qbara-vs-qlora",
+    "e2-merged",
+    "e3-qst",
+    "e4-cuts",
+    "e5-balance",
+    "e6-longer",
+    "e7-merged-longer",
+    "e8-smollm2",
+]
+ON_SMOLLM2 = "e8-smollm2"  # whose base launch/get_smollm2.sh fetches
 HERE = Path(__file__).parent
 GRACE = 120  # seconds in which a stopped study saves the run it is at
 REPORT_FILES = ("report.html", "results.csv", "*.json")
@@ -73,7 +84,15 @@ def main() -> int:
     words = parser.parse_args()
     deadline = time.monotonic() + words.hours * 3600
     steps = [["studies/docs-lm/corpus.py"], ["studies/docs-lm/code.py"], ["studies/docs-lm/pretrain.py"]]
-    if words.plan and not (HERE.parent / "models" / "docs-lm" / "pretrain.json").exists():
+    if words.only == [ON_SMOLLM2]:
+        steps = []
+    if ON_SMOLLM2 in words.only:
+        steps.append(["studies/e8-smollm2/rows.py"])
+    if (
+        words.plan
+        and words.only != [ON_SMOLLM2]
+        and not (HERE.parent / "models" / "docs-lm" / "pretrain.json").exists()
+    ):
         print("--plan: the model is missing; python studies/docs-lm/corpus.py && python studies/docs-lm/pretrain.py")
         return 2
     for command in steps:

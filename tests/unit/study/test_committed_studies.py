@@ -25,7 +25,9 @@ def waiting(name: str) -> list[StudyRun]:
     return expand_all(load_study(STUDIES / name / "study.yaml")).waiting
 
 
-@pytest.mark.parametrize("name", ["e1-qbara-vs-qlora", "e2-merged", "e3-qst", "e4-cuts", "e5-balance"])
+@pytest.mark.parametrize(
+    "name", ["e1-qbara-vs-qlora", "e2-merged", "e3-qst", "e4-cuts", "e5-balance", "e6-longer", "e7-merged-longer"]
+)
 def test_it_expands_and_its_contrasts_compare_equal_sizes(shape, name):
     study = load_study(STUDIES / name / "study.yaml")
     sizes = {row.label: row.trainables for row in waiting(name)}
