@@ -35,3 +35,12 @@ def test_it_expands_and_its_contrasts_compare_equal_sizes(shape, name):
     for contrast in study.settings.contrasts:
         if "QST" not in contrast.better:  # which saves by being smaller
             assert sizes[contrast.better] == pytest.approx(sizes[contrast.than], rel=0.05), contrast.claim
+
+
+def test_the_finalists_train_as_many_numbers_on_smollm2(smollm2, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "models").mkdir()
+    (tmp_path / "models" / "SmolLM2-135M-Instruct.Q4_1.gguf").symlink_to(smollm2)
+    sizes = {row.label: row.trainables for row in waiting("e8-smollm2")}
+    assert sizes.pop("QST") < min(sizes.values())
+    assert len(sizes) == 3 and max(sizes.values()) < 1.013 * min(sizes.values())
