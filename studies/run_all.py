@@ -83,18 +83,14 @@ def main() -> int:
     parser.add_argument("--plan", action="store_true", help="say how long the studies will take, and stop")
     words = parser.parse_args()
     deadline = time.monotonic() + words.hours * 3600
-    steps = [["studies/docs-lm/corpus.py"], ["studies/docs-lm/code.py"], ["studies/docs-lm/pretrain.py"]]
-    if words.only == [ON_SMOLLM2]:
-        steps = []
+    steps = []
+    if set(words.only) != {ON_SMOLLM2}:
+        steps += [["studies/docs-lm/corpus.py"], ["studies/docs-lm/code.py"], ["studies/docs-lm/pretrain.py"]]
+        if words.plan and not (HERE.parent / "models" / "docs-lm" / "pretrain.json").exists():
+            print(f"--plan: the model is missing; python {steps[0][0]} && python {steps[2][0]}")
+            return 2
     if ON_SMOLLM2 in words.only:
         steps.append(["studies/e8-smollm2/rows.py"])
-    if (
-        words.plan
-        and words.only != [ON_SMOLLM2]
-        and not (HERE.parent / "models" / "docs-lm" / "pretrain.json").exists()
-    ):
-        print("--plan: the model is missing; python studies/docs-lm/corpus.py && python studies/docs-lm/pretrain.py")
-        return 2
     for command in steps:
         if code := run(command, deadline):
             return code

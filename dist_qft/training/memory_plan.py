@@ -13,6 +13,7 @@ import torch
 
 from dist_qft.base_model.skeleton import BaseModel
 from dist_qft.config.methods.qst import QstConfig
+from dist_qft.config.methods.tile_method import TileMethod
 from dist_qft.config.schema import RunConfig
 from dist_qft.ranks.device import planned_device
 from dist_qft.ranks.world import World
@@ -106,7 +107,7 @@ class MemoryPlan:
         if isinstance(config.method, QstConfig):  # the side network reads a hidden state of every layer
             side = tokens * _SIDE_SAVED * 4 * sizes.hidden // config.method.reduction
             return (sizes.layers + 2) * state + sizes.layers * side
-        inputs = self._inputs_kept(config)
+        inputs = self._inputs_kept(config, config.method)
         layer = tokens * (sizes.saved + inputs) * sizes.itemsize
         if not train.gradient_checkpointing:
             return layer * sizes.layers
@@ -114,10 +115,10 @@ class MemoryPlan:
         kept = 0 if train.offload_activations else state * computed_again
         return kept + layer * (sizes.layers - computed_again + 1)
 
-    def _inputs_kept(self, config: RunConfig) -> int:
+    def _inputs_kept(self, config: RunConfig, method: TileMethod) -> int:
         """Elements per token of the matrices' inputs that a layer's adapters keep."""
-        pool = getattr(config.method, "pool", None) or getattr(config.method, "balance", None) or 1
-        if pool > 1 or getattr(config.method, "dropout", 0) or config.train.gradient_checkpointing:
+        pool = method.tile(method.given(method)).pool
+        if pool > 1 or method.dropout or config.train.gradient_checkpointing:
             return self.sizes.inputs // pool
         # On CUDA norms are one kernel, whose result is kept.
         norms = 0 if planned_device(config.sharding.device).type == "cuda" else self.sizes.norm_inputs

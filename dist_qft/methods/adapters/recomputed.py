@@ -22,10 +22,7 @@ _MOST_STEPS = 3  # of a chain: a norm's product with its weight, a cast, a produ
 
 def recomputation(x: Tensor) -> Again | None:
     """A function that makes x again in the backward pass of an operation on it; None if x should be kept."""
-    node = x.grad_fn
-    if node is None or x.output_nr != 0:
-        return None
-    return _again(node, _MOST_STEPS)
+    return _again(x.grad_fn, _MOST_STEPS) if x.output_nr == 0 else None
 
 
 def _again(node: Any, steps: int) -> Again | None:

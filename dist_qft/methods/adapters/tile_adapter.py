@@ -125,16 +125,26 @@ class TileAdapter(nn.Module):
         Of one linear layer, without dropout.
         """
         rows, by_delta = x.reshape(-1, x.shape[-1]), gradient.reshape(-1, gradient.shape[-1]).to(x.dtype)
-        if self.B is None:
-            return [self.gradient_of_A(rows, by_delta)]
-        by_A = self.gradient_of_A(rows, by_delta @ self.B.to(x.dtype))
-        return [by_A, (by_delta.T @ self._update(rows, self.A, None)).to(self.B.dtype)]
+        update = None if self.B is None else self.update_by_A(rows, self.A)
+        return self.gradients(rows, update, by_delta)[1]
 
-    def gradient_of_A(self, rows: torch.Tensor, by_update: torch.Tensor) -> torch.Tensor:
-        """The gradient of A, given the inputs (n, d_in / p) and the gradient of A's outputs (n, A's rows)."""
+    def gradients(
+        self, rows: torch.Tensor, update: torch.Tensor | None, by_delta: torch.Tensor
+    ) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        """The gradient of A's outputs, and those of A and B.
+
+        Args:
+            rows: the pooled inputs (n, d_in / p).
+            update: A's outputs (n, A's rows), which B's gradient needs; None without a B.
+            by_delta: the gradient of `of_pooled(rows)`.
+        """
+        by_update, by_B = by_delta, []
+        if self.B is not None:
+            assert update is not None, "B's gradient is a product with what B was given"
+            by_update, by_B = by_delta @ self.B.to(rows.dtype), [(by_delta.T @ update).to(self.B.dtype)]
         scale, (outputs, inputs) = self.settings.tile_scale, self.A.shape
         by_A = by_update.T @ (rows * scale) if inputs < outputs else (by_update * scale).T @ rows
-        return by_A.to(self.A.dtype)
+        return by_update, [by_A.to(self.A.dtype), *by_B]
 
     def gradient_of_rows(self, by_update: torch.Tensor) -> torch.Tensor:
         """The gradient of the inputs (n, d_in / p), given that of A's outputs (n, A's rows)."""
@@ -210,20 +220,16 @@ class _UpdateOfRecomputed(torch.autograd.Function):
     ) -> torch.Tensor:
         update = adapter.update_by_A(x, A)
         ctx.adapter, ctx.again = adapter, again
-        ctx.save_for_backward(*() if B is None else (update,))
+        ctx.save_for_backward(None if B is None else update.reshape(-1, update.shape[-1]))
         return update if B is None else F.linear(update, B.to(x.dtype))
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        adapter, x = ctx.adapter, ctx.again()
-        by_update, by_B = gradient.reshape(-1, gradient.shape[-1]), []
-        if adapter.B is not None:
-            (update,) = ctx.saved_tensors
-            by_B = [(by_update.T @ update.reshape(-1, update.shape[-1])).to(adapter.B.dtype)]
-            by_update = by_update @ adapter.B.to(x.dtype)
-        by_A = adapter.gradient_of_A(x.reshape(-1, x.shape[-1]), by_update)
-        return adapter.gradient_of_rows(by_update).view_as(x), None, None, by_A, *by_B
+        (update,), adapter, x = ctx.saved_tensors, ctx.adapter, ctx.again()
+        by_delta = gradient.reshape(-1, gradient.shape[-1])
+        by_update, by_values = adapter.gradients(x.reshape(-1, x.shape[-1]), update, by_delta)
+        return adapter.gradient_of_rows(by_update).view_as(x), None, None, *by_values
 
 
 @torch.no_grad()
