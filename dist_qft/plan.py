@@ -32,8 +32,9 @@ from dist_qft.sharding.engine import Engine, parameter_owners
 from dist_qft.sharding.engines import engine_of, engine_warnings
 from dist_qft.training.links import Placement, Traffic, between_nodes
 from dist_qft.training.machine import Machine
-from dist_qft.training.memory_plan import MemoryPlan, chosen_group, tokens_per_micro_batch
+from dist_qft.training.memory_plan import MemoryPlan, chosen_group
 from dist_qft.training.optimizer import checkpoint_bytes, require_lr_groups
+from dist_qft.training.planned_activations import tokens_per_micro_batch
 from dist_qft.training.planned_reduction import PlannedReduction
 from dist_qft.training.run_plan import PlannedBatch, PlannedModel, PlannedOptimization, RunPlan
 from dist_qft.training.step_time import StepWork, step_seconds

@@ -14,10 +14,18 @@ from torch import Tensor, nn
 def fuse_norms(model: nn.Module) -> None:
     """Let the modules that compute w x / sqrt(mean(x^2) + eps) do it by one kernel; all others stay as they are."""
     for module in model.modules():
-        eps = getattr(module, "variance_epsilon", getattr(module, "eps", None))
-        kind: Callable[..., nn.Module] = type(module)
-        if kind.__name__.endswith("RMSNorm") and isinstance(eps, float) and _is_plain(kind):
-            module.forward = partial(_normalized, module, eps)
+        if is_fusible(module):
+            module.forward = partial(_normalized, module, _epsilon(module))
+
+
+def is_fusible(module: nn.Module) -> bool:
+    """True for a module that computes w x / sqrt(mean(x^2) + eps)."""
+    kind: Callable[..., nn.Module] = type(module)
+    return kind.__name__.endswith("RMSNorm") and isinstance(_epsilon(module), float) and _is_plain(kind)
+
+
+def _epsilon(module: nn.Module) -> float:
+    return getattr(module, "variance_epsilon", getattr(module, "eps", None))  # type: ignore[return-value]
 
 
 def _normalized(module: nn.Module, eps: float, x: Tensor) -> Tensor:

@@ -12,8 +12,6 @@ import psutil
 import torch
 
 from dist_qft.base_model.skeleton import BaseModel
-from dist_qft.config.methods.qst import QstConfig
-from dist_qft.config.methods.tile_method import TileMethod
 from dist_qft.config.schema import RunConfig
 from dist_qft.ranks.device import planned_device
 from dist_qft.ranks.world import World
@@ -22,19 +20,22 @@ from dist_qft.sharding.engines import engine_of
 from dist_qft.sharding.shard_group import ranks_in_group
 from dist_qft.training.links import Placement
 from dist_qft.training.model_sizes import ModelSizes
+from dist_qft.training.planned_activations import (
+    asked_for,
+    head_workspace,
+    kept_activations,
+    tokens_per_micro_batch,
+)
 from dist_qft.training.planned_reduction import PlannedReduction
 from dist_qft.tuned_model.task import head_outputs
 
-_RUNTIME = {"cuda": 1 << 30, "cpu": 550 << 20}  # CUDA's context, cuBLAS and NCCL; Python with its packages
+_RUNTIME = {"cuda": 1 << 30, "cpu": 430 << 20}  # CUDA's context, cuBLAS and NCCL; Python with its packages
 _STEPPING = 25 << 20  # on CPUs, from the first step: TensorBoard, the packages of optimizers, BLAS's buffers
-_DEEPSPEED = 85 << 20  # on CPUs, with its packages
-_CHUNK_MEGABYTES = {"cuda": 64.0, "cpu": 8.0}
-_AT_ONCE = 3  # a layer in use, the next one as it was gathered, and its copy in parameters
+_DEEPSPEED = 30 << 20  # on CPUs, with its packages
 _LOADING = 16 << 20  # the rows in hand of a weight that is read and quantized
-_SIDE_SAVED = 21  # float32 values that a layer of a side network keeps of each token, over its width
 # The holes that glibc before 2.38 keeps and does not use again, over the activations of all layers: also of those that
 # compute them again, which ask for the same blocks one after the other.
-_HOLES = 0.4
+_HOLES = 0.6
 
 
 class MemoryPlan:
@@ -54,18 +55,16 @@ class MemoryPlan:
         """Bytes of each part on the fullest rank."""
         engine, device = engine_of(config), planned_device(config.sharding.device).type
         reduction = PlannedReduction(config, self._trainable, world_size, 1)
-        gathered, workspace = self._passing(config, engine, device)
-        activations = self._activations(config)
-        unchecked = self._activations(_with(config, "train", gradient_checkpointing=False))
+        fullest = self._fullest(config, engine)
         return {
             "base": sum(engine.part_bytes(tensor, group) for tensor in self._tensors),
-            "gathered": gathered,
+            "gathered": fullest["gathered"],
             "trainables": reduction.buffer_bytes,
             "gradients": reduction.buffer_bytes + reduction.header_bytes,
             "moments": reduction.optimizer_bytes,
-            "activations": activations,
-            "workspace": workspace,
-            "allocator": int(_HOLES * unchecked) if device == "cpu" and _leaves_holes() else 0,
+            "activations": fullest["activations"],
+            "workspace": fullest["workspace"],
+            "allocator": int(_HOLES * asked_for(config, self.sizes)) if device == "cpu" and _leaves_holes() else 0,
             "runtime": _RUNTIME[device] + (_in_steps(engine) if device == "cpu" else 0),
         }
 
@@ -80,49 +79,31 @@ class MemoryPlan:
     def peak(self, config: RunConfig, world_size: int, group: int) -> int:
         return sum(self.parts(config, world_size, group).values())
 
-    def _passing(self, config: RunConfig, engine: Engine, device: str) -> tuple[int, int]:
-        """Bytes gathered, and of workspace, at the fuller of two times: in the LM head's loss, and within a layer.
+    def _fullest(self, config: RunConfig, engine: Engine) -> dict[str, int]:
+        """What is gathered, kept and worked with at the fullest time of a step.
 
-        A unit is there twice when it has just been gathered: as it came, and in its parameters.
+        A unit is there twice when it has just been gathered: as it came, and in its parameters. In a layer's backward
+        pass fsdp has the next one as it came; zero has what it may gather ahead.
         """
-        sizes, sharding = self.sizes, config.sharding
-        chunk = config.train.loss_chunk_megabytes or _CHUNK_MEGABYTES[device]
-        logits = 0 if head_outputs(config.task) else int(3 * chunk * 1e6)
-        in_layer = sizes.largest * sizes.itemsize + 2 * tokens_per_micro_batch(config) * sizes.widest * sizes.itemsize
-        if engine.name == "replicated":
-            return 0, max(logits, in_layer)
-        table, kept = sizes.table_bytes, 0
-        layers = sizes.layer_bytes * _AT_ONCE
-        if engine.name == "zero":
-            layers = 2 * sizes.layer_bytes + int(sharding.prefetch_megabytes * 1e6)
-        elif not sharding.reshard_after_forward:
-            kept, layers = sizes.packed, 0
-        times = [(kept + 2 * table, 0), (kept + table, logits), (kept + layers, in_layer)]
-        return max(times, key=sum)
-
-    def _activations(self, config: RunConfig) -> int:
-        sizes, train = self.sizes, config.train
+        sizes, kept = self.sizes, kept_activations(config, self.sizes)
+        logits = 0 if head_outputs(config.task) else head_workspace(config, sizes)
         tokens = tokens_per_micro_batch(config)
-        state = tokens * sizes.hidden * sizes.itemsize
-        if isinstance(config.method, QstConfig):  # the side network reads a hidden state of every layer
-            side = tokens * _SIDE_SAVED * 4 * sizes.hidden // config.method.reduction
-            return (sizes.layers + 2) * state + sizes.layers * side
-        inputs = self._inputs_kept(config, config.method)
-        layer = tokens * (sizes.saved + inputs) * sizes.itemsize
-        if not train.gradient_checkpointing:
-            return layer * sizes.layers
-        computed_again = -(-sizes.layers // train.checkpoint_every_n_layers)
-        kept = 0 if train.offload_activations else state * computed_again
-        return kept + layer * (sizes.layers - computed_again + 1)
-
-    def _inputs_kept(self, config: RunConfig, method: TileMethod) -> int:
-        """Elements per token of the matrices' inputs that a layer's adapters keep."""
-        pool = method.tile(method.given(method)).pool
-        if pool > 1 or method.dropout or config.train.gradient_checkpointing:
-            return self.sizes.inputs // pool
-        # On CUDA norms are one kernel, whose result is kept.
-        norms = 0 if planned_device(config.sharding.device).type == "cuda" else self.sizes.norm_inputs
-        return self.sizes.inputs - self.sizes.inner_inputs - norms
+        # A matrix's weights or a sum, beside the gradients of its inputs, from base and adapter, and of its result.
+        gradients = tokens * (2 * sizes.inner + sizes.hidden)
+        product = (gradients + max(sizes.largest, tokens * sizes.inner)) * sizes.itemsize
+        table, layers, whole = sizes.table_bytes, 2 * sizes.layer_bytes, 0
+        if engine.name == "replicated":
+            table = layers = 0
+        elif engine.name == "zero":
+            layers = sizes.layer_bytes + int(config.sharding.prefetch_megabytes * 2**20)
+        elif not config.sharding.reshard_after_forward:
+            layers, whole = 0, sizes.packed
+        times = (
+            (whole + 2 * table, kept.at_head, 0),
+            (whole + table, kept.at_head, logits),
+            (whole + layers, kept.in_layer, product),
+        )
+        return dict(zip(("gathered", "activations", "workspace"), max(times, key=sum), strict=True))
 
     def smallest_group(self, config: RunConfig, place: Placement, limit: int) -> int:
         """The fewest ranks per shard group whose plan is within `limit` bytes; all ranks if none is.
@@ -175,12 +156,6 @@ class MemoryPlan:
         if train.optim != "paged_adamw_8bit" and planned_device(config.sharding.device).type == "cuda":
             least = _with(least, "train", optim="paged_adamw_8bit")
             yield " ".join([*words, "train.optim=paged_adamw_8bit"]), least, world
-
-
-def tokens_per_micro_batch(config: RunConfig) -> int:
-    """The most tokens of one micro-batch, with two rows to a sample where answers are compared; 0 without data."""
-    rows = 2 if config.task.rows in ("pairs", "pairs-with-prompts", "rated-with-kl") else 1
-    return rows * config.train.per_device_train_batch_size * config.data.max_length if config.data else 0
 
 
 def chosen_group(config: RunConfig, memory: MemoryPlan, place: Placement, limit: int | None) -> int:

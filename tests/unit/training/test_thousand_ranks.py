@@ -67,3 +67,40 @@ def test_one_rank_moves_and_holds_what_the_plan_says(folders, method, engine, ra
     assert found.received == [plan.gather_bytes_per_micro_batch] * 2
     assert sum(size for _, _, size in found.step) == sum(plan.collective_bytes_per_step.values())
     assert found.memory == {part: plan.memory[part] for part in found.memory}
+
+
+# Method, engine, checkpointing, precision: the fullest time is in the head, or in a layer's backward pass.
+PASSING = [
+    ("qlora", "fsdp", True, "bfloat16"),
+    ("qlora", "replicated", False, "float32"),
+    ("qahira", "zero", True, "float32"),
+    ("qahira", "replicated", False, "bfloat16"),
+    ("qst", "zero", False, "bfloat16"),
+    ("qst", "replicated", False, "float32"),
+]
+
+
+@pytest.mark.parametrize(("method", "engine", "checkpointing", "precision"), PASSING)
+def test_what_passes_through_memory_is_the_plans(tmp_path, method, engine, checkpointing, precision):
+    shape = {"hidden_size": 1024, "intermediate_size": 3072, "num_attention_heads": 16, "num_key_value_heads": 4}
+    more = {"num_hidden_layers": 3, "vocab_size": 32768, "max_position_embeddings": 2048, "tie_word_embeddings": False}
+    tiny_llama_config(**shape, **more).save_pretrained(tmp_path)
+    config = RunConfig.model_validate(
+        {
+            "output_dir": "unused",
+            "model": {"path": str(tmp_path)},
+            "data": {"train": {"path": "unused"}, "max_length": 2048},
+            "sharding": {"engine": engine, "device": "cpu"},
+            "train": {
+                "max_steps": 1,
+                "precision": precision,
+                "global_batch_size": 8,
+                "gradient_checkpointing": checkpointing,
+            },
+            **METHODS[method],
+        }
+    )
+    base = planned_base(config)
+    plan = make_plan(config, 8, base=base)
+    planned = sum(plan.memory[part] for part in ("gathered", "activations", "workspace"))
+    assert planned == pytest.approx(rehearse(config, base, 8, fake=True).passing, rel=0.05)
