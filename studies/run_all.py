@@ -3,9 +3,9 @@
     python studies/run_all.py [--hours H] [--jobs N] [--only e1-qbara-vs-qlora ...] [--plan]
 
 makes the texts, pre-trains the model, runs every study with as many processes as there are cores and copies the reports
-into studies/<name>/report. The last study's base is SmolLM2, which `launch/get_smollm2.sh` fetches. Whatever is done is
-not done again: stopped at any time, by hand or by --hours, the same command goes on. With --plan it says how long each
-study will take, once the model is there.
+into studies/<name>/report. The base of e8-smollm2 is SmolLM2, which `launch/get_smollm2.sh` fetches. Whatever is done
+is not done again: stopped at any time, by hand or by --hours, the same command goes on. With --plan it says how long
+each study will take, once the model is there.
 """
 
 import argparse
@@ -27,6 +27,7 @@ STUDIES = [
     "e6-longer",
     "e7-merged-longer",
     "e8-smollm2",
+    "e9-plateau",
 ]
 ON_SMOLLM2 = "e8-smollm2"  # whose base launch/get_smollm2.sh fetches
 HERE = Path(__file__).parent

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from dist_qft.errors import CorruptFileError
 from dist_qft.storage.atomic import write_text
-from dist_qft.training.metrics_file import read_history
+from dist_qft.training.metrics_file import read_held_out, read_history
 from dist_qft.tuned_model.held_out import HeldOut, RowScore
 
 if TYPE_CHECKING:
@@ -28,6 +28,7 @@ class Result:
             "merged_loss" that of the merged file; "task/..." and "merged_task/..." are of lm-evaluation-harness.
         eval_tokens: targets of the held-out data.
         history: training loss of every step that was logged (`train.logging_steps`).
+        held_out: [step, held-out loss] of every evaluation of the tuned model (`evaluation.eval_steps`).
         seconds: of the run here, with the loading of its base if it loaded one.
         train_tokens: targets that all steps trained on, from those of the steps that were logged.
         costs: name -> value, such as "seconds_per_step", "base_evaluation_seconds", "weight_bytes".
@@ -41,6 +42,7 @@ class Result:
     tuned: dict[str, float] = field(default_factory=dict)
     eval_tokens: int = 0
     history: list[float] = field(default_factory=list)
+    held_out: list[tuple[int, float]] = field(default_factory=list)
     seconds: float = 0.0
     train_tokens: int = 0
     costs: dict[str, float] = field(default_factory=dict)
@@ -64,6 +66,7 @@ class Result:
             tuned=_figures(run.evaluations.tuned) | further,
             eval_tokens=run.evaluations.tuned.tokens if run.evaluations.tuned else 0,
             history=[record.loss for record in history],
+            held_out=read_held_out(row.folder),
             seconds=round(seconds, 3),
             train_tokens=round(logged / max(len(history), 1) * run.state.step),
             costs=costs,

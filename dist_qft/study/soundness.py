@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from statistics import fmean
 
 from dist_qft.study.presets import REFERENCE, Variant
+from dist_qft.study.result_file import Result
 from dist_qft.study.results import Outcome
 from dist_qft.study.settings import Study
 from dist_qft.study.tuning import Search
@@ -40,15 +41,20 @@ def warnings_of(study: Study, outcomes: Sequence[Outcome], searches: Mapping[tup
 
 
 def _last_gain(outcomes: Sequence[Outcome]) -> float | None:
-    """The share of the fall of the training loss that the last fifth of the steps brought; None if too few are known.
+    """The share of what was learned that the last fifth of the steps brought; None if too little is known.
 
-    The mean over the reference's runs, whose batches differ: single steps are too noisy.
+    Of held-out loss where the runs evaluated on the way, else of training loss: the mean over the reference's runs,
+    whose batches differ, because single steps are too noisy.
     """
-    curves = [
-        outcome.finished.history
+    results = [
+        outcome.finished
         for outcome in outcomes
         if outcome.finished and any(variant.preset == REFERENCE for variant in outcome.row.variants)
     ]
+    held_out = [gain for result in results if (gain := _last_held_out_gain(result)) is not None]
+    if results and len(held_out) == len(results):
+        return fmean(held_out)
+    curves = [result.history for result in results]
     if not curves or min(map(len, curves)) < 2 * _PARTS:
         return None
     length = min(map(len, curves))
@@ -56,3 +62,11 @@ def _last_gain(outcomes: Sequence[Outcome]) -> float | None:
     part = length // _PARTS
     first, before, last = mean[0], fmean(mean[-2 * part : -part]), fmean(mean[-part:])
     return (before - last) / (first - last) if first > last and math.isfinite(first) else None
+
+
+def _last_held_out_gain(result: Result) -> float | None:
+    """The share of a run's fall in held-out loss that came after the last evaluation in four fifths of its steps."""
+    steps = max((step for step, _ in result.held_out), default=0)
+    before = [loss for step, loss in result.held_out if step * _PARTS <= steps * (_PARTS - 1)]
+    first, last = result.base.get("loss", math.nan), result.tuned.get("loss", math.nan)
+    return (before[-1] - last) / (first - last) if before and first > last else None

@@ -95,6 +95,13 @@ def read_history(output_dir: Path) -> list[StepRecord]:
     return [each for each in found if all(isinstance(value, float | int | None) for value in vars(each).values())]
 
 
+def read_held_out(output_dir: Path) -> list[tuple[int, float]]:
+    """Step and held-out loss of every evaluation of the tuned model, in order; empty without a metrics file."""
+    path = output_dir / METRICS_FILE
+    found = _records(path) if path.exists() else ()
+    return [(record["step"], record["eval/loss"]) for _, record in found if isinstance(record.get("eval/loss"), float)]
+
+
 def _records(path: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
     """Every whole line of the file with its record; lines that a kill cut short are left out."""
     with open(path, "rb") as file:

@@ -26,7 +26,17 @@ def waiting(name: str) -> list[StudyRun]:
 
 
 @pytest.mark.parametrize(
-    "name", ["e1-qbara-vs-qlora", "e2-merged", "e3-qst", "e4-cuts", "e5-balance", "e6-longer", "e7-merged-longer"]
+    "name",
+    [
+        "e1-qbara-vs-qlora",
+        "e2-merged",
+        "e3-qst",
+        "e4-cuts",
+        "e5-balance",
+        "e6-longer",
+        "e7-merged-longer",
+        "e9-plateau",
+    ],
 )
 def test_it_expands_and_its_contrasts_compare_equal_sizes(shape, name):
     study = load_study(STUDIES / name / "study.yaml")

@@ -90,3 +90,9 @@ def test_reasons_for_care_are_told(tmp_path):
     flat = Result("a", tuned={"loss": 1.0}, eval_tokens=372, history=[2.0, *[1.0] * 19])
     told = " ".join(warnings_of(study_of(), [Outcome(each.row, flat) for each in runs], {}))
     assert "372 held-out tokens" in told and "plateau" not in told
+    # Of a run that evaluated on the way the held-out loss tells, whatever the training loss does.
+    falling, curve = [4.0 - step / 20 for step in range(20)], [(8, 2.5), (16, 2.03), (18, 2.0), (20, 2.0)]
+    for loss, plateau in ((2.0, True), (1.9, False)):
+        ended = Result("a", base={"loss": 4.0}, tuned={"loss": loss}, history=falling, held_out=curve)
+        told = " ".join(warnings_of(study_of(), [Outcome(each.row, ended) for each in runs], {}))
+        assert ("plateau" not in told) == plateau
