@@ -21,14 +21,16 @@ def fuse_norms(model: nn.Module) -> None:
 def is_fusible(module: nn.Module) -> bool:
     """True for a module that computes w x / sqrt(mean(x^2) + eps)."""
     kind: Callable[..., nn.Module] = type(module)
-    return kind.__name__.endswith("RMSNorm") and isinstance(_epsilon(module), float) and _is_plain(kind)
+    return kind.__name__.endswith("RMSNorm") and _epsilon(module) is not None and _is_plain(kind)
 
 
-def _epsilon(module: nn.Module) -> float:
-    return getattr(module, "variance_epsilon", getattr(module, "eps", None))  # type: ignore[return-value]
+def _epsilon(module: nn.Module) -> float | None:
+    """The number under the root of an RMS norm, by either of its names; None if it is not a plain number."""
+    found = getattr(module, "variance_epsilon", getattr(module, "eps", None))
+    return found if isinstance(found, float) else None
 
 
-def _normalized(module: nn.Module, eps: float, x: Tensor) -> Tensor:
+def _normalized(module: nn.Module, eps: float | None, x: Tensor) -> Tensor:
     weight = module.weight
     assert isinstance(weight, Tensor), "the class is one whose norm of a small width has been tried"
     return F.rms_norm(x, weight.shape, weight, eps)

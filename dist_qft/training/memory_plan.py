@@ -80,7 +80,7 @@ class MemoryPlan:
         return sum(self.parts(config, world_size, group).values())
 
     def _fullest(self, config: RunConfig, engine: Engine) -> dict[str, int]:
-        """What is gathered, kept and worked with at the fullest time of a step.
+        """Bytes gathered, kept and worked with at the fullest time of a step.
 
         A unit is there twice when it has just been gathered: as it came, and in its parameters. In a layer's backward
         pass fsdp has the next one as it came; zero has what it may gather ahead.

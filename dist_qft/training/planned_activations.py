@@ -1,4 +1,4 @@
-"""What a micro-batch leaves in memory for its backward pass, from the layers' shapes: an estimate.
+"""Activations that a micro-batch leaves in memory for its backward pass, from the layers' shapes: an estimate.
 
 Counted are the results that autograd keeps, in the order in which a step makes and frees them. No kernel's own buffers
 and no allocator's holes are in it.
@@ -36,7 +36,7 @@ class Kept:
 
 
 def kept_activations(config: RunConfig, sizes: ModelSizes) -> Kept:
-    """What a micro-batch of `config` keeps on a rank."""
+    """Bytes that a micro-batch of `config` keeps on a rank."""
     tokens, state = tokens_per_micro_batch(config), sizes.hidden * sizes.itemsize
     norm = _bytes_behind_norm(config, sizes)
     if isinstance(config.method, QstConfig):  # the side network reads a hidden state of every layer
