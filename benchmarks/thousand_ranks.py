@@ -21,7 +21,7 @@ from benchmarks.hardware import METHODS, SHAPES
 from dist_qft.config.schema import RunConfig
 from dist_qft.plan import make_plan, planned_base
 from dist_qft.training.run_plan import RunPlan
-from tests.support.fake_ranks import Rehearsal, rehearse
+from tests.support.fake_ranks import Rehearsal, planned_passing, rehearse
 
 RANKS_PER_NODE = 8
 MODELS = {name.split(" ")[0]: config for name, config in SHAPES.items()}
@@ -117,7 +117,7 @@ def row(run: Run, plan: RunPlan, found: Rehearsal) -> str:
     """A line of the table; a figure that is not the plan's own is followed by the plan's."""
     over_all = sum(size for _, _, size in found.step)
     held = [_beside(size, plan.memory[part]) for part, size in found.memory.items()]
-    planned = sum(plan.memory[part] for part in ("gathered", "activations", "workspace"))
+    planned = planned_passing(plan)
     cells = [
         run.model
         if run.layers is None
@@ -128,7 +128,7 @@ def row(run: Run, plan: RunPlan, found: Rehearsal) -> str:
         _beside(over_all, sum(plan.collective_bytes_per_step.values())),
         ", ".join(held),
         f"{found.passing / 2**30:.2f}",
-        f"{planned / 2**30:.2f} ({planned / found.passing - 1:+.0%})",
+        f"{planned / 2**30:.2f} ({planned / found.passing - 1:+.1%})",
     ]
     return f"| {' | '.join(cells)} |"
 

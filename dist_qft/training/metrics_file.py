@@ -77,9 +77,6 @@ class StepRecord:
 
 def read_history(output_dir: Path) -> list[StepRecord]:
     """Every logged training step of a run, in order; empty without a metrics file. Damaged lines are left out."""
-    path = output_dir / METRICS_FILE
-    if not path.exists():
-        return []
     found = [
         StepRecord(
             record["step"],
@@ -88,7 +85,7 @@ def read_history(output_dir: Path) -> list[StepRecord]:
             record["train/grad_norm"],
             record.get("train/target_tokens", 0),
         )
-        for _, record in _records(path)
+        for _, record in _records(output_dir / METRICS_FILE)
         if record.keys() >= _LOGGED
     ]
     # Numbers that JSON lacks are null.
@@ -97,13 +94,14 @@ def read_history(output_dir: Path) -> list[StepRecord]:
 
 def read_held_out(output_dir: Path) -> list[tuple[int, float]]:
     """Step and held-out loss of every evaluation of the tuned model, in order; empty without a metrics file."""
-    path = output_dir / METRICS_FILE
-    found = _records(path) if path.exists() else ()
-    return [(record["step"], record["eval/loss"]) for _, record in found if isinstance(record.get("eval/loss"), float)]
+    found = (record for _, record in _records(output_dir / METRICS_FILE))
+    return [(record["step"], record["eval/loss"]) for record in found if isinstance(record.get("eval/loss"), float)]
 
 
 def _records(path: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
-    """Every whole line of the file with its record; lines that a kill cut short are left out."""
+    """Every whole line of the file, if there is one, with its record; lines that a kill cut short are left out."""
+    if not path.exists():
+        return
     with open(path, "rb") as file:
         for line in file:
             with contextlib.suppress(ValueError, KeyError, TypeError):

@@ -6,10 +6,11 @@ and no allocator's holes are in it.
 
 from dataclasses import dataclass
 
-from dist_qft.base_model.loss import slice_rows
+from dist_qft.base_model.loss import CHUNK_MEGABYTES, slice_rows
 from dist_qft.config.methods.qst import QstConfig
 from dist_qft.config.methods.tile_method import TileMethod
 from dist_qft.config.schema import RunConfig
+from dist_qft.quant.contract import CPU_CHUNK
 from dist_qft.ranks.device import planned_device
 from dist_qft.training.model_sizes import ModelSizes
 
@@ -17,8 +18,7 @@ from dist_qft.training.model_sizes import ModelSizes
 # and values in the compute dtype of attention and both narrowing matrices.
 _SIDE_STATES, _SIDE_RESULTS = 6, 8
 _SIDE_CASTS = 2  # of its states, where the compute dtype is narrower
-_CHUNK_MEGABYTES = {"cuda": 64.0, "cpu": 8.0}
-_ROWS = 4 << 20  # of a table that are converted at a time, in float32
+_ROWS = 4 * CPU_CHUNK  # bytes of a table's rows that are converted at a time, in float32
 
 
 @dataclass(frozen=True)
@@ -38,17 +38,15 @@ class Kept:
 def kept_activations(config: RunConfig, sizes: ModelSizes) -> Kept:
     """Bytes that a micro-batch of `config` keeps on a rank."""
     tokens, state = tokens_per_micro_batch(config), sizes.hidden * sizes.itemsize
-    norm = _bytes_behind_norm(config, sizes)
     if isinstance(config.method, QstConfig):  # the side network reads a hidden state of every layer
         states = (sizes.layers + 1) * state
-        narrow = config.method.reduction
-        side = sizes.layers * _side_layer(sizes) // narrow
+        side = sizes.layers * _side_layer(sizes) // config.method.reduction
         mixed = sizes.hidden * 2 * 4 + 2 * state  # the base's and the side network's last state, in float32
         # Autocast keeps the side network's weights in the compute dtype.
-        cast = sizes.active // narrow**2 * sizes.itemsize if sizes.itemsize < 4 else 0
+        cast = sizes.active // config.method.reduction**2 * sizes.itemsize if sizes.itemsize < 4 else 0
         return Kept(tokens * (states + side + mixed) + cast, tokens * states)
-    read = _inputs_kept(config, config.method, sizes)
-    layer = _layer(config, config.method, sizes)
+    norm, read = _bytes_behind_norm(config, sizes), _inputs_kept(config, config.method, sizes)
+    layer = _layer(config, sizes, read)
     last = sizes.hidden * norm + 2 * state  # the last norm's input, its result, and the rows that the loss reads
     # An adapter's input is freed before its base is multiplied.
     freed = sizes.inner_inputs * sizes.itemsize if read == sizes.inputs else 0
@@ -69,7 +67,7 @@ def head_workspace(config: RunConfig, sizes: ModelSizes) -> int:
     or each target's own row, in float32, and its share of the gradient. A CPU multiplies copies in float32.
     """
     tokens, device = tokens_per_micro_batch(config), planned_device(config.sharding.device).type
-    rows = slice_rows(max(tokens, 1), sizes.hidden, config.train.loss_chunk_megabytes or _CHUNK_MEGABYTES[device])
+    rows = slice_rows(max(tokens, 1), sizes.hidden, config.train.loss_chunk_megabytes or CHUNK_MEGABYTES[device])
     narrow = sizes.itemsize < 4
     copied = narrow and device == "cpu"
     table_slice, states = rows * sizes.hidden, tokens * sizes.hidden
@@ -84,7 +82,7 @@ def asked_for(config: RunConfig, sizes: ModelSizes) -> int:
     method = config.method
     if isinstance(method, QstConfig):
         return kept_activations(config, sizes).at_head
-    return tokens_per_micro_batch(config) * sizes.layers * _layer(config, method, sizes)
+    return tokens_per_micro_batch(config) * sizes.layers * _layer(config, sizes, _inputs_kept(config, method, sizes))
 
 
 def tokens_per_micro_batch(config: RunConfig) -> int:
@@ -93,10 +91,9 @@ def tokens_per_micro_batch(config: RunConfig) -> int:
     return rows * config.train.per_device_train_batch_size * config.data.max_length if config.data else 0
 
 
-def _layer(config: RunConfig, method: TileMethod, sizes: ModelSizes) -> int:
-    """Bytes of each token that a decoder layer keeps."""
-    values = sizes.saved + _inputs_kept(config, method, sizes)
-    return values * sizes.itemsize + sizes.norms * _bytes_behind_norm(config, sizes)
+def _layer(config: RunConfig, sizes: ModelSizes, read: int) -> int:
+    """Bytes of each token that a decoder layer keeps, whose adapters keep `read` elements."""
+    return (sizes.saved + read) * sizes.itemsize + sizes.norms * _bytes_behind_norm(config, sizes)
 
 
 def _bytes_behind_norm(config: RunConfig, sizes: ModelSizes) -> int:

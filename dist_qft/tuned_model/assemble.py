@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from dist_qft.base_model.fused_norms import fuse_norms
 from dist_qft.base_model.load import load_base
+from dist_qft.base_model.loss import CHUNK_MEGABYTES
 from dist_qft.base_model.skeleton import BaseModel
 from dist_qft.base_model.sources import TensorSource
 from dist_qft.base_model.weight_files import open_source
@@ -32,9 +33,6 @@ from dist_qft.tuned_model.gathered_once import gathered_once
 from dist_qft.tuned_model.preference import PREFERENCES
 from dist_qft.tuned_model.task import CausalLM, Labelling, Task, head_outputs
 from dist_qft.tuned_model.written_zeros import fixed_values
-
-# Measured on CPUs: with 64 the step takes 5 % more time and 100 MiB more (docs/performance.md).
-_LOSS_CHUNK_MEGABYTES = {"cuda": 64.0, "cpu": 8.0}
 
 
 @dataclass(frozen=True)
@@ -127,7 +125,7 @@ def attach_trainables(
     config: RunConfig, base: BaseModel, engine: Engine, spec: TrainableSpec[Any], device: torch.device
 ) -> Assembled:
     """Build the trainables and hook them onto a loaded base that has none."""
-    base.head.loss_megabytes = config.train.loss_chunk_megabytes or _LOSS_CHUNK_MEGABYTES[device.type]
+    base.head.loss_megabytes = config.train.loss_chunk_megabytes or CHUNK_MEGABYTES[device.type]
     trainables = spec.build(config.train.seed).to(device)
     trainables.attach(base.model)
     return Assembled(base, engine, trainables, make_task(config.task, base, trainables, device))

@@ -35,6 +35,7 @@ from dist_qft.methods.specs import make_spec
 from dist_qft.ranks.groups import new_group
 from dist_qft.sharding import fsdp
 from dist_qft.training.activations import choose_activations
+from dist_qft.training.run_plan import RunPlan
 from dist_qft.training.train_step import TrainStep, make_train_step
 from dist_qft.tuned_model.assemble import assemble
 from tests.support.collectives import Recorder
@@ -60,6 +61,11 @@ class Rehearsal:
     received: list[int]
     memory: dict[str, int]
     passing: int
+
+
+def planned_passing(plan: RunPlan) -> int:
+    """The plan's figure for `Rehearsal.passing`."""
+    return sum(plan.memory[part] for part in ("gathered", "activations", "workspace"))
 
 
 def rehearse(

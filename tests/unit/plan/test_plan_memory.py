@@ -45,6 +45,7 @@ def test_memory_by_part_and_what_would_fit(tmp_path):
     assert plan.memory["base"] == plan.base_bytes_per_rank
     assert plan.load_peak_bytes == plan.memory["base"] + plan.memory["runtime"] < plan.peak_bytes
     checkpointed = of(80, "train.gradient_checkpointing=true")
+    assert checkpointed.memory["activations"] < 0.35 * plan.memory["activations"]
     # With dropout a layer's inputs are kept as they were dropped; without it some of them are made again.
     drop = "method.dropout=0.1"
     dropping = of(80, drop).memory["activations"]

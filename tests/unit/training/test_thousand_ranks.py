@@ -17,7 +17,7 @@ from transformers import (
 
 from dist_qft.config.schema import RunConfig
 from dist_qft.plan import make_plan, planned_base
-from tests.support.fake_ranks import rehearse
+from tests.support.fake_ranks import planned_passing, rehearse
 from tests.support.tiny_model import tiny_llama_config
 
 NF4 = {"linear": "nf4", "block": [64], "double_quant": True}
@@ -108,8 +108,7 @@ def passing(folder: Path, model: PretrainedConfig, method: str, engine: str, che
         }
     )
     base = planned_base(config)
-    plan = make_plan(config, 8, base=base)
-    planned = sum(plan.memory[part] for part in ("gathered", "activations", "workspace"))
+    planned = planned_passing(make_plan(config, 8, base=base))
     return planned, rehearse(config, base, 8, fake=True).passing
 
 
