@@ -11,7 +11,7 @@ from dist_qft.study.presets import REFERENCE, Variant
 from dist_qft.study.tuning import Search
 
 
-def tuning_figure(searches: Mapping[tuple[str, Variant], Search], axis: str, metric: str) -> Picture | None:
+def tuning_figure(searches: Mapping[tuple[str, Variant], Search], axis: str) -> Picture | None:
     """Figure against the value that was searched, a line for each arm; None before any run of a search is done."""
     curves = {key: search.curve() for key, search in searches.items()}
     if not any(curves.values()):
@@ -20,8 +20,11 @@ def tuning_figure(searches: Mapping[tuple[str, Variant], Search], axis: str, met
     axes = figure.subplots()
     lowest = min(figure for curve in curves.values() for _, figure in curve)
     highest = max(figure for curve in curves.values() for _, figure in curve)
+    metrics = list(dict.fromkeys(search.metric for search in searches.values()))
     for index, ((label, variant), curve) in enumerate(curves.items()):
         name = label if variant.preset == REFERENCE else f"{label}, {variant}"
+        if len(metrics) > 1:
+            name += f": {searches[label, variant].metric}"
         colour, marker = COLOURS[index % len(COLOURS)], MARKERS[index % len(MARKERS)]
         axes.plot(*zip(*curve, strict=True), color=colour, marker=marker, markersize=4, linewidth=1.2, label=name)
         best = searches[label, variant].best
@@ -32,7 +35,7 @@ def tuning_figure(searches: Mapping[tuple[str, Variant], Search], axis: str, met
     if lowest > 0 and highest > 3 * lowest and math.isfinite(highest):
         axes.set_yscale("log")
     axes.set_xlabel(axis)
-    axes.set_ylabel(f"{metric} on the search's own data")
+    axes.set_ylabel(f"{' or '.join(metrics)} on the search's own data")
     axes.legend(fontsize=7)
     caption = f"The search for {axis}: every value that was tried; a ring marks the one that the comparison uses."
     return finished_picture("tuning", caption, figure)

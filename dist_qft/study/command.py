@@ -95,11 +95,12 @@ def _all(path: Path, study: Study, rows: Sequence[StudyRun], jobs: int, retry_fa
     if not write_report:
         return 0
     _report(study)
-    from dist_qft.study.results import collect
+    from dist_qft.study.results import collect, distinct
 
-    failed = [outcome.result.exit_code for outcome in collect(rows) if outcome.result and outcome.result.exit_code]
+    runs = distinct(collect(rows))
+    failed = [outcome.result.exit_code for outcome in runs if outcome.result and outcome.result.exit_code]
     if failed:
-        print(f"{len(failed)} of {len(rows)} runs failed; --retry-failed runs them again", file=sys.stderr)
+        print(f"{len(failed)} of {len(runs)} runs failed; --retry-failed runs them again", file=sys.stderr)
     return failed[0] if failed else 0
 
 

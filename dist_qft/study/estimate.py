@@ -15,7 +15,7 @@ import torch
 
 from dist_qft.config.load import change_config
 from dist_qft.config.schema import RunConfig
-from dist_qft.study.results import collect
+from dist_qft.study.results import collect, distinct
 from dist_qft.study.rows import Expansion, StudyRun
 from dist_qft.study.run import run_apart, threads_of
 from dist_qft.study.settings import Study
@@ -39,7 +39,7 @@ def estimate(study: Study, expansion: Expansion, jobs: int) -> Estimate | None:
     """
     known: dict[str, list[float]] = {}
     left: dict[str, list[StudyRun]] = {}
-    for outcome in collect(expansion.rows):
+    for outcome in distinct(collect(expansion.rows)):
         if outcome.finished:
             known.setdefault(_kind(outcome.row), []).append(outcome.finished.seconds)
         elif outcome.result is None:

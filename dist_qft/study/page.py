@@ -13,7 +13,7 @@ from dist_qft.study.figures import Picture
 from dist_qft.study.findings import Finding, number
 from dist_qft.study.measurements import Estimate, Subject
 from dist_qft.study.presets import REFERENCE
-from dist_qft.study.results import Outcome
+from dist_qft.study.results import Outcome, distinct
 from dist_qft.study.rows import Expansion
 from dist_qft.study.settings import Study
 
@@ -47,8 +47,8 @@ def make_page(
             "seeds": ", ".join(map(str, study.settings.seeds)),
         },
         metric=study.settings.metric,
-        statuses=Counter(outcome.status for outcome in outcomes),
-        failed=[outcome for outcome in outcomes if outcome.status.startswith("failed")],
+        statuses=Counter(outcome.status for outcome in distinct(outcomes)),
+        failed=[outcome for outcome in distinct(outcomes) if outcome.status.startswith("failed")],
         claims=_claims(findings),
         warnings=warnings,
         contrasts=compared,
@@ -71,6 +71,7 @@ def _search_rows(expansion: Expansion) -> list[dict[str, str]]:
     return [
         {
             "arm": label if variant.preset == REFERENCE else f"{label}, {variant}",
+            "metric": search.metric,
             "curve": ", ".join(f"{value:g}: {figure:.4f}" for value, figure in search.curve()),
             "best": "" if search.best is None else f"{search.best:g}",
         }

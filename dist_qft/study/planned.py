@@ -19,15 +19,14 @@ from dist_qft.ranks.device import compute_dtype, planned_device
 from dist_qft.ranks.world import World
 from dist_qft.study.estimate import estimate
 from dist_qft.study.groups import THIRDS, TYPES
-from dist_qft.study.results import Outcome, collect
+from dist_qft.study.results import Outcome, collect, distinct
 from dist_qft.study.rows import Expansion
 from dist_qft.study.settings import Study
 
 
 def print_plan(study: Study, expansion: Expansion, jobs: int) -> None:
     """Print one line for each run that is known by now, and the time that all will take."""
-    rows = expansion.rows
-    outcomes = collect(rows)
+    outcomes = collect(expansion.rows)
     table = _table(outcomes)
     # As wide as it needs: a table of runs is also read by other programs.
     console = Console(highlight=False, width=max(80, Console(width=1000).measure(table).maximum))
@@ -36,8 +35,9 @@ def print_plan(study: Study, expansion: Expansion, jobs: int) -> None:
         console.print(
             f"and {len(expansion.waiting)} runs whose {study.settings.tune.axis} these decide", soft_wrap=True
         )
-    missing = sum(not outcome.done for outcome in outcomes) + len(expansion.waiting)
-    console.print(f"{len(rows)} runs, {missing} to do; {_time_needed(study, expansion, jobs)}", soft_wrap=True)
+    runs = distinct(outcomes)
+    missing = sum(not outcome.done for outcome in runs) + len(expansion.waiting)
+    console.print(f"{len(runs)} runs, {missing} to do; {_time_needed(study, expansion, jobs)}", soft_wrap=True)
     for preset in study.settings.presets:
         if preset.preset == "equal_discount":
             held = "all trainables, so totals are equal" if preset.hold == "absolute" else "the group's own trainables"

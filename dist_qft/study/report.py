@@ -22,7 +22,7 @@ from dist_qft.study.findings import Finding, find
 from dist_qft.study.measurements import Subject, measure
 from dist_qft.study.page import make_page
 from dist_qft.study.result_file import Result
-from dist_qft.study.results import Outcome, as_csv, as_json, collect
+from dist_qft.study.results import Outcome, as_csv, as_json, collect, distinct
 from dist_qft.study.rows import Expansion, StudyRun, expand_all
 from dist_qft.study.settings import Study
 from dist_qft.study.soundness import warnings_of
@@ -49,7 +49,8 @@ def write_report(study: Study) -> str:
     """
     metric, expansion = study.settings.metric, expand_all(study)
     outcomes = collect(expansion.rows)
-    done = [(outcome.row, outcome.finished) for outcome in outcomes if outcome.finished]
+    runs = distinct(outcomes)
+    done = [(outcome.row, outcome.finished) for outcome in runs if outcome.finished]
     subjects = measure(outcomes, metric)
     if not subjects:
         known = sorted({name for _, result in done for name in result.tuned})
@@ -73,7 +74,7 @@ def write_report(study: Study) -> str:
     write_text(folder / "report.html", page)
     _write_hparams(study.output_dir / HPARAMS_FOLDER, done, metric)
     write_text(study.output_dir / COSTS_FILE, json.dumps(times_of(outcomes), indent=1) + "\n")
-    told = [f"report of {len(done)} of {len(outcomes)} runs: {folder / 'report.html'}"]
+    told = [f"report of {len(done)} of {len(runs)} runs: {folder / 'report.html'}"]
     return "\n".join([*told, *(f"warning: {each}" for each in warnings), *(each.sentence for each in compared)])
 
 
@@ -81,7 +82,7 @@ def _pictures(study: Study, expansion: Expansion, subjects: Sequence[Subject], u
     """Every figure that there are runs for."""
     metric, tune = study.settings.metric, study.settings.tune
     with matplotlib.rc_context(STYLE):
-        if tune is not None and (picture := tuning_figure(expansion.searches, tune.axis, tune.metric or metric)):
+        if tune is not None and (picture := tuning_figure(expansion.searches, tune.axis)):
             yield picture
         label = f"held-out {metric}{f' ({unit})' if unit else ''}"
         if study.settings.contrasts and (picture := arms_figure(subjects, label)):
@@ -111,6 +112,7 @@ def _searches(expansion: Expansion) -> list[dict[str, object]]:
         {
             "subject": label,
             "variant": str(variant),
+            "metric": search.metric,
             "best": search.best,
             "on_edge": search.on_edge,
             "curve": [list(point) for point in search.curve()],

@@ -40,6 +40,11 @@ def collect(rows: Sequence[StudyRun]) -> list[Outcome]:
     return [Outcome(row, read_result(row.folder)) for row in rows]
 
 
+def distinct(outcomes: Sequence[Outcome]) -> list[Outcome]:
+    """Each run once: one that several combinations chose is there for each of them."""
+    return list({outcome.row.name: outcome for outcome in outcomes}.values())
+
+
 def as_json(outcomes: Sequence[Outcome]) -> str:
     """All runs, one entry (and line) each, with their training losses. Times are left out: they are the machine's."""
     entries = [

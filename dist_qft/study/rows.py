@@ -32,7 +32,7 @@ from dist_qft.study.naming import Skeletons, base_key, run_name
 from dist_qft.study.presets import REFERENCE, Variant, preset_variants
 from dist_qft.study.result_file import read_result
 from dist_qft.study.settings import Study, axis_labels
-from dist_qft.study.stages import MergeStage
+from dist_qft.study.stages import MergeStage, applies
 from dist_qft.study.tuning import Search, search, start_of
 from dist_qft.tuned_model.task import head_parameters
 
@@ -100,7 +100,10 @@ class Expansion:
 
 
 def expand(study: Study) -> list[StudyRun]:
-    """All runs that are known by now, each once, those of searches first. Reads no weights.
+    """All runs that are known by now, those of searches first. Reads no weights.
+
+    Each is there once; but where two combinations differ only in the figure that chooses (`tune.metric`) and both
+    choose the same value, their run is there for each of them.
 
     Raises:
         UserError: the first axis or preset that asks for something impossible, with its place in the file.
@@ -110,7 +113,8 @@ def expand(study: Study) -> list[StudyRun]:
 
 def expand_all(study: Study) -> Expansion:
     """`expand`, with the searches that decide which runs there are."""
-    rows: dict[str, StudyRun] = {}
+    rows: dict[tuple[str, str], StudyRun] = {}  # by name and label
+    owners: dict[tuple[str, str], dict[str, str]] = {}  # by name and the figure that chose: the subject
     tried: dict[str, StudyRun] = {}
     searches: dict[tuple[str, Variant], Search] = {}
     waiting: list[StudyRun] = []
@@ -123,18 +127,16 @@ def expand_all(study: Study) -> Expansion:
         arms = _Arms(study, subject, config, skeletons)
         for row in arms.rows():
             if row.tries is not None:
-                tried[row.name] = row
+                tried.setdefault(row.name, row)
                 continue
-            known = rows.get(row.name)
-            if known is None:
-                rows[row.name] = row
-            elif known.subject == row.subject:
-                rows[row.name] = replace(known, variants=tuple(dict.fromkeys([*known.variants, *row.variants])))
-            else:
+            owner = owners.setdefault((row.name, arms.chosen_by), row.subject)
+            if owner != row.subject:
                 labels = ", ".join(row.subject.values())
-                raise UserError(
-                    f"{study.place('axes')}: {labels} has the settings of {', '.join(known.subject.values())}"
-                )
+                raise UserError(f"{study.place('axes')}: {labels} has the settings of {', '.join(owner.values())}")
+            known = rows.setdefault((row.name, row.label), row)
+            if known is not row:
+                variants = tuple(dict.fromkeys([*known.variants, *row.variants]))
+                rows[row.name, row.label] = replace(known, variants=variants)
         searches |= arms.searches
         waiting += arms.waiting
     return Expansion([*tried.values(), *rows.values()], searches, waiting)
@@ -157,6 +159,7 @@ class _Arms:
     """The reference and all variants of one combination of the axes.
 
     Attributes:
+        chosen_by: the figure by which its searches choose.
         searches, waiting: as in `Expansion`, filled while `rows` is walked through.
     """
 
@@ -166,7 +169,9 @@ class _Arms:
         self._base = _placed(study, self._place, lambda: skeletons.get(config))
         self._reference = _placed(study, self._place, lambda: make_spec(config, self._base))
         self._layers = linear_shapes(self._base)
-        self._merge = next((stage for stage in study.settings.merge if _applies(stage.when, subject)), None)
+        self._merge = next((stage for stage in study.settings.merge if applies(stage.when, subject)), None)
+        tune, metric = study.settings.tune, study.settings.metric
+        self.chosen_by = metric if tune is None else tune.metric_of(subject, metric)
         self.searches: dict[tuple[str, Variant], Search] = {}
         self.waiting: list[StudyRun] = []
 
@@ -199,7 +204,7 @@ class _Arms:
         """The reference and the variants of all presets that apply, each with its place in the file."""
         yield self._place, Variant(REFERENCE)
         for index, preset in enumerate(self._study.settings.presets):
-            if not _applies(preset.when, self._subject):
+            if not applies(preset.when, self._subject):
                 continue
             place: KeyPath = ("presets", index)
             if not (isinstance(self._reference, AdapterSpec) and isinstance(self._config.method, TileMethod)):
@@ -219,7 +224,6 @@ class _Arms:
                 f"{self._study.place('tune', 'set')}: must give the search held-out data of its own (data.eval...)"
             )
         start = _placed(self._study, place, partial(start_of, own, tune.axis))
-        metric = tune.metric or self._study.settings.metric
         found: dict[float, list[StudyRun]] = {}
 
         def measured(value: float) -> float | None:
@@ -228,9 +232,9 @@ class _Arms:
             results = [read_result(row.folder) for row in found[value]]
             if any(result is None for result in results):
                 return None
-            return fmean(result.tuned.get(metric, math.inf) for result in results if result is not None)
+            return fmean(result.tuned.get(self.chosen_by, math.inf) for result in results if result is not None)
 
-        self.searches[key] = search(tune, start, metric, measured)
+        self.searches[key] = search(tune, start, self.chosen_by, measured)
         for rows in found.values():
             yield from rows
 
@@ -253,10 +257,6 @@ class _Arms:
         keep = tuple(settings.keep) if tries is None else ()
         tasks = TaskRequest(tuple(settings.tasks), settings.tasks_path) if settings.tasks else None
         return StudyRun(name, final, self._subject, (variant,), trainables, kept, key, self._merge, tries, tasks, keep)
-
-
-def _applies(when: dict[str, str], subject: dict[str, str]) -> bool:
-    return all(subject[axis] == label for axis, label in when.items())
 
 
 def _held_out(config: RunConfig) -> object:

@@ -58,7 +58,8 @@ def run_rows(
     world = World.from_environment()
     device = _common_device(rows, world)
     # Before the ranks meet, so that all of them see the same: nobody can have begun yet.
-    todo = [number for number in numbers if wanted(rows[number], retry_failed)]
+    seen: set[str] = set()
+    todo = _unseen(rows, numbers, seen, retry_failed)
     if not todo:
         return
     timeout = rows[todo[0]].config.sharding.timeout_seconds
@@ -66,11 +67,9 @@ def run_rows(
     with StopSignal() as stop, connect(world, device, timeout, activity) as peers:
         stop.hold()
         runner = Runner(world, device, stop, peers, activity)
-        seen: set[str] = set()
         while todo:
             for number in todo:
                 row = rows[number]
-                seen.add(row.name)
                 with _claimed(row, world) as mine:
                     if not mine or (world.world_size == 1 and not wanted(row, retry_failed)):
                         continue
@@ -84,8 +83,19 @@ def run_rows(
                 return
             dist.barrier()  # rank 0 has written the results that decide which runs there are
             rows = further()
-            todo = [n for n, row in enumerate(rows) if row.name not in seen and wanted(row, retry_failed)]
+            todo = _unseen(rows, range(len(rows)), seen, retry_failed)
             require_same_inputs({"runs to do": " ".join(rows[number].name for number in todo)}, device)
+
+
+def _unseen(rows: Sequence[StudyRun], numbers: Sequence[int], seen: set[str], retry_failed: bool) -> list[int]:
+    """Those of `numbers` whose runs are still to be done, each run once; their names are added to `seen`."""
+    todo = []
+    for number in numbers:
+        row = rows[number]
+        if row.name not in seen and wanted(row, retry_failed):
+            seen.add(row.name)
+            todo.append(number)
+    return todo
 
 
 def run_apart(rows: Sequence[StudyRun]) -> list[Result]:

@@ -20,7 +20,7 @@ from dist_qft.config.load import change_config, load_config
 from dist_qft.config.schema import RunConfig
 from dist_qft.config.section import NonNegative, Positive, PositiveNumber, Section, Seed, Text
 from dist_qft.errors import UserError
-from dist_qft.study.stages import Contrast, Keep, MergeStage, TuneSettings, When
+from dist_qft.study.stages import Contrast, Keep, MergeStage, TuneMetric, TuneSettings, When
 
 Pair = Annotated[list[Positive], Field(min_length=2, max_length=2)]
 Range = Annotated[list[NonNegative], Field(min_length=2, max_length=2)]
@@ -166,6 +166,8 @@ def _contradictions(settings: StudySettings) -> list[tuple[KeyPath, str]]:
         faults += _when_faults(("presets", index), preset.when, settings)
         if isinstance(preset, TypePreset | DepthPreset):
             faults += _value_faults(index, preset)
+    for index, choice in enumerate(settings.tune.metric if settings.tune else []):
+        faults += _when_faults(("tune", "metric", index), choice.when, settings)
     for index, stage in enumerate(settings.merge):
         faults += _when_faults(("merge", index), stage.when, settings)
     if settings.tasks_path is not None and not settings.tasks:
@@ -244,6 +246,7 @@ def _fault(document: Document, item: ErrorDetails) -> str:
     if item["type"] == "extra_forbidden":
         preset = _PRESETS.get(document.values["presets"][path[1]]["preset"]) if path[0] == "presets" else None
         section = _SECTIONS.get(path[0], StudySettings) if len(path) > 1 else StudySettings
+        section = TuneMetric if path[:2] == ("tune", "metric") else section
         allowed = [*(preset or section).model_fields]
         near = difflib.get_close_matches(str(path[-1]), allowed, n=1)
         hint = f", did you mean '{near[0]}'?" if near else f", allowed here: {', '.join(allowed)}"

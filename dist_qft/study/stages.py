@@ -1,12 +1,20 @@
 """The sections of a study file for what surrounds a training run: tuning before it, a merge after it, contrasts."""
 
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from dist_qft.config.section import NonNegative, PositiveNumber, Section, Seed, Text
 
 When = Annotated[dict[str, Text], Field(description="axis -> label: only for these combinations of the axes")]
+
+
+class TuneMetric(Section):
+    """The figure by which a search chooses, for some combinations of the axes or for all."""
+
+    metric: Text = Field(description="loss, merged_loss, or a metric such as accuracy")
+    when: When = {}
 
 
 class TuneSettings(Section):
@@ -19,10 +27,22 @@ class TuneSettings(Section):
     values: list[PositiveNumber] | None = Field(None, min_length=1, description="the values, instead of tries")
     widen: NonNegative = Field(4, description="further values at most, where the best is the first or last")
     seeds: list[Seed] = Field([1000], min_length=1, description="of the search's runs")
-    metric: Text | None = Field(None, description="figure that chooses; default: the study's metric")
+    metric: list[TuneMetric] = Field(
+        [], description="figure that chooses, or several for some combinations each; default: the study's metric"
+    )
     each: Literal["subject", "variant"] = Field(
         "subject", description="what has a search of its own: a combination of the axes, or also every variant"
     )
+
+    @field_validator("metric", mode="before")
+    @classmethod
+    def _one_metric(cls, given: Any) -> Any:
+        """A single figure is for all combinations."""
+        return [{"metric": given}] if isinstance(given, str) else given
+
+    def metric_of(self, subject: Mapping[str, str], otherwise: str) -> str:
+        """The figure that chooses for a combination of the axes: the first that applies, or that of the study."""
+        return next((each.metric for each in self.metric if applies(each.when, subject)), otherwise)
 
 
 class MergeStage(Section):
@@ -49,3 +69,8 @@ class Contrast(Section):
 Keep = Annotated[
     list[Literal["adapter", "merged"]], Field(description="what stays of a run beside its figures; default nothing")
 ]
+
+
+def applies(when: Mapping[str, str], subject: Mapping[str, str]) -> bool:
+    """True if a combination of the axes, as axis -> label, is one of those that `when` names."""
+    return all(subject[axis] == label for axis, label in when.items())

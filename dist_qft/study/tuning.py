@@ -23,12 +23,14 @@ class Search:
     Attributes:
         figures: value -> figure of its runs, mean over their seeds, in the order of trial; None if they are not done.
             A run that failed counts as infinitely bad.
+        metric: what the figures are, such as "loss".
         sign: 1 where a smaller figure is better, -1 where a larger one is.
         best: the best value; None while runs are missing.
         on_edge: the best is the smallest or largest value that was tried, and no further ones were allowed.
     """
 
     figures: Mapping[float, float | None]
+    metric: str
     sign: int
     best: float | None
     on_edge: bool
@@ -56,15 +58,15 @@ def search(settings: TuneSettings, start: float, metric: str, measured: Callable
     while all(figure is not None for figure in figures.values()):
         best = min(figures, key=lambda value: _badness(figures[value], sign))
         if not math.isfinite(_badness(figures[best], sign)):
-            return Search(figures, sign, None, False)  # every value failed
+            return Search(figures, metric, sign, None, False)  # every value failed
         beyond = _beyond(sorted(figures), best, settings.factor)
         if beyond is None:
-            return Search(figures, sign, best, False)
+            return Search(figures, metric, sign, best, False)
         if further == settings.widen:
-            return Search(figures, sign, best, True)
+            return Search(figures, metric, sign, best, True)
         further += 1
         figures[beyond] = measured(beyond)
-    return Search(figures, sign, None, False)
+    return Search(figures, metric, sign, None, False)
 
 
 def first_values(settings: TuneSettings, start: float) -> list[float]:

@@ -12,16 +12,19 @@ from tests.support.study_files import write_study
 ARMS = {
     "aligned": {"method": {"name": "qahira", "rank": 4, "alpha": 4, "repeat": 1, "pool": 32}},
     "pair": {"method": {"name": "qlora", "rank": 4, "alpha": 4}},
+    "pair's file": {"method": {"name": "qlora", "rank": 4, "alpha": 4}},
 }
+CHOSEN_BY = [{"metric": "merged_loss", "when": {"arm": "pair's file"}}]
 KEYS = {
     "presets": None,
     "seeds": [0, 1],
     "axes": {"arm": ARMS},
     "set": {"quantization": {"linear": "affine4", "block": [1, 32]}},
-    "tune": {"set": {"data.eval_samples": 6}, "tries": 2, "factor": 4, "widen": 0},
+    "tune": {"set": {"data.eval_samples": 6}, "tries": 2, "factor": 4, "widen": 0, "metric": CHOSEN_BY},
     "merge": [
         {"to": "quantized", "when": {"arm": "aligned"}},
         {"to": "quantized", "requantize": "affine4", "when": {"arm": "pair"}},
+        {"to": "quantized", "requantize": "affine4", "when": {"arm": "pair's file"}},
     ],
     "contrasts": [
         {"claim": "aligned wins", "better": "aligned", "than": "pair", "metric": "merged_loss", "primary": True},
@@ -34,12 +37,12 @@ def test_search_merge_contrasts_and_report(shell, tiny_llama, tmp_path):
     path = write_study(tmp_path, tiny_llama, **KEYS)
     study = load_study(path)
     first = expand_all(study)
-    assert [row.tries is not None for row in first.rows] == [True] * 4 and len(first.waiting) == 4
+    assert [row.tries is not None for row in first.rows] == [True] * 4 and len(first.waiting) == 6
     code, _, err = shell("study", path)
     assert code == 0, err
     known = expand_all(study)
     compared = [row for row in known.rows if row.tries is None]
-    assert len(compared) == 4 and not known.waiting
+    assert len(compared) == 6 and not known.waiting
     for row in compared:
         result, rows = read_result(row.folder), read_rows(row.folder, "merged")
         assert result.train_tokens > 0 and result.costs["seconds_per_step"] > 0 and result.costs["activation_bytes"] > 0
@@ -53,7 +56,7 @@ def test_search_merge_contrasts_and_report(shell, tiny_llama, tmp_path):
     report = tmp_path / "out" / "report"
     contrasts = json.loads((report / "contrasts.json").read_text())
     assert len(contrasts) == 2 and all(each["interval_95_rows"] for each in contrasts)
-    assert len(json.loads((report / "tuning.json").read_text())) == 2
+    assert len(json.loads((report / "tuning.json").read_text())) == 3
     page = (report / "report.html").read_text()
     assert "aligned wins" in page and 'id="tuning"' in page and "held-out tokens" in page
 

@@ -4,7 +4,8 @@ import pytest
 
 from dist_qft.methods.specs import make_spec
 from dist_qft.study.naming import Skeletons
-from dist_qft.study.rows import expand
+from dist_qft.study.result_file import Result, write_result
+from dist_qft.study.rows import expand, expand_all
 from dist_qft.study.settings import load_study
 from tests.support.study_files import PRESETS, write_study
 
@@ -165,3 +166,31 @@ def test_alpha_may_follow_lambda_so_that_a_step_moves_dw_alike(tiny_llama, tmp_p
     tiles = make_spec(changed.config, Skeletons().get(changed.config)).tiles
     scales = {(tile.tile_scale, tile.pool) for path, tile in tiles.items() if "mlp" in path}
     assert scales == {(0.5, balance)}  # alpha / rank / lambda of the reference: 4 / 4 / 2
+
+
+@pytest.mark.parametrize(("best_for_the_file", "runs"), [(2e-3, 3), (4e-3, 4)], ids=["the same value", "another"])
+def test_arms_that_differ_only_in_the_figure_that_chooses_share_their_search(
+    tiny_llama, tmp_path, best_for_the_file, runs
+):
+    tune = {
+        "set": {"data.eval_samples": 4},
+        "values": [1e-3, 2e-3, 4e-3],
+        "metric": [{"metric": "merged_loss", "when": {"arm": "for its file"}}],
+        "widen": 0,
+    }
+    arms = {"for itself": {}, "for its file": {}, "other": {"train.weight_decay": 0.1}}
+    study = load_study(write_study(tmp_path, tiny_llama, presets=None, seeds=[0], tune=tune, axes={"arm": arms}))
+    tried = expand(study)
+    assert [row.tries for row in tried] == [1e-3, 2e-3, 4e-3] * 2
+    for row in tried:
+        figures = {"loss": abs(row.tries - 2e-3), "merged_loss": abs(row.tries - best_for_the_file)}
+        write_result(row.folder, Result(row.name, tuned=figures))
+    known = expand_all(study)
+    compared = {row.label: row for row in known.rows if row.tries is None}
+    assert {label: row.config.train.learning_rate for label, row in compared.items()} == {
+        "for itself": 2e-3,
+        "for its file": best_for_the_file,
+        "other": 2e-3,
+    }
+    assert len({row.name for row in compared.values()}) == runs - 1
+    assert [search.metric for search in known.searches.values()] == ["loss", "merged_loss", "loss"]

@@ -116,6 +116,21 @@ CASES = {
         {"tune": {"axis": "train.precision", "set": {"data.eval_samples": 4}}},
         "tune: axis: train.precision is 'auto', must be a number > 0",
     ),
+    "a figure that chooses for an arm that there is not": (
+        {
+            "tune": {"set": {"data.eval_samples": 4}, "metric": [{"metric": "loss", "when": {"arm": "b"}}]},
+            "axes": {"arm": {"a": {}}},
+        },
+        "tune.metric.0.when: got 'b', must be one of a",
+    ),
+    "an unknown key beside a figure that chooses": (
+        {"tune": {"set": {}, "metric": [{"metric": "loss", "whem": {}}]}},
+        "unknown key 'tune.metric.0.whem', did you mean 'when'?",
+    ),
+    "a figure that chooses and is none": (
+        {"tune": {"set": {}, "metric": 3}},
+        "tune.metric: got 3, must be a valid list",
+    ),
     "a merge that is not exact": ({"merge": {"to": "quantized"}}, "merge.0: no exact merge: "),
     "a merge of a side network": (
         {"method": {"name": "qst"}, "presets": None, "axes": {"train.max_steps": [2, 3]}, "merge": {"to": "dense"}},
