@@ -15,7 +15,7 @@ from threading import Event, Thread
 from types import FrameType, TracebackType
 from typing import Any
 
-from dist_qft.errors import DistQFTError, Preempted
+from dist_qft.errors import DistQFTError, PeerLostError, Preempted
 from dist_qft.ranks.launchers import in_charge_of_terminal, local_rank_text
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
@@ -102,8 +102,9 @@ class StopSignal:
             stopped = Preempted(_EARLY)
             stopped.after_signal = True
             raise stopped from None
-        # A rank that leaves because another was told to stop may get its own signal late, on its way out.
-        if isinstance(error, Preempted):
+        # A rank that leaves because another was told to stop, or is lost, may get its launcher's signal on its way out:
+        # before it has said why.
+        if isinstance(error, Preempted | PeerLostError):
             return
         for number, handler in self._before.items():
             over = signal.SIG_DFL if handler == leave_before_the_run else handler
