@@ -23,8 +23,8 @@ from tests.support.tiny_model import save_tiny_model, tiny_config, write_data
 CHAT = {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello!"}]}
 # A run of the quickstart's kind, one step long, for the commands that take a run.
 QUICKSTART = "configs/quickstart.yaml train.max_steps=1 data.eval.limit=4 evaluation.max_new_tokens=4 merge.at_end=null"
-RUNS = ("runs/smollm2-qalora", "runs/first", "runs/my-run", "runs/mine", "runs/llama-8b-qlora")
-CONFIGS = ("configs/llama-8b/qlora.yaml", "my.yaml", "CONFIG")
+RUNS = ("runs/smollm2-qalora", "runs/first", "runs/my-run", "runs/mine", "runs/llama-8b-qlora", "runs/run")
+CONFIGS = ("configs/llama-8b/qlora.yaml", "my.yaml", "run.yaml", "CONFIG")
 
 
 def main() -> int:

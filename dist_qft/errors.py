@@ -33,6 +33,10 @@ class SetupError(DistQFTError):
     exit_code = 3
 
 
+class OutOfMemoryError(SetupError):
+    """An allocation of this rank failed, on its GPU or in main memory."""
+
+
 class PeerLostError(DistQFTError):
     """Another rank died or a collective timed out; the run may be retried."""
 

@@ -1,7 +1,7 @@
 """Crash reports: `<output_dir>/crash/rank-<r>.txt`, written by a rank that fails.
 
-Written for lost peers, for bugs of ours, and by Python's faulthandler for signals such as SIGSEGV; not for mistakes
-of the user, which their message explains.
+Written for lost peers, for memory that ran out, for bugs of ours, and by Python's faulthandler for signals such as
+SIGSEGV; not for mistakes of the user, which their message explains.
 """
 
 import contextlib
@@ -19,7 +19,7 @@ from typing import TextIO
 
 import psutil
 
-from dist_qft.errors import DistQFTError, PeerLostError
+from dist_qft.errors import DistQFTError, OutOfMemoryError, PeerLostError
 from dist_qft.ranks.process import resident_peak
 
 CRASH_FOLDER = "crash"
@@ -30,13 +30,13 @@ _FATAL = re.compile(r"rank-\d+(-\d+)?\.fatal\.txt")
 
 @contextlib.contextmanager
 def crash_report(output_dir: Path, rank: int, world_size: int, doing: Callable[[], str]) -> Iterator[None]:
-    """Context in which an unexpected error or a lost peer is also written to a file, with collective and stacks."""
+    """Context in which an unexpected error, a lost peer or a lack of memory is also written to a file, with stacks."""
     remove_empty_reports(output_dir / CRASH_FOLDER)
     with _fatal_signals(_report_path(output_dir, rank).with_suffix(".fatal.txt")):
         try:
             yield
         except Exception as error:
-            if isinstance(error, PeerLostError) or not isinstance(error, DistQFTError):
+            if isinstance(error, PeerLostError | OutOfMemoryError) or not isinstance(error, DistQFTError):
                 write_report(output_dir, error, rank, world_size, doing())
             raise
 

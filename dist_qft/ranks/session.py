@@ -1,7 +1,8 @@
 """A session: the ranks of a run are connected, and failures are reported. Every verb opens one.
 
 A session finds this process's place and device, connects the ranks, makes sure that they were started with the same
-inputs, and from then on turns a lost peer into one clear error and an unexpected error into a crash report.
+inputs, and from then on turns a lost peer or a lack of memory into
+one clear error, and an unexpected error into a crash report.
 """
 
 import os
@@ -18,6 +19,7 @@ from dist_qft.ranks.collectives import require_same_inputs
 from dist_qft.ranks.connection import connect
 from dist_qft.ranks.crash import crash_report, write_report
 from dist_qft.ranks.device import device_for
+from dist_qft.ranks.memory import memory_reported
 from dist_qft.ranks.peers import Peers, peer_loss_reported
 from dist_qft.ranks.preemption import StopSignal
 from dist_qft.ranks.world import World
@@ -79,7 +81,9 @@ def session(
 
 @contextmanager
 def errors_reported(peers: Peers, crash_dir: Path | None) -> Iterator[None]:
-    """Context in which a lost peer becomes one clear error; that or an unexpected error leaves a crash report.
+    """Context in which a lost peer or a lack of memory becomes one clear error, which leaves a crash report.
+
+    So does an unexpected error.
 
     Args:
         crash_dir: its subfolder `crash` gets the report; None writes none.
@@ -94,5 +98,5 @@ def errors_reported(peers: Peers, crash_dir: Path | None) -> Iterator[None]:
         sys.stderr.flush()
         os._exit(PeerLostError.exit_code)
 
-    with report, peer_loss_reported(peers), peers.watch(end):
+    with report, peer_loss_reported(peers), peers.watch(end), memory_reported(peers.doing):
         yield

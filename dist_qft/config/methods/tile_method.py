@@ -81,7 +81,7 @@ class TileMethod(MethodConfig):
 
     rank: Positive = Field(
         64,
-        description="rank r of the pair A, B, and the divisor of the scale alpha / rank",
+        description="inner width r of the pair A, B (qahira has no pair), and the divisor of the scale alpha / rank",
         json_schema_extra={"peft": "r", "axolotl": "lora_r"},
     )
     alpha: PositiveNumber = Field(

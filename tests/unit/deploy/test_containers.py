@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from ruamel.yaml import YAML
 
+from dist_qft.config.check import accumulation_steps
 from dist_qft.config.load import load_config
 
 ROOT = Path(__file__).parents[3]
@@ -23,7 +24,7 @@ def test_kubernetes_starts_every_node_with_its_number():
     service, job = YAML(typ="safe").load_all(ROOT / "docker/kubernetes.yaml")
     spec = job["spec"]
     (container,) = spec["template"]["spec"]["containers"]
-    variables = {each["name"]: each["value"] for each in container["env"]}
+    variables = {each["name"]: each["value"] for each in container["env"] if "value" in each}
     assert spec["completionMode"] == "Indexed"
     assert int(variables["NNODES"]) == spec["completions"] == spec["parallelism"]
     assert int(variables["NPROC_PER_NODE"]) == container["resources"]["limits"]["nvidia.com/gpu"]
@@ -39,6 +40,14 @@ def test_commands_name_what_is_there(name):
     assert (ROOT / launcher).is_file()
     load_config(ROOT / config)
     assert "--resume auto" in text
+
+
+@pytest.mark.parametrize("name", ["docker/kubernetes.yaml", "docker/skypilot.yaml"])
+def test_the_batch_divides_over_two_nodes_of_eight_gpus(name):
+    text = (ROOT / name).read_text()
+    config = re.search(r"configs/\S+\.yaml", text)[0]
+    changes = re.findall(r"(?:train|data|sharding)\.\w+=\S+", text)
+    assert accumulation_steps(load_config(ROOT / config, changes), world_size=16) == 1
 
 
 def test_the_image_copies_what_the_install_reads():
