@@ -121,16 +121,18 @@ def _report_path(output_dir: Path, rank: int) -> Path:
 
 def _write(path: Path, error: Exception, where: str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
+    root = _root(error)
+    because = "" if root is error else f"cause: {type(root).__name__}: {root}\n"
     used = psutil.Process().memory_info().rss / 2**20
     peak = resident_peak() / 2**20
     with open(path, "w") as file:
         file.write(
             f"{time.strftime('%Y-%m-%d %H:%M:%S')}  {where}; process {os.getpid()} on {socket.gethostname()}\n"
-            f"error: {type(error).__name__}: {error}\n"
+            f"error: {type(error).__name__}: {error}\n{because}"
             f"last collective: {last_collective(error)}\n"
             f"memory: {used:.0f} MiB now, {peak:.0f} MiB at most\n\n"
         )
-        file.writelines(_stack(_root(error).__traceback__))
+        file.writelines(_stack(root.__traceback__))
         file.write("\nall threads:\n")
         file.flush()
         faulthandler.dump_traceback(file, all_threads=True)
