@@ -23,7 +23,7 @@ from dist_qft.config.schema import ShardingConfig
 from dist_qft.errors import UserError
 from dist_qft.methods.trainable import TrainableSet
 from dist_qft.ranks.session import place
-from dist_qft.tuned_model.answer import Sampling, answers
+from dist_qft.tuned_model.answer import Sampling, answers, longest_sequence
 from dist_qft.tuned_model.loaded_model import holds_model, load
 from dist_qft.tuned_model.opened_run import opened_to_answer
 from dist_qft.tuned_model.prompts import Messages, date_of, prompt_ids
@@ -105,8 +105,8 @@ class Chat:
         if not self.tokenizer.chat_template:  # a base model goes on with the text
             prompt = "\n".join([*([self.system] if self.system else []), *(turn["content"] for turn in asked)])
         length = len(prompt_ids(self.tokenizer, prompt, self.today))
-        limit = getattr(self.base.config.get_text_config(), "max_position_embeddings", None)
-        if isinstance(limit, int) and length + self.sampling.max_new_tokens > limit:
+        limit = longest_sequence(self.base)
+        if limit is not None and length + self.sampling.max_new_tokens > limit:
             self._say(f"({length} tokens and an answer do not fit into the model's {limit}; /reset begins anew)")
             return None
         streamer = None if self.output is None else Streamer(self.tokenizer, self.output)

@@ -4,6 +4,7 @@ import sys
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
+from shlex import quote
 
 from jinja2 import Environment, StrictUndefined
 
@@ -109,7 +110,7 @@ def _text(path: Path, answers: Answers) -> str:
     )
     template = environment.from_string((files("dist_qft") / _TEMPLATE).read_text(encoding="utf-8"))
     return template.render(
-        file=path,
+        file=quote(str(path)),
         ranks=answers.ranks,
         batch=-(-_BATCH // answers.ranks) * answers.ranks,
         engine="fsdp" if answers.ranks > 1 else "replicated",
@@ -141,11 +142,11 @@ def whole_number(question: str, text: str) -> int:
 
 def commands(path: Path, answers: Answers) -> list[str]:
     """The commands to type next: a check without weights, then the run."""
-    nodes = f" --nodes {answers.nodes}" if answers.nodes > 1 else ""
-    check = f"dist-qft validate {path} --world-size {answers.ranks}{nodes}"
+    nodes, file = f" --nodes {answers.nodes}" if answers.nodes > 1 else "", quote(str(path))
+    check = f"dist-qft validate {file} --world-size {answers.ranks}{nodes}"
     if answers.nodes > 1:
         tasks = f"--nodes={answers.nodes} --ntasks-per-node={max(answers.gpus, 1)}" + " --gpus-per-task=1" * bool(
             answers.gpus
         )
-        return [check, f"sbatch {tasks} slurm/train.sbatch {path}"]
-    return [check, f"NPROC_PER_NODE={answers.ranks} launch/torchrun.sh {path}"]
+        return [check, f"sbatch {tasks} slurm/train.sbatch {file}"]
+    return [check, f"NPROC_PER_NODE={answers.ranks} launch/torchrun.sh {file}"]

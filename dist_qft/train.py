@@ -50,8 +50,10 @@ from dist_qft.training.optimizer import check_warmup, checkpoint_bytes, require_
 from dist_qft.training.resume import changed_settings, check_trajectory, choose_checkpoint, resume_after_restart
 from dist_qft.training.run_inputs import LoadedBase, RunInputs
 from dist_qft.training.training_run import TrainingRun
+from dist_qft.tuned_model.answer import require_room_for_answers
 from dist_qft.tuned_model.assemble import assemble, attach_trainables, start_fresh
 from dist_qft.tuned_model.checkpointed import check_adapter, check_fingerprint, check_settings, settings_of, with_date
+from dist_qft.tuned_model.prompts import date_of
 from dist_qft.tuned_model.task import head_parameters
 from dist_qft.tuned_model.warm_start import require_same_model, starting_values, take_values
 
@@ -131,8 +133,8 @@ def gather_inputs(
     config = with_date(config, tokenizer, checkpoint)
     assert config.data is not None, "a date takes no data away"
     data = prepare(config.data, tokenizer, skeleton.vocab_size, cache_dir, config.task)
-    notes += data.notes()
-    notes += spec.disk_notes(output_dir, skeleton, data.train)
+    require_room_for_answers(config.evaluation, skeleton, tokenizer, date_of(config))
+    notes += data.notes() + spec.disk_notes(output_dir, skeleton, data.train)
 
     # Where the weights are, their names and shapes. Last, because it downloads those of a Hub id.
     source = loaded.source if loaded else open_source(config.model)

@@ -1,11 +1,18 @@
 """The sections `task` and `data`: the targets of predictions, and the text that they are made from."""
 
-from typing import Annotated, Literal
+import datetime
+from typing import Annotated, Any, Literal
 
-from pydantic import Discriminator, Field, Tag
+from pydantic import BeforeValidator, Discriminator, Field, Tag
 
 from dist_qft.config.paths import ExpandedPath
 from dist_qft.config.section import UNION_TAGS, NonNegative, Positive, PositiveNumber, Section, Text
+
+
+def _as_text(date: Any) -> Any:
+    """A date as it is written: YAML makes an object of one without quotes."""
+    return date.isoformat() if type(date) is datetime.date else date
+
 
 PREFERENCE_TASKS = ("dpo", "orpo", "kto")
 # The formats of tasks that have their own; other data, too, may have such fields, so these are never guessed.
@@ -190,7 +197,7 @@ class DataConfig(Section):
         description="chat: the tokenizer's own; alpaca, none: for base models without one (docs/data.md)",
         json_schema_extra={"axolotl": "chat_template"},
     )
-    date: str | None = Field(
+    date: Annotated[str | None, BeforeValidator(_as_text)] = Field(
         None, description="YYYY-MM-DD that chat templates print; default: the day the run began, kept on resume"
     )
     max_source_length: Positive | None = Field(

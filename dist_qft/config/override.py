@@ -54,6 +54,10 @@ def key_path(key: str) -> KeyPath:
     return tuple(int(part) if part.isdecimal() else part for part in key.replace("-", "_").split("."))
 
 
+# Words that stand for a whole section with its defaults.
+_WORDS: tuple[tuple[KeyPath, Any], ...] = ((("quantization",), "auto"),)
+
+
 def _replaced(container: Any, path: KeyPath, depth: int, value: Any) -> Any:
     """`container`, which stands at `path[:depth]`, with the entry at `path` set to `value`.
 
@@ -62,7 +66,7 @@ def _replaced(container: Any, path: KeyPath, depth: int, value: Any) -> Any:
     if depth == len(path):
         return value
     part = path[depth]
-    container = {} if container is None else copy(container)
+    container = {} if container is None or (path[:depth], container) in _WORDS else copy(container)
     child: Any
     if isinstance(container, list):
         if not (isinstance(part, int) and part < len(container)):

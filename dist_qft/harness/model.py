@@ -19,6 +19,7 @@ from dist_qft.data.batches import MicroBatch
 from dist_qft.data.samples import IGNORED
 from dist_qft.harness.generation import continuation
 from dist_qft.ranks.collectives import gather_table
+from dist_qft.tuned_model.answer import longest_sequence
 from dist_qft.tuned_model.loaded_model import load
 
 HARNESS = find_spec("lm_eval") is not None
@@ -64,7 +65,7 @@ class TunedLM(TemplateLM):
             self.base, tokenizer, self._device = loaded.base, loaded.tokenizer, loaded.device
         self.tokenizer: PreTrainedTokenizerBase = tokenizer
         self.batch_size = int(batch_size) if str(batch_size).isdecimal() else 8
-        limit = getattr(self.base.config.get_text_config(), "max_position_embeddings", None) or _LONGEST
+        limit = longest_sequence(self.base) or _LONGEST
         self.max_length = min(max_length or limit, limit)
 
     @property

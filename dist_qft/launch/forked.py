@@ -174,7 +174,8 @@ def _take_over(env: Mapping[str, str]) -> None:
     threads = env.get("OMP_NUM_THREADS", "").partition(",")[0]
     if threads.isdecimal() and int(threads) > 0:
         torch.set_num_threads(int(threads))  # OpenMP has read the launcher's variables
-    Path("/proc/self/comm").write_text(f"rank {env['RANK']}")  # for `top`: the command line is the launcher's
+    with contextlib.suppress(OSError):  # a read-only /proc, as some containers have
+        Path("/proc/self/comm").write_text(f"rank {env['RANK']}")  # for `top`: the command line is the launcher's
 
 
 def _unbuffered(stream: TextIO | None) -> TextIO:

@@ -125,7 +125,7 @@ def _write(path: Path, error: Exception, where: str) -> None:
     because = "" if root is error else f"cause: {type(root).__name__}: {root}\n"
     used = psutil.Process().memory_info().rss / 2**20
     peak = resident_peak() / 2**20
-    with open(path, "w") as file:
+    with open(path, "w", encoding="utf-8", errors="backslashreplace") as file:
         file.write(
             f"{time.strftime('%Y-%m-%d %H:%M:%S')}  {where}; process {os.getpid()} on {socket.gethostname()}\n"
             f"error: {type(error).__name__}: {error}\n{because}"

@@ -77,7 +77,11 @@ class LastingStream:
 
     def write(self, text: str) -> int:
         with self._lasting():
-            self._stream.write(text)
+            try:
+                self._stream.write(text)
+            except UnicodeEncodeError:  # a locale without these characters: escapes say more than nothing
+                encoding = self._stream.encoding or "ascii"
+                self._stream.write(text.encode(encoding, "backslashreplace").decode(encoding))
         return len(text)
 
     def flush(self) -> None:

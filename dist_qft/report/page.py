@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 from dist_qft.config.load import CONFIG_FILE
@@ -148,9 +149,9 @@ def _traffic(run: RunRecords) -> list[dict[str, str]]:
 
 def next_steps(run: RunRecords) -> Iterator[tuple[str, str]]:
     """The likely next wishes, and the command for each."""
-    folder = run.folder
+    folder = quote(str(run.folder))
     if not run.summary:
-        yield "go on with training", f"dist-qft train {folder / CONFIG_FILE} --resume auto"
+        yield "go on with training", f"dist-qft train {quote(str(run.folder / CONFIG_FILE))} --resume auto"
     if run.checkpoints:
         yield "evaluate the newest checkpoint", f"dist-qft eval {folder}"
         if not run.config.task.predicts_labels:
@@ -160,10 +161,10 @@ def next_steps(run: RunRecords) -> Iterator[tuple[str, str]]:
     for _, certificate in run.certificates:
         yield (
             "check a merged result against its certificate",
-            f"dist-qft verify {folder / Path(certificate.result.path).name}",
+            f"dist-qft verify {quote(str(run.folder / Path(certificate.result.path).name))}",
         )
     if TENSORBOARD in chosen(run.config.train.report_to):
-        yield "look at the curves live", f"tensorboard --logdir {folder / EVENTS_FOLDER}"
+        yield "look at the curves live", f"tensorboard --logdir {quote(str(run.folder / EVENTS_FOLDER))}"
 
 
 def _duration(seconds: float) -> str:

@@ -168,7 +168,7 @@ def _create(path: Path, entry: _Entry) -> bool:
                 descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
             except FileExistsError:
                 return False
-            with os.fdopen(descriptor, "w") as file:
+            with os.fdopen(descriptor, "w", encoding="utf-8") as file:
                 file.write(json.dumps(asdict(entry)) + "\n")
         return True
     finally:

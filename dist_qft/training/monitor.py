@@ -79,7 +79,8 @@ class Monitor:
             return
         # Answers are shown as they are: no markup, no ":smile:" turned into a picture.
         self._console = Console(file=sys.stderr, highlight=False, markup=False, emoji=False)
-        if self._console.is_terminal:
+        # FORCE_COLOR makes a file count as a terminal, and a dumb one cannot move its cursor: both get lines.
+        if self._console.is_terminal and not self._console.is_dumb_terminal and sys.stderr.isatty():
             self._display = LiveDisplay(self._console, total_steps, first_step)
         with self._recording():
             self._sinks = _sinks(config, first_step, self)

@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from dist_qft.base_model.skeleton import BaseModel
+from dist_qft.config.schema import EvaluationConfig
 from dist_qft.errors import UserError
 from dist_qft.tuned_model.prompts import Messages, prompt_ids, stop_ids
 
@@ -57,6 +58,42 @@ class Sampling:
         return chosen
 
 
+def longest_sequence(base: BaseModel) -> int | None:
+    """The tokens of prompt and answer together for which the model has positions; None if it names no limit."""
+    limit = getattr(base.config.get_text_config(), "max_position_embeddings", None)
+    return limit if isinstance(limit, int) and limit > 0 else None
+
+
+def require_room(base: BaseModel, lengths: Sequence[int], max_new_tokens: int, key: str = "max_new_tokens") -> None:
+    """Refuse answers for which the model has no positions left: learned ones end with an error, others with nonsense.
+
+    Args:
+        lengths: tokens of each prompt.
+        key: the setting that gives `max_new_tokens`.
+
+    Raises:
+        UserError: the longest prompt and its answer are longer than `longest_sequence`.
+    """
+    limit = longest_sequence(base)
+    if limit is None or not lengths or max(lengths) + max_new_tokens <= limit:
+        return
+    prompt = max(lengths)
+    if prompt >= limit:
+        raise UserError(f"prompt: got {prompt} tokens, must be fewer than the model's {limit}")
+    raise UserError(
+        f"{key}: got {max_new_tokens}, must be at most {limit - prompt}: "
+        f"the longest prompt has {prompt} of the model's {limit} tokens"
+    )
+
+
+def require_room_for_answers(
+    evaluation: EvaluationConfig, base: BaseModel, tokenizer: PreTrainedTokenizerBase, today: datetime.date | None
+) -> None:
+    """`require_room` for the prompts that a run answers."""
+    lengths = [len(prompt_ids(tokenizer, prompt, today)) for prompt in evaluation.prompts]
+    require_room(base, lengths, evaluation.max_new_tokens, "evaluation.max_new_tokens")
+
+
 @torch.no_grad()
 def answers(
     base: BaseModel,
@@ -76,14 +113,18 @@ def answers(
     Args:
         today: the date for chat templates that print it (`data.date`); None takes the day of this call.
         streamer: of transformers, for a single prompt; gets tokens as they come.
+
+    Raises:
+        UserError: see `require_room`.
     """
+    ids = [prompt_ids(tokenizer, prompt, today) for prompt in prompts]
+    require_room(base, [len(row) for row in ids], sampling.max_new_tokens)
     was_training = base.model.training
     base.model.eval()
     try:
         found: list[str] = []
         for start in range(0, len(prompts), _BATCH):
-            encoded = [prompt_ids(tokenizer, prompt, today) for prompt in prompts[start : start + _BATCH]]
-            found += _answer_batch(base, tokenizer, encoded, sampling, device, streamer)
+            found += _answer_batch(base, tokenizer, ids[start : start + _BATCH], sampling, device, streamer)
         return found
     finally:
         base.model.train(was_training)

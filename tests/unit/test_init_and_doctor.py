@@ -31,6 +31,13 @@ def test_every_goal_gives_a_config_that_runs_on_its_ranks(tmp_path, goal, gpus, 
     assert all(str(file) in command for command in commands(file, asked))
 
 
+def test_commands_quote_what_a_shell_would_split(tmp_path):
+    file = tmp_path / "my run.yaml"
+    assert all(f" '{file}'" in command for command in commands(file, answers()))
+    write_config(file, answers())
+    assert f"validate '{file}'" in file.read_text()
+
+
 def test_a_path_with_any_signs_in_it_comes_through(tmp_path):
     odd = 'my data/it\'s: "#1".jsonl'
     write_config(tmp_path / "run.yaml", answers(data=odd))

@@ -214,6 +214,31 @@ def test_records_that_cannot_be_written_are_a_fault_of_the_environment(tmp_path)
     assert failure.value.exit_code == 3
 
 
+def test_a_file_gets_lines_though_colours_are_forced(tmp_path, monkeypatch):
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    with open(tmp_path / "log", "w") as log:
+        monkeypatch.setattr(sys, "stderr", log)
+        write_a_step(tmp_path)
+    assert (tmp_path / "log").read_text() == "step 2/3  for lines alone\n"
+
+
+def test_a_dumb_terminal_gets_lines(tmp_path, monkeypatch):
+    ours, theirs = pty.openpty()
+    monkeypatch.setenv("TERM", "dumb")
+    with os.fdopen(theirs, "w") as terminal:
+        monkeypatch.setattr(sys, "stderr", terminal)
+        write_a_step(tmp_path)
+    shown = shown_on(ours)
+    assert "for lines alone" in shown and "\x1b[?25l" not in shown
+
+
+def write_a_step(folder: Path) -> None:
+    monitor = Monitor(bare_config(folder), active=True, total_steps=3)
+    monitor.start()
+    monitor.progress(2, 3, "for lines alone")
+    monitor.close()
+
+
 def test_a_terminal_gets_a_bar_that_is_gone_after_a_failure(tmp_path, monkeypatch):
     ours, theirs = pty.openpty()
     monkeypatch.setenv("TERM", "xterm")

@@ -8,8 +8,9 @@ import torch
 
 import dist_qft
 from dist_qft.chat import Chat, shared_lines
+from dist_qft.config.schema import EvaluationConfig
 from dist_qft.errors import UserError
-from dist_qft.tuned_model.answer import Sampling
+from dist_qft.tuned_model.answer import Sampling, require_room_for_answers
 from dist_qft.tuned_model.checkpointed import config_of, find_checkpoint, open_checkpointed
 from dist_qft.tuned_model.prompts import prompt_ids
 
@@ -41,6 +42,18 @@ def test_sampling_is_a_function_of_its_seed(model):
     greedy = model.generate(PROMPTS[0], 12)
     assert model.generate(PROMPTS[0], 12, temperature=0.5, top_k=1) == greedy
     assert model.generate(PROMPTS[0], 12, temperature=0.5, top_p=1e-6) == greedy
+
+
+def test_an_answer_longer_than_the_models_positions_is_refused(model):
+    limit = model.base.config.max_position_embeddings
+    length = len(prompt_ids(model.tokenizer, PROMPTS[0]))
+    with pytest.raises(UserError, match=f"^max_new_tokens: got {limit}, must be at most {limit - length}: "):
+        model.generate(PROMPTS[0], limit)
+    with pytest.raises(UserError, match=r"^prompt: got .* tokens, must be fewer than the model's"):
+        model.generate("a " * limit, 1)
+    with pytest.raises(UserError, match=rf"^evaluation\.max_new_tokens: got {limit}, must be at most"):
+        asked = EvaluationConfig(prompts=PROMPTS, max_new_tokens=limit)
+        require_room_for_answers(asked, model.base, model.tokenizer, None)
 
 
 @pytest.mark.parametrize(

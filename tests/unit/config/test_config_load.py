@@ -92,6 +92,10 @@ def test_overrides_apply_in_order_and_take_yaml_values(write):
     assert config.train.max_grad_norm is None
 
 
+def test_a_word_for_a_section_can_be_overridden_in_parts(write):
+    assert load_config(write("quantization: auto"), ["quantization.linear=affine4"]).quantization.linear == "affine4"
+
+
 def test_all_faults_at_once_each_with_its_line(write):
     path = write("""\
         train:

@@ -106,3 +106,10 @@ def test_thousands_of_faults_are_told_in_a_screen_or_two(tmp_path):
     with pytest.raises(UserError) as refusal:
         load(tmp_path, "{train: {path: a}}", f"train.optim={'x' * 10**6}")
     assert len(str(refusal.value)) < 3000
+
+
+def test_a_date_needs_no_quotes(tmp_path):
+    assert load(tmp_path, "{train: {path: a.jsonl}, date: 2025-01-31}").data.date == "2025-01-31"
+    assert load(tmp_path, "{train: {path: a.jsonl}}", "data.date=2025-02-01").data.date == "2025-02-01"
+    with pytest.raises(UserError, match=r"data\.date: got 2025 \(int\), must be a string"):
+        load(tmp_path, "{train: {path: a.jsonl}, date: 2025}")
