@@ -24,7 +24,7 @@ from dist_qft.data.prepare import prepare
 from dist_qft.errors import DistQFTError, SetupError, UserError
 from dist_qft.merge.certificate import Origin
 from dist_qft.merge.live_model import LiveModel
-from dist_qft.merge.recipe import require_free
+from dist_qft.merge.place import require_free, require_place_at_end
 from dist_qft.merge.run import export, recipe_at_end
 from dist_qft.methods.reference import require_reference
 from dist_qft.methods.specs import make_spec
@@ -97,9 +97,7 @@ def gather_inputs(
     ranks_in_group(config.sharding.group, world.world_size, world.local_world_size)
     if config.data is None:
         raise UserError("data: training needs data.train")
-    output_dir = Path(config.output_dir)
-    require_writable(output_dir)
-    require_installed(config.train.report_to if world.rank == 0 else "none")
+    output_dir = _place_of_results(config, world)
     existing = tuple(path.name for path in list_checkpoints(output_dir))
     resume = resume_after_restart(output_dir, resume, os.environ)
     checkpoint, notes = choose_checkpoint(output_dir, resume)
@@ -145,6 +143,15 @@ def gather_inputs(
     recipe = recipe_at_end(config, skeleton, spec)
     found = (tokenizer, skeleton, source, spec, settings, data, checkpoint, existing, recipe, notes, loaded, start)
     return _checked(RunInputs(config, world, device, *found))
+
+
+def _place_of_results(config: RunConfig, world: World) -> Path:
+    """The run's folder, if checkpoints, figures and merge can be written where the config says."""
+    require_place_at_end(config)
+    output_dir = Path(config.output_dir)
+    require_writable(output_dir)
+    require_installed(config.train.report_to if world.rank == 0 else "none")
+    return output_dir
 
 
 def _checked(inputs: RunInputs) -> RunInputs:

@@ -17,7 +17,9 @@ def merge(
     output: Annotated[
         Path | None, typer.Option("-o", "--output", metavar="PATH", help="Default: merged.gguf or merged-* in the run.")
     ] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what is there.")] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace the result of a merge that is there.")
+    ] = False,
     requantize: Annotated[
         str | None, typer.Option(metavar="nf4|affine4", help="Merge with an error where an exact merge is impossible.")
     ] = None,

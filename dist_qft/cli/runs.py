@@ -36,6 +36,7 @@ def train(
     """Fine-tune as CONFIG says."""
     settings = read_config(config, overrides)
     if dry_run:
+        from dist_qft.merge.place import require_place_at_end
         from dist_qft.plan import make_plan, require_fit
         from dist_qft.ranks.device import planned_device
         from dist_qft.ranks.world import World
@@ -44,6 +45,7 @@ def train(
 
         world = World.from_environment(os.environ)
         if world.rank == 0:
+            require_place_at_end(settings)
             memory = detected_memory(planned_device(settings.sharding.device), world.local_world_size)
             plan = make_plan(settings, world.world_size, world.local_world_size, memory=memory)
             print_plan(plan)
@@ -89,6 +91,7 @@ def validate(
 ) -> None:
     """Check CONFIG and print what it will train, hold and move; loads no weights."""
     settings = read_config(config, overrides)
+    from dist_qft.merge.place import require_place_at_end
     from dist_qft.plan import make_plan, ranks_on_each, ranks_planned, require_fit
     from dist_qft.training.machine import find_machine, parse_size
     from dist_qft.training.plan_tables import print_plan
@@ -97,6 +100,7 @@ def validate(
     limit = machine.memory if machine is not None else None
     limit = parse_size(memory, "--memory") if memory is not None else limit
     ranks = ranks_planned(world_size, nodes, gpus_per_node)
+    require_place_at_end(settings)
     plan = make_plan(settings, ranks, ranks_on_each(nodes, ranks), memory=limit, machine=machine)
     print_plan(plan, as_json=as_json)
     require_fit(plan)

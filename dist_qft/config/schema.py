@@ -185,7 +185,7 @@ class MergeConfig(Section):
         None, description="file or folder of the result; default <output_dir>/merged.gguf or merged-<kind>"
     )
     dtype: Literal["float32", "bfloat16", "float16"] = Field("bfloat16", description="dense only: dtype of the weights")
-    overwrite: bool = Field(False, description="replace what is at the path")
+    overwrite: bool = Field(False, description="replace the result of a merge that is at the path")
 
 
 class RunConfig(Section):

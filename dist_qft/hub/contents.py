@@ -15,6 +15,7 @@ from dist_qft.errors import CorruptFileError, UserError
 from dist_qft.hub.adapter_card import adapter_card
 from dist_qft.merge.certificate import CARD, BaseUsed, Certificate, ResultFiles, file_digests
 from dist_qft.merge.certificate_file import certificate_path, certificate_text, read_certificate
+from dist_qft.merge.model_card import names_beside
 from dist_qft.merge.names import portable_name
 from dist_qft.storage.atomic import json_text
 from dist_qft.storage.checkpoint import ADAPTER_CONFIG, ADAPTER_MODEL, TRAINER_STATE, list_checkpoints
@@ -88,7 +89,7 @@ def _of_result(path: Path, repository: str) -> Contents:
     if folder:
         card = path / CARD
     else:
-        card, other = (path.with_name(f"{path.name}.{suffix}") for suffix in ("md", "Modelfile"))
+        card, other = map(path.with_name, names_beside(path.name))
         if other.is_file():
             files[other.name] = other
     if card.is_file() and folder:  # the commands in it load the folder by its name

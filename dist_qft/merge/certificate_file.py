@@ -20,9 +20,10 @@ from typing import Any
 from pydantic import TypeAdapter, ValidationError
 
 from dist_qft.errors import CorruptFileError, SetupError, UserError
-from dist_qft.merge.certificate import IN_FOLDER, VERSION, Certificate, certificate_place, file_digests
+from dist_qft.merge.certificate import CARD, IN_FOLDER, VERSION, Certificate, certificate_place, file_digests
 from dist_qft.storage.atomic import lock_path, publishing, refused_write, write_text
 from dist_qft.storage.lock import locked
+from dist_qft.storage.run_folder import read_json_object
 from dist_qft.storage.stored_faults import first_fault
 
 _NEXT, _DIGEST = "next", "digest"
@@ -35,11 +36,14 @@ class Publication:
 
     final: Path
     temporary: Path
+    overwrite: bool = False
     certificate: Certificate | None = None
     _replaced: dict[Path, bytes | None] = field(default_factory=dict)
 
     def certify(self, certificate: Certificate, companions: Mapping[str, str] | None = None) -> None:
         """Write the certificate: into a folder, or as the next one beside a file; and text files by name likewise."""
+        if self.overwrite:  # while the result was made, something else may have come there
+            require_own(self.final)
         self.certificate = certificate
         if self.temporary.is_dir():
             (self.temporary / IN_FOLDER).write_text(_text(_signed(certificate)))
@@ -63,7 +67,8 @@ class Publication:
             if content is None:
                 path.unlink(missing_ok=True)
             else:
-                write_text(path, content.decode(errors="replace"))
+                with publishing(path, overwrite=True) as temporary:
+                    temporary.write_bytes(content)
         if self.certificate is None or self.temporary.is_dir():
             return
         if self._old:
@@ -78,11 +83,7 @@ class Publication:
     @property
     def _old(self) -> dict[str, Any]:
         """The old file's certificate as it is on disk, whatever its content; {} if there is none."""
-        try:
-            content = json.loads(self._place.read_bytes())
-        except (OSError, ValueError, RecursionError):
-            return {}
-        return {key: value for key, value in content.items() if key != _NEXT} if isinstance(content, dict) else {}
+        return {key: value for key, value in read_json_object(self._place).items() if key != _NEXT}
 
 
 @contextmanager
@@ -90,7 +91,7 @@ def publishing_certified(final: Path, overwrite: bool) -> Iterator[Publication]:
     """Publish like `storage.atomic.publishing`, with a certificate that appears together with the file or folder.
 
     Raises:
-        UserError: another process is writing the same result.
+        UserError: another process is writing the same result, or it would replace what no merge has written.
         SetupError: see `publishing`.
     """
     try:
@@ -99,9 +100,11 @@ def publishing_certified(final: Path, overwrite: bool) -> Iterator[Publication]:
         raise refused_write(final, error) from error
     with locked(lock_path(final), f"merge.path: '{final}'", 0):
         publication: Publication | None = None
+        if overwrite:
+            require_own(final)
         try:
             with publishing(final, overwrite) as temporary:
-                publication = Publication(final, temporary)
+                publication = Publication(final, temporary, overwrite)
                 yield publication
                 if final.exists() and not overwrite:
                     raise SetupError(f"'{final}' has appeared meanwhile; nothing was replaced")
@@ -110,6 +113,42 @@ def publishing_certified(final: Path, overwrite: bool) -> Iterator[Publication]:
                 publication.retract()
             raise
         publication.settle()
+
+
+def require_own(result: Path) -> None:
+    """Refuse to replace what no merge has written. Nothing, an empty folder and a result of a merge may be replaced.
+
+    Raises:
+        UserError: a file or folder without a certificate, or a folder with files that its certificate does not name.
+    """
+    if not result.exists() or (result.is_dir() and not any(result.iterdir())):
+        return
+    place = certificate_path(result)
+    got = f"--overwrite (merge.overwrite): got '{result}', must be the result of a merge"
+    if not is_certificate(place):
+        raise UserError(f"{got}: there is no certificate '{place}', so no merge wrote it; remove it yourself")
+    if not result.is_dir():
+        return
+    named = {IN_FOLDER, CARD}.union(*(said["result"]["sha256"] for said in _certificates_in(place)))
+    for file in sorted(result.rglob("*")):
+        name = file.relative_to(result).as_posix()
+        if name not in named and not any(other.startswith(f"{name}/") for other in named):
+            raise UserError(f"{got} alone: no merge wrote '{file}'; move it to another place")
+
+
+def is_certificate(place: Path) -> bool:
+    """True if the file is a certificate, at least in its outline: also one of another version, or about to be one."""
+    return bool(_certificates_in(place))
+
+
+def _certificates_in(place: Path) -> list[dict[str, Any]]:
+    content = read_json_object(place)
+    return [said for said in (content, content.get(_NEXT)) if isinstance(said, dict) and _has_outline(said)]
+
+
+def _has_outline(content: Mapping[str, Any]) -> bool:
+    result = content.get("result")
+    return "adapter" in content and isinstance(result, dict) and isinstance(result.get("sha256"), dict)
 
 
 def certificate_path(result: Path) -> Path:

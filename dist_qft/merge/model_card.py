@@ -13,13 +13,15 @@ from transformers import PreTrainedTokenizerBase
 from dist_qft.base_model.base_license import base_license
 from dist_qft.config.data_schema import DataConfig
 from dist_qft.merge.certificate import CARD, Certificate, Origin
-from dist_qft.merge.modelfile import modelfile
+from dist_qft.merge.modelfile import first_line, modelfile
 from dist_qft.merge.names import portable_name
 from dist_qft.merge.target import CardText
 from dist_qft.merge.targets import TARGETS
 from dist_qft.storage.checkpoint import TRAINER_STATE
 from dist_qft.storage.run_folder import SUMMARY_FILE, read_json_object
 from dist_qft.tuned_model.prompts import stop_ids
+
+_MADE_BY = "Fine-tuned with dist_qft from"  # in every card
 
 
 def companions(
@@ -45,11 +47,26 @@ def companions(
     card = model_card(result.name, origin, certificate, text)
     if folder:
         return {CARD: card}
-    files = {f"{result.name}.md": card}
+    beside, for_ollama = names_beside(result.name)
+    files = {beside: card}
     if text.modelfile:
         stops = [str(tokenizer.convert_ids_to_tokens(index)) for index in stop_ids(named, tokenizer)]
-        files[f"{result.name}.Modelfile"] = modelfile(result.name, tokenizer, stops)
+        files[for_ollama] = modelfile(result.name, tokenizer, stops)
     return files
+
+
+def names_beside(name: str) -> tuple[str, str]:
+    """The names of the card and of the Modelfile beside a result that is a file called `name`."""
+    return f"{name}.md", f"{name}.Modelfile"
+
+
+def is_companion(path: Path, name: str) -> bool:
+    """True if a text like those of `companions` is at `path`, as a merge into the file `name` writes them."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError):
+        return False
+    return _MADE_BY in text or text.startswith(first_line(name))
 
 
 def model_card(name: str, origin: Origin, certificate: Certificate, text: CardText) -> str:
@@ -84,7 +101,7 @@ def render_card(
     body = "".join(f"## {heading}\n\n{content}\n\n" for heading, content in sections.items())
     return (
         f"---\n{front}tags: [dist-qft, {config.method.name}]\n---\n\n# {name}\n\n"
-        f"Fine-tuned with dist_qft from {base}.\n\n| | |\n|---|---|\n{rows}\n{body}"
+        f"{_MADE_BY} {base}.\n\n| | |\n|---|---|\n{rows}\n{body}"
         f"## Use\n\n```{text.language}\n{text.command.format(name=name, base=base)}\n```\n"
     )
 

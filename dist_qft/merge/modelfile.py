@@ -53,7 +53,7 @@ class Frames:
 
 def modelfile(gguf_name: str, tokenizer: PreTrainedTokenizerBase, stops: list[str]) -> str:
     """The content of a Modelfile beside the GGUF file of that name; `stops` are the texts that end an answer."""
-    lines = [f"FROM ./{gguf_name}"]
+    lines = [first_line(gguf_name)]
     frames = frames_of(tokenizer)
     if frames is not None:
         lines.append(f'TEMPLATE """{frames.go_template()}"""')
@@ -63,6 +63,11 @@ def modelfile(gguf_name: str, tokenizer: PreTrainedTokenizerBase, stops: list[st
         )
     lines += [f'PARAMETER stop "{_escaped(stop)}"' for stop in stops]
     return "\n".join(lines) + "\n"
+
+
+def first_line(gguf_name: str) -> str:
+    """The first line of a Modelfile for the GGUF file beside it."""
+    return f"FROM ./{gguf_name}"
 
 
 def frames_of(tokenizer: PreTrainedTokenizerBase) -> Frames | None:

@@ -61,15 +61,6 @@ class Recipe:
         return self.kind in ("exact", "rounded", "requantized") and path in self.tiles and path not in self.formats
 
 
-def require_free(request: MergeRequest) -> None:
-    """Refuse to write where something is already, unless it was asked to be replaced."""
-    if request.path.exists() and not request.overwrite:
-        raise UserError(
-            f"'{request.path}' exists already; --overwrite (merge.overwrite) replaces it, "
-            "-o (merge.path) chooses another place"
-        )
-
-
 def quantized_recipe(
     request: MergeRequest, config: RunConfig, base: BaseModel, tiles: Mapping[str, TileSettings]
 ) -> Recipe:

@@ -20,8 +20,9 @@ from dist_qft.merge.collective import Certified, failing_together, total_differe
 from dist_qft.merge.difference import Difference
 from dist_qft.merge.live_model import LiveModel
 from dist_qft.merge.model_card import companions
+from dist_qft.merge.place import require_free, require_place
 from dist_qft.merge.probe import compare_logits, logits_of, probe_ids
-from dist_qft.merge.recipe import MergeRequest, Recipe, require_free
+from dist_qft.merge.recipe import MergeRequest, Recipe
 from dist_qft.merge.target import Probe
 from dist_qft.merge.targets import TARGETS, checked_request, request_at_end
 from dist_qft.methods.adapters.adapter_spec import AdapterSpec, require_tiles, stored_adapters
@@ -96,6 +97,7 @@ def gather_merge_inputs(request: MergeRequest, checkpoint: Checkpoint, world: Wo
     config = config_of(checkpoint)
     if obstacle := merge_obstacle(config):
         raise UserError(f"{checkpoint.path}: {obstacle}")
+    require_place(request, run_folder(checkpoint.path), config.model.path, checkpoint.path)
     require_free(request)
     require_finite_trainables(checkpoint)
     device = device_for(world, config.sharding.device)

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from dist_qft.base_model.skeleton import BaseModel
 from dist_qft.config.schema import MergeTarget, RunConfig
+from dist_qft.errors import UserError
 from dist_qft.merge.difference import Difference
 from dist_qft.merge.live_model import LiveModel
 from dist_qft.merge.recipe import Kind, MergeRequest, Recipe
@@ -103,6 +104,19 @@ class Target(ABC):
     default_name: ClassVar[str]
     requantizes: ClassVar[bool] = False
     card: ClassVar[CardText | None] = None
+
+    @property
+    def is_file(self) -> bool:
+        """True for a result that is one file, False for a folder."""
+        return bool(Path(self.default_name).suffix)
+
+    def require_name(self, path: Path) -> None:
+        """Refuse a path that looks like a folder's for a target that writes a file, or the other way round."""
+        suffix = Path(self.default_name).suffix
+        if self.is_file and path.suffix != suffix:
+            raise UserError(f"'{path}': {self.name} is written to a file whose name ends in {suffix}")
+        if not self.is_file and path.suffix == ".gguf":
+            raise UserError(f"'{path}': {self.name} is written to a folder")
 
     @abstractmethod
     def recipe(

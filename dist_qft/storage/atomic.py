@@ -179,7 +179,7 @@ def _rename(temporary: Path, final: Path, overwrite: bool) -> None:
         os.replace(temporary, final)
     sync_entry(final.parent)
     if replaced is not None:
-        shutil.rmtree(replaced)
+        _remove(replaced)  # of a link the name alone
 
 
 def _exchange(first: Path, second: Path) -> bool:

@@ -170,6 +170,11 @@ def _parsed(path: Path, parse: Callable[[bytes], _T]) -> _T:
     raise CorruptFileError(f"{path}: {reason}")
 
 
+def is_checkpoint_name(name: str) -> bool:
+    """True for the name of a checkpoint's folder in a run."""
+    return _NAME.fullmatch(name) is not None
+
+
 def list_checkpoints(output_dir: Path) -> list[Path]:
     """Published checkpoints, oldest first; temporary folders are not among them."""
     found = [(int(m[1]), path) for path in output_dir.glob("*") if (m := _NAME.fullmatch(path.name))]
@@ -208,23 +213,26 @@ def clean_up(output_dir: Path) -> None:
     remove_leftovers(output_dir)
 
 
-def require_writable(output_dir: Path) -> None:
+def require_writable(folder: Path, key: str = "output_dir") -> None:
     """Prove, before anything heavy is done, that files can be created in the folder.
 
     A folder that is not there yet is not made, since the run may still be refused; the nearest folder above counts.
+
+    Args:
+        key: the setting that names it, for the message.
 
     Raises:
         SetupError: the system refuses that.
         UserError: no file system allows such a name.
     """
-    if "\0" in str(output_dir):
-        raise UserError(f"output_dir: got {str(output_dir)!r}, must be a path without NUL characters")
+    if "\0" in str(folder):
+        raise UserError(f"{key}: got {str(folder)!r}, must be a path without NUL characters")
     try:
-        probe = temporary_name(_nearest_existing(output_dir) / "probe")
+        probe = temporary_name(_nearest_existing(folder) / "probe")
         probe.mkdir()
         probe.rmdir()
     except OSError as error:
-        raise SetupError(f"output_dir: cannot write to '{output_dir}': {error.strerror}") from error
+        raise SetupError(f"{key}: cannot write to '{folder}': {error.strerror}") from error
 
 
 def _nearest_existing(path: Path) -> Path:

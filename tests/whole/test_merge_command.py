@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from dist_qft.config.load import load_config
+from dist_qft.config.load import load_config, save_config
 from dist_qft.errors import UserError
 from dist_qft.merge.run import recipe_at_end
 from dist_qft.storage.checkpoint import ADAPTER_MODEL, list_checkpoints
@@ -56,6 +56,44 @@ def test_results_go_into_the_run_and_replace_nothing_unasked(shell, gguf_run, tm
     assert code == 0 and len(out.splitlines()) == 1
     code, _, err = shell("generate", run / "merged.gguf", "--prompt", "Say cat", "--base")
     assert (code, err) == (2, f"error: --base: '{place}' is a model by itself, it has no adapters to leave out\n")
+
+
+def content_of(folder: Path) -> dict[Path, bytes]:
+    return {file: file.read_bytes() for file in sorted(folder.rglob("*")) if file.is_file()}
+
+
+def test_overwrite_takes_neither_run_nor_base_nor_files_of_others(shell, make_run, tiny_llama, tmp_path):
+    base, run, other = tmp_path / "base", tmp_path / "run", tmp_path / "other"
+    shutil.copytree(tiny_llama, base)
+    shutil.copytree(make_run(base, **NF4_RUN), run)
+    (run / "config.yaml").write_text("x")
+    other.mkdir()
+    (other / "thesis.tex").write_text("years of work")
+    before = content_of(tmp_path)
+    for place, message in (
+        (run, f"it is the run's folder '{run}'"),
+        (tmp_path, f"it holds the run's folder '{run}'"),
+        (run / "checkpoint-3", f"it is the checkpoint '{run}/checkpoint-3'"),
+        (base, f"it is the base '{base}'"),
+        (other, f"there is no certificate '{other}/certificate.json', so no merge wrote it; remove it yourself"),
+        (other / "thesis.tex", "which is a file, must be a folder: dense writes one"),
+    ):
+        code, out, err = shell("merge", run, "--to", "dense", "-o", place, "--overwrite")
+        assert (code, out, len(err.splitlines())) == (2, "", 1) and f": got '{place}', " in err
+        assert err.endswith(f"{message}\n")
+    assert content_of(tmp_path) == before
+
+
+def test_a_config_whose_merge_would_replace_its_run_is_refused_by_every_verb(shell, tiny_llama, tmp_path):
+    run, path = tmp_path / "run", tmp_path / "run.yaml"
+    merge = {"at_end": "dense", "path": str(run), "overwrite": True}
+    save_config(tiny_config(tiny_llama, run, **NF4_RUN, merge=merge), path)
+    refusal = f"error: -o (merge.path): got '{run}', must be another place: it is the run's folder '{run}'\n"
+    for words in (["validate", path], ["train", path], ["train", path, "--dry-run"]):
+        assert shell(*words) == (2, "", refusal)
+    assert not run.exists()
+    code, _, err = shell("validate", path, f"merge.path={tiny_llama}")
+    assert code == 2 and err.endswith(f"must be another place: it is the base '{tiny_llama}'\n")
 
 
 @pytest.mark.parametrize("target", ["gptq", "awq"])

@@ -14,7 +14,7 @@ from dist_qft.merge.live_model import LiveModel
 from dist_qft.merge.merged_weight import live_rows, require_numbers, require_range
 from dist_qft.merge.recipe import DTYPES, MergeRequest, Recipe
 from dist_qft.merge.target import CardText, Writer
-from dist_qft.merge.writers.folder import FolderWriter, require_folder
+from dist_qft.merge.writers.folder import FolderWriter
 from dist_qft.merge.writers.merged_model import MergedModel
 from dist_qft.merge.writers.safetensors_folder import Entry
 from dist_qft.methods.adapters.schedule import TileSettings
@@ -34,7 +34,6 @@ class DenseTarget(MergedModel):
     def recipe(
         self, request: MergeRequest, config: RunConfig, base: BaseModel, tiles: Mapping[str, TileSettings]
     ) -> Recipe:
-        require_folder(request)
         return Recipe(request, "dense", tiles, {}, QuantizationConfig(linear="dense", embedding="dense"))
 
     def written_rows(self, path: str, live: LiveModel, recipe: Recipe, config: RunConfig) -> Tensor:

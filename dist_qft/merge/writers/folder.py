@@ -19,10 +19,8 @@ from dist_qft.base_model.tensor_views import Stored
 from dist_qft.base_model.tokenizer import run_tokenizer
 from dist_qft.base_model.weight_files import open_source
 from dist_qft.config.schema import RunConfig
-from dist_qft.errors import UserError
 from dist_qft.merge.difference import Difference
 from dist_qft.merge.live_model import LiveModel
-from dist_qft.merge.recipe import MergeRequest
 from dist_qft.merge.writers.model_files import CONFIG, edit_json, write_model_files
 from dist_qft.merge.writers.safetensors_folder import Entry, SafetensorsFolder
 
@@ -53,12 +51,6 @@ class WeightForm(Protocol):
 
     def config_entries(self, folder: Path) -> dict[str, Any]:
         """The entries of config.json about the form; called when the weights' files have been begun."""
-
-
-def require_folder(request: MergeRequest) -> None:
-    """Refuse a path that looks like a file's, for a target that writes a folder."""
-    if request.path.suffix == ".gguf":
-        raise UserError(f"'{request.path}': {request.target} is written to a folder")
 
 
 class FolderWriter:

@@ -57,8 +57,6 @@ class GgufTarget(MergedModel):
     def recipe(
         self, request: MergeRequest, config: RunConfig, base: BaseModel, tiles: Mapping[str, TileSettings]
     ) -> Recipe:
-        if request.path.suffix != ".gguf":
-            raise UserError(f"'{request.path}': gguf is written to a file whose name ends in .gguf")
         if not config.model.path.endswith(".gguf"):
             raise UserError(
                 f"--to gguf: the base '{config.model.path}' is not a GGUF file, so metadata and tokenizer would be "

@@ -25,7 +25,6 @@ from dist_qft.merge.probe import logits_of
 from dist_qft.merge.recipe import Kind, MergeRequest, Recipe
 from dist_qft.merge.target import CardText, Converted, OpenResult, Probe, Target
 from dist_qft.merge.token_rows import TokenRowsInUse, add_token_rows, reading
-from dist_qft.merge.writers.folder import require_folder
 from dist_qft.merge.writers.lora_twin import PLAIN, lora_difference, lora_twin
 from dist_qft.merge.writers.peft_support import require_low_rank, require_peft_support, require_token_support
 from dist_qft.merge.writers.safetensors_folder import SafetensorsFolder
@@ -53,7 +52,6 @@ class PeftTarget(Target):
     def recipe(
         self, request: MergeRequest, config: RunConfig, base: BaseModel, tiles: Mapping[str, TileSettings]
     ) -> Recipe:
-        require_folder(request)
         for part in (base.config, base.config.get_text_config()):
             require_peft_support(part.model_type, tiles)
         for path, settings in tiles.items():

@@ -21,7 +21,7 @@ from dist_qft.merge.live_model import LiveModel
 from dist_qft.merge.recipe import MergeRequest, Recipe, quantized_recipe
 from dist_qft.merge.target import CardText, Writer
 from dist_qft.merge.token_rows import rounding_notes
-from dist_qft.merge.writers.folder import FolderWriter, require_folder
+from dist_qft.merge.writers.folder import FolderWriter
 from dist_qft.merge.writers.merged_model import MergedModel
 from dist_qft.merge.writers.requantize import requantized
 from dist_qft.merge.writers.safetensors_folder import Entry
@@ -40,7 +40,6 @@ class QuantizedTarget(MergedModel):
     def recipe(
         self, request: MergeRequest, config: RunConfig, base: BaseModel, tiles: Mapping[str, TileSettings]
     ) -> Recipe:
-        require_folder(request)
         return quantized_recipe(request, config, base, tiles)
 
     def writer(self, live: LiveModel, recipe: Recipe, config: RunConfig) -> Writer:

@@ -168,6 +168,32 @@ def test_of_two_at_a_time_one_is_whole_and_the_other_is_refused(tmp_path):
     assert not [path.name for path in tmp_path.iterdir() if path.name.startswith(".")]
 
 
+@pytest.mark.parametrize("folder", [False, True])
+def test_what_others_wrote_meanwhile_is_not_replaced(tmp_path, folder):
+    final = tmp_path / ("merged" if folder else "merged.gguf")
+    publish(final, "old", folder)
+    with pytest.raises(UserError, match="no merge wrote"), publishing_certified(final, True) as publication:
+        publication.temporary.write_text("mine")
+        if folder:
+            (final / "thesis.tex").write_text("years of work")
+        else:
+            certificate_place(final, folder=False).unlink()
+            final.write_text("theirs")
+        before = {path: path.read_bytes() for path in tmp_path.rglob("[!.]*") if path.is_file()}
+        publication.certify(replace(CERTIFICATE, summary="mine"), {"merged.gguf.md": "mine"})
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
+def test_a_text_beside_comes_back_byte_for_byte(tmp_path):
+    final, card = tmp_path / "merged.gguf", tmp_path / "merged.gguf.md"
+    card.write_bytes(b"caf\xe9")  # not UTF-8
+    with pytest.raises(RuntimeError), publishing_certified(final, True) as publication:
+        publication.temporary.write_text("mine")
+        publication.certify(replace(CERTIFICATE, summary="mine"), {card.name: "mine"})
+        raise RuntimeError
+    assert card.read_bytes() == b"caf\xe9" and [path.name for path in tmp_path.iterdir()] == [card.name]
+
+
 @pytest.mark.parametrize("folder", [True, False])
 def test_a_result_is_never_there_without_its_card(tmp_path, folder, monkeypatch):
     final = tmp_path / ("merged" if folder else "merged.gguf")

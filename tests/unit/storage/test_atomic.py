@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from dist_qft.errors import SetupError
+from dist_qft.storage import atomic
 from dist_qft.storage.atomic import json_text, publishing, remove_leftovers, temporary_name, write_json
 from dist_qft.storage.checkpoint import clean_up
 from dist_qft.storage.owner import Owner
@@ -118,6 +119,20 @@ def test_two_writers_of_one_name_do_not_disturb_each_other(tmp_path):
         assert first.read_text() == "first"
     assert final.read_text() == "second"
     assert [path.name for path in tmp_path.iterdir()] == ["result"]
+
+
+@pytest.mark.parametrize("exchange", [True, False])
+def test_of_a_link_the_name_alone_is_replaced(tmp_path, monkeypatch, exchange):
+    if not exchange:
+        monkeypatch.setattr(atomic, "_exchange", lambda *_: False)
+    kept, link = tmp_path / "kept", tmp_path / "link"
+    kept.mkdir()
+    (kept / "thesis.tex").write_text("years of work")
+    link.symlink_to(kept)
+    with publishing(link, overwrite=True) as temporary:
+        temporary.mkdir()
+    assert not link.is_symlink() and not list(link.iterdir())
+    assert (kept / "thesis.tex").exists() and {path.name for path in tmp_path.iterdir()} == {"kept", "link"}
 
 
 def test_names_of_any_length_can_be_published(tmp_path):
