@@ -28,7 +28,8 @@ from dist_qft.storage.atomic import refused_write
 
 # Errors of one rank that every rank raises. Ranks agree on the largest exit code, so each code is one class.
 _SHARED_ERRORS: tuple[type[DistQFTError], ...] = (UserError, SetupError, CorruptFileError, NumericError)
-_STOPPED = 1.0  # below every exit code of an error
+_STOPPED = 0.5  # below every exit code of an error
+_UNEXPECTED = 1.0  # of an error that is a bug: its rank ends with its traceback, and the others do not wait for it
 
 
 class Certified(NamedTuple):
@@ -162,24 +163,27 @@ def failing_together(
 
     Raises:
         SetupError: a write failed on some rank. The rank that failed names the reason, the others name the result.
+        DistQFTError: an unexpected error on another rank, which raises it as it is.
         Preempted: some rank was asked to `stop`.
     """
-    failure: DistQFTError | None = None
+    failure: Exception | None = None
     try:
         yield
     except OSError as error:
         failure = refused_write(target, error)
         failure.__cause__ = error
-    except DistQFTError as error:
+    except Exception as error:
         failure = error
     stopped = _STOPPED if stop is not None and stop.requested else 0.0
     if side is not None:
         side.barrier()
-    worst = maximum(float(failure.exit_code) if failure else stopped, device)
-    if failure:
-        raise everywhere(failure)
+    code = float(failure.exit_code) if isinstance(failure, DistQFTError) else _UNEXPECTED
+    worst = maximum(stopped if failure is None else code, device)
+    if failure is not None:
+        raise everywhere(failure) if isinstance(failure, DistQFTError) else failure
     if worst == _STOPPED:
         raise Preempted(f"stopped by a signal; '{target}' was not written, run the merge again")
     if worst > 0:
-        kind = next((kind for kind in _SHARED_ERRORS if kind.exit_code == worst), SetupError)
+        unknown = DistQFTError if worst == _UNEXPECTED else SetupError
+        kind = next((kind for kind in _SHARED_ERRORS if kind.exit_code == worst), unknown)
         raise everywhere(kind(f"{target}: another rank failed to write it (see its message)"))

@@ -117,27 +117,35 @@ def on_rank_0(action: Callable[[], _T], device: torch.device) -> _T | None:
     """Run `action` on rank 0 alone and return its value there, None elsewhere. Collective.
 
     Raises:
-        DistQFTError: the one that `action` raised, on every rank, so that all end with its exit code.
+        DistQFTError: the one that `action` raised, on every rank, so that all end with its exit code. Any other error
+            is raised on rank 0 as it is, and on the others as one that names it.
     """
-    result, failure = None, None
+    result: _T | None = None
+    failure: Exception | None = None
     if dist.get_rank() == 0:
         try:
             result = action()
-        except DistQFTError as error:
+        except Exception as error:
             failure = error
     message = torch.zeros(1 + _MESSAGE_BYTES, dtype=torch.int32, device=device)
     if failure is not None:
-        text = str(failure).encode()[:_MESSAGE_BYTES]
-        message[: 1 + len(text)] = torch.tensor([failure.exit_code, *text], dtype=torch.int32)
+        told = failure if isinstance(failure, DistQFTError) else _unexpected(failure)
+        text = str(told).encode(errors="replace")[:_MESSAGE_BYTES]
+        message[: 1 + len(text)] = torch.tensor([told.exit_code, *text], dtype=torch.int32)
     dist.broadcast(message, src=0)
     code, *content = message.tolist()
     if failure is not None:
-        raise everywhere(failure)
+        raise everywhere(failure) if isinstance(failure, DistQFTError) else failure
     if code:
         kinds = {kind.exit_code: kind for kind in DistQFTError.__subclasses__()}
         reason = bytes(byte for byte in content if byte).decode(errors="replace")
         raise everywhere(kinds.get(code, DistQFTError)(reason))
     return result
+
+
+def _unexpected(error: Exception) -> DistQFTError:
+    """Other ranks' word for an error of rank 0 that is a bug, whose traceback rank 0 shows."""
+    return DistQFTError(f"an error on rank 0 (see its traceback): {type(error).__name__}: {error}")
 
 
 def maximum(value: float, device: torch.device) -> float:

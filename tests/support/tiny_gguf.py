@@ -1,6 +1,7 @@
 """A small Llama as a GGUF file, written with the gguf library alone: its weights, metadata and tokenizer."""
 
 import json
+import struct
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -229,3 +230,26 @@ def tensors_of(path: Path) -> dict[str, tuple[str, np.ndarray]]:
 def metadata_of(path: Path) -> dict[str, object]:
     reader = gguf.GGUFReader(path)
     return {name: field.contents() for name, field in reader.fields.items() if not name.startswith("GGUF.")}
+
+
+def add_stored(path: Path, values: Mapping[str, bytes]) -> dict[str, bytes]:
+    """Put metadata that the gguf library does not write in front of a file's own; each is a type and a value.
+
+    Returns them under their names in the file, which are lengthened so that tensors stay where they are aligned.
+    """
+    named = {}
+    for key, value in values.items():
+        filler = -(8 + len(key) + len(value)) % 32
+        named[key + "_" * filler] = value
+    added = b"".join(struct.pack("<Q", len(key)) + key.encode() + value for key, value in named.items())
+    content = path.read_bytes()
+    head = content[:16] + struct.pack("<Q", struct.unpack("<Q", content[16:24])[0] + len(named))
+    path.write_bytes(head + added + content[24:])
+    return named
+
+
+def stored_metadata(path: Path) -> dict[str, bytes]:
+    """Type and value of each entry as they are in the file."""
+    fields = gguf.GGUFReader(path).fields
+    stored = {name: b"".join(part.tobytes() for part in field.parts[2:]) for name, field in fields.items()}
+    return {name: value for name, value in stored.items() if not name.startswith("GGUF.")}

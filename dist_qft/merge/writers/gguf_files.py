@@ -2,7 +2,9 @@
 
 import shutil
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import gguf
 import numpy as np
@@ -12,6 +14,7 @@ from dist_qft.errors import CorruptFileError
 
 BLOCK_BYTES = 20  # of Q4_1: float16 d, float16 m, 32 codes
 _M = slice(2, 4)
+_VALUE = slice(2, None)  # of the parts of a field: its type and value, after the length and bytes of its name
 
 
 class PatchedFile:
@@ -43,6 +46,20 @@ class PatchedFile:
         self._file.close()
 
 
+class _Writer(gguf.GGUFWriter):
+    """`gguf.GGUFWriter` that takes bytes of another file for a value, too: its own form of arrays has no empty ones."""
+
+    def _pack_val(self, val: Any, *arguments: Any, **keywords: Any) -> bytes:
+        return val.stored if isinstance(val, _Stored) else super()._pack_val(val, *arguments, **keywords)
+
+
+@dataclass(frozen=True)
+class _Stored:
+    """A value of a file's metadata as it is stored there, with its type in front."""
+
+    stored: bytes
+
+
 class RewrittenFile:
     """One GGUF file with metadata and tensors of others, and some tensors replaced by Q4_1 in a given order.
 
@@ -57,7 +74,7 @@ class RewrittenFile:
         field = reader.get_field(gguf.Keys.General.ARCHITECTURE)
         if field is None:
             raise CorruptFileError(f"{first}: a GGUF file without '{gguf.Keys.General.ARCHITECTURE}'")
-        self._writer = gguf.GGUFWriter(target, field.contents(), endianess=reader.endianess)
+        self._writer = _Writer(target, field.contents(), endianess=reader.endianess)
         self._copy_metadata(reader, changes or {})
         tensors = {tensor.name: tensor for _, each in readers for tensor in each.tensors}
         kept = [(source, tensor) for source, each in readers for tensor in each.tensors if tensor.name not in replaced]
@@ -94,10 +111,9 @@ class RewrittenFile:
             # The library writes the header's own counts and the architecture itself. The result is not split.
             if field.name.startswith(("GGUF.", "split.")) or field.name == gguf.Keys.General.ARCHITECTURE:
                 continue
-            value, kind = field.contents(), field.types[0]
-            if field.name == gguf.Keys.General.FILE_TYPE:
-                value = int(gguf.LlamaFileType.MOSTLY_Q4_1)
+            value: int | _Stored = int(gguf.LlamaFileType.MOSTLY_Q4_1)
             if field.name == gguf.Keys.General.ALIGNMENT:
-                self._writer.data_alignment = int(value)
-            element = field.types[-1] if kind == gguf.GGUFValueType.ARRAY else None
-            self._writer.add_key_value(field.name, value, kind, sub_type=element)
+                self._writer.data_alignment = int(field.contents())
+            if field.name != gguf.Keys.General.FILE_TYPE:
+                value = _Stored(b"".join(part.tobytes() for part in field.parts[_VALUE]))
+            self._writer.add_key_value(field.name, value, field.types[0])

@@ -1,5 +1,6 @@
 """Merged GGUF files: which bytes change, and whether independent readers see the model that was trained."""
 
+import struct
 from pathlib import Path
 
 import gguf
@@ -12,7 +13,7 @@ import dist_qft
 from dist_qft.merge.verify import run_verify
 from tests.support.llama_cpp import quantize
 from tests.support.merges import GGUF_RUN, merge_run, told_merge
-from tests.support.tiny_gguf import metadata_of, save_tiny_gguf, split_gguf, tensors_of
+from tests.support.tiny_gguf import add_stored, metadata_of, save_tiny_gguf, split_gguf, tensors_of
 from tests.support.tiny_model import tiny_llama_config
 
 IDS = torch.tensor([[5, 40, 77, 120, 33, 9, 201, 60, 12, 300]])
@@ -119,6 +120,7 @@ def test_qalora_merges_as_exactly(pools, make_run, tiny_gguf, tmp_path):
 
 def test_a_dense_file_comes_back_with_adapted_layers_as_q4_1(pools, make_run, tmp_path):
     source = save_tiny_gguf(tmp_path / "tiny.F16.gguf", linears="F16", tables="F16")
+    add_stored(source, {"general.tags": struct.pack("<IIQ", 9, 8, 0)})  # an array of no texts
     sections = {"quantization": {**GGUF_RUN["quantization"], "embedding": "dense"}}
     run = make_run(source, **{**GGUF_RUN, **sections})
     path = tmp_path / "merged.gguf"

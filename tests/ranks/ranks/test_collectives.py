@@ -4,6 +4,7 @@ import ctypes
 import os
 import signal
 import time
+import traceback
 from contextlib import closing
 from datetime import timedelta
 from multiprocessing import get_context
@@ -15,7 +16,7 @@ import torch.distributed as dist
 
 from dist_qft.errors import NumericError, PeerLostError, UserError
 from dist_qft.merge.collective import failing_together
-from dist_qft.ranks.collectives import SideGroup, everywhere, gather_table, maximum, require_same_inputs
+from dist_qft.ranks.collectives import SideGroup, everywhere, gather_table, maximum, on_rank_0, require_same_inputs
 from dist_qft.ranks.groups import new_group
 from dist_qft.ranks.peers import GRACE_SECONDS, Peers, peer_loss_reported
 from dist_qft.ranks.session import errors_reported
@@ -90,6 +91,41 @@ def test_maximum(pools, values):
 
 
 # --- errors ----------------------------------------------------------------------------------------------------------
+
+
+def shared(error: Exception, failing: int, verb: str) -> tuple[str, str, int, bool]:
+    """Kind and text of the error that ends this rank, its exit code, and whether its traceback names its place."""
+
+    def work() -> None:
+        if dist.get_rank() == failing:
+            raise error
+
+    try:
+        if verb == "on rank 0":
+            on_rank_0(work, CPU)
+        with closing(SideGroup(60)) as side, failing_together(Path("result"), CPU, side=side):
+            work()
+    except Exception as raised:
+        frames = [frame.name for frame in traceback.extract_tb(raised.__traceback__)]
+        return type(raised).__name__, str(raised), getattr(raised, "exit_code", 1), "work" in frames
+    raise AssertionError("nothing was raised")
+
+
+@pytest.mark.parametrize("failing", [0, 1])
+def test_an_unexpected_error_of_one_rank_ends_all_at_once(pools, failing):
+    own = ("ValueError", "Empty array", 1, True)
+    other = ("DistQFTError", "result: another rank failed to write it (see its message)", 1, False)
+    outcomes = pools[2].run(shared, error=ValueError("Empty array"), failing=failing, verb="together")
+    assert outcomes == ([own, other] if failing == 0 else [other, own])
+
+
+def test_an_unexpected_error_of_rank_0_is_named_by_the_others(pools):
+    own = ("ValueError", "Empty array", 1, True)
+    other = ("DistQFTError", "an error on rank 0 (see its traceback): ValueError: Empty array", 1, False)
+    assert pools[2].run(shared, error=ValueError("Empty array"), failing=0, verb="on rank 0") == [own, other]
+    refused = ("UserError", "no", 2)
+    found = pools[2].run(shared, error=UserError("no"), failing=0, verb="on rank 0")
+    assert [outcome[:3] for outcome in found] == [refused] * 2
 
 
 def reported(error: BaseException) -> tuple[str, str | None, bool]:
