@@ -35,6 +35,7 @@ class Contents:
         """Write them into a new folder. `place` puts a file there, such as a copy of it."""
         folder.mkdir()
         for name, path in self.files.items():
+            (folder / name).parent.mkdir(exist_ok=True)
             place(path.resolve(), folder / name)
         for name, text in self.texts.items():
             (folder / name).write_text(text, encoding="utf-8")

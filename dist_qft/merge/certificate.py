@@ -193,10 +193,14 @@ def summary(recipe: Recipe, findings: Findings, lossless: bool) -> str:
 
 
 def file_digests(written: Path, name: str) -> dict[str, str]:
-    """SHA-256 of a result's files by name, without certificate and card; a result that is one file is called `name`."""
+    """SHA-256 of a result's files by their paths in it, without certificate and card.
+
+    A result that is one file is called `name`.
+    """
     if not written.is_dir():
         return {name: sha256_of(written)}
-    return {file.name: sha256_of(file) for file in sorted(written.iterdir()) if file.name not in (IN_FOLDER, CARD)}
+    files = {file.relative_to(written).as_posix(): file for file in sorted(written.rglob("*")) if not file.is_dir()}
+    return {path: sha256_of(file) for path, file in files.items() if path not in (IN_FOLDER, CARD)}
 
 
 def _relative(path: Path, certificate: Path) -> str:

@@ -11,7 +11,7 @@ import torch
 
 from dist_qft.errors import DistQFTError, PeerLostError, Preempted, SetupError
 from dist_qft.ranks.activity import Activity
-from dist_qft.ranks.collectives import require_same_inputs
+from dist_qft.ranks.collectives import on_rank_0, require_same_inputs
 from dist_qft.ranks.peers import Peers
 from dist_qft.ranks.preemption import StopSignal
 from dist_qft.ranks.session import errors_reported
@@ -79,15 +79,7 @@ class Runner:
             with errors_reported(self._peers, row.folder):
                 merged = merge_and_measure(run, row.merge, self._stop, row.tasks)
             costs["merge_seconds"] = round(merged.seconds, 3)
-        if self._world.rank == 0:
-            tuned = run.evaluations.tuned
-            scores = {"tuned": tuned.rows if tuned else {}, "merged": merged.held_out.rows if merged else {}}
-            write_rows(row.folder, scores)
-            if "adapter" not in row.keep:
-                for path in list_checkpoints(row.folder):
-                    remove_folder(path)
-            if "merged" not in row.keep and merged is not None:
-                remove_folder(row.folder / MERGED_FOLDER)
+        on_rank_0(lambda: _keep_asked(row, run, merged), self._device)
         figures = on_tasks if merged is None else {**on_tasks, "merged_loss": merged.held_out.loss, **merged.tasks}
         return Result.of_run(row, run, time.perf_counter() - started, figures, costs)
 
@@ -120,6 +112,18 @@ class Runner:
             run.parts.detach()
             inputs, parts = run.inputs, run.parts
             self._loaded = LoadedBase(inputs.tokenizer, parts.base, inputs.source, parts.engine)
+
+
+def _keep_asked(row: StudyRun, run: "TrainingRun", merged: Merged | None) -> None:
+    """Write the rows' scores, and remove the results that the study does not keep."""
+    tuned = run.evaluations.tuned
+    scores = {"tuned": tuned.rows if tuned else {}, "merged": merged.held_out.rows if merged else {}}
+    write_rows(row.folder, scores)
+    if "adapter" not in row.keep:
+        for path in list_checkpoints(row.folder):
+            remove_folder(path)
+    if "merged" not in row.keep and merged is not None:
+        remove_folder(row.folder / MERGED_FOLDER)
 
 
 def _evaluation_key(row: StudyRun) -> str:

@@ -1,6 +1,7 @@
 """Quantized and dense result folders, as their readers see them, and the files below them."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -15,7 +16,9 @@ from dist_qft.base_model.skeleton import build_skeleton
 from dist_qft.base_model.weight_files import open_source
 from dist_qft.config.schema import ModelConfig, QuantizationConfig
 from dist_qft.errors import CorruptFileError
+from dist_qft.hub.command import run_push
 from dist_qft.merge.writers.safetensors_folder import SafetensorsFolder
+from dist_qft.storage.manifest import sha256_of
 from tests.support.merges import GGUF_RUN, merge_run
 from tests.support.qst_models import not_pruned_from
 from tests.support.tiny_model import VOCABULARY, save_tiny_model, tiny_config
@@ -145,6 +148,23 @@ def test_dense_folder_loads_in_hugging_face_with_the_tuned_logits(pools, make_ru
     assert tokenizer("the cat").input_ids == AutoTokenizer.from_pretrained(tiny_llama)("the cat").input_ids
     assert tokenizer.chat_template == AutoTokenizer.from_pretrained(tiny_llama).chat_template
     assert (tmp_path / "dense" / "generation_config.json").is_file()
+
+
+def test_a_base_with_a_folder_of_templates_is_merged_sent_and_replaced_with_it(pools, make_run, tiny_llama, tmp_path):
+    base, folder, sent = tmp_path / "base", tmp_path / "merged", tmp_path / "sent"
+    template = "additional_chat_templates/tool_use.jinja"
+    shutil.copytree(tiny_llama, base)
+    (base / template).parent.mkdir()
+    (base / template).write_text("{{ messages | tojson }}")
+    run = make_run(base, quantization=NF4, method={"name": "qlora", "rank": 4})
+    for _ in range(2):
+        (certificate,) = pools[1].run(merge_run, source=run, target="dense", path=folder, overwrite=True)
+        assert certificate.result.sha256[template] == sha256_of(base / template) == sha256_of(folder / template)
+    run_push(str(folder), "owner/name", private=True, dry_run=sent)
+    assert sha256_of(sent / template) == sha256_of(base / template)
+    (folder / template).write_text("altered")
+    with pytest.raises(CorruptFileError, match=f"{template} is missing or differs"):
+        run_push(str(folder), "owner/name", private=True, dry_run=tmp_path / "again")
 
 
 def test_dense_folder_of_a_gguf_base(pools, gguf_run, tmp_path):
