@@ -5,7 +5,10 @@ wording of faults in `validation`.
 `save_config` is the way back, for the copy that a run keeps in its folder.
 """
 
+import itertools
+import shutil
 from collections.abc import Iterator, Mapping, Sequence
+from io import StringIO
 from operator import itemgetter
 from pathlib import Path
 from typing import Any
@@ -22,6 +25,7 @@ from dist_qft.config.renamed import current_path, earlier_path, renaming_notes, 
 from dist_qft.config.schema import RunConfig
 from dist_qft.config.validation import validation_faults
 from dist_qft.errors import UserError
+from dist_qft.storage.atomic import publishing
 
 _MOST_LINES, _LONGEST_LINE = 100, 1000
 _MOST_LOCATED = 200  # finding the line of a fault takes time
@@ -143,11 +147,41 @@ def override_config(config: RunConfig, overrides: Sequence[str]) -> RunConfig:
 
 def save_config(config: RunConfig, path: str | Path) -> None:
     """Write the settings that file and overrides gave; `load_config` of that file returns an equal config."""
-    yaml = make_yaml()
+    Path(path).write_text(_saved_text(config), encoding="utf-8")
+
+
+def keep_config(config: RunConfig, path: Path) -> Path | None:
+    """Replace a run's copy of its config, complete or not at all.
+
+    A text that somebody wrote by hand there, with comments or in another form, is copied first; returns that copy.
+
+    Raises:
+        SetupError: the system refuses the write.
+    """
+    aside = None
+    with publishing(path, overwrite=True) as temporary:
+        save_config(config, temporary)
+        if path.is_file() and not _is_saved_text(path):
+            names = (path.with_name(f"{path.name}.before{n or ''}") for n in itertools.count())
+            aside = next(name for name in names if not name.exists())
+            shutil.copyfile(path, aside)
+    return aside
+
+
+def _saved_text(config: RunConfig) -> str:
+    yaml, text = make_yaml(), StringIO()
     yaml.default_flow_style = False
     yaml.sort_base_mapping_type_on_output = False  # type: ignore[assignment]  # ruamel annotates it as None
-    with open(path, "w", encoding="utf-8") as file:
-        yaml.dump(config.model_dump(exclude_unset=True), file)
+    yaml.dump(config.model_dump(exclude_unset=True), text)
+    return text.getvalue()
+
+
+def _is_saved_text(path: Path) -> bool:
+    """True for a file as `save_config` writes it."""
+    try:
+        return path.read_text(encoding="utf-8") == _saved_text(load_config(path))
+    except (UserError, UnicodeDecodeError):
+        return False
 
 
 def _located(fault: Fault, document: Document, overrides: Sequence[Override]) -> tuple[int, str]:

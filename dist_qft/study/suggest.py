@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from statistics import fmean
 
 from dist_qft.base_model.skeleton import build_skeleton
-from dist_qft.config.load import change_config, save_config
+from dist_qft.config.load import change_config, keep_config
 from dist_qft.config.schema import RunConfig
-from dist_qft.errors import SetupError, UserError
+from dist_qft.errors import UserError
 from dist_qft.methods.specs import make_spec
 from dist_qft.ranks.device import compute_dtype, planned_device
 from dist_qft.study.measurements import Estimate, Subject, measure
@@ -51,10 +51,7 @@ def write_suggestions(study: Study, rows: Sequence[StudyRun], budget: int) -> No
         name = "-".join(subject.label.replace(",", "").split())
         target = study.output_dir / f"suggested-{name}.yaml"
         config = change_config(config, {"output_dir": str(study.output_dir / f"suggested-{name}")})
-        try:
-            save_config(config, target)
-        except OSError as error:
-            raise SetupError(f"{target}: cannot write: {error.strerror}") from error
+        keep_config(config, target)
         written.append(f"{target}: {_describe(changes, subject)}, {parameters:,} trainables")
     print(*written, sep="\n")
 

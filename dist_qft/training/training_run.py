@@ -3,7 +3,7 @@
 import time
 from typing import NoReturn
 
-from dist_qft.config.load import CONFIG_FILE, save_config
+from dist_qft.config.load import CONFIG_FILE, keep_config
 from dist_qft.data.ahead import BatchesAhead
 from dist_qft.data.batches import Batches
 from dist_qft.errors import Preempted
@@ -11,7 +11,6 @@ from dist_qft.ranks.collectives import maximum
 from dist_qft.ranks.device import compute_reproducibly
 from dist_qft.ranks.groups import leave_group, new_group
 from dist_qft.ranks.preemption import StopSignal
-from dist_qft.storage.atomic import publishing
 from dist_qft.storage.lock import FolderLock
 from dist_qft.storage.trainer_state import chain_step
 from dist_qft.training.activations import choose_activations
@@ -84,8 +83,9 @@ class TrainingRun:
         self.checkpoints.restore()
         choose_activations(self.parts.base.model, self.parts.trainables, self.config.train, self.inputs.device)
         if self.world.rank == 0:
-            with publishing(self.inputs.output_dir / CONFIG_FILE, overwrite=True) as temporary:
-                save_config(self.config, temporary)
+            aside = keep_config(self.config, self.inputs.output_dir / CONFIG_FILE)
+            if aside is not None:
+                self.monitor.say(f"'{self.inputs.output_dir / CONFIG_FILE}' as it was before is kept as '{aside.name}'")
         opening = opening_lines(self.inputs, self.parts, self.flat, self.batches.accumulation)
         for note in [*self.inputs.notes, *self.monitor.notes, *self.parts.base.notes, *opening]:
             self.monitor.say(note)
