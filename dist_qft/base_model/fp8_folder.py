@@ -1,9 +1,9 @@
 """FP8 weights (E4M3, and E5M2): read as floats, their scales applied while rows are read.
 
 A weight is stored as 8-bit floats beside a scale: one for the tensor, one for each output, or one for each block, of
-128 x 128 weights (DeepSeek) or of a size that the settings state. The true weight is the product. What the settings say
-about activations does not concern weights. It is then quantized as any float weight is: a
-second quantization, which the run's notes report as one. The names differ:
+128 x 128 weights (DeepSeek), of 1 x 32 (MXFP8, whose scales are exponents) or of a size that the settings state. The
+true weight is the product. What the settings say about activations does not concern weights. It is then quantized as
+any float weight is: a second quantization, which the run's notes report as one. The names differ:
 
     fp8 (Hugging Face, DeepSeek)     <module>.weight, <module>.weight_scale_inv
     compressed-tensors, ModelOpt     <module>.weight, <module>.weight_scale
@@ -19,8 +19,12 @@ from torch import Tensor
 from dist_qft.base_model.packed_folder import StoredWeight
 from dist_qft.base_model.sources import SafetensorsSource
 from dist_qft.errors import CorruptFileError
+from dist_qft.quant.codebook4 import powers_of_two
 
 _TYPES = ("F8_E4M3", "F8_E5M2")
+_EXPONENTS = ("U8", "F8_E8M0")  # types of scales that are powers of two: the byte e stands for 2^(e-127)
+_SCALES = ("F32", "F16", "BF16", *_EXPONENTS)
+_MX_BLOCK = (1, 32)  # of MXFP8, whether or not it is stated
 _SUFFIXES = ("weight_scale_inv", "weight_scale")
 _OTHERS = ("input_scale", "weight_zero_point", "activation_scale", "input_scale_inv")
 
@@ -38,7 +42,9 @@ class Fp8Weight(StoredWeight):
 
     def read_floats(self, files: SafetensorsSource, first: int, stop: int) -> Tensor:
         weight = files.read(f"{self.module}.weight", (first, stop)).float()
-        scale = files.read(self.scale).float()
+        scale = files.read(self.scale)
+        exponents = files.dtype(self.scale) in _EXPONENTS
+        scale = powers_of_two(scale.view(torch.uint8)) if exponents else scale.float()
         rows, columns = self.block
         scale = scale.reshape(-(-self.shape[0] // rows), -(-self.shape[1] // columns))
         by_row = scale[torch.arange(first, stop) // rows]
@@ -51,7 +57,8 @@ def fp8_weights(files: SafetensorsSource, settings: Mapping[str, Any]) -> Iterat
     """The FP8 weights of a folder.
 
     Raises:
-        CorruptFileError: a weight without a scale, or with one that fits neither tensor, rows nor blocks.
+        CorruptFileError: a weight without a scale, or with one of another type than is known, or that fits neither
+            tensor, rows nor blocks.
     """
     names, blocks = files.names(), _stated_blocks(settings)
     for name in sorted(names):
@@ -61,6 +68,9 @@ def fp8_weights(files: SafetensorsSource, settings: Mapping[str, Any]) -> Iterat
         scale = next((f"{module}.{suffix}" for suffix in _SUFFIXES if f"{module}.{suffix}" in names), None)
         if scale is None:
             raise CorruptFileError(f"{files.where}: '{name}' is {files.dtype(name)} and has no scale beside it")
+        if files.dtype(scale) not in _SCALES:
+            known = ", ".join(_SCALES)
+            raise CorruptFileError(f"{files.where}: scale '{scale}' is {files.dtype(scale)}, must be one of {known}")
         rows, columns = files.shape(name)
         block = _block(files, scale, (rows, columns), blocks)
         words = {(rows, columns): "one scale", (1, columns): "a scale per output"}
@@ -89,6 +99,10 @@ def _block(
 ) -> tuple[int, int]:
     rows, columns = shape
     found = files.shape(scale)
+    if len(found) == 4 and found[1] == found[3] == 1:  # ModelOpt's blocks, one dimension for each side of a block
+        found = (found[0], found[2])
+    if files.dtype(scale) in _EXPONENTS:
+        stated = list(dict.fromkeys([*stated, _MX_BLOCK]))
     if found in ((), (1,), (1, 1)):
         return shape
     if found in ((rows,), (rows, 1)):

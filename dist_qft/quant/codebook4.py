@@ -93,7 +93,7 @@ class Codebook4(BlockFormat):
         """The factor of each block, float32 (out, in / block): rounded as the library that wrote it rounds it."""
         scale = packed["scale"]
         if self.kind == "mxfp4":
-            return _looked_up(scale, _e8m0()) if scale.device.type == "cpu" else _powers_of_two(scale)
+            return _looked_up(scale, _e8m0()) if scale.device.type == "cpu" else powers_of_two(scale)
         factor = packed["global"]
         values = _looked_up(scale, _e4m3()) if scale.device.type == "cpu" else scale.float()
         return values.div_(factor) if self.kind == "nvfp4-divided" else values.mul_(factor)
@@ -131,7 +131,7 @@ def _looked_up(scale: Tensor, values: Tensor) -> Tensor:
     return values.index_select(0, scale.view(torch.uint8).flatten().int()).view(scale.shape)
 
 
-def _powers_of_two(scale: Tensor) -> Tensor:
+def powers_of_two(scale: Tensor) -> Tensor:
     """2^(e - 127), float32, for each byte e: 0 is the subnormal 2^-127, 255 is NaN."""
     bits = scale.to(torch.int32) << 23
     return bits.masked_fill_(scale == 0, 1 << 22).masked_fill_(scale == 255, 0x7FC00000).view(torch.float32)
@@ -140,7 +140,7 @@ def _powers_of_two(scale: Tensor) -> Tensor:
 @cache
 def _e8m0() -> Tensor:
     """The value of each E8M0 byte, float32."""
-    return _powers_of_two(torch.arange(256, dtype=torch.uint8))
+    return powers_of_two(torch.arange(256, dtype=torch.uint8))
 
 
 @cache
