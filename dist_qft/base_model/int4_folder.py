@@ -1,11 +1,12 @@
 """int4 folders of GPTQ, AWQ, AutoRound and compressed-tensors: which weights there are, and in which layout.
 
-AutoRound writes GPTQ's layout or AWQ's and says which (`packing_format`). The layouts are in `int4_weights`.
+AutoRound writes GPTQ's layout or AWQ's and says which (`packing_format`; its first versions said it by `backend`). The
+layouts are in `int4_weights`.
 """
 
 import re
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -14,15 +15,56 @@ from dist_qft.base_model.packed_folder import matrix_shape, require_part
 from dist_qft.base_model.sources import SafetensorsSource
 from dist_qft.errors import CorruptFileError, UserError
 
+_T = TypeVar("_T")
 _SCALES = ("F16", "BF16", "F32")
+_GPTQ_ONE_LESS = {"gptq": True, "gptq_v2": False}  # by `checkpoint_format`: zeros are stored one less than they are
+# The same by AutoRound's `packing_format`; None is AWQ's layout. Its loader takes one that says nothing for `auto`.
+_ROUND_ONE_LESS = {
+    "auto": True,
+    "auto_round:gptq": True,
+    "auto_round:auto_gptq": True,
+    "auto_round": False,
+    "auto_round:gptqmodel": False,
+    "auto_round:awq": None,
+    "auto_round:auto_awq": None,
+}
+_ROUND_KERNELS = (":exllamav2", ":tritonv2", ":gemm")  # ends of an old `backend`, of no concern to the layout
+_ROUND_TURNS = ("rotation_config", "spinquant_config")
 
 
 def gptq_weights(files: SafetensorsSource, settings: Mapping[str, Any]) -> Iterator[Int4Weight]:
-    """The weights of a GPTQ or AutoRound folder in GPTQ's layout."""
-    method = settings.get("quant_method")
-    packing = str(settings.get("packing_format", ""))
-    one_less = settings.get("checkpoint_format", "gptq") == "gptq" if method == "gptq" else "gptq" in packing
-    label = "GPTQ" if method == "gptq" else "AutoRound"
+    """The weights of a GPTQ folder."""
+    key = "format" if "format" in settings and "checkpoint_format" not in settings else "checkpoint_format"
+    return _gptq_layout(files, settings, "GPTQ", _known(files, key, settings.get(key, "gptq"), _GPTQ_ONE_LESS))
+
+
+def auto_round_weights(files: SafetensorsSource, settings: Mapping[str, Any]) -> Iterator[Int4Weight]:
+    """The weights of an AutoRound folder."""
+    for key in _ROUND_TURNS:
+        if settings.get(key):
+            raise UserError(
+                f"{files.where}: AutoRound with {key} is not supported: inputs are rotated before a product"
+            )
+    key, packing = "packing_format", settings.get("packing_format")
+    if packing is None:
+        key, packing = "backend", str(settings.get("backend", "auto"))
+        packing = next((packing.removesuffix(kernel) for kernel in _ROUND_KERNELS if packing.endswith(kernel)), packing)
+    one_less = _known(files, key, packing, _ROUND_ONE_LESS)
+    return awq_weights(files, settings) if one_less is None else _gptq_layout(files, settings, "AutoRound", one_less)
+
+
+def _known(files: SafetensorsSource, key: str, value: object, known: Mapping[str, _T]) -> _T:
+    """The entry of a setting's value in a table of those that are known."""
+    if not isinstance(value, str) or value not in known:
+        allowed = ", ".join(known)
+        raise UserError(f"{files.where}: quantization_config.{key}: got {value!r}, must be one of {allowed}")
+    return known[value]
+
+
+def _gptq_layout(
+    files: SafetensorsSource, settings: Mapping[str, Any], label: str, one_less: bool
+) -> Iterator[Int4Weight]:
+    """The weights of a folder in GPTQ's layout."""
     for module in _modules(files, "qweight"):
         own = _layer_settings(files, settings, module)
         words, out_features = matrix_shape(files, f"{module}.qweight")

@@ -9,7 +9,7 @@ from transformers import PretrainedConfig
 
 from dist_qft.base_model.codebook_folder import compressed_fp4_weights, modelopt_fp4_weights, stacked_mxfp4_weights
 from dist_qft.base_model.fp8_folder import fp8_weights
-from dist_qft.base_model.int4_folder import awq_weights, compressed_int4_weights, gptq_weights
+from dist_qft.base_model.int4_folder import auto_round_weights, awq_weights, compressed_int4_weights, gptq_weights
 from dist_qft.base_model.packed_folder import PackedFolder, StoredWeight
 from dist_qft.base_model.sources import SafetensorsSource
 from dist_qft.errors import UserError
@@ -17,11 +17,6 @@ from dist_qft.errors import UserError
 Settings = Mapping[str, Any]
 READABLE = "16-bit or 32-bit weights, nf4 of bitsandbytes, int4 of GPTQ, AWQ, AutoRound or compressed-tensors, FP8, "
 READABLE += "MXFP4 of gpt-oss, MXFP4 or NVFP4 of compressed-tensors, NVFP4 or FP8 of ModelOpt, or GGUF"
-
-
-def _auto_round(files: SafetensorsSource, settings: Settings) -> Iterable[StoredWeight]:
-    packing = str(settings.get("packing_format", ""))
-    return awq_weights(files, settings) if "awq" in packing else gptq_weights(files, settings)
 
 
 def _compressed(files: SafetensorsSource, settings: Settings) -> Iterable[StoredWeight]:
@@ -40,8 +35,8 @@ def _modelopt(files: SafetensorsSource, settings: Settings) -> Iterable[StoredWe
 _READERS: dict[str, Callable[[SafetensorsSource, Settings], Iterable[StoredWeight]]] = {
     "gptq": gptq_weights,
     "awq": awq_weights,
-    "auto-round": _auto_round,
-    "intel/auto-round": _auto_round,
+    "auto-round": auto_round_weights,
+    "intel/auto-round": auto_round_weights,
     "compressed-tensors": _compressed,
     "fp8": fp8_weights,
     "modelopt": _modelopt,
