@@ -11,7 +11,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from dist_qft.base_model import tensor_views
+from dist_qft.base_model import packed_views, tensor_views
 from dist_qft.base_model.skeleton import BaseModel
 from dist_qft.base_model.sources import TensorSource
 from dist_qft.base_model.tensor_views import Stored, Swapped, View
@@ -101,15 +101,15 @@ class ModelTensors:
 
     def kind(self, name: str) -> str | None:
         """The way in which the files quantize a tensor, in words for messages; None if they hold floats."""
-        return tensor_views.kind(self.views[name])
+        return packed_views.kind(self.views[name])
 
     def stored_format(self, name: str) -> Format | None:
         """The format in which `read_packed` gives a weight, code for code; None if the files have no such codes."""
-        return tensor_views.stored_format(self.views[name])
+        return packed_views.stored_format(self.views[name])
 
     def read_packed(self, name: str, rows: tuple[int, int]) -> dict[str, Tensor]:
         """The packed tensors of rows of a weight, counted as in `read_rows`; tensors that all rows share are whole."""
-        return tensor_views.read_packed(self.views[name], *rows)
+        return packed_views.read_packed(self.views[name], *rows)
 
 
 def check_names(base: BaseModel, source: TensorSource) -> ModelTensors:

@@ -16,6 +16,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from dist_qft.base_model.model_files import model_files
 from dist_qft.errors import CorruptFileError, UserError
 from dist_qft.quant.contract import Format
 from dist_qft.storage.lfs_pointer import refuse_lfs_pointer
@@ -103,13 +104,23 @@ def _dequantized_rows(
     source: TensorSource, name: str, format: Format, shape: tuple[int, int], start: int, stop: int
 ) -> Tensor:
     height, width = shape
-    if format.row_format is not None:
-        packed = format.row_part(source.read_packed(name), (height, width), start, stop)
-        return format.row_format.dequantize(packed, (stop - start, width), torch.float32)
     align = format.row_alignment
     first, last = start // align * align, min(height, -(-stop // align) * align)
-    packed = source.read_packed(name, (first, last))
+    format, packed = packed_rows_alone(source, name, format, (first, last))
     return format.dequantize(packed, (last - first, width), torch.float32)[start - first : stop - first]
+
+
+def packed_rows_alone(
+    source: TensorSource, name: str, format: Format, rows: tuple[int, int]
+) -> tuple[Format, dict[str, Tensor]]:
+    """Rows of a tensor that `source` holds in `format`, and the format in which they stand without the others.
+
+    rows: multiples of the format's `row_alignment`, all dimensions but the last counted as rows.
+    """
+    if format.row_format is None:
+        return format, source.read_packed(name, rows)
+    shape = rows_and_columns(source.shape(name))
+    return format.row_format, format.row_part(source.read_packed(name), shape, *rows)
 
 
 @dataclass(frozen=True)
@@ -144,7 +155,7 @@ class SafetensorsSource(FloatSource):
     def __init__(self, folder: Path) -> None:
         self.where = str(folder)
         self._entries: dict[str, _Entry] = {}
-        for path in _list_files(folder):
+        for path in model_files(folder):
             for name, entry in _read_header(path).items():
                 if name in self._entries:
                     raise CorruptFileError(f"{path}: tensor '{name}' is also in {self._entries[name].path.name}")
@@ -192,38 +203,6 @@ def require_finite(source: TensorSource, name: str, values: Tensor) -> None:
     """Raise UserError if the values that were read of a tensor are not all finite."""
     if not torch.isfinite(values).all():
         raise UserError(f"{source.where}: tensor '{name}' holds a value that is not finite")
-
-
-def _list_files(folder: Path) -> list[Path]:
-    """The safetensors files of a folder's model: those of its index, or all there are."""
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        names = _indexed_files(index)
-        unsafe = [name for name in names if Path(name).name != name or "\0" in name]
-        if unsafe:
-            raise CorruptFileError(f"{index}: file name '{unsafe[0][:80]}' leaves the folder")
-        there = {path.name for path in folder.iterdir()}
-        missing = [name for name in names if name not in there]
-        if missing:
-            name, count = missing[0][:80], len(missing)
-            raise UserError(f"{index}: names {name}, which is not in the folder ({count} missing)")
-        return [folder / name for name in names]
-    single = folder / "model.safetensors"
-    files = [single] if single.is_file() else sorted(folder.glob("*.safetensors"))
-    if not files:
-        raise UserError(f"model.path: '{folder}' has no *.safetensors file (pickled .bin weights are not read)")
-    return files
-
-
-def _indexed_files(index: Path) -> list[str]:
-    """The file names of a `model.safetensors.index.json`, each once; CorruptFileError if it is none."""
-    try:
-        weight_map = json.loads(index.read_bytes())["weight_map"]
-        if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
-            raise ValueError("weight_map must give a file name for each tensor")
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise CorruptFileError(f"{index}: not a safetensors index: {error}") from error
-    return sorted(set(weight_map.values()))
 
 
 def _read_header(path: Path) -> dict[str, _Entry]:

@@ -8,7 +8,7 @@ of it comes from. Nothing is read before `read`.
 import itertools
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 
 from dist_qft.base_model.sources import TensorSource, read_box
-from dist_qft.quant.contract import Format
 
 _T = TypeVar("_T")
 Range = tuple[int, int]
@@ -238,52 +237,6 @@ def read_rows(view: View, first: int, stop: int) -> Tensor:
         inside = max(first - entry * height, 0), min(stop - entry * height, height)
         pieces.append(view.read(((entry, entry + 1), inside, (0, columns)))[0])
     return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
-
-
-def kind(view: View) -> str | None:
-    """The way in which the files quantize the parts of a view, in words for messages; None for floats."""
-    return next((kind for leaf in view.leaves() if (kind := leaf.source.kind(leaf.name)) is not None), None)
-
-
-def stored_format(view: View) -> Format | None:
-    """The format in which `read_packed` gives the rows of a view, code for code; None if there are none."""
-    return _common_format(view, lambda tensor: tensor.source.stored_format(tensor.name))
-
-
-def kept_format(view: View) -> Format | None:
-    """The format that `quantization: auto` holds a view in, as `TensorSource.kept_format` says of each of its parts."""
-    return _common_format(view, lambda tensor: tensor.source.kept_format(tensor.name))
-
-
-def read_packed(view: View, first: int, stop: int) -> dict[str, Tensor]:
-    """The packed tensors of the rows first..stop of a view that has a `stored_format`."""
-    pieces: list[dict[str, Tensor]] = []
-    start = 0
-    for run in view.runs() or []:
-        size = run.stop - run.first
-        inside = max(first - start, 0), min(stop - start, size)
-        if inside[0] < inside[1] or (first == stop and not pieces):
-            rows = run.first + inside[0], run.first + max(inside)
-            pieces.append(run.tensor.source.read_packed(run.tensor.name, rows))
-        start += size
-    if len(pieces) == 1:
-        return pieces[0]
-    return {key: torch.cat([piece[key] for piece in pieces]) for key in pieces[0]}
-
-
-def _common_format(view: View, format_of: Callable[[Stored], Format | None]) -> Format | None:
-    """The one format of all rows that make up a view; None if there are several, or rows that cannot stand alone."""
-    runs = view.runs() or []
-    formats = [format_of(run.tensor) for run in runs]
-    if not formats or formats[0] is None or any(format != formats[0] for format in formats):
-        return None
-    format = formats[0]
-    if len(runs) == 1 and runs[0].whole:
-        return format
-    shared = any(map(format.shared, format.packed_shapes((format.row_alignment, view.shape[-1]))))
-    align = format.row_alignment
-    alone = format.row_local and not shared and all(run.first % align == 0 == run.stop % align for run in runs)
-    return format if alone else None
 
 
 def _chained(parts: Sequence[list[Run] | None]) -> list[Run] | None:

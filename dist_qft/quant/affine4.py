@@ -10,7 +10,7 @@ that is a power of two times the scale and exact in float16; for any other z it 
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeGuard
 
 import torch
 from torch import Tensor
@@ -26,6 +26,7 @@ from dist_qft.quant.contract import (
     Shape,
     float16_constants,
     inverse_scale,
+    wider_constants,
 )
 from dist_qft.quant.nibbles import group_width, pack_nibbles, unpack_into
 
@@ -99,7 +100,10 @@ class Affine4(BlockFormat):
     def fold_target(self) -> FoldTarget:
         return FoldTarget("zero", self.block)
 
-    def keeps_codes_of(self, stored: Format) -> bool:
+    def holds(self, stored: Format) -> bool:
+        return self.keeps_codes_of(stored) and wider_constants(self.constants, stored.constants)
+
+    def keeps_codes_of(self, stored: Format) -> TypeGuard["Affine4"]:
         return isinstance(stored, Affine4) and stored.block == self.block
 
     def from_stored(self, packed: Mapping[str, Tensor], stored: Format, where: str) -> dict[str, Tensor]:

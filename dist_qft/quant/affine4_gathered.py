@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from dist_qft.errors import UserError
-from dist_qft.quant.contract import CONSTANTS, BlockFormat, PackedShapes, Shape
+from dist_qft.quant.contract import CONSTANTS, BlockFormat, Format, PackedShapes, Shape
 from dist_qft.quant.nibbles import group_width, unpack_into
 
 
@@ -61,6 +61,10 @@ class Affine4Gathered(BlockFormat):
 
     def shared(self, tensor_name: str) -> bool:
         return tensor_name == "group"
+
+    @property
+    def in_stacks(self) -> Format | None:
+        return None
 
     def blocks(self, shape: Shape) -> int:
         return shape[0] * self.groups

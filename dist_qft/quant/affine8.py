@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from dist_qft.errors import UserError
-from dist_qft.quant.contract import CONSTANTS, BlockFormat, FoldTarget, PackedShapes, Shape
+from dist_qft.quant.contract import CONSTANTS, BlockFormat, FoldTarget, Format, PackedShapes, Shape, wider_constants
 
 
 @dataclass(frozen=True)
@@ -47,6 +47,15 @@ class Affine8(BlockFormat):
 
     def rows_per_entry(self, tensor_name: str) -> int:
         return 1
+
+    def holds(self, stored: Format) -> bool:
+        if not isinstance(stored, Affine8) or stored.block != self.block:
+            return False
+        return wider_constants(self.constants, stored.constants)
+
+    def from_stored(self, packed: Mapping[str, Tensor], stored: Format, where: str) -> dict[str, Tensor]:
+        dtype = CONSTANTS[self.constants]
+        return {key: tensor if key == "codes" else tensor.to(dtype) for key, tensor in packed.items()}
 
     def blocks(self, shape: Shape) -> int:
         return shape[0] * shape[1] // self.block

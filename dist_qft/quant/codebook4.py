@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from dist_qft.errors import UserError
-from dist_qft.quant.contract import BlockFormat, PackedShapes, Shape
+from dist_qft.quant.contract import BlockFormat, Format, PackedShapes, Shape
 
 _KINDS = {
     "mxfp4": (32, torch.uint8),
@@ -35,15 +35,18 @@ _E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 class Codebook4(BlockFormat):
     """`codes` uint8 (out, in / 2), first weight in the low nibble; `scale` (out, in / block), uint8 or E4M3.
 
-    For the NVFP4 kinds also `global` float32 (1,), which all rows share.
+    For the NVFP4 kinds also `global` float32 (1,), which all rows share; `by_row` (out, 1), as stacks need it.
     """
 
     kind: str
+    by_row: bool = False
     name: ClassVar[str] = "codebook4"
 
     def __post_init__(self) -> None:
         if self.kind not in _KINDS:
             raise UserError(f"codebook4: got '{self.kind}', must be one of {', '.join(_KINDS)}")
+        if self.by_row and self.kind == "mxfp4":
+            raise UserError("codebook4: mxfp4 has no tensor scale, which could be by row")
 
     @property
     def block(self) -> int:
@@ -56,7 +59,8 @@ class Codebook4(BlockFormat):
         return _KINDS[self.kind][1]
 
     def describe(self) -> dict[str, Any]:
-        return {"name": self.name, "kind": self.kind}
+        settings = {"name": self.name, "kind": self.kind}
+        return settings | {"by_row": True} if self.by_row else settings
 
     def check(self, shape: Shape, where: str) -> None:
         if shape[1] % self.block:
@@ -68,13 +72,29 @@ class Codebook4(BlockFormat):
             "codes": ((out_features, in_features // 2), torch.uint8),
             "scale": ((out_features, in_features // self.block), self.scale_dtype),
         }
-        return shapes if self.kind == "mxfp4" else shapes | {"global": ((1,), torch.float32)}
+        return (
+            shapes
+            if self.kind == "mxfp4"
+            else shapes | {"global": ((out_features, 1) if self.by_row else (1,), torch.float32)}
+        )
 
     def rows_per_entry(self, tensor_name: str) -> int | None:
-        return None if tensor_name == "global" else 1
+        return None if self.shared(tensor_name) else 1
 
     def shared(self, tensor_name: str) -> bool:
-        return tensor_name == "global"
+        return tensor_name == "global" and not self.by_row
+
+    @property
+    def in_stacks(self) -> Format:
+        return self if self.kind == "mxfp4" else Codebook4(self.kind, by_row=True)
+
+    def holds(self, stored: Format) -> bool:
+        return stored == self or (self.by_row and stored == Codebook4(self.kind))
+
+    def from_stored(self, packed: Mapping[str, Tensor], stored: Format, where: str) -> dict[str, Tensor]:
+        if stored == self:
+            return dict(packed)
+        return {**packed, "global": packed["global"].expand(len(packed["codes"]), 1).contiguous()}
 
     def blocks(self, shape: Shape) -> int:
         return shape[0] * shape[1] // self.block

@@ -111,9 +111,21 @@ class Format(ABC):
         settings = ((key, value) for key, value in self.describe().items() if value is not False)
         return " ".join(key.replace("_", " ") if value is True else f"{value}" for key, value in settings)
 
+    @property
+    def in_stacks(self) -> "Format | None":
+        """The format of a table of rows of several weights in this one, value for value; None if there is none.
+
+        It must have for each row what the rows of one weight share.
+        """
+        return self.row_format or self
+
+    def holds(self, stored: "Format") -> bool:
+        """True if `from_stored` takes weights in the format `stored` value for value."""
+        return self == stored
+
     def keeps_codes_of(self, stored: "Format") -> bool:
         """True if `from_stored` can take weights in the format `stored` without finding new codes for them."""
-        return self == stored
+        return self.holds(stored)
 
     def from_stored(self, packed: Mapping[str, Tensor], stored: "Format", where: str) -> dict[str, Tensor]:
         """The same codes in this format; constants may be rounded. Only if `keeps_codes_of(stored)`."""
@@ -253,6 +265,11 @@ def finite_rows(weight: Tensor, rows: slice, where: str) -> Tensor:
             f"{where}: the weight at [{rows.start + row}, {column}] is {value}, must be a finite float32 value"
         )
     return chunk
+
+
+def wider_constants(constants: str, stored: str) -> bool:
+    """True if block constants of the dtype `constants` have every value of those of the dtype `stored`."""
+    return constants in (stored, "float32")
 
 
 def float16_constants(constants: Tensor, where: str) -> Tensor:

@@ -12,7 +12,16 @@ import torch
 from torch import Tensor
 
 from dist_qft.errors import UserError
-from dist_qft.quant.contract import CONSTANTS, BlockFormat, PackedShapes, Shape, float16_constants, inverse_scale
+from dist_qft.quant.contract import (
+    CONSTANTS,
+    BlockFormat,
+    Format,
+    PackedShapes,
+    Shape,
+    float16_constants,
+    inverse_scale,
+    wider_constants,
+)
 
 GGUF_BLOCK = 32
 _GGUF_BLOCK_BYTES = 2 + GGUF_BLOCK  # scale, codes
@@ -47,6 +56,15 @@ class Q8_0(BlockFormat):
 
     def rows_per_entry(self, tensor_name: str) -> int:
         return 1
+
+    def holds(self, stored: Format) -> bool:
+        if not isinstance(stored, Q8_0) or stored.block != self.block:
+            return False
+        return wider_constants(self.constants, stored.constants)
+
+    def from_stored(self, packed: Mapping[str, Tensor], stored: Format, where: str) -> dict[str, Tensor]:
+        dtype = CONSTANTS[self.constants]
+        return {key: tensor if key == "codes" else tensor.to(dtype) for key, tensor in packed.items()}
 
     def block_in(self, in_features: int) -> int:
         """The block in a row of so many inputs."""

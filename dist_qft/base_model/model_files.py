@@ -1,0 +1,38 @@
+"""The safetensors files of a folder's model."""
+
+import json
+from pathlib import Path
+
+from dist_qft.errors import CorruptFileError, UserError
+
+
+def model_files(folder: Path) -> list[Path]:
+    """The safetensors files of a folder's model: those of its index, or all there are."""
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        names = _indexed_files(index)
+        unsafe = [name for name in names if Path(name).name != name or "\0" in name]
+        if unsafe:
+            raise CorruptFileError(f"{index}: file name '{unsafe[0][:80]}' leaves the folder")
+        there = {path.name for path in folder.iterdir()}
+        missing = [name for name in names if name not in there]
+        if missing:
+            name, count = missing[0][:80], len(missing)
+            raise UserError(f"{index}: names {name}, which is not in the folder ({count} missing)")
+        return [folder / name for name in names]
+    single = folder / "model.safetensors"
+    files = [single] if single.is_file() else sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise UserError(f"model.path: '{folder}' has no *.safetensors file (pickled .bin weights are not read)")
+    return files
+
+
+def _indexed_files(index: Path) -> list[str]:
+    """The file names of a `model.safetensors.index.json`, each once; CorruptFileError if it is none."""
+    try:
+        weight_map = json.loads(index.read_bytes())["weight_map"]
+        if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+            raise ValueError("weight_map must give a file name for each tensor")
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise CorruptFileError(f"{index}: not a safetensors index: {error}") from error
+    return sorted(set(weight_map.values()))
