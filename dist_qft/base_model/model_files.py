@@ -5,10 +5,21 @@ from pathlib import Path
 
 from dist_qft.errors import CorruptFileError, UserError
 
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+
 
 def model_files(folder: Path) -> list[Path]:
-    """The safetensors files of a folder's model: those of its index, or all there are."""
-    index = folder / "model.safetensors.index.json"
+    """The safetensors files of a folder's model: model.safetensors, those of an index, or all there are.
+
+    Which comes first is as in transformers: an index beside model.safetensors is not looked at.
+
+    Raises:
+        UserError: there are none, or not all that the index names.
+        CorruptFileError: the index is none, or names files elsewhere.
+    """
+    single, index = folder / SINGLE, folder / INDEX
+    if single.is_file():
+        return [single]
     if index.is_file():
         names = _indexed_files(index)
         unsafe = [name for name in names if Path(name).name != name or "\0" in name]
@@ -20,8 +31,7 @@ def model_files(folder: Path) -> list[Path]:
             name, count = missing[0][:80], len(missing)
             raise UserError(f"{index}: names {name}, which is not in the folder ({count} missing)")
         return [folder / name for name in names]
-    single = folder / "model.safetensors"
-    files = [single] if single.is_file() else sorted(folder.glob("*.safetensors"))
+    files = sorted(folder.glob("*.safetensors"))
     if not files:
         raise UserError(f"model.path: '{folder}' has no *.safetensors file (pickled .bin weights are not read)")
     return files

@@ -5,14 +5,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
 from dist_qft.base_model.sources import SafetensorsSource
 from dist_qft.base_model.tokenizer import load_tokenizer
 from dist_qft.base_model.weight_files import open_source
 from dist_qft.config.schema import ModelConfig
 from dist_qft.errors import CorruptFileError, UserError
-from tests.support.tiny_model import save_tiny_model
+from tests.support.tiny_model import save_tiny_model, tiny_llama_config
 
 TENSORS = {
     "scalar": torch.tensor(3.5),
@@ -57,28 +58,49 @@ def test_boxes(folder, name, box):
     assert torch.equal(SafetensorsSource(folder).read_box(name, box), expected)
 
 
+@pytest.fixture
+def without_single(folder: Path) -> Path:
+    """A folder whose tensors lie in a file that only an index can name."""
+    (folder / "model.safetensors").rename(folder / "model-00001.safetensors")
+    return folder
+
+
+def test_an_index_beside_the_single_file_is_not_looked_at(folder):
+    """As in transformers (`_get_resolved_checkpoint_files`)."""
+    model = save_tiny_model(folder / "model", tiny_llama_config(num_hidden_layers=1))
+    tensors = load_file(model / "model.safetensors")
+    other = {name: tensor * 0 for name, tensor in tensors.items()}
+    save_file(other, model / "model-00001-of-00001.safetensors", {"format": "pt"})
+    index = {"metadata": {}, "weight_map": dict.fromkeys(tensors, "model-00001-of-00001.safetensors")}
+    (model / "model.safetensors.index.json").write_text(json.dumps(index))
+    theirs = AutoModelForCausalLM.from_pretrained(model).state_dict()
+    source = open_source(ModelConfig(path=str(model)))
+    for name in tensors:
+        assert torch.equal(source.read(name), tensors[name]) and torch.equal(theirs[name], tensors[name])
+
+
 @pytest.mark.parametrize(
     "text", ["[]", "{", '{"weight_map": 7}', '{"weight_map": null}', '{"weight_map": {"a": null}}', "[" * 5000]
 )
-def test_an_index_that_is_none(folder, text):
-    (folder / "model.safetensors.index.json").write_text(text)
+def test_an_index_that_is_none(without_single, text):
+    (without_single / "model.safetensors.index.json").write_text(text)
     with pytest.raises(CorruptFileError, match="not a safetensors index"):
-        SafetensorsSource(folder)
+        SafetensorsSource(without_single)
 
 
 @pytest.mark.parametrize("name", ["x" * 5000, "model-00002.safetensors"])
-def test_an_index_that_names_a_file_that_is_not_there(folder, name):
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": name}}))
+def test_an_index_that_names_a_file_that_is_not_there(without_single, name):
+    (without_single / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": name}}))
     with pytest.raises(UserError) as raised:
-        SafetensorsSource(folder)
+        SafetensorsSource(without_single)
     assert len(str(raised.value)) < 400
 
 
 @pytest.mark.parametrize("name", ["../model.safetensors", "a\0b", "sub/model.safetensors"])
-def test_an_index_that_leaves_the_folder(folder, name):
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": name}}))
+def test_an_index_that_leaves_the_folder(without_single, name):
+    (without_single / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": name}}))
     with pytest.raises(CorruptFileError, match="leaves the folder"):
-        SafetensorsSource(folder)
+        SafetensorsSource(without_single)
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "tokenizer.json", "model.gguf"])
