@@ -33,6 +33,7 @@ from transformers.pytorch_utils import Conv1D
 
 from dist_qft.base_model.mixtures import expert_stacks
 from dist_qft.base_model.sources import TensorSource
+from dist_qft.base_model.stored_head import tied_tables
 from dist_qft.base_model.tensor_views import Joined, Part, Reordered, Stacked, Stored, View, swapped
 
 # While a chain of operations runs: a source or target pattern, and the tensors that go by it.
@@ -53,6 +54,7 @@ class Conversions:
         self._prefix = causal.base_model_prefix
         self._config = causal.config
         self._experts = {stack.path: stack.transposed for stack in expert_stacks(causal)}
+        self._tied = tied_tables(causal)
         self._turned = [f"{path}.weight" for path, module in causal.named_modules() if isinstance(module, Conv1D)]
         self._transforms: list[WeightTransform] = get_model_conversion_mapping(causal) or []
 
@@ -61,6 +63,7 @@ class Conversions:
 
         Tensors that become one have one name; a name that the model has not is given too. A stack of experts goes, like
         any packed weight, by its path and `.weight`, and has outputs before inputs, as the weight of a `Conv1D` has.
+        An embedding that the files hold only as the LM head tied to it is that head, as in the library.
         """
         if self._applied is None or self._applied[0] is not source:
             self._applied = source, *self._apply(source)
@@ -102,6 +105,10 @@ class Conversions:
             packed = isinstance(whole, Stored) and whole.source.stored_format(whole.name) is not None
             if whole is not None and not packed:  # a folder that we wrote has outputs before inputs
                 views[name] = swapped(whole, 0, 1)
+        if self._tied is not None:
+            table, head = self._tied
+            if table not in views and head in views:
+                views[table] = views[head]
         return views, renamed
 
 

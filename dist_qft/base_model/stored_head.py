@@ -19,9 +19,10 @@ def untie_if_stored(causal: PreTrainedModel, config: PretrainedConfig, views: Ma
     Reads the files' two tables, as far as they are equal, if they hold both. Returns whether they hold another head.
     """
     text = config.get_text_config()
-    if not ties_head(causal):
+    tied = tied_tables(causal)
+    if tied is None:
         return False
-    different = _differ(causal, views)
+    different = _differ(tied, views)
     if different:
         for each in (config, text, causal.config, causal.config.get_text_config()):
             each.tie_word_embeddings = False
@@ -35,11 +36,16 @@ def ties_head(causal: PreTrainedModel) -> bool:
     return bool(names & causal.get_expanded_tied_weights_keys(all_submodels=True).keys())
 
 
-def _differ(causal: PreTrainedModel, views: Mapping[str, View]) -> bool:
+def tied_tables(causal: PreTrainedModel) -> tuple[str, str] | None:
+    """The names of the embedding's and the LM head's table if they are tied, of a model not yet taken apart."""
     names = {module: f"{path}.weight" for path, module in causal.named_modules()}
-    table = views.get(names.get(causal.get_input_embeddings(), ""))
-    head = views.get(names.get(causal.get_output_embeddings(), ""))
-    if table is None or head is None or table.shape != head.shape:
+    table, head = names.get(causal.get_input_embeddings()), names.get(causal.get_output_embeddings())
+    return (table, head) if table and head and ties_head(causal) else None
+
+
+def _differ(names: tuple[str, str], views: Mapping[str, View]) -> bool:
+    table, head = map(views.get, names)
+    if table is None or head is None or table is head or table.shape != head.shape:
         return False
     starts = range(0, table.shape[0], _ROWS)
     parts = ((start, min(start + _ROWS, table.shape[0])) for start in starts)

@@ -89,6 +89,27 @@ def test_a_stored_head_counts_though_the_configuration_ties_it(folder_of, tmp_pa
     torch.testing.assert_close(base.model(input_ids=tokens, position_ids=positions).logits, expected)
 
 
+@pytest.mark.parametrize("section", [None, {"linear": "nf4", "block": [32], "embedding": "q8_0"}])
+def test_a_tied_table_may_be_stored_as_the_head_alone(folder_of, tmp_path, section):
+    """`safetensors.torch.save_model` keeps the name that comes first; transformers reads such a file."""
+    folder = folder_of("llama-tied")
+    tensors = load_file(folder / "model.safetensors")
+    tensors["lm_head.weight"] = tensors.pop("model.embed_tokens.weight")
+    head_alone = copied(folder, tmp_path, tensors)
+    base, usual = open_base(head_alone, section), open_base(folder, section)
+    assert base.tied and base.fingerprint == usual.fingerprint and base.notes == usual.notes
+    expected = AutoModelForCausalLM.from_pretrained(head_alone).get_input_embeddings().weight
+    assert torch.equal(expected, load_file(folder / "model.safetensors")["model.embed_tokens.weight"])
+    files = check_names(base, SafetensorsSource(head_alone))
+    assert files.notes == [] and files.stored_name("model.embed_tokens.weight") == "lm_head.weight"
+
+
+def test_tables_that_are_not_tied_are_both_needed(folder_of, tmp_path):
+    tensors = load_file(folder_of("llama") / "model.safetensors")
+    del tensors["model.embed_tokens.weight"]
+    assert "has no tensor 'model.embed_tokens.weight'" in refused(copied(folder_of("llama"), tmp_path, tensors))
+
+
 @pytest.mark.parametrize(("family", "limit"), [("opt", 64), ("llama", None)])
 def test_samples_longer_than_the_learned_positions(folder_of, family, limit):
     base = build_skeleton(ModelConfig(path=str(folder_of(family))), QuantizationConfig(linear="dense"), torch.float32)
