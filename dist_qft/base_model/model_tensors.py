@@ -20,6 +20,13 @@ from dist_qft.quant.contract import Format
 
 # Tensors that old checkpoints carry and nobody reads: caches of rotary frequencies and of causal masks.
 _CACHES = re.compile(r"(rotary_emb\.(inv_freq|cos_cached|sin_cached)|attn\.(masked_)?bias|position_ids)$")
+# Tensors beside a quantized weight that concern activations and caches in 8 bits, which a run does not have.
+_OF_ACTIVATIONS = re.compile(
+    r"((input|output|activation|act|prob)_(scale|scale_inv|scale_ub|global_scale|zero_point)|(q|k|v|kv)_(scale|zero_point))$"
+)
+_ACTIVATION_FACTORS = (
+    ".scales"  # what AWQ writes where it cannot fold factors of a layer's inputs into what is before it
+)
 _NAMED = 3  # tensors that a note lists
 
 
@@ -143,11 +150,37 @@ def check_names(base: BaseModel, source: TensorSource) -> ModelTensors:
             f"'{source.where}' has no '{absent[0]}' ({len(absent)} such tensors); the library's initial value is used"
         )
     unused = sorted(name for name in tensors.untouched() if not _expected(base, renamed[name]))
+    unused = _without_those_of_activations(source, unused)
     if unused:
         more = f" and {len(unused) - _NAMED:,} more" if len(unused) > _NAMED else ""
         names = ", ".join(unused[:_NAMED])
         tensors.notes.append(f"tensors of '{source.where}' that the model does not take: {names}{more}")
     return tensors
+
+
+def _without_those_of_activations(source: TensorSource, unused: list[str]) -> list[str]:
+    """The unused tensors but those of a quantized layer that do not concern its weight.
+
+    Raises:
+        UserError: other tensors of a quantized layer, such as factors of its inputs: without them it computes another
+            thing.
+    """
+    modules = {name.removesuffix(".weight") for name in source.names() if source.kind(name) is not None}
+    if not modules:
+        return unused
+
+    def in_layer(name: str) -> bool:
+        parts = name.split(".")
+        return any(".".join(parts[:count]) in modules for count in range(1, len(parts)))
+
+    kept = [name for name in unused if not (in_layer(name) and _OF_ACTIVATIONS.search(name.rpartition(".")[2]))]
+    odd = [name for name in kept if in_layer(name) or name.endswith(_ACTIVATION_FACTORS)]
+    if odd:
+        more = f" and {len(odd) - 1:,} more" if len(odd) > 1 else ""
+        raise UserError(
+            f"{source.where}: tensor '{odd[0]}'{more}: not supported, as it may change what a quantized layer computes"
+        )
+    return kept
 
 
 def _require_fit(source: TensorSource, name: str, view: View, shape: tuple[int, ...]) -> None:
