@@ -13,7 +13,7 @@ from torch import Tensor
 
 from dist_qft.base_model import packed_views, tensor_views
 from dist_qft.base_model.skeleton import BaseModel
-from dist_qft.base_model.sources import TensorSource
+from dist_qft.base_model.sources import SafetensorsSource, TensorSource
 from dist_qft.base_model.tensor_views import Stored, Swapped, View
 from dist_qft.errors import UserError
 from dist_qft.quant.contract import Format
@@ -143,7 +143,7 @@ def check_names(base: BaseModel, source: TensorSource) -> ModelTensors:
         integers = name in base.buffers and not base.model.get_buffer(name).is_floating_point()
         odd = next((leaf.name for leaf in view.leaves() if not integers and not source.is_float(leaf.name)), None)
         if odd is not None:
-            raise UserError(f"{source.where}: tensor '{odd}' holds integers, must be floats")
+            raise UserError(f"{source.where}: tensor '{odd}' {_words_of(source, odd)}, must be floats")
     absent = [name for name in base.buffers if name not in views]
     if absent:
         tensors.notes.append(
@@ -156,6 +156,14 @@ def check_names(base: BaseModel, source: TensorSource) -> ModelTensors:
         names = ", ".join(unused[:_NAMED])
         tensors.notes.append(f"tensors of '{source.where}' that the model does not take: {names}{more}")
     return tensors
+
+
+def _words_of(source: TensorSource, name: str) -> str:
+    """What a tensor holds that is no float, nor stands for floats by anything that the files say."""
+    dtype = source.dtype(name) if isinstance(source, SafetensorsSource) else ""
+    if dtype.startswith("F8"):
+        return f"holds {dtype} without a quantization_config in config.json that says how"
+    return "holds integers"
 
 
 def _without_those_of_activations(source: TensorSource, unused: list[str]) -> list[str]:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from dist_qft.base_model.sources import Rows, SafetensorsSource, dequantized_rows, require_finite
-from dist_qft.errors import CorruptFileError, UserError
+from dist_qft.errors import CorruptFileError
 from dist_qft.quant.contract import Format
 
 
@@ -60,8 +60,6 @@ class PackedFolder:
         self._stored = {f"{weight.module}.weight": weight for weight in stored}
         hidden = {part for weight in self._stored.values() for part in weight.parts}
         self._names = (files.names() - hidden) | self._stored.keys()
-        if not self._stored:
-            raise UserError(f"{folder}: config.json promises quantized weights, but none is stored in it")
 
     def names(self) -> set[str]:
         return self._names

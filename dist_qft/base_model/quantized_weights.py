@@ -74,4 +74,18 @@ def _settings_in(tree: Mapping[str, Any]) -> dict[str, Any] | None:
 def open_packed_folder(folder: Path, settings: Settings) -> PackedFolder:
     """The weights of a folder whose quantization method has a reader."""
     files = SafetensorsSource(folder)
-    return PackedFolder(folder, files, list(_READERS[settings["quant_method"]](files, settings)))
+    stored = list(_READERS[settings["quant_method"]](files, settings))
+    if not stored:
+        raise UserError(f"{folder}: {_nothing_found(files, settings)}")
+    return PackedFolder(folder, files, stored)
+
+
+def _nothing_found(files: SafetensorsSource, settings: Settings) -> str:
+    """The fault of a folder without a weight that its method's reader knows."""
+    odd = next(
+        (name for name in sorted(files.names()) if len(files.shape(name)) > 1 and not files.is_float(name)), None
+    )
+    if odd is None:
+        return "config.json promises quantized weights, but none is stored in it"
+    words = [settings[key] for key in ("quant_method", "format", "quant_algo") if isinstance(settings.get(key), str)]
+    return f"tensor '{odd}' is {files.dtype(odd)} ({' '.join(words)}), which is not supported; must be {READABLE}"

@@ -1,11 +1,13 @@
 """Choose the source that reads the files at `model.path`."""
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from dist_qft.base_model.bitsandbytes_folder import BitsAndBytesSource, is_nf4
 from dist_qft.base_model.gguf_file import GgufSource
+from dist_qft.base_model.model_files import INDEX
 from dist_qft.base_model.quantized_folder import METHOD, QUANTIZATION_FILE, QuantizedSource, is_quantized_folder
 from dist_qft.base_model.quantized_weights import (
     READABLE,
@@ -16,6 +18,9 @@ from dist_qft.base_model.quantized_weights import (
 from dist_qft.base_model.sources import SafetensorsSource, TensorSource
 from dist_qft.config.schema import ModelConfig, QuantizationConfig
 from dist_qft.errors import CorruptFileError, UserError
+
+_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf")
+_MODELOPT_FILE = "hf_quant_config.json"
 
 
 def open_source(model: ModelConfig) -> TensorSource:
@@ -28,6 +33,7 @@ def open_source(model: ModelConfig) -> TensorSource:
         return QuantizedSource(folder)
     settings = quantization_settings(folder)
     if settings is None:
+        _refuse_unsaid_modelopt(folder)
         return SafetensorsSource(folder)
     if settings.get("quant_method") == METHOD:
         raise CorruptFileError(f"{folder}: config.json says {METHOD}, but there is no {QUANTIZATION_FILE}")
@@ -38,7 +44,10 @@ def open_source(model: ModelConfig) -> TensorSource:
 def has_weights(model: ModelConfig) -> bool:
     """True if the weights are on this machine under `model.path`, so that opening them downloads nothing."""
     path = Path(model.path)
-    return path.suffix == ".gguf" or (path.is_dir() and any(path.glob("*.safetensors")))
+    if path.suffix == ".gguf":
+        return True
+    # Weights of other kinds count: that they cannot be read shows when they are opened.
+    return path.is_dir() and any(file.suffix in _WEIGHTS or file.name == INDEX for file in path.iterdir())
 
 
 def local_source(model: ModelConfig) -> TensorSource | None:
@@ -52,6 +61,19 @@ def require_readable(settings: Mapping[str, Any], where: str) -> None:
         kind = settings.get("bnb_4bit_quant_type") if settings.get("load_in_4bit") else None
         words = " ".join(str(word) for word in (settings.get("quant_method", "a method without a name"), kind) if word)
         raise UserError(f"model.path: '{where}' is already quantized by {words}; must be {READABLE}")
+
+
+def _refuse_unsaid_modelopt(folder: Path) -> None:
+    """Refuse ModelOpt's weights if only a file of its own says that they are quantized, which transformers ignores."""
+    try:
+        found = json.loads((folder / _MODELOPT_FILE).read_bytes())["quantization"]["quant_algo"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return
+    if found:
+        raise UserError(
+            f"model.path: '{folder}' is quantized by ModelOpt ({found}), but only {_MODELOPT_FILE} says so; must be in "
+            f'config.json, too: "quantization_config": {{"quant_method": "modelopt", "quant_algo": "{found}"}}'
+        )
 
 
 def _downloaded(model: ModelConfig) -> Path:
