@@ -21,7 +21,7 @@ def model_files(folder: Path) -> list[Path]:
     if single.is_file():
         return [single]
     if index.is_file():
-        names = _indexed_files(index)
+        names = indexed_files(index)
         unsafe = [name for name in names if Path(name).name != name or "\0" in name]
         if unsafe:
             raise CorruptFileError(f"{index}: file name '{unsafe[0][:80]}' leaves the folder")
@@ -37,7 +37,7 @@ def model_files(folder: Path) -> list[Path]:
     return files
 
 
-def _indexed_files(index: Path) -> list[str]:
+def indexed_files(index: Path) -> list[str]:
     """The file names of a `model.safetensors.index.json`, each once; CorruptFileError if it is none."""
     try:
         weight_map = json.loads(index.read_bytes())["weight_map"]

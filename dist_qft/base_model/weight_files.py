@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from dist_qft.base_model.bitsandbytes_folder import BitsAndBytesSource, is_nf4
+from dist_qft.base_model.downloads import fetch_json, fetch_weights
 from dist_qft.base_model.gguf_file import GgufSource
 from dist_qft.base_model.model_files import INDEX
 from dist_qft.base_model.quantized_folder import METHOD, QUANTIZATION_FILE, QuantizedSource, is_quantized_folder
@@ -28,16 +29,16 @@ def open_source(model: ModelConfig) -> TensorSource:
     path = Path(model.path)
     if path.suffix == ".gguf":
         return GgufSource(path)
-    folder = path if path.is_dir() else _downloaded(model)
-    if is_quantized_folder(folder):
+    folder = path if path.is_dir() else fetch_json(model)
+    own, settings = is_quantized_folder(folder), quantization_settings(folder)
+    if not own:
+        _require_read_here(folder, settings)
+    if not path.is_dir():
+        fetch_weights(model, folder)
+    if own:
         return QuantizedSource(folder)
-    settings = quantization_settings(folder)
     if settings is None:
-        _refuse_unsaid_modelopt(folder)
         return SafetensorsSource(folder)
-    if settings.get("quant_method") == METHOD:
-        raise CorruptFileError(f"{folder}: config.json says {METHOD}, but there is no {QUANTIZATION_FILE}")
-    require_readable(settings, str(folder))
     return BitsAndBytesSource(folder) if is_nf4(settings) else open_packed_folder(folder, settings)
 
 
@@ -63,6 +64,16 @@ def require_readable(settings: Mapping[str, Any], where: str) -> None:
         raise UserError(f"model.path: '{where}' is already quantized by {words}; must be {READABLE}")
 
 
+def _require_read_here(folder: Path, settings: Mapping[str, Any] | None) -> None:
+    """Refuse a folder by its JSON files, before its weights are fetched."""
+    if settings is None:
+        _refuse_unsaid_modelopt(folder)
+    elif settings.get("quant_method") == METHOD:
+        raise CorruptFileError(f"{folder}: config.json says {METHOD}, but there is no {QUANTIZATION_FILE}")
+    else:
+        require_readable(settings, str(folder))
+
+
 def _refuse_unsaid_modelopt(folder: Path) -> None:
     """Refuse ModelOpt's weights if only a file of its own says that they are quantized, which transformers ignores."""
     try:
@@ -74,17 +85,6 @@ def _refuse_unsaid_modelopt(folder: Path) -> None:
             f"model.path: '{folder}' is quantized by ModelOpt ({found}), but only {_MODELOPT_FILE} says so; must be in "
             f'config.json, too: "quantization_config": {{"quant_method": "modelopt", "quant_algo": "{found}"}}'
         )
-
-
-def _downloaded(model: ModelConfig) -> Path:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-
-    try:
-        patterns = ["*.safetensors", "*.json"]
-        return Path(snapshot_download(model.path, revision=model.revision, allow_patterns=patterns))
-    except (HfHubHTTPError, LocalEntryNotFoundError) as error:
-        raise UserError(f"model.path: cannot fetch '{model.path}' from the Hub: {error}") from error
 
 
 def quantized_source(model: ModelConfig) -> TensorSource | None:
