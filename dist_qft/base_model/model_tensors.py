@@ -159,7 +159,7 @@ def check_names(base: BaseModel, source: TensorSource) -> ModelTensors:
 
 
 def _words_of(source: TensorSource, name: str) -> str:
-    """What a tensor holds that is no float, nor stands for floats by anything that the files say."""
+    """Say of a tensor that holds no floats, nor stands for floats by anything in the files, which numbers it holds."""
     dtype = source.dtype(name) if isinstance(source, SafetensorsSource) else ""
     if dtype.startswith("F8"):
         return f"holds {dtype} without a quantization_config in config.json that says how"

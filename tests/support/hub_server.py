@@ -14,7 +14,7 @@ COMMIT = "c" * 40
 
 @dataclass
 class HubServer:
-    """Where it listens, and the names of the files that were fetched."""
+    """An address to fetch from, and the names of the files that were fetched."""
 
     url: str
     fetched: list[str] = field(default_factory=list)

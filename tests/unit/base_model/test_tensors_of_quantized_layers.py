@@ -33,7 +33,7 @@ COMPRESSED = {"quant_method": "compressed-tensors", "format": "pack-quantized", 
 
 
 def notes_of(folder: Path) -> list[str]:
-    """What loading a folder would say about its tensors."""
+    """The lines that loading a folder would print about its tensors."""
     model = ModelConfig(path=str(folder), attention="eager")
     return check_names(build_skeleton(model, QuantizationConfig(), torch.bfloat16), open_source(model)).notes
 
