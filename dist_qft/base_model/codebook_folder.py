@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from dist_qft.base_model.packed_folder import StoredWeight, matrix_shape, require_part
@@ -45,7 +46,7 @@ class Fp4Weight(StoredWeight):
             "codes": files.read_rows(self.codes, columns // 2, first, stop),
             "scale": files.read_rows(self.scale, columns // self.codebook.block, first, stop),
         }
-        packed["scale"] = packed["scale"].view(self.codebook.scale_dtype)
+        packed["scale"] = packed["scale"].view(torch.uint8)  # also E4M3's: not every collective takes that type
         if self.tensor_scale is not None:
             packed["global"] = files.read(self.tensor_scale).float().reshape(1)
         require_finite(files, self.scale, self.codebook.scales(packed))

@@ -23,17 +23,13 @@ from torch import Tensor
 from dist_qft.errors import UserError
 from dist_qft.quant.contract import BlockFormat, Format, PackedShapes, Shape
 
-_KINDS = {
-    "mxfp4": (32, torch.uint8),
-    "nvfp4": (16, torch.float8_e4m3fn),
-    "nvfp4-divided": (16, torch.float8_e4m3fn),
-}
+_KINDS = {"mxfp4": 32, "nvfp4": 16, "nvfp4-divided": 16}  # inputs of a block
 _E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 
 
 @dataclass(frozen=True)
 class Codebook4(BlockFormat):
-    """`codes` uint8 (out, in / 2), first weight in the low nibble; `scale` (out, in / block), uint8 or E4M3.
+    """`codes` uint8 (out, in / 2), first weight in the low nibble; `scale` (out, in / block) bytes of E8M0 or E4M3.
 
     For the NVFP4 kinds also `global` float32 (1,), which all rows share; `by_row` (out, 1), as stacks need it.
     """
@@ -51,12 +47,7 @@ class Codebook4(BlockFormat):
     @property
     def block(self) -> int:
         """Inputs that share a scale."""
-        return _KINDS[self.kind][0]
-
-    @property
-    def scale_dtype(self) -> torch.dtype:
-        """The type of the block scales."""
-        return _KINDS[self.kind][1]
+        return _KINDS[self.kind]
 
     def describe(self) -> dict[str, Any]:
         settings = {"name": self.name, "kind": self.kind}
@@ -70,7 +61,7 @@ class Codebook4(BlockFormat):
         out_features, in_features = shape
         shapes: PackedShapes = {
             "codes": ((out_features, in_features // 2), torch.uint8),
-            "scale": ((out_features, in_features // self.block), self.scale_dtype),
+            "scale": ((out_features, in_features // self.block), torch.uint8),
         }
         return (
             shapes
@@ -115,7 +106,7 @@ class Codebook4(BlockFormat):
         if self.kind == "mxfp4":
             return _looked_up(scale, _e8m0()) if scale.device.type == "cpu" else powers_of_two(scale)
         factor = packed["global"]
-        values = _looked_up(scale, _e4m3()) if scale.device.type == "cpu" else scale.float()
+        values = _looked_up(scale, _e4m3()) if scale.device.type == "cpu" else scale.view(torch.float8_e4m3fn).float()
         return values.div_(factor) if self.kind == "nvfp4-divided" else values.mul_(factor)
 
     def _dequantize_rows(self, packed: Mapping[str, Tensor], out: Tensor) -> None:

@@ -17,7 +17,7 @@ def test_the_same_base_on_any_number_of_ranks(pools, tmp_path, save, world, engi
     assert found == alone * world
 
 
-@pytest.mark.parametrize(("save", "engines"), [(save_nvfp4, ["fsdp"]), (save_act_order, ["fsdp", "zero"])])
+@pytest.mark.parametrize(("save", "engines"), [(save_nvfp4, ["fsdp", "zero"]), (save_act_order, ["fsdp", "zero"])])
 def test_adapters_on_such_experts_train_and_merge_alike_on_any_ranks(pools, tmp_path, save, engines):
     """NVFP4 kept with a tensor scale in each row, and act-order quantized again to nf4."""
     save(tmp_path / "base")

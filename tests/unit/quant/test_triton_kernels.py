@@ -47,6 +47,8 @@ def random_packed(format, shape):  # any codes; scales that no sum makes infinit
             packed[name] = (torch.randn(size, generator=generator) * 2).to(kind)
     if getattr(format, "kind", None) == "mxfp4":
         packed["scale"] = packed["scale"] % 16 + 120
+    elif isinstance(format, Codebook4):
+        packed["scale"] = packed["scale"] & 0xBF  # 0x7F and 0xFF are NaN
     return packed
 
 for dtype in (torch.float32, torch.float16, torch.bfloat16):
