@@ -169,7 +169,8 @@ def _page(sections: Sequence[str], numbers: Mapping[str, int]) -> str:
     intro = f"""
     `yes`: the targets are exactly what the assistant said, which may be content, reasoning, and the name and arguments
     of tool calls, with the ends of its turns, and no header of another turn. `open`: the template ends no turn behind
-    which nothing stands; the run says that such an answer does not teach the model to stop. A number: the conversation
+    which nothing stands, inside of its `generation` blocks if it has such, or right behind them; the run says that such
+    an answer does not teach the model to stop. A number: the conversation
     is refused with that line, since the template cannot write what was said in it; `data.on_missing: warn` trains
     without it. The Hub could not be reached for this page. Templates of models that are in none of these collections
     have not been tried, nor have later versions of these. Measured on {datetime.date.today()} with

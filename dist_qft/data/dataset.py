@@ -22,7 +22,8 @@ from dist_qft.data.tokens import TokenSequence
 from dist_qft.errors import CorruptFileError
 from dist_qft.storage.atomic import publishing
 
-FORMAT_VERSION = 1  # of the file and of the way to its tokens: raise it and every cache is rebuilt
+FORMAT_VERSION = 2  # of the file and of the way to its tokens: raise it and every cache is rebuilt
+_LAYOUT = 1  # of what `digest` covers, in checkpoints too: a run whose rows are still the same goes on
 _DTYPES = {"tokens": np.int32, "targets": np.bool_, "row_offsets": np.int64, "segment_starts": np.int64}
 _KEYS = {"version", "digest", "pad_id", "packed_length", "report", "notes", "mixture", "kind", "told"}
 _COUNTED = ("rows", "tokens", "target_tokens")
@@ -148,7 +149,7 @@ class TokenDataset:
         mixture = f" {[tuple(part) for part in self.mixture]}" if self.mixture else ""
         # The form of rows that older versions had as well is known from the arrays.
         kind = "" if self.kind in ("tokens", "labels") else f" {self.kind}"
-        digest = hashlib.sha256(f"{FORMAT_VERSION} {self.pad_id} {self.packed_length}{mixture}{kind}".encode())
+        digest = hashlib.sha256(f"{_LAYOUT} {self.pad_id} {self.packed_length}{mixture}{kind}".encode())
         for name, array in self._arrays().items():
             digest.update(f"{name} {array.dtype} {array.shape}".encode())
             digest.update(array.view(np.uint8).data)

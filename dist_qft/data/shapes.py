@@ -90,6 +90,17 @@ class Shapes:
             shape.headers[message] = with_prompt.text[len(without.text) :] if gained else ""
         return shape.headers[message]
 
+    def closing(
+        self, shape: Shape | None, message: int, messages: Sequence[Message], tools: Sequence[Tool] | None
+    ) -> str:
+        """The end of a rendering that ends with this message: of stand-ins, or where there are none of the texts."""
+        if shape is None:
+            return self._template.render([Request(messages[: message + 1], tools)])[0].text
+        if message not in shape.after:
+            (rendered,) = self._template.render([Request(shape.conversation[0][: message + 1], shape.conversation[1])])
+            shape.after[message] = _tail(shape.word.split(rendered.text))
+        return shape.after[message].text
+
 
 def _tail(parts: list[str]) -> Tail:
     return Tail(int(parts[-2]) if len(parts) > 1 else None, parts[-1])

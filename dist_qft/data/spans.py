@@ -19,6 +19,8 @@ from dist_qft.data.turn_ends import TurnEnds
 Span = tuple[int, int]  # characters [start, end) of the rendered text
 
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
+_OPEN = "the chat template writes nothing behind a conversation's last answer, so these do not teach the model to stop"
+_OUTSIDE = "the chat template's {% generation %} blocks leave out the token that ends a turn; it is trained, too"
 
 
 class TemplateRefusal(Exception):
@@ -85,6 +87,8 @@ class SpanFinder:
         if self.marked:
             answers = {i for i, message in enumerate(messages) if message["role"] == "assistant"}
             _assign_marks(located, rendered.marked, pieces, occurrences, wanted, answers)
+            for message in sorted(wanted & located.spans.keys()):
+                self._end_marked(located, message, (messages, tools), occurrences, shape)
         elif wanted:
             assert shape is not None
             for message in sorted(wanted):
@@ -156,6 +160,36 @@ class SpanFinder:
             end = start + len(turn)
         return start, end
 
+    def _end_marked(
+        self,
+        located: Located,
+        message: int,
+        conversation: tuple[Sequence[Message], Sequence[Tool] | None],
+        occurrences: Sequence[Occurrence],
+        shape: Shape | None,
+    ) -> None:
+        """Take in the token that ends an answer's turn where the author's blocks end in front of it."""
+        text, (messages, tools) = located.text, conversation
+        (first, _), (start, end) = located.spans[message][0], located.spans[message][-1]
+        if text[start:end].rstrip().endswith(self.end_markers):
+            return
+        behind = min((found.start for found in occurrences if found.start >= end), default=len(text))
+        token = self._ends.first(text[end:behind])
+        gap = text[_end_before(text, first, messages[:message], occurrences) : first].lstrip()
+        if token and message < len(messages) - 1:
+            # It may begin the next turn: a conversation that ends with this answer does not have it then.
+            closing = self._shapes.closing(shape, message, messages, tools)
+            token = token if token.strip() in closing else ""
+        # A token in front of answers begins turns, unless it ends the message before.
+        if token and (token.strip() not in gap or self._ends.common_end(token, gap, text)):
+            located.spans[message][-1] = (start, end + len(token))
+            located.notes.add(_OUTSIDE)
+            return
+        said = max((found.end for found in occurrences if start <= found.start and found.end <= end), default=start)
+        followed = message + 1 < len(messages) and messages[message + 1]["role"] == "assistant"
+        if not followed and not text[said:end].strip():  # words may end a turn as well
+            located.notes.add(_OPEN)
+
     def _end_length(
         self, text: str, behind: Span, closing: str | None, following: str | None, gap: str, notes: set[str]
     ) -> int:
@@ -171,10 +205,7 @@ class SpanFinder:
             if following is not None:
                 before_another = self._ends.length_before_another(rest, following)
                 return max(length, before_another or self._ends.common_end(rest, gap, text))
-            notes.add(
-                "the chat template writes nothing behind a conversation's last answer, so these do not teach the "
-                "model to stop"
-            )
+            notes.add(_OPEN)
         elif closing and following and not rest.startswith(closing):
             return 0 if self._ends.is_header(rest, length, following, gap) else length
         return length
@@ -191,6 +222,15 @@ def _header_before(
     roles = [messages[pieces[found.piece].message]["role"] for found in occurrences]
     first = roles.index(roles[number])
     return text[occurrences[first - 1].end if first else 0 : occurrences[first].start] if first < number else ""
+
+
+def _end_before(text: str, place: int, messages: Sequence[Message], occurrences: Sequence[Occurrence]) -> int:
+    """The end of the last thing said before a place in the text, which may be a text that got no stand-in."""
+    said = str(messages[-1]["content"] or "").strip() if messages else ""
+    written = text.rfind(said, 0, place)
+    return max(
+        written + len(said) if written > 0 else 0, *(found.end for found in occurrences if found.end <= place), 0
+    )
 
 
 def _owners(pieces: Sequence[Piece], occurrences: Sequence[Occurrence]) -> list[int]:
@@ -222,7 +262,7 @@ def _assign_marks(
         if owners & wanted and owners - wanted:
             raise TemplateRefusal("a {% generation %} block of the chat template holds messages that are not trained")
         if not owners and wanted:  # an empty answer, or an end token that is marked by itself
-            owners = {min(wanted)} if wanted == answers else _beside(start, pieces, occurrences, answers)
+            owners = _beside(start, pieces, occurrences, answers) or ({min(wanted)} if wanted == answers else set())
         for message in owners & wanted:
             located.spans.setdefault(message, []).append((start, end))
     located.missing += [pieces[number] for number in sorted(outside) if pieces[number] not in located.missing]

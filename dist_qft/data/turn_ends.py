@@ -28,6 +28,10 @@ class TurnEnds:
             return len("".join(self._split_at_markers.split(rest, maxsplit=1)[:2]))  # text that is written otherwise
         return common
 
+    def first(self, rest: str) -> str:
+        """The token of the tokenizer's own that `rest` begins with, with the blanks before it; "" if there is none."""
+        return rest[: self._first_marker(rest)]
+
     def may_have_trailer(self, closing: str) -> bool:
         """True if the text has more than one token of the tokenizer's own, or words behind it, or no token at all."""
         return bool("".join(self._split_at_markers.split(closing, maxsplit=1)[2:] or closing).strip())

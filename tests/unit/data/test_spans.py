@@ -2,6 +2,7 @@
 
 import pytest
 
+from dist_qft.data.tokens import Remarks
 from dist_qft.errors import UserError
 from tests.support import chat_templates as kinds
 from tests.support.conversations import WHERE, assistant, call, trained, user
@@ -17,6 +18,9 @@ CALLS = [
     user("Thanks"),
     assistant("Sun."),
 ]
+
+END_OUTSIDE = kinds.MARKED.replace("<|im_end|>{% endgeneration %}", "{% endgeneration %}<|im_end|>")
+NO_END = kinds.MARKED.replace("<|im_end|>", "")
 
 
 TARGETS = {
@@ -107,9 +111,37 @@ TARGETS = {
     "trimmed": (kinds.ALTERNATING, [user(" a "), assistant("  b \n")], "b<|im_end|>"),
     "marked": (kinds.MARKED, TURNS, "Hello.<|im_end|>Fine.<|im_end|>"),
     "marked, characters of several tokens": (
-        kinds.MARKED.replace("<|im_end|>{% endgeneration %}", "{% endgeneration %}<|im_end|>"),
+        kinds.MARKED.replace("<|im_end|>{% endgeneration %}", "{% endgeneration %}[over]"),
         [user("a"), assistant("caf\u00e9"), user("b"), assistant("yes \U0001f600")],
         "caf\u00e9yes \U0001f600",
+    ),
+    "marked without the end": (END_OUTSIDE, TURNS, "Hello.<|im_end|>Fine.<|im_end|>"),
+    "marked without the end, question last": (END_OUTSIDE, TURNS[:3], "Hello.<|im_end|>"),
+    "marked without the end, which is on the next line": (
+        END_OUTSIDE.replace("{% endgeneration %}", "{% endgeneration %}{{ '\n' }}"),
+        TURNS,
+        "Hello.\n<|im_end|>Fine.\n<|im_end|>",
+    ),
+    "marked without the end, weight 0": (
+        END_OUTSIDE,
+        [user("Hi"), assistant("Hello.", weight=0), *TURNS[2:]],
+        "Fine.<|im_end|>",
+    ),
+    "marked without the end, calls": (
+        END_OUTSIDE,
+        CALLS,
+        f"{AS_JSON}<|im_end|>Sun.<|im_end|>",
+    ),
+    "marked, and no end but the next header": (NO_END, TURNS, "Hello.Fine."),
+    "marked, and no end but a prompt": (
+        NO_END.replace("{% if add_generation_prompt %}", "{% if 1 %}"),
+        TURNS,
+        "Hello.Fine.",
+    ),
+    "marked, and an end behind the last answer only": (
+        NO_END.replace("{% if add", "{% if not add_generation_prompt %}<|endoftext|>{% endif %}{% if add"),
+        TURNS,
+        "Hello.Fine.<|endoftext|>",
     ),
     "no special tokens": (kinds.PLAIN, TURNS, " Hello.\n\n Fine.\n\n"),
     "calls as json": (
@@ -148,6 +180,25 @@ def test_a_template_that_ends_no_conversation_is_told(encoder):
     open_ended = encoder(kinds.END_WITH_THE_NEXT)
     trained(open_ended, TURNS)
     assert any("do not teach the model to stop" in remark for remark in open_ended.remarks.first)
+
+
+@pytest.mark.parametrize(
+    ("template", "note"),
+    [
+        (END_OUTSIDE, "leave out the token that ends a turn"),
+        (NO_END, "do not teach the model to stop"),
+        (END_OUTSIDE.replace("endgeneration %}<", "endgeneration %}[over]<"), "do not teach the model to stop"),
+        (kinds.MARKED, None),
+        (kinds.MARKED.replace("<|im_end|>", "[over]"), None),
+        (kinds.MARKED.replace("<|im_end|>{%", "{% endgeneration %}{% generation %}<|im_end|>{%"), None),
+    ],
+)
+def test_marks_that_end_no_turn_are_told(encoder, template, note):
+    marked = encoder(template, on_missing="warn")  # an encoder of this test's own
+    marked.remarks = Remarks()
+    trained(marked, TURNS)
+    remarks = list(marked.remarks.first)
+    assert len(remarks) == (note is not None) and all(note in remark for remark in remarks)
 
 
 def test_last_turn(encoder):

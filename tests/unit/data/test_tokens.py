@@ -101,9 +101,9 @@ def test_generation_blocks_of_a_template_decide(make_tokenizer):
         "{% generation %}{{ message['content'] }}{% endgeneration %}<|im_end|>\n{% else %}"
         "<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endif %}{% endfor %}"
     )
-    # No generation prompt, and this author wants no end token: only the block can tell.
+    # No generation prompt: only the block can tell. The end token stands behind it.
     predicted = encode(make_tokenizer(template), Conversation(TWO_TURNS[:4]))[1]
-    assert predicted == "The capital of France is Paris."
+    assert predicted == "The capital of France is Paris.<|im_end|>"
 
 
 def test_text_is_predicted_up_to_its_end_token(chatml, make_tokenizer):
