@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from dist_qft.data.csv_rows import CsvFault, CsvRows
-from dist_qft.data.folders import FolderFiles, files_of_folder, kind_of
+from dist_qft.data.folders import FolderFiles, files_of_folder, kind_of, several_kinds
 from dist_qft.data.narrow_text import (
     PART,
     narrow_lines,
@@ -84,6 +84,11 @@ def _list_files(path: Path, key: str, split: str) -> FolderFiles:
         if kind_of(file) not in _KINDS:
             hint = f"; {_HINTS[file.suffix]}" if file.suffix in _HINTS else ""
             raise UserError(f"{key}.path: {file} has an unknown file type; must be {_ALLOWED}{hint}")
+    if kinds := several_kinds(files):
+        raise UserError(
+            f"{key}.path: the pattern {path} fits files of several types ({kinds}), which may hold the same rows; "
+            "must fit those of one"
+        )
     if split != "train":
         named, wanted = ("one file", "file") if files == [path] else ("a pattern", "files")
         raise UserError(f"{key}.split: {path} is {named} and has no splits; name the wanted {wanted} in {key}.path")

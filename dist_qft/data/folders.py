@@ -4,8 +4,11 @@ Three kinds of folder are known: plain ones, clones of a Hub repository (files i
 `save_to_disk` writes (Arrow files named in `state.json`, and for several splits a folder each).
 """
 
+import glob
+import itertools
 import json
 import re
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,6 +22,7 @@ _NAMES = {
     "validation": ("validation", "valid", "val", "dev"),
     "test": ("test", "testing", "eval", "evaluation"),
 }
+_JSON = {".json", ".jsonl", ".ndjson", ".json.gz", ".jsonl.gz", ".ndjson.gz"}
 _DESCRIPTIONS = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")
 
 
@@ -81,11 +85,46 @@ def _of_split(folder: Path, files: list[Path], split: str, key: str) -> FolderFi
         chosen = [file for file in files if file not in named]
     if not chosen:
         raise _no_split(folder, split, sorted(set(named.values())), key)
+    _require_one_kind(folder, files, chosen, split, key)
     others = [file.name for file in files if file not in chosen]
     if not others:
         return FolderFiles(chosen)
     taken, left = (_few(names) for names in ([file.name for file in chosen], others))
     return FolderFiles(chosen, [f"{key}: split {split} of {folder} is {taken}; left out: {left}"])
+
+
+def several_kinds(files: Sequence[Path]) -> str:
+    """The types of files that may hold the same rows twice, with their counts, for a message; else empty.
+
+    They may if they have several types, other than JSON and lines of JSON under different names.
+    """
+    kinds = Counter(kind_of(file) for file in files)
+    stems = {file.name.removesuffix(kind_of(file)) for file in files}
+    if len(kinds) == 1 or (kinds.keys() <= _JSON and len(stems) == len(files)):
+        return ""
+    return ", ".join(f"{count} {kind}" for kind, count in sorted(kinds.items()))
+
+
+def _require_one_kind(folder: Path, files: list[Path], chosen: list[Path], split: str, key: str) -> None:
+    """Refuse a split in files of several types, which would be trained on twice and be held out from itself."""
+    if not (kinds := several_kinds(chosen)):
+        return
+    kind = max(map(kind_of, chosen))
+    wanted, alike = ([file for file in group if kind_of(file) == kind] for group in (chosen, files))
+    first, last = wanted[0].name.removesuffix(kind), wanted[-1].name.removesuffix(kind)
+    same = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(first, last, strict=False))
+    beginning = "".join(one for one, _ in same)
+    if alike == wanted:
+        pattern = f"*{kind}"
+    elif [file for file in alike if file.name.startswith(beginning)] == wanted:
+        pattern = f"{glob.escape(beginning)}*{kind}"
+    else:  # what tells them from files of other splits is not at the beginning of their names
+        pattern = wanted[0].name
+    unset = "" if split == "train" else ", without a split"
+    raise UserError(
+        f"{key}.path: split {split} of {folder} has files of several types ({kinds}), which may hold the same rows; "
+        f"must be of one, such as '{wanted[0].parent / pattern}'{unset}"
+    )
 
 
 def _split_in(file_name: str) -> str | None:

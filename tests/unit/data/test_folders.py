@@ -69,6 +69,42 @@ def test_the_same_data_compressed_or_a_table_beside_it_is_not_read(folder):
     assert texts(folder("up/readme.tsv", "up/data.jsonl").joinpath("up"))[0] == ["up/data.jsonl"]
 
 
+@pytest.mark.parametrize(
+    ("names", "split", "told"),
+    [
+        (["rows.csv", "rows.jsonl"], "train", r"split train of .* \(1 .csv, 1 .jsonl\), .* such as '.*/\*.jsonl'$"),
+        (
+            ["data/a.jsonl", "data/b.jsonl", "data/a.csv"],
+            "train",
+            r"\(1 .csv, 2 .jsonl\),.* such as '.*/data/\*.jsonl'$",
+        ),
+        (["train.csv", "train.jsonl", "test.jsonl"], "train", r"such as '.*/train\*.jsonl'$"),
+        (
+            ["train-0.jsonl", "test-0.jsonl", "test-1.jsonl", "test.csv"],
+            "test",
+            r"'.*/test-\*.jsonl', without a split$",
+        ),
+        (["a.csv.gz", "a.jsonl.gz"], "train", r"\(1 .csv.gz, 1 .jsonl.gz\)"),
+    ],
+)
+def test_a_split_in_several_file_types_is_not_read_twice(folder, names, split, told):
+    place = folder(*names)
+    with pytest.raises(UserError, match=f"^data.train.path: .*{told}") as caught:
+        texts(place, split)
+    # The pattern reads what it says, and no other split.
+    pattern = str(caught.value).rpartition(" such as '")[2].partition("'")[0]
+    beginning, _, kind = pattern.removeprefix(f"{place}/").partition("*")
+    if not kind.endswith(".gz"):
+        assert texts(pattern)[0] == [name for name in names if name.startswith(beginning) and name.endswith(kind)]
+
+
+def test_a_pattern_that_fits_several_file_types_is_refused(folder):
+    with pytest.raises(UserError, match=r"^data.train.path: the pattern .*rows.\* fits .* \(1 .csv, 1 .jsonl\)"):
+        texts(folder("rows.csv", "rows.jsonl") / "rows.*")
+    # Of several splits each may have a type of its own.
+    assert texts(folder("train.jsonl", "test.csv"), "train")[0] == ["train.jsonl"]
+
+
 def test_descriptions_of_a_repository_are_no_data(folder):
     place = folder("rows.jsonl")
     (place / "dataset_infos.json").write_text("{}")
