@@ -8,6 +8,10 @@ from typing import Any
 from dist_qft.data.records import Record, RowError
 
 _PYTHON = re.compile(r"\s*\[?\s*\{\s*'")
+_NOT_PYTHON = " (as json.dumps writes it: Python's own quotes are not JSON)"
+_SENDERS = ("role", "from")
+_JSON_LIST = re.compile(r"\s*\[\s*\{\s*\"")
+_LIKE_MESSAGES = re.compile(r"\s*\[\s*\{\s*(?P<quote>['\"])(?:role|from|content|value)(?P=quote)\s*:")
 
 
 class Fields:
@@ -54,8 +58,26 @@ class Fields:
         try:
             return json.loads(value)
         except (ValueError, RecursionError):
-            hint = " (as json.dumps writes it: Python's own quotes are not JSON)" if _PYTHON.match(value) else ""
+            hint = _NOT_PYTHON if _PYTHON.match(value) else ""
             raise self.fault(field, f"{part}must be a list of objects or JSON text of one{hint}") from None
+
+    def holds_messages(self, field: str) -> bool:
+        """True for a list, or JSON text of a list of messages, as tables keep it; false for any other value.
+
+        Raises:
+            RowError: it begins like such a text, but is none: nobody means it to be trained as it stands.
+        """
+        value = self.require(field)
+        if isinstance(value, str) and (_JSON_LIST.match(value) or _LIKE_MESSAGES.match(value)):
+            try:
+                value = json.loads(value)
+            except (ValueError, RecursionError):
+                if _LIKE_MESSAGES.match(value):
+                    hint = _NOT_PYTHON if _PYTHON.match(value) else ""
+                    raise self.fault(field, f"must be a text, a list of messages or JSON text of one{hint}") from None
+                return False
+            return all(isinstance(each, dict) and any(each.get(key) for key in _SENDERS) for each in value)
+        return isinstance(value, list)
 
     def integers(self, field: str) -> list[int]:
         value = self.require(field)

@@ -1,7 +1,7 @@
 """Records of a prompt and one or two answers to it, in the forms that TRL's trainers read.
 
-Prompt and answers are texts, or lists of messages. A pair may do without a prompt of its own: then the answers begin
-with it, and it is what both have in common.
+Prompt and answers are texts, or lists of messages (or JSON text of such, as tables keep them). A pair may do without a
+prompt of its own: then the answers begin with it, and it is what both have in common.
 """
 
 from typing import Any
@@ -21,13 +21,14 @@ def read_prompt(fields: Fields, answer: str = "completion") -> PromptCompletion 
     Raises:
         RowError: the answer begins with another prompt than the field `prompt`, which is a text.
     """
-    if not isinstance(fields.require("prompt"), list) and not isinstance(fields.require(answer), list):
+    is_text = not fields.holds_messages("prompt")
+    if is_text and not fields.holds_messages(answer):
         return PromptCompletion(fields.text("prompt"), fields.text(answer))
     asked, answered = _messages(fields, "prompt", "user"), _messages(fields, answer, "assistant")
     start = next((i for i, message in enumerate(answered) if message["role"] == "assistant"), len(answered))
     if answered[: len(asked)] == asked:
         return Conversation(answered, read_tools(fields), prompt_length=len(asked))
-    if start and isinstance(fields.require("prompt"), str):
+    if start and is_text:
         # As in UltraFeedback: the text is the question, which the messages hold as well.
         said = [message["content"].strip() for message in answered if message["role"] == "user"]
         if asked[0]["content"].strip() not in said:
@@ -48,9 +49,10 @@ def read_pair(fields: Fields) -> Preference:
         raise fields.fault("rejected", "is the same as the chosen answer, which prefers nothing")
     if fields.get("prompt") is not None:
         return Preference(read_prompt(fields, "chosen"), read_prompt(fields, "rejected"))
-    if isinstance(chosen, list) != isinstance(rejected, list):
+    are_messages = fields.holds_messages("chosen")
+    if are_messages != fields.holds_messages("rejected"):
         raise fields.fault("rejected", "must be a text or a list of messages, as the chosen answer is")
-    if isinstance(chosen, list):
+    if are_messages:
         better, worse = read_messages(fields, "chosen"), read_messages(fields, "rejected")
         start = _common_messages(better, worse)
         if not start:
@@ -80,7 +82,7 @@ def read_rated(fields: Fields) -> Rated:
 
 
 def _messages(fields: Fields, field: str, role: str) -> list[Message]:
-    if isinstance(fields.require(field), list):
+    if fields.holds_messages(field):
         return read_messages(fields, field)
     return [{"role": role, "content": fields.text(field)}]
 

@@ -3,7 +3,7 @@
 import pytest
 
 from dist_qft.data.formats import to_sample
-from dist_qft.data.samples import Conversation, Tokenized
+from dist_qft.data.samples import Conversation, PromptCompletion, Tokenized
 from dist_qft.errors import UserError
 
 WHERE = "data.jsonl:7"
@@ -188,6 +188,19 @@ ACCEPTED = {
         {"prompt": [user("a")], "completion": [assistant("b")]},
         Conversation([user("a"), assistant("b")], prompt_length=1),
     ),
+    "prompt and completion as JSON text of messages": (
+        "prompt-completion",
+        {"prompt": '[{"role": "user", "content": "a"}]', "completion": '[ {"from": "gpt", "value": "b"}]'},
+        Conversation([user("a"), assistant("b")], prompt_length=1),
+    ),
+    **{
+        f"texts that are no messages: {text}": (
+            "prompt-completion",
+            {"prompt": "a", "completion": text},
+            PromptCompletion("a", text),
+        )
+        for text in ('[{"name": "f"}]', "[{'name': 'f'}]", '[{"a": "user"', "[]", '[{"role": "user"}, 1]')
+    },
     "padded on both sides": (
         "tokenized",
         {"input_ids": [0, 5, 6, 7, 0], "attention_mask": [0, 1, 1, 1, 0], "labels": [-100, -100, 6, 7, -100]},

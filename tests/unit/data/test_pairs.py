@@ -34,6 +34,15 @@ FORMS = {
         "chosen": USER + answer("sat on a mat"),
         "rejected": USER + answer("ran"),
     },
+    "JSON text of messages": {
+        "prompt": json.dumps(USER),
+        "chosen": json.dumps(USER + answer("sat on a mat")),
+        "rejected": json.dumps([{"from": "gpt", "value": "ran"}]),
+    },
+    "JSON text of messages with their prompt": {
+        "chosen": json.dumps(USER + answer("sat on a mat"), indent=1),
+        "rejected": json.dumps(USER + answer("ran"), indent=1),
+    },
     "a text beside messages": {"prompt": "the cat", "chosen": answer("sat on a mat"), "rejected": "ran"},
 }
 
@@ -104,6 +113,10 @@ def test_rated_answers_are_put_behind_each_others_prompts(tmp_path):
         ({"chosen": "one", "rejected": "two"}, "orpo", "no prompt in common"),
         ({"chosen": USER + answer("x"), "rejected": "y"}, "dpo", "must be a text or a list of messages"),
         ({"prompt": "a", "chosen": USER + answer("x"), "rejected": answer("y")}, "dpo", "another question"),
+        ({"prompt": "a", "chosen": str(answer("x")), "rejected": "y"}, "dpo", "Python's own quotes are not JSON"),
+        ({"chosen": str(USER + answer("x")), "rejected": "y"}, "dpo", "Python's own quotes are not JSON"),
+        ({"prompt": "a", "chosen": '[{"role": "user",', "rejected": "y"}, "dpo", "must be a text, a list of messages"),
+        ({"prompt": "[{'from': 'human'}]", "completion": "y", "label": 1}, "kto", "Python's own quotes are not JSON"),
         ({"prompt": "a", "completion": "b", "label": "good"}, "kto", "'label' must be true or false"),
         ({"prompt": "a", "completion": "b"}, "kto", "fit no format"),
         ({"prompt": "a", "chosen": "b", "rejected": "c"}, "causal-lm", "task.name dpo or orpo"),
