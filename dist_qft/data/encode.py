@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 from dist_qft.config.data_schema import TASK_FORMATS, DataConfig, DatasetConfig
 from dist_qft.data.answers import encode_answers
+from dist_qft.data.columns import UnusedColumns, require_columns
 from dist_qft.data.formats import resolve_format, to_sample
 from dist_qft.data.lengths import Lengths
 from dist_qft.data.records import LocatedRecord, RowError
@@ -66,9 +67,11 @@ def encode_records(
     """
     counts: Counter[str] = Counter(read=0, blank_lines=0, truncated=0)
     bad = BadRows(data, key, counts)
+    unused = UnusedColumns(dataset)
     encoder.remarks = Remarks()
-    sequences = list(_kept(data, dataset, load_records(dataset, source, key, counts), encoder, key, bad))
-    notes = [*source.notes, *bad.notes()]
+    require_columns(dataset, source, key)
+    sequences = list(_kept(data, dataset, load_records(dataset, source, key, counts), encoder, key, bad, unused))
+    notes = [*source.notes, *unused.notes(key), *bad.notes()]
     if not sequences:
         reasons = ", ".join(f"{name} {count}" for name, count in sorted(counts.items()) if count)
         raise UserError(f"{key}: no sample of {dataset.path} has a token to train on ({reasons})")
@@ -84,6 +87,7 @@ def _kept(
     encoder: SampleEncoder,
     key: str,
     bad: BadRows,
+    unused: UnusedColumns,
 ) -> Iterator[TokenSequence]:
     own = TASK_FORMATS.get(encoder.task.name, ())
     if len(own) == 1:
@@ -102,6 +106,7 @@ def _kept(
                 raise record
             if format_name is None:  # the first record that can be read tells the format
                 format_name = resolve_format(dataset, (record, where), key, *([own] if own else []))
+            unused.add(record, format_name)
             sample = to_sample(record, format_name, dataset.columns, where)
             kept = encode_answers(sample, encoder, limits, where, bad.counts)
         except RowError as error:

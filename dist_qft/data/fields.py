@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from dist_qft.data.records import Record, RowError
@@ -87,7 +87,7 @@ class Fields:
         return value
 
 
-def field_names(record: Record) -> str:
-    """The record's field names, fit for one line of a message."""
+def field_names(record: Collection[str]) -> str:
+    """The field names of a record, fit for one line of a message."""
     names = ", ".join(name if name.isprintable() else ascii(name) for name in record) or "no fields"
     return names if len(names) <= 200 else f"{names[:200]}..."

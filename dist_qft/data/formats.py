@@ -3,12 +3,12 @@
     alpaca             instruction, output [input, system, history: list of [question, answer]]
     sharegpt           conversations: list of {from, value} or of {role, content} [system, tools]
     messages           messages: the same under another name [system, tools]
-    prompt-completion  prompt, completion: plain text without a chat template, or two lists of messages [tools]
+    prompt-completion  prompt, completion: plain text without a chat template, or two lists of messages [system, tools]
     text               text
     tokenized          input_ids [labels: the same ids, or -100 where nothing is to be predicted; attention_mask]
     classification     text, label [text_pair]; for the tasks that predict labels, and those alone
-    preference         chosen, rejected [prompt, tools]: texts or lists of messages; for dpo, orpo and kto
-    unpaired-preference  prompt, completion, label: true for an answer that is wanted [tools]; for kto alone
+    preference         chosen, rejected [prompt, system, tools]: texts or lists of messages; for dpo, orpo and kto
+    unpaired-preference  prompt, completion, label: true for an answer that is wanted [system, tools]; for kto
 
 `columns` in the config maps these field names to the data's own. No tokenizer here: see `tokens`.
 """
@@ -20,7 +20,7 @@ from typing import NamedTuple
 
 from dist_qft.config.data_schema import OF_TASKS, TASK_FORMATS, DatasetConfig
 from dist_qft.data.fields import Fields, field_names
-from dist_qft.data.messages import read_messages, read_tools
+from dist_qft.data.messages import read_messages, read_tools, with_system
 from dist_qft.data.pairs import read_pair, read_prompt, read_rated
 from dist_qft.data.records import Record
 from dist_qft.data.samples import IGNORED, AnySample, Conversation, Labelled, Message, Text, Tokenized
@@ -36,6 +36,9 @@ _ALIKE = {
     "output": ("completion", "answer", "response", "assistant", "reply", "solution", "target", "output_text"),
     "messages": ("conversation", "dialog", "dialogue", "chat", "turns"),
     "text": ("content", "document", "body", "article", "sentence"),
+    # Without these a question or its answer would lack what it is about.
+    "input": ("context",),
+    "system": ("system_prompt", "system_message"),
 }
 
 
@@ -48,12 +51,12 @@ FORMATS = {
     "alpaca": FormatFields(("instruction", "output"), ("input", "system", "history")),
     "sharegpt": FormatFields(("conversations",), ("system", "tools")),
     "messages": FormatFields(("messages",), ("system", "tools")),
-    "prompt-completion": FormatFields(("prompt", "completion"), ("tools",)),
+    "prompt-completion": FormatFields(("prompt", "completion"), ("system", "tools")),
     "text": FormatFields(("text",)),
     "tokenized": FormatFields(("input_ids",), ("labels", "attention_mask")),
     "classification": FormatFields(("text", "label"), ("text_pair",)),
-    "preference": FormatFields(("chosen", "rejected"), ("prompt", "tools")),
-    "unpaired-preference": FormatFields(("prompt", "completion", "label"), ("tools",)),
+    "preference": FormatFields(("chosen", "rejected"), ("prompt", "system", "tools")),
+    "unpaired-preference": FormatFields(("prompt", "completion", "label"), ("system", "tools")),
 }
 # A text beside a label is also just a text, a rated answer just an answer: the task decides.
 _GUESSED = tuple(name for name in FORMATS if name not in OF_TASKS)
@@ -111,7 +114,12 @@ def _columns_for(record: Record, guessed: Sequence[str]) -> str:
                 for field in required
             }
             if all(name is not None and name not in optional for name in found.values()):
-                columns = [f"{field}: {_in_yaml(str(name))}" for field, name in found.items() if name != field]
+                more = (name for name in optional if name not in known)
+                found |= {
+                    field: next((known[name] for name in _ALIKE.get(field, ()) if name in known), None)
+                    for field in more
+                }
+                columns = [f"{field}: {_in_yaml(name)}" for field, name in found.items() if name and name != field]
                 return f", such as {{{', '.join(columns)}}}"
     return ""
 
@@ -130,9 +138,9 @@ def to_sample(record: Record, format_name: str, columns: Mapping[str, str], wher
         case "alpaca":
             return _from_alpaca(fields)
         case "sharegpt":
-            return Conversation(_with_system(fields, read_messages(fields, "conversations")), read_tools(fields))
+            return Conversation(with_system(fields, read_messages(fields, "conversations")), read_tools(fields))
         case "messages":
-            return Conversation(_with_system(fields, read_messages(fields, "messages")), read_tools(fields))
+            return Conversation(with_system(fields, read_messages(fields, "messages")), read_tools(fields))
         case "prompt-completion":
             return read_prompt(fields)
         case "text":
@@ -150,7 +158,7 @@ def to_sample(record: Record, format_name: str, columns: Mapping[str, str], wher
 
 
 def _from_alpaca(fields: Fields) -> Conversation:
-    messages: list[Message] = _with_system(fields, [])
+    messages: list[Message] = with_system(fields, [])
     history = fields.get("history") or []
     if not isinstance(history, list) or not all(isinstance(turn, list) and len(turn) == 2 for turn in history):
         raise fields.fault("history", "must be a list of [question, answer]")
@@ -164,14 +172,6 @@ def _from_alpaca(fields: Fields) -> Conversation:
     messages.append({"role": "user", "content": instruction})
     messages.append({"role": "assistant", "content": fields.text("output")})
     return Conversation(messages, inputs=inputs)
-
-
-def _with_system(fields: Fields, messages: list[Message]) -> list[Message]:
-    """The messages behind the field `system`, unless they begin with it already."""
-    if not fields.get("system"):
-        return messages
-    system = {"role": "system", "content": fields.text("system")}
-    return messages if messages[:1] == [system] else [system, *messages]
 
 
 def _from_tokenized(fields: Fields) -> Tokenized:

@@ -58,6 +58,14 @@ def read_messages(fields: Fields, field: str) -> list[Message]:
     return messages
 
 
+def with_system(fields: Fields, messages: list[Message]) -> list[Message]:
+    """The messages behind the field `system`, unless they begin with it already."""
+    if not fields.get("system"):
+        return messages
+    system = {"role": "system", "content": fields.text("system")}
+    return messages if messages[:1] == [system] else [system, *messages]
+
+
 def _role(fields: Fields, field: str, entry: dict[str, Any], index: int) -> str:
     key = "role" if entry.get("role") is not None or "from" not in entry else "from"
     role = ROLES.get(entry[key].lower()) if isinstance(entry.get(key), str) else None

@@ -7,7 +7,7 @@ prompt of its own: then the answers begin with it, and it is what both have in c
 from typing import Any
 
 from dist_qft.data.fields import Fields
-from dist_qft.data.messages import read_messages, read_tools
+from dist_qft.data.messages import read_messages, read_tools, with_system
 from dist_qft.data.samples import Conversation, Message, Preference, PromptCompletion, Rated
 
 _VERDICTS = {"true": True, "false": False, "1": True, "0": False}  # as CSV files and numbers write them
@@ -23,19 +23,20 @@ def read_prompt(fields: Fields, answer: str = "completion") -> PromptCompletion 
     """
     is_text = not fields.holds_messages("prompt")
     if is_text and not fields.holds_messages(answer):
+        _refuse_system(fields)
         return PromptCompletion(fields.text("prompt"), fields.text(answer))
     asked, answered = _messages(fields, "prompt", "user"), _messages(fields, answer, "assistant")
     start = next((i for i, message in enumerate(answered) if message["role"] == "assistant"), len(answered))
     if answered[: len(asked)] == asked:
-        return Conversation(answered, read_tools(fields), prompt_length=len(asked))
+        return _conversation(fields, answered, len(asked))
     if start and is_text:
         # As in UltraFeedback: the text is the question, which the messages hold as well.
         said = [message["content"].strip() for message in answered if message["role"] == "user"]
         if asked[0]["content"].strip() not in said:
             raise fields.fault(answer, "begins with another question than the prompt")
         last = len(answered) - next(i for i, each in enumerate(reversed(answered)) if each["role"] == "user")
-        return Conversation(answered, read_tools(fields), prompt_length=last)
-    return Conversation([*asked, *answered], read_tools(fields), prompt_length=len(asked))
+        return _conversation(fields, answered, last)
+    return _conversation(fields, [*asked, *answered], len(asked))
 
 
 def read_pair(fields: Fields) -> Preference:
@@ -57,10 +58,8 @@ def read_pair(fields: Fields) -> Preference:
         start = _common_messages(better, worse)
         if not start:
             raise fields.fault("chosen", "has no prompt in common with the rejected answer; must begin with it")
-        tools = read_tools(fields)
-        return Preference(
-            Conversation(better, tools, prompt_length=start), Conversation(worse, tools, prompt_length=start)
-        )
+        return Preference(_conversation(fields, better, start), _conversation(fields, worse, start))
+    _refuse_system(fields)
     better_text, worse_text = fields.text("chosen"), fields.text("rejected")
     start = _common_text(better_text, worse_text)
     if not start:
@@ -85,6 +84,17 @@ def _messages(fields: Fields, field: str, role: str) -> list[Message]:
     if fields.holds_messages(field):
         return read_messages(fields, field)
     return [{"role": role, "content": fields.text(field)}]
+
+
+def _conversation(fields: Fields, messages: list[Message], prompt_length: int) -> Conversation:
+    """The messages behind the field `system`, of which so many are the prompt."""
+    whole = with_system(fields, messages)
+    return Conversation(whole, read_tools(fields), prompt_length=prompt_length + len(whole) - len(messages))
+
+
+def _refuse_system(fields: Fields) -> None:
+    if fields.get("system"):
+        raise fields.fault("system", "has no place beside a text prompt; must be in the prompt, or beside messages")
 
 
 def _common_messages(first: list[Message], second: list[Message]) -> int:

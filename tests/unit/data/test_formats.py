@@ -243,6 +243,17 @@ def test_auto_says_why_it_cannot_decide(record, columns, message):
         ([" prompt", "Completion"], {"prompt": " prompt", "completion": "Completion"}, "prompt-completion"),
         (["id", "Dialogue"], {"messages": "Dialogue"}, "messages"),
         (["Text", "title"], {"text": "Text"}, "text"),
+        (
+            ["instruction", "context", "response", "category"],
+            {"output": "response", "input": "context"},
+            "alpaca",
+        ),
+        (
+            ["id", "system_prompt", "question", "response"],
+            {"instruction": "question", "output": "response", "system": "system_prompt"},
+            "alpaca",
+        ),
+        (["dialogue", "system_prompt"], {"messages": "dialogue", "system": "system_prompt"}, "messages"),
         (["input", "output"], None, None),  # alpaca would take the input twice
         (["a", "b", " " * 500 + "text"], None, None),
     ],

@@ -193,6 +193,16 @@ ACCEPTED = {
         {"prompt": '[{"role": "user", "content": "a"}]', "completion": '[ {"from": "gpt", "value": "b"}]'},
         Conversation([user("a"), assistant("b")], prompt_length=1),
     ),
+    "a system field beside a prompt and completion": (
+        "prompt-completion",
+        {"prompt": [user("a")], "completion": "b", "system": "s"},
+        Conversation([{"role": "system", "content": "s"}, user("a"), assistant("b")], prompt_length=2),
+    ),
+    "a system field that the prompt begins with": (
+        "prompt-completion",
+        {"prompt": [{"role": "system", "content": "s"}, user("a")], "completion": "b", "system": "s"},
+        Conversation([{"role": "system", "content": "s"}, user("a"), assistant("b")], prompt_length=2),
+    ),
     **{
         f"texts that are no messages: {text}": (
             "prompt-completion",

@@ -71,6 +71,13 @@ def test_every_form_of_a_pair(tmp_path, form):
     assert TokenDataset.load(next((tmp_path / "cache").glob("*.safetensors"))).kind == "pairs"
 
 
+@pytest.mark.parametrize("form", ["messages", "messages with their prompt", "a text that the messages hold"])
+def test_a_system_field_stands_before_both_answers(tmp_path, form):
+    dataset = prepared(tmp_path, [{**FORMS[form], "system": "be kind"}])
+    assert tiny_tokenizer().decode(dataset.tokens).count("system\nbe kind") == 2
+    assert [text.split("<")[0].strip() for text in answers(dataset, 0)] == ["sat on a mat", "ran"]
+
+
 def test_rows_of_pairs_lie_in_halves_and_fill_up(tmp_path):
     dataset = prepared(tmp_path, [FORMS["texts"], FORMS["messages"], FORMS["texts"]], task="orpo")
     batch = collate(dataset, [1, 0], 3, 0, share=0.5)
@@ -118,6 +125,9 @@ def test_rated_answers_are_put_behind_each_others_prompts(tmp_path):
         ({"prompt": "a", "chosen": '[{"role": "user",', "rejected": "y"}, "dpo", "must be a text, a list of messages"),
         ({"prompt": "[{'from': 'human'}]", "completion": "y", "label": 1}, "kto", "Python's own quotes are not JSON"),
         ({"prompt": "a", "completion": "b", "label": "good"}, "kto", "'label' must be true or false"),
+        ({**FORMS["texts"], "system": "s"}, "dpo", "'system' has no place beside a text prompt"),
+        ({**FORMS["texts with their prompt"], "system": "s"}, "orpo", "'system' has no place beside a text prompt"),
+        ({"prompt": "a", "completion": "b", "label": 1, "system": "s"}, "kto", "'system' has no place"),
         ({"prompt": "a", "completion": "b"}, "kto", "fit no format"),
         ({"prompt": "a", "chosen": "b", "rejected": "c"}, "causal-lm", "task.name dpo or orpo"),
     ],
