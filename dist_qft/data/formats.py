@@ -5,7 +5,7 @@
     messages           messages: the same under another name [system, tools]
     prompt-completion  prompt, completion: plain text without a chat template, or two lists of messages [system, tools]
     text               text
-    tokenized          input_ids [labels: the same ids, or -100 where nothing is to be predicted; attention_mask]
+    tokenized          input_ids [labels: the same ids, or -100 where nothing is is predicted; masks, see `tokenized`]
     classification     text, label [text_pair]; for the tasks that predict labels, and those alone
     preference         chosen, rejected [prompt, system, tools]: texts or lists of messages; for dpo, orpo and kto
     unpaired-preference  prompt, completion, label: true for an answer that is wanted [system, tools]; for kto
@@ -19,11 +19,12 @@ from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from dist_qft.config.data_schema import OF_TASKS, TASK_FORMATS, DatasetConfig
+from dist_qft.data import tokenized
 from dist_qft.data.fields import Fields, field_names
 from dist_qft.data.messages import read_messages, read_tools, with_system
 from dist_qft.data.pairs import read_pair, read_prompt, read_rated
 from dist_qft.data.records import Record
-from dist_qft.data.samples import IGNORED, AnySample, Conversation, Labelled, Message, Text, Tokenized
+from dist_qft.data.samples import AnySample, Conversation, Labelled, Message, Text
 from dist_qft.errors import UserError
 
 # Fields that change what other programs train. To leave them out would train something else without a word.
@@ -53,7 +54,7 @@ FORMATS = {
     "messages": FormatFields(("messages",), ("system", "tools")),
     "prompt-completion": FormatFields(("prompt", "completion"), ("system", "tools")),
     "text": FormatFields(("text",)),
-    "tokenized": FormatFields(("input_ids",), ("labels", "attention_mask")),
+    "tokenized": FormatFields(("input_ids",), tokenized.OPTIONAL),
     "classification": FormatFields(("text", "label"), ("text_pair",)),
     "preference": FormatFields(("chosen", "rejected"), ("prompt", "system", "tools")),
     "unpaired-preference": FormatFields(("prompt", "completion", "label"), ("system", "tools")),
@@ -146,7 +147,7 @@ def to_sample(record: Record, format_name: str, columns: Mapping[str, str], wher
         case "text":
             return Text(fields.text("text"))
         case "tokenized":
-            return _from_tokenized(fields)
+            return tokenized.read_tokenized(fields)
         case "classification":
             pair = fields.text("text_pair") if fields.get("text_pair") is not None else None
             return Labelled(fields.text("text"), pair, fields.require("label"))
@@ -172,29 +173,3 @@ def _from_alpaca(fields: Fields) -> Conversation:
     messages.append({"role": "user", "content": instruction})
     messages.append({"role": "assistant", "content": fields.text("output")})
     return Conversation(messages, inputs=inputs)
-
-
-def _from_tokenized(fields: Fields) -> Tokenized:
-    input_ids = fields.integers("input_ids")
-    labels = fields.integers("labels") if fields.get("labels") is not None else input_ids
-    if len(labels) != len(input_ids):
-        raise fields.fault("labels", f"has {len(labels)} entries, input_ids {len(input_ids)}")
-    if fields.get("attention_mask") is not None:
-        kept = _unpadded(fields, len(input_ids))
-        input_ids, labels = input_ids[kept], labels[kept]
-    for i, (label, token) in enumerate(zip(labels, input_ids, strict=True)):
-        if label not in (token, IGNORED):
-            raise fields.fault("labels", f"entry {i} is {label}, must be the same as input_ids ({token}) or {IGNORED}")
-    return Tokenized(input_ids, [label != IGNORED for label in labels])
-
-
-def _unpadded(fields: Fields, length: int) -> slice:
-    """The part of a padded row that is not padding."""
-    mask = fields.integers("attention_mask")
-    if len(mask) != length:
-        raise fields.fault("attention_mask", f"has {len(mask)} entries, input_ids {length}")
-    real = [i for i, entry in enumerate(mask) if entry]
-    kept = slice(real[0], real[-1] + 1) if real else slice(0)
-    if 0 in mask[kept]:
-        raise fields.fault("attention_mask", "has zeros between ones; must have them at the ends only")
-    return kept
