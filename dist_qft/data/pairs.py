@@ -8,8 +8,11 @@ from typing import Any
 
 from dist_qft.data.fields import Fields
 from dist_qft.data.messages import read_messages, read_tools, with_system
+from dist_qft.data.records import RowError
 from dist_qft.data.samples import Conversation, Message, Preference, PromptCompletion, Rated
 
+# What data sets call a pair's question, the likeliest first.
+_QUESTIONS = ("instruction", "question", "query", "user", "problem", "input", "conversations", "conversation")
 _VERDICTS = {"true": True, "false": False, "1": True, "0": False}  # as CSV files and numbers write them
 
 
@@ -43,7 +46,7 @@ def read_pair(fields: Fields) -> Preference:
     """The pair of a record, with its own prompt or with the one that both answers begin with.
 
     Raises:
-        RowError: the answers are equal, or have no prompt in common.
+        RowError: the answers are equal, or have no prompt in common, or the question seems to be another field.
     """
     chosen, rejected = fields.require("chosen"), fields.require("rejected")
     if chosen == rejected:
@@ -57,13 +60,13 @@ def read_pair(fields: Fields) -> Preference:
         better, worse = read_messages(fields, "chosen"), read_messages(fields, "rejected")
         start = _common_messages(better, worse)
         if not start:
-            raise fields.fault("chosen", "has no prompt in common with the rejected answer; must begin with it")
+            raise _no_prompt(fields)
         return Preference(_conversation(fields, better, start), _conversation(fields, worse, start))
-    _refuse_system(fields)
     better_text, worse_text = fields.text("chosen"), fields.text("rejected")
     start = _common_text(better_text, worse_text)
-    if not start:
-        raise fields.fault("chosen", "has no prompt in common with the rejected answer; must begin with it")
+    if not start or _question(fields, better_text[:start]):
+        raise _no_prompt(fields)
+    _refuse_system(fields)
     return Preference(_split(better_text, start), _split(worse_text, start))
 
 
@@ -84,6 +87,22 @@ def _messages(fields: Fields, field: str, role: str) -> list[Message]:
     if fields.holds_messages(field):
         return read_messages(fields, field)
     return [{"role": role, "content": fields.text(field)}]
+
+
+def _question(fields: Fields, prompt: str = "") -> str | None:
+    """The field that holds a question which the answers do not begin with; None if there is none."""
+    for name in _QUESTIONS:
+        value = fields.record.get(name)
+        if value and (not isinstance(value, str) or value.strip() not in prompt):
+            return name
+    return None
+
+
+def _no_prompt(fields: Fields) -> RowError:
+    if (question := _question(fields)) is not None:
+        reason = "does not hold the prompt, which seems to be the field"
+        return fields.fault("chosen", f"{reason} {question!r}; set columns: {{prompt: {question}}}")
+    return fields.fault("chosen", "has no prompt in common with the rejected answer; must begin with it")
 
 
 def _conversation(fields: Fields, messages: list[Message], prompt_length: int) -> Conversation:

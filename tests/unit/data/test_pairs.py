@@ -71,6 +71,16 @@ def test_every_form_of_a_pair(tmp_path, form):
     assert TokenDataset.load(next((tmp_path / "cache").glob("*.safetensors"))).kind == "pairs"
 
 
+@pytest.mark.parametrize("form", ["texts with their prompt", "messages with their prompt"])
+def test_a_question_that_the_answers_begin_with_may_stand_beside_them(tmp_path, form):
+    dataset = prepared(tmp_path, [{**FORMS[form], "question": "the cat", "input": ""}])
+    assert [text.split("<")[0].strip() for text in answers(dataset, 0)] == ["sat on a mat", "ran"]
+    row = {"question": "seven", "chosen": "the cat sat", "rejected": "the cat ran"}
+    named = prepared(tmp_path, [row], dataset={"columns": {"prompt": "question"}})
+    assert tiny_tokenizer().decode(named.tokens).count("seven") == 2
+    assert [text.removesuffix("<|im_end|>") for text in answers(named, 0)] == ["the cat sat", "the cat ran"]
+
+
 @pytest.mark.parametrize("form", ["messages", "messages with their prompt", "a text that the messages hold"])
 def test_a_system_field_stands_before_both_answers(tmp_path, form):
     dataset = prepared(tmp_path, [{**FORMS[form], "system": "be kind"}])
@@ -118,6 +128,22 @@ def test_rated_answers_are_put_behind_each_others_prompts(tmp_path):
         ({"prompt": "a", "chosen": "b"}, "dpo", "'rejected' is missing"),
         ({"prompt": "a", "chosen": "b", "rejected": "b"}, "dpo", "is the same as the chosen answer"),
         ({"chosen": "one", "rejected": "two"}, "orpo", "no prompt in common"),
+        *(
+            (
+                {"chosen": "the cat sat", "rejected": "the cat ran", field: question},
+                "dpo",
+                f"does not hold the prompt, which seems to be the field '{field}'; set columns: {{prompt: {field}}}",
+            )
+            for field, question in [
+                ("instruction", "what?"),
+                ("question", "what?"),
+                ("query", "what?"),
+                ("input", "what?"),
+                ("conversations", [{"from": "human", "value": "what?"}]),
+            ]
+        ),
+        ({"chosen": "one", "rejected": "two", "question": "a"}, "dpo", "columns: {prompt: question}"),
+        ({"chosen": answer("x"), "rejected": answer("y"), "question": "a"}, "dpo", "columns: {prompt: question}"),
         ({"chosen": USER + answer("x"), "rejected": "y"}, "dpo", "must be a text or a list of messages"),
         ({"prompt": "a", "chosen": USER + answer("x"), "rejected": answer("y")}, "dpo", "another question"),
         ({"prompt": "a", "chosen": str(answer("x")), "rejected": "y"}, "dpo", "Python's own quotes are not JSON"),
