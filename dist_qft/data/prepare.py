@@ -18,6 +18,7 @@ from dist_qft.data.dataset import FORMAT_VERSION, TokenDataset
 from dist_qft.data.encode import Encoded, dropped_line, encode_records
 from dist_qft.data.long_texts import most_characters
 from dist_qft.data.mixture import shares
+from dist_qft.data.samples import Conversation, PromptCompletion
 from dist_qft.data.sources import Source, open_data_source
 from dist_qft.data.tokens import SampleEncoder, TokenSequence
 from dist_qft.errors import CorruptFileError, SetupError, UserError
@@ -154,9 +155,12 @@ def _build(data: DataConfig, encoder: SampleEncoder, sources: dict[str, Source])
         notes.append(_told_mixture(train, list(encoded)))
     else:
         train = rows([sequence for sequences in kept for sequence in sequences], counts)
-    train = replace(train, notes=tuple(notes))
+    parts: dict[str, Encoded] = {}
     if data.eval is not None:
         parts = {key: encode_records(data, each, sources[key], encoder, key) for key, each in data.eval_sets().items()}
+    notes += _told_template(data, encoder)
+    train = replace(train, notes=tuple(notes))
+    if parts:
         told = tuple(line for key, part in parts.items() for line in _told(key, part))
         sequences = [sequence for part in parts.values() for sequence in part.sequences]
         return Prepared(train, replace(rows(sequences, _sum_of(parts)), notes=told))
@@ -174,6 +178,22 @@ def _sum_of(parts: Mapping[str, Encoded]) -> dict[str, int]:
 def _told(key: str, encoded: Encoded) -> list[str]:
     line = dropped_line(key, encoded.counts)
     return [*([line] if line else []), *encoded.notes]
+
+
+def _told_template(data: DataConfig, encoder: SampleEncoder) -> list[str]:
+    """A line on prompts that get no template here and one in answers; UserError for a template that nothing gets."""
+    if data.template == "alpaca" and Conversation not in encoder.encoded:
+        raise UserError(
+            "data.template: got alpaca, which writes conversations and alpaca rows, but the data have none; must be "
+            "unset or none, or name such columns in data.train.columns (instruction, input, output)"
+        )
+    has_template = data.template == "chat" and encoder.tokenizer.chat_template
+    if not has_template or PromptCompletion not in encoder.encoded:
+        return []
+    return [
+        "data: prompts that are texts are trained as they are, without the model's chat template, which generate and "
+        "chat write around theirs"
+    ]
 
 
 def _told_mixture(train: TokenDataset, keys: list[str]) -> str:

@@ -104,6 +104,7 @@ class SampleEncoder:
         self.train_on = train_on
         self.on_missing = on_missing
         self.remarks = Remarks()
+        self.encoded: set[type] = set()  # kinds of samples, so far
         self._today = today or datetime.date.today()
         self._template = template
         self._max_length = max_length
@@ -118,6 +119,7 @@ class SampleEncoder:
             UserError: if they cannot take any such sample.
         """
         cut = False
+        self.encoded.add(type(sample))
         match sample:
             case Conversation():
                 input_ids, targets, cut = self._encode_conversation(sample, where)

