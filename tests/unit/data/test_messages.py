@@ -3,7 +3,7 @@
 import pytest
 
 from dist_qft.data.formats import to_sample
-from dist_qft.data.samples import Conversation, PromptCompletion, Tokenized
+from dist_qft.data.samples import Conversation, PromptCompletion
 from dist_qft.errors import UserError
 
 WHERE = "data.jsonl:7"
@@ -211,34 +211,6 @@ ACCEPTED = {
         )
         for text in ('[{"name": "f"}]', "[{'name': 'f'}]", '[{"a": "user"', "[]", '[{"role": "user"}, 1]')
     },
-    "padded on both sides": (
-        "tokenized",
-        {"input_ids": [0, 5, 6, 7, 0], "attention_mask": [0, 1, 1, 1, 0], "labels": [-100, -100, 6, 7, -100]},
-        Tokenized([5, 6, 7], [False, True, True]),
-    ),
-    **{
-        f"tokens with {mask}": (
-            "tokenized",
-            {"input_ids": [5, 6, 7], mask: [0, 1, True], "position_ids": [0, 1, 2], "seq_lengths": [3]},
-            Tokenized([5, 6, 7], [False, True, True]),
-        )
-        for mask in ("completion_mask", "assistant_masks", "assistant_mask", "loss_mask")
-    },
-    "masks and labels together, padded": (
-        "tokenized",
-        {
-            "input_ids": [0, 5, 6, 7, 8],
-            "attention_mask": [0, 1, 1, 1, 1],
-            "labels": [-100, 5, 6, 7, -100],
-            "completion_mask": [0, 0, 1, 1, 1],
-            "assistant_masks": [0, 1, 1, 0, 1],
-            "position_ids": [1, 0, 1, 2, 3],
-            "token_type_ids": [0] * 5,
-            "special_tokens_mask": [1, 0, 0, 0, 0],
-            "length": 5,
-        },
-        Tokenized([5, 6, 7, 8], [False, True, False, False]),
-    ),
 }
 
 
@@ -272,41 +244,6 @@ REFUSED = {
         "messages",
         {"messages": [user("a"), {"role": "assistant", "content": {"t": 2}}]},
         "field 'messages' entry 1 'content' must be a string, not dict",
-    ),
-    "a mask of another length": (
-        "tokenized",
-        {"input_ids": [1, 2], "completion_mask": [1]},
-        "field 'completion_mask' has 1 entries, input_ids 2",
-    ),
-    "a mask of weights": (
-        "tokenized",
-        {"input_ids": [1, 2], "loss_mask": [1, 0.5]},
-        "field 'loss_mask' entry 1 is 0.5, must be 0 or 1",
-    ),
-    "a mask that is no list": (
-        "tokenized",
-        {"input_ids": [1], "loss_mask": "1"},
-        "field 'loss_mask' is str, input_ids 1",
-    ),
-    "samples packed by others": (
-        "tokenized",
-        {"input_ids": [1, 2, 3], "position_ids": [0, 1, 0]},
-        "field 'position_ids' tells of several samples in one row",
-    ),
-    "lengths of samples packed by others": (
-        "tokenized",
-        {"input_ids": [1, 2, 3], "seq_lengths": [2, 1]},
-        "field 'seq_lengths' tells of several samples in one row",
-    ),
-    "tokens of several kinds": (
-        "tokenized",
-        {"input_ids": [1, 2], "token_type_ids": [0, 1]},
-        "field 'token_type_ids' is not supported; must be zeros or absent",
-    ),
-    "a mask of the prompt": (
-        "tokenized",
-        {"input_ids": [1, 2], "prompt_mask": [1, 0]},
-        "field 'prompt_mask' is not supported; must be a completion_mask",
     ),
     "a weight between": (
         "messages",
