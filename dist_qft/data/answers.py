@@ -17,7 +17,8 @@ def encode_answers(
 ) -> list[TokenSequence]:
     """The rows of one sample within the limits, each answer for itself; none if an answer is dropped.
 
-    A pair is one row, unless the task rates single answers: then it is one that is wanted and one that is not.
+    A pair is one row, unless the task rates single answers: then it is one that is wanted and one that is not. A pair
+    whose answers are the same tokens, as they may be once they are cut, is dropped.
 
     Raises:
         RowError: the tokenizer, its template or the limits cannot take it.
@@ -34,8 +35,12 @@ def encode_answers(
             return _rated(within_limits(answer), desirable)
         case Preference(chosen, rejected):
             first, second = within_limits(chosen), within_limits(rejected)
+            if first is not None and second is not None and np.array_equal(first.input_ids, second.input_ids):
+                counts["dropped_same_answers"] += 1
+                return []
             if encoder.task.rows != "pairs" and encoder.task.rows != "pairs-with-prompts":
-                return _rated(first, True) + _rated(second, False)
+                other = second if first is None or second is None else replace(second, follows=True)
+                return _rated(first, True) + _rated(other, False)
             return [] if first is None or second is None else [_joined(first, second)]
         case _:
             kept = within_limits(sample)

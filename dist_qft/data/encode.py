@@ -121,6 +121,7 @@ def dropped_line(key: str, counts: Mapping[str, int]) -> str | None:
         "dropped_overlong": "dropped, longer than data.max_length",
         "dropped_no_targets": "dropped, without a token to train on",
         "dropped_targets_cut_off": "dropped, without a token to train on in the first data.max_length tokens",
+        "dropped_same_answers": "dropped, whose two answers are the same tokens",
         "skipped": "skipped, cannot be used",
         "truncated": "cut to data.max_length",
         "shortened": "cut to data.max_source_length or data.max_target_length",

@@ -211,15 +211,19 @@ def _told_mixture(train: TokenDataset, keys: list[str]) -> str:
 def _hold_out(
     kept: list[list[TokenSequence]], wanted: int, keys: list[str]
 ) -> tuple[list[list[TokenSequence]], list[TokenSequence]]:
-    """The samples of each data set that are trained on, and those of all that are held out."""
-    chosen = held_out_indices(sum(map(len, kept)), wanted)
-    trained, held_out, first = [], [], 0
+    """The samples of each data set that are trained on, and those of all that are held out: `wanted` records whole."""
+    records = sum(not sequence.follows for sequences in kept for sequence in sequences)
+    chosen = held_out_indices(records, wanted)
+    trained: list[list[TokenSequence]] = []
+    held_out: list[TokenSequence] = []
+    number = -1
     for key, sequences in zip(keys, kept, strict=True):
-        numbered = list(enumerate(sequences, start=first))
-        held_out += [sequence for index, sequence in numbered if index in chosen]
-        trained.append([sequence for index, sequence in numbered if index not in chosen])
-        first += len(sequences)
-        if not trained[-1]:
+        rest: list[TokenSequence] = []
+        for sequence in sequences:
+            number += not sequence.follows
+            (held_out if number in chosen else rest).append(sequence)
+        trained.append(rest)
+        if not rest:
             raise UserError(f"data.eval_samples: got {wanted}, which leaves no sample of {key} to train on")
     return trained, held_out
 

@@ -49,6 +49,7 @@ class TokenSequence:
     label: the target of a labelled sample, predicted instead of tokens: a label's position, or a number. Of a rated
     answer 1 or 0. second: of a pair, the token at which the other answer begins, with its prompt. cut: these are the
     first tokens of a very long sample, more than `data.max_length`; if none of them is a target the last counts as one.
+    follows: of the same record as the sequence before, and never apart from it.
     """
 
     input_ids: np.ndarray
@@ -56,6 +57,7 @@ class TokenSequence:
     label: float | None = None
     second: int | None = None
     cut: bool = False
+    follows: bool = False
 
 
 @dataclass

@@ -164,6 +164,28 @@ def test_rows_that_cannot_be_compared_are_refused_at_their_line(tmp_path, row, t
     assert str(refusal.value).startswith(f"{tmp_path / 'pairs.jsonl'}:1: ") and reason in str(refusal.value)
 
 
+def test_a_pair_is_held_out_whole(tmp_path):
+    rows = [{"prompt": f"the cat {i}", "chosen": " sat", "rejected": " ran"} for i in range(6)]
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config = DataConfig(train=DatasetConfig(path=str(tmp_path / "pairs.jsonl")), eval_samples=2)
+    data = prepare(config, tiny_tokenizer(), 320, tmp_path / "cache", TaskConfig(name="kto"))
+    prompts = [
+        [tiny_tokenizer().decode(part.row(i).tokens)[len("the cat ")] for i in range(len(part))]
+        for part in (data.train, data.eval)
+    ]
+    assert len(prompts[0]) == 8 and len(prompts[1]) == 4 and data.train.counts["held_out"] == 4
+    assert not set(prompts[0]) & set(prompts[1]) and data.eval.labels.tolist() == [1, 0] * 2
+
+
+@pytest.mark.parametrize("task", ["dpo", "orpo", "kto"])
+def test_answers_that_are_the_same_once_cut_are_dropped(tmp_path, task):
+    long = {"prompt": "the cat", "chosen": " sat on a mat" * 9 + " yes", "rejected": " sat on a mat" * 9 + " no"}
+    dataset = prepared(tmp_path, [FORMS["texts"], long], task, max_length=16)
+    assert len(dataset) == (2 if task == "kto" else 1) and dataset.counts["dropped_same_answers"] == 1
+    assert any("1 dropped, whose two answers are the same tokens" in note for note in dataset.notes)
+    assert len(prepared(tmp_path, [FORMS["texts"], long], task)) == (4 if task == "kto" else 2)
+
+
 def test_an_answer_too_long_takes_its_pair_along(tmp_path):
     long = {**FORMS["texts"], "rejected": " ran over green hills" * 20}
     dataset = prepared(tmp_path, [FORMS["texts"], long], overlong="drop", max_length=16)
