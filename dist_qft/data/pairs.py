@@ -4,16 +4,14 @@ Prompt and answers are texts, or lists of messages (or JSON text of such, as tab
 prompt of its own: then the answers begin with it, and it is what both have in common.
 """
 
-from typing import Any
-
 from dist_qft.data.fields import Fields
+from dist_qft.data.labels import verdict
 from dist_qft.data.messages import read_messages, read_tools, with_system
 from dist_qft.data.records import RowError
 from dist_qft.data.samples import Conversation, Message, Preference, PromptCompletion, Rated
 
 # What data sets call a pair's question, the likeliest first.
 _QUESTIONS = ("instruction", "question", "query", "user", "problem", "input", "conversations", "conversation")
-_VERDICTS = {"true": True, "false": False, "1": True, "0": False}  # as CSV files and numbers write them
 
 
 def read_prompt(fields: Fields, answer: str = "completion") -> PromptCompletion | Conversation:
@@ -76,11 +74,10 @@ def read_rated(fields: Fields) -> Rated:
     Raises:
         RowError: the verdict is something else.
     """
-    label: Any = fields.require("label")
-    verdict = _VERDICTS.get(str(label).lower())
-    if verdict is None:
+    desirable = verdict(fields.require("label"))
+    if desirable is None:
         raise fields.fault("label", "must be true or false")
-    return Rated(read_prompt(fields), verdict)
+    return Rated(read_prompt(fields), desirable)
 
 
 def _messages(fields: Fields, field: str, role: str) -> list[Message]:
