@@ -21,14 +21,14 @@ from typing import NamedTuple
 from dist_qft.config.data_schema import OF_TASKS, TASK_FORMATS, DatasetConfig
 from dist_qft.data import tokenized
 from dist_qft.data.fields import Fields, field_names
-from dist_qft.data.messages import read_messages, read_tools, with_system
+from dist_qft.data.messages import MEDIA, read_messages, read_tools, with_system
 from dist_qft.data.pairs import read_pair, read_prompt, read_rated
 from dist_qft.data.records import Record
 from dist_qft.data.samples import AnySample, Conversation, Labelled, Message, Text
 from dist_qft.errors import UserError
 
 # Fields that change what other programs train. To leave them out would train something else without a word.
-_UNSUPPORTED = ("images", "image", "videos", "video", "audios", "audio", "chat_template_kwargs")
+_UNSUPPORTED = (*MEDIA, "chat_template_kwargs")
 
 
 # What data sets call the fields of a question with its answer, of a conversation and of a text.

@@ -31,6 +31,9 @@ ROLES = {
 }
 # The keys with which programs say whether an answer is learnt (OpenAI; axolotl; ms-swift).
 _WEIGHTS = (WEIGHT, "train", "training", "loss")
+# Media and marks within a message: to leave them out would train something else without a word.
+MEDIA = ("images", "image", "videos", "video", "audios", "audio")
+_UNSUPPORTED = (*MEDIA, "train_detail")
 _TEXT_PARTS = ("text", "input_text", "output_text")
 
 
@@ -44,16 +47,14 @@ def read_messages(fields: Fields, field: str) -> list[Message]:
     previous = None
     for i, entry in enumerate(fields.objects(field)):
         role = _role(fields, field, entry, i)
-        if role == CALL_TURN:
-            calls = _calls(fields, field, _first(entry, "value", "content"), i)
-            if previous == CALL_TURN:  # parallel calls, one entry each
-                messages[-1]["tool_calls"] += calls
-            else:
-                messages.append(
-                    {"role": "assistant", "content": "", "tool_calls": calls, **_weight(fields, field, entry, i)}
-                )
-        else:
+        if unsupported := next((key for key in _UNSUPPORTED if entry.get(key)), None):
+            raise fields.fault(field, f"entry {i} {unsupported!r} is not supported; must be empty or absent")
+        if role != CALL_TURN:
             messages.append(_message(fields, field, entry, role, i))
+        elif previous == CALL_TURN:  # parallel calls, one entry each
+            _add_calls(fields, field, messages[-1], _call_turn(fields, field, entry, i), i)
+        else:
+            messages.append(_call_turn(fields, field, entry, i))
         previous = role
     return messages
 
@@ -79,17 +80,42 @@ def _message(fields: Fields, field: str, entry: dict[str, Any], role: str, index
     own = ("role", "from", "content", "value", "tool_calls", CALL_TURN, *_WEIGHTS, *REASONING_KEYS)
     message = {"role": role} | {key: value for key, value in entry.items() if key not in own and value is not None}
     text, thoughts = _content(fields, field, entry, role, index)
-    reasoning = next((entry[key] for key in REASONING_KEYS if entry.get(key) is not None), None)
-    if reasoning is not None:
-        thoughts = fields.check_text(reasoning, field, f"entry {index} reasoning ")
+    reasoning = _reasoning(fields, field, entry, index)
+    thoughts = thoughts if reasoning is None else reasoning
     if thoughts:
         message[REASONING] = thoughts
+        text = "" if text is None and role == "assistant" else text
     calls = entry.get("tool_calls") or entry.get(CALL_TURN)
     if calls:
         message["tool_calls"] = _calls(fields, field, calls, index)
         text = text or ""
     message["content"] = fields.check_text(text, field, f"entry {index} 'content' ")
     return message | _weight(fields, field, entry, index, role)
+
+
+def _call_turn(fields: Fields, field: str, entry: dict[str, Any], index: int) -> Message:
+    """The message of an entry that is a call."""
+    message: Message = {"role": "assistant", "content": ""}
+    if (reasoning := _reasoning(fields, field, entry, index)) is not None:
+        message[REASONING] = reasoning
+    message["tool_calls"] = _calls(fields, field, _first(entry, "value", "content"), index)
+    return message | _weight(fields, field, entry, index)
+
+
+def _add_calls(fields: Fields, field: str, message: Message, parallel: Message, index: int) -> None:
+    """Add a further entry's calls to the message of those that are made at the same time."""
+    if message.get(WEIGHT) != parallel.get(WEIGHT):
+        raise fields.fault(field, f"entry {index} has another weight than the parallel call before it")
+    if parallel.get(REASONING, message.get(REASONING)) != message.get(REASONING):
+        raise fields.fault(
+            field, f"entry {index} has reasoning of its own beside a parallel call; must be on the first"
+        )
+    message["tool_calls"] += parallel["tool_calls"]
+
+
+def _reasoning(fields: Fields, field: str, entry: dict[str, Any], index: int) -> str | None:
+    reasoning = _first(entry, *REASONING_KEYS)
+    return None if reasoning is None else fields.check_text(reasoning, field, f"entry {index} reasoning ")
 
 
 def _content(fields: Fields, field: str, entry: dict[str, Any], role: str, index: int) -> tuple[Any, str]:
@@ -103,6 +129,8 @@ def _content(fields: Fields, field: str, entry: dict[str, Any], role: str, index
     for part in content:
         kind = part.get("type") if isinstance(part, dict) else "text"
         text = part.get("text" if kind in _TEXT_PARTS else "thinking") if isinstance(part, dict) else part
+        if role == "assistant" and isinstance(part, dict) and any(part.get(key, 1) in (0, False) for key in _WEIGHTS):
+            raise fields.fault(field, f"entry {index} has a part that is not trained; must be a message of its own")
         if kind in _TEXT_PARTS and isinstance(text, str):
             texts.append(text)
         elif kind == "thinking" and isinstance(text, str):

@@ -17,7 +17,8 @@ _QUESTIONS = ("instruction", "question", "query", "user", "problem", "input", "c
 def read_prompt(fields: Fields, answer: str = "completion") -> PromptCompletion | Conversation:
     """A prompt and the answer in the field `answer`: two texts, or two lists of messages.
 
-    A text beside a list is a message of its own. An answer may begin with its prompt once more.
+    A text beside a list is a message of its own. An answer may begin with its prompt once more, or
+    with the end of it.
 
     Raises:
         RowError: the answer begins with another prompt than the field `prompt`, which is a text.
@@ -30,6 +31,8 @@ def read_prompt(fields: Fields, answer: str = "completion") -> PromptCompletion 
     start = next((i for i, message in enumerate(answered) if message["role"] == "assistant"), len(answered))
     if answered[: len(asked)] == asked:
         return _conversation(fields, answered, len(asked))
+    if repeated := _same_turns(asked, answered):
+        return _conversation(fields, [*asked, *answered[repeated:]], len(asked))
     if start and is_text:
         # As in UltraFeedback: the text is the question, which the messages hold as well.
         said = [message["content"].strip() for message in answered if message["role"] == "user"]
@@ -84,6 +87,14 @@ def _messages(fields: Fields, field: str, role: str) -> list[Message]:
     if fields.holds_messages(field):
         return read_messages(fields, field)
     return [{"role": role, "content": fields.text(field)}]
+
+
+def _same_turns(asked: list[Message], answered: list[Message]) -> int:
+    """The number of messages at the start of an answer, the question first, with which the prompt ends."""
+    if answered[0]["role"] == "assistant":
+        return 0
+    lengths = range(min(len(asked), len(answered) - 1), 0, -1)
+    return next((length for length in lengths if asked[-length:] == answered[:length]), 0)
 
 
 def _question(fields: Fields, prompt: str = "") -> str | None:

@@ -181,7 +181,7 @@ class SampleEncoder:
         if self.loss_on == "all":
             wanted = answers - trained
         else:
-            trained = wanted = self._trained_turns(sample, trained)
+            trained = wanted = self._trained_turns(sample, trained, answers)
             if 0 in trained:
                 raise RowError(f"{where}: message 0 is the assistant's; must be a system or user message")
         checked = {i for i in range(len(sample.messages)) if i in trained or i not in answers}
@@ -200,12 +200,13 @@ class SampleEncoder:
         inside = _in_spans(offsets, _all_spans(located))
         return input_ids, ~inside if self.loss_on == "all" else inside, cut
 
-    def _trained_turns(self, sample: Conversation, trained: set[int]) -> set[int]:
+    def _trained_turns(self, sample: Conversation, trained: set[int], answers: set[int]) -> set[int]:
         """The messages whose tokens are predicted: not those of a prompt, and of the last turn only if so asked."""
         trained = {i for i in trained if i >= sample.prompt_length}
         if self.train_on == "all-turns" or not trained:
             return trained
-        asked = [i for i, message in enumerate(sample.messages[: max(trained)]) if message["role"] == "user"]
+        # The last turn is the last one that was answered, though it be context only.
+        asked = [i for i, message in enumerate(sample.messages[: max(answers)]) if message["role"] == "user"]
         return {i for i in trained if not asked or i > asked[-1]}
 
     def _finder(self, sample: Conversation) -> SpanFinder:

@@ -212,6 +212,15 @@ def test_last_turn(encoder):
     assert trained(encoder(kinds.LAST_TURN_DIFFERS, train_on="last-turn"), earlier).endswith("Fine.<|im_end|>")
 
 
+def test_a_last_turn_that_is_context_is_not_replaced_by_an_earlier_one(encoder):
+    last = encoder(kinds.TOOLS_AS_JSON, train_on="last-turn")
+    assert trained(last, [*TURNS[:3], assistant("Fine.", weight=0)]) == ""
+    calls = [user("Weather?"), assistant("", tool_calls=[call(city="Rome")], weight=0), assistant("Sun.")]
+    assert trained(last, [*TURNS, *calls]) == "Sun.<|im_end|>"
+    reversed_weights = [calls[0], assistant("I look."), assistant("Sun.", weight=0)]
+    assert trained(last, [*TURNS, *reversed_weights]) == "I look.<|im_end|>"
+
+
 @pytest.mark.parametrize(
     "template",
     [
