@@ -45,6 +45,7 @@ from dist_qft.storage.checkpoint import (
 )
 from dist_qft.storage.lock import RUN_LOCK, FolderLock
 from dist_qft.trackers.kinds import require_installed
+from dist_qft.training.best_evaluation import continue_evaluations, why_stopped
 from dist_qft.training.memory_plan import MemoryPlan, automatic_group
 from dist_qft.training.optimizer import check_warmup, checkpoint_bytes, require_lr_groups
 from dist_qft.training.resume import changed_settings, check_trajectory, choose_checkpoint, resume_after_restart
@@ -157,6 +158,8 @@ def _place_of_results(config: RunConfig, world: World) -> Path:
 def _checked(inputs: RunInputs) -> RunInputs:
     """The inputs, if this run may end where its config says and continue from its checkpoint. UserError otherwise."""
     config, checkpoint = inputs.config, inputs.checkpoint
+    if checkpoint is not None:
+        inputs.notes.extend(continue_evaluations(checkpoint.state, config, inputs.held_out_digest))
     if inputs.recipe is not None and not inputs.finished:
         require_free(inputs.recipe.request)
     total_steps, _ = inputs.length()
@@ -242,5 +245,9 @@ def _lock_folder(inputs: RunInputs) -> FolderLock:
 
 def _tell_finished(inputs: RunInputs) -> None:
     if inputs.world.rank == 0 and inputs.checkpoint is not None:
-        done = f"{inputs.checkpoint.path} is the last step of this run: nothing to do"
+        path, state = inputs.checkpoint.path, inputs.checkpoint.state
+        done = f"{path} is the last step of this run: nothing to do"
+        if state.step < inputs.length()[0]:
+            patience = inputs.config.evaluation.early_stopping_patience
+            done = f"{path}: {why_stopped(state)}; evaluation.early_stopping_patience is {patience}: nothing to do"
         print(*inputs.notes, done, sep="\n", file=sys.stderr)

@@ -1,6 +1,7 @@
 """The parts of every section of the config tree: the strict base class and the ranges that several keys share."""
 
-from typing import Annotated
+from collections.abc import Mapping
+from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -42,3 +43,8 @@ def changed(section: Section, setting: str) -> bool:
     Being given in the file says nothing: a config that was saved whole names every setting.
     """
     return bool(getattr(section, setting) != type(section).model_fields[setting].default)
+
+
+def with_defaults(section: Section, stored: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of this section that another run stored, by key; today's defaults for keys that it did not know."""
+    return {key: stored.get(key, field.default) for key, field in type(section).model_fields.items()}

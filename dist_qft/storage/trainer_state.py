@@ -28,6 +28,25 @@ class BaseEvaluation:
     metrics: dict[str, Finite] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class Comparison:
+    """The terms on which evaluations are compared with the best one, and how many in a row were no better.
+
+    Attributes:
+        metric: `evaluation.metric` of the best figure.
+        data_digest: of the held-out data that it was measured on; empty if unknown, which counts as the same.
+        task: settings of the task, by key.
+        threshold: `evaluation.early_stopping_threshold` that the waiting was counted with.
+        waited: evaluations since the best one.
+    """
+
+    metric: str
+    data_digest: str
+    task: dict[str, Any]
+    threshold: Finite
+    waited: NonNegative
+
+
 @dataclass
 class TrainerState:
     """The state of a run. It has no RNG state: every random draw is a function of (seed, step, position).
@@ -46,6 +65,7 @@ class TrainerState:
         evaluated_step: the last step after which held-out loss was measured; a signal may have cut one short.
         best_step, best_loss: with `checkpoint.keep_best` or early stopping, the best evaluation so far and its figure,
             held-out loss or `evaluation.metric`; else 0 and None.
+        comparison: what that figure is of; None as long as nothing was compared.
         stopped_early: the last evaluations were no better, so the run has ended before its last step.
         config: the resolved config.
     """
@@ -65,6 +85,7 @@ class TrainerState:
     evaluated_step: NonNegative = 0
     best_step: NonNegative = 0
     best_loss: Finite | None = None
+    comparison: Comparison | None = None
     stopped_early: bool = False
     config: dict[str, Any] = field(default_factory=dict)
 
@@ -82,7 +103,34 @@ class TrainerState:
         values = TypeAdapter(dict[str, Any]).validate_json(content)
         if values.get("version", 1) == 1:
             values = _from_first_version(values)
-        return TypeAdapter(cls).validate_python(values)
+        state = TypeAdapter(cls).validate_python(values)
+        if state.comparison is None and state.best_loss is not None:
+            state.comparison = _comparison_before(state)
+        return state
+
+
+@dataclass(frozen=True)
+class _EvaluationSettings:
+    """The settings of evaluations that decide what a best figure is of."""
+
+    eval_steps: Annotated[int, Field(gt=0)] | None = None
+    metric: str = "loss"
+    early_stopping_threshold: Finite = 0.0
+
+
+def _comparison_before(state: TrainerState) -> Comparison:
+    """The comparison in a checkpoint of a version that did not store it: on the terms of the config beside it."""
+    kind = dict[str, Any]
+    sections = {name: TypeAdapter(kind).validate_python(state.config.get(name, {})) for name in ("evaluation", "task")}
+    settings = TypeAdapter(_EvaluationSettings).validate_python(sections["evaluation"])
+    since = max(0, state.evaluated_step - state.best_step)
+    return Comparison(
+        metric=settings.metric,
+        data_digest=state.base_eval.data_digest if state.base_eval else "",
+        task=sections["task"],
+        threshold=settings.early_stopping_threshold,
+        waited=since // settings.eval_steps if settings.eval_steps else 0,
+    )
 
 
 def chain_step(chain: str, step: int, loss: float, learning_rate: float, grad_norm: float) -> str:

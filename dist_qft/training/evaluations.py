@@ -1,6 +1,5 @@
 """Looks at the model during a run: held-out loss and answers to prompts, of the base and of the tuned model."""
 
-from dist_qft.config.schema import EvaluationConfig
 from dist_qft.data.batches import eval_batches
 from dist_qft.ranks.preemption import StopSignal
 from dist_qft.storage.trainer_state import BaseEvaluation
@@ -99,16 +98,3 @@ class Evaluations:
     @property
     def _data_digest(self) -> str | None:
         return self._data.digest if self._data else None
-
-
-def figure(held_out: HeldOut, metric: str) -> float:
-    """The value of `evaluation.metric`."""
-    return held_out.loss if metric == "loss" else held_out.metrics[metric]
-
-
-def is_better(held_out: HeldOut, best: float | None, settings: EvaluationConfig) -> bool:
-    """True if an evaluation beats the best figure so far by more than the threshold. Of loss less is better."""
-    if best is None:
-        return True
-    gained = figure(held_out, settings.metric) - best
-    return (-gained if settings.metric == "loss" else gained) > settings.early_stopping_threshold

@@ -5,10 +5,12 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from dist_qft.config.schema import RunConfig
+from dist_qft.config.section import Section, with_defaults
 from dist_qft.errors import CorruptFileError, UserError
 from dist_qft.storage.checkpoint import Checkpoint, fault_in, list_checkpoints, newest_valid, read_checkpoint
 
 _FIXED = ("seed", "global_batch_size", "optim")  # train settings without which it is not the same run
+_CHANGEABLE = ("train", "task", "checkpoint", "evaluation")
 _CHOICES = "continue with --resume auto, or choose another folder"
 
 
@@ -90,15 +92,15 @@ def check_trajectory(checkpoint: Checkpoint, config: RunConfig, data_digest: str
 
 
 def changed_settings(checkpoint: Checkpoint, config: RunConfig) -> list[str]:
-    """One line for each setting of training and task that may change on resume and did."""
+    """One line for each setting of these sections that may change on resume and did."""
     notes = []
-    for name, section in (("train", config.train), ("task", config.task)):
-        saved = _saved_settings(checkpoint, name)
+    for name in _CHANGEABLE:
+        section: Section = getattr(config, name)
+        now = section.model_dump(mode="json")  # as checkpoints have it
         notes += [
-            f"{name}.{key} was {saved.get(key, field.default)} until step {checkpoint.state.step}, it is now "
-            f"{getattr(section, key)}"
-            for key, field in type(section).model_fields.items()
-            if saved.get(key, field.default) != getattr(section, key)
+            f"{name}.{key} was {was} until step {checkpoint.state.step}, it is now {now[key]}"
+            for key, was in with_defaults(section, _saved_settings(checkpoint, name)).items()
+            if was != now[key]
         ]
     return notes
 

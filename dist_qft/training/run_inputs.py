@@ -24,6 +24,7 @@ from dist_qft.sharding.engine import Engine
 from dist_qft.storage.checkpoint import ADAPTER_MODEL, Checkpoint
 from dist_qft.storage.manifest import sha256_of
 from dist_qft.storage.trainer_state import BaseEvaluation
+from dist_qft.training.best_evaluation import has_waited_enough
 from dist_qft.training.summary import summarized_steps
 from dist_qft.tuned_model.warm_start import StartingValues
 
@@ -96,7 +97,7 @@ class RunInputs:
             "config": self.config.model_dump_json(),
             "compute dtype": str(self.skeleton.dtype),
             "training data": self.data.train.digest,
-            "held-out data": self.data.eval.digest if self.data.eval else "",
+            "held-out data": self.held_out_digest,
             "checkpoint": f"{state.step} {state.data_chain} {self.finished}" if state else "",
             "package versions": " ".join(f"{name} {version(name)}" for name in ("dist-qft", "torch", "transformers")),
             "Python version": platform.python_version(),
@@ -126,9 +127,13 @@ class RunInputs:
 
     @property
     def stopped_early(self) -> bool:
-        """True if the checkpoint's run ended early and the config still asks for that."""
-        asked = self.config.evaluation.early_stopping_patience is not None
-        return asked and self.checkpoint is not None and self.checkpoint.state.stopped_early
+        """True if the checkpoint's run has waited for a better evaluation as long as the config asks for now."""
+        return self.checkpoint is not None and has_waited_enough(self.checkpoint.state, self.config.evaluation)
+
+    @property
+    def held_out_digest(self) -> str:
+        """Digest of the held-out data; empty without any."""
+        return self.data.eval.digest if self.data.eval else ""
 
     def length(self) -> tuple[int, int]:
         """Optimizer steps and data rows of the run.

@@ -14,8 +14,9 @@ from dist_qft.ranks.preemption import StopSignal
 from dist_qft.storage.lock import FolderLock
 from dist_qft.storage.trainer_state import chain_step
 from dist_qft.training.activations import choose_activations
+from dist_qft.training.best_evaluation import compare, compares, why_stopped
 from dist_qft.training.checkpointing import Checkpointing, first_state
-from dist_qft.training.evaluations import Evaluations, figure, is_better
+from dist_qft.training.evaluations import Evaluations
 from dist_qft.training.monitor import Monitor
 from dist_qft.training.opening import opening_lines
 from dist_qft.training.optimizer_state import OptimizerState
@@ -25,7 +26,6 @@ from dist_qft.training.step_meter import StepMeter, held_bytes, peak_bytes, step
 from dist_qft.training.summary import SummaryFigures
 from dist_qft.training.train_step import StepResult, make_train_step
 from dist_qft.tuned_model.assemble import Assembled, make_forward
-from dist_qft.tuned_model.held_out import HeldOut
 
 
 class TrainingRun:
@@ -122,6 +122,8 @@ class TrainingRun:
             if self._save_due(self.state.step) and not self._saved_as_best():
                 self.save()
         self._wait_for_save()
+        if self.state.stopped_early and self.state.step < self.total_steps:
+            self.monitor.say(why_stopped(self.state))
 
     def run_step(self) -> StepResult:
         """The next optimizer step, counted and logged."""
@@ -219,25 +221,10 @@ class TrainingRun:
             self._leave()
         self.evaluations.answer_prompts("eval", state.step)
         state.evaluated_step = state.step
-        if held_out is not None:
-            self._compare(held_out)
-
-    def _compare(self, held_out: HeldOut) -> None:
-        """Keep an evaluation that is the best so far; end the run early if the last ones were no better."""
-        state, settings = self.state, self.config.evaluation
-        patience = settings.early_stopping_patience
-        if not self.config.checkpoint.keep_best and patience is None:
-            return
-        if is_better(held_out, state.best_loss, settings):
-            state.best_loss, state.best_step = figure(held_out, settings.metric), state.step
-            if self.config.checkpoint.keep_best:
+        if held_out is not None and compares(self.config):
+            better = compare(state, held_out, self.config, self.inputs.held_out_digest)
+            if better and self.config.checkpoint.keep_best:
                 self.save()
-        elif patience is not None and settings.eval_steps is not None:
-            waited = (state.step - state.best_step) // settings.eval_steps
-            state.stopped_early = waited >= patience
-            if state.stopped_early:
-                best = f"{settings.metric} {state.best_loss:.4f} at step {state.best_step}"
-                self.monitor.say(f"stopped early: no evaluation of the last {waited} was better than {best}")
 
     def _saved_as_best(self) -> bool:
         return self.config.checkpoint.keep_best and self.state.best_step == self.state.step
