@@ -50,6 +50,7 @@ from dist_qft.training.memory_plan import MemoryPlan, automatic_group
 from dist_qft.training.optimizer import check_warmup, checkpoint_bytes, require_lr_groups
 from dist_qft.training.resume import changed_settings, check_trajectory, choose_checkpoint, resume_after_restart
 from dist_qft.training.run_inputs import LoadedBase, RunInputs
+from dist_qft.training.summary import remove_other_summary
 from dist_qft.training.training_run import TrainingRun
 from dist_qft.tuned_model.answer import require_room_for_answers
 from dist_qft.tuned_model.assemble import assemble, attach_trainables, start_fresh
@@ -224,7 +225,7 @@ def execute_run(inputs: RunInputs, stop: StopSignal, activity: Activity | None =
 
 
 def _lock_folder(inputs: RunInputs) -> FolderLock:
-    """Take the run's folder for this process, and remove half-written files of dead processes in it.
+    """Take the run's folder for this process, and remove another run's summary and what dead processes half wrote.
 
     Raises:
         UserError: another run works in it.
@@ -237,6 +238,8 @@ def _lock_folder(inputs: RunInputs) -> FolderLock:
         if tuple(path.name for path in list_checkpoints(output_dir)) != inputs.existing:
             raise SetupError(f"output_dir: another run has just written to '{output_dir}'; start this one again")
         clean_up(output_dir)
+        state = inputs.checkpoint.state if inputs.checkpoint else None
+        remove_other_summary(output_dir, state.run_id if state else None, state.step if state else 0)
     except DistQFTError:
         lock.release()
         raise

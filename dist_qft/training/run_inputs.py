@@ -107,9 +107,11 @@ class RunInputs:
     def finished(self) -> bool:
         """True if there is nothing left to do: the last step is saved, the summary written, the merge there."""
         steps, _ = self.length()
-        saved = self.checkpoint.state.step if self.checkpoint is not None else None
-        trained = saved == steps or self.stopped_early
-        return trained and saved == summarized_steps(self.output_dir) and self._merged
+        if self.checkpoint is None:
+            return False
+        state = self.checkpoint.state
+        trained = state.step == steps or self.stopped_early
+        return trained and state.step == summarized_steps(self.output_dir, state.run_id) and self._merged
 
     @property
     def _merged(self) -> bool:

@@ -1,12 +1,11 @@
 """`summary.json`: the run in figures, written when it has come to its end."""
 
-import json
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 
-from dist_qft.storage.atomic import write_json
-from dist_qft.storage.run_folder import SUMMARY_FILE
+from dist_qft.storage.atomic import refused_write, write_json
+from dist_qft.storage.run_folder import SUMMARY_FILE, read_json_object
 
 _PACKAGES = ("dist-qft", "torch", "transformers", "bitsandbytes")
 
@@ -16,6 +15,7 @@ class SummaryFigures:
     """The content of `summary.json`.
 
     Attributes:
+        run_id: names the run through all its starts, as its checkpoints have it.
         base_eval_loss, tuned_eval_loss: mean held-out loss in nats per target; None without held-out data.
         gather_bytes_per_step, reduce_bytes_per_step, tokens_per_second: of this process's own steps on this rank;
             None if it ran none.
@@ -24,6 +24,7 @@ class SummaryFigures:
         seconds: of this process, start-up excluded.
     """
 
+    run_id: str
     method: str
     engine: str
     world_size: int
@@ -61,9 +62,25 @@ class SummaryFigures:
         return path
 
 
-def summarized_steps(output_dir: Path) -> int | None:
-    """Number of steps in the folder's summary; None if there is no summary."""
-    try:
-        return json.loads((output_dir / SUMMARY_FILE).read_bytes())["steps"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
+def summarized_steps(output_dir: Path, run_id: str) -> int | None:
+    """Number of steps in the folder's summary; None if there is none of this run.
+
+    Summaries and checkpoints of earlier versions have no `run_id` and fit any.
+    """
+    said = read_json_object(output_dir / SUMMARY_FILE)
+    steps, of_run = said.get("steps"), said.get("run_id", run_id)
+    return steps if isinstance(steps, int) and (of_run == run_id or not run_id) else None
+
+
+def remove_other_summary(output_dir: Path, run_id: str | None, step: int) -> None:
+    """Remove the folder's summary unless it can be one of this run's first `step` steps; None: a run that is new.
+
+    It would pass for that of the run that is about to begin. Raises SetupError if the system refuses.
+    """
+    path = output_dir / SUMMARY_FILE
+    steps = None if run_id is None else summarized_steps(output_dir, run_id)
+    if steps is None or steps > step:
+        try:
+            path.unlink(missing_ok=True)
+        except OSError as error:
+            raise refused_write(path, error) from error

@@ -242,6 +242,7 @@ class TrainingRun:
         )
         peak_rss, peak_device = peak_bytes(device)
         return SummaryFigures(
+            run_id=self.state.run_id,
             method=self.config.method.name,
             engine=engine.name,
             world_size=self.world.world_size,

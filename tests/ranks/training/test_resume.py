@@ -1,6 +1,7 @@
 """Resuming: byte for byte the run it would have been, on any number of ranks and any engine; or refused."""
 
 import hashlib
+import json
 import os
 import shutil
 import signal
@@ -228,6 +229,24 @@ def test_a_run_killed_after_its_last_step_is_finished(pools, stopped, run_dir):
     run_to(pools[1], config, 4)
     assert (run_dir / SUMMARY_FILE).is_file()
     assert len(list((run_dir / EVENTS_FOLDER).iterdir())) == 1, "it goes on in the same event folder"
+
+
+def test_the_summary_of_an_earlier_run_does_not_finish_a_later_one(pools, stopped, run_dir):
+    """It has as many steps, and the later run was killed before its last evaluation."""
+    config = changed(stopped, run_dir, "train", max_steps=4)
+    summary = json.loads((run_dir / SUMMARY_FILE).read_text())
+    assert summary["run_id"] == read_checkpoint(run_dir / "checkpoint-4").state.run_id
+    (run_dir / SUMMARY_FILE).write_text(json.dumps({**summary, "run_id": "earlier"}))
+    run_to(pools[1], config, 4)
+    assert json.loads((run_dir / SUMMARY_FILE).read_text())["run_id"] == summary["run_id"]
+
+
+def test_a_new_run_removes_the_summary_that_it_finds(pools, stopped, run_dir):
+    for path in list_checkpoints(run_dir):
+        shutil.rmtree(path)
+    config = changed(stopped, run_dir, "train", max_steps=1, learning_rate=1e39)  # with which it fails
+    assert pools[1].run(attempt, config=config)[0].exit_code == 6
+    assert not (run_dir / SUMMARY_FILE).exists()
 
 
 def test_leftovers_of_a_killed_save_are_gone_after_the_next_start_and_a_lost_history_is_told(pools, stopped, run_dir):

@@ -5,9 +5,10 @@ import math
 
 import pytest
 
-from dist_qft.training.summary import SUMMARY_FILE, SummaryFigures, summarized_steps
+from dist_qft.training.summary import SUMMARY_FILE, SummaryFigures, remove_other_summary, summarized_steps
 
 FIGURES = SummaryFigures(
+    run_id="first",
     method="qahira",
     engine="fsdp",
     world_size=2,
@@ -38,10 +39,30 @@ def test_the_file_holds_every_field_and_is_strict_json(tmp_path):
     assert list(content) == list(SummaryFigures.__dataclass_fields__)
     assert content["tokens_per_second"] is None and content["tuned_eval_metrics"] == {"accuracy": 0.5}
     assert set(content["versions"]) == {"dist-qft", "torch", "transformers", "bitsandbytes"}
-    assert summarized_steps(tmp_path) == 6
+    assert summarized_steps(tmp_path, "first") == 6
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", "{}", '"steps"', "null"])
 def test_a_file_that_is_no_summary_summarizes_nothing(tmp_path, content):
     (tmp_path / SUMMARY_FILE).write_text(content)
-    assert summarized_steps(tmp_path) is None
+    assert summarized_steps(tmp_path, "first") is None
+
+
+def test_the_summary_of_another_run_is_none_of_this_one_and_goes_before_it_begins(tmp_path):
+    def is_left(run_id: str | None, step: int) -> bool:
+        FIGURES.write(tmp_path)
+        remove_other_summary(tmp_path, run_id, step)
+        return (tmp_path / SUMMARY_FILE).exists()
+
+    assert is_left("first", 6) and is_left("first", 8), "of this run, which goes on"
+    assert not is_left("first", 4), "of this run, which went back"
+    assert not is_left("second", 6) and not is_left(None, 0)
+    FIGURES.write(tmp_path)
+    assert summarized_steps(tmp_path, "second") is None
+
+
+def test_summaries_and_checkpoints_of_earlier_versions_fit_any(tmp_path):
+    FIGURES.write(tmp_path)
+    assert summarized_steps(tmp_path, "") == 6
+    (tmp_path / SUMMARY_FILE).write_text('{"steps": 6}')
+    assert summarized_steps(tmp_path, "second") == 6

@@ -1,0 +1,87 @@
+"""The best evaluation's checkpoint, early stopping, and resuming with other terms of comparison."""
+
+import json
+from pathlib import Path
+
+from dist_qft.config.schema import EvaluationConfig, RunConfig
+from dist_qft.storage.checkpoint import list_checkpoints, read_checkpoint
+from dist_qft.training.metrics_file import METRICS_FILE
+from dist_qft.training.summary import SUMMARY_FILE
+from tests.support.outcomes import attempt
+from tests.support.tiny_model import tiny_config, write_data
+
+
+def steps_in_summary(run_dir: Path) -> int:
+    return json.loads((run_dir / SUMMARY_FILE).read_text())["steps"]
+
+
+def test_keep_best_keeps_the_checkpoint_of_the_lowest_held_out_loss_beside_the_newest(pools, tiny_llama, tmp_path):
+    """A learning rate at which the loss falls at first and then explodes, a save every step, two kept."""
+    config = tiny_config(
+        tiny_llama,
+        tmp_path / "run",
+        train={"max_steps": 8, "learning_rate": 0.5, "max_grad_norm": None, "lr_scheduler_type": "constant"},
+        checkpoint={"save_steps": 1, "save_total_limit": 2, "keep_best": True},
+        evaluation={"eval_steps": 1},
+        data={"eval_samples": 10},
+    )
+    assert [outcome.error for outcome in pools[2].run(attempt, config=config)] == ["", ""]
+    metrics = [json.loads(line) for line in (tmp_path / "run" / METRICS_FILE).read_text().splitlines()]
+    losses = {record["step"]: record["eval/loss"] for record in metrics if "eval/loss" in record}
+    state = read_checkpoint(tmp_path / "run" / "checkpoint-8").state
+    seen = {step: loss for step, loss in losses.items() if step < 8}  # the last one comes after the last save
+    assert (state.best_step, state.best_loss) == (min(seen, key=seen.get), min(seen.values()))
+    assert state.best_step < 7, "or the newest would be the best as well"
+    names = {path.name for path in list_checkpoints(tmp_path / "run")}
+    assert names == {f"checkpoint-{state.best_step}", "checkpoint-7", "checkpoint-8"}
+
+
+def test_a_run_that_gets_no_better_ends_early_and_stays_ended(pools, tiny_llama, tmp_path):
+    config = tiny_config(
+        tiny_llama,
+        tmp_path / "run",
+        train={"max_steps": 8},
+        evaluation={"eval_steps": 1, "early_stopping_patience": 2, "early_stopping_threshold": 100.0},
+        data={"eval_samples": 10},
+    )
+    for resume in (None, "auto"):
+        assert [outcome.error for outcome in pools[2].run(attempt, config=config, resume=resume)] == ["", ""]
+        (path,) = list_checkpoints(tmp_path / "run")
+        state = read_checkpoint(path).state
+        assert (state.step, state.best_step, state.stopped_early) == (3, 1, True)
+        assert steps_in_summary(tmp_path / "run") == 3
+    longer = config.model_copy(update={"evaluation": EvaluationConfig()})
+    pools[2].run(attempt, config=longer, resume="auto")
+    assert steps_in_summary(tmp_path / "run") == 8
+
+
+def test_a_run_that_stopped_early_says_why_and_goes_on_with_more_patience_or_other_held_out_data(
+    pools, tiny_llama, tmp_path
+):
+    def config(held_out: int = 10, **evaluation: object) -> RunConfig:
+        settings = {"eval_steps": 2, "early_stopping_patience": 1, "early_stopping_threshold": 100.0, **evaluation}
+        data = write_data(tmp_path / f"held_out-{held_out}.jsonl", count=held_out)
+        sections = {"train": {"max_steps": 12}, "evaluation": settings, "data": {"eval": {"path": str(data)}}}
+        return tiny_config(tiny_llama, tmp_path / "run", **sections)
+
+    def told(config: RunConfig, resume: str | None = "auto") -> str:
+        (outcome,) = pools[1].run(attempt, config=config, resume=resume)
+        assert outcome.error == ""
+        return outcome.told
+
+    path = tmp_path / "run"
+    assert "stopped early: the last evaluation was not better than loss " in told(config(), None)
+    assert [each.name for each in list_checkpoints(path)] == ["checkpoint-4"]
+    again = told(config())
+    assert f"{path / 'checkpoint-4'}: stopped early: the last evaluation was not better than loss " in again
+    assert again.endswith("by more than 100; evaluation.early_stopping_patience is 1: nothing to do\n")
+    more = told(config(early_stopping_patience=3, eval_steps=1))
+    assert "evaluation.early_stopping_patience was 1 until step 4, it is now 3" in more
+    assert "evaluation.eval_steps was 2 until step 4, it is now 1" in more
+    state = read_checkpoint(path / "checkpoint-6").state
+    assert (state.best_step, state.comparison.waited, state.stopped_early) == (2, 3, True)
+    other = told(config(held_out=8))
+    assert "no longer counts, because the held-out data are others now" in other
+    assert other.count("base: held-out loss") == 1
+    state = read_checkpoint(path / "checkpoint-10").state
+    assert (state.best_step, state.comparison.waited, state.stopped_early) == (8, 1, True)
