@@ -33,7 +33,7 @@ from dist_qft.sharding.engines import engine_of, engine_warnings
 from dist_qft.training.links import Placement, Traffic, between_nodes
 from dist_qft.training.machine import Machine
 from dist_qft.training.memory_plan import MemoryPlan, chosen_group
-from dist_qft.training.optimizer import checkpoint_bytes, require_lr_groups
+from dist_qft.training.optimizer import checkpoint_bytes, require_lr_groups, warmup_steps
 from dist_qft.training.planned_activations import tokens_per_micro_batch
 from dist_qft.training.planned_reduction import PlannedReduction
 from dist_qft.training.run_plan import PlannedBatch, PlannedModel, PlannedOptimization, RunPlan
@@ -246,16 +246,13 @@ def _gather_bytes(base: BaseModel, engine: Engine, ranks: int, *, passes: int, h
 
 
 def _optimization(train: TrainConfig) -> PlannedOptimization:
-    warmup_steps = train.warmup_steps
-    if warmup_steps is None and train.max_steps is not None:
-        warmup_steps = math.ceil(train.warmup_ratio * train.max_steps)
     return PlannedOptimization(
         optim=train.optim,
         learning_rate=train.learning_rate,
         lr_scheduler_type=train.lr_scheduler_type,
         max_steps=train.max_steps,
         num_train_epochs=train.num_train_epochs if train.max_steps is None else None,
-        warmup_steps=warmup_steps,
+        warmup_steps=train.warmup_steps if train.max_steps is None else warmup_steps(train, train.max_steps),
         max_grad_norm=train.max_grad_norm,
         weight_decay=train.weight_decay,
     )

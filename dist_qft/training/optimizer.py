@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from dist_qft.config.schema import TrainConfig
 from dist_qft.errors import SetupError, UserError
+from dist_qft.training.exact_share import ceil_product
 from dist_qft.training.slices import BLOCK, padded_slice
 
 _SHARDED_FROM = 64_000_000  # trainables whose optimizer is spread over the ranks by default: moments of 0.5 GB
@@ -21,9 +22,7 @@ def learning_rate(config: TrainConfig, step: int, total_steps: int) -> float:
     `min_lr_ratio` is the share that decaying schedules end at. `warmup_stable_decay` stays at the peak until the last
     `decay_ratio` of all steps and then falls along a cosine, as transformers' schedule of that name.
     """
-    warmup = config.warmup_steps
-    if warmup is None:
-        warmup = math.ceil(config.warmup_ratio * total_steps)
+    warmup = warmup_steps(config, total_steps)
     if step < warmup:
         return config.learning_rate * (step + 1) / warmup
     kind, lowest = config.lr_scheduler_type, config.min_lr_ratio
@@ -31,10 +30,17 @@ def learning_rate(config: TrainConfig, step: int, total_steps: int) -> float:
         return config.learning_rate
     start = warmup
     if kind == "warmup_stable_decay":
-        start = max(warmup, total_steps - math.ceil(config.decay_ratio * total_steps))
+        start = max(warmup, total_steps - ceil_product(config.decay_ratio, total_steps))
     done = max(0, step - start) / max(1, total_steps - start)
     share = 1.0 - done if kind == "linear" else 0.5 * (1.0 + math.cos(math.pi * done))
     return config.learning_rate * (lowest + (1.0 - lowest) * share if lowest else share)
+
+
+def warmup_steps(config: TrainConfig, total_steps: int) -> int:
+    """Steps of the warm-up in a run of so many."""
+    if config.warmup_steps is not None:
+        return config.warmup_steps
+    return ceil_product(config.warmup_ratio, total_steps)
 
 
 def check_warmup(config: TrainConfig, total_steps: int) -> None:

@@ -1,6 +1,5 @@
 """All that is known of a run before any weight is read and any rank has met another."""
 
-import math
 import platform
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -25,6 +24,7 @@ from dist_qft.storage.checkpoint import ADAPTER_MODEL, Checkpoint
 from dist_qft.storage.manifest import sha256_of
 from dist_qft.storage.trainer_state import BaseEvaluation
 from dist_qft.training.best_evaluation import has_waited_enough
+from dist_qft.training.exact_share import ceil_product
 from dist_qft.training.summary import summarized_steps
 from dist_qft.tuned_model.warm_start import StartingValues
 
@@ -146,5 +146,5 @@ class RunInputs:
         train = self.config.train
         if train.max_steps is not None:
             return train.max_steps, train.max_steps * train.global_batch_size
-        rows = math.ceil(train.num_train_epochs * len(self.data.train))
-        return math.ceil(rows / train.global_batch_size), rows
+        rows = ceil_product(train.num_train_epochs, len(self.data.train))
+        return -(-rows // train.global_batch_size), rows

@@ -196,6 +196,13 @@ def test_a_run_that_ended_within_a_batch_cannot_be_extended(pools, tiny_llama, t
     assert "ended with an incomplete batch, after 12 rows in 2 steps of 8" in refusal(longer, "auto")
 
 
+def test_a_fraction_of_an_epoch_has_the_rows_that_are_written(tiny_llama, tmp_path):
+    write_data(tmp_path / "data.jsonl", count=100)
+    config = tiny_config(tiny_llama, tmp_path / "run", train={"max_steps": None, "num_train_epochs": 1.1})
+    inputs = gather_inputs(config, None, World.from_environment({}), torch.device("cpu"))
+    assert inputs.length() == (14, 110), "100 * 1.1 is above 110 in floating point"
+
+
 def test_a_changed_learning_rate_is_allowed_and_said(pools, stopped, run_dir):
     config = changed(stopped, run_dir, "train", max_steps=6, learning_rate=1e-3)
     notes = gather_inputs(config, "auto", World.from_environment({}), torch.device("cpu")).notes
