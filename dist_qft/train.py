@@ -18,7 +18,7 @@ from dist_qft.base_model.requantization import requantization_notes
 from dist_qft.base_model.skeleton import build_skeleton
 from dist_qft.base_model.tokenizer import run_tokenizer
 from dist_qft.base_model.weight_files import open_source
-from dist_qft.config.check import accumulation_steps, config_warnings
+from dist_qft.config.check import accumulation_steps, comparison_warnings, config_warnings
 from dist_qft.config.schema import RunConfig
 from dist_qft.data.prepare import prepare
 from dist_qft.errors import DistQFTError, SetupError, UserError
@@ -165,6 +165,8 @@ def _checked(inputs: RunInputs) -> RunInputs:
         require_free(inputs.recipe.request)
     total_steps, _ = inputs.length()
     check_warmup(config.train, total_steps)
+    if config.train.max_steps is None:  # or the config's own check has said it
+        inputs.notes.extend(f"warning: {warning}" for warning in comparison_warnings(config, total_steps))
     if checkpoint is not None:
         check_trajectory(checkpoint, config, inputs.data.train.digest, total_steps)
         inputs.notes.extend(changed_settings(checkpoint, config))

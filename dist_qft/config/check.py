@@ -57,8 +57,27 @@ def config_warnings(config: RunConfig) -> list[str]:
         warnings.append("train.num_train_epochs: no effect, train.max_steps is set")
     if train.warmup_steps is not None and changed(train, "warmup_ratio"):
         warnings.append("train.warmup_ratio: no effect, train.warmup_steps is set")
+    if train.max_steps is not None:
+        warnings += comparison_warnings(config, train.max_steps)
     if sharding.gradient_sum != "fast" and changed(sharding, "bucket_megabytes"):
         warnings.append(f"sharding.bucket_megabytes: no effect with gradient_sum {sharding.gradient_sum}")
+    return warnings
+
+
+def comparison_warnings(config: RunConfig, total_steps: int) -> list[str]:
+    """The keys about the best evaluation that a run of so many steps ends too early for."""
+    every, patience = config.evaluation.eval_steps, config.evaluation.early_stopping_patience
+    warnings: list[str] = []
+    if every is None:  # which those keys refuse
+        return warnings
+    run = f"in a run of {total_steps} {'step' if total_steps == 1 else 'steps'}"
+    if config.checkpoint.keep_best and every >= total_steps:
+        warnings.append(f"checkpoint.keep_best: no effect {run}, whose first evaluation would be at step {every}")
+    if patience is not None and (earliest := (patience + 1) * every) >= total_steps:
+        warnings.append(
+            f"evaluation.early_stopping_patience: no effect {run}, which could stop at step {earliest} at the earliest "
+            f"({patience} + 1 evaluations, one every {every})"
+        )
     return warnings
 
 
@@ -146,8 +165,8 @@ def _train_faults(config: RunConfig) -> Iterator[Fault]:
     if train.warmup_steps and train.max_steps and train.warmup_steps >= train.max_steps:
         yield value_fault(
             ("train", "warmup_steps"),
-            f"got {train.warmup_steps}, must be less than train.max_steps {train.max_steps}, or no step has the full "
-            "learning rate",
+            f"got {train.warmup_steps}, must be less than train.max_steps {train.max_steps}, or the whole run is a "
+            "warm-up",
         )
     if train.loraplus_lr_ratio is not None and not (isinstance(config.method, TileMethod) and config.method.ranked):
         yield value_fault(("train", "loraplus_lr_ratio"), f"{config.method.name} has no pairs of A and B; remove it")

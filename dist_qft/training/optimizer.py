@@ -48,7 +48,7 @@ def check_warmup(config: TrainConfig, total_steps: int) -> None:
     if config.max_steps is None and config.warmup_steps is not None and 0 < total_steps <= config.warmup_steps:
         raise UserError(
             f"train.warmup_steps: got {config.warmup_steps}, must be less than the run's {total_steps} steps "
-            f"(train.num_train_epochs {config.num_train_epochs:g}), or no step has the full learning rate"
+            f"(train.num_train_epochs {config.num_train_epochs:g}), or the whole run is a warm-up"
         )
 
 

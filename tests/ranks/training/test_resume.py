@@ -203,6 +203,17 @@ def test_a_fraction_of_an_epoch_has_the_rows_that_are_written(tiny_llama, tmp_pa
     assert inputs.length() == (14, 110), "100 * 1.1 is above 110 in floating point"
 
 
+def test_a_run_in_epochs_that_is_too_short_for_early_stopping_says_so(tiny_llama, tmp_path):
+    sections = {"train": {"max_steps": None, "num_train_epochs": 1}, "data": {"eval_samples": 4}}
+    evaluation = {"eval_steps": 4, "early_stopping_patience": 1}
+    config = tiny_config(tiny_llama, tmp_path / "run", **sections, evaluation=evaluation)
+    inputs = gather_inputs(config, None, World.from_environment({}), torch.device("cpu"))
+    assert [note for note in inputs.notes if note.startswith("warning: evaluation.")] == [
+        "warning: evaluation.early_stopping_patience: no effect in a run of 7 steps, which could stop at step 8 at the "
+        "earliest (1 + 1 evaluations, one every 4)"
+    ]
+
+
 def test_a_changed_learning_rate_is_allowed_and_said(pools, stopped, run_dir):
     config = changed(stopped, run_dir, "train", max_steps=6, learning_rate=1e-3)
     notes = gather_inputs(config, "auto", World.from_environment({}), torch.device("cpu")).notes

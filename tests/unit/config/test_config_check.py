@@ -8,6 +8,8 @@ from dist_qft.config.schema import RunConfig
 from dist_qft.errors import UserError
 from dist_qft.sharding.engines import engine_warnings
 
+BEST = ["data={train: {path: a}, eval_samples: 4}", "checkpoint.keep_best=true"]
+
 
 @pytest.fixture
 def load(tmp_path):
@@ -93,7 +95,7 @@ def load(tmp_path):
         (
             ["train.warmup_steps=10", "train.max_steps=10"],
             "train.warmup_steps",
-            "got 10, must be less than train.max_steps 10, or no step has the full learning rate",
+            "got 10, must be less than train.max_steps 10, or the whole run is a warm-up",
         ),
         (
             ["train.optim=paged_adamw_32bit", "sharding.device=cpu"],
@@ -190,6 +192,20 @@ def test_allowed_neighbours_of_the_refused(load):
             ["sharding.group: no effect with engine replicated"],
         ),
         (["sharding={engine: fsdp, group: node}"], []),
+        ([*BEST, "evaluation={eval_steps: 2, early_stopping_patience: 3}", "train.max_steps=9"], []),
+        (
+            [*BEST, "evaluation={eval_steps: 2, early_stopping_patience: 3}", "train.max_steps=8"],
+            [
+                "evaluation.early_stopping_patience: no effect in a run of 8 steps, which could stop at step 8 at the "
+                "earliest (3 + 1 evaluations, one every 2)"
+            ],
+        ),
+        (
+            [*BEST, "evaluation.eval_steps=8", "train.max_steps=8"],
+            ["checkpoint.keep_best: no effect in a run of 8 steps, whose first evaluation would be at step 8"],
+        ),
+        ([*BEST, "evaluation.eval_steps=8", "train.max_steps=9"], []),
+        ([*BEST, "evaluation.eval_steps=8"], []),
         (
             ["sharding={engine: zero, prefetch_megabytes: 1, reshard_after_forward: false}"],
             ["sharding.reshard_after_forward: no effect with engine zero"],
