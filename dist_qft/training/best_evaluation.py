@@ -6,10 +6,12 @@ with others; then the comparison begins anew.
 
 from collections.abc import Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from dist_qft.config.schema import EvaluationConfig, RunConfig
 from dist_qft.config.section import with_defaults
+from dist_qft.storage.checkpoint import checkpoint_path
 from dist_qft.storage.trainer_state import Comparison, TrainerState
 from dist_qft.tuned_model.held_out import HeldOut
 
@@ -96,14 +98,18 @@ def continue_evaluations(state: TrainerState, config: RunConfig, data_digest: st
         best = f"{then.metric} {state.best_loss:.4f} at step {state.best_step}"
         state.best_step, state.best_loss, state.comparison = 0, None, None
         return [f"the best evaluation so far, {best}, no longer counts, because {' and '.join(reasons)}"]
+    notes = []
     if settings.early_stopping_threshold < then.threshold:
         state.comparison = replace(then, threshold=settings.early_stopping_threshold, waited=0)
         if then.waited:
-            return [
+            notes.append(
                 f"evaluations without a better one are counted anew, {then.waited} so far: "
                 f"evaluation.early_stopping_threshold fell from {then.threshold:g}"
-            ]
-    return []
+            )
+    kept = checkpoint_path(Path(config.output_dir), state.best_step)
+    if config.checkpoint.keep_best and not kept.exists():
+        notes.append(f"warning: checkpoint.keep_best: the best evaluation so far was {kept.name}'s, which is not there")
+    return notes
 
 
 def _is_another_task(stored: Mapping[str, Any], config: RunConfig) -> bool:

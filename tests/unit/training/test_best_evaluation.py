@@ -101,6 +101,15 @@ def test_figures_are_kept_while_nobody_compares():
     assert before[2].waited == 1, "counted also without early stopping, which may be asked for later"
 
 
+def test_a_best_checkpoint_that_was_never_kept_is_told(tmp_path):
+    state = evaluated(TrainerState(), config_with(early_stopping_patience=3), (3, 1.0), (6, 2.0))
+    config = config_with(keep_best=True).model_copy(update={"output_dir": str(tmp_path)})
+    told = "warning: checkpoint.keep_best: the best evaluation so far was checkpoint-3's, which is not there"
+    assert continue_evaluations(state, config, "d") == [told]
+    (tmp_path / "checkpoint-3").mkdir()
+    assert continue_evaluations(state, config, "d") == []
+
+
 def test_the_base_is_evaluated_again_for_another_loss():
     """At equal answers of base and reference some losses depend on beta."""
     state = evaluated(TrainerState(), config_with(task={"name": "orpo"}))
