@@ -91,11 +91,14 @@ def validate(
 ) -> None:
     """Check CONFIG and print what it will train, hold and move; loads no weights."""
     settings = read_config(config, overrides)
+    from dist_qft.data.first_rows import check_first_rows
     from dist_qft.merge.place import require_place_at_end
     from dist_qft.plan import make_plan, ranks_on_each, ranks_planned, require_fit
     from dist_qft.training.machine import find_machine, parse_size
     from dist_qft.training.plan_tables import print_plan
 
+    if settings.data is not None:
+        check_first_rows(settings.data, settings.task.name)
     machine = find_machine(hardware) if hardware is not None else None
     limit = machine.memory if machine is not None else None
     limit = parse_size(memory, "--memory") if memory is not None else limit

@@ -4,10 +4,10 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
-from dist_qft.config.data_schema import TASK_FORMATS, DataConfig, DatasetConfig
+from dist_qft.config.data_schema import DataConfig, DatasetConfig
 from dist_qft.data.answers import encode_answers
 from dist_qft.data.columns import UnusedColumns, require_columns
-from dist_qft.data.formats import resolve_format, to_sample
+from dist_qft.data.formats import format_for_task, to_sample
 from dist_qft.data.lengths import Lengths
 from dist_qft.data.records import LocatedRecord, RowError
 from dist_qft.data.sources import Source, load_records
@@ -89,9 +89,6 @@ def _kept(
     bad: BadRows,
     unused: UnusedColumns,
 ) -> Iterator[TokenSequence]:
-    own = TASK_FORMATS.get(encoder.task.name, ())
-    if len(own) == 1:
-        dataset = dataset.model_copy(update={"format": own[0]})
     limits = Lengths(
         data.max_length,
         data.overlong,
@@ -105,7 +102,7 @@ def _kept(
             if isinstance(record, RowError):
                 raise record
             if format_name is None:  # the first record that can be read tells the format
-                format_name = resolve_format(dataset, (record, where), key, *([own] if own else []))
+                format_name = format_for_task(dataset, (record, where), key, encoder.task.name)
             unused.add(record, format_name)
             sample = to_sample(record, format_name, dataset.columns, where)
             kept = encode_answers(sample, encoder, limits, where, bad.counts)

@@ -93,6 +93,14 @@ def resolve_format(
     return name
 
 
+def format_for_task(dataset: DatasetConfig, first: tuple[Record, str], key: str, task: str) -> str:
+    """`resolve_format` among the formats of `task.name`, if it has its own; a single one needs no setting."""
+    own = TASK_FORMATS.get(task, ())
+    if len(own) == 1:
+        dataset = dataset.model_copy(update={"format": own[0]})
+    return resolve_format(dataset, first, key, own or _GUESSED)
+
+
 def _tasks_of(record: Record, guessed: Sequence[str]) -> str:
     """A hint at the tasks, other than the run's, that take such records; empty if none does."""
     tasks = [

@@ -16,6 +16,7 @@ from transformers import PreTrainedTokenizerBase
 from dist_qft.config.data_schema import DataConfig, TaskConfig
 from dist_qft.data.dataset import FORMAT_VERSION, TokenDataset
 from dist_qft.data.encode import Encoded, dropped_line, encode_records
+from dist_qft.data.holding_out import held_out_indices
 from dist_qft.data.long_texts import most_characters
 from dist_qft.data.mixture import shares
 from dist_qft.data.samples import Conversation, PromptCompletion
@@ -226,14 +227,6 @@ def _hold_out(
         if not rest:
             raise UserError(f"data.eval_samples: got {wanted}, which leaves no sample of {key} to train on")
     return trained, held_out
-
-
-def held_out_indices(count: int, wanted: int) -> set[int]:
-    """`wanted` of `count` sample indices, chosen by a hash of the index alone: no seed moves a sample across."""
-    if wanted >= count:
-        raise UserError(f"data.eval_samples: got {wanted}, must be at most {count - 1} of the {count} samples")
-    ranked = sorted(range(count), key=lambda index: hashlib.sha256(f"held out {index}".encode()).digest())
-    return set(ranked[:wanted])
 
 
 def _pad_id(encoder: SampleEncoder) -> int:

@@ -47,13 +47,13 @@ def open_data_source(dataset: DatasetConfig, key: str, longest: int | None = Non
     """
     if dataset.path == STDLIB_DOCS:
         return _open_stdlib_docs(dataset, key)
-    path = _local_path(dataset)
+    path = local_path(dataset)
     return _open_hub(dataset, key) if path is None else _open_files(dataset, path, key, longest)
 
 
 def require_local_files(dataset: DatasetConfig, key: str) -> None:
     """Refuse files of this machine that are missing or empty, without reading them. Elsewhere nothing is asked."""
-    if dataset.path != STDLIB_DOCS and (path := _local_path(dataset)) is not None:
+    if (path := local_path(dataset)) is not None:
         find_files(path, key, dataset.split)
 
 
@@ -80,7 +80,10 @@ def load_records(dataset: DatasetConfig, source: Source, key: str, counts: Count
         raise UserError(f"{key}.path: {dataset.path} holds no records ({counts['blank_lines']} blank lines)")
 
 
-def _local_path(dataset: DatasetConfig) -> Path | None:
+def local_path(dataset: DatasetConfig) -> Path | None:
+    """The file or folder of this machine that a data set names, which need not be there; None for all others."""
+    if dataset.path == STDLIB_DOCS:
+        return None
     path = Path(os.path.expanduser(dataset.path))  # which, unlike Path's own, leaves an unknown user alone
     local = os.path.exists(path) or names_local_data(path) or dataset.path.startswith((".", "/", "~"))
     return path if local else None

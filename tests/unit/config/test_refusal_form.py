@@ -15,7 +15,7 @@ from dist_qft.config.check import accumulation_steps
 from dist_qft.config.data_schema import DatasetConfig
 from dist_qft.config.load import change_config
 from dist_qft.config.schema import ModelConfig, RunConfig
-from dist_qft.data.prepare import held_out_indices
+from dist_qft.data.holding_out import held_out_indices
 from dist_qft.data.sources import Source, open_data_source
 from dist_qft.errors import UserError
 from dist_qft.merge.targets import checked_request

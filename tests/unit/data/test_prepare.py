@@ -8,7 +8,8 @@ import pytest
 
 from dist_qft.config.data_schema import DataConfig, DatasetConfig
 from dist_qft.data.batches import Batches
-from dist_qft.data.prepare import held_out_indices, prepare
+from dist_qft.data.holding_out import held_out_indices
+from dist_qft.data.prepare import prepare
 from dist_qft.data.templates import use_template
 from dist_qft.errors import UserError
 
