@@ -19,7 +19,7 @@ from dist_qft.data.encode import Encoded, dropped_line, encode_records
 from dist_qft.data.holding_out import held_out_indices
 from dist_qft.data.long_texts import most_characters
 from dist_qft.data.mixture import shares
-from dist_qft.data.samples import Conversation, PromptCompletion
+from dist_qft.data.samples import Conversation
 from dist_qft.data.sources import Source, open_data_source
 from dist_qft.data.tokens import SampleEncoder, TokenSequence
 from dist_qft.errors import CorruptFileError, SetupError, UserError
@@ -159,7 +159,7 @@ def _build(data: DataConfig, encoder: SampleEncoder, sources: dict[str, Source])
     parts: dict[str, Encoded] = {}
     if data.eval is not None:
         parts = {key: encode_records(data, each, sources[key], encoder, key) for key, each in data.eval_sets().items()}
-    notes += _told_template(data, encoder)
+    _require_use_of_template(data, encoder)
     train = replace(train, notes=tuple(notes))
     if parts:
         told = tuple(line for key, part in parts.items() for line in _told(key, part))
@@ -181,20 +181,13 @@ def _told(key: str, encoded: Encoded) -> list[str]:
     return [*([line] if line else []), *encoded.notes]
 
 
-def _told_template(data: DataConfig, encoder: SampleEncoder) -> list[str]:
-    """A line on prompts that get no template here and one in answers; UserError for a template that nothing gets."""
+def _require_use_of_template(data: DataConfig, encoder: SampleEncoder) -> None:
+    """UserError for a template that no row gets."""
     if data.template == "alpaca" and Conversation not in encoder.encoded:
         raise UserError(
             "data.template: got alpaca, which writes conversations and alpaca rows, but the data have none; must be "
             "unset or none, or name such columns in data.train.columns (instruction, input, output)"
         )
-    has_template = data.template == "chat" and encoder.tokenizer.chat_template
-    if not has_template or PromptCompletion not in encoder.encoded:
-        return []
-    return [
-        "data: prompts that are texts are trained as they are, without the model's chat template, which generate and "
-        "chat write around theirs"
-    ]
 
 
 def _told_mixture(train: TokenDataset, keys: list[str]) -> str:

@@ -209,15 +209,6 @@ def test_a_template_that_no_row_gets_is_refused(run, corpus, make_tokenizer):
     assert run(corpus([{"instruction": "Hello", "output": "there"}]), alpaca, template="alpaca").notes() == []
 
 
-def test_prompts_that_get_no_template_are_told_once(run, corpus, make_tokenizer):
-    both = [DatasetConfig(path=corpus([PLAIN] * 2, name)) for name in ("a.jsonl", "b.jsonl")]
-    (note,) = run(both[0], eval=both[1]).notes()
-    assert note.startswith("data: prompts that are texts are trained as they are")
-    assert run(both[0], make_tokenizer(None)).notes() == []
-    assert run(both[0], use_template(make_tokenizer(), "none"), template="none").notes() == []
-    assert run(corpus([{"text": "Hello"}])).notes() == run(corpus([conversation()], "c.jsonl")).notes() == []
-
-
 def bad_rows(count, good):
     """Rows with every kind of fault among good ones."""
     faults = [{"messages": "x"}, {"other": 1}, conversation("\ud800"), {"messages": []}]
