@@ -76,7 +76,7 @@ def test_a_wheel_has_the_whole_package_and_works_without_the_repository(tmp_path
 
     # The files beside the code are found where the wheel puts them: the starter of `init`, the machines of `validate`.
     env = {**os.environ, "PYTHONPATH": str(installed)}
-    model, data = save_tiny_model(tmp_path / "model", tiny_llama_config()), write_data(tmp_path / "rows.jsonl", 8)
+    model, data = save_tiny_model(tmp_path / "model", tiny_llama_config()), write_data(tmp_path / "rows.jsonl", 108)
     flags = ["--model", model, "--data", data, "--goal", "exact", "--gpus", "0", "--output", "run"]
     for words in (["init", "run.yaml", *flags], ["validate", "run.yaml", "--hardware", "H100"]):
         command = [sys.executable, "-m", "dist_qft", *words]
