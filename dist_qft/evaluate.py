@@ -86,7 +86,7 @@ def _must_match(config: RunConfig, data: Prepared, checkpoint: Checkpoint | None
     """Inputs that must be the same on all ranks, by name."""
     return {
         "config": config.model_dump_json(),
-        "held-out data": data.eval.digest if data.eval else "",
+        "held-out data": data.held_out_digest,
         "adapter": sha256_of(checkpoint.path / ADAPTER_MODEL) if checkpoint else "",
     }
 

@@ -160,7 +160,7 @@ def _checked(inputs: RunInputs) -> RunInputs:
     """The inputs, if this run may end where its config says and continue from its checkpoint. UserError otherwise."""
     config, checkpoint = inputs.config, inputs.checkpoint
     if checkpoint is not None:
-        inputs.notes.extend(continue_evaluations(checkpoint.state, config, inputs.held_out_digest))
+        inputs.notes.extend(continue_evaluations(checkpoint.state, config, inputs.data.held_out_digest))
     if inputs.recipe is not None and not inputs.finished:
         require_free(inputs.recipe.request)
     total_steps, _ = inputs.length()

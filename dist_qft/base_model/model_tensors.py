@@ -24,9 +24,7 @@ _CACHES = re.compile(r"(rotary_emb\.(inv_freq|cos_cached|sin_cached)|attn\.(mask
 _OF_ACTIVATIONS = re.compile(
     r"((input|output|activation|act|prob)_(scale|scale_inv|scale_ub|global_scale|zero_point)|(q|k|v|kv)_(scale|zero_point))$"
 )
-_ACTIVATION_FACTORS = (
-    ".scales"  # what AWQ writes where it cannot fold factors of a layer's inputs into what is before it
-)
+_ACTIVATION_FACTORS = ".scales"  # AWQ's, of a layer's inputs, where it cannot fold them into what is before it
 _NAMED = 3  # tensors that a note lists
 
 

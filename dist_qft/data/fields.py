@@ -58,8 +58,7 @@ class Fields:
         try:
             return json.loads(value)
         except (ValueError, RecursionError):
-            hint = _NOT_PYTHON if _PYTHON.match(value) else ""
-            raise self.fault(field, f"{part}must be a list of objects or JSON text of one{hint}") from None
+            raise self.fault(field, f"{part}must be a list of objects or JSON text of one{_hint(value)}") from None
 
     def holds_messages(self, field: str) -> bool:
         """True for a list, or JSON text of a list of messages, as tables keep it; false for any other value.
@@ -73,8 +72,8 @@ class Fields:
                 value = json.loads(value)
             except (ValueError, RecursionError):
                 if _LIKE_MESSAGES.match(value):
-                    hint = _NOT_PYTHON if _PYTHON.match(value) else ""
-                    raise self.fault(field, f"must be a text, a list of messages or JSON text of one{hint}") from None
+                    allowed = f"a text, a list of messages or JSON text of one{_hint(value)}"
+                    raise self.fault(field, f"must be {allowed}") from None
                 return False
             return all(isinstance(each, dict) and any(each.get(key) for key in _SENDERS) for each in value)
         return isinstance(value, list)
@@ -85,6 +84,11 @@ class Fields:
         if not isinstance(value, list) or not all(type(entry) is int for entry in value):
             raise self.fault(field, "must be a list of integers")
         return value
+
+
+def _hint(text: str) -> str:
+    """The reason why a text that looks like JSON is none, if it is Python's own notation."""
+    return _NOT_PYTHON if _PYTHON.match(text) else ""
 
 
 def field_names(record: Collection[str]) -> str:

@@ -5,7 +5,7 @@
     messages           messages: the same under another name [system, tools]
     prompt-completion  prompt, completion: plain text without a chat template, or two lists of messages [system, tools]
     text               text
-    tokenized          input_ids [labels: the same ids, or -100 where nothing is is predicted; masks, see `tokenized`]
+    tokenized          input_ids [labels: the same ids, or -100 where nothing is predicted; masks, see `tokenized`]
     classification     text, label [text_pair]; for the tasks that predict labels, and those alone
     preference         chosen, rejected [prompt, system, tools]: texts or lists of messages; for dpo, orpo and kto
     unpaired-preference  prompt, completion, label: true for an answer that is wanted [system, tools]; for kto

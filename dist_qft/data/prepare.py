@@ -36,6 +36,11 @@ class Prepared:
     train: TokenDataset
     eval: TokenDataset | None
 
+    @property
+    def held_out_digest(self) -> str:
+        """Digest of the held-out data; empty without any."""
+        return self.eval.digest if self.eval is not None else ""
+
     def notes(self) -> list[str]:
         """Lines for the user: rows that were left out or cut, and texts that a template did not render."""
         held_out = [self.eval] if self.eval is not None else []

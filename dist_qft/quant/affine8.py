@@ -13,7 +13,16 @@ import torch
 from torch import Tensor
 
 from dist_qft.errors import UserError
-from dist_qft.quant.contract import CONSTANTS, BlockFormat, FoldTarget, Format, PackedShapes, Shape, wider_constants
+from dist_qft.quant.contract import (
+    CONSTANTS,
+    BlockFormat,
+    FoldTarget,
+    Format,
+    PackedShapes,
+    Shape,
+    wider_constants,
+    with_constants,
+)
 
 
 @dataclass(frozen=True)
@@ -54,8 +63,7 @@ class Affine8(BlockFormat):
         return wider_constants(self.constants, stored.constants)
 
     def from_stored(self, packed: Mapping[str, Tensor], stored: Format, where: str) -> dict[str, Tensor]:
-        dtype = CONSTANTS[self.constants]
-        return {key: tensor if key == "codes" else tensor.to(dtype) for key, tensor in packed.items()}
+        return with_constants(packed, self.constants)
 
     def blocks(self, shape: Shape) -> int:
         return shape[0] * shape[1] // self.block

@@ -63,11 +63,9 @@ class Codebook4(BlockFormat):
             "codes": ((out_features, in_features // 2), torch.uint8),
             "scale": ((out_features, in_features // self.block), torch.uint8),
         }
-        return (
-            shapes
-            if self.kind == "mxfp4"
-            else shapes | {"global": ((out_features, 1) if self.by_row else (1,), torch.float32)}
-        )
+        if self.kind != "mxfp4":
+            shapes["global"] = ((out_features, 1) if self.by_row else (1,), torch.float32)
+        return shapes
 
     def rows_per_entry(self, tensor_name: str) -> int | None:
         return None if self.shared(tensor_name) else 1

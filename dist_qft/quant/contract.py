@@ -272,6 +272,12 @@ def wider_constants(constants: str, stored: str) -> bool:
     return constants in (stored, "float32")
 
 
+def with_constants(packed: Mapping[str, Tensor], constants: str) -> dict[str, Tensor]:
+    """Packed tensors whose block constants have the dtype `constants`, with the codes that they have."""
+    dtype = CONSTANTS[constants]
+    return {key: tensor if key == "codes" else tensor.to(dtype) for key, tensor in packed.items()}
+
+
 def float16_constants(constants: Tensor, where: str) -> Tensor:
     """Block constants rounded to float16; raises UserError if one of them does not fit."""
     rounded = constants.half()

@@ -21,6 +21,7 @@ from dist_qft.quant.contract import (
     float16_constants,
     inverse_scale,
     wider_constants,
+    with_constants,
 )
 
 GGUF_BLOCK = 32
@@ -63,8 +64,7 @@ class Q8_0(BlockFormat):
         return wider_constants(self.constants, stored.constants)
 
     def from_stored(self, packed: Mapping[str, Tensor], stored: Format, where: str) -> dict[str, Tensor]:
-        dtype = CONSTANTS[self.constants]
-        return {key: tensor if key == "codes" else tensor.to(dtype) for key, tensor in packed.items()}
+        return with_constants(packed, self.constants)
 
     def block_in(self, in_features: int) -> int:
         """The block in a row of so many inputs."""

@@ -21,7 +21,7 @@ from dist_qft.study.result_file import Result, read_rows
 from dist_qft.study.results import Outcome
 from dist_qft.study.settings import Study
 from dist_qft.study.stages import Contrast
-from dist_qft.study.tuning import smaller_is_better
+from dist_qft.study.tuning import sign_of
 from dist_qft.tuned_model.held_out import RowScore
 
 _RESAMPLES = 4000
@@ -99,7 +99,7 @@ def _compared(contrast: Contrast, metric: str, outcomes: Sequence[Outcome]) -> C
     seeds = sorted(sides[0].keys() & sides[1].keys())
     if not seeds:
         return None
-    sign = 1 if smaller_is_better(figures[0]) else -1
+    sign = sign_of(figures[0])
     values = [[side[seed][1].tuned[figure] for seed in seeds] for side, figure in zip(sides, figures, strict=True)]
     effect = Estimate(tuple(sign * (than - better) for better, than in zip(*values, strict=True)))
     gains = [_gain(sides[1][seed][1], figures[1]) for seed in seeds]
@@ -130,7 +130,7 @@ def _reference_runs(outcomes: Sequence[Outcome], label: str, figure: str) -> dic
 def _gain(result: Result, figure: str) -> float | None:
     """The improvement of a run's figure by training; a merged file's loss is compared with the live base's."""
     base = result.base.get(figure.removeprefix("merged_"))
-    return None if base is None else (1 if smaller_is_better(figure) else -1) * (base - result.tuned[figure])
+    return None if base is None else sign_of(figure) * (base - result.tuned[figure])
 
 
 def seeds_p(effect: Estimate, margin: float) -> float:

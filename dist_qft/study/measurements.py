@@ -15,7 +15,7 @@ from dist_qft.config.methods.method import MethodConfig
 from dist_qft.config.methods.tile_method import TileMethod
 from dist_qft.study.presets import REFERENCE, Variant, value_label
 from dist_qft.study.results import Outcome
-from dist_qft.study.tuning import smaller_is_better
+from dist_qft.study.tuning import sign_of
 
 CONFIDENCE = 0.95
 
@@ -104,7 +104,7 @@ def measure(outcomes: Sequence[Outcome], metric: str) -> list[Subject]:
         row, result = outcome.row, outcome.finished
         if result is None or metric not in result.tuned or row.tries is not None:
             continue
-        label, sign = row.label, 1 if smaller_is_better(metric) else -1
+        label, sign = row.label, sign_of(metric)
         for variant in row.variants:
             subject = subjects.setdefault(label, Subject(label, row.config.method, sign))
             if variant.preset == REFERENCE:

@@ -75,7 +75,12 @@ _PRESETS: dict[str, type[Section]] = {
     for kind in (TypePreset, DepthPreset, EqualDiscount)
     for name in get_args(kind.model_fields["preset"].annotation)
 }
-_SECTIONS: dict[str | int, type[Section]] = {"tune": TuneSettings, "merge": MergeStage, "contrasts": Contrast}
+_SECTIONS: dict[KeyPath, type[Section]] = {
+    ("tune",): TuneSettings,
+    ("tune", "metric"): TuneMetric,
+    ("merge",): MergeStage,
+    ("contrasts",): Contrast,
+}
 
 
 class StudySettings(Section):
@@ -245,9 +250,9 @@ def _fault(document: Document, item: ErrorDetails) -> str:
         return f"{where}: {dotted((*path, item['loc'][-1]))}: missing"
     if item["type"] == "extra_forbidden":
         preset = _PRESETS.get(document.values["presets"][path[1]]["preset"]) if path[0] == "presets" else None
-        section = _SECTIONS.get(path[0], StudySettings) if len(path) > 1 else StudySettings
-        section = TuneMetric if path[:2] == ("tune", "metric") else section
-        allowed = [*(preset or section).model_fields]
+        around = (_SECTIONS.get(path[:length]) for length in range(len(path) - 1, 0, -1))
+        section = preset or next(filter(None, around), StudySettings)
+        allowed = [*section.model_fields]
         near = difflib.get_close_matches(str(path[-1]), allowed, n=1)
         hint = f", did you mean '{near[0]}'?" if near else f", allowed here: {', '.join(allowed)}"
         return f"{where}: unknown key '{key}'{hint}"

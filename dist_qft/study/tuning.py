@@ -24,25 +24,28 @@ class Search:
         figures: value -> figure of its runs, mean over their seeds, in the order of trial; None if they are not done.
             A run that failed counts as infinitely bad.
         metric: what the figures are, such as "loss".
-        sign: 1 where a smaller figure is better, -1 where a larger one is.
         best: the best value; None while runs are missing.
         on_edge: the best is the smallest or largest value that was tried, and no further ones were allowed.
     """
 
     figures: Mapping[float, float | None]
     metric: str
-    sign: int
     best: float | None
     on_edge: bool
+
+    @property
+    def sign(self) -> int:
+        """1 where a smaller figure is better, -1 where a larger one is."""
+        return sign_of(self.metric)
 
     def curve(self) -> list[tuple[float, float]]:
         """(value, figure) of the runs that are done and did not fail, by value."""
         return sorted((v, f) for v, f in self.figures.items() if f is not None and math.isfinite(f))
 
 
-def smaller_is_better(metric: str) -> bool:
-    """True for losses, live or of merged files; all other figures are the better the larger."""
-    return metric.rpartition("/")[2].endswith(("loss", "perplexity"))
+def sign_of(metric: str) -> int:
+    """1 for losses, live or of merged files, whose smaller figures are better; -1 for all other figures."""
+    return 1 if metric.rpartition("/")[2].endswith(("loss", "perplexity")) else -1
 
 
 def search(settings: TuneSettings, start: float, metric: str, measured: Callable[[float], float | None]) -> Search:
@@ -52,21 +55,21 @@ def search(settings: TuneSettings, start: float, metric: str, measured: Callable
         start: the config's value, the middle of the first values.
         measured: figure of a value; None if its runs are not done, NaN or infinite if they failed.
     """
-    sign = 1 if smaller_is_better(metric) else -1
+    sign = sign_of(metric)
     figures = {value: measured(value) for value in first_values(settings, start)}
     further = 0
     while all(figure is not None for figure in figures.values()):
         best = min(figures, key=lambda value: _badness(figures[value], sign))
         if not math.isfinite(_badness(figures[best], sign)):
-            return Search(figures, metric, sign, None, False)  # every value failed
+            return Search(figures, metric, None, False)  # every value failed
         beyond = _beyond(sorted(figures), best, settings.factor)
         if beyond is None:
-            return Search(figures, metric, sign, best, False)
+            return Search(figures, metric, best, False)
         if further == settings.widen:
-            return Search(figures, metric, sign, best, True)
+            return Search(figures, metric, best, True)
         further += 1
         figures[beyond] = measured(beyond)
-    return Search(figures, metric, sign, None, False)
+    return Search(figures, metric, None, False)
 
 
 def first_values(settings: TuneSettings, start: float) -> list[float]:

@@ -45,7 +45,7 @@ def compare(state: TrainerState, held_out: HeldOut, config: RunConfig, data_dige
     """
     settings = config.evaluation
     better = is_better(held_out, state.best_loss, settings)
-    waited = 0 if better or state.comparison is None else state.comparison.waited
+    waited = state.comparison.waited if state.comparison else 0
     if better:
         state.best_loss, state.best_step = figure(held_out, settings.metric), state.step
     state.comparison = Comparison(
@@ -53,7 +53,7 @@ def compare(state: TrainerState, held_out: HeldOut, config: RunConfig, data_dige
         data_digest=data_digest,
         task=config.task.model_dump(mode="json"),
         threshold=settings.early_stopping_threshold,
-        waited=waited if better else waited + 1,
+        waited=0 if better else waited + 1,
     )
     state.stopped_early = has_waited_enough(state, settings)
     return better

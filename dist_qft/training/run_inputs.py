@@ -97,7 +97,7 @@ class RunInputs:
             "config": self.config.model_dump_json(),
             "compute dtype": str(self.skeleton.dtype),
             "training data": self.data.train.digest,
-            "held-out data": self.held_out_digest,
+            "held-out data": self.data.held_out_digest,
             "checkpoint": f"{state.step} {state.data_chain} {self.finished}" if state else "",
             "package versions": " ".join(f"{name} {version(name)}" for name in ("dist-qft", "torch", "transformers")),
             "Python version": platform.python_version(),
@@ -131,11 +131,6 @@ class RunInputs:
     def stopped_early(self) -> bool:
         """True if the checkpoint's run has waited for a better evaluation as long as the config asks for now."""
         return self.checkpoint is not None and has_waited_enough(self.checkpoint.state, self.config.evaluation)
-
-    @property
-    def held_out_digest(self) -> str:
-        """Digest of the held-out data; empty without any."""
-        return self.data.eval.digest if self.data.eval else ""
 
     def length(self) -> tuple[int, int]:
         """Optimizer steps and data rows of the run.

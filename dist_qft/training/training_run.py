@@ -222,7 +222,7 @@ class TrainingRun:
         self.evaluations.answer_prompts("eval", state.step)
         state.evaluated_step = state.step
         if held_out is not None and compares(self.config):
-            better = compare(state, held_out, self.config, self.inputs.held_out_digest)
+            better = compare(state, held_out, self.config, self.inputs.data.held_out_digest)
             if better and self.config.checkpoint.keep_best:
                 self.save()
 

@@ -14,6 +14,7 @@ from dist_qft.base_model.weight_files import open_source
 from dist_qft.config.schema import ModelConfig, QuantizationConfig
 from dist_qft.errors import UserError
 from tests.support.packed_folders import awq, compressed, save_int4_folder, set_quantization
+from tests.support.quantized_experts import COMPRESSED
 from tests.support.tiny_model import VOCABULARY, save_tiny_model, tiny_llama_config
 
 LLAMA = tiny_llama_config(num_hidden_layers=1)
@@ -29,7 +30,6 @@ STARCODER = Starcoder2Config(
 )
 BLOOM = BloomConfig(hidden_size=64, n_layer=1, n_head=4, vocab_size=VOCABULARY)
 DOWN = "model.layers.0.mlp.down_proj"
-COMPRESSED = {"quant_method": "compressed-tensors", "format": "pack-quantized", "config_groups": {}}
 
 
 def notes_of(folder: Path) -> list[str]:
