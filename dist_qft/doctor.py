@@ -20,6 +20,7 @@ from rich.console import Console
 from rich.table import Table
 
 from dist_qft.config.schema import RunConfig
+from dist_qft.errors import SetupError
 
 Status = Literal["ok", "note", "missing"]
 
@@ -137,17 +138,19 @@ def _triton() -> Finding:
 
 def _network() -> Iterator[Finding]:
     """The interface on which other nodes are met, and fast interconnects."""
-    from dist_qft.ranks.network import LOOPBACK, interface_of, own_address
+    import torch
 
-    chosen = os.environ.get("GLOO_SOCKET_IFNAME")
+    from dist_qft.ranks.network import LOOPBACK, interface_of, own_address, require_interfaces
+
     address = own_address(os.environ.get("MASTER_ADDR", "") or platform.node())
-    if chosen and interface_of(address) != chosen:
-        remedy = "unset it, or name one of " + ", ".join(psutil.net_if_addrs())
-        yield Finding("network", "missing", f"GLOO_SOCKET_IFNAME={chosen} is no interface of this machine", remedy)
-    elif address == LOOPBACK:
-        yield Finding("network", "note", "loopback only", "one node; several need a network interface")
-    else:
-        yield Finding("network", "ok", f"{interface_of(address)} ({address})")
+    try:
+        require_interfaces(nccl=torch.cuda.is_available())
+        if address == LOOPBACK:
+            yield Finding("network", "note", "loopback only", "one node; several need a network interface")
+        else:
+            yield Finding("network", "ok", f"{interface_of(address)} ({address})")
+    except SetupError as error:
+        yield Finding("network", "missing", str(error), "unset it, or set it to an interface of this machine")
     rates = [rate for rate in sorted(_INFINIBAND.glob("*/ports/*/rate")) if rate.is_file()]
     if rates:
         found = ", ".join(f"{rate.parts[-4]} {rate.read_text().strip()}" for rate in rates)

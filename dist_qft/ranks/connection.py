@@ -17,7 +17,14 @@ from dist_qft.ranks.activity import Activity
 from dist_qft.ranks.device import let_segments_grow
 from dist_qft.ranks.groups import leave_group
 from dist_qft.ranks.launchers import LAUNCHER
-from dist_qft.ranks.network import LOOPBACK, choose_interface, client_store, listening_address, listening_store
+from dist_qft.ranks.network import (
+    LOOPBACK,
+    choose_interface,
+    client_store,
+    listening_address,
+    listening_store,
+    require_interfaces,
+)
 from dist_qft.ranks.peers import Peers
 from dist_qft.ranks.process import imported
 from dist_qft.ranks.world import World
@@ -63,6 +70,7 @@ def connect(
 
 
 def _join(world: World, device: torch.device, timeout: timedelta) -> None:
+    require_interfaces(nccl=device.type == "cuda")
     choose_interface(world.single_node, world.master_address)
     backend, own = "gloo", None
     if device.type == "cuda":

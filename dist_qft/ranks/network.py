@@ -15,6 +15,7 @@ from datetime import timedelta
 import psutil
 import torch.distributed as dist
 
+from dist_qft.errors import SetupError
 from dist_qft.ranks.patience import NoAnswerError, answer_within
 
 LOOPBACK = "127.0.0.1"
@@ -30,6 +31,24 @@ def choose_interface(single_node: bool, master_address: str, env: MutableMapping
     if name is not None:
         env.setdefault("GLOO_SOCKET_IFNAME", name)
         env.setdefault("NCCL_SOCKET_IFNAME", f"={name}")  # "=": this one, and not each that begins so
+
+
+def require_interfaces(nccl: bool, env: Mapping[str, str] = os.environ) -> None:
+    """Refuse a variable that names no interface of this machine; gloo and NCCL do not say which variable it was.
+
+    Args:
+        nccl: look at NCCL_SOCKET_IFNAME as well.
+
+    Raises:
+        SetupError: gloo's variable names an interface that is not here, or NCCL's fits none.
+    """
+    here = list(psutil.net_if_addrs())
+    for name in filter(None, env.get("GLOO_SOCKET_IFNAME", "").split(",")):
+        if name not in here:
+            raise SetupError(f"GLOO_SOCKET_IFNAME: got {name}, must be one of {', '.join(here)}")
+    wanted = env.get("NCCL_SOCKET_IFNAME", "")
+    if nccl and not any(_fits_nccl(wanted, name) for name in here):
+        raise SetupError(f"NCCL_SOCKET_IFNAME: got {wanted}, must fit one of {', '.join(here)}")
 
 
 def own_address(master_address: str, env: Mapping[str, str] = os.environ) -> str:
@@ -123,6 +142,15 @@ def client_store(master_address: str, port: int, timeout: timedelta) -> dist.TCP
         raise TimeoutError(
             f"a program listens at {host}:{port} and does not answer; it is not the store of this run"
         ) from None
+
+
+def _fits_nccl(wanted: str, name: str) -> bool:
+    """True if NCCL may use an interface: `wanted` has beginnings of names, after "=" whole names, after "^" others."""
+    excluded = wanted.startswith("^")
+    exact = wanted.removeprefix("^").startswith("=")
+    parts = [part.partition(":")[0] for part in wanted.lstrip("^=").split(",") if part]  # a port is of no concern
+    fits = name in parts if exact else name.startswith(tuple(parts))
+    return fits != excluded if parts else True
 
 
 def _listens(host: str, port: int) -> bool:

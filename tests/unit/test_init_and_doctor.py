@@ -94,3 +94,10 @@ def test_what_is_missing_is_named_with_its_remedy(tmp_path, monkeypatch):
     assert "dist-qft[deepspeed]" in found["deepspeed"].remedy
     without = {finding.what: finding.status for finding in doctor.examine()}
     assert (without["GPU"], without["deepspeed"], without["bitsandbytes"]) == ("note", "note", "missing")
+
+
+@pytest.mark.parametrize(("wanted", "status"), [("lo,eth77", "missing"), ("lo", "note"), ("lo,lo", "note")])
+def test_the_interface_that_the_user_names_is_looked_for(monkeypatch, wanted, status):
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", wanted)
+    network = next(finding for finding in doctor.examine() if finding.what == "network")
+    assert (network.status, "eth77" in network.found) == (status, "eth77" in wanted)

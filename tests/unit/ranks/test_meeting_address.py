@@ -5,8 +5,16 @@ from datetime import timedelta
 
 import pytest
 
+from dist_qft.errors import SetupError
 from dist_qft.ranks import network
-from dist_qft.ranks.network import client_store, interface_of, listening_address, listening_store, own_address
+from dist_qft.ranks.network import (
+    client_store,
+    interface_of,
+    listening_address,
+    listening_store,
+    own_address,
+    require_interfaces,
+)
 
 SECONDS = timedelta(seconds=20)
 
@@ -49,3 +57,24 @@ def test_the_interface_that_the_user_names_wins():
     unset: dict[str, str] = {}
     network.choose_interface(True, "127.0.0.1", env=unset)
     assert unset == {"GLOO_SOCKET_IFNAME": name, "NCCL_SOCKET_IFNAME": f"={name}"}
+
+
+@pytest.mark.parametrize("wanted", ["", "lo", "eth7,lo", "=lo", "l", "^eth,ib", "^=l", "lo:4000"])
+def test_an_interface_that_nccl_may_use_is_accepted(wanted):
+    require_interfaces(nccl=True, env={"GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": wanted})
+
+
+@pytest.mark.parametrize(
+    ("variable", "wanted", "said"),
+    [
+        ("GLOO_SOCKET_IFNAME", "lo,eth77", "got eth77, must be one of lo"),
+        ("GLOO_SOCKET_IFNAME", "l", "got l, must be one of lo"),
+        ("NCCL_SOCKET_IFNAME", "eth77", "got eth77, must fit one of lo"),
+        ("NCCL_SOCKET_IFNAME", "=l", "got =l, must fit one of lo"),
+    ],
+)
+def test_an_interface_that_is_not_here_is_refused_by_its_variable(monkeypatch, variable, wanted, said):
+    monkeypatch.setattr(network.psutil, "net_if_addrs", lambda: {"lo": []})
+    with pytest.raises(SetupError, match=f"^{variable}: {said}"):
+        require_interfaces(nccl=True, env={variable: wanted})
+    require_interfaces(nccl=False, env={"NCCL_SOCKET_IFNAME": wanted})
