@@ -8,9 +8,10 @@ from pathlib import Path
 from dist_qft.errors import UserError
 from dist_qft.harness.command import require_harness
 from dist_qft.ranks.world import World
-from dist_qft.study.rows import StudyRun, expand, expand_all
+from dist_qft.study.rows import expand, expand_all
 from dist_qft.study.run import outcome_of, require_data, run_in_processes, run_rows, wanted
 from dist_qft.study.settings import Study, load_study
+from dist_qft.study.study_run import StudyRun
 
 REPORT_PACKAGES = ("matplotlib", "scipy")
 

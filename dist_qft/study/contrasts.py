@@ -73,11 +73,23 @@ class Compared:
 
 
 def compare(study: Study, outcomes: Sequence[Outcome]) -> list[Compared]:
-    """Every contrast for which there are runs, secondary ones corrected for their number."""
+    """Every contrast for which there are runs, secondary ones corrected for the number of all in the file."""
     found = [made for c in study.settings.contrasts if (made := _compared(c, study.settings.metric, outcomes))]
     secondary = [made for made in found if not made.contrast.primary]
-    corrected = iter(holm([made.p for made in secondary]))
+    unanswered = sum(not c.primary for c in study.settings.contrasts) - len(secondary)
+    corrected = iter(holm([*(made.p for made in secondary), *([1.0] * unanswered)]))
     return [made if made.contrast.primary else replace(made, adjusted=next(corrected)) for made in found]
+
+
+def unanswered(study: Study, compared: Sequence[Compared]) -> list[str]:
+    """One sentence for each contrast that has no runs yet, or whose runs failed."""
+    answered = [each.contrast for each in compared]
+    return [
+        f"{c.better} against {c.than} ({' against '.join(dict.fromkeys(c.figures(study.settings.metric)))}): no seed "
+        "has a run of both that is done"
+        for c in study.settings.contrasts
+        if c not in answered
+    ]
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
@@ -90,8 +102,7 @@ def holm(p_values: Sequence[float]) -> list[float]:
 
 
 def _compared(contrast: Contrast, metric: str, outcomes: Sequence[Outcome]) -> Compared | None:
-    first = contrast.metric or metric
-    figures = first, contrast.than_metric or first
+    figures = contrast.figures(metric)
     sides = [
         _reference_runs(outcomes, label, figure)
         for label, figure in zip((contrast.better, contrast.than), figures, strict=True)

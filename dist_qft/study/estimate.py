@@ -16,9 +16,10 @@ import torch
 from dist_qft.config.load import change_config
 from dist_qft.config.schema import RunConfig
 from dist_qft.study.results import collect, distinct
-from dist_qft.study.rows import Expansion, StudyRun
+from dist_qft.study.rows import Expansion
 from dist_qft.study.run import run_apart, threads_of
 from dist_qft.study.settings import Study
+from dist_qft.study.study_run import StudyRun
 
 TRIAL_STEPS = 5
 

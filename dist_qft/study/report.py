@@ -16,16 +16,17 @@ import matplotlib
 from dist_qft.errors import SetupError, UserError
 from dist_qft.storage.atomic import write_text
 from dist_qft.study.arm_figures import arms_figure, tuning_figure
-from dist_qft.study.contrasts import Compared, compare
+from dist_qft.study.contrasts import Compared, compare, unanswered
 from dist_qft.study.figures import STYLE, Picture, draw_all
 from dist_qft.study.findings import Finding, find
 from dist_qft.study.measurements import Subject, measure
 from dist_qft.study.page import make_page
 from dist_qft.study.result_file import Result
 from dist_qft.study.results import Outcome, as_csv, as_json, collect, distinct
-from dist_qft.study.rows import Expansion, StudyRun, expand_all
+from dist_qft.study.rows import Expansion, expand_all
 from dist_qft.study.settings import Study
 from dist_qft.study.soundness import warnings_of
+from dist_qft.study.study_run import StudyRun
 
 REPORT_FOLDER = "report"
 HPARAMS_FOLDER = "hparams"
@@ -59,7 +60,8 @@ def write_report(study: Study) -> str:
     unit = _LOSS_UNITS[study.base.task.name] if metric == "loss" else ""
     findings = find(subjects, unit or f"of {metric}")
     pictures = list(_pictures(study, expansion, subjects, unit))
-    compared, warnings = compare(study, outcomes), warnings_of(study, outcomes, expansion.searches)
+    compared = compare(study, outcomes)
+    warnings = [*warnings_of(study, outcomes, expansion.searches), *unanswered(study, compared)]
     folder = study.output_dir / REPORT_FOLDER
     write_text(folder / "results.csv", as_csv(outcomes))
     write_text(folder / "results.json", as_json(outcomes))

@@ -12,7 +12,7 @@ from dist_qft.training.metrics_file import read_held_out, read_history
 from dist_qft.tuned_model.held_out import HeldOut, RowScore
 
 if TYPE_CHECKING:
-    from dist_qft.study.rows import StudyRun
+    from dist_qft.study.study_run import StudyRun
     from dist_qft.training.training_run import TrainingRun
 
 RESULT_FILE = "result.json"

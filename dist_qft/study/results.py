@@ -9,7 +9,7 @@ from typing import Any
 
 from dist_qft.study.groups import THIRDS, TYPES
 from dist_qft.study.result_file import Result, read_result
-from dist_qft.study.rows import StudyRun
+from dist_qft.study.study_run import StudyRun
 
 
 @dataclass(frozen=True)

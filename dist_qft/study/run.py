@@ -29,8 +29,8 @@ from dist_qft.ranks.process import launcher_mark
 from dist_qft.ranks.world import World
 from dist_qft.storage.lock import FolderLock
 from dist_qft.study.result_file import Result, read_result, write_result
-from dist_qft.study.rows import StudyRun
 from dist_qft.study.runner import LOG_FILE, Runner
+from dist_qft.study.study_run import StudyRun
 
 if TYPE_CHECKING:
     pass

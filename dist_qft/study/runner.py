@@ -22,7 +22,7 @@ from dist_qft.storage.trainer_state import BaseEvaluation
 from dist_qft.study.costs import costs_of
 from dist_qft.study.merging import MERGED_FOLDER, Merged, merge_and_measure, task_figures
 from dist_qft.study.result_file import Result, write_rows
-from dist_qft.study.rows import StudyRun
+from dist_qft.study.study_run import StudyRun
 from dist_qft.train import execute_run, gather_inputs
 from dist_qft.training.run_inputs import LoadedBase
 

@@ -202,8 +202,8 @@ def _contrast_faults(settings: StudySettings) -> list[tuple[KeyPath, str]]:
             if (label := getattr(contrast, side)) not in known:
                 place = (*path, side)
                 faults.append((place, f"{dotted(place)}: got '{label}', must be one of {'; '.join(known)}"))
-        figures = (contrast.metric or settings.metric, contrast.than_metric or contrast.metric or settings.metric)
-        if contrast.better == contrast.than and figures[0] == figures[1]:
+        first, second = contrast.figures(settings.metric)
+        if contrast.better == contrast.than and first == second:
             faults.append((path, f"{dotted(path)}: got '{contrast.better}' twice, must be two that differ"))
     return faults
 

@@ -65,6 +65,11 @@ class Contrast(Section):
     margin: Annotated[float, Field(ge=0)] = Field(0.0, description="the claim allows to be worse by so much")
     primary: bool = Field(False, description="not corrected for the number of questions, which the others are (Holm)")
 
+    def figures(self, metric: str) -> tuple[str, str]:
+        """The figure of each side, where `metric` is the study's."""
+        first = self.metric or metric
+        return first, self.than_metric or first
+
 
 Keep = Annotated[
     list[Literal["adapter", "merged"]], Field(description="what stays of a run beside its figures; default nothing")

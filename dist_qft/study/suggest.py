@@ -16,11 +16,12 @@ from dist_qft.config.schema import RunConfig
 from dist_qft.errors import UserError
 from dist_qft.methods.specs import make_spec
 from dist_qft.ranks.device import compute_dtype, planned_device
+from dist_qft.study.arms import with_rules
 from dist_qft.study.measurements import Estimate, Subject, measure
 from dist_qft.study.presets import REFERENCE, Variant
 from dist_qft.study.results import collect
-from dist_qft.study.rows import StudyRun, with_rules
 from dist_qft.study.settings import Study
+from dist_qft.study.study_run import StudyRun
 
 _KINDS = ("by_type", "by_depth")
 

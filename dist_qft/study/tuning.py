@@ -15,6 +15,8 @@ from dist_qft.config.schema import RunConfig
 from dist_qft.errors import UserError
 from dist_qft.study.stages import TuneSettings
 
+_SMALLER_IS_BETTER = ("bits_per_byte", "brier_score", "ter")  # of lm-evaluation-harness, beside perplexities
+
 
 @dataclass(frozen=True)
 class Search:
@@ -25,7 +27,7 @@ class Search:
             A run that failed counts as infinitely bad.
         metric: what the figures are, such as "loss".
         best: the best value; None while runs are missing.
-        on_edge: the best is the smallest or largest value that was tried, and no further ones were allowed.
+        on_edge: the best is the smallest or largest value that was tried, and there may be no further one.
     """
 
     figures: Mapping[float, float | None]
@@ -44,16 +46,24 @@ class Search:
 
 
 def sign_of(metric: str) -> int:
-    """1 for losses, live or of merged files, whose smaller figures are better; -1 for all other figures."""
-    return 1 if metric.rpartition("/")[2].endswith(("loss", "perplexity")) else -1
+    """1 where smaller figures are better: losses, and some of lm-evaluation-harness; -1 for all other figures."""
+    name = metric.rpartition("/")[2].partition(",")[0]  # behind the comma the harness names a filter of answers
+    return 1 if name.endswith(("loss", "perplexity")) or name in _SMALLER_IS_BETTER else -1
 
 
-def search(settings: TuneSettings, start: float, metric: str, measured: Callable[[float], float | None]) -> Search:
+def search(
+    settings: TuneSettings,
+    start: float,
+    metric: str,
+    measured: Callable[[float], float | None],
+    allowed: Callable[[float], bool] = lambda value: True,
+) -> Search:
     """Walk through the values as far as their figures are known.
 
     Args:
         start: the config's value, the middle of the first values.
         measured: figure of a value; None if its runs are not done, NaN or infinite if they failed.
+        allowed: False for a value that no config may have; the search does not go on to it.
     """
     sign = sign_of(metric)
     figures = {value: measured(value) for value in first_values(settings, start)}
@@ -65,7 +75,7 @@ def search(settings: TuneSettings, start: float, metric: str, measured: Callable
         beyond = _beyond(sorted(figures), best, settings.factor)
         if beyond is None:
             return Search(figures, metric, best, False)
-        if further == settings.widen:
+        if further == settings.widen or not allowed(beyond):
             return Search(figures, metric, best, True)
         further += 1
         figures[beyond] = measured(beyond)
@@ -83,6 +93,11 @@ def first_values(settings: TuneSettings, start: float) -> list[float]:
 def rounded(value: float) -> float:
     """Six digits: a value that is written down and read again stays the same."""
     return float(f"{value:.6g}")
+
+
+def as_written(value: float) -> float | int:
+    """The value as a config has it: a whole number is one, as ranks must be."""
+    return int(value) if value.is_integer() else value
 
 
 def start_of(config: RunConfig, axis: str) -> float:

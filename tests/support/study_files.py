@@ -15,6 +15,8 @@ PRESETS = [
     {"preset": "balance_by_depth", "values": [1, 4]},
 ]
 
+SEARCHED_ON = {"data.eval": {"path": "tune.jsonl"}, "data.eval_samples": 0}  # held-out data of a search
+
 
 def write_study(
     folder: Path, model: Path, *, method: dict | None = None, train: dict | None = None, **keys: Any

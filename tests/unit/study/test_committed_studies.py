@@ -5,8 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from dist_qft.study.rows import StudyRun, expand_all
+from dist_qft.study.rows import expand_all
 from dist_qft.study.settings import load_study
+from dist_qft.study.study_run import StudyRun
 
 STUDIES = Path(__file__).resolve().parents[3] / "studies"
 

@@ -7,7 +7,7 @@ from dist_qft.study.naming import Skeletons
 from dist_qft.study.result_file import Result, write_result
 from dist_qft.study.rows import expand, expand_all
 from dist_qft.study.settings import load_study
-from tests.support.study_files import PRESETS, write_study
+from tests.support.study_files import PRESETS, SEARCHED_ON, write_study
 
 LAYERS, WIDTH, KV, FFN = 3, 64, 32, 128  # of the tiny Llama
 SIZES = {
@@ -173,13 +173,14 @@ def test_arms_that_differ_only_in_the_figure_that_chooses_share_their_search(
     tiny_llama, tmp_path, best_for_the_file, runs
 ):
     tune = {
-        "set": {"data.eval_samples": 4},
+        "set": SEARCHED_ON,
         "values": [1e-3, 2e-3, 4e-3],
         "metric": [{"metric": "merged_loss", "when": {"arm": "for its file"}}],
         "widen": 0,
     }
     arms = {"for itself": {}, "for its file": {}, "other": {"train.weight_decay": 0.1}}
-    study = load_study(write_study(tmp_path, tiny_llama, presets=None, seeds=[0], tune=tune, axes={"arm": arms}))
+    keys = {"tune": tune, "axes": {"arm": arms}, "merge": {"to": "dense"}}
+    study = load_study(write_study(tmp_path, tiny_llama, presets=None, seeds=[0], **keys))
     tried = expand(study)
     assert [row.tries for row in tried] == [1e-3, 2e-3, 4e-3] * 2
     for row in tried:
@@ -194,3 +195,46 @@ def test_arms_that_differ_only_in_the_figure_that_chooses_share_their_search(
     }
     assert len({row.name for row in compared.values()}) == runs - 1
     assert [search.metric for search in known.searches.values()] == ["loss", "merged_loss", "loss"]
+
+
+@pytest.mark.parametrize(("axis", "changed"), [("method.alpha", "alpha"), ("method.rank", "rank")])
+def test_a_search_over_a_number_of_the_method_tries_each_value(tiny_llama, tmp_path, axis, changed):
+    tune = {"axis": axis, "set": SEARCHED_ON, "tries": 3, "widen": 0}
+    study = load_study(write_study(tmp_path, tiny_llama, presets=None, seeds=[0], tune=tune, axes={"arm": {"a": {}}}))
+    tried = expand(study)
+    assert [getattr(row.config.method, changed) for row in tried] == [2, 4, 8]
+    assert len({row.name for row in tried}) == 3
+    for row in tried:
+        assert row.trainables == make_spec(row.config, Skeletons().get(row.config)).parameters
+        write_result(row.folder, Result(row.name, tuned={"loss": row.tries}))
+    chosen = next(row for row in expand(study) if row.tries is None)
+    assert (getattr(chosen.config.method, changed), chosen.trainables) == (2, tried[0].trainables)
+
+
+@pytest.mark.parametrize(
+    ("axis", "start", "best"), [("train.warmup_ratio", 0.3, 0.6), ("method.rank", 2, 1)], ids=["share", "whole number"]
+)
+def test_a_search_ends_at_the_edge_of_what_a_config_may_have(tiny_llama, tmp_path, axis, start, best):
+    tune = {"axis": axis, "set": SEARCHED_ON, "tries": 3, "widen": 4}
+    path = write_study(
+        tmp_path, tiny_llama, presets=None, seeds=[0], tune=tune, set={axis: start}, axes={"arm": {"a": {}}}
+    )
+    study = load_study(path)
+    for row in expand(study):
+        write_result(row.folder, Result(row.name, tuned={"loss": abs(row.tries - best)}))
+    known = expand_all(study)
+    (found,) = known.searches.values()
+    assert (found.best, found.on_edge, len(found.figures)) == (best, True, 3)
+    assert [row.tries for row in known.rows] == [*sorted(found.figures), None]
+
+
+def test_the_first_values_keep_their_numbers_when_a_search_goes_on(tiny_llama, tmp_path):
+    tune = {"set": SEARCHED_ON, "values": [1e-3, 2e-3], "widen": 2}
+    arms = {"a": {}, "b": {"train.weight_decay": 0.1}}
+    study = load_study(write_study(tmp_path, tiny_llama, presets=None, seeds=[0], tune=tune, axes={"arm": arms}))
+    first = expand(study)
+    for row in first[:2]:
+        write_result(row.folder, Result(row.name, tuned={"loss": -row.tries}))
+    later = expand(study)
+    assert [row.name for row in later[:4]] == [row.name for row in first]
+    assert [(row.label, row.tries) for row in later[4:]] == [("a", 4e-3)]

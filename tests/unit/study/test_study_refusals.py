@@ -7,13 +7,15 @@ import pytest
 from dist_qft.errors import UserError
 from dist_qft.study.rows import expand
 from dist_qft.study.settings import load_study
-from tests.support.study_files import write_study
+from tests.support.study_files import SEARCHED_ON, write_study
 
 MLP = (
     "must be one of attention, mlp, early, middle, late, q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj"
 )
 QAHIRA = {"name": "qahira"}
 QLORA = {"name": "qlora", "rank": 4}
+OWN = {"set": SEARCHED_ON}  # held-out data of a search
+ARMS = {"presets": None, "axes": {"arm": {"a": {}, "b": {"train.weight_decay": 0.1}}}}
 
 
 def rank(**changes):
@@ -112,13 +114,50 @@ CASES = {
         {"tune": {"set": {"train.seed": 1}}},
         "tune.set: must give the search held-out data of its own (data.eval...)",
     ),
+    "a search on a part of the study's own held-out samples": (
+        {"tune": {"set": {"data.eval_samples": 4}}},
+        "tune.set: must give the search held-out data of its own (data.eval...): eval_samples are a part of",
+    ),
+    "a search on fewer rows of the study's own held-out file": (
+        {
+            "set": {"data.eval": {"path": "held-out.jsonl"}, "data.eval_samples": 0},
+            "tune": {"set": {"data.eval": {"path": "held-out.jsonl", "limit": 4}}},
+        },
+        "tune.set: must give the search held-out data of its own (data.eval...): runs are compared on 'held-out.jsonl'",
+    ),
+    "a search by the questions that are compared": (
+        {"tune": OWN, "tasks": ["arc_easy"], "metric": "task/arc_easy/acc"},
+        "tune.metric: got 'task/arc_easy/acc', whose questions are compared, must be a figure of the search's own",
+    ),
+    "a search by a figure that its runs have not": (
+        {"tune": {**OWN, "metric": "merged_loss"}},
+        "tune.metric: got 'merged_loss', must be a figure of 'qbara': loss",
+    ),
+    "a metric that no run has": (
+        {"metric": "merged_loss"},
+        "metric: got 'merged_loss', must be a figure of 'qbara': loss",
+    ),
+    "a contrast of a figure that there is not": (
+        {**ARMS, "contrasts": [{"claim": "c", "better": "a", "than": "b", "metric": "mergd_loss", "primary": True}]},
+        "contrasts.0.metric: got 'mergd_loss', must be a figure of 'a': loss",
+    ),
+    "a contrast of figures with two directions": (
+        {
+            **ARMS,
+            "tasks": ["arc_easy"],
+            "contrasts": [
+                {"claim": "c", "better": "a", "than": "b", "metric": "loss", "than_metric": "task/arc_easy/acc"}
+            ],
+        },
+        "contrasts.0.than_metric: got 'task/arc_easy/acc', must be better in the direction in which 'loss' is",
+    ),
     "a search over what is no number": (
-        {"tune": {"axis": "train.precision", "set": {"data.eval_samples": 4}}},
+        {"tune": {"axis": "train.precision", **OWN}},
         "tune: axis: train.precision is 'auto', must be a number > 0",
     ),
     "a figure that chooses for an arm that there is not": (
         {
-            "tune": {"set": {"data.eval_samples": 4}, "metric": [{"metric": "loss", "when": {"arm": "b"}}]},
+            "tune": {**OWN, "metric": [{"metric": "loss", "when": {"arm": "b"}}]},
             "axes": {"arm": {"a": {}}},
         },
         "tune.metric.0.when: got 'b', must be one of a",
