@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 
 from matplotlib.figure import Figure
 
-from dist_qft.study.figures import COLOURS, MARKERS, Picture, finished_picture
+from dist_qft.study.figures import COLOURS, MARKERS, Picture, finished_picture, shown
 from dist_qft.study.measurements import Estimate, Subject
 from dist_qft.study.presets import REFERENCE, Variant
 from dist_qft.study.tuning import Search
@@ -26,7 +26,9 @@ def tuning_figure(searches: Mapping[tuple[str, Variant], Search], axis: str) -> 
         if len(metrics) > 1:
             name += f": {searches[label, variant].metric}"
         colour, marker = COLOURS[index % len(COLOURS)], MARKERS[index % len(MARKERS)]
-        axes.plot(*zip(*curve, strict=True), color=colour, marker=marker, markersize=4, linewidth=1.2, label=name)
+        axes.plot(
+            *zip(*curve, strict=True), color=colour, marker=marker, markersize=4, linewidth=1.2, label=shown(name)
+        )
         best = searches[label, variant].best
         if best is not None:
             value = dict(curve)[best]
@@ -52,7 +54,7 @@ def arms_figure(subjects: Sequence[Subject], label: str) -> Picture | None:
         colour = COLOURS[place % len(COLOURS)]
         axes.errorbar(values.mean, place, xerr=values.spread, color=colour, marker="o", markersize=5, capsize=3)
         axes.scatter(values.per_seed, [place + 0.18] * len(values.per_seed), s=6, color=colour, alpha=0.6, linewidths=0)
-    axes.set_yticks(range(len(subjects)), [subject.label for subject in subjects])
+    axes.set_yticks(range(len(subjects)), [shown(subject.label) for subject in subjects])
     axes.invert_yaxis()
     axes.set_xlabel(label)
     caption = "Every combination of the axes. Bars: standard deviation over the seeds; small dots: single seeds."

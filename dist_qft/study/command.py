@@ -89,7 +89,7 @@ def _all(path: Path, study: Study, rows: Sequence[StudyRun], jobs: int, retry_fa
             raise UserError(f"--jobs: got {jobs}, must be 1 on several ranks")
         _all_in_processes(path, study, rows, jobs, retry_failed)
     else:
-        run_rows(rows, range(len(rows)), retry_failed=retry_failed, further=lambda: expand(study))
+        run_rows(rows, range(len(rows)), retry_failed=retry_failed, further=lambda: expand_all(study))
     rows = expand(study)
     if World.from_environment().rank != 0:
         return 0
@@ -99,7 +99,11 @@ def _all(path: Path, study: Study, rows: Sequence[StudyRun], jobs: int, retry_fa
     from dist_qft.study.results import collect, distinct
 
     runs = distinct(collect(rows))
-    failed = [outcome.result.exit_code for outcome in runs if outcome.result and outcome.result.exit_code]
+    ended = [outcome for outcome in runs if outcome.result and outcome.result.exit_code]
+    failed = [outcome.result.exit_code for outcome in ended if outcome.result and outcome.row.tries is None]
+    if len(ended) > len(failed):
+        values = f"{len(ended) - len(failed)} values of the search failed"
+        print(f"{values} and are not chosen; --retry-failed tries them again", file=sys.stderr)
     if failed:
         print(f"{len(failed)} of {len(runs)} runs failed; --retry-failed runs them again", file=sys.stderr)
     return failed[0] if failed else 0

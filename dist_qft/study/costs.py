@@ -10,8 +10,9 @@ _OPTIMIZER_BYTES = 16  # of a float32 trainable under Adam: value, gradient, two
 
 
 def costs_of(run: TrainingRun) -> dict[str, float]:
-    """Seconds of a step and of the evaluations here, bytes of weights, of the optimizer and kept for the backward pass.
+    """Seconds of a step and of the evaluations here, rows that are trained on, and bytes.
 
+    The bytes are those of the weights, of the optimizer, and of what is kept for the backward pass.
     The last is measured by one forward pass, for a whole base in one process alone.
     """
     costs: dict[str, float] = {}
@@ -21,6 +22,7 @@ def costs_of(run: TrainingRun) -> dict[str, float]:
         held_out = getattr(run.evaluations, which)
         if held_out is not None and held_out.seconds:
             costs[f"{which}_evaluation_seconds"] = round(held_out.seconds, 3)
+    costs["train_rows"] = len(run.inputs.data.train)
     costs["weight_bytes"] = run.parts.engine.resident_bytes()
     costs["optimizer_bytes"] = _OPTIMIZER_BYTES * run.flat.count
     if run.world.world_size == 1 and run.parts.engine.name == "replicated":

@@ -15,11 +15,13 @@ import torch
 
 from dist_qft.config.load import change_config
 from dist_qft.config.schema import RunConfig
+from dist_qft.study.result_file import Result
 from dist_qft.study.results import collect, distinct
 from dist_qft.study.rows import Expansion
 from dist_qft.study.run import run_apart, threads_of
 from dist_qft.study.settings import Study
 from dist_qft.study.study_run import StudyRun
+from dist_qft.training.exact_share import ceil_product
 
 TRIAL_STEPS = 5
 
@@ -64,6 +66,7 @@ def _kind(row: StudyRun) -> str:
     """Equal for runs that take equally long."""
     config = row.config
     train = config.train.model_dump(include={"max_steps", "num_train_epochs", "global_batch_size", "precision"})
+    train["eval_steps"] = config.evaluation.eval_steps
     merge = row.merge.model_dump(exclude={"when"}) if row.merge else None
     length = config.data.max_length if config.data else 0
     model = config.model_dump(include={"model", "quantization"})
@@ -99,20 +102,31 @@ def _trials(rows: Sequence[StudyRun], jobs: int) -> list[float | None]:
         torch.set_num_threads(before)
     found: list[float | None] = []
     for row, result in zip(rows, results, strict=True):
-        steps = steps_of(row.config)
-        if result.exit_code or steps is None:
-            found.append(None)
-            continue
-        per_step = result.costs.get("seconds_per_step", 0.0)
-        # The bare base is evaluated once for many runs: a trial that did so is not typical.
-        rest = result.seconds - TRIAL_STEPS * per_step - result.costs.get("base_evaluation_seconds", 0.0)
-        found.append(max(rest, 0.0) + steps * per_step)
+        found.append(None if result.exit_code else _in_full(row.config, result))
     return found
 
 
-def steps_of(config: RunConfig) -> int | None:
-    """Optimizer steps of a run, as far as the config alone tells."""
-    return config.train.max_steps
+def _in_full(config: RunConfig, trial: Result) -> float:
+    """Seconds of a run by its trial, whose steps and evaluations it has more of."""
+    costs = trial.costs
+    steps = steps_of(config, round(costs["train_rows"]))
+    # The bare base is evaluated once for many runs: a trial that did so is not typical.
+    rest = trial.seconds - TRIAL_STEPS * costs.get("seconds_per_step", 0.0) - costs.get("base_evaluation_seconds", 0.0)
+    more = _evaluations(config, steps) - _evaluations(config, TRIAL_STEPS)
+    evaluations = more * costs.get("tuned_evaluation_seconds", 0.0)
+    return max(rest, 0.0) + steps * costs.get("seconds_per_step", 0.0) + evaluations
+
+
+def steps_of(config: RunConfig, rows: int) -> int:
+    """Optimizer steps of a run that has so many rows of training data."""
+    train = config.train
+    return train.max_steps or -(-ceil_product(train.num_train_epochs, rows) // train.global_batch_size)
+
+
+def _evaluations(config: RunConfig, steps: int) -> int:
+    """Evaluations on the way, before the last step."""
+    every = config.evaluation.eval_steps
+    return 0 if every is None else (steps - 1) // every
 
 
 def _shortened(row: StudyRun, folder: Path) -> StudyRun:

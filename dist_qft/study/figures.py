@@ -80,7 +80,7 @@ def _values_figure(subjects: Sequence[Subject], preset: str, label: _Labels) -> 
         for index, group in enumerate(dict.fromkeys(v.group for v in own)):
             points = {v.value: v for v in own if v.group == group}
             points[subject.reference_value(preset)] = Variant(REFERENCE)
-            _line(axes, index, group, [(values.index(v), read(points[v])) for v in values if v in points])
+            _line(axes, index, shown(group), [(values.index(v), read(points[v])) for v in values if v in points])
         axes.set_xticks(range(len(values)), values)
         axes.set_xlabel(f"{_axis(preset, subject)} of the group (other layers: {subject.reference_value(preset)})")
 
@@ -100,7 +100,7 @@ def _depth_figure(subjects: Sequence[Subject], preset: str, label: _Labels) -> P
         reference = read(Variant(REFERENCE))
         name = f"reference ({subject.reference_value(preset)})"
         axes.axhline(reference.mean, color="#444444", linestyle="--", linewidth=1, label=name)
-        axes.set_xticks(range(len(groups)), groups)
+        axes.set_xticks(range(len(groups)), [shown(group) for group in groups])
         axes.set_xlim(-0.4, len(groups) - 0.6)
         axes.set_xlabel("decoder layers with another value")
 
@@ -121,7 +121,7 @@ def _two_rows(
     for column, subject in enumerate(subjects):
         draw(grid[0][column], subject, partial(_measured, subject))
         draw(grid[1][column], subject, partial(_changed, subject))
-        grid[0][column].set_title(subject.label)
+        grid[0][column].set_title(shown(subject.label))
         grid[1][column].axhline(0, color="#444444", linewidth=0.8)
         grid[0][column].legend(fontsize=8)
     grid[0][0].set_ylabel(label.figure)
@@ -141,9 +141,11 @@ def _discount_figure(subjects: Sequence[Subject], label: _Labels) -> Picture:
             estimate = Estimate(tuple(_changes(subject, variant)))
             axes.bar(index, estimate.mean, 0.6, color=COLOURS[index % len(COLOURS)], alpha=0.75)
             _spread(axes, index, estimate, "black")
-        axes.set_xticks(range(len(own)), [f"{v.group}\nkeeps {subject.kept[v]['total']:.1%}" for v in own], fontsize=8)
+        axes.set_xticks(
+            range(len(own)), [f"{shown(v.group)}\nkeeps {subject.kept[v]['total']:.1%}" for v in own], fontsize=8
+        )
         axes.axhline(0, color="#444444", linewidth=0.8)
-        axes.set_title(subject.label)
+        axes.set_title(shown(subject.label))
         axes.set_xlabel("where the trainables are cut; share of all that is kept")
         axes.grid(axis="x", visible=False)
     grid[0][0].set_ylabel(label.change)
@@ -160,14 +162,14 @@ def _curves_figure(subjects: Sequence[Subject]) -> Picture:
         presets = [p for p in dict.fromkeys(v.preset for v in subject.curves) if p != REFERENCE]
         for variant, curves in subject.curves.items():
             mean = [fmean(losses) for losses in zip(*curves.values(), strict=True)]
-            steps = range(1, len(mean) + 1)
+            steps = [subject.logged_every[variant] * number for number in range(1, len(mean) + 1)]
             if variant.preset == REFERENCE:
                 axes.plot(steps, mean, color="black", linewidth=1.8, label=REFERENCE, zorder=3)
             else:
                 axes.plot(steps, mean, color=COLOURS[presets.index(variant.preset) % 6], linewidth=0.7, alpha=0.8)
         for index, preset in enumerate(presets):
             axes.plot([], [], color=COLOURS[index % 6], label=_title(preset).lower())
-        axes.set_title(subject.label)
+        axes.set_title(shown(subject.label))
         axes.set_xlabel("optimizer step")
         axes.legend(fontsize=7)
     grid[0][0].set_ylabel("training loss (nats per token)")
@@ -218,6 +220,12 @@ def _axis(preset: str, subject: Subject) -> str:
 
 def _title(preset: str) -> str:
     return preset.replace("_", " ").capitalize()
+
+
+def shown(label: str) -> str:
+    """A label of the user's as matplotlib is to show it: no formula, and in the legend whatever it begins with."""
+    label = label.replace("$", r"\$")
+    return f" {label}" if label.startswith("_") else label
 
 
 def finished_picture(name: str, caption: str, figure: Figure) -> Picture:

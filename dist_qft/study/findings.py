@@ -6,7 +6,7 @@ interval of its contrast is on its side, *does not hold* if all of it is on the 
 is said beyond the model, data and lengths of the runs, and no correction is made for asking several questions.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import product
 from statistics import fmean
@@ -66,9 +66,9 @@ def number(value: float) -> str:
 
 def find(subjects: Sequence[Subject], unit: str) -> list[Finding]:
     """Every claim on every subject that has the runs for it."""
-    tests = (_rank_by_type, _balance_by_type, _balance_by_depth, _block_by_type, _type_over_depth, _equal_discount)
+    tests = (_rank_by_type, _balance_by_type, _balance_by_depth, _block_by_type, _type_over_depth)
     found = [finding for test in tests for subject in subjects if (finding := test(subject, unit))]
-    return found
+    return [*found, *(finding for subject in subjects for finding in _equal_discounts(subject, unit))]
 
 
 def _rank_by_type(subject: Subject, unit: str) -> Finding | None:
@@ -167,19 +167,20 @@ def _type_over_depth(subject: Subject, unit: str) -> Finding | None:
     )
 
 
-def _equal_discount(subject: Subject, unit: str) -> Finding | None:
-    """The cost of taking the same number of trainables from attention minus that from MLP."""
-    known = {v.group: v for v in subject.variants("equal_discount")}
-    if not all(name in known for name in TYPES):
-        return None
-    costs = [subject.costs(known[name]) for name in TYPES]
-    estimate = _by_seed(lambda seed: costs[0][seed] - costs[1][seed], costs)
-    share, hold = known[TYPES[0]].value.split(" ")
+def _equal_discounts(subject: Subject, unit: str) -> Iterator[Finding]:
+    """The cost of taking the same number of trainables from attention minus that from MLP, for each discount."""
+    known = {(v.group, v.value): v for v in subject.variants("equal_discount")}
     statement = "for the same discount, a cut in MLP layers preserves more than one in attention layers"
-    contrast = f"the cost of a discount of {share} ({hold}) in attention minus that in MLP"
-    return (
-        None if estimate is None else Finding("5 (equal discount)", statement, subject.label, contrast, unit, estimate)
-    )
+    for value in dict.fromkeys(value for _, value in known):
+        if not all((name, value) in known for name in TYPES):
+            continue
+        attention, mlp = (subject.costs(known[name, value]) for name in TYPES)
+        seeds = sorted(attention.keys() & mlp.keys())
+        if seeds:
+            share, hold = value.split(" ")
+            contrast = f"the cost of a discount of {share} ({hold}) in attention minus that in MLP"
+            estimate = Estimate(tuple(attention[seed] - mlp[seed] for seed in seeds))
+            yield Finding("5 (equal discount)", statement, subject.label, contrast, unit, estimate)
 
 
 def _mean_square(table: Sequence[Sequence[float]]) -> float:

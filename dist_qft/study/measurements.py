@@ -57,7 +57,7 @@ class Subject:
 
     Attributes:
         sign: 1 where a smaller figure is better (loss), -1 where a larger one is.
-        curves: training losses by variant and seed.
+        curves: training losses by variant and seed, one for every `logged_every` steps.
     """
 
     label: str
@@ -67,6 +67,7 @@ class Subject:
     curves: dict[Variant, dict[int, list[float]]] = field(default_factory=dict)
     kept: dict[Variant, dict[str, float]] = field(default_factory=dict)
     trainables: dict[Variant, int] = field(default_factory=dict)
+    logged_every: dict[Variant, int] = field(default_factory=dict)
 
     @property
     def tile_method(self) -> TileMethod:
@@ -98,7 +99,10 @@ class Subject:
 
 
 def measure(outcomes: Sequence[Outcome], metric: str) -> list[Subject]:
-    """The subjects of a study with the figures of their finished runs; those without a finished run are left out."""
+    """The subjects of a study with the figures of their finished runs.
+
+    Subjects without a finished reference are left out, and variants that share no finished seed with theirs.
+    """
     subjects: dict[str, Subject] = {}
     for outcome in outcomes:
         row, result = outcome.row, outcome.finished
@@ -113,4 +117,8 @@ def measure(outcomes: Sequence[Outcome], metric: str) -> list[Subject]:
             subject.figures.setdefault(variant, {})[seed] = result.tuned[metric]
             subject.curves.setdefault(variant, {})[seed] = result.history
             subject.kept[variant], subject.trainables[variant] = row.kept, row.trainables
+            subject.logged_every[variant] = row.config.train.logging_steps
+    for subject in subjects.values():
+        for variant in [variant for variant in subject.figures if not subject.costs(variant)]:
+            del subject.figures[variant], subject.curves[variant]
     return [subject for subject in subjects.values() if subject.reference]

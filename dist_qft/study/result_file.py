@@ -92,6 +92,15 @@ def read_result(folder: Path) -> Result | None:
         raise CorruptFileError(f"{path}: not a result of a study's run: {error}") from None
 
 
+def result_version(folder: Path) -> tuple[int, int] | None:
+    """A mark of the result in a run's folder that another one does not have; None if there is none."""
+    try:
+        found = (folder / RESULT_FILE).stat()
+    except FileNotFoundError:
+        return None
+    return found.st_ino, found.st_mtime_ns
+
+
 def write_result(folder: Path, result: Result) -> None:
     """Put the result in place, whole or not at all."""
     write_text(folder / RESULT_FILE, json.dumps(asdict(result), indent=1) + "\n")

@@ -29,6 +29,11 @@ class Outcome:
         return self.finished is not None
 
     @property
+    def ended_search(self) -> bool:
+        """True for a run of a search that has ended, well or not: a value that fails is one that is not chosen."""
+        return self.row.tries is not None and self.result is not None
+
+    @property
     def status(self) -> str:
         if self.result is None:
             return "not run"

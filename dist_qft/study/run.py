@@ -10,9 +10,9 @@ import contextlib
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
@@ -28,13 +28,13 @@ from dist_qft.ranks.preemption import StopSignal
 from dist_qft.ranks.process import launcher_mark
 from dist_qft.ranks.world import World
 from dist_qft.storage.lock import FolderLock
-from dist_qft.study.result_file import Result, read_result, write_result
+from dist_qft.study.result_file import Result, read_result, result_version, write_result
+from dist_qft.study.rows import Expansion
 from dist_qft.study.runner import LOG_FILE, Runner
 from dist_qft.study.study_run import StudyRun
 
-if TYPE_CHECKING:
-    pass
-
+_POLL_SECONDS = 2.0
+_NEVER = (0, 0)  # no file has this version
 _LOCK = "study.lock"  # in a run's folder: the process that does it; `run.lock` is the run's own
 
 
@@ -43,7 +43,7 @@ def run_rows(
     numbers: Sequence[int],
     *,
     retry_failed: bool,
-    further: Callable[[], Sequence[StudyRun]] | None = None,
+    further: Callable[[], Expansion] | None = None,
 ) -> None:
     """Do those of `rows` at the positions `numbers` that are not done yet.
 
@@ -58,8 +58,8 @@ def run_rows(
     world = World.from_environment()
     device = _common_device(rows, world)
     # Before the ranks meet, so that all of them see the same: nobody can have begun yet.
-    seen: set[str] = set()
-    todo = _unseen(rows, numbers, seen, retry_failed)
+    work = _Work(rows, retry_failed)
+    todo = work.unseen(rows, numbers)
     if not todo:
         return
     timeout = rows[todo[0]].config.sharding.timeout_seconds
@@ -68,34 +68,57 @@ def run_rows(
         stop.hold()
         runner = Runner(world, device, stop, peers, activity)
         while todo:
+            idle = True
             for number in todo:
                 row = rows[number]
                 with _claimed(row, world) as mine:
-                    if not mine or (world.world_size == 1 and not wanted(row, retry_failed)):
-                        continue
-                    result = runner.run(row)
-                    if world.rank == 0:
-                        write_result(row.folder, result)
-                        _tell(number, len(rows), row, result)
+                    if mine and (world.world_size > 1 or work.wants(row)):
+                        idle = False
+                        result = runner.run(row)
+                        if world.rank == 0:
+                            write_result(row.folder, result)
+                            _tell(number, len(rows), row, result)
                 if stop.requested:
                     raise Preempted("stopped by a signal between two runs; start the study again to go on")
             if further is None:
                 return
             dist.barrier()  # rank 0 has written the results that decide which runs there are
-            rows = further()
-            todo = _unseen(rows, range(len(rows)), seen, retry_failed)
+            known = further()
+            rows = known.rows
+            if known.waiting and world.world_size == 1:
+                # Other processes are at the runs that decide on these: stay for those, and for theirs if they end.
+                work.forget(rows)
+                if idle:
+                    time.sleep(_POLL_SECONDS)
+            todo = work.unseen(rows, range(len(rows)))
             require_same_inputs({"runs to do": " ".join(rows[number].name for number in todo)}, device)
 
 
-def _unseen(rows: Sequence[StudyRun], numbers: Sequence[int], seen: set[str], retry_failed: bool) -> list[int]:
-    """Those of `numbers` whose runs are still to be done, each run once; their names are added to `seen`."""
-    todo = []
-    for number in numbers:
-        row = rows[number]
-        if row.name not in seen and wanted(row, retry_failed):
-            seen.add(row.name)
-            todo.append(number)
-    return todo
+class _Work:
+    """The runs that are to be done: those without a result, and if asked for those that had failed when this began."""
+
+    def __init__(self, rows: Sequence[StudyRun], retry_failed: bool) -> None:
+        self._seen: set[str] = set()
+        failed = [row for row in rows if retry_failed and wanted(row, True) and not wanted(row, False)]
+        self._failed = {row.name: result_version(row.folder) for row in failed}
+
+    def wants(self, row: StudyRun) -> bool:
+        """True if a run is still to be done; another process may have done it, or have failed once more."""
+        return wanted(row, False) or self._failed.get(row.name, _NEVER) == result_version(row.folder)
+
+    def unseen(self, rows: Sequence[StudyRun], numbers: Sequence[int]) -> list[int]:
+        """Those of `numbers` whose runs are still to be done, each run once; from now on they have been seen."""
+        todo = []
+        for number in numbers:
+            row = rows[number]
+            if row.name not in self._seen and self.wants(row):
+                self._seen.add(row.name)
+                todo.append(number)
+        return todo
+
+    def forget(self, rows: Sequence[StudyRun]) -> None:
+        """Look again at the runs that have no result, which another process has claimed."""
+        self._seen -= {row.name for row in rows if wanted(row, False)}
 
 
 def run_apart(rows: Sequence[StudyRun]) -> list[Result]:

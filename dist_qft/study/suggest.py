@@ -41,7 +41,7 @@ def write_suggestions(study: Study, rows: Sequence[StudyRun], budget: int) -> No
         UserError: runs are missing, the study varies no rank or balancing factor, or nothing fits the budget.
     """
     outcomes = collect(rows)
-    missing = [outcome for outcome in outcomes if not outcome.done]
+    missing = [outcome for outcome in outcomes if not outcome.done and not outcome.ended_search]
     if missing:
         raise UserError(f"--suggest: {len(missing)} of {len(rows)} runs are not done; finish the study first")
     written = []

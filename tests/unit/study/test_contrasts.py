@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from dist_qft.study.contrasts import bootstrap, compare, holm, seeds_p
+from dist_qft.study.contrasts import bootstrap, compare, holm, seeds_p, unanswered
 from dist_qft.study.findings import FAILS, HOLDS, OPEN
 from dist_qft.study.measurements import Estimate
 from dist_qft.study.presets import REFERENCE, Variant
@@ -58,6 +58,18 @@ def test_three_verdicts_and_the_share(tmp_path):
     assert found[0].share == pytest.approx(0.2 / 1.8, abs=0.04)
     low, high = found[0].rows
     assert low < found[0].effect.mean < high
+
+
+def test_a_question_without_runs_is_told_and_counts_as_one(tmp_path):
+    """Holm corrects for what was asked, not for what happened to be answered."""
+    runs = outcomes(tmp_path, {"a": 2.0, "b": 2.2}, seed_noise=0.01, row_noise=0.05)
+    study = study_of(contrast("a", "b"), contrast("a", "c"), contrast("b", "c", metric="merged_loss", primary=True))
+    (found,) = compare(study, runs)
+    assert found.adjusted == pytest.approx(2 * found.p)
+    assert unanswered(study, [found]) == [
+        "a against c (loss): no seed has a run of both that is done",
+        "b against c (merged_loss): no seed has a run of both that is done",
+    ]
 
 
 def test_an_effect_of_the_texts_alone_decides_nothing(tmp_path):

@@ -113,3 +113,13 @@ def test_a_sentence_has_effect_interval_spread_and_verdict():
         "stdlib-docs: the cost of a smaller adapter (rank 1) in attention minus that in MLP is +0.3 nats per token "
         "(95 % interval -0.971 to +1.57, standard deviation 0.141 over 2 seeds): claim 1 cannot be told."
     )
+
+
+def test_discounts_of_different_size_are_not_mixed():
+    costs = {("attention", "0.2"): 0.1, ("mlp", "0.2"): 0.05, ("attention", "0.4"): 0.5}
+    effects = {("equal_discount", group, f"{share} absolute"): cost for (group, share), cost in costs.items()}
+    (found,) = find([subject(effects, noise=0.0)], "nats")
+    assert "discount of 0.2 (absolute)" in found.contrast and found.estimate.mean == pytest.approx(0.05)
+    effects["equal_discount", "mlp", "0.4 absolute"] = 0.2
+    both = find([subject(effects, noise=0.0)], "nats")
+    assert [finding.estimate.mean for finding in both] == pytest.approx([0.05, 0.3])
