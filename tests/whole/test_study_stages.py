@@ -1,13 +1,17 @@
 """A study with a search, merges and contrasts through the real command."""
 
 import json
+from pathlib import Path
 
 import pytest
 
-from dist_qft.study.result_file import read_result, read_rows
+from dist_qft.storage.lock import FolderLock
+from dist_qft.study import run
+from dist_qft.study.result_file import Result, read_result, read_rows, write_result
 from dist_qft.study.rows import expand, expand_all
 from dist_qft.study.settings import load_study
-from tests.support.study_files import write_study
+from tests.support.study_files import SEARCHED_ON, write_study
+from tests.support.tiny_model import write_data
 
 ARMS = {
     "aligned": {"method": {"name": "qahira", "rank": 4, "alpha": 4, "repeat": 1, "pool": 32}},
@@ -20,7 +24,7 @@ KEYS = {
     "seeds": [0, 1],
     "axes": {"arm": ARMS},
     "set": {"quantization": {"linear": "affine4", "block": [1, 32]}},
-    "tune": {"set": {"data.eval_samples": 6}, "tries": 2, "factor": 4, "widen": 0, "metric": CHOSEN_BY},
+    "tune": {"tries": 2, "factor": 4, "widen": 0, "metric": CHOSEN_BY},
     "merge": [
         {"to": "quantized", "when": {"arm": "aligned"}},
         {"to": "quantized", "requantize": "affine4", "when": {"arm": "pair"}},
@@ -33,8 +37,14 @@ KEYS = {
 }
 
 
+def searched_on(folder: Path) -> dict:
+    """The settings of a search that has held-out data of its own."""
+    return {**SEARCHED_ON, "data.eval": {"path": str(write_data(folder / "tune.jsonl", 6))}}
+
+
 def test_search_merge_contrasts_and_report(shell, tiny_llama, tmp_path):
-    path = write_study(tmp_path, tiny_llama, **KEYS)
+    tune = {**KEYS["tune"], "set": searched_on(tmp_path)}
+    path = write_study(tmp_path, tiny_llama, **{**KEYS, "tune": tune})
     study = load_study(path)
     first = expand_all(study)
     assert [row.tries is not None for row in first.rows] == [True] * 4 and len(first.waiting) == 6
@@ -73,3 +83,29 @@ def test_a_plan_tries_what_it_cannot_know(shell, tiny_llama, tmp_path):
     assert code == 0, err
     assert "4 runs, 4 to do" in out and "(1 trials of 5 steps)" in out
     assert not (tmp_path / "out" / "runs").exists()
+
+
+def test_a_process_waits_for_a_search_that_another_one_ends(tiny_llama, tmp_path, monkeypatch):
+    """And takes its run over if it dies; both are needed, or the last runs would be left to one of them."""
+    monkeypatch.setattr(run, "_POLL_SECONDS", 0.05)
+    tune = {"set": searched_on(tmp_path), "values": [1e-3, 2e-3], "widen": 0}
+    study = load_study(write_study(tmp_path, tiny_llama, presets=None, seeds=[0], axes={"arm": {"a": {}}}, tune=tune))
+    rows = expand(study)
+    locks = []
+    for row in rows:
+        row.folder.mkdir(parents=True)
+        locks.append(FolderLock.acquire(row.folder / run._LOCK, "a study"))
+    asked: list[int] = []
+
+    def further():
+        asked.append(len(asked))
+        if len(asked) == 4:
+            write_result(rows[0].folder, Result(rows[0].name, tuned={"loss": 1.0}))
+            for lock in locks:
+                lock.release()
+        return expand_all(study)
+
+    run.run_rows(rows, range(len(rows)), retry_failed=False, further=further)
+    known = expand_all(study)
+    assert len(asked) > 4 and not known.waiting
+    assert all(read_result(row.folder).exit_code == 0 for row in known.rows) and len(known.rows) == 3
