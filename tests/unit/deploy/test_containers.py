@@ -57,6 +57,25 @@ def test_the_image_copies_what_the_install_reads():
         assert (ROOT / name).is_file()
 
 
+@pytest.mark.parametrize("owner", ["", "ubuntu:x:1000:1000:Ubuntu:/home/ubuntu:/bin/bash"])
+def test_the_images_user_is_1000_also_where_the_base_has_one(tmp_path, owner):
+    """Stubs stand for the tools that change the users; useradd refuses an id that somebody has."""
+    (step,) = re.findall(r"^RUN ((?:.*\\\n)*.*useradd.*)", (ROOT / "docker/Dockerfile").read_text(), flags=re.M)
+    users = tmp_path / "users"
+    users.write_text(f"{owner}\n" if owner else "")
+    bodies = {
+        "getent": 'grep ":$2:" "$USERS"',
+        "userdel": 'sed -i "/^${!#}:/d" "$USERS"',
+        "useradd": 'if grep -q ":1000:" "$USERS"; then exit 4; fi; echo "${!#}:x:1000:" >>"$USERS"',
+        "chown": 'test "$*" = "-R user /app"',
+    }
+    for name, body in bodies.items():
+        (tmp_path / name).write_text(f"#!/bin/bash\n{body}\n")
+        (tmp_path / name).chmod(0o755)
+    subprocess.run(["sh", "-c", step], env={"PATH": f"{tmp_path}:/usr/bin:/bin", "USERS": str(users)}, check=True)
+    assert users.read_text() == "user:x:1000:\n"
+
+
 def has_docker() -> bool:
     return bool(shutil.which("docker")) and not subprocess.run(["docker", "info"], capture_output=True).returncode
 
