@@ -18,9 +18,9 @@ attempt=${SLURM_RESTART_COUNT:-0}
 records=${LOGS:-slurm-logs}/$job
 logs=$records/attempt-$attempt
 mkdir -p "$logs" || stop 3 "cannot write logs to $logs"
+nodes=${MASTER_ADDR:-$(scontrol show hostnames "$SLURM_JOB_NODELIST")}
 # Below 32768, where Linux hands out ports of its own accord; two jobs on a node have different ones.
-MASTER_ADDR=${MASTER_ADDR:-$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)}
-export MASTER_ADDR MASTER_PORT=$((10000 + SLURM_JOB_ID % 20000))
+export MASTER_ADDR=${nodes%%$'\n'*} MASTER_PORT=$((10000 + SLURM_JOB_ID % 20000))
 
 run_step() { # [srun's options] COMMAND...: runs it to its end, passes on the warning before the time limit, sets code
   echo "attempt $attempt of job $job on $SLURM_JOB_NODELIST: logs in $logs"

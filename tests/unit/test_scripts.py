@@ -58,6 +58,18 @@ def test_a_step_sees_all_gpus_of_its_node_however_they_were_asked_for(tmp_path):
     assert not [name for name in binding if f"{name}=" in seen]
 
 
+@pytest.mark.parametrize("script", ["pyxis", "apptainer"])
+def test_a_job_of_many_nodes_meets_at_the_first(tmp_path, script):
+    """Stubs stand for Slurm; the list of the nodes is longer than a pipe holds."""
+    for name, body in {"scontrol": 'seq -f "$3-%g" 50000', "srun": 'echo "$MASTER_ADDR"'}.items():
+        (tmp_path / name).write_text(f"#!/bin/bash\n{body}\n")
+        (tmp_path / name).chmod(0o755)
+    command = ["bash", f"slurm/{script}.sbatch", "c.yaml"]
+    environment = os.environ | JOB | {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=30)
+    assert (done.returncode, done.stdout) == (0, "node1-1\n")
+
+
 @pytest.mark.parametrize(
     ("script", "words", "variables", "message"),
     [
