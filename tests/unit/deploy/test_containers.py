@@ -30,6 +30,9 @@ def test_kubernetes_starts_every_node_with_its_number():
     assert int(variables["NPROC_PER_NODE"]) == container["resources"]["limits"]["nvidia.com/gpu"]
     assert variables["MASTER_ADDR"] == f"{job['metadata']['name']}-0.{service['metadata']['name']}"
     mounted = {mount["name"] for mount in container["volumeMounts"]}
+    user = int(re.search(r"useradd .*--uid (\d+)", (ROOT / "docker/Dockerfile").read_text())[1])
+    security = spec["template"]["spec"]["securityContext"]
+    assert user == security["runAsUser"] == security["runAsGroup"] == security["fsGroup"]
     assert mounted == {volume["name"] for volume in spec["template"]["spec"]["volumes"]}
 
 
