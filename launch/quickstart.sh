@@ -7,7 +7,7 @@ prepare_environment
 "$ROOT/launch/get_smollm2.sh"
 
 cd "$ROOT"
-NPROC_PER_NODE=${NPROC_PER_NODE:-2} launch/torchrun.sh configs/quickstart.yaml
+NPROC_PER_NODE=${NPROC_PER_NODE:-2} launch/torchrun.sh configs/quickstart.yaml --resume auto
 
 question="What does the function os.path.join do in Python?"
 printf '\nmerged.gguf: %s\n    ' "$question"

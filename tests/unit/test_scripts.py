@@ -93,6 +93,21 @@ def test_a_batch_scripts_refusals_are_one_line_and_exit_code_2(tmp_path, script,
     assert done.stderr.startswith("dist-qft: ") and done.stderr.count("\n") == 1 and message in done.stderr
 
 
+def test_the_quickstart_may_be_called_again(tmp_path):
+    """Stubs stand for the installation and the programs; training refuses a folder with checkpoints as the real one."""
+    train = 'if [[ -e runs/c && "$*" != *"--resume auto" ]]; then exit 2; fi; mkdir -p runs/c'
+    files = {"launch/get_smollm2.sh": "true", "launch/torchrun.sh": train, "bin/python": 'echo "$*"'}
+    files["launch/environment.sh"] = f"ROOT={tmp_path} VENV=v; prepare_environment() {{ PATH={tmp_path}/bin:$PATH; }}"
+    for name, body in files.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(f"#!/bin/bash\n{body}\n")
+        (tmp_path / name).chmod(0o755)
+    script = shutil.copy(ROOT / "launch/quickstart.sh", tmp_path / "launch")
+    for _ in range(2):
+        done = subprocess.run(["bash", script], capture_output=True, text=True, timeout=30)
+        assert done.returncode == 0 and "-m dist_qft generate runs/quickstart/merged.gguf" in done.stdout
+
+
 @pytest.mark.parametrize(("tool", "code"), [(None, 0), ("ruff", 1), ("mypy", 1), ("pytest", 3)])
 def test_the_test_command_ends_with_what_its_tools_found(tmp_path, tool, code):
     """Stubs stand for the tools; mypy runs beside pytest and ends before it."""
