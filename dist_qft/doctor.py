@@ -30,11 +30,11 @@ _OLDEST_PYTHON = (3, 11)
 _PACKAGES = ("torch", "transformers", "accelerate", "bitsandbytes", "datasets", "tensorboard", "gguf", "safetensors")
 _EXTRAS = {
     "deepspeed": ("deepspeed", "sharding.engine: zero, launch/deepspeed.sh"),
-    "mpi4py": ("mpi", "launch/mpi.sh"),
+    "mpi4py": ("mpi", "launch/mpirun.sh"),
     "matplotlib": ("study", "dist-qft study"),
     "peft": ("bench", "dist-qft bench"),
 }
-_LAUNCHERS = {"torchrun": "launch/torchrun.sh", "mpirun": "launch/mpi.sh", "sbatch": "slurm/train.sbatch"}
+_LAUNCHERS = {"torchrun": "launch/torchrun.sh", "mpirun": "launch/mpirun.sh", "sbatch": "slurm/train.sbatch"}
 _ENOUGH_FREE = 5 * _GIB
 _INFINIBAND = Path("/sys/class/infiniband")
 

@@ -16,7 +16,7 @@ usage() {
 
 [[ ${1:--} != -* ]] || usage "the first argument must be a config file"
 verb=train
-case $1 in train | eval | generate | merge | lm-eval) verb=$1 && shift ;; esac
+case $1 in train | eval | generate | chat | merge | lm-eval | study) verb=$1 && shift ;; esac
 
 dry_run=false arguments=()
 for argument in "$@"; do

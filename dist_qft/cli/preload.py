@@ -7,12 +7,14 @@ from pathlib import Path
 from dist_qft.cli.app import read_config
 from dist_qft.errors import DistQFTError
 
-# Verb -> the module with most of what a rank will import.
-_MODULES = {
+# Verbs that several ranks may run (launch/common.sh has the same) -> the module with most of what a rank will import.
+MODULES = {
     "train": "dist_qft.train",
     "eval": "dist_qft.evaluate",
     "generate": "dist_qft.generate",
+    "chat": "dist_qft.chat",
     "merge": "dist_qft.merge.run",
+    "lm-eval": "dist_qft.harness.command",
     "study": "dist_qft.study.run",
 }
 
@@ -20,9 +22,9 @@ _MODULES = {
 def preload(words: Sequence[str]) -> None:
     """Import what the command in `words` needs; nothing if it will be refused, which costs no import of torch then."""
     verb, *rest = words or [""]
-    if verb not in _MODULES or (verb == "train" and not _is_accepted(rest)):
+    if verb not in MODULES or (verb == "train" and not _is_accepted(rest)):
         return
-    importlib.import_module(_MODULES[verb])
+    importlib.import_module(MODULES[verb])
 
 
 def _is_accepted(words: list[str]) -> bool:

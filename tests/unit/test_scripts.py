@@ -7,6 +7,10 @@ import sys
 from pathlib import Path
 
 import pytest
+from typer.main import get_command
+
+from dist_qft.cli import app
+from dist_qft.cli.preload import MODULES
 
 ROOT = Path(__file__).resolve().parents[2]
 PARTS = [ROOT / "slurm/job.sh", *(ROOT / f"launch/{name}.sh" for name in ("common", "ranks", "environment"))]  # sourced
@@ -91,6 +95,17 @@ def test_a_batch_scripts_refusals_are_one_line_and_exit_code_2(tmp_path, script,
     )
     assert done.returncode == 2
     assert done.stderr.startswith("dist-qft: ") and done.stderr.count("\n") == 1 and message in done.stderr
+
+
+def test_the_launch_scripts_pass_on_the_verbs_that_several_ranks_may_run():
+    """Any other first word is a config for `train`."""
+    verbs = list(get_command(app).commands)
+    assert set(MODULES) < set(verbs)
+    script = 'set -- "$0" RUN; source launch/common.sh; echo "$verb ${arguments[*]}"'
+    for verb in verbs:
+        command = ["bash", "-c", script, verb]
+        parsed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=30, check=True).stdout
+        assert parsed == (f"{verb} RUN\n" if verb in MODULES else f"train {verb} RUN\n")
 
 
 def test_the_quickstart_may_be_called_again(tmp_path):
