@@ -111,7 +111,7 @@ def compare(
 
 def print_report(report: Report) -> None:
     """The two tables on standard output: each side's own numbers, and ours beside the peer and the bound."""
-    console = Console(width=140, highlight=False, markup=False)
+    console = Console(width=140, highlight=False, markup=False, emoji=False)
     found = {metric for side in report.sides for metric in side.metrics}
     columns = [metric for metric in METRICS if metric in found]
     if columns:

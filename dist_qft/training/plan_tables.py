@@ -14,12 +14,12 @@ def print_plan(plan: RunPlan, *, as_json: bool = False) -> None:
     if as_json:
         print(json.dumps(plan.to_dict(), indent=2))
         return
-    console = Console(highlight=False)
+    console = Console(highlight=False, markup=False, emoji=False)
     console.print(_summary_table(plan))
     console.print(_rows_table(plan.trainables, plan.adapters))
     console.print(_rows_table("base", plan.base_formats))
     for warning in plan.warnings:
-        console.print(f"warning: {warning}", markup=False, soft_wrap=True)
+        console.print(f"warning: {warning}", soft_wrap=True)
 
 
 def _summary_table(plan: RunPlan) -> Table:

@@ -1,6 +1,7 @@
 """The plan of a run against numbers worked out by hand for a two-layer Llama, and the papers' counts for 7B."""
 
 import json
+from dataclasses import replace
 
 import pytest
 
@@ -234,3 +235,10 @@ def test_tables_show_the_same_numbers(make, capsys):
     for part in ("qalora", "2 x fsdp", "16 = 1 x 2 ranks x 8 accumulation", "7 steps", "nf4 block=64", "128 x 64"):
         assert part in text
     assert "warning: method.name: will not merge exactly" in text
+
+
+def test_a_path_in_the_table_is_no_markup(make, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    plan = make()
+    print_plan(replace(plan, model=replace(plan.model, path="/models/[v1] [/x] :memo:")))
+    assert "/models/[v1] [/x] :memo:" in capsys.readouterr().out
