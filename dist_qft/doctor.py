@@ -17,7 +17,8 @@ from typing import Literal
 
 import psutil
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
+from rich.text import Text
 
 from dist_qft.config.schema import RunConfig
 from dist_qft.errors import SetupError
@@ -57,12 +58,13 @@ def examine(config: RunConfig | None = None) -> list[Finding]:
 
 def print_findings(findings: list[Finding]) -> None:
     """Print a table, what is missing first, and one line that sums it up."""
-    table = Table("", "found", "what to do", title="dist-qft doctor", title_justify="left", header_style="")
+    columns = ["", *(Column(heading, overflow="fold") for heading in ("found", "what to do"))]  # no path is cut
+    table = Table(*columns, title="dist-qft doctor", title_justify="left", header_style="")
     colours = {"ok": "green", "note": "yellow", "missing": "red"}
     for finding in findings:
-        mark = f"[{colours[finding.status]}]{finding.status:7}[/] {finding.what}"
+        mark = Text.assemble((f"{finding.status:7}", colours[finding.status]), f" {finding.what}")
         table.add_row(mark, finding.found, finding.remedy)
-    Console(emoji=False, highlight=False).print(table)
+    Console(emoji=False, highlight=False, markup=False).print(table)  # paths and extras have brackets of their own
     missing = [finding.what for finding in findings if finding.status == "missing"]
     print(f"cannot start: {', '.join(missing)}" if missing else "a run can start here")
 
@@ -91,8 +93,8 @@ def _package(name: str, otherwise: Status, remedy: str) -> Finding:
     except PackageNotFoundError:
         return Finding(name, otherwise, "not installed", remedy)
     try:
-        if name in ("torch", "bitsandbytes", "transformers"):
-            importlib.import_module(name)
+        if name in ("torch", "bitsandbytes", "transformers") and importlib.import_module(name).__file__ is None:
+            raise ImportError("its files are gone")  # what an interrupted pip leaves: folders without modules
     except Exception as error:  # a shared library of another build may raise anything
         reason = " ".join(str(error).split())[:200]
         return Finding(name, otherwise, f"{found}, and cannot be imported: {reason}", f"install it again: {remedy}")
@@ -138,10 +140,13 @@ def _triton() -> Finding:
 
 def _network() -> Iterator[Finding]:
     """The interface on which other nodes are met, and fast interconnects."""
-    import torch
+    try:
+        import torch
 
-    from dist_qft.ranks.network import LOOPBACK, interface_of, own_address, require_interfaces
-
+        # It imports PyTorch, too.
+        from dist_qft.ranks.network import LOOPBACK, interface_of, own_address, require_interfaces
+    except Exception:  # reported as a package
+        return
     address = own_address(os.environ.get("MASTER_ADDR", "") or platform.node())
     try:
         require_interfaces(nccl=torch.cuda.is_available())

@@ -1,5 +1,9 @@
 """The verbs for a first run: every config that `init` writes is whole, and `doctor` finds what is missing."""
 
+import os
+import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -101,3 +105,36 @@ def test_the_interface_that_the_user_names_is_looked_for(monkeypatch, wanted, st
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", wanted)
     network = next(finding for finding in doctor.examine() if finding.what == "network")
     assert (network.status, "eth77" in network.found) == (status, "eth77" in wanted)
+
+
+def test_what_is_found_is_printed_as_it_is(monkeypatch, capsys):
+    """Brackets are no markup: of an extra's name, of a folder."""
+    monkeypatch.setenv("COLUMNS", "200")
+    remedy = doctor._package("no-such-package", "note", "pip install 'dist-qft[deepspeed]'").remedy
+    doctor.print_findings([doctor.Finding("disk", "missing", "'/data/[/x] :memo:' cannot be written", remedy)])
+    out = capsys.readouterr().out
+    assert "'/data/[/x] :memo:' cannot be written" in out and "pip install 'dist-qft[deepspeed]'" in out
+    assert "missing disk" in out and out.endswith("cannot start: disk\n")
+
+
+def test_without_pytorch_the_table_is_still_printed(tmp_path):
+    (tmp_path / "torch").mkdir()
+    (tmp_path / "torch/__init__.py").write_text("raise OSError('libcudart.so.13: cannot open [/x]')\n")
+    write_config(tmp_path / "run.yaml", answers(gpus=0))
+    variables = {"PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path]), "COLUMNS": "300"}
+    command = [sys.executable, "-m", "dist_qft", "doctor", tmp_path / "run.yaml"]
+    done = subprocess.run(command, env=os.environ | variables, capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stderr) == (3, "")
+    assert "libcudart.so.13: cannot open [/x]" in done.stdout and "cannot start: torch" in done.stdout
+
+
+def test_scripts_that_the_doctor_names_are_there(monkeypatch):
+    monkeypatch.setattr(doctor.shutil, "which", lambda *_, **__: None)
+    monkeypatch.setattr(doctor, "version", _absent)
+    said = " ".join(finding.remedy for finding in doctor.examine())
+    scripts = set(re.findall(r"(?:launch|slurm)/[\w.]+", said))
+    assert len(scripts) > 3 and all((Path(__file__).parents[2] / script).is_file() for script in scripts)
+
+
+def _absent(name: str) -> str:
+    raise doctor.PackageNotFoundError(name)
