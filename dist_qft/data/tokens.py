@@ -19,7 +19,7 @@ from dist_qft.config.data_schema import TaskConfig
 from dist_qft.data.chat_template import ChatTemplate, template_source
 from dist_qft.data.forms import locate
 from dist_qft.data.labels import label_value
-from dist_qft.data.long_texts import beginning, most_characters, ordinary_characters, tokens_of_beginning
+from dist_qft.data.long_texts import most_characters, ordinary_characters, tokens_of_beginning
 from dist_qft.data.records import RowError
 from dist_qft.data.samples import (
     REASONING,
@@ -35,6 +35,7 @@ from dist_qft.data.samples import (
 from dist_qft.data.spans import Located, Span, SpanFinder, TemplateRefusal
 from dist_qft.data.standins import Piece
 from dist_qft.data.templates import with_inputs
+from dist_qft.data.text_ends import begins_with_bos
 from dist_qft.errors import UserError
 
 _EMPTY = "an answer is empty, so that the model learns to end its turn at once"
@@ -157,8 +158,7 @@ class SampleEncoder:
 
     def _encode_document(self, texts: Sequence[str], start: int, where: str) -> tuple[list[int], np.ndarray, bool]:
         """Plain text, predicted from character `start` on, between BOS and EOS if the tokenizer defines them."""
-        bos, eos = self.tokenizer.bos_token, self.tokenizer.eos_token_id
-        has_bos = bool(bos) and beginning(texts, len(bos)) == bos
+        eos, has_bos = self.tokenizer.eos_token_id, begins_with_bos(self.tokenizer, texts)
         input_ids, offsets, cut = self._tokenize(texts, where, add_special_tokens=not has_bos)
         targets = _in_spans(offsets, [(start, sum(map(len, texts)))])
         if eos is None:

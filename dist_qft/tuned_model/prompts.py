@@ -14,6 +14,7 @@ from dist_qft.config.schema import RunConfig
 from dist_qft.data.chat_template import ChatTemplate, template_source
 from dist_qft.data.forms import prompt_text
 from dist_qft.data.samples import Conversation, Message
+from dist_qft.data.text_ends import open_text_ids
 from dist_qft.errors import UserError
 
 Messages = list[Message]  # a conversation: role and content of each turn
@@ -41,7 +42,7 @@ def prompt_ids(
     if not tokenizer.chat_template:
         if not isinstance(prompt, str):
             raise UserError("the tokenizer has no chat template, so it takes no conversations")
-        return list(tokenizer(prompt)["input_ids"])
+        return open_text_ids(tokenizer, prompt)
     messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
     text = conversation_text(tokenizer, messages, today)
     return list(tokenizer(text, add_special_tokens=False)["input_ids"])

@@ -1,9 +1,10 @@
 """`data.template`: the prompts that base models are trained on, in training and in generation."""
 
 import pytest
+from tokenizers.processors import TemplateProcessing
 
 from dist_qft.data.formats import to_sample
-from dist_qft.data.samples import Conversation
+from dist_qft.data.samples import Conversation, PromptCompletion
 from dist_qft.data.templates import use_template
 from dist_qft.data.tokens import SampleEncoder
 from dist_qft.errors import UserError
@@ -75,8 +76,6 @@ def test_a_prompt_is_the_beginning_of_its_training_text(make_tokenizer, template
 
 
 def test_bos_stands_where_the_tokenizer_writes_it(make_tokenizer):
-    from tokenizers.processors import TemplateProcessing
-
     tokenizer = make_tokenizer(None, bos_token="<s>")
     tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
         single="<s> $A", special_tokens=[("<s>", tokenizer.bos_token_id)]
@@ -84,6 +83,32 @@ def test_bos_stands_where_the_tokenizer_writes_it(make_tokenizer):
     for template in ("alpaca", "none"):
         text, _ = encoded(tokenizer, chat(CHAT[:2]), template)
         assert text.startswith("<s>") and text.count("<s>") == 1
+
+
+def write_around(tokenizer, single):
+    """Have the tokenizer write special tokens around each text, as `single` says."""
+    known = [(token, tokenizer.convert_tokens_to_ids(token)) for token in ("<s>", "<|im_end|>")]
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single=single, special_tokens=known)
+
+
+@pytest.mark.parametrize("bos", ["<s>", "<|im_end|>"])  # some models have one token for both ends
+@pytest.mark.parametrize("single", ["<s> $A <|im_end|>", "$A <|im_end|>", "<s> $A", "$A"])
+@pytest.mark.parametrize("prompt", ["Hi, ", "<s>Hi, ", "<|im_end|>", "Hi<|im_end|>"])
+def test_a_plain_prompt_is_the_beginning_of_its_training_text(make_tokenizer, bos, single, prompt):
+    """A tokenizer may write EOS by itself: the answer would begin behind the end. It is one token of the text, too."""
+    tokenizer = make_tokenizer(None, bos_token=bos)
+    write_around(tokenizer, single.replace("<s>", bos))
+    whole = SampleEncoder(tokenizer, 330).encode(PromptCompletion(prompt, "Ho!"), "x").input_ids.tolist()
+    completion = tokenizer("Ho!", add_special_tokens=False)["input_ids"]
+    assert whole == [*prompt_ids(tokenizer, prompt), *completion, tokenizer.eos_token_id]
+
+
+@pytest.mark.parametrize("bos", ["<s>", "<|im_end|>"])
+def test_an_empty_plain_prompt_is_bos_alone(make_tokenizer, bos):
+    tokenizer = make_tokenizer(None, bos_token=bos)
+    for single, expected in {f"{bos} $A <|im_end|>": 1, f"{bos} $A": 1, "$A": 0}.items():
+        write_around(tokenizer, single)
+        assert prompt_ids(tokenizer, "") == [tokenizer.bos_token_id] * expected
 
 
 def test_tools_have_no_place_in_alpaca(make_tokenizer):
