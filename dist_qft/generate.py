@@ -2,12 +2,15 @@
 
 from collections.abc import Sequence
 
+from transformers import PreTrainedTokenizerBase
+
+from dist_qft.base_model.skeleton import BaseModel
 from dist_qft.config.schema import ShardingConfig
 from dist_qft.ranks.session import place
-from dist_qft.tuned_model.answer import Sampling, answers
+from dist_qft.tuned_model.answer import Sampling, answers, require_room
 from dist_qft.tuned_model.loaded_model import load
 from dist_qft.tuned_model.opened_run import opened_to_answer
-from dist_qft.tuned_model.prompts import date_of
+from dist_qft.tuned_model.prompts import date_of, prompt_ids
 
 
 def run_generation(path: str, prompts: Sequence[str], sampling: Sampling, base: bool) -> None:
@@ -22,7 +25,12 @@ def run_generation(path: str, prompts: Sequence[str], sampling: Sampling, base: 
         CorruptFileError: the checkpoint fails verification.
     """
     request = {"prompts": repr((list(prompts), sampling, base))}
-    with opened_to_answer(path, doing="generation", request=request) as run:
+
+    def require(base: BaseModel, tokenizer: PreTrainedTokenizerBase) -> None:
+        lengths = [len(prompt_ids(tokenizer, prompt)) for prompt in prompts]
+        require_room(base, lengths, sampling.max_new_tokens)
+
+    with opened_to_answer(path, doing="generation", request=request, require=require) as run:
         model, today = run.parts.base, date_of(run.config)
         found = {}
         if base:

@@ -64,24 +64,30 @@ def longest_sequence(base: BaseModel) -> int | None:
     return limit if isinstance(limit, int) and limit > 0 else None
 
 
-def require_room(base: BaseModel, lengths: Sequence[int], max_new_tokens: int, key: str = "max_new_tokens") -> None:
-    """Refuse answers for which the model has no positions left: learned ones end with an error, others with nonsense.
+def require_room(
+    base: BaseModel, lengths: Sequence[int], max_new_tokens: int, keys: tuple[str, str] = ("prompt", "max_new_tokens")
+) -> None:
+    """Refuse empty prompts, and answers for which the model has no positions left.
+
+    Beyond them learned positions end with an error, others with nonsense.
 
     Args:
         lengths: tokens of each prompt.
-        key: the setting that gives `max_new_tokens`.
+        keys: the settings that give the prompts and `max_new_tokens`.
 
     Raises:
-        UserError: the longest prompt and its answer are longer than `longest_sequence`.
+        UserError: a prompt has no token, or the longest prompt and its answer are longer than `longest_sequence`.
     """
+    if 0 in lengths:
+        raise UserError(f"{keys[0]}: got '', 0 tokens as this tokenizer writes no BOS, must have at least 1 token")
     limit = longest_sequence(base)
     if limit is None or not lengths or max(lengths) + max_new_tokens <= limit:
         return
     prompt = max(lengths)
     if prompt >= limit:
-        raise UserError(f"prompt: got {prompt} tokens, must be fewer than the model's {limit}")
+        raise UserError(f"{keys[0]}: got {prompt} tokens, must be fewer than the model's {limit}")
     raise UserError(
-        f"{key}: got {max_new_tokens}, must be at most {limit - prompt}: "
+        f"{keys[1]}: got {max_new_tokens}, must be at most {limit - prompt}: "
         f"the longest prompt has {prompt} of the model's {limit} tokens"
     )
 
@@ -91,7 +97,8 @@ def require_room_for_answers(
 ) -> None:
     """`require_room` for the prompts that a run answers."""
     lengths = [len(prompt_ids(tokenizer, prompt, today)) for prompt in evaluation.prompts]
-    require_room(base, lengths, evaluation.max_new_tokens, "evaluation.max_new_tokens")
+    keys = ("evaluation.prompts", "evaluation.max_new_tokens")
+    require_room(base, lengths, evaluation.max_new_tokens, keys)
 
 
 @torch.no_grad()
@@ -159,8 +166,8 @@ def _answer_batch(
 def _left_padded(rows: list[list[int]], padding: int) -> tuple[Tensor, Tensor]:
     """Ids and mask (rows, longest): every row ends at the right."""
     longest = max(len(row) for row in rows)
-    ids = torch.tensor([[padding] * (longest - len(row)) + row for row in rows])
-    mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows])
+    ids = torch.tensor([[padding] * (longest - len(row)) + row for row in rows], dtype=torch.int64)
+    mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows], dtype=torch.int64)
     return ids, mask
 
 

@@ -2,7 +2,7 @@
 
 import datetime
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,8 @@ from dist_qft.storage.checkpoint import (
 )
 from dist_qft.storage.stored_faults import first_fault
 from dist_qft.tuned_model.assemble import Assembled, assemble
+
+Requirement = Callable[[BaseModel, PreTrainedTokenizerBase], None]
 
 _SETTINGS = "base_settings"  # in adapter_config.json
 
@@ -87,9 +89,12 @@ def with_date(config: RunConfig, tokenizer: PreTrainedTokenizerBase, checkpoint:
 
 
 def open_checkpointed(
-    checkpoint: Checkpoint, config: RunConfig, device: torch.device
+    checkpoint: Checkpoint, config: RunConfig, device: torch.device, require: Requirement | None = None
 ) -> tuple[Assembled, PreTrainedTokenizerBase]:
     """Load the base and put the checkpoint's trainables on it, ready for use. Collective.
+
+    Args:
+        require: called before a weight is loaded, on every rank; may raise a DistQFTError, alike on all.
 
     Raises:
         UserError: the checkpoint belongs to another base, or the base's settings have changed since.
@@ -100,6 +105,8 @@ def open_checkpointed(
     skeleton = build_skeleton(config.model, config.quantization, compute_dtype(config.train.precision, device))
     try:
         notes = check_settings(checkpoint, config, settings_of(config, skeleton, tokenizer))
+        if require is not None:
+            require(skeleton, tokenizer)
     except DistQFTError as error:
         raise everywhere(error) from error
     if dist.get_rank() == 0:

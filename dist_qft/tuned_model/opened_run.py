@@ -15,7 +15,7 @@ from dist_qft.ranks.world import World
 from dist_qft.storage.checkpoint import ADAPTER_MODEL
 from dist_qft.storage.manifest import sha256_of
 from dist_qft.tuned_model.assemble import Assembled
-from dist_qft.tuned_model.checkpointed import config_of, find_checkpoint, open_checkpointed, run_folder
+from dist_qft.tuned_model.checkpointed import Requirement, config_of, find_checkpoint, open_checkpointed, run_folder
 
 
 @dataclass(frozen=True)
@@ -30,12 +30,15 @@ class OpenedRun:
 
 
 @contextmanager
-def opened_to_answer(path: str, *, doing: str, request: dict[str, str]) -> Iterator[OpenedRun]:
+def opened_to_answer(
+    path: str, *, doing: str, request: dict[str, str], require: Requirement | None = None
+) -> Iterator[OpenedRun]:
     """Open the run, or the checkpoint, at `path` for as long as the context lasts. Collective.
 
     Args:
         doing: the activity, for messages.
         request: the ranks' arguments, by name; must be the same on all of them.
+        require: see `open_checkpointed`.
 
     Raises:
         UserError: there is no checkpoint, it answers no prompts, or its adapter belongs to another base.
@@ -52,5 +55,5 @@ def opened_to_answer(path: str, *, doing: str, request: dict[str, str]) -> Itera
         **request,
     }
     with session(config.sharding, doing=doing, must_match=must_match, crash_dir=run_folder(path)) as (world, device):
-        parts, tokenizer = open_checkpointed(checkpoint, config, device)
+        parts, tokenizer = open_checkpointed(checkpoint, config, device, require)
         yield OpenedRun(config, parts, tokenizer, world, device)

@@ -1,7 +1,9 @@
 """Answers: batches as one by one, sampling, ends, and conversations on one rank and on two."""
 
 import io
+import shutil
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,7 +12,7 @@ import dist_qft
 from dist_qft.chat import Chat, shared_lines
 from dist_qft.config.schema import EvaluationConfig
 from dist_qft.errors import UserError
-from dist_qft.tuned_model.answer import Sampling, require_room_for_answers
+from dist_qft.tuned_model.answer import Sampling, _left_padded, require_room_for_answers
 from dist_qft.tuned_model.checkpointed import config_of, find_checkpoint, open_checkpointed
 from dist_qft.tuned_model.prompts import prompt_ids
 
@@ -54,6 +56,26 @@ def test_an_answer_longer_than_the_models_positions_is_refused(model):
     with pytest.raises(UserError, match=rf"^evaluation\.max_new_tokens: got {limit}, must be at most"):
         asked = EvaluationConfig(prompts=PROMPTS, max_new_tokens=limit)
         require_room_for_answers(asked, model.base, model.tokenizer, None)
+
+
+def test_a_prompt_without_a_token_is_refused_before_weights_are_loaded(shell, make_run, tiny_llama, tmp_path):
+    base = Path(shutil.copytree(tiny_llama, tmp_path / "base"))
+    (base / "chat_template.jinja").unlink()  # with a template no prompt is empty
+    run = make_run(base)
+    model = dist_qft.load(run)
+    assert prompt_ids(model.tokenizer, "") == []
+    for prompts in ("", ["a", ""]):
+        with pytest.raises(UserError, match=r"^prompt: got '', 0 tokens"):
+            model.generate(prompts)
+    with pytest.raises(UserError, match=r"^evaluation\.prompts: got '', 0 tokens"):
+        require_room_for_answers(EvaluationConfig(prompts=["a", ""]), model.base, model.tokenizer, None)
+    weights = (base / "model.safetensors").read_bytes()
+    (base / "model.safetensors").write_bytes(weights[:-256] + bytes(256))
+    assert "trained on base" in shell("generate", run, "--prompt", "a")[2]
+    code, out, err = shell("generate", run, "--prompt", "")
+    assert (code, out) == (2, "") and err.startswith("error: prompt: got ''") and err.count("\n") == 1
+    ids, mask = _left_padded([[], []], 0)
+    assert ids.dtype == mask.dtype == torch.int64
 
 
 @pytest.mark.parametrize(
