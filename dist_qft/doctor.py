@@ -58,7 +58,7 @@ def examine(config: RunConfig | None = None) -> list[Finding]:
 
 def print_findings(findings: list[Finding]) -> None:
     """Print a table, what is missing first, and one line that sums it up."""
-    columns = ["", *(Column(heading, overflow="fold") for heading in ("found", "what to do"))]  # no path is cut
+    columns = [Column(heading, overflow="fold") for heading in ("", "found", "what to do")]  # no path is cut
     table = Table(*columns, title="dist-qft doctor", title_justify="left", header_style="")
     colours = {"ok": "green", "note": "yellow", "missing": "red"}
     for finding in findings:
