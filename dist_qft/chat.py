@@ -4,6 +4,7 @@ Rank 0 reads the lines and prints; the other ranks get each line from it, becaus
 """
 
 import datetime
+import io
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -20,8 +21,9 @@ from transformers import PreTrainedTokenizerBase, TextStreamer
 
 from dist_qft.base_model.skeleton import BaseModel
 from dist_qft.config.schema import ShardingConfig
-from dist_qft.errors import UserError
+from dist_qft.errors import SetupError, UserError
 from dist_qft.methods.trainable import TrainableSet
+from dist_qft.ranks.collectives import on_rank_0
 from dist_qft.ranks.session import place
 from dist_qft.tuned_model.answer import Sampling, answers, longest_sequence
 from dist_qft.tuned_model.loaded_model import holds_model, load
@@ -36,6 +38,7 @@ _COMMANDS = """/base     answer the last message with the base model, without th
 # Sent to other ranks instead of a line: rank 0's input has ended, or nothing was typed for a while.
 _END, _NOTHING = "\x00end", "\x00nothing"
 _IDLE_SECONDS = 30
+_Input = str | Exception | None  # a line, the failure to read one, or the end
 
 
 @dataclass
@@ -134,9 +137,10 @@ def run_chat(path: str, sampling: Sampling, system: str | None) -> None:
 
     Raises:
         UserError: there is no model, or it answers no prompts.
+        SetupError: the input cannot be read.
     """
     with _opened(path, sampling, system) as chat:
-        asking = sys.stdin.isatty() and chat.output is not None
+        asking = chat.output is not None and _prepare_input()
         if asking:
             print(_COMMANDS, flush=True)
         for line in shared_lines(lambda: _read(asking), chat.device):
@@ -160,11 +164,25 @@ def _opened(path: str, sampling: Sampling, system: str | None) -> Iterator[Chat]
         yield Chat(base, run.tokenizer, trainables, run.device, sampling, system, output, today, answering=answering)
 
 
+def _prepare_input() -> bool:
+    """Have bytes that are no text replaced; return True if the input is a terminal."""
+    if sys.stdin is None or sys.stdin.closed:  # `_read` says so
+        return False
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="replace")
+    return sys.stdin.isatty()
+
+
 def _read(asking: bool) -> str | None:
-    """The next line of the input; None at its end."""
+    """The next line of the input; None at its end. Raises SetupError if there is no input, or none to read."""
+    if sys.stdin is None:
+        raise SetupError("standard input: it is closed, must be a terminal, a file or a pipe")
     if asking:
         print("> ", end="", flush=True)
-    line = sys.stdin.readline()
+    try:
+        line = sys.stdin.readline()
+    except (OSError, ValueError) as error:
+        raise SetupError(f"standard input: cannot be read: {error}") from error
     return line if line else None
 
 
@@ -172,29 +190,37 @@ def shared_lines(read: Callable[[], str | None], device: torch.device) -> Iterat
     """Lines that rank 0 reads, on every rank, until `read` returns None there. Collective.
 
     While nobody types, rank 0 tells the others so from time to time: a collective that takes long would be a lost peer.
+
+    Raises:
+        DistQFTError: the one that `read` raised, on every rank; see `on_rank_0`.
     """
     if not dist.is_initialized() or dist.get_world_size() == 1:
         yield from iter(read, None)
         return
-    waiting: Queue[str | None] = Queue()
+    waiting: Queue[_Input] = Queue()
     if dist.get_rank() == 0:
         Thread(target=_read_all, args=(read, waiting), daemon=True).start()
-    while (text := _from_rank_0(_next(waiting) if dist.get_rank() == 0 else "", device)) != _END:
+    while (text := _from_rank_0(on_rank_0(lambda: _next(waiting), device) or "", device)) != _END:
         if text != _NOTHING:
             yield text
 
 
-def _read_all(read: Callable[[], str | None], lines: "Queue[str | None]") -> None:
-    while (line := read()) is not None:
-        lines.put(line)
-    lines.put(None)
+def _read_all(read: Callable[[], str | None], lines: "Queue[_Input]") -> None:
+    try:
+        while (line := read()) is not None:
+            lines.put(line)
+        lines.put(None)
+    except Exception as error:  # of whatever kind: the ranks would wait for this thread
+        lines.put(error)
 
 
-def _next(lines: "Queue[str | None]") -> str:
+def _next(lines: "Queue[_Input]") -> str:
     try:
         line = lines.get(timeout=_IDLE_SECONDS)
     except Empty:
         return _NOTHING
+    if isinstance(line, Exception):
+        raise line
     return _END if line is None else line
 
 

@@ -9,9 +9,10 @@ import pytest
 import torch
 
 import dist_qft
+from dist_qft import chat
 from dist_qft.chat import Chat, shared_lines
 from dist_qft.config.schema import EvaluationConfig
-from dist_qft.errors import UserError
+from dist_qft.errors import SetupError, UserError
 from dist_qft.tuned_model.answer import Sampling, _left_padded, require_room_for_answers
 from dist_qft.tuned_model.checkpointed import config_of, find_checkpoint, open_checkpointed
 from dist_qft.tuned_model.prompts import prompt_ids
@@ -118,12 +119,12 @@ def talk(run: str) -> tuple[str, list]:
     config = config_of(find_checkpoint(run))
     parts, tokenizer = open_checkpointed(find_checkpoint(run), config, CPU)
     output, lines = io.StringIO(), iter(LINES)
-    chat = Chat(parts.base, tokenizer, parts.trainables, CPU, Sampling(6), output=output)
+    talking = Chat(parts.base, tokenizer, parts.trainables, CPU, Sampling(6), output=output)
     turns = []
     for line in shared_lines(lambda: next(lines, None), CPU):
-        if not chat.take(line):
+        if not talking.take(line):
             break
-        turns.append(len(chat.turns))
+        turns.append(len(talking.turns))
     return output.getvalue(), turns
 
 
@@ -143,3 +144,24 @@ def test_the_command_reads_a_pipe(shell, run, monkeypatch, model):
     assert code == 0 and out.strip() == model.generate("hello cat", 6)
     code, _, err = shell("chat", run, "--temperature", "-1")
     assert code == 2 and "temperature" in err
+
+
+def heard(content: bytes | None) -> list[str] | str:
+    """The lines of an input of these bytes on this rank, or the failure; None closes the input."""
+    sys.stdin = io.TextIOWrapper(io.BytesIO(content or b""), encoding="utf-8")
+    if content is None:
+        sys.stdin.close()
+    try:
+        chat._prepare_input()
+        return list(shared_lines(lambda: chat._read(False), CPU))
+    except SetupError as error:
+        return str(error)
+
+
+def test_an_input_that_cannot_be_read_ends_the_chat_on_every_rank(pools, shell, run, monkeypatch):
+    assert pools[2].run(heard, content=b"caf\xe9\nb\n") == [["caf\ufffd\n", "b\n"]] * 2
+    failures = pools[2].run(heard, content=None)
+    assert failures[0] == failures[1] and failures[0].startswith("standard input: cannot be read: ")
+    monkeypatch.setattr(sys, "stdin", None)
+    code, _, err = shell("chat", run)
+    assert code == 3 and "standard input: it is closed" in err and err.count("\n") == 1
