@@ -75,7 +75,13 @@ def kto_losses(kind: str, ratios: Tensor, wanted: Tensor, kl: Tensor, beta: floa
 
 
 def odds_ratio(chosen: Tensor, rejected: Tensor) -> Tensor:
-    """log of odds(chosen) / odds(rejected), odds(p) = p / (1 - p), from mean log-probabilities (pairs,)."""
+    """log of odds(chosen) / odds(rejected), odds(p) = p / (1 - p), from mean log-probabilities (pairs,).
+
+    Of an answer whose probability rounds to 1 the odds are those of the next smaller number, without a gradient: its
+    softmax has none either.
+    """
+    largest = -torch.finfo(chosen.dtype).eps
+    chosen, rejected = chosen.clamp(max=largest), rejected.clamp(max=largest)
     return (chosen - rejected) - (_log1mexp(chosen) - _log1mexp(rejected))
 
 

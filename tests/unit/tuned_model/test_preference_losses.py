@@ -61,3 +61,20 @@ def test_losses_of_rated_answers_and_the_odds_ratio():
     ):
         assert value == pytest.approx((b - math.log(-math.expm1(b))) - (w - math.log(-math.expm1(w))), rel=1e-9)
         assert gradient == pytest.approx(-1 / math.expm1(b), rel=1e-9)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("certain", [0.0, 1e-9, -1e-45])  # sums of rounded terms may end above 0
+def test_the_odds_of_a_certain_answer_are_finite(dtype, certain):
+    """Both ways around, beside a pair with figures of its own, whose value and gradient stay."""
+    better = torch.tensor([certain, -2.0, -0.5], dtype=dtype, requires_grad=True)
+    worse = torch.tensor([-2.0, certain, -3.0], dtype=dtype, requires_grad=True)
+    found = odds_ratio(better, worse)
+    limit = -torch.finfo(dtype).eps
+    log_odds = [x - math.log(-math.expm1(x)) for x in (limit, -2.0, -0.5, -3.0)]
+    expected = [log_odds[0] - log_odds[1], log_odds[1] - log_odds[0], log_odds[2] - log_odds[3]]
+    assert found.tolist() == pytest.approx(expected, rel=1e-6)
+    (-torch.nn.functional.logsigmoid(found)).sum().backward()
+    slopes = [-1 / (1 + math.exp(value)) for value in expected]  # of the loss by the log-odds
+    assert better.grad.tolist() == pytest.approx([0, *(slopes[i] / -math.expm1(x) for i, x in ((1, -2), (2, -0.5)))])
+    assert worse.grad.tolist() == pytest.approx([slopes[0] / math.expm1(-2), 0, slopes[2] / math.expm1(-3)], rel=1e-5)
