@@ -121,16 +121,26 @@ class FolderLock:
         """Make sure that nobody has taken the lock over; a lock file that somebody removed is made again.
 
         Raises:
-            SetupError: another process has the lock.
+            SetupError: another process has the lock, or the file is there and cannot be read or made.
         """
         deadline = time.monotonic() + _RETURN_SECONDS
         while (found := _Entry.read(self.path)) != self._entry:
-            # It may be away for a moment, while another start finds out that it is not the stale lock it took it for.
-            if found is None and time.monotonic() > deadline and _create(self.path, self._entry):
-                return
             if found is not None:
                 raise SetupError(f"{self.path}: {found} has taken the lock over; this process writes nothing more")
+            # It may be away for a moment, while another start finds out that it is not the stale lock it took it for.
+            if time.monotonic() > deadline:
+                return self._make_again()
             time.sleep(_POLL_SECONDS)
+
+    def _make_again(self) -> None:
+        try:
+            if _create(self.path, self._entry):
+                return
+        except OSError as error:
+            raise refused_write(self.path, error) from error
+        if (found := _Entry.read(self.path)) != self._entry:
+            by = found or "something that cannot be read as a lock"
+            raise SetupError(f"{self.path}: {by} has taken the lock over; this process writes nothing more")
 
     def release(self) -> None:
         """Give the lock up; a lock that somebody has taken over stays theirs."""

@@ -167,6 +167,20 @@ def test_a_lock_file_that_somebody_removed_is_made_again(tmp_path):
     lock.release()
 
 
+@pytest.mark.parametrize("content", ["", "{", '{"owner": "a"}', None])
+def test_a_lock_file_that_cannot_be_read_stops_its_owner(tmp_path, monkeypatch, content):
+    monkeypatch.setattr(lock_module, "_RETURN_SECONDS", 0.2)
+    path = tmp_path / "run.lock"
+    lock = FolderLock.acquire(path, WHAT)
+    path.unlink()
+    path.mkdir() if content is None else path.write_text(content)
+    with pytest.raises(SetupError) as refusal:
+        lock.require_held()
+    assert str(refusal.value).startswith(f"{path}: ") and "\n" not in str(refusal.value)
+    lock.release()
+    assert path.exists()
+
+
 def test_a_file_that_is_no_lock_is_not_taken_for_a_dead_one_at_once(tmp_path, monkeypatch):
     path = tmp_path / "run.lock"
     path.write_text("{")
