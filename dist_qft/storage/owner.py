@@ -8,6 +8,7 @@ import hashlib
 import os
 import re
 import socket
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -15,6 +16,8 @@ from pathlib import Path
 import psutil
 
 _TOKEN = re.compile(r"([0-9a-f]{8})([0-9a-f]{8})-(\d+)-(\d+)")
+_MACHINE_ID = re.compile("[0-9a-f]{32}")
+_HOSTS_NAMESPACE = 0xEFFFFFFC  # Linux's inode of the first process namespace, that of no container
 
 
 @dataclass(frozen=True)
@@ -22,7 +25,7 @@ class Owner:
     """One process.
 
     Attributes:
-        machine: hash of the host name and of the process namespace: containers of one host count as other machines.
+        machine: see `machine_hash`; containers of one host count as other machines.
         boot: hash of the kernel's boot id.
         started: start time of the process, in the kernel's clock ticks since boot.
     """
@@ -74,18 +77,43 @@ def _start_time(pid: int) -> int | None:
 @cache
 def _machine() -> str:
     try:
-        namespace = str(os.stat("/proc/self/ns/pid").st_ino)
+        namespace = os.stat("/proc/self/ns/pid").st_ino
     except OSError:
-        namespace = ""
-    return _short_hash(f"{socket.gethostname()} {namespace}")
+        namespace = None
+    ports = sorted(Path("/sys/class/net").glob("*/device"))
+    addresses = [_text(port.with_name("address")) for port in ports]
+    return machine_hash(socket.gethostname(), namespace, _text(Path("/etc/machine-id")), addresses, _boot())
+
+
+def machine_hash(host: str, namespace: int | None, machine_id: str, addresses: Sequence[str], boot: str) -> str:
+    """The name of a machine, which stays after a reboot only where it is certain that no other machine has it.
+
+    Host names repeat, and so do the ids of cloned machines; on one network their ports' addresses do not. Containers
+    have the id of their image, or none, and numbers of namespaces that repeat from host to host: their name lasts until
+    their host's next boot. A name that nobody knows is that of another machine, whose processes are watched.
+
+    Args:
+        namespace: inode of the process namespace; None where there are none.
+        machine_id: content of /etc/machine-id; "" if there is none.
+        addresses: hardware addresses of the network ports.
+        boot: hash of the kernel's boot id.
+    """
+    lasts = namespace == _HOSTS_NAMESPACE and _MACHINE_ID.fullmatch(machine_id.strip())
+    identity = [machine_id, *addresses] if lasts else [boot]
+    return _short_hash(" ".join([host, str(namespace), *identity]))
 
 
 @cache
 def _boot() -> str:
+    return _short_hash(_text(Path("/proc/sys/kernel/random/boot_id")))
+
+
+def _text(path: Path) -> str:
+    """A file's content; "" if it cannot be read."""
     try:
-        return _short_hash(Path("/proc/sys/kernel/random/boot_id").read_text())
+        return path.read_text(errors="replace")
     except OSError:
-        return _short_hash("")
+        return ""
 
 
 def _short_hash(text: str) -> str:

@@ -1,9 +1,11 @@
 """Temporaries of the living stay, those of the dead go, and nothing that is not ours is touched."""
 
+import hashlib
 import json
 import math
 import os
 import shutil
+import socket
 import subprocess
 import sys
 import time
@@ -15,7 +17,7 @@ from dist_qft.errors import SetupError
 from dist_qft.storage import atomic
 from dist_qft.storage.atomic import json_text, publishing, remove_leftovers, temporary_name, write_json
 from dist_qft.storage.checkpoint import clean_up
-from dist_qft.storage.owner import Owner
+from dist_qft.storage.owner import Owner, machine_hash
 
 TOKEN = "import sys; from dist_qft.storage.owner import Owner; print(Owner.current(), flush=True); sys.stdin.read()"
 
@@ -50,6 +52,41 @@ def test_an_owner_is_alive_until_it_has_ended(neighbour):
     mine = Owner.current()
     assert Owner(mine.machine, mine.boot, mine.pid, mine.started + 1).is_alive() is False, "a reused process id"
     assert Owner(mine.machine, "f" * 8, mine.pid, mine.started).is_alive() is False, "before the last boot"
+
+
+HOST = 0xEFFFFFFC  # the process namespace outside containers
+ID, OTHER_ID = "a" * 32, "b" * 32
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "known"),
+    [
+        ((HOST, ID, ["02:00"], "boot 1"), (HOST, ID, ["02:00"], "boot 2"), True),  # a reboot
+        ((HOST, ID, ["02:00"], "boot 1"), (HOST, OTHER_ID, ["02:00"], "boot 2"), False),  # another of that host name
+        ((HOST, ID, ["02:00"], "boot 1"), (HOST, ID, ["02:01"], "boot 2"), False),  # a clone
+        ((HOST, "", ["02:00"], "boot 1"), (HOST, "", ["02:00"], "boot 2"), False),  # nothing to tell by
+        ((HOST, "uninitialized", [], "boot 1"), (HOST, "uninitialized", [], "boot 2"), False),
+        (
+            (4026532201, ID, ["02:00"], "boot 1"),
+            (4026532201, ID, ["02:00"], "boot 2"),
+            False,
+        ),  # containers of one image
+        ((4026532201, "", ["02:00"], "boot 1"), (4026532201, "", ["02:00"], "boot 1"), True),  # one container
+        ((4026532201, "", [], "boot 1"), (4026532202, "", [], "boot 1"), False),  # two of one host
+        ((None, "", [], ""), (None, "", [], ""), True),  # no Linux
+    ],
+)
+def test_a_machine_is_known_again_only_where_it_is_certain(first, second, known):
+    """Of an unknown machine no process counts as dead at once."""
+    assert (machine_hash("localhost", *first) == machine_hash("localhost", *second)) is known
+
+
+def test_an_owner_that_an_earlier_version_wrote_down_is_unknown():
+    mine = Owner.current()
+    namespace = os.stat("/proc/self/ns/pid").st_ino if Path("/proc/self/ns/pid").exists() else ""
+    machine = hashlib.sha256(f"{socket.gethostname()} {namespace}".encode()).hexdigest()[:8]
+    before = Owner.parse(str(Owner(machine, "f" * 8, mine.pid, mine.started)))
+    assert before is not None and before.is_alive() is None
 
 
 def leave(folder: Path, name: str, owner: str, *, suffix: str = "") -> Path:
