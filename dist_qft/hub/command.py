@@ -7,7 +7,7 @@ import tempfile
 from pathlib import Path
 
 from dist_qft.errors import SetupError, UserError
-from dist_qft.hub.contents import Contents, contents_of
+from dist_qft.hub.contents import Contents, contents_of, stale_files
 from dist_qft.storage.atomic import publishing
 
 
@@ -52,7 +52,7 @@ def require_repository_name(repository: str) -> None:
 
 
 def _send(contents: Contents, repository: str, *, private: bool) -> str:
-    """Upload in one commit and return the repository's address."""
+    """Upload in one commit, which also deletes an earlier push's other files; return the repository's address."""
     import huggingface_hub
 
     if huggingface_hub.get_token() is None:
@@ -63,12 +63,20 @@ def _send(contents: Contents, repository: str, *, private: bool) -> str:
         contents.write(folder, _link)
         try:
             address = api.create_repo(repository, private=private, exist_ok=True)
-            api.upload_folder(repo_id=repository, folder_path=folder, commit_message="Upload with dist_qft")
+            info = api.model_info(repository)
+            stale = stale_files([file.rfilename for file in info.siblings or ()], contents.sizes())
+            deleted = [huggingface_hub.CommitOperationDelete(name) for name in stale]
+            added = [huggingface_hub.CommitOperationAdd(name, folder / name) for name in contents.sizes()]
+            # Not upload_folder, which may make several commits: in between, files of two models would lie together.
+            message = "Upload with dist_qft"
+            api.create_commit(repository, [*deleted, *added], commit_message=message, parent_commit=info.sha)
         except KeyboardInterrupt:
             raise
         except Exception as error:  # the library raises its own, those of its HTTP client, OSError and ValueError
             reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
             raise SetupError(f"{repository}: the Hub did not take it: {reason}") from error
+    for name in stale:
+        print(f"       deleted  {name}", file=sys.stderr)
     return str(address)
 
 

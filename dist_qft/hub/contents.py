@@ -7,19 +7,29 @@ import hashlib
 import json
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, field, replace
+from fnmatch import fnmatchcase
 from pathlib import Path
 
+from dist_qft.base_model.quantized_folder import QUANTIZATION_FILE
+from dist_qft.base_model.stop_tokens import GENERATION_CONFIG
 from dist_qft.errors import CorruptFileError, UserError
 from dist_qft.hub.adapter_card import adapter_card
-from dist_qft.merge.certificate import CARD, BaseUsed, Certificate, ResultFiles, file_digests
+from dist_qft.merge.certificate import CARD, IN_FOLDER, BaseUsed, Certificate, ResultFiles, file_digests
 from dist_qft.merge.certificate_file import certificate_path, certificate_text, read_certificate
 from dist_qft.merge.model_card import names_beside
 from dist_qft.merge.names import portable_name
+from dist_qft.merge.writers.model_files import CONFIG, MORE_TEMPLATES, TOKENIZERS
 from dist_qft.storage.atomic import json_text
 from dist_qft.storage.checkpoint import ADAPTER_CONFIG, ADAPTER_MODEL, TRAINER_STATE, list_checkpoints
 from dist_qft.tuned_model.checkpointed import find_checkpoint, require_finite_trainables
+
+# Files by which a model or an adapter is loaded: one that an earlier push left would be taken for the new one's.
+_LOADED = (
+    ADAPTER_CONFIG, CONFIG, GENERATION_CONFIG, QUANTIZATION_FILE, "*.safetensors", "*.safetensors.index.json", "*.gguf",
+    "*.Modelfile", f"*{IN_FOLDER}", *TOKENIZERS, f"{MORE_TEMPLATES}/*.jinja",
+)  # fmt: skip
 
 Place = Callable[[Path, Path], object]  # puts the file of the first path under the second
 
@@ -64,6 +74,18 @@ def contents_of(path: Path, name: str) -> Contents:
         f"'{path}': must be a run with a checkpoint, a checkpoint, or the result of a merge with its certificate; "
         "bases are not sent"
     )
+
+
+def stale_files(there: Iterable[str], sent: Collection[str]) -> list[str]:
+    """Of the files in a repository those that an earlier push may have left, and this one does not replace.
+
+    Cards, licences, files of other kinds and those in other folders are the owner's.
+    """
+    return [
+        name
+        for name in sorted(set(there) - set(sent))
+        if any(fnmatchcase(name, kind) and name.count("/") == kind.count("/") for kind in _LOADED)
+    ]
 
 
 def _of_adapters(path: Path, name: str) -> Contents:

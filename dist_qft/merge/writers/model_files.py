@@ -27,10 +27,11 @@ CONFIG, TOKENIZER_CONFIG, CHAT_TEMPLATE = "config.json", "tokenizer_config.json"
 MORE_TEMPLATES = "additional_chat_templates"  # a folder: the templates of a tokenizer that has several, by name
 
 # Copied from the base: tokenizers of every kind, templates, processors, licences. Code is not: nothing here runs it.
-_COPIED = (
+TOKENIZERS = (
     "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.model", "*.spm",
-    "*.tiktoken", "tekken.json", "chat_template*", "*processor_config.json", "LICENSE*", "NOTICE*",
+    "*.tiktoken", "tekken.json", "chat_template*", "*processor_config.json",
 )  # fmt: skip
+_COPIED = (*TOKENIZERS, "LICENSE*", "NOTICE*")
 _NEVER = ("*.py", "*.safetensors", "*.bin", "*.gguf", "*.index.json")
 
 

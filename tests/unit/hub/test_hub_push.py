@@ -17,6 +17,7 @@ from dist_qft.base_model.base_license import base_license
 from dist_qft.config.schema import ModelConfig
 from dist_qft.errors import CorruptFileError, SetupError, UserError
 from dist_qft.hub.command import run_push
+from dist_qft.hub.contents import stale_files
 from dist_qft.merge.certificate import (
     IN_FOLDER,
     AdapterUsed,
@@ -152,9 +153,14 @@ def test_nothing_else_is_sent(run, tmp_path):
 
 
 class Hub(BaseHTTPRequestHandler):
-    """The three requests of an upload, answered as the Hub does; every body is kept."""
+    """The requests of an upload, answered as the Hub does; every body is kept."""
 
     bodies: dict[str, bytes] = {}
+    there: list[str] = [".gitattributes"]
+
+    def do_GET(self) -> None:
+        assert self.path == f"/api/models/{REPOSITORY}"
+        self.answer({"id": REPOSITORY, "sha": "c" * 40, "siblings": [{"rfilename": name} for name in self.there]})
 
     def do_POST(self) -> None:
         body = self.rfile.read(int(self.headers["Content-Length"]))
@@ -167,6 +173,9 @@ class Hub(BaseHTTPRequestHandler):
             answer = {"files": [{"path": name, "uploadMode": "regular", "shouldIgnore": False} for name in names]}
         elif "/commit/" in self.path:
             answer = {"commitUrl": f"http://{self.headers['Host']}/{REPOSITORY}/commit/1", "commitOid": "1"}
+        self.answer(answer)
+
+    def answer(self, answer: dict[str, object]) -> None:
         content = json.dumps(answer).encode()
         self.send_response(200)
         self.send_header("Content-Type", "application/json")
@@ -184,16 +193,55 @@ def set_hub(monkeypatch, port: int) -> None:
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
 
 
-def test_an_upload_holds_the_files_of_a_dry_run(run, tmp_path, monkeypatch, capsys):
-    sent = dry_run(run, tmp_path / "sent")
+def push(source: Path, monkeypatch, there: list[str]) -> list[dict]:
+    """Send to a repository with these files; returns the lines of the only commit."""
+    monkeypatch.setattr(Hub, "bodies", {})
+    monkeypatch.setattr(Hub, "there", there)
     with HTTPServer(("127.0.0.1", 0), Hub) as hub:
         threading.Thread(target=hub.serve_forever, daemon=True).start()
         set_hub(monkeypatch, hub.server_address[1])
-        run_push(str(run), REPOSITORY, private=True, dry_run=None)
+        run_push(str(source), REPOSITORY, private=True, dry_run=None)
         hub.shutdown()
-    assert json.loads(Hub.bodies["/api/repos/create"])["visibility"] == "private"
     (commit,) = (body for path, body in Hub.bodies.items() if "/commit/" in path)
-    lines = [json.loads(line) for line in commit.splitlines()]
+    return [json.loads(line) for line in commit.splitlines()]
+
+
+OWNERS = [".gitattributes", "LICENSE", "README.md", "notes.txt", "runs/model.safetensors", "handler.py"]
+FOLDER = ["certificate.json", "config.json", "generation_config.json", "model.safetensors", "tokenizer.json"]
+SHARDS = ["model-00001-of-00002.safetensors", "model.safetensors.index.json", "additional_chat_templates/rag.jinja"]
+ADAPTERS = ["adapter_config.json", "adapter_model.safetensors"]
+GGUF = ["merged.gguf", "merged.gguf.Modelfile", "merged.gguf.certificate.json"]
+
+
+@pytest.mark.parametrize(
+    ("form", "sent"),
+    [("adapters", ADAPTERS), ("dense", FOLDER), ("gguf", ["merged-gguf", "merged-gguf.certificate.json"])],
+)
+def test_of_an_earlier_push_nothing_is_left_by_which_another_model_would_be_loaded(
+    run, monkeypatch, capsys, form, sent
+):
+    files = {"adapters": {}, "dense": dict.fromkeys(FOLDER[1:], b"{}"), "gguf": {"merged-gguf": b"GGUF"}}[form]
+    there = [*OWNERS, *FOLDER, *SHARDS, *ADAPTERS, *GGUF]
+    lines = push(result_of(run, form, files) if files else run, monkeypatch, there)
+    assert lines[0]["value"]["parentCommit"] == "c" * 40
+    deleted = {line["value"]["path"] for line in lines if line["key"] == "deletedFile"}
+    assert deleted == set(there) - set(OWNERS) - set(sent)
+    assert {line["value"]["path"] for line in lines if line["key"] == "file"} == {"README.md", *sent}
+    said = capsys.readouterr().err
+    assert all(f"deleted  {name}\n" in said for name in deleted)
+
+
+def test_every_file_of_a_model_folder_may_be_a_stale_one(tmp_path):
+    """The kinds are those that merges write; the owner's are left alone."""
+    sent = {"vocab.json", "merges.txt", "tekken.json", "quantization.json", "preprocessor_config.json", "spiece.model"}
+    assert stale_files([*sent, *OWNERS], []) == sorted(sent)
+    assert stale_files([*sent, *OWNERS], sent) == []
+
+
+def test_an_upload_holds_the_files_of_a_dry_run(run, tmp_path, monkeypatch, capsys):
+    sent = dry_run(run, tmp_path / "sent")
+    lines = push(run, monkeypatch, [".gitattributes"])
+    assert json.loads(Hub.bodies["/api/repos/create"])["visibility"] == "private"
     uploaded = {line["value"]["path"]: line["value"]["content"] for line in lines if line["key"] == "file"}
     assert {name: base64.b64decode(text) for name, text in uploaded.items()} == {
         name: (tmp_path / "sent" / name).read_bytes() for name in sent
