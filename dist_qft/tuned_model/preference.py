@@ -58,8 +58,12 @@ class _Preference(LanguageTask):
         own, beside = token_losses_at(hidden, reference, batch.target_positions, batch.target_ids, self.base.head)
         return -own, None if beside is None else -beside
 
-    def _sums(self, batch: MicroBatch, figures: Sequence[Tensor]) -> Tensor:
-        tokens = torch.full((), float(batch.num_targets), device=batch.target_ids.device)
+    def _sums(self, batch: MicroBatch, figures: Sequence[Tensor], trained: Tensor | None = None) -> Tensor:
+        """`TOKENS` and the sums of the figures; `trained` are the tokens that count, if not all targets do."""
+        if trained is None:
+            tokens = torch.full((), float(batch.num_targets), device=batch.target_ids.device)
+        else:
+            tokens = trained.sum().float()
         return torch.stack([tokens, *(figure.detach().sum().float() for figure in figures)])
 
 
@@ -133,7 +137,9 @@ class Kto(_Preference):
             *(log_probabilities * wanted, log_probabilities * ~wanted),
             *(wanted, kl * answers.count, torch.full_like(kl, float(answers.count))),
         ]
-        return TaskLoss((losses * weights).sum(), sums=self._sums(batch, figures))
+        # The KL's rows are measured, not trained on.
+        trained = batch.target_positions < answers.count * hidden.shape[1]
+        return TaskLoss((losses * weights).sum(), sums=self._sums(batch, figures, trained))
 
     def figures(self, sums: Sequence[float], terms: int) -> dict[str, float]:
         """Means over the answers of each kind; none for a kind that there was none of."""

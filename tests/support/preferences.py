@@ -52,6 +52,7 @@ class FirstStep(NamedTuple):
     batches: list[tuple[Tensor, Tensor, Tensor | None]]
     gathered: int
     tokens: tuple[int, ...] = ()
+    trained: int = 0  # tokens
 
 
 def first_step(config: RunConfig, seed: int = 3) -> FirstStep:
@@ -80,6 +81,7 @@ def first_step(config: RunConfig, seed: int = 3) -> FirstStep:
         [_tokens(batch) for batch in batches],
         parts.engine.traffic.gathered_bytes - before,
         inputs.spec.tokens.ids if getattr(inputs.spec, "tokens", None) else (),
+        int(totals.sums[0]),
     )
     run.close()
     parts.detach()

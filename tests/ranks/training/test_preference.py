@@ -76,6 +76,9 @@ def test_a_step_is_that_of_whole_models_in_float64(pools, tiny_llama, tmp_path, 
     assert step.loss == pytest.approx(value, rel=1e-5)
     assert relative_error(step.gradients, gradients) < 1e-5
     assert step.figures.get("kl", 1.0) > 0.1
+    first, second = in_answer.chunk(2)
+    trained = {"dpo": in_answer.sum(), "orpo": real.sum() + second.sum(), "kto": first.sum()}  # not those of the KL
+    assert step.trained == trained[task]
     assert step.figures["rewards/margins"] == pytest.approx(
         step.figures["rewards/chosen"] - step.figures["rewards/rejected"], rel=1e-3, abs=1e-5
     )
