@@ -103,10 +103,11 @@ def _is_number(value: object) -> bool:
 
 
 def _lines(path: Path) -> Iterator[Mapping[str, Any]]:
-    """The records of a JSON Lines file; a last line that is half written is left out."""
+    """The records of a JSON Lines file; a line that cannot be read, such as a last one half written, is left out."""
     if not path.is_file():
         return
-    for text in path.read_text(encoding="utf-8").splitlines():
+    for line in path.read_bytes().split(b"\n"):
+        text = line.decode(errors="replace")  # a damaged disk may write anything; the figures around it count
         try:
             record = json.loads(text)
         except ValueError:
