@@ -92,6 +92,14 @@ class TaskConfig(Section):
         return self.name in PREFERENCE_TASKS
 
     @property
+    def loss_unit(self) -> str:
+        """The unit of training and held-out losses, for their readers."""
+        units = {"classification": "nats per text", "regression": "squared error", "kto": "KTO loss per answer"}
+        if self.name in PREFERENCE_TASKS:
+            return units.get(self.name, f"{self.name.upper()} loss per pair")
+        return units.get(self.name, "nats per target")
+
+    @property
     def loss(self) -> str:
         """The loss of a task that prefers answers, where `loss_type` may leave it open."""
         return self.loss_type or {"dpo": "sigmoid", "kto": "kto"}.get(self.name, "")

@@ -134,7 +134,7 @@ def held_out_rows(origin: Origin) -> list[str]:
     summary = read_json_object(origin.checkpoint.parent / SUMMARY_FILE)
     if summary.get("steps") != origin.step:
         return []
-    pairs = {"loss (nats per target)": (summary.get("base_eval_loss"), summary.get("tuned_eval_loss"))}
+    pairs = {f"loss ({origin.config.task.loss_unit})": (summary.get("base_eval_loss"), summary.get("tuned_eval_loss"))}
     base, tuned = (summary.get(f"{which}_eval_metrics") or {} for which in ("base", "tuned"))
     pairs |= {name: (base.get(name), value) for name, value in tuned.items()}
     rows = [(name, _shown(before), _shown(after)) for name, (before, after) in pairs.items()]

@@ -70,9 +70,9 @@ def _status(run: RunRecords) -> str:
 
 def _cards(run: RunRecords) -> Iterator[tuple[str, str]]:
     """The few figures one looks for first: value and words."""
-    held_out = [*run.curve("base/loss")[:1], *run.curve("eval/loss")[-1:]]
+    held_out, unit = [*run.curve("base/loss")[:1], *run.curve("eval/loss")[-1:]], run.config.task.loss_unit
     if held_out:
-        yield " → ".join(f"{loss:.4f}" for _, loss in held_out), "held-out loss, base → tuned (nats per token)"
+        yield " → ".join(f"{loss:.4f}" for _, loss in held_out), f"held-out loss, base → tuned ({unit})"
     trained = run.curve("train/loss")
     if trained and trained[-1][0] == run.steps[-1]["step"]:
         yield f"{trained[-1][1]:.4f}", "training loss of the last step"
@@ -82,7 +82,7 @@ def _cards(run: RunRecords) -> Iterator[tuple[str, str]]:
         (run.figure("base_bytes_per_rank"), _mebibytes(1), "base on the fullest rank"),
         (device or None, _mebibytes(0), "peak memory of the fullest rank"),
         (None if device else run.figure("peak_rss_bytes"), _mebibytes(0), "peak memory of the fullest rank (process)"),
-        (run.figure("tokens_per_second"), "{:,.0f}".format, "target tokens per second"),
+        (run.figure("tokens_per_second"), "{:,.0f}".format, _speed_unit(run)),
         (run.figure("seconds"), _duration, "from the first line to the summary"),
     )
     yield from ((shown(value), words) for value, shown, words in figures if value is not None)
@@ -95,13 +95,18 @@ def _mebibytes(digits: int) -> Callable[[float], str]:
 def _charts(run: RunRecords) -> Iterator[dict[str, Any]]:
     held_out = [*run.curve("base/loss")[:1], *run.curve("eval/loss")]
     loss = [Curve("training", run.curve("train/loss")), Curve("held-out", held_out)]
-    yield {"title": "Loss", "svg": line_chart([c for c in loss if c.points], "optimizer step", "nats per token")}
+    unit = run.config.task.loss_unit
+    yield {"title": "Loss", "svg": line_chart([c for c in loss if c.points], "optimizer step", unit)}
     for title, tag, unit in (
         ("Learning rate", "train/learning_rate", "learning rate"),
         ("Gradient norm", "train/grad_norm", "L2 norm before clipping"),
-        ("Speed", "train/target_tokens_per_second", "target tokens per second"),
+        ("Speed", "train/target_tokens_per_second", _speed_unit(run)),
     ):
         yield {"title": title, "svg": line_chart([Curve(title, run.curve(tag))], "optimizer step", unit)}
+
+
+def _speed_unit(run: RunRecords) -> str:
+    return "labelled texts per second" if run.config.task.predicts_labels else "target tokens per second"
 
 
 def _times(run: RunRecords) -> Iterator[dict[str, Any]]:

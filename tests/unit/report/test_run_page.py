@@ -1,10 +1,12 @@
 """The page of a run, from files as a run writes them."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from dist_qft.config.data_schema import TaskConfig
 from dist_qft.config.load import load_config, save_config
 from dist_qft.errors import UserError
 from dist_qft.report.page import write_report
@@ -56,6 +58,36 @@ def test_what_a_model_answers_is_text(run):
     page = write_report(RunRecords.read(run)).read_text()
     assert "<script>" not in page and "&lt;script&gt;alert(1)" in page
     assert "What is &lt;b&gt;bold" in page
+
+
+@pytest.mark.parametrize(
+    ("task", "unit"),
+    [
+        (TaskConfig(), "nats per target"),
+        (TaskConfig(name="classification", labels=["a", "b"]), "nats per text"),
+        (TaskConfig(name="regression"), "squared error"),
+        (TaskConfig(name="dpo"), "DPO loss per pair"),
+        (TaskConfig(name="orpo"), "ORPO loss per pair"),
+        (TaskConfig(name="kto"), "KTO loss per answer"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else value.name,
+)
+def test_losses_have_the_unit_of_the_task(run, task, unit):
+    records = RunRecords.read(run)
+    page = write_report(replace(records, config=records.config.model_copy(update={"task": task}))).read_text()
+    assert f"tuned ({unit})" in page and f">{unit}<" in page
+    assert ("nats per" in page) == ("nats per" in unit)
+
+
+def test_bytes_that_are_no_text_cost_their_own_signs_alone(run):
+    answer = json.dumps({"step": 2, "answer/tuned": f"{PROMPT}\n\nbold \u2028 or not"}, ensure_ascii=False).encode()
+    lines = (run / "metrics.jsonl").read_bytes().splitlines(keepends=True)
+    torn = [b'{"step": 1, "tr\xff\xfe\n', answer.replace(b"or not", b"\xe9t"), b"\n"]
+    (run / "metrics.jsonl").write_bytes(b"".join([*lines[:-1], *torn]))
+    records = RunRecords.read(run)
+    assert [line["step"] for line in records.steps] == [1, 2]
+    assert [each.tuned for each in records.answers()] == ["bold \u2028 \ufffdt"]
+    write_report(records)
 
 
 def test_a_finished_run_shows_its_figures_without_the_base(run):
