@@ -53,11 +53,14 @@ def push(
     dry_run: Annotated[
         Path | None, typer.Option("--dry-run", metavar="FOLDER", help="Write what would be sent, send nothing.")
     ] = None,
+    replace: Annotated[
+        bool, typer.Option("--replace", help="Delete the files of another model in the repository.")
+    ] = False,
 ) -> None:
     """Send adapters or a merged model, with a model card, to the Hugging Face Hub; never the base, logs or data."""
     from dist_qft.hub.command import run_push
 
-    run_push(source, repository, private=private, dry_run=dry_run)
+    run_push(source, repository, private=private, dry_run=dry_run, replace=replace)
 
 
 @app.command()

@@ -11,16 +11,17 @@ from dist_qft.hub.contents import Contents, contents_of, stale_files
 from dist_qft.storage.atomic import publishing
 
 
-def run_push(source: str, repository: str, *, private: bool, dry_run: Path | None) -> None:
+def run_push(source: str, repository: str, *, private: bool, dry_run: Path | None, replace: bool = False) -> None:
     """Send a run's adapters or a merged result to a repository of the Hub, or write them to a folder instead.
 
     Args:
         repository: `owner/name`; it is made if it is not there.
         private: visibility of a repository that is made; one that is there keeps its own.
         dry_run: a folder that must not exist yet; nothing is sent then.
+        replace: delete what the repository holds of another model.
 
     Raises:
-        UserError: there is nothing to send, or the name is none.
+        UserError: there is nothing to send, the name is none, or the repository holds another model.
         CorruptFileError: a file differs from its manifest or certificate.
         SetupError: there is no token, or the Hub cannot be reached or refuses.
     """
@@ -33,7 +34,7 @@ def run_push(source: str, repository: str, *, private: bool, dry_run: Path | Non
             contents.write(temporary)
         _tell(contents, f"written to {dry_run}, not sent")
         return
-    address = _send(contents, repository, private=private)
+    address = _send(contents, repository, private=private, replace=replace)
     _tell(contents, address)
 
 
@@ -51,8 +52,8 @@ def require_repository_name(repository: str) -> None:
         raise UserError(f"repository: got '{repository}', must be owner/name: {reason}") from error
 
 
-def _send(contents: Contents, repository: str, *, private: bool) -> str:
-    """Upload in one commit, which also deletes an earlier push's other files; return the repository's address."""
+def _send(contents: Contents, repository: str, *, private: bool, replace: bool) -> str:
+    """Upload in one commit, which may also delete the files of another model; return the repository's address."""
     import huggingface_hub
 
     if huggingface_hub.get_token() is None:
@@ -65,12 +66,17 @@ def _send(contents: Contents, repository: str, *, private: bool) -> str:
             address = api.create_repo(repository, private=private, exist_ok=True)
             info = api.model_info(repository)
             stale = stale_files([file.rfilename for file in info.siblings or ()], contents.sizes())
+            if stale and not replace:
+                raise UserError(
+                    f"{repository}: holds {', '.join(stale)}, by which another model would be loaded; "
+                    "--replace deletes them, or push to another repository"
+                )
             deleted = [huggingface_hub.CommitOperationDelete(name) for name in stale]
             added = [huggingface_hub.CommitOperationAdd(name, folder / name) for name in contents.sizes()]
             # Not upload_folder, which may make several commits: in between, files of two models would lie together.
             message = "Upload with dist_qft"
             api.create_commit(repository, [*deleted, *added], commit_message=message, parent_commit=info.sha)
-        except KeyboardInterrupt:
+        except (KeyboardInterrupt, UserError):
             raise
         except Exception as error:  # the library raises its own, those of its HTTP client, OSError and ValueError
             reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

@@ -25,10 +25,11 @@ from dist_qft.storage.atomic import json_text
 from dist_qft.storage.checkpoint import ADAPTER_CONFIG, ADAPTER_MODEL, TRAINER_STATE, list_checkpoints
 from dist_qft.tuned_model.checkpointed import find_checkpoint, require_finite_trainables
 
-# Files by which a model or an adapter is loaded: one that an earlier push left would be taken for the new one's.
+# Files by which transformers and PEFT load a folder: one that an earlier push left would be taken for the new one's.
+# GGUF files are loaded by their names, and several may lie in one repository.
 _LOADED = (
-    ADAPTER_CONFIG, CONFIG, GENERATION_CONFIG, QUANTIZATION_FILE, "*.safetensors", "*.safetensors.index.json", "*.gguf",
-    "*.Modelfile", f"*{IN_FOLDER}", *TOKENIZERS, f"{MORE_TEMPLATES}/*.jinja",
+    ADAPTER_CONFIG, CONFIG, GENERATION_CONFIG, QUANTIZATION_FILE, "*.safetensors", "*.safetensors.index.json",
+    IN_FOLDER, *TOKENIZERS, f"{MORE_TEMPLATES}/*.jinja",
 )  # fmt: skip
 
 Place = Callable[[Path, Path], object]  # puts the file of the first path under the second
@@ -77,15 +78,17 @@ def contents_of(path: Path, name: str) -> Contents:
 
 
 def stale_files(there: Iterable[str], sent: Collection[str]) -> list[str]:
-    """Of the files in a repository those that an earlier push may have left, and this one does not replace.
+    """Of the files in a repository those by which another model than the one that is sent would be loaded.
 
     Cards, licences, files of other kinds and those in other folders are the owner's.
     """
-    return [
-        name
-        for name in sorted(set(there) - set(sent))
-        if any(fnmatchcase(name, kind) and name.count("/") == kind.count("/") for kind in _LOADED)
-    ]
+    if not any(map(_is_loaded, sent)):
+        return []
+    return sorted(filter(_is_loaded, set(there) - set(sent)))
+
+
+def _is_loaded(name: str) -> bool:
+    return any(fnmatchcase(name, kind) and name.count("/") == kind.count("/") for kind in _LOADED)
 
 
 def _of_adapters(path: Path, name: str) -> Contents:

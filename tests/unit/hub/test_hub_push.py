@@ -193,15 +193,17 @@ def set_hub(monkeypatch, port: int) -> None:
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
 
 
-def push(source: Path, monkeypatch, there: list[str]) -> list[dict]:
+def push(source: Path, monkeypatch, there: list[str], *, replace: bool = False) -> list[dict]:
     """Send to a repository with these files; returns the lines of the only commit."""
     monkeypatch.setattr(Hub, "bodies", {})
     monkeypatch.setattr(Hub, "there", there)
     with HTTPServer(("127.0.0.1", 0), Hub) as hub:
         threading.Thread(target=hub.serve_forever, daemon=True).start()
         set_hub(monkeypatch, hub.server_address[1])
-        run_push(str(source), REPOSITORY, private=True, dry_run=None)
-        hub.shutdown()
+        try:
+            run_push(str(source), REPOSITORY, private=True, dry_run=None, replace=replace)
+        finally:
+            hub.shutdown()
     (commit,) = (body for path, body in Hub.bodies.items() if "/commit/" in path)
     return [json.loads(line) for line in commit.splitlines()]
 
@@ -217,24 +219,27 @@ GGUF = ["merged.gguf", "merged.gguf.Modelfile", "merged.gguf.certificate.json"]
     ("form", "sent"),
     [("adapters", ADAPTERS), ("dense", FOLDER), ("gguf", ["merged-gguf", "merged-gguf.certificate.json"])],
 )
-def test_of_an_earlier_push_nothing_is_left_by_which_another_model_would_be_loaded(
-    run, monkeypatch, capsys, form, sent
-):
+def test_files_by_which_another_model_would_be_loaded_are_deleted_on_request(run, monkeypatch, capsys, form, sent):
     files = {"adapters": {}, "dense": dict.fromkeys(FOLDER[1:], b"{}"), "gguf": {"merged-gguf": b"GGUF"}}[form]
+    source = result_of(run, form, files) if files else run
     there = [*OWNERS, *FOLDER, *SHARDS, *ADAPTERS, *GGUF]
-    lines = push(result_of(run, form, files) if files else run, monkeypatch, there)
+    stale = set() if form == "gguf" else {*FOLDER, *SHARDS, *ADAPTERS} - set(sent)
+    if stale:
+        with pytest.raises(UserError, match=f"^{REPOSITORY}: holds .*{min(stale)}.*--replace deletes them"):
+            push(source, monkeypatch, there)
+        assert not any("/commit/" in path for path in Hub.bodies)
+    lines = push(source, monkeypatch, there, replace=True)
     assert lines[0]["value"]["parentCommit"] == "c" * 40
-    deleted = {line["value"]["path"] for line in lines if line["key"] == "deletedFile"}
-    assert deleted == set(there) - set(OWNERS) - set(sent)
+    assert {line["value"]["path"] for line in lines if line["key"] == "deletedFile"} == stale
     assert {line["value"]["path"] for line in lines if line["key"] == "file"} == {"README.md", *sent}
     said = capsys.readouterr().err
-    assert all(f"deleted  {name}\n" in said for name in deleted)
+    assert all(f"deleted  {name}\n" in said for name in stale)
 
 
 def test_every_file_of_a_model_folder_may_be_a_stale_one(tmp_path):
     """The kinds are those that merges write; the owner's are left alone."""
     sent = {"vocab.json", "merges.txt", "tekken.json", "quantization.json", "preprocessor_config.json", "spiece.model"}
-    assert stale_files([*sent, *OWNERS], []) == sorted(sent)
+    assert stale_files([*sent, *OWNERS], ["config.json"]) == sorted(sent)
     assert stale_files([*sent, *OWNERS], sent) == []
 
 
