@@ -52,7 +52,7 @@ class _Labels:
     change: str
 
 
-def draw_all(subjects: Sequence[Subject], metric: str, unit: str) -> Iterator[Picture]:
+def draw_all(subjects: Sequence[Subject], metric: str, unit: str, loss_unit: str) -> Iterator[Picture]:
     """Every figure that the measured runs allow, one panel a subject; `unit` is of the metric, or empty."""
     unit = f" ({unit})" if unit else ""
     label = _Labels(
@@ -68,7 +68,7 @@ def draw_all(subjects: Sequence[Subject], metric: str, unit: str) -> Iterator[Pi
                 yield _depth_figure(shown, preset, label)
             elif preset == "equal_discount":
                 yield _discount_figure(shown, label)
-        yield _curves_figure(subjects)
+        yield _curves_figure(subjects, loss_unit)
 
 
 def _values_figure(subjects: Sequence[Subject], preset: str, label: _Labels) -> Picture:
@@ -155,7 +155,7 @@ def _discount_figure(subjects: Sequence[Subject], label: _Labels) -> Picture:
     )
 
 
-def _curves_figure(subjects: Sequence[Subject]) -> Picture:
+def _curves_figure(subjects: Sequence[Subject], unit: str) -> Picture:
     figure = Figure(figsize=(1.2 + 4.0 * len(subjects), 3.6), layout="constrained")
     grid = figure.subplots(1, len(subjects), squeeze=False)
     for axes, subject in zip(grid[0], subjects, strict=True):
@@ -172,7 +172,7 @@ def _curves_figure(subjects: Sequence[Subject]) -> Picture:
         axes.set_title(shown(subject.label))
         axes.set_xlabel("optimizer step")
         axes.legend(fontsize=7)
-    grid[0][0].set_ylabel("training loss (nats per token)")
+    grid[0][0].set_ylabel(f"training loss ({unit})")
     return finished_picture("loss_curves", "Training loss of every variant, mean over the seeds.", figure)
 
 

@@ -29,7 +29,8 @@ def print_plan(study: Study, expansion: Expansion, jobs: int) -> None:
     outcomes = collect(expansion.rows)
     table = _table(outcomes)
     # As wide as it needs: a table of runs is also read by other programs.
-    console = Console(highlight=False, width=max(80, Console(width=1000).measure(table).maximum))
+    width = max(80, Console(width=1000, markup=False, emoji=False).measure(table).maximum)
+    console = Console(highlight=False, markup=False, emoji=False, width=width)
     console.print(table)
     if study.settings.tune is not None and expansion.waiting:
         console.print(

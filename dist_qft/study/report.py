@@ -32,15 +32,6 @@ REPORT_FOLDER = "report"
 HPARAMS_FOLDER = "hparams"
 COSTS_FILE = "costs.json"  # beside the report, which says nothing of the machine
 
-_LOSS_UNITS = {
-    "causal-lm": "nats per token",
-    "classification": "nats per text",
-    "regression": "squared error per text",
-    "dpo": "per pair",
-    "orpo": "per pair",
-    "kto": "per answer",
-}
-
 
 def write_report(study: Study) -> str:
     """Write the report of all runs that are done, and return a line that says where.
@@ -57,7 +48,7 @@ def write_report(study: Study) -> str:
         known = sorted({name for _, result in done for name in result.tuned})
         what = f"none of the {len(done)} runs that are done is a reference with the held-out figure '{metric}'"
         raise UserError(f"{study.output_dir}: nothing to report: {what}; measured: {', '.join(known) or 'nothing'}")
-    unit = _LOSS_UNITS[study.base.task.name] if metric == "loss" else ""
+    unit = study.base.task.loss_unit if metric == "loss" else ""
     findings = find(subjects, unit or f"of {metric}")
     pictures = list(_pictures(study, expansion, subjects, unit))
     compared = compare(study, outcomes)
@@ -89,7 +80,7 @@ def _pictures(study: Study, expansion: Expansion, subjects: Sequence[Subject], u
         label = f"held-out {metric}{f' ({unit})' if unit else ''}"
         if study.settings.contrasts and (picture := arms_figure(subjects, label)):
             yield picture
-    yield from draw_all(subjects, metric, unit)
+    yield from draw_all(subjects, metric, unit, study.base.task.loss_unit)
 
 
 def _contrast(compared: Compared) -> dict[str, object]:
