@@ -6,11 +6,13 @@ each as many as the others, because a sharded base is gathered for every batch.
 """
 
 from collections.abc import Sequence
-from importlib.util import find_spec
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from lm_eval.api.model import TemplateLM
+from lm_eval.api.registry import register_model
+from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
@@ -22,12 +24,6 @@ from dist_qft.ranks.collectives import gather_table
 from dist_qft.tuned_model.answer import longest_sequence
 from dist_qft.tuned_model.loaded_model import load
 
-HARNESS = find_spec("lm_eval") is not None
-if HARNESS:
-    from lm_eval.api.model import TemplateLM
-else:  # an optional package; without it the class has its own methods alone
-    TemplateLM = object
-
 Scored = tuple[float, bool]
 # A request of the harness: its text, the ids of its context and those of its continuation.
 TokenRequest = tuple[tuple[str, str] | None, list[int], list[int]]
@@ -36,6 +32,7 @@ _LONGEST = 2048  # tokens, for a model that names no limit
 _NEW_TOKENS = 256  # of a generation that sets none
 
 
+@register_model("dist_qft")
 class TunedLM(TemplateLM):
     """A loaded base with whatever is attached to it.
 
@@ -96,8 +93,6 @@ class TunedLM(TemplateLM):
 
     def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
         """Log-likelihood of whole texts, in windows of the model's length that overlap by one token."""
-        from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
-
         windows: list[TokenRequest] = []
         owners: list[int] = []
         for index, request in enumerate(requests):
@@ -167,9 +162,3 @@ class TunedLM(TemplateLM):
         logits = head.loss_map(head(hidden).float())
         values = logits.log_softmax(-1).gather(1, targets[:, None])[:, 0]
         return values, logits.argmax(-1) == targets
-
-
-if HARNESS:
-    from lm_eval.api.registry import register_model
-
-    register_model("dist_qft")(TunedLM)

@@ -8,8 +8,6 @@ import pytest
 import torch
 from torch import Tensor
 
-pytest.importorskip("lm_eval")
-
 import dist_qft
 from dist_qft.config.schema import ShardingConfig
 from dist_qft.harness.model import TunedLM
