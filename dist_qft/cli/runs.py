@@ -152,7 +152,8 @@ def lm_eval(
     as_json: AsJson = False,
 ) -> None:
     """Measure a fine-tuned or merged model on tasks of lm-evaluation-harness; runs under any launcher."""
-    from dist_qft.harness.command import TaskRequest, run_tasks
+    from dist_qft.harness.command import run_tasks
+    from dist_qft.harness.tasks import TaskRequest
 
     names = tuple(name for text in tasks for name in text.split(",") if name)
     folder = str(include_path) if include_path else None

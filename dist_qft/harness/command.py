@@ -1,23 +1,14 @@
 """`dist-qft lm-eval`: tasks of lm-evaluation-harness on a run, beside its base, or on a model."""
 
 import json
-import logging
-import math
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, redirect_stdout
-from dataclasses import dataclass
-from importlib.util import find_spec
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-import torch
-from transformers import PreTrainedTokenizerBase
-
-from dist_qft.base_model.skeleton import BaseModel
 from dist_qft.base_model.tokenizer import load_tokenizer
 from dist_qft.config.schema import ModelConfig, RunConfig, ShardingConfig
-from dist_qft.errors import DistQFTError, SetupError, UserError
+from dist_qft.errors import UserError
+from dist_qft.harness.tasks import Figures, TaskRequest, measure, require_tasks
 from dist_qft.ranks.session import session
 from dist_qft.storage.atomic import write_json
 from dist_qft.trackers.fan_out import Trackers
@@ -27,20 +18,6 @@ from dist_qft.training.summary import SUMMARY_FILE
 from dist_qft.tuned_model.checkpointed import find_checkpoint, run_folder
 from dist_qft.tuned_model.loaded_model import holds_model, open_base
 from dist_qft.tuned_model.opened_run import opened_to_answer
-
-Figures = dict[str, dict[str, float]]  # task -> metric -> value
-
-
-@dataclass(frozen=True)
-class TaskRequest:
-    """The tasks and how they are asked; fields as the options of the verb."""
-
-    tasks: tuple[str, ...]
-    include_path: str | None = None
-    num_fewshot: int | None = None
-    limit: int | None = None
-    batch_size: int = 8
-    chat_template: bool = False
 
 
 def run_tasks(path: str, request: TaskRequest, *, base: bool, as_json: bool) -> None:
@@ -54,12 +31,13 @@ def run_tasks(path: str, request: TaskRequest, *, base: bool, as_json: bool) -> 
         SetupError: the harness is not installed.
         UserError: nothing of that kind is at `path`; or a task is unknown, or its data cannot be had.
     """
-    require_harness()
     if not Path(path).exists():
         raise UserError(f"no file or folder '{path}'")
-    if holds_model(Path(path)):
-        if base:
-            raise UserError(f"--base: '{path}' is a model by itself, it has no adapters to leave out")
+    is_model = holds_model(Path(path))
+    if is_model and base:
+        raise UserError(f"--base: '{path}' is a model by itself, it has no adapters to leave out")
+    require_tasks(request)
+    if is_model:
         _on_model(path, request, as_json)
         return
     step = find_checkpoint(path).state.step
@@ -75,12 +53,6 @@ def run_tasks(path: str, request: TaskRequest, *, base: bool, as_json: bool) -> 
             _print(found, as_json)
 
 
-def require_harness() -> None:
-    """SetupError where lm-evaluation-harness is not installed."""
-    if find_spec("lm_eval") is None:
-        raise SetupError("lm-eval needs lm-evaluation-harness; pip install 'dist-qft[lm-eval]'")
-
-
 def _on_model(path: str, request: TaskRequest, as_json: bool) -> None:
     """Measure a model, which every rank holds whole; they share the batches."""
     with session(ShardingConfig(), doing="lm-eval", must_match={"tasks": repr(request)}) as (world, device):
@@ -88,70 +60,6 @@ def _on_model(path: str, request: TaskRequest, as_json: bool) -> None:
         found = {"model": measure(model, load_tokenizer(ModelConfig(path=path)), device, request)}
         if world.rank == 0:
             _print(found, as_json)
-
-
-def measure(base: BaseModel, tokenizer: PreTrainedTokenizerBase, device: torch.device, request: TaskRequest) -> Figures:
-    """Every task's figures of the model as it stands. Collective; the same on all ranks.
-
-    Raises:
-        UserError: a task is unknown, or its data cannot be had.
-    """
-    from lm_eval.evaluator import simple_evaluate
-    from lm_eval.tasks import TaskManager
-
-    from dist_qft.harness.model import TunedLM
-
-    model = TunedLM(base, tokenizer, request.batch_size, device=device)
-    with _quiet():
-        manager = _or_fault(lambda: TaskManager(include_path=request.include_path), request)
-        known = set(manager.all_tasks)
-        unknown = [task for task in request.tasks if task not in known]
-        if unknown:
-            where = f" and {request.include_path}" if request.include_path else ""
-            raise UserError(f"--tasks: got '{unknown[0]}', must be a task of lm-evaluation-harness{where}")
-        results = _or_fault(
-            lambda: simple_evaluate(
-                model=model,
-                tasks=list(request.tasks),
-                num_fewshot=request.num_fewshot,
-                limit=request.limit,
-                task_manager=manager,
-                log_samples=False,
-                bootstrap_iters=0,
-                apply_chat_template=request.chat_template,
-            ),
-            request,
-        )
-    return {task: _metrics(values) for task, values in results["results"].items()}
-
-
-def _or_fault(work: Callable[[], Any], request: TaskRequest) -> Any:
-    """The result of a call into the harness; whatever it raises for a task or its data becomes one line."""
-    try:
-        return work()
-    except (DistQFTError, KeyboardInterrupt, MemoryError, torch.OutOfMemoryError):
-        raise
-    except Exception as error:
-        first = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UserError(f"--tasks: {', '.join(request.tasks)}: lm-evaluation-harness says: {first}") from error
-
-
-def _metrics(values: dict[str, Any]) -> dict[str, float]:
-    """The figures of a task: "acc,none" is "acc" with no filter."""
-    numbers = {
-        name.removesuffix(",none"): float(value)
-        for name, value in values.items()
-        if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-    }
-    return {name: value for name, value in numbers.items() if "_stderr" not in name and name != "sample_len"}
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep standard output for the result; the harness's own lines and bars go to standard error."""
-    logging.getLogger("lm_eval").setLevel(logging.ERROR)
-    with redirect_stdout(sys.stderr):
-        yield
 
 
 def _record(folder: Path, config: RunConfig, found: dict[str, Figures], step: int) -> None:

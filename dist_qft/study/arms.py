@@ -13,7 +13,7 @@ from dist_qft.config.load import change_config
 from dist_qft.config.methods.tile_method import TileMethod
 from dist_qft.config.schema import RunConfig
 from dist_qft.errors import UserError
-from dist_qft.harness.command import TaskRequest
+from dist_qft.harness.tasks import TaskRequest
 from dist_qft.methods.adapters.adapter_spec import AdapterSpec, linear_shapes
 from dist_qft.methods.specs import make_spec
 from dist_qft.methods.trainable import TrainableSpec

@@ -6,7 +6,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from dist_qft.errors import UserError
-from dist_qft.harness.command import require_harness
+from dist_qft.harness.tasks import require_tasks
 from dist_qft.ranks.world import World
 from dist_qft.study.rows import expand, expand_all
 from dist_qft.study.run import outcome_of, require_data, run_in_processes, run_rows, wanted
@@ -72,6 +72,7 @@ def _require_one(given: dict[str, bool]) -> None:
 def _one(rows: Sequence[StudyRun], number: int, retry_failed: bool) -> int:
     if not 0 <= number < len(rows):
         raise UserError(f"--row: got {number}, the study has runs 0 to {len(rows) - 1}")
+    _require_tasks([rows[number]], retry_failed)
     require_data([rows[number]], retry_failed=retry_failed)
     run_rows(rows, [number], retry_failed=retry_failed)
     return outcome_of(rows[number])
@@ -81,8 +82,7 @@ def _all(path: Path, study: Study, rows: Sequence[StudyRun], jobs: int, retry_fa
     """All runs, those too that become known on the way, then the report; the exit code of the first that failed."""
     if write_report:
         _require_report_packages()
-    if study.settings.tasks:
-        require_harness()
+    _require_tasks(rows, retry_failed)
     require_data(rows, retry_failed=retry_failed)
     if jobs > 1:
         if World.from_environment().world_size > 1:
@@ -107,6 +107,12 @@ def _all(path: Path, study: Study, rows: Sequence[StudyRun], jobs: int, retry_fa
     if failed:
         print(f"{len(failed)} of {len(runs)} runs failed; --retry-failed runs them again", file=sys.stderr)
     return failed[0] if failed else 0
+
+
+def _require_tasks(rows: Sequence[StudyRun], retry_failed: bool) -> None:
+    """Refuse tasks that are unknown, before any of the runs that are to be measured on them starts."""
+    for request in {row.tasks for row in rows if row.tasks is not None and wanted(row, retry_failed)}:
+        require_tasks(request)
 
 
 def _all_in_processes(path: Path, study: Study, rows: Sequence[StudyRun], jobs: int, retry_failed: bool) -> None:

@@ -12,7 +12,7 @@ from dist_qft.config.check import merge_obstacle
 from dist_qft.config.schema import RunConfig
 from dist_qft.data.batches import eval_batches
 from dist_qft.errors import UserError
-from dist_qft.harness.command import TaskRequest, measure
+from dist_qft.harness.tasks import TaskRequest, measure
 from dist_qft.merge.certificate import Origin
 from dist_qft.merge.live_model import LiveModel
 from dist_qft.merge.recipe import MergeRequest

@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from dist_qft.config.schema import RunConfig
-from dist_qft.harness.command import TaskRequest
+from dist_qft.harness.tasks import TaskRequest
 from dist_qft.study.presets import Variant
 from dist_qft.study.stages import MergeStage
 

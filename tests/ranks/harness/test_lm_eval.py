@@ -2,15 +2,21 @@
 command."""
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
 import dist_qft
+from dist_qft.base_model.skeleton import BaseModel
 from dist_qft.config.schema import ShardingConfig
 from dist_qft.harness.model import TunedLM
+from dist_qft.harness.tasks import Figures, TaskRequest, measure
 from dist_qft.study.result_file import read_result
 from dist_qft.study.rows import expand
 from dist_qft.study.settings import load_study
@@ -29,17 +35,32 @@ REQUESTS = [
         ([2, 2], [3, 3, 3]),
     ]
 ]
-TASK = """
-task: capitals
+HEAD = """
 dataset_path: json
 dataset_kwargs: {{data_files: {{test: {rows}}}}}
 test_split: test
-output_type: multiple_choice
 doc_to_text: "Q: {{{{question}}}}\\nA:"
-doc_to_choice: "{{{{choices}}}}"
-doc_to_target: answer
-metric_list: [{{metric: acc}}]
 """
+TASKS = {
+    "capitals": """
+output_type: multiple_choice
+doc_to_choice: "{{choices}}"
+doc_to_target: answer
+metric_list: [{metric: acc}]
+""",
+    "texts": """
+output_type: loglikelihood_rolling
+doc_to_text: ""
+doc_to_target: "{{question}}{{choices[0]}}"
+metric_list: [{metric: bits_per_byte}]
+""",
+    "answers": """
+output_type: generate_until
+doc_to_target: "{{choices[answer]}}"
+generation_kwargs: {until: ["e"], max_gen_toks: 4}
+metric_list: [{metric: exact_match}]
+""",
+}
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +77,8 @@ def tasks(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("tasks")
     rows = [{"question": f"{n} and {n}?", "choices": [" one", " two", " three"], "answer": n % 3} for n in range(6)]
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (folder / "capitals.yaml").write_text(TASK.format(rows=folder / "rows.jsonl"))
+    for name, text in TASKS.items():
+        (folder / f"{name}.yaml").write_text(f"task: {name}" + HEAD.format(rows=folder / "rows.jsonl") + text)
     return folder
 
 
@@ -78,13 +100,28 @@ def test_log_likelihoods_are_those_of_the_logits(runs, method, batch_size):
         assert (value, greedy) == (pytest.approx(expected[0], abs=1e-4), expected[1])
 
 
-def scores_on_ranks(path: Path) -> list[tuple[float, bool]]:
-    """On a base that is sharded over the ranks."""
+@contextmanager
+def sharded(path: Path) -> Iterator[tuple[BaseModel, PreTrainedTokenizerBase]]:
+    """The tuned model of a run on a base that is sharded over the ranks."""
     checkpoint = find_checkpoint(path)
     config = config_of(checkpoint).model_copy(update={"sharding": ShardingConfig(engine="fsdp", device="cpu")})
     parts, tokenizer = open_checkpointed(checkpoint, config, torch.device("cpu"))
     with parts.fixed():
-        return TunedLM(parts.base, tokenizer, 2)._loglikelihood_tokens(REQUESTS)
+        yield parts.base, tokenizer
+
+
+def scores_on_ranks(path: Path) -> list[tuple[float, bool]]:
+    with sharded(path) as (base, tokenizer):
+        return TunedLM(base, tokenizer, 2)._loglikelihood_tokens(REQUESTS)
+
+
+def figures_on_ranks(path: Path, request: TaskRequest) -> Figures:
+    """Measured with the variables that torchrun sets."""
+    rank, ranks = str(dist.get_rank()), str(dist.get_world_size())
+    with pytest.MonkeyPatch.context() as environment, sharded(path) as (base, tokenizer):
+        for name, value in {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks}.items():
+            environment.setenv(name, value)
+        return measure(base, tokenizer, torch.device("cpu"), request)
 
 
 def test_two_ranks_share_the_batches_of_a_sharded_base(pools, runs):
@@ -94,6 +131,20 @@ def test_two_ranks_share_the_batches_of_a_sharded_base(pools, runs):
     for found in pools[2].run(scores_on_ranks, path=runs["qahira"]):
         assert [value for value, _ in found] == pytest.approx([value for value, _ in alone], abs=1e-4)
         assert [greedy for _, greedy in found] == [greedy for _, greedy in alone]
+
+
+def test_every_rank_of_a_launcher_has_all_figures(pools, runs, tasks):
+    """The harness gives its results to a node's first rank alone, and knows ways to share the questions."""
+    request = TaskRequest(tuple(TASKS), str(tasks), batch_size=2)
+    loaded = dist_qft.load(runs["qahira"])
+    alone = measure(loaded.base, loaded.tokenizer, loaded.device, request)
+    assert {task: list(figures) for task, figures in alone.items()} == {
+        "answers": ["exact_match"],
+        "capitals": ["acc"],
+        "texts": ["bits_per_byte"],
+    }
+    for found in pools[2].run(figures_on_ranks, path=runs["qahira"], request=request):
+        assert found == {task: pytest.approx(figures, abs=1e-4) for task, figures in alone.items()}
 
 
 def test_the_command_measures_base_and_tuned_and_records_them(shell, runs, tasks):
