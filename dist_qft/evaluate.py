@@ -76,7 +76,7 @@ def _evaluate(config: RunConfig, checkpoint: Checkpoint | None, run: Path, as_js
         with parts.trainables.disabled():
             results = {"base": held_out_loss(parts.base, batches, device, parts.task)}
         if checkpoint is not None:
-            with parts.fixed():
+            with parts.evaluating():
                 results["tuned"] = held_out_loss(parts.base, batches, device, parts.task)
     if world.rank == 0:
         _print(results, str(checkpoint.path) if checkpoint else None, as_json)

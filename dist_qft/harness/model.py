@@ -16,6 +16,7 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from dist_qft.base_model.eval_mode import eval_mode
 from dist_qft.base_model.skeleton import BaseModel
 from dist_qft.data.batches import MicroBatch
 from dist_qft.data.samples import IGNORED
@@ -109,11 +110,12 @@ class TunedLM(TemplateLM):
     def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
         """Texts up to a stop string, one request after another. Collective: every rank generates all of them."""
         found = []
-        for request in requests:
-            prompt, settings = request.args[0], dict(request.args[1])
-            most = int(settings.get("max_gen_toks", _NEW_TOKENS))
-            ids = self.tok_encode(prompt)[-(self.max_length - most) :]
-            found.append(continuation(self.base, self.tokenizer, ids, most, settings, self._device))
+        with eval_mode(self.base.model):
+            for request in requests:
+                prompt, settings = request.args[0], dict(request.args[1])
+                most = int(settings.get("max_gen_toks", _NEW_TOKENS))
+                ids = self.tok_encode(prompt)[-(self.max_length - most) :]
+                found.append(continuation(self.base, self.tokenizer, ids, most, settings, self._device))
         return found
 
     @torch.no_grad()
@@ -123,16 +125,14 @@ class TunedLM(TemplateLM):
         batches = [order[start : start + self.batch_size] for start in range(0, len(order), self.batch_size)]
         rank, ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
         own: dict[int, Scored] = {}
-        was_training = self.base.model.training
-        self.base.model.eval()
-        for turn in range(-(-len(batches) // ranks)):
-            number = turn * ranks + rank
-            # A rank that has no batch left takes the last one with the others, and leaves the result.
-            chosen = batches[min(number, len(batches) - 1)]
-            scores = self._scored([requests[index] for index in chosen])
-            if number < len(batches):
-                own |= dict(zip(chosen, scores, strict=True))
-        self.base.model.train(was_training)
+        with eval_mode(self.base.model):
+            for turn in range(-(-len(batches) // ranks)):
+                number = turn * ranks + rank
+                # A rank that has no batch left takes the last one with the others, and leaves the result.
+                chosen = batches[min(number, len(batches) - 1)]
+                scores = self._scored([requests[index] for index in chosen])
+                if number < len(batches):
+                    own |= dict(zip(chosen, scores, strict=True))
         if ranks > 1:
             everyone = gather_table(own, 2, self._device)
             own = {index: (likelihood, bool(greedy)) for index, (likelihood, greedy) in everyone.items()}

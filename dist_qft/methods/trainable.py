@@ -30,7 +30,10 @@ class TrainableSet(Protocol):
     Attributes:
         leaves_base_states: True if the base's layers compute as if nothing were hooked onto them.
         changes_embedding: True if what the embedding returns is not the base's.
+        training: True in train mode.
     """
+
+    training: bool
 
     @property
     def leaves_base_states(self) -> bool: ...

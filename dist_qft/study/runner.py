@@ -69,8 +69,7 @@ class Runner:
         run = self._train(row)
         costs = costs_of(run)
         merged: Merged | None = None
-        with run.parts.fixed():
-            on_tasks = task_figures(run.parts.base, run, row.tasks)
+        on_tasks = self._task_figures(run, row)
         if row.merge is None:
             self._keep_base(row, run)
         else:
@@ -101,6 +100,14 @@ class Runner:
         if run.flat.count != row.trainables:
             raise AssertionError(f"{row.name} trains {run.flat.count} values, the formula says {row.trainables}")
         return run
+
+    def _task_figures(self, run: "TrainingRun", row: StudyRun) -> dict[str, float]:
+        """The trained model's figures on the study's tasks. Training has left the trainables in train mode."""
+        if row.tasks is None:
+            return {}
+        run.doing = "tasks"
+        with errors_reported(self._peers, row.folder), run.parts.answering(self._device):
+            return task_figures(run.parts.base, run, row.tasks)
 
     def _keep_evaluation(self, row: StudyRun, run: "TrainingRun") -> None:
         if run.state.base_eval is not None:

@@ -63,19 +63,15 @@ class Evaluations:
             return None
         micro, world = self._inputs.config.train.per_device_train_batch_size, self._inputs.world
         batches = eval_batches(self._data, micro, world.rank, world.world_size)
-        self._parts.trainables.eval()
-        try:
-            with self._parts.fixed():
-                held_out = held_out_loss(
-                    self._parts.base,
-                    batches,
-                    self._inputs.device,
-                    self._parts.task,
-                    stop,
-                    keep_rows=self._inputs.keep_rows and which == "tuned",
-                )
-        finally:
-            self._parts.trainables.train()
+        with self._parts.evaluating():
+            held_out = held_out_loss(
+                self._parts.base,
+                batches,
+                self._inputs.device,
+                self._parts.task,
+                stop,
+                keep_rows=self._inputs.keep_rows and which == "tuned",
+            )
         tag = "base" if which == "base" else "eval"
         values = {"loss": held_out.loss, **held_out.figures}
         self._monitor.scalars(step, {f"{tag}/{name}": value for name, value in values.items()})
@@ -87,13 +83,11 @@ class Evaluations:
         """Have the model as it stands answer the config's prompts; `which` heads the answers."""
         config, tokenizer, device = self._inputs.config, self._inputs.tokenizer, self._inputs.device
         prompts, sampling = config.evaluation.prompts, Sampling(config.evaluation.max_new_tokens)
-        self._parts.trainables.eval()
         with self._parts.answering(device):
             texts = answers(self._parts.base, tokenizer, prompts, sampling, device, date_of(config))
         for prompt, text in zip(prompts, texts, strict=True):
             self._monitor.text(step, f"answer/{which}", f"{prompt}\n\n{text}")
             self._monitor.say(f"{which}: {prompt}\n    {text}")
-        self._parts.trainables.train()
 
     @property
     def _data_digest(self) -> str | None:

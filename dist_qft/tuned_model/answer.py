@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from dist_qft.base_model.eval_mode import eval_mode
 from dist_qft.base_model.skeleton import BaseModel
 from dist_qft.config.schema import EvaluationConfig
 from dist_qft.errors import UserError
@@ -126,15 +127,11 @@ def answers(
     """
     ids = [prompt_ids(tokenizer, prompt, today) for prompt in prompts]
     require_room(base, [len(row) for row in ids], sampling.max_new_tokens)
-    was_training = base.model.training
-    base.model.eval()
-    try:
-        found: list[str] = []
+    found: list[str] = []
+    with eval_mode(base.model):
         for start in range(0, len(prompts), _BATCH):
             found += _answer_batch(base, tokenizer, ids[start : start + _BATCH], sampling, device, streamer)
-        return found
-    finally:
-        base.model.train(was_training)
+    return found
 
 
 def _answer_batch(

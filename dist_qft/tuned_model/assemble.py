@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from dist_qft.base_model.eval_mode import eval_mode
 from dist_qft.base_model.fused_norms import fuse_norms
 from dist_qft.base_model.load import load_base
 from dist_qft.base_model.loss import CHUNK_MEGABYTES
@@ -52,13 +53,19 @@ class Assembled:
         return nullcontext() if self.task.needs_base else fixed_values(self.engine, self.trainables)
 
     @contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """Inside, the trainables drop nothing out, and none of them changes. Collective."""
+        with eval_mode(self.trainables), self.fixed():
+            yield
+
+    @contextmanager
     def answering(self, device: torch.device, *, tuned: bool = True) -> Iterator[None]:
-        """Inside, no trainable changes, and the base is gathered once where it fits. Collective.
+        """`evaluating`, and the base is gathered once where it fits. Collective.
 
         Args:
             tuned: False for the base without its trainables, which are `disabled` then.
         """
-        with self.fixed() if tuned else nullcontext(), gathered_once(self.base, self.engine, device):
+        with self.evaluating() if tuned else nullcontext(), gathered_once(self.base, self.engine, device):
             yield
 
     def detach(self) -> None:

@@ -172,6 +172,23 @@ def test_a_merged_model_and_what_is_refused(shell, runs, tasks, tmp_path):
     assert shell("lm-eval", tmp_path / "nothing", "--tasks", "capitals")[0] == 2
 
 
+def test_a_study_measures_tasks_without_dropout(shell, tiny_llama, tasks, tmp_path):
+    """Training leaves adapters in train mode; a checkpoint is opened in eval mode."""
+    method = {"name": "qlora", "rank": 4, "dropout": 0.5}
+    keys = {"tasks": ["texts"], "tasks_path": str(tasks), "keep": ["adapter"]}
+    axes = {"sharding.engine": ["fsdp"], "quantization": [NF4], "train.learning_rate": [0.05]}
+    path = write_study(tmp_path, tiny_llama, presets=None, seeds=[0], method=method, axes=axes, **keys)
+    code, _, err = shell("study", path, "--no-report")
+    assert code == 0, err
+    (row,) = expand(load_study(path))
+    words = ("--tasks", "texts", "--include-path", tasks, "--base", "--json")
+    code, out, err = shell("lm-eval", row.folder, *words)
+    assert code == 0, err
+    found = {which: figures["texts"]["bits_per_byte"] for which, figures in json.loads(out).items()}
+    assert abs(found["tuned"] - found["base"]) > 0.1, "the adapters have an effect that dropout could change"
+    assert read_result(row.folder).tuned["task/texts/bits_per_byte"] == pytest.approx(found["tuned"], abs=1e-6)
+
+
 def test_a_study_measures_tasks_live_and_merged(shell, tiny_llama, tasks, tmp_path):
     keys = {"tasks": ["capitals"], "tasks_path": str(tasks), "merge": {"to": "dense"}, "metric": "task/capitals/acc"}
     path = write_study(tmp_path, tiny_llama, presets=None, seeds=[0], axes={"train.weight_decay": [0.0]}, **keys)
