@@ -42,6 +42,9 @@ class TunedLM(TemplateLM):
         tokenizer: that of a loaded base.
         batch_size: rows of a forward pass.
         max_length: tokens of a row at most; default is the model's own limit.
+
+    Attributes:
+        asked: True once the harness has come with requests, before which it makes all of them.
     """
 
     def __init__(
@@ -65,6 +68,7 @@ class TunedLM(TemplateLM):
         self.batch_size = int(batch_size) if str(batch_size).isdecimal() else 8
         limit = longest_sequence(self.base) or _LONGEST
         self.max_length = min(max_length or limit, limit)
+        self.asked = False
 
     @property
     def eot_token_id(self) -> int:
@@ -92,8 +96,15 @@ class TunedLM(TemplateLM):
         )
         return str(text)
 
+    def loglikelihood(self, requests: list[Any], disable_tqdm: bool = False) -> list[Scored]:
+        """(log-likelihood, whether greedy decoding gives it) of every continuation. Collective."""
+        self.asked = True
+        found: list[Scored] = super().loglikelihood(requests, disable_tqdm)
+        return found
+
     def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
         """Log-likelihood of whole texts, in windows of the model's length that overlap by one token."""
+        self.asked = True
         windows: list[TokenRequest] = []
         owners: list[int] = []
         for index, request in enumerate(requests):
@@ -109,6 +120,7 @@ class TunedLM(TemplateLM):
 
     def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
         """Texts up to a stop string, one request after another. Collective: every rank generates all of them."""
+        self.asked = True
         found = []
         with eval_mode(self.base.model):
             for request in requests:

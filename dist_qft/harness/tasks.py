@@ -4,7 +4,7 @@ import logging
 import math
 import random
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
 from functools import lru_cache
@@ -65,7 +65,7 @@ def measure(base: BaseModel, tokenizer: PreTrainedTokenizerBase, device: torch.d
     from dist_qft.harness.model import TunedLM
 
     model = TunedLM(base, tokenizer, request.batch_size, device=device)
-    with _quiet(), _told(request):
+    with _quiet(), _told(request, at_work=lambda: model.asked):
         results = evaluate(
             lm=model,
             task_dict=_loaded(request),
@@ -104,13 +104,19 @@ def _loaded(request: TaskRequest) -> Any:
 
 
 @contextmanager
-def _told(request: TaskRequest) -> Iterator[None]:
-    """Context in which an error of the harness becomes one line."""
+def _told(request: TaskRequest, at_work: Callable[[], bool] = lambda: False) -> Iterator[None]:
+    """Context in which an error of a task or its data becomes one line.
+
+    Args:
+        at_work: True once the tasks and their questions are there: later errors are the model's, and stay as they are.
+    """
     try:
         yield
-    except (DistQFTError, MemoryError, torch.OutOfMemoryError):
+    except (DistQFTError, MemoryError):
         raise
     except Exception as error:
+        if at_work():
+            raise
         first = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(f"--tasks: {', '.join(request.tasks)}: lm-evaluation-harness says: {first}") from error
 

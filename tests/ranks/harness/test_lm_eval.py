@@ -79,6 +79,9 @@ def tasks(tmp_path_factory) -> Path:
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     for name, text in TASKS.items():
         (folder / f"{name}.yaml").write_text(f"task: {name}" + HEAD.format(rows=folder / "rows.jsonl") + text)
+    (folder / "no_rows.yaml").write_text("task: no_rows" + HEAD.format(rows=folder / "gone.jsonl") + TASKS["capitals"])
+    wrong = TASKS["capitals"].replace("{{choices}}", "{{options}}")
+    (folder / "no_choices.yaml").write_text("task: no_choices" + HEAD.format(rows=folder / "rows.jsonl") + wrong)
     return folder
 
 
@@ -147,6 +150,25 @@ def test_every_rank_of_a_launcher_has_all_figures(pools, runs, tasks):
         assert found == {task: pytest.approx(figures, abs=1e-4) for task, figures in alone.items()}
 
 
+class Broken(Exception):
+    """A bug of ours."""
+
+
+@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("error", [RuntimeError("gloo: Connection closed by peer"), MemoryError(), Broken()], ids=repr)
+def test_errors_of_forward_passes_stay_as_they_are(runs, tasks, task, error):
+    """A session tells lost peers, lack of memory and bugs from each other by them."""
+    loaded = dist_qft.load(runs["qahira"])
+
+    def fail(*_: object) -> None:
+        raise error
+
+    loaded.base.model.get_decoder().register_forward_pre_hook(fail)
+    with pytest.raises(type(error)) as raised:
+        measure(loaded.base, loaded.tokenizer, loaded.device, TaskRequest((task,), str(tasks)))
+    assert raised.value is error
+
+
 def test_the_command_measures_base_and_tuned_and_records_them(shell, runs, tasks):
     run = runs["qst"]
     (run / SUMMARY_FILE).write_text(json.dumps({"steps": 1}))
@@ -167,7 +189,8 @@ def test_a_merged_model_and_what_is_refused(shell, runs, tasks, tmp_path):
     model = json.loads(out)["model"]
     live = json.loads(shell("lm-eval", run, "--tasks", "capitals", *words)[1])["tuned"]
     assert model == live
-    assert shell("lm-eval", run, "--tasks", "no_such_task", *words)[0] == 2
+    for task in ("no_such_task", "no_rows", "no_choices", "capitals,no_rows"):
+        assert shell("lm-eval", run, "--tasks", task, *words)[0] == 2
     assert shell("lm-eval", tmp_path / "merged", "--tasks", "capitals", "--base", *words)[0] == 2
     assert shell("lm-eval", tmp_path / "nothing", "--tasks", "capitals")[0] == 2
 
