@@ -80,8 +80,14 @@ class TunedLM(TemplateLM):
         return self.eot_token_id if begin is None else begin
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
-        """Ids of a text, with the tokenizer's special tokens unless it is told otherwise."""
-        return self.tokenizer.encode(string, add_special_tokens=add_special_tokens is not False)
+        """Ids of a text; by default with the tokenizer's special tokens, unless a chat template has begun it with them.
+
+        As the harness has it for Hugging Face's models.
+        """
+        if add_special_tokens is None:
+            begin = self.tokenizer.bos_token or self.tokenizer.eos_token
+            add_special_tokens = not (begin and string.startswith(begin))
+        return self.tokenizer.encode(string, add_special_tokens=add_special_tokens)
 
     @property
     def tokenizer_name(self) -> str:
@@ -109,6 +115,8 @@ class TunedLM(TemplateLM):
         owners: list[int] = []
         for index, request in enumerate(requests):
             tokens = self.tok_encode(request.args[0], add_special_tokens=False)
+            if tokens[:1] == [self.prefix_token_id]:  # each text gets it as the context of its first window
+                tokens = tokens[1:]
             parts = get_rolling_token_windows(tokens, self.prefix_token_id, self.max_length, 1)
             for context, targets in map(make_disjoint_window, parts):
                 windows.append((None, context, targets))
