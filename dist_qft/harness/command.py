@@ -2,8 +2,10 @@
 
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from dist_qft.base_model.tokenizer import load_tokenizer
 from dist_qft.config.schema import ModelConfig, RunConfig, ShardingConfig
@@ -18,6 +20,8 @@ from dist_qft.training.summary import SUMMARY_FILE
 from dist_qft.tuned_model.checkpointed import find_checkpoint, run_folder
 from dist_qft.tuned_model.loaded_model import holds_model, open_base
 from dist_qft.tuned_model.opened_run import opened_to_answer
+
+_NO_EFFECT = ("tasks", "batch_size")  # of a request, on a task's figures
 
 
 def run_tasks(path: str, request: TaskRequest, *, base: bool, as_json: bool) -> None:
@@ -49,7 +53,7 @@ def run_tasks(path: str, request: TaskRequest, *, base: bool, as_json: bool) -> 
         with run.parts.answering(run.device):
             found["tuned"] = measure(run.parts.base, run.tokenizer, run.device, request)
         if run.world.rank == 0:
-            _record(run_folder(path), run.config, found, step)
+            _record(run_folder(path), run.config, found, request, step)
             _print(found, as_json)
 
 
@@ -62,14 +66,31 @@ def _on_model(path: str, request: TaskRequest, as_json: bool) -> None:
             _print(found, as_json)
 
 
-def _record(folder: Path, config: RunConfig, found: dict[str, Figures], step: int) -> None:
+def with_figures(
+    earlier: Mapping[str, Mapping[str, Any]], found: Mapping[str, Figures], request: TaskRequest, step: int
+) -> dict[str, dict[str, Any]]:
+    """The summary's `lm_eval` with what was found: base, tuned -> task -> metric -> value; asked -> task -> how.
+
+    All that it had of a task goes: a base's figure beside a tuned one was asked for in the same way.
+
+    Args:
+        earlier: the section as it was.
+        step: of the checkpoint that was measured.
+    """
+    tasks = {task for figures in found.values() for task in figures}
+    asked = {key: value for key, value in asdict(request).items() if key not in _NO_EFFECT}
+    new = {**found, "asked": {task: {"step": step, **asked} for task in sorted(tasks)}}
+    left = {which: {task: of[task] for task in of if task not in tasks} for which, of in earlier.items()}
+    merged = {which: {**left.get(which, {}), **new.get(which, {})} for which in {**left, **new}}
+    return {which: of for which, of in merged.items() if of}
+
+
+def _record(folder: Path, config: RunConfig, found: dict[str, Figures], request: TaskRequest, step: int) -> None:
     """Add the figures to the run's `summary.json`, if it has one, and to its trackers."""
     path = folder / SUMMARY_FILE
     if path.is_file():
         summary = json.loads(path.read_bytes())
-        earlier = summary.get("lm_eval", {})
-        merged = {which: {**earlier.get(which, {}), **figures} for which, figures in found.items()}
-        write_json(path, {**summary, "lm_eval": {**earlier, **merged}})
+        write_json(path, {**summary, "lm_eval": with_figures(summary.get("lm_eval", {}), found, request, step)})
     values = {
         f"lm_eval/{which}/{task}/{name}": value
         for which, figures in found.items()

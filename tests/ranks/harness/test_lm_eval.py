@@ -177,7 +177,10 @@ def test_the_command_measures_base_and_tuned_and_records_them(shell, runs, tasks
     assert code == 0, err
     found = json.loads(out)
     assert found.keys() == {"base", "tuned"} and 0 <= found["tuned"]["capitals"]["acc"] <= 1
-    assert json.loads((run / SUMMARY_FILE).read_text()) == {"steps": 1, "lm_eval": found}
+    step = find_checkpoint(run).state.step
+    asked = {"step": step, "include_path": str(tasks), "num_fewshot": None, "limit": None, "chat_template": False}
+    recorded = {**found, "asked": {"capitals": asked}}
+    assert json.loads((run / SUMMARY_FILE).read_text()) == {"steps": 1, "lm_eval": recorded}
     assert list((run / "runs" / "lm-eval").glob("events*"))
 
 
