@@ -20,7 +20,7 @@ from dist_qft.base_model.eval_mode import eval_mode
 from dist_qft.base_model.skeleton import BaseModel
 from dist_qft.data.batches import MicroBatch
 from dist_qft.data.samples import IGNORED
-from dist_qft.harness.generation import continuation
+from dist_qft.harness.generation import Continuing, continuation
 from dist_qft.ranks.collectives import gather_table
 from dist_qft.tuned_model.answer import longest_sequence
 from dist_qft.tuned_model.loaded_model import load
@@ -30,7 +30,6 @@ Scored = tuple[float, bool]
 TokenRequest = tuple[tuple[str, str] | None, list[int], list[int]]
 
 _LONGEST = 2048  # tokens, for a model that names no limit
-_NEW_TOKENS = 256  # of a generation that sets none
 
 
 @register_model("dist_qft")
@@ -127,15 +126,22 @@ class TunedLM(TemplateLM):
         return sums
 
     def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
-        """Texts up to a stop string, one request after another. Collective: every rank generates all of them."""
+        """Texts up to a stop string, one request after another. Collective: every rank generates all of them.
+
+        A prompt that is too long loses its beginning.
+
+        Raises:
+            UserError: on all ranks, before anything is generated: no prompt has room before so many new tokens, or a
+                setting is unknown.
+        """
         self.asked = True
+        settings = [Continuing.of(request.args[1]) for request in requests]
+        rooms = [asked.room(self.max_length) for asked in settings]
         found = []
         with eval_mode(self.base.model):
-            for request in requests:
-                prompt, settings = request.args[0], dict(request.args[1])
-                most = int(settings.get("max_gen_toks", _NEW_TOKENS))
-                ids = self.tok_encode(prompt)[-(self.max_length - most) :]
-                found.append(continuation(self.base, self.tokenizer, ids, most, settings, self._device))
+            for request, asked, room in zip(requests, settings, rooms, strict=True):
+                ids = self.tok_encode(request.args[0])[-room:] or [self.prefix_token_id]
+                found.append(continuation(self.base, self.tokenizer, ids, asked, self._device))
         return found
 
     @torch.no_grad()
