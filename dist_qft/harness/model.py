@@ -20,6 +20,7 @@ from dist_qft.base_model.eval_mode import eval_mode
 from dist_qft.base_model.skeleton import BaseModel
 from dist_qft.data.batches import MicroBatch
 from dist_qft.data.samples import IGNORED
+from dist_qft.data.text_ends import open_text_ids
 from dist_qft.harness.generation import Continuing, continuation
 from dist_qft.ranks.collectives import gather_table
 from dist_qft.tuned_model.answer import longest_sequence
@@ -79,13 +80,9 @@ class TunedLM(TemplateLM):
         return self.eot_token_id if begin is None else begin
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
-        """Ids of a text; by default with the tokenizer's special tokens, unless a chat template has begun it with them.
-
-        As the harness has it for Hugging Face's models.
-        """
+        """Ids of a text; by default with one BOS, also where a chat template has begun the text with it, and no EOS."""
         if add_special_tokens is None:
-            begin = self.tokenizer.bos_token or self.tokenizer.eos_token
-            add_special_tokens = not (begin and string.startswith(begin))
+            return open_text_ids(self.tokenizer, string)
         return self.tokenizer.encode(string, add_special_tokens=add_special_tokens)
 
     @property
