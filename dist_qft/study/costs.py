@@ -42,7 +42,7 @@ def activation_bytes(run: TrainingRun) -> int:
         storage = tensor.untyped_storage()
         if not isinstance(tensor, nn.Parameter) and storage.data_ptr() != trainables:
             kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
+        return tensor.detach()  # an operation's own result would hold the operation, and so itself, for ever
 
     parts.trainables.train()
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), parts.fixed():

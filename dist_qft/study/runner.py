@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import gc
 import json
 import time
 import traceback
@@ -47,6 +48,7 @@ class Runner:
         started = time.perf_counter()
         if row.base_key != self._key:
             self._loaded, self._key = None, row.base_key
+            gc.collect()  # a base and its layers refer to each other: two would be held at once
         row.folder.mkdir(parents=True, exist_ok=True)
         with (
             open(row.folder / LOG_FILE, "a", encoding="utf-8") as log,

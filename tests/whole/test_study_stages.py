@@ -1,9 +1,11 @@
 """A study with a search, merges and contrasts through the real command."""
 
+import gc
 import json
 from pathlib import Path
 
 import pytest
+import torch
 
 from dist_qft.storage.lock import FolderLock
 from dist_qft.study import run
@@ -109,3 +111,18 @@ def test_a_process_waits_for_a_search_that_another_one_ends(tiny_llama, tmp_path
     known = expand_all(study)
     assert len(asked) > 4 and not known.waiting
     assert all(read_result(row.folder).exit_code == 0 for row in known.rows) and len(known.rows) == 3
+
+
+def test_nothing_of_a_run_is_held_while_the_next_ones_are_done(tiny_llama, tmp_path, monkeypatch):
+    held, done = [], run.Runner.run
+
+    def counted(runner, row):
+        held.append(sum(each.numel() for each in gc.get_objects() if isinstance(each, torch.Tensor)))
+        return done(runner, row)
+
+    monkeypatch.setattr(run.Runner, "run", counted)
+    axes = {"train.weight_decay": [0.0, 0.1, 0.2, 0.3]}
+    path = write_study(tmp_path, tiny_llama, presets=None, seeds=[0], axes=axes, merge={"to": "dense"})
+    rows = expand(load_study(path))
+    run.run_rows(rows, range(len(rows)), retry_failed=False)
+    assert held[3] - held[2] < 0.02 * held[2]
