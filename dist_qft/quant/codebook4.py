@@ -122,6 +122,7 @@ class Codebook4(BlockFormat):
 
 
 @cache
+@torch.inference_mode(False)
 def _pairs() -> Tensor:
     """The two values of each byte: pairs of float32, seen as int64."""
     values = torch.tensor([*_E2M1, *(-value for value in _E2M1)])
@@ -130,6 +131,7 @@ def _pairs() -> Tensor:
 
 
 @cache
+@torch.inference_mode(False)
 def _pairs_on(device: torch.device) -> Tensor:
     """`_pairs` on a device."""
     return _pairs().to(device)
@@ -147,12 +149,14 @@ def powers_of_two(scale: Tensor) -> Tensor:
 
 
 @cache
+@torch.inference_mode(False)
 def _e8m0() -> Tensor:
     """The value of each E8M0 byte, float32."""
     return powers_of_two(torch.arange(256, dtype=torch.uint8))
 
 
 @cache
+@torch.inference_mode(False)
 def _e4m3() -> Tensor:
     """The value of each E4M3 byte, float32."""
     return torch.arange(256).to(torch.uint8).view(torch.float8_e4m3fn).float()

@@ -155,7 +155,8 @@ class FrozenLinear(FrozenWeight):
         if not (self._in_float32_on_cpu and isinstance(self.format, BlockFormat)) or size > CPU_CHUNK:
             return None
         if not hasattr(_SCRATCH, "weight"):
-            _SCRATCH.weight = torch.empty(CPU_CHUNK)
+            with torch.inference_mode(False):  # an inference tensor could be written to in that mode alone
+                _SCRATCH.weight = torch.empty(CPU_CHUNK)
         return _SCRATCH.weight[:size].view(shape)
 
     @property

@@ -200,18 +200,21 @@ def _bitsandbytes() -> ModuleType:
 
 
 @cache
+@torch.inference_mode(False)
 def codebook() -> Tensor:
     """The 16 values of the 4-bit type, float32."""
     return _bitsandbytes().get_4bit_type("nf4", "cpu")
 
 
 @cache
+@torch.inference_mode(False)
 def codebook_on(device: torch.device) -> Tensor:
     """`codebook` on a device."""
     return codebook().to(device)
 
 
 @cache
+@torch.inference_mode(False)
 def dynamic_map(device: torch.device) -> Tensor:
     """The 256 values of the 8-bit dynamic type (arXiv 2110.02861) that store the double-quantized constants."""
     return _bitsandbytes().create_dynamic_map().to(device)

@@ -40,6 +40,7 @@ def _interval(scaled: Tensor) -> Tensor:
 
 
 @cache
+@torch.inference_mode(False)
 def _tables(codebook: Callable[[], Tensor]) -> tuple[Tensor, Tensor]:
     """The 15 boundaries, and the code of each interval that is not within one interval of a boundary."""
     values = codebook()

@@ -144,7 +144,8 @@ class AdapterSet(HookedTrainables):
         """
         if self._casts is None:
             pairs = [(a, d) for a, d in self._dtypes if a.A.device.type == "cuda" and d != a.A.dtype]
-            self._casts = [(a, tuple(torch.empty_like(p, dtype=d) for p in a.parameters())) for a, d in pairs]
+            with torch.inference_mode(False), torch.no_grad():  # later calls write over them in any mode
+                self._casts = [(a, tuple(torch.empty_like(p, dtype=d) for p in a.parameters())) for a, d in pairs]
         if self._casts:
             values = [value.detach() for adapter, _ in self._casts for value in adapter.parameters()]
             torch._foreach_copy_([copy for _, copies in self._casts for copy in copies], values)

@@ -1,6 +1,7 @@
 """Frozen modules: products and gradients against float64, and what autograd keeps between the two passes."""
 
 import copy
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -11,8 +12,11 @@ from torch.utils.checkpoint import checkpoint
 from dist_qft.base_model.head import OutputHead
 from dist_qft.base_model.loss import LogitMap
 from dist_qft.errors import UserError
+from dist_qft.quant.codebook4 import _e4m3, _e8m0, _pairs
 from dist_qft.quant.formats import NF4, Q8_0, Affine4, Dense, Format
 from dist_qft.quant.frozen import FrozenEmbedding, FrozenLinear, FrozenWeight
+from dist_qft.quant.nf4 import codebook
+from dist_qft.quant.nf4_codes import _tables
 
 FORMATS = [NF4(), NF4(64, True), Affine4(), Affine4((8, 4)), Q8_0(), Dense()]
 OUT, IN = 48, 128
@@ -106,6 +110,32 @@ def test_backward_reads_the_tensors_of_its_own_time(format):
         setattr(linear, name, getattr(other, name))
     y.backward(torch.ones_like(y))
     torch.testing.assert_close(x.grad, (torch.ones(4, OUT).double() @ exact_weight(other)).float())
+
+
+def of_this_thread(format: Format) -> torch.Tensor:
+    """A product without gradient in inference mode, then one with a gradient, all in a thread that has made none."""
+    linear = linear_of(format)
+    with torch.inference_mode():
+        linear(random(4, IN))
+    x = random(4, IN).requires_grad_()
+    linear(x).sum().backward()
+    return x.grad
+
+
+@each_format
+def test_training_after_inference_mode(format):
+    with ThreadPoolExecutor(1) as thread:
+        gradient = thread.submit(of_this_thread, format).result()
+    expected = torch.ones(4, OUT).double() @ exact_weight(linear_of(format))
+    torch.testing.assert_close(gradient.double(), expected, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("constant", [codebook, _tables, _pairs, _e8m0, _e4m3], ids=lambda made: made.__name__)
+def test_a_kept_constant_is_no_tensor_of_inference_mode(constant):
+    arguments = [codebook] if constant is _tables else []
+    with torch.inference_mode():
+        made = constant.__wrapped__(*arguments)  # the cache has one of another test
+    assert not any(tensor.is_inference() for tensor in (made if isinstance(made, tuple) else [made]))
 
 
 def test_under_activation_checkpointing():
