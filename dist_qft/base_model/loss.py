@@ -10,8 +10,9 @@ With p = softmax(z), z = W h and target t:   loss = logsumexp(z) - z_t,   dloss/
 and where rows of W are trained (`method.train_tokens`)   dloss/dW_v = (p_v - [v = t]) h   of these rows alone.
 
 The two terms of the gradient all but cancel where p_t is close to 1, which is most tokens of a text that fits well. So
-the products give float32 whatever the compute dtype is: a weighted sum rounded to bfloat16 before W_t is taken off is
-wrong by 17 % at p_t = 0.993 and by more than half at 0.999; logits of 20 rounded to bfloat16 are off by up to 6 % in p.
+they are never formed: the weighted sum, whose weights are rounded to the compute dtype, leaves the target's row out,
+and that row has -(1 - p_t) in float32, from the sum of the other tokens' exponentials. The products give float32
+whatever the compute dtype is: logits of 20 rounded to bfloat16 are off by up to 6 % in p.
 """
 
 from collections.abc import Callable
@@ -58,6 +59,8 @@ class LogitMap:
 # Default of `train.loss_chunk_megabytes`, by device. On CPUs a step with 64 takes 5 % more time and 100 MiB more
 # (docs/performance.md).
 CHUNK_MEGABYTES = {"cuda": 64.0, "cpu": 8.0}
+# Devices whose products of 16-bit matrices can keep the float32 in which they are summed.
+SUMMED_IN_FLOAT32 = ("cuda",)
 
 
 def slice_rows(tokens: int, dim: int, megabytes: float) -> int:
@@ -95,7 +98,7 @@ def token_cross_entropy(
     tokens, _ = hidden.shape
     states = _as_factor(hidden)
     maximum = torch.full((tokens,), -torch.inf, device=hidden.device)
-    total = torch.zeros(tokens, device=hidden.device)
+    others = torch.zeros(tokens, device=hidden.device)
     target_logit = torch.zeros(tokens, device=hidden.device)
     mean_row = hidden.new_zeros(hidden.shape if with_gradient else (0,), dtype=torch.float32)
     for start in range(0, head.num_embeddings, slice_size):
@@ -111,18 +114,18 @@ def token_cross_entropy(
         target_logit = torch.where(inside, logits.gather(1, local)[:, 0], target_logit)
         slope = logit_map.slope(logits) if with_gradient else 1.0
         weights = logits.sub_(new_maximum[:, None]).exp_()
-        total.mul_(shrink).add_(weights.sum(dim=1))
+        weights.scatter_(1, local, weights.gather(1, local).masked_fill_(inside[:, None], 0.0))
+        others.mul_(shrink).add_(weights.sum(dim=1))
         if with_gradient:
             mean_row.mul_(shrink[:, None]).add_(float32_product(weights.mul_(slope).to(rows.dtype), rows))
         maximum = new_maximum
-    losses = maximum + total.log() - target_logit
+    total = others + torch.exp(target_logit - maximum)
+    losses = (maximum - target_logit) + total.log()  # neither term is below 0
     if not with_gradient:
         return losses, None
-    target_slope = logit_map.slope(target_logit)
-    if isinstance(target_slope, Tensor):
-        target_slope = target_slope[:, None]
-    target_row = head.rows_of(targets).float() * target_slope
-    return losses, mean_row.div_(total[:, None]).sub_(target_row).to(hidden.dtype)
+    share = others.mul_(logit_map.slope(target_logit))[:, None]
+    gradient = mean_row.addcmul_(head.rows_of(targets).float(), share, value=-1.0).div_(total[:, None])
+    return losses, gradient.to(hidden.dtype)
 
 
 @torch.no_grad()
@@ -153,15 +156,14 @@ def row_factors(
     logits = logit_map(logits)
     # log p of the target is -loss, which spares a second sum over the vocabulary.
     chances = torch.exp(logits - (logit_map(target_logit) + losses)[:, None])
-    return (chances - (targets[:, None] == ids).float()) * logit_map.slope(logits)
+    # p - 1 of the target by its loss: close to p = 1 the difference would have few digits left.
+    by_logit = torch.where(targets[:, None] == ids, torch.expm1(-losses)[:, None], chances)
+    return by_logit * logit_map.slope(logits)
 
 
 def _as_factor(matrix: Tensor) -> Tensor:
-    """The matrix as `float32_product` takes it: on CUDA as it is, elsewhere in float32.
-
-    Only CUDA has products of 16-bit matrices that keep the float32 in which they are summed.
-    """
-    return matrix if matrix.device.type == "cuda" else matrix.float()
+    """The matrix as `float32_product` takes it: as it is where a product of 16-bit matrices gives float32."""
+    return matrix if matrix.device.type in SUMMED_IN_FLOAT32 else matrix.float()
 
 
 def float32_product(left: Tensor, right: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from dist_qft.base_model import loss as loss_module
 from dist_qft.base_model.loss import IGNORED, LogitMap, slice_rows, token_cross_entropy, token_loss
 
 MAPS = {
@@ -96,8 +97,35 @@ def test_bfloat16(logit_map):
     torch.testing.assert_close(gradient.double(), expected_gradient, rtol=5e-2, atol=3e-2)
 
 
-@pytest.mark.parametrize("probability", [0.5, 0.73, 0.9, 0.99, 0.993, 0.999, 0.9999])
-@pytest.mark.parametrize("logit_map", [LogitMap(), LogitMap(cap=60.0)], ids=["plain", "capped"])
+@pytest.fixture(params=[False, True], ids=["float32 factors", "factors as they are"])
+def factors(request, monkeypatch):
+    """Products as a CPU has them, and with factors in the compute dtype, as a GPU has them.
+
+    PyTorch has no CPU kernel of the latter. The one here is exact in its products and sums in float32, like a GPU's.
+    """
+    if not request.param:
+        yield
+        return
+    monkeypatch.setattr(loss_module, "SUMMED_IN_FLOAT32", ("cuda", "cpu"))
+    library = torch.library.Library("aten", "IMPL")
+    library.impl("mm.dtype", lambda left, right, out_dtype: left.to(out_dtype) @ right.to(out_dtype), "CPU")
+    yield
+    library._destroy()
+
+
+CONFIDENT_MAPS = {
+    "plain": LogitMap(),
+    "capped": LogitMap(cap=60.0),
+    "gemma2": LogitMap(cap=30.0),
+    "a sixth": LogitMap(scale=1 / 6),
+    "a tenth": LogitMap(scale=0.1),
+    "a tenth with a cap": LogitMap(scale=0.1, cap=30.0),
+}
+
+
+@pytest.mark.parametrize("probability", [0.5, 0.73, 0.9, 0.97, 0.99, 0.993, 0.999, 0.9999])
+@pytest.mark.parametrize("logit_map", CONFIDENT_MAPS.values(), ids=CONFIDENT_MAPS.keys())
+@pytest.mark.usefixtures("factors")
 def test_the_gradient_of_tokens_that_fit_well_in_bfloat16(probability, logit_map):
     """Each token's gradient within 1 % of float64, also where its two terms cancel; the slice of the target varies."""
     generator = torch.Generator().manual_seed(1)
@@ -106,7 +134,7 @@ def test_the_gradient_of_tokens_that_fit_well_in_bfloat16(probability, logit_map
     targets = torch.randint(0, vocabulary, (tokens,), generator=generator)
     rival = (targets + 531) % vocabulary
     gap = math.log(probability / (1 - probability))
-    wanted = torch.tensor([22.0, 22.0 - gap])
+    wanted = torch.tensor([22.0, 22.0 - gap]) / logit_map.scale
     # The smallest state that gives target and rival these logits, and small ones to all others.
     pairs = torch.stack([weight[targets], weight[rival]], dim=1).double()
     hidden = (torch.linalg.pinv(pairs) @ wanted.double()).bfloat16()
