@@ -45,7 +45,7 @@ from dist_qft.storage.checkpoint import (
 )
 from dist_qft.storage.lock import RUN_LOCK, FolderLock
 from dist_qft.trackers.kinds import require_installed
-from dist_qft.training.best_evaluation import continue_evaluations, why_stopped
+from dist_qft.training.best_evaluation import continue_evaluations, require_metric, why_stopped
 from dist_qft.training.memory_plan import MemoryPlan, automatic_group
 from dist_qft.training.optimizer import check_warmup, checkpoint_bytes, require_lr_groups
 from dist_qft.training.resume import changed_settings, check_trajectory, choose_checkpoint, resume_after_restart
@@ -133,6 +133,7 @@ def gather_inputs(
     config = with_date(config, tokenizer, checkpoint)
     assert config.data is not None, "a date takes no data away"
     data = prepare(config.data, tokenizer, skeleton.vocab_size, cache_dir, config.task)
+    require_metric(config, data.eval)
     require_room_for_answers(config.evaluation, skeleton, tokenizer, date_of(config))
     notes += data.notes() + spec.disk_notes(output_dir, skeleton, data.train)
 

@@ -11,9 +11,24 @@ from typing import Any
 
 from dist_qft.config.schema import EvaluationConfig, RunConfig
 from dist_qft.config.section import with_defaults
+from dist_qft.data.dataset import TokenDataset
+from dist_qft.errors import UserError
 from dist_qft.storage.checkpoint import checkpoint_path
 from dist_qft.storage.trainer_state import Comparison, TrainerState
 from dist_qft.tuned_model.held_out import HeldOut
+
+# Metrics that tell two kinds of held-out rows apart, or how numbers differ: of one kind they are missing or always 0.
+_OF_SEVERAL_KINDS = {"kto": ("rewards/margins",), "classification": ("matthews",), "regression": ("pearson",)}
+
+
+def require_metric(config: RunConfig, held_out: TokenDataset | None) -> None:
+    """Refuse an `evaluation.metric` that the held-out data never give, as their labels are all the same. UserError."""
+    metric = config.evaluation.metric
+    if held_out is None or held_out.labels is None or metric not in _OF_SEVERAL_KINDS.get(config.task.name, ()):
+        return
+    if (held_out.labels == held_out.labels[0]).all():
+        rows = "answers are rated" if config.task.name == "kto" else "rows are labelled"
+        raise UserError(f"evaluation.metric: got {metric}, must be loss: all {len(held_out)} held-out {rows} alike")
 
 
 def figure(held_out: HeldOut, metric: str) -> float:

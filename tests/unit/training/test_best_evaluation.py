@@ -2,15 +2,20 @@
 
 import json
 
+import numpy as np
 import pytest
 
 from dist_qft.config.schema import EvaluationConfig, RunConfig
+from dist_qft.data.dataset import TokenDataset
+from dist_qft.data.tokens import TokenSequence
+from dist_qft.errors import UserError
 from dist_qft.storage.trainer_state import BaseEvaluation, TrainerState
 from dist_qft.training.best_evaluation import (
     compare,
     continue_evaluations,
     has_waited_enough,
     is_better,
+    require_metric,
     why_stopped,
 )
 from dist_qft.tuned_model.held_out import HeldOut
@@ -32,6 +37,29 @@ from dist_qft.tuned_model.held_out import HeldOut
 def test_less_loss_or_more_of_a_metric_by_more_than_the_threshold(settings, best, better):
     held_out = HeldOut(loss=1.0, tokens=3, metrics={"accuracy": 0.8})
     assert is_better(held_out, best, EvaluationConfig(**settings)) is better
+
+
+def labelled(*labels: float) -> TokenDataset:
+    sequences = [TokenSequence(np.array([1, 2], dtype=np.int32), np.array([False, True]), label) for label in labels]
+    return TokenDataset.from_sequences(sequences, 0, None, {})
+
+
+@pytest.mark.parametrize(
+    ("task", "metric"),
+    [
+        ({"name": "kto"}, "rewards/margins"),
+        ({"name": "classification", "labels": ["no", "yes"]}, "matthews"),
+        ({"name": "regression"}, "pearson"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else value["name"],
+)
+@pytest.mark.parametrize("label", [0.0, 1.0])
+def test_a_metric_that_labels_of_one_kind_never_give_is_refused(task, metric, label):
+    config = config_with(task=task, metric=metric, early_stopping_patience=1)
+    with pytest.raises(UserError, match=rf"^evaluation\.metric: got {metric}, must be loss: all 2 held-out"):
+        require_metric(config, labelled(label, label))
+    require_metric(config, labelled(1.0, 0.0))
+    require_metric(config_with(task=task, early_stopping_patience=1), labelled(label, label))
 
 
 def config_with(keep_best=False, task=(), **evaluation) -> RunConfig:
