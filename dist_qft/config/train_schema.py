@@ -108,7 +108,7 @@ class TrainConfig(Section):
     )
     weight_decay: Annotated[float, Field(ge=0)] = Field(
         0.0,
-        description="AdamW's decoupled weight decay",
+        description="AdamW's decoupled weight decay of matrices; norms, biases and other vectors have none",
         json_schema_extra={"transformers": "weight_decay", "axolotl": "weight_decay"},
     )
     max_grad_norm: PositiveNumber | None = Field(

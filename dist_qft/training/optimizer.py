@@ -1,8 +1,8 @@
 """The optimizer over the flat trainables, its learning rate as a pure function of the step, and its state."""
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import TypedDict
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from typing import NamedTuple, TypedDict
 
 import torch
 from torch import Tensor, nn
@@ -114,14 +114,26 @@ def _group_of(config: TrainConfig, name: str) -> int | None:
     return next(found, None)
 
 
-def scaled_ranges(config: TrainConfig, spans: Mapping[str, tuple[int, int]]) -> dict[float, list[tuple[int, int]]]:
-    """The ranges of the flat buffer with another learning rate than the run's, by its ratio to it."""
-    found: dict[float, list[tuple[int, int]]] = {}
-    if config.loraplus_lr_ratio is None and not config.lr_groups:
-        return found
+class Rates(NamedTuple):
+    """The learning rate and the weight decay of some trainables, over those of the run."""
+
+    learning: float = 1.0
+    decay: float = 1.0
+
+
+def scaled_ranges(
+    config: TrainConfig, spans: Mapping[str, tuple[int, int]], vectors: Collection[str] = ()
+) -> dict[Rates, list[tuple[int, int]]]:
+    """The ranges of the flat buffer with other rates than the run's, by these.
+
+    Weight decay is for matrices, as in transformers. Of `vectors`, which have fewer than two dimensions (norms, biases,
+    the side network's gates and share), zero is not where they begin, nor where the model is the base.
+    """
+    found: dict[Rates, list[tuple[int, int]]] = {}
     for name, span in spans.items():
-        if (ratio := lr_ratio(config, name)) != 1.0:
-            found.setdefault(ratio, []).append(span)
+        keeps = config.weight_decay > 0 and name in vectors
+        if (rates := Rates(lr_ratio(config, name), 0.0 if keeps else 1.0)) != Rates():
+            found.setdefault(rates, []).append(span)
     return found
 
 
@@ -139,16 +151,25 @@ def require_lr_groups(config: TrainConfig, names: Callable[[], Iterable[str]]) -
 
 
 @torch.no_grad()
-def step_with_ranges(optimizer: torch.optim.Optimizer, scaled: Sequence[tuple[Tensor, float]]) -> None:
-    """One optimizer step, with that many times the learning rate for `scaled`, views of the values that it updates.
+def step_with_ranges(optimizer: torch.optim.Optimizer, scaled: Sequence[tuple[Tensor, Rates]]) -> None:
+    """One optimizer step, with rates of their own for `scaled`, views of the values that it updates.
 
-    AdamW's step is linear in the learning rate, weight decay included, so the step of a range is scaled afterwards. The
-    optimizer's state is that of a step without ranges.
+    AdamW's step does not depend on the values, but for weight decay, and is linear in the learning rate. So those of
+    `scaled` are zero while the optimizer steps: what it leaves there is the step itself, which no value has rounded,
+    however small the run's rate is. The optimizer's state is that of a step without ranges.
     """
-    before = [values.clone() for values, _ in scaled]
+    if not scaled:
+        optimizer.step()
+        return
+    settings = optimizer.param_groups[0]
+    decay = settings["lr"] * settings["weight_decay"]
+    values = [each for each, _ in scaled]
+    # One kernel for all ranges, and products and sums apart: on every slice of the values with the same bits.
+    kept = torch._foreach_mul(values, [1.0 - decay * rates.learning * rates.decay for _, rates in scaled])
+    torch._foreach_zero_(values)
     optimizer.step()
-    for (values, ratio), old in zip(scaled, before, strict=True):
-        values.sub_(old).mul_(ratio).add_(old)
+    torch._foreach_mul_(values, [rates.learning for _, rates in scaled])
+    torch._foreach_add_(values, kept)
 
 
 def clip_gradient(parts: Sequence[nn.Parameter], norm: float, max_norm: float | None) -> None:

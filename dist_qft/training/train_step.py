@@ -73,8 +73,9 @@ class TrainStep:
 
     def __post_init__(self) -> None:
         self.clock = ComputeClock(self.flat.values.device)
-        ranges = scaled_ranges(self.config, self.flat.spans).items()
-        self._scaled = [(part, ratio) for ratio, spans in ranges for part in self.flat.own_parts(spans)]
+        vectors = {name for name, parameter in self.flat.named if parameter.dim() < 2}
+        ranges = scaled_ranges(self.config, self.flat.spans, vectors).items()
+        self._scaled = [(part, rates) for rates, spans in ranges for part in self.flat.own_parts(spans)]
 
     def run(
         self,

@@ -10,7 +10,7 @@ from torch import nn
 from dist_qft.config.schema import TrainConfig
 from dist_qft.training.fixed_tree import FixedTree
 from dist_qft.training.flat_parameters import FlatParameters
-from dist_qft.training.optimizer import clip_gradient, make_optimizer, smallest_in_8_bits, step_with_ranges
+from dist_qft.training.optimizer import Rates, clip_gradient, make_optimizer, smallest_in_8_bits, step_with_ranges
 from dist_qft.training.optimizer_state import OptimizerState
 from tests.support.collectives import recorded_collectives
 
@@ -52,7 +52,7 @@ class Trained:
             flat.end_micro_batch(loss.detach())
         totals = flat.reduce(tokens=3 * self.share, step=step, check_digest=True)
         clip_gradient(flat.parts, totals.grad_norm, 0.3)
-        step_with_ranges(self.optimizer, [(part, 16.0) for part in flat.own_parts([flat.spans["0.weight"]])])
+        step_with_ranges(self.optimizer, [(part, Rates(16.0)) for part in flat.own_parts([flat.spans["0.weight"]])])
         flat.gather_values()
         return totals.loss_sum / totals.tokens, totals.grad_norm
 
