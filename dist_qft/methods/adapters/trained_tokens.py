@@ -13,8 +13,14 @@ def trained_tokens(config: RunConfig, base: BaseModel) -> TrainedTokens:
     """The rows that a config trains, in the tables that the task reads.
 
     Raises:
-        UserError: the tokenizer has no such token, the tables have no such row, or a token is named twice.
+        UserError: the tokenizer has no such token, the tables have no such row, or a token is named twice. Or the base
+            has a norm behind the rows that it looks up, whose backward pass would need the table gathered again.
     """
+    if base.embedding.steps:
+        steps = " and ".join(base.embedding.steps)
+        raise UserError(
+            f"{KEY}: the embedding of {base.model.config.model_type} has {steps} behind its rows; remove it"
+        )
     tokenizer = run_tokenizer(config)
     rows = min(table.num_embeddings for table in base.tables().values())
     vocabulary = tokenizer.get_vocab()

@@ -15,7 +15,7 @@ from dist_qft.methods.adapters.attach import AdapterSet
 from dist_qft.methods.adapters.token_rows import TrainedTokens
 from dist_qft.methods.reference import SecondStream
 from dist_qft.methods.specs import make_spec
-from dist_qft.plan import make_plan
+from dist_qft.plan import make_plan, planned_base
 from tests.support.families import FAMILIES, QUANTIZED, open_base, reference_model, save_random, tokens_of
 from tests.support.tiny_model import tiny_config
 
@@ -161,8 +161,6 @@ def tuned(model, tmp_path, tokens):
 
 
 def test_tokens_and_ids_are_found_counted_and_stored(tiny_llama, tmp_path):
-    from dist_qft.plan import planned_base
-
     config = tuned(tiny_llama, tmp_path, ["<|im_end|>", 319, "<|im_start|>"])
     base = planned_base(config)
     spec, plain = make_spec(config, base), make_spec(tiny_config(tiny_llama, tmp_path / "run"), base)
@@ -213,6 +211,15 @@ def test_tokens_that_the_base_has_not(tiny_llama, tmp_path, tokens, reason):
     config = tuned(tiny_llama, tmp_path, tokens)
     with pytest.raises(UserError, match=rf"^method\.train_tokens: got .*, must be .*{reason}"):
         make_plan(config, 1)
+
+
+def test_a_base_with_a_norm_behind_its_embedding_is_refused(tiny_llama, tmp_path):
+    """The rows' gradient is taken behind the embedding, where the norm's derivative would be missing from it."""
+    config = tuned(tiny_llama, tmp_path, [1])
+    base = planned_base(config)
+    base.embedding.follow("norm", torch.nn.RMSNorm(64))
+    with pytest.raises(UserError, match=r"^method\.train_tokens: the embedding of llama has norm behind its rows"):
+        make_spec(config, base)
 
 
 def test_stock_models_have_the_tables_under_these_names(folder_of):
