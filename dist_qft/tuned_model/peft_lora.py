@@ -1,6 +1,7 @@
 """PEFT LoRA folders as starting values of `qlora`: pairs under our names, and rows of trained tokens."""
 
 import math
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,8 +18,15 @@ from dist_qft.methods.trainable import TrainableSpec
 
 KEY = "method.init_from"
 PEFT_CONFIG = "adapter_config.json"
+_PREFIX = "base_model.model."  # of the names in a folder's file; patterns are for names without it
 # Features that our LoRA lacks: a folder that uses one would lose something of it.
-_UNKNOWN_TO_US = ("use_dora", "modules_to_save", "fan_in_fan_out", "layer_replication")
+_UNKNOWN_TO_US = (
+    *("use_dora", "modules_to_save", "fan_in_fan_out", "layer_replication", "alora_invocation_tokens", "lora_bias"),
+    *("use_qalora", "use_bdlora", "arrow_config", "kasa_config", "monteclora_config"),
+)
+# Values of init_lora_weights that leave the base as it is. PiSSA, OLoRA, CorDA, LoftQ and LoRA-GA take something off
+# it, and their pairs are changes of what is left.
+_BASE_AS_IT_IS = (True, False, None, "gaussian", "eva", "orthogonal", "mica")
 _ROWS = ".token_adapter.trainable_tokens_delta"  # PEFT's name; whole rows all the same
 
 
@@ -105,17 +113,33 @@ def _require_plain_lora(config: dict[str, Any], folder: Path) -> None:
         used.append("bias")
     if used:
         raise UserError(f"{KEY}: {folder}: it uses {used[0]}, which qlora has not")
+    begun = config.get("init_lora_weights")
+    if (begun.lower() if isinstance(begun, str) else begun) not in _BASE_AS_IT_IS:
+        raise UserError(
+            f"{KEY}: {folder}: init_lora_weights is {begun!r}, which changes the base, must be a LoRA of the base "
+            "as it is (PEFT converts one by path_initial_model_for_weight_conversion)"
+        )
 
 
 def _scale(config: dict[str, Any], path: str, tensor: Tensor, kind: str) -> float:
     """The factor of B A in PEFT: alpha / r, or alpha / sqrt(r) with rank-stabilized scaling."""
     rank = tensor.shape[0 if kind == "A" else -1]
-    patterns = config.get("alpha_pattern") or {}
-    own = [value for key, value in patterns.items() if _ends_with(path, key)]
-    alpha = own[0] if own else config.get("lora_alpha")
+    alpha = _by_pattern(config.get("alpha_pattern") or {}, path, config.get("lora_alpha"))
     if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not math.isfinite(alpha):
         raise CorruptFileError(f"{PEFT_CONFIG}: lora_alpha is {alpha!r}, must be a number")
     return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
+
+
+def _by_pattern(patterns: object, path: str, default: object) -> object:
+    """A layer's value by PEFT's rule: that of the first key, a regular expression, for all or the end of its name."""
+    name = path.removeprefix(_PREFIX)
+    wrong = CorruptFileError(f"{PEFT_CONFIG}: alpha_pattern is {patterns!r}, must be values by regular expressions")
+    if not isinstance(patterns, dict):
+        raise wrong
+    try:
+        return next((value for key, value in patterns.items() if re.match(rf"(.*\.)?({key})$", name)), default)
+    except re.error as error:
+        raise wrong from error
 
 
 def _fitting(tensor: Tensor, name: str, kind: str, settings: TileSettings, scale: float, folder: Path) -> Tensor:
