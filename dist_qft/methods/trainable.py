@@ -184,6 +184,18 @@ class TrainableSpec(ABC, Generic[SetT]):
     def difference(self, stored: Mapping[str, Any]) -> str | None:
         """The difference of the spec that `stored` describes from this one, in words; None if there is none."""
 
+    def starting_values(
+        self, stored: Mapping[str, Any], tensors: Mapping[str, torch.Tensor], where: str
+    ) -> Mapping[str, torch.Tensor]:
+        """The values, by name, with which these trainables begin as those that `stored` describes have ended.
+
+        Raises:
+            UserError: they cannot; the message begins with `where`.
+        """
+        if difference := self.difference(stored):
+            raise UserError(f"{where}: {difference}")
+        return tensors
+
     @abstractmethod
     def summary(self) -> str:
         """The place of the trainables, for the opening lines: "210 layers"."""

@@ -140,6 +140,5 @@ def _ours(
     """The values of an adapter that this program has written, if it fits the trainables that the config describes."""
     if config.get("peft_type") != spec.peft_type:
         raise UserError(f"{KEY}: {where} holds {config.get('peft_type')!r}, must be {spec.peft_type!r}")
-    if difference := spec.difference(config):
-        raise UserError(f"{KEY}: {where}: {difference}")
-    return StartingValues(str(where), tensors, str(config.get("base_fingerprint")), settings_in(config, str(where)))
+    values = spec.starting_values(config, tensors, f"{KEY}: {where}")
+    return StartingValues(str(where), values, str(config.get("base_fingerprint")), settings_in(config, str(where)))

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+from torch import Tensor
+
 from dist_qft.base_model.skeleton import BaseModel
 from dist_qft.config.methods.tile_method import BlockMethod, TileMethod
 from dist_qft.errors import UserError
@@ -17,6 +19,8 @@ from dist_qft.methods.trainable import Counts, TrainableSpec, section
 from dist_qft.quant.experts import FrozenExperts
 
 _TOKENS = "train_tokens"  # in adapter_config.json
+# Settings of a layer's adapter that its values do not depend on, but for their scale.
+_OF_TRAINING = ("alpha", "use_rslora", "dropout", "merge_aware")
 
 
 @dataclass(frozen=True)
@@ -76,6 +80,25 @@ class AdapterSpec(TrainableSpec[AdapterSet]):
             ]
             return f"adapter of {path}: {'; '.join(changes) or 'its settings are not those of a layer'}"
         return None
+
+    def starting_values(
+        self, stored: Mapping[str, Any], tensors: Mapping[str, Tensor], where: str
+    ) -> Mapping[str, Tensor]:
+        """See `TrainableSpec`: with another scale the last factor makes up for it, in which dW is linear."""
+        saved, now = section(stored, "tiles"), self.describe()["tiles"]
+        as_now = {
+            path: {key: value for key, value in section(saved, path).items() if key not in _OF_TRAINING}
+            | {key: value for key, value in section(now, path).items() if key in _OF_TRAINING}
+            for path in saved
+        }
+        super().starting_values({**stored, "tiles": as_now}, tensors, where)
+        found = dict(tensors)
+        for path, settings in self.tiles.items():
+            name = f"{path}.{list(settings.shapes())[-1]}"
+            factor = TileSettings.from_dict(saved[path], f"{where}: {path}").scale / settings.scale
+            if factor != 1.0 and name in found:
+                found[name] = found[name] * factor
+        return found
 
     def summary(self) -> str:
         """The number of layers that have an adapter, and of tokens that have rows."""

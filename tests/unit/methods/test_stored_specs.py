@@ -4,8 +4,10 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
+import torch
 
 from dist_qft.errors import UserError
+from dist_qft.methods.adapters.tile_adapter import exact_dW
 from dist_qft.methods.specs import KINDS, make_spec
 from dist_qft.plan import planned_base
 from tests.support.tiny_model import tiny_config
@@ -39,6 +41,37 @@ def test_spoiled_descriptions_differ_or_are_refused(method, tiny_llama, tmp_path
         found = spec.difference(stored)
         assert found is None or isinstance(found, str)
         try:
+            assert spec.starting_values(stored, {}, "there") == {}
+        except UserError as error:
+            assert str(error).startswith("there: ")
+        try:
             read(stored, base, "here").describe()
         except UserError as error:
             assert str(error).startswith("here: ")
+
+
+METHODS = {
+    "qlora": {"name": "qlora", "rank": 4, "pool": None, "repeat": None},
+    "qalora": {"name": "qalora", "rank": 4, "pool": 32},
+    "qahira": {"name": "qahira", "rank": 4, "pool": 32, "repeat": 1},
+}
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("changes", [{"dropout": 0.1}, {"alpha": 3.0}, {"alpha": 5.0, "dropout": 0.5}], ids=str)
+def test_starting_values_have_the_same_update_at_another_scale(method, changes, tiny_llama, tmp_path):
+    configs = [tiny_config(tiny_llama, tmp_path / "run", method={**METHODS[method], **more}) for more in ({}, changes)]
+    base = planned_base(configs[0])
+    then, now = (make_spec(config, base) for config in configs)
+    trained, begun = then.build(0), now.build(1)
+    generator = torch.Generator().manual_seed(0)
+    for _, parameter in trained.named_tensors():
+        torch.nn.init.normal_(parameter, generator=generator)
+    values = {name: parameter.detach() for name, parameter in trained.named_tensors()}
+    begun.load_tensors(now.starting_values(then.describe(), values, "there"))
+    for path, adapter in trained.by_path.items():
+        torch.testing.assert_close(exact_dW(begun.by_path[path]), exact_dW(adapter), rtol=1e-5, atol=1e-5)
+    assert then.starting_values(then.describe(), values, "there") == values
+    with pytest.raises(UserError, match=r"^there: adapter of .*: rank was 4, the config says 8"):
+        other = tiny_config(tiny_llama, tmp_path / "run", method={**METHODS[method], **changes, "rank": 8})
+        make_spec(other, base).starting_values(then.describe(), values, "there")
