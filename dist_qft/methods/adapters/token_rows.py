@@ -13,13 +13,14 @@ loss (`base_model.row_gradient`).
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from operator import lt
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from dist_qft.errors import UserError
+from dist_qft.errors import CorruptFileError, UserError
 from dist_qft.quant.frozen import FrozenEmbedding
 from dist_qft.quant.row_update import RowUpdate
 
@@ -63,12 +64,26 @@ class TrainedTokens:
 
     @classmethod
     def read(cls, stored: Mapping[str, Any], where: str) -> "TrainedTokens":
-        """The tokens that `describe` wrote; `where` names the file. UserError for anything else."""
-        try:
-            tables = {str(path): int(width) for path, width in stored["tables"].items()}
-            return cls(tuple(map(int, stored["ids"])), tuple(stored["tokens"]), tables, bool(stored["tied"]))
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise UserError(f"{where}: train_tokens: not a record of this version: {error}") from error
+        """The tokens that `describe` wrote; `where` names the file. CorruptFileError for anything else."""
+        found: Mapping[str, Any] = stored if isinstance(stored, Mapping) else {}
+        parts: list[Any] = [found.get(key) for key in ("ids", "tokens", "tables", "tied")]
+        ids, tokens, tables, tied = parts
+        sound = {
+            "ids": _are_counts(ids) and all(map(lt, ids, ids[1:])),
+            "tokens": isinstance(tokens, list) and all(isinstance(token, str | None) for token in tokens),
+            "tables": isinstance(tables, dict) and _are_counts(list(tables.values()), least=1),
+            "tied": isinstance(tied, bool),
+        }
+        wrong = [key for key, is_sound in sound.items() if not is_sound]
+        if wrong or len(ids) != len(tokens) or (tied and len(tables) > 1):
+            fault = ", ".join(wrong) or "the sizes of its parts"
+            raise CorruptFileError(f"{where}: train_tokens: not a record of trained tokens, by {fault}")
+        return cls(tuple(ids), tuple(tokens), tables, tied)
+
+
+def _are_counts(values: object, least: int = 0) -> bool:
+    """True for a list, not empty, of whole numbers from `least` on."""
+    return isinstance(values, list) and bool(values) and all(type(each) is int and each >= least for each in values)
 
 
 def tokens_difference(now: TrainedTokens | None, stored: Mapping[str, Any]) -> str | None:

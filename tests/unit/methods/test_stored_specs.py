@@ -6,8 +6,9 @@ from typing import Any
 import pytest
 import torch
 
-from dist_qft.errors import UserError
+from dist_qft.errors import CorruptFileError, UserError
 from dist_qft.methods.adapters.tile_adapter import exact_dW
+from dist_qft.methods.adapters.token_rows import TrainedTokens
 from dist_qft.methods.specs import KINDS, make_spec
 from dist_qft.plan import planned_base
 from tests.support.tiny_model import tiny_config
@@ -46,8 +47,34 @@ def test_spoiled_descriptions_differ_or_are_refused(method, tiny_llama, tmp_path
             assert str(error).startswith("there: ")
         try:
             read(stored, base, "here").describe()
-        except UserError as error:
+        except (UserError, CorruptFileError) as error:
             assert str(error).startswith("here: ")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"ids": [3, 1]},
+        {"ids": [3, 3]},
+        {"ids": [-1, 3]},
+        {"ids": [], "tokens": []},
+        {"ids": [1.0, 3]},
+        {"ids": [True, 3]},
+        {"ids": "13"},
+        {"tokens": ["a"]},
+        {"tokens": [3, None]},
+        {"tables": {}},
+        {"tables": {"model.embed_tokens": 0}},
+        {"tables": {"model.embed_tokens": 8, "lm_head": 8}, "tied": True},
+        {"tied": 1},
+    ],
+    ids=str,
+)
+def test_a_record_of_trained_tokens_that_no_run_writes(change):
+    record = {"ids": [1, 3], "tokens": ["a", None], "tables": {"model.embed_tokens": 8}, "tied": True}
+    assert TrainedTokens.read(record, "here").describe() == record
+    with pytest.raises(CorruptFileError, match=r"^here: train_tokens: not a record of trained tokens"):
+        TrainedTokens.read({**record, **change}, "here")
 
 
 METHODS = {
