@@ -95,15 +95,9 @@ class FixedTree:
         self._sums.append(self._joined(vector))
         own = self._nodes[self._rank]
         assert [node for node, _ in self._sums] == own, "not every micro-batch was added"
-        divided = vector.numel() - shared
-        size = part + shared
-        sent = vector.new_empty(self._world, len(own), size)  # by receiver; a short part is not filled up
-        for place, (_, value) in enumerate(self._sums):
-            for receiver, piece in enumerate(value[:divided].split(part)):
-                sent[receiver, place, : piece.numel()] = piece
-            sent[:, place, part:] = value[divided:]
+        sent = self._by_receiver(part, shared)
         self.clear()
-        counts = [len(nodes) for nodes in self._nodes]
+        counts, size = [len(nodes) for nodes in self._nodes], part + shared
         received = vector.new_empty(sum(counts), size)
         dist.all_to_all_single(
             received.view(-1),
@@ -114,6 +108,17 @@ class FixedTree:
         )
         nodes = (node for of_rank in self._nodes for node in of_rank)
         return self._finish(dict(zip(nodes, received, strict=True)))
+
+    def _by_receiver(self, part: int, shared: int) -> Tensor:
+        """Copies of the sums' parts, (ranks, sums, part + shared); a short part is not filled up."""
+        first = self._sums[0][1]
+        divided = first.numel() - shared
+        sent = first.new_empty(self._world, len(self._sums), part + shared)
+        for place, (_, value) in enumerate(self._sums):
+            for receiver, piece in enumerate(value[:divided].split(part)):
+                sent[receiver, place, : piece.numel()] = piece
+            sent[:, place, part:] = value[divided:]
+        return sent
 
     def _joined(self, vector: Tensor) -> tuple[Node, Tensor]:
         """The next leaf, added to the sums of the subtrees that it completes."""

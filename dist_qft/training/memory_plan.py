@@ -1,8 +1,8 @@
 """The memory of a rank at its peak, by part, and the smallest shard group and the cheapest change that would fit.
 
-Base, trainables, gradients and moments are exact. What is gathered, activations and workspace are estimates from the
-layers' shapes: they count the results that backward passes need, and no kernel's own buffers. `docs/scaling.md` has
-them beside the live bytes of the real step and beside measured peaks.
+Base, trainables, gradients, moments, casts and what the reduction holds are exact. What is gathered, activations and
+workspace are estimates from the layers' shapes: they count the results that backward passes need, and no kernel's own
+buffers. `docs/scaling.md` has them beside the live bytes of the real step and beside measured peaks.
 """
 
 import os
@@ -54,14 +54,19 @@ class MemoryPlan:
     def parts(self, config: RunConfig, world_size: int, group: int) -> dict[str, int]:
         """Bytes of each part on the fullest rank."""
         engine, device = engine_of(config), planned_device(config.sharding.device).type
-        reduction = PlannedReduction(config, self._trainable, world_size, 1)
-        fullest = self._fullest(config, engine)
+        train = config.train
+        accumulation = max(1, train.global_batch_size // (train.per_device_train_batch_size * world_size))
+        reduction = PlannedReduction(config, self._trainable, world_size, accumulation)
+        fullest = self._fullest(config, engine, reduction)
+        in_16_bits = device == "cuda" and self._through_base and self.sizes.itemsize == 2
         return {
             "base": sum(engine.part_bytes(tensor, group) for tensor in self._tensors),
             "gathered": fullest["gathered"],
             "trainables": reduction.buffer_bytes,
             "gradients": reduction.buffer_bytes + reduction.header_bytes,
             "moments": reduction.optimizer_bytes,
+            "casts": 2 * self._trainable if in_16_bits else 0,  # of adapters, once per step (`AdapterSet.cast_once`)
+            "reduction": fullest["reduction"],
             "activations": fullest["activations"],
             "workspace": fullest["workspace"],
             "allocator": int(_HOLES * asked_for(config, self.sizes)) if device == "cpu" and _leaves_holes() else 0,
@@ -79,8 +84,8 @@ class MemoryPlan:
     def peak(self, config: RunConfig, world_size: int, group: int) -> int:
         return sum(self.parts(config, world_size, group).values())
 
-    def _fullest(self, config: RunConfig, engine: Engine) -> dict[str, int]:
-        """Bytes gathered, kept and worked with at the fullest time of a step.
+    def _fullest(self, config: RunConfig, engine: Engine, reduction: PlannedReduction) -> dict[str, int]:
+        """Bytes gathered, kept, worked with and held by the reduction at the fullest time of a step.
 
         A unit is there twice when it has just been gathered: as it came, and in its parameters. In a layer's backward
         pass fsdp has the next one as it came; zero has what it may gather ahead.
@@ -98,12 +103,14 @@ class MemoryPlan:
             layers = sizes.layer_bytes + int(config.sharding.prefetch_megabytes * 2**20)
         elif not config.sharding.reshard_after_forward:
             layers, whole = 0, sizes.packed
+        held, device = reduction.held_bytes, planned_device(config.sharding.device).type
         times = (
-            (whole + 2 * table, kept.at_head, 0),
-            (whole + table, kept.at_head, logits),
-            (whole + layers, kept.in_layer, product),
+            (whole + 2 * table, kept.at_head, 0, held),
+            (whole + table, kept.at_head, logits, held),
+            (whole + layers, kept.in_layer, product, held + reduction.received_bytes(device)),
+            (whole, 0, 0, reduction.exchange_bytes),
         )
-        return dict(zip(("gathered", "activations", "workspace"), max(times, key=sum), strict=True))
+        return dict(zip(("gathered", "activations", "workspace", "reduction"), max(times, key=sum), strict=True))
 
     def smallest_group(self, config: RunConfig, place: Placement, limit: int) -> int:
         """The fewest ranks per shard group whose plan is within `limit` bytes; all ranks if none is.

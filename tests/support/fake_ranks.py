@@ -53,7 +53,8 @@ class Rehearsal:
         received: bytes of the base that this rank receives in each micro-batch, from the tensors' sizes.
         memory: bytes held after the step, by the plan's names of the parts.
         passing: with fake tensors, the most bytes of tensors that the step made and held at once, without the moments:
-            gathered weights, activations and workspace. No allocator's holes are in it. 0 otherwise.
+            gathered weights, activations, workspace and what the reduction holds. No allocator's holes are in it. 0
+            otherwise.
     """
 
     micro_batches: list[list[tuple[str, str, int]]]
@@ -65,7 +66,7 @@ class Rehearsal:
 
 def planned_passing(plan: RunPlan) -> int:
     """The plan's figure for `Rehearsal.passing`."""
-    return sum(plan.memory[part] for part in ("gathered", "activations", "workspace"))
+    return sum(plan.memory[part] for part in ("gathered", "activations", "workspace", "reduction"))
 
 
 def rehearse(
@@ -81,7 +82,7 @@ def rehearse(
     spec = make_spec(config, base)
     mode = FakeTensorMode(allow_non_fake_inputs=True) if fake else None
     count = accumulation_steps(config, world_size)
-    with _one_of_many(rank, world_size), patch.dict(os.environ, {key: str(value) for key, value in place.items()}):
+    with one_of_many(rank, world_size), patch.dict(os.environ, {key: str(value) for key, value in place.items()}):
         with mode or nullcontext(), _Unread():
             parts = assemble(config, base, spec, CPU, cast(Any, object()))
             group = new_group(CPU, 1.0)
@@ -157,7 +158,7 @@ def _marks_of_micro_batches(
 
 
 @contextmanager
-def _one_of_many(rank: int, world_size: int) -> Iterator[None]:
+def one_of_many(rank: int, world_size: int) -> Iterator[None]:
     """A process group of `world_size` ranks that are not there."""
     make_group = dist.new_group
     with ExitStack() as stack:

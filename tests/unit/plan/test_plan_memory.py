@@ -42,6 +42,12 @@ def test_memory_by_part_and_what_would_fit(tmp_path):
     assert plan.fits and plan.remedy is None and plan.peak_bytes == sum(plan.memory.values())
     exact = {"trainables": 4, "gradients": 4, "moments": 1}  # 8 bytes of moments over 8 ranks
     assert {part: plan.memory[part] / plan.trainable_parameters for part in exact} == pytest.approx(exact, rel=1e-4)
+    casts = [
+        plan.memory["casts"],
+        of(80, "train.precision=float32").memory["casts"],
+        of(80, "method={name: qst}").memory,
+    ]
+    assert casts[:2] == [2 * plan.trainable_parameters, 0] and casts[2]["casts"] == 0
     assert plan.memory["base"] == plan.base_bytes_per_rank
     assert plan.load_peak_bytes == plan.memory["base"] + plan.memory["runtime"] < plan.peak_bytes
     checkpointed = of(80, "train.gradient_checkpointing=true")

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from transformers import (
     Gemma3TextConfig,
     GPTNeoXConfig,
@@ -15,9 +16,12 @@ from transformers import (
     Qwen3Config,
 )
 
+from dist_qft.config.load import change_config
 from dist_qft.config.schema import RunConfig
 from dist_qft.plan import make_plan, planned_base
-from tests.support.fake_ranks import planned_passing, rehearse
+from dist_qft.training.fixed_tree import FixedTree
+from dist_qft.training.planned_reduction import PlannedReduction
+from tests.support.fake_ranks import LiveBytes, one_of_many, planned_passing, rehearse
 from tests.support.tiny_model import tiny_llama_config
 
 NF4 = {"linear": "nf4", "block": [64], "double_quant": True}
@@ -93,20 +97,25 @@ SHAPE = {"hidden_size": 1024, "num_hidden_layers": 3, "num_attention_heads": 16,
 SHAPE |= {"intermediate_size": 3072, "max_position_embeddings": 2048}
 
 
-def passing(folder: Path, model: PretrainedConfig, method: str, engine: str, checkpointing: bool, precision: str):
-    """Planned bytes of gathered weights, activations and workspace, and those of the step."""
+def passing(
+    folder: Path, model: PretrainedConfig, method: str, engine: str, checkpointing: bool, precision: str, **changes: Any
+):
+    """Planned bytes of gathered weights, activations, workspace and the reduction, and those of the step."""
     model.save_pretrained(folder)
     train = {"max_steps": 1, "global_batch_size": 8, "precision": precision, "gradient_checkpointing": checkpointing}
+    train |= changes.get("train", {})
     config = RunConfig.model_validate(
         {
             "output_dir": "unused",
             "model": {"path": str(folder)},
             "data": {"train": {"path": "unused"}, "max_length": 2048},
-            "sharding": {"engine": engine, "device": "cpu"},
+            "sharding": {"engine": engine, "device": "cpu", **changes.get("sharding", {})},
             "train": train,
             **METHODS[method],
         }
     )
+    if "rank" in changes:
+        config = change_config(config, {"method.rank": changes["rank"]})
     base = planned_base(config)
     planned = planned_passing(make_plan(config, 8, base=base))
     return planned, rehearse(config, base, 8, fake=True).passing
@@ -117,6 +126,52 @@ def test_what_passes_through_memory_is_the_plans(tmp_path, method, engine, check
     model = tiny_llama_config(**SHAPE, num_key_value_heads=4, vocab_size=32768)
     planned, found = passing(tmp_path, model, method, engine, checkpointing, precision)
     assert planned == pytest.approx(found, rel=0.05)
+
+
+def test_what_the_reduction_holds_is_in_it(tmp_path):
+    """Of many trainables: two copies of the gradient while backward runs; on CPUs, what other ranks have sent."""
+    model = tiny_llama_config(**SHAPE, num_key_value_heads=4, vocab_size=4096)
+    batch = {"train": {"global_batch_size": 32}}
+
+    def of(**changes: Any) -> tuple[int, int]:
+        return passing(tmp_path, model, "qlora", "replicated", True, "bfloat16", rank=512, **changes)
+
+    (planned, found), summed = of(**batch), of(**batch, sharding={"gradient_sum": "invariant"})
+    assert summed[0] - planned == pytest.approx(summed[1] - found, rel=0.01) and summed[0] > 2.5 * planned
+    # The fewer activations are left, the more has been received: the plan counts the most of both.
+    spread = of(train={"shard_optimizer": True}, sharding={"bucket_megabytes": 1})
+    assert 0.5 * (spread[0] - planned) < spread[1] - found < spread[0] - planned
+
+
+@pytest.mark.parametrize("spread", [True, False])
+@pytest.mark.parametrize("accumulation", [1, 2, 3, 5, 6, 8])
+def test_the_fixed_tree_holds_and_exchanges_what_the_plan_says(spread, accumulation):
+    ranks, trainable = 4, 10_000
+    config = RunConfig.model_validate(
+        {
+            "output_dir": "unused",
+            "model": {"path": "unused"},
+            "sharding": {"gradient_sum": "invariant"},
+            "train": {"shard_optimizer": spread},
+        }
+    )
+    planned = PlannedReduction(config, trainable, ranks, accumulation)
+    values = planned.buffer_bytes // 4
+    vector = torch.zeros(values + (1 if spread else planned.header_bytes // 4))
+    held, exchanged = [], []
+    for rank in range(ranks):
+        with one_of_many(rank, ranks), LiveBytes() as live:
+            tree = FixedTree(accumulation)
+            for _ in range(accumulation - 1):
+                tree.add(vector)
+            held.append(live.peak)
+            if spread:
+                tree.reduce_scatter(vector, values // ranks, shared=1)
+            else:
+                tree.reduce(vector)
+            exchanged.append(live.peak)
+    assert max(held) == planned.held_bytes
+    assert max(exchanged) == pytest.approx(max(planned.exchange_bytes, max(held)), rel=1e-3)
 
 
 @pytest.mark.parametrize(
