@@ -79,7 +79,9 @@ class SideNetwork(HookedTrainables):
         self.alpha = nn.Parameter(torch.ones(out_width) if released else torch.ones(()))
         for index, layer in enumerate(self.layers):
             layer.register_forward_pre_hook(self._mix_hook(index))
-        self._states: BaseStates | None = None  # of the forward pass that is going on
+        # Of the forward pass that is going on, and the side network's state below its first layer.
+        self._states: BaseStates | None = None
+        self._below: Tensor | None = None
         self._collected: list[Tensor] = []
 
     @classmethod
@@ -137,15 +139,16 @@ class SideNetwork(HookedTrainables):
         self._states = states
         # Products in the compute dtype; the narrow residual stream, norms and the mix stay fp32.
         with nullcontext() if dtype == torch.float32 else torch.autocast(states.last.device.type, dtype=dtype):
+            self._below = self._narrow(0, states.layers[0])
             output = self.decoder(
-                inputs_embeds=self._narrow(0, states.layers[0]),
+                inputs_embeds=self._below,
                 position_ids=position_ids,
                 past_key_values=cache,
                 use_cache=cache is not None,
                 **more,
             )
             side = self.upsample(output.last_hidden_state)
-        self._states = None
+        self._states = self._below = None
         share = torch.sigmoid(self.alpha) if self.settings.compat == "released" else self.alpha
         return (share * states.last.float() + (1.0 - share) * side.float()).to(dtype)
 
@@ -157,8 +160,8 @@ class SideNetwork(HookedTrainables):
         def mix_in(layer: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
             # Whatever the decoder did to its input embeddings (scale, positions) is the base's business.
             states = self._states
-            assert states is not None, "the side decoder runs only inside forward"
-            below = args[0] if index else self._narrow(0, states.layers[0])
+            below = args[0] if index else self._below
+            assert states is not None and below is not None, "the side decoder runs only inside forward"
             gate = torch.sigmoid(self.gates[index])
             return ((1.0 - gate) * self._narrow(index, states.layers[index + 1]) + gate * below, *args[1:])
 

@@ -65,6 +65,16 @@ def test_logits_start_at_the_base_bit_for_bit(folder, family):
         assert torch.equal(base.model(input_ids=ids).logits, expected)
 
 
+def test_each_state_is_narrowed_once(folder):
+    """Also what enters the first layer, which the decoder is given and the first mix takes."""
+    base, ids = load_whole(folder("llama")), some_ids(1, 8)
+    side, calls = side_network(base), []
+    for module in side.downsamples:
+        module.register_forward_hook(lambda module, args, output: calls.append(args[0].data_ptr()))
+    hidden(base, ids)
+    assert len(calls) == len(set(calls)) == len(side.layers) + 1
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("downsample", DOWNSAMPLES)
 def test_every_downsample_starts_at_the_base_in_either_precision(folder, downsample, dtype):
