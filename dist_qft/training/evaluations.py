@@ -23,6 +23,7 @@ class Evaluations:
         self.tuned: HeldOut | None = None
         self._inputs, self._parts, self._monitor = inputs, parts, monitor
         self._data = inputs.data.eval
+        self._newest: tuple[int, HeldOut] | None = None  # of the tuned model: after which step, and the result
 
     def evaluate_base(self, known: BaseEvaluation | None, step: int, stop: StopSignal, *, trained: bool) -> None:
         """Measure the bare base, or take a known result where the held-out data are the same.
@@ -46,8 +47,15 @@ class Evaluations:
         return BaseEvaluation(self._data_digest, self.base.loss, self.base.tokens, self.base.metrics)
 
     def evaluate_tuned(self, step: int, stop: StopSignal) -> None:
-        """Measure the tuned model and have it answer the prompts, at the end of the run."""
-        self.tuned = self.measure("tuned", step, stop)
+        """Measure the tuned model and have it answer the prompts, at the end of the run.
+
+        A run that has stopped early has just been measured, though not row by row.
+        """
+        if self._newest is not None and self._newest[0] == step and not self._inputs.keep_rows:
+            self.tuned = self._newest[1]
+            self._tell("tuned", self.tuned)
+        else:
+            self.tuned = self.measure("tuned", step, stop)
         self.answer_prompts("tuned", step)
 
     def measure(self, which: str, step: int, stop: StopSignal) -> HeldOut | None:
@@ -75,9 +83,14 @@ class Evaluations:
         tag = "base" if which == "base" else "eval"
         values = {"loss": held_out.loss, **held_out.figures}
         self._monitor.scalars(step, {f"{tag}/{name}": value for name, value in values.items()})
+        self._tell(which, held_out)
+        if which != "base":
+            self._newest = step, held_out
+        return held_out
+
+    def _tell(self, which: str, held_out: HeldOut) -> None:
         figures = "".join(f", {name} {value:.3f}" for name, value in held_out.figures.items())
         self._monitor.say(f"{which}: held-out loss {held_out.loss:.4f}{figures}")
-        return held_out
 
     def answer_prompts(self, which: str, step: int) -> None:
         """Have the model as it stands answer the config's prompts; `which` heads the answers."""

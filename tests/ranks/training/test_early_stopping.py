@@ -16,14 +16,15 @@ def steps_in_summary(run_dir: Path) -> int:
 
 
 def test_keep_best_keeps_the_checkpoint_of_the_lowest_held_out_loss_beside_the_newest(pools, tiny_llama, tmp_path):
-    """A learning rate at which the loss falls at first and then explodes, a save every step, two kept."""
+    """Two rows that are learned by heart: the held-out loss rises soon. A save every step, two kept."""
+    few, held_out = write_data(tmp_path / "few.jsonl", 2), write_data(tmp_path / "held_out.jsonl", 12)
     config = tiny_config(
         tiny_llama,
         tmp_path / "run",
-        train={"max_steps": 8, "learning_rate": 0.5, "max_grad_norm": None, "lr_scheduler_type": "constant"},
+        train={"max_steps": 8, "learning_rate": 0.03, "max_grad_norm": None, "lr_scheduler_type": "constant"},
         checkpoint={"save_steps": 1, "save_total_limit": 2, "keep_best": True},
         evaluation={"eval_steps": 1},
-        data={"eval_samples": 10},
+        data={"train": {"path": str(few)}, "eval": {"path": str(held_out)}},
     )
     assert [outcome.error for outcome in pools[2].run(attempt, config=config)] == ["", ""]
     metrics = [json.loads(line) for line in (tmp_path / "run" / METRICS_FILE).read_text().splitlines()]
@@ -46,6 +47,10 @@ def test_a_run_that_gets_no_better_ends_early_and_stays_ended(pools, tiny_llama,
     )
     for resume in (None, "auto"):
         assert [outcome.error for outcome in pools[2].run(attempt, config=config, resume=resume)] == ["", ""]
+        # The last step is evaluated once: its model is the tuned one.
+        metrics = [json.loads(line) for line in (tmp_path / "run" / METRICS_FILE).read_text().splitlines()]
+        losses = [record["eval/loss"] for record in metrics if "eval/loss" in record and record["step"] == 3]
+        assert losses == [json.loads((tmp_path / "run" / SUMMARY_FILE).read_text())["tuned_eval_loss"]]
         (path,) = list_checkpoints(tmp_path / "run")
         state = read_checkpoint(path).state
         assert (state.step, state.best_step, state.stopped_early) == (3, 1, True)
