@@ -215,12 +215,20 @@ class HeadLosses(NamedTuple):
     by_rows: RowGradient | None = None
 
     def of(self, hidden: Tensor, positions: Tensor, count: int | None = None) -> Tensor:
-        """The losses as a function of `hidden` (batch, length, dim), of tokens the first `count`, at `positions`."""
+        """The losses as a function of `hidden` (batch, length, dim), of tokens the first `count`, at `positions`.
+
+        Those behind the tokens that have a gradient are constants.
+        """
         losses = self.losses if count is None else self.losses[:count]
         if self.gradient is None:
             return losses
+        rest = losses.new_empty(0)
+        if losses.dim() and len(self.gradient) < len(losses):
+            losses, rest = losses[: len(self.gradient)], losses[len(self.gradient) :]
+            positions = positions[: len(self.gradient)]
         losses = _KnownGradient.apply(hidden, losses, positions, self.gradient)
-        return losses if self.by_rows is None else self.by_rows.given_to(losses)
+        losses = losses if self.by_rows is None else self.by_rows.given_to(losses)
+        return torch.cat([losses, rest]) if len(rest) else losses
 
 
 HeadLoss = Callable[[Tensor, Tensor, bool], tuple[Tensor, Tensor | None] | HeadLosses]
@@ -259,7 +267,12 @@ class TokenHead(Protocol):
 
 
 def token_losses_at(
-    hidden: Tensor, reference: Tensor | None, positions: Tensor, targets: Tensor, head: TokenHead
+    hidden: Tensor,
+    reference: Tensor | None,
+    positions: Tensor,
+    targets: Tensor,
+    head: TokenHead,
+    with_gradient: int | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Cross entropy of each token that has a target, differentiable by `hidden`; of `reference` as well.
 
@@ -269,15 +282,18 @@ def token_losses_at(
         hidden, reference: (batch, length, dim) last hidden states of two models, or of one.
         positions: (tokens,) int64, in the rows of `hidden` one behind the other.
         targets: (tokens,) int64.
+        with_gradient: the first so many tokens, at least one, are differentiable; by default all are.
 
     Returns:
         (tokens,) float32 each; None without a reference.
     """
     count, width = len(positions), hidden.shape[-1]
     chosen = hidden.detach().reshape(-1, width)[positions]
-    with_gradient = torch.is_grad_enabled() and hidden.requires_grad
+    differentiable = 0
+    if torch.is_grad_enabled() and hidden.requires_grad:
+        differentiable = count if with_gradient is None else with_gradient
     if reference is not None:
         chosen = torch.cat([chosen, reference.reshape(-1, width)[positions]])
         targets = torch.cat([targets, targets])
-    found = head.token_losses(chosen, targets, count if with_gradient else 0, len(chosen) - count)
+    found = head.token_losses(chosen, targets, differentiable, len(chosen) - count)
     return found.of(hidden, positions, count), None if reference is None else found.losses[count:]

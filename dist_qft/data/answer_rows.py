@@ -24,6 +24,7 @@ class Answers:
         share: terms of the step per token that is predicted of better answers with their prompts: its weight.
         desirable: (count,) bool of rated answers.
         cycled: second rows that hold another sample's answer.
+        first_targets: targets of the first rows, which come before all others.
     """
 
     count: int
@@ -31,6 +32,7 @@ class Answers:
     share: float = 1.0
     desirable: torch.Tensor | None = None
     cycled: int = 0
+    first_targets: int | None = None
 
     def moved(self, move: Callable[[torch.Tensor], torch.Tensor]) -> Self:
         """The same with its tensors moved."""

@@ -224,7 +224,9 @@ def _collate_answers(dataset: TokenDataset, row_ids: list[int], num_rows: int, i
             predicted = True if compared.with_prompts and start == 0 else row.targets[1:]
             targets[i, : size - 1] = np.where(predicted, row.tokens[1:], IGNORED)
     labels = None if dataset.labels is None else torch.from_numpy(dataset.labels[row_ids] > 0)
-    answers = Answers(len(row_ids), torch.from_numpy(in_answer[targets != IGNORED]), share, labels, compared.cycled)
+    of_answers = torch.from_numpy(in_answer[targets != IGNORED])
+    first_targets = int((targets[:num_rows] != IGNORED).sum())
+    answers = Answers(len(row_ids), of_answers, share, labels, compared.cycled, first_targets)
     positions = torch.arange(length).repeat(shape[0], 1)
     tensors = torch.from_numpy(input_ids), torch.from_numpy(targets), positions
     return MicroBatch.of(*tensors, index, tuple(row_ids), answers=answers)

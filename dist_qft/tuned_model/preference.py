@@ -52,10 +52,16 @@ class _Preference(LanguageTask):
         if self.reference is not None:
             self.reference.detach()
 
-    def _log_probabilities(self, hidden: Tensor, batch: MicroBatch) -> tuple[Tensor, Tensor | None]:
-        """Of every target, (tokens,): of the tuned model, and of the reference."""
+    def _log_probabilities(
+        self, hidden: Tensor, batch: MicroBatch, with_gradient: int | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Of every target, (tokens,): of the tuned model, and of the reference.
+
+        with_gradient: targets, the first ones, that are differentiable; all by default.
+        """
         reference = None if self.reference is None else self.reference.take()
-        own, beside = token_losses_at(hidden, reference, batch.target_positions, batch.target_ids, self.base.head)
+        positions, targets = batch.target_positions, batch.target_ids
+        own, beside = token_losses_at(hidden, reference, positions, targets, self.base.head, with_gradient)
         return -own, None if beside is None else -beside
 
     def _sums(self, batch: MicroBatch, figures: Sequence[Tensor], trained: Tensor | None = None) -> Tensor:
@@ -121,7 +127,8 @@ class Kto(_Preference):
         """See `Task`."""
         answers, config = batch.answers, self.config
         assert answers is not None and answers.desirable is not None, "rows of rated answers"
-        own, beside = self._log_probabilities(hidden, batch)
+        # The KL is a constant of the loss, so its rows need none of the head's gradient.
+        own, beside = self._log_probabilities(hidden, batch, answers.first_targets)
         assert beside is not None, "made with a reference"
         sums = per_row(own, hidden, batch)
         ratios, half = sums - per_row(beside, hidden, batch), len(sums) // 2

@@ -143,6 +143,30 @@ def test_a_reference_beside_has_the_rows_of_the_base(folder_of, family, training
     stream.detach()
 
 
+@pytest.mark.parametrize("first", [1, 9])
+@pytest.mark.parametrize("reference", [False, True])
+def test_losses_of_which_the_first_alone_are_differentiable(folder_of, first, reference):
+    """The same losses, and of the first the same gradients, by states and by rows; the others are constants."""
+    base = open_base(folder_of("llama"), QUANTIZED["affine4"])
+    adapters = with_rows(base)
+    ids, positions, targets = some_tokens()
+    places = (targets.flatten() >= 0).nonzero()[:, 0]
+    labels = targets.flatten()[places]
+    with torch.no_grad():
+        states = base.hidden_states(ids, positions)
+    leaves = [states.clone().requires_grad_(), adapters.token_rows.deltas["lm_head"]]
+    beside = states if reference else None
+    every, _ = token_losses_at(leaves[0], beside, places, labels, base.head)
+    some, _ = token_losses_at(leaves[0], beside, places, labels, base.head, first)
+    torch.testing.assert_close(some, every, rtol=1e-5, atol=1e-6)
+    weights = torch.linspace(-1, 1, len(labels))
+    found = torch.autograd.grad((weights * some).sum(), leaves)
+    expected = torch.autograd.grad((weights * every)[:first].sum(), leaves)
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
+        assert one.abs().max() > 0
+
+
 def test_rows_in_16_bits_are_rounded_once(folder_of):
     base = open_base(folder_of("llama"), QUANTIZED["nf4 twice"], torch.bfloat16)
     table = base.embedding
