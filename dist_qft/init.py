@@ -51,7 +51,7 @@ GOALS = {
         "One 4-bit model that is exactly what was evaluated", "affine4", _QAHIRA, "5.0e-3", "[1, 32]", merge="quantized"
     ),
     "exact-gguf": Goal(
-        "One GGUF file that is exactly what was evaluated; needs a Q4_0, Q4_1 or Q4_K base",
+        "One GGUF file that is exactly what was evaluated; needs a Q4_0 or Q4_1 base",
         "auto",
         _QAHIRA,
         "1.0e-3",

@@ -11,7 +11,7 @@ stop() {
 }
 
 usage() {
-  stop "$1; usage: launch/$script CONFIG [key.sub=value ...] [--resume [auto|PATH]] [--dry-run]"
+  stop "$1; usage: launch/$script CONFIG [key.sub=value ...] [--resume auto|PATH] [--dry-run]"
 }
 
 [[ ${1:--} != -* ]] || usage "the first argument must be a config file"

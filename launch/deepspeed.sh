@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
 # Trains through DeepSpeed's launcher, on this machine or on those of a hostfile (lines such as "node1 slots=8"):
-#   launch/deepspeed.sh CONFIG [key.sub=value ...] [--resume [auto|PATH]] [--dry-run]
+#   launch/deepspeed.sh CONFIG [key.sub=value ...] [--resume auto|PATH] [--dry-run]
 # or runs another verb of `dist-qft` there, with the verb's own arguments, as torchrun.sh does.
 # Environment: ranks.sh lists it; besides
 #   MASTER_PORT   where rank 0 listens (default: a free port on one node, 29500 on several)
-# --dry-run starts no rank: it prints the command and, for train, the plan. The exit code is that of the first failing rank.
+# --dry-run starts no rank: it prints the command and, for train, the plan. A failing rank makes the exit code another than 0.
 set -euo pipefail
 # shellcheck source=launch/ranks.sh
 source "$(dirname "${BASH_SOURCE[0]}")/ranks.sh"

@@ -1,11 +1,12 @@
 #!/usr/bin/env bash
 # Trains through Open MPI or MPICH, on this machine or on those of a hostfile:
-#   launch/mpirun.sh CONFIG [key.sub=value ...] [--resume [auto|PATH]] [--dry-run]
+#   launch/mpirun.sh CONFIG [key.sub=value ...] [--resume auto|PATH] [--dry-run]
 # or runs another verb of `dist-qft` there, with the verb's own arguments, as torchrun.sh does.
 # Environment: ranks.sh lists it; besides
 #   MPIRUN   the MPI's starter (default mpirun; mpiexec.hydra is MPICH's, also beside another MPI)
 # The ranks meet through MPI itself (mpi4py): no address, no port. --dry-run starts no rank: it prints the command and,
-# for train, the plan. The exit code is that of the first failing rank.
+# for train, the plan. The exit code is that of the first failing rank
+# (MPICH: of a rank that a signal ended, the signal's number).
 set -euo pipefail
 # shellcheck source=launch/ranks.sh
 source "$(dirname "${BASH_SOURCE[0]}")/ranks.sh"

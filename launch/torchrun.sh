@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Trains on this machine, or on several if run on each of them:
-#   launch/torchrun.sh CONFIG [key.sub=value ...] [--resume [auto|PATH]] [--dry-run]
+#   launch/torchrun.sh CONFIG [key.sub=value ...] [--resume auto|PATH] [--dry-run]
 # or runs another verb of `dist-qft` there, with the verb's own arguments:
 #   launch/torchrun.sh merge RUN --to gguf
 # Environment, all optional:

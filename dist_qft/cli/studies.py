@@ -45,7 +45,7 @@ def bench(
     every: Annotated[
         bool,
         typer.Option(
-            "--all", help="step, loading, frozen-layer, all-reduce, merge, scaling, mixture and nodes: 45 minutes."
+            "--all", help="step, loading, frozen-layer, all-reduce, merge, scaling, mixture and nodes: 35 minutes."
         ),
     ] = False,
     device: Annotated[str, typer.Option(metavar="cpu|cuda")] = "cpu",

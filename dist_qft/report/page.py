@@ -6,6 +6,7 @@ from pathlib import Path
 from shlex import quote
 from typing import Any
 
+from dist_qft.config.check import merge_obstacle
 from dist_qft.config.load import CONFIG_FILE
 from dist_qft.errors import DistQFTError
 from dist_qft.pages import render
@@ -161,8 +162,8 @@ def next_steps(run: RunRecords) -> Iterator[tuple[str, str]]:
         yield "evaluate the newest checkpoint", f"dist-qft eval {folder}"
         if not run.config.task.predicts_labels:
             yield "talk to the model", f"dist-qft chat {folder}"
-        if run.config.method.name != "qst":
-            yield "write a model of its own", f"dist-qft merge {folder} --to gguf|quantized|dense|peft"
+        if merge_obstacle(run.config) is None:
+            yield "write a model of its own (or --to gguf, quantized, peft)", f"dist-qft merge {folder} --to dense"
     for _, certificate in run.certificates:
         yield (
             "check a merged result against its certificate",

@@ -16,7 +16,7 @@ class SummaryFigures:
 
     Attributes:
         run_id: names the run through all its starts, as its checkpoints have it.
-        base_eval_loss, tuned_eval_loss: mean held-out loss in nats per target; None without held-out data.
+        base_eval_loss, tuned_eval_loss: mean held-out loss in the task's unit; None without held-out data.
         gather_bytes_per_step, reduce_bytes_per_step, tokens_per_second: of this process's own steps on this rank;
             None if it ran none.
         base_bytes_per_rank, peak_rss_bytes, peak_device_bytes: of the rank with the most; the last is None on CPUs.

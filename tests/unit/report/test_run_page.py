@@ -9,7 +9,7 @@ import pytest
 from dist_qft.config.data_schema import TaskConfig
 from dist_qft.config.load import load_config, save_config
 from dist_qft.errors import UserError
-from dist_qft.report.page import write_report
+from dist_qft.report.page import next_steps, write_report
 from dist_qft.report.records import RunRecords
 from dist_qft.training.summary import SummaryFigures
 
@@ -77,6 +77,18 @@ def test_losses_have_the_unit_of_the_task(run, task, unit):
     page = write_report(replace(records, config=records.config.model_copy(update={"task": task}))).read_text()
     assert f"tuned ({unit})" in page and f">{unit}<" in page
     assert ("nats per" in page) == ("nats per" in unit)
+
+
+@pytest.mark.parametrize(
+    ("task", "merges"), [(TaskConfig(), True), (TaskConfig(name="classification", labels=["a", "b"]), False)]
+)
+def test_a_merge_is_offered_where_there_can_be_one(run, task, merges):
+    records = RunRecords.read(run)
+    checkpoints = [run / "checkpoint-2"]
+    config = records.config.model_copy(update={"task": task})
+    commands = [command for _, command in next_steps(replace(records, config=config, checkpoints=checkpoints))]
+    assert (f"dist-qft merge {run} --to dense" in commands) == merges
+    assert not any("|" in command for command in commands)
 
 
 def test_bytes_that_are_no_text_cost_their_own_signs_alone(run):
