@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from dist_qft.methods.adapters.attach import AdapterSet
 from dist_qft.methods.adapters.exact_fold import folded, zeros_of
@@ -49,15 +49,15 @@ def written_zeros(engine: Engine, layers: Iterable[tuple[FrozenWeight, TileAdapt
     except BaseException:
         with suppress(RuntimeError):  # an engine that was interrupted in a pass; the first error counts
             engine.release()
-        _put_back(before)
+        _put_back(engine, before)
         raise
     engine.release()
-    _put_back(before)
+    _put_back(engine, before)
 
 
 @torch.no_grad()
-def _write(engine: Engine, layer: FrozenWeight, adapter: TileAdapter) -> tuple[Tensor, Tensor] | None:
-    """Write this rank's part of a layer's zeros. Returns it with a copy of what it was, None if the part is empty."""
+def _write(engine: Engine, layer: FrozenWeight, adapter: TileAdapter) -> tuple[nn.Parameter, Tensor] | None:
+    """Write this rank's part of a layer's zeros. Returns them with a copy of the part, None if it is empty."""
     target = zeros_of(layer.format)
     parameter = getattr(layer, target.tensor)
     part = engine.local(parameter).view(-1)
@@ -67,10 +67,11 @@ def _write(engine: Engine, layer: FrozenWeight, adapter: TileAdapter) -> tuple[T
     start, _ = engine.span(parameter)
     width = layer.weight_shape[1] // target.block[1]
     part.copy_(folded(copy, start, width, target.block, adapter)[0])
-    return part, copy
+    return parameter, copy
 
 
 @torch.no_grad()
-def _put_back(before: list[tuple[Tensor, Tensor]]) -> None:
-    for part, copy in before:
-        part.copy_(copy)
+def _put_back(engine: Engine, before: list[tuple[nn.Parameter, Tensor]]) -> None:
+    # The parts are asked for again: FSDP2's first forward pass moves short ones to larger storage.
+    for parameter, copy in before:
+        engine.local(parameter).view(-1).copy_(copy)

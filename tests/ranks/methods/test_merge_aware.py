@@ -10,12 +10,13 @@ from torch.utils.checkpoint import checkpoint
 from dist_qft.config.load import load_config
 from dist_qft.errors import UserError
 from dist_qft.methods.adapters.attach import AdapterSet
-from dist_qft.methods.adapters.exact_fold import folded
+from dist_qft.methods.adapters.exact_fold import folded, zeros_of
 from dist_qft.methods.adapters.schedule import TileSettings
 from dist_qft.methods.adapters.tile_adapter import TileAdapter, tile_values
 from dist_qft.quant.affine4 import Affine4
 from dist_qft.quant.frozen import FrozenLinear
 from dist_qft.sharding.replicated import ReplicatedEngine
+from dist_qft.tuned_model.checkpointed import config_of, find_checkpoint, open_checkpointed
 from dist_qft.tuned_model.written_zeros import fixed_values
 from tests.support.tiny_model import tiny_config
 from tests.support.whole_runs import train
@@ -150,6 +151,37 @@ def test_a_merge_of_what_was_trained_so_changes_no_logit(pools, tiny_gguf, tmp_p
     assert certificate["logits"]["perplexity"] == certificate["logits"]["live_perplexity"]
     assert certificate["lossless"] and certificate["weights"]["max_float16_steps"] > 0.3
     assert certificate["summary"].endswith("logits equal the live model's bit for bit")
+
+
+def zeros_around_a_first_pass(path) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """This rank's zeros before and after the first forward pass of the base, which has dW in them."""
+    checkpoint = find_checkpoint(path)
+    parts, _ = open_checkpointed(checkpoint, config_of(checkpoint), torch.device("cpu"))
+    layers = parts.trainables.folded_at_use
+    zeros = [getattr(layer, zeros_of(layer.format).tensor) for layer, _ in layers]
+
+    def own() -> list[torch.Tensor]:
+        return [parts.engine.local(zero).clone() for zero in zeros]
+
+    before, ids = own(), torch.tensor([[1, 2, 3]])
+    with parts.fixed(), torch.no_grad():
+        inside = own()
+        parts.base.hidden_states(ids, torch.arange(3)[None], None)
+    assert not all(map(torch.equal, before, inside)), "nothing was written"
+    return before, own()
+
+
+@pytest.mark.parametrize("engine", ["fsdp", "zero"])
+def test_zeros_of_short_parts_are_put_back_behind_the_first_pass(pools, make_run, tiny_llama, engine):
+    """FSDP2 moves a part that is shorter than others to larger storage: 32 and 64 rows over three ranks."""
+    run = make_run(
+        tiny_llama,
+        quantization={"linear": "affine4", "block": [1, 32]},
+        method={"name": "qahira", "pool": 32, "repeat": 1, "rank": 4, "merge_aware": True},
+        sharding={"engine": engine, "device": "cpu"},
+    )
+    for before, after in pools[3].run(zeros_around_a_first_pass, path=run):
+        assert all(map(torch.equal, before, after))
 
 
 @pytest.mark.parametrize(
