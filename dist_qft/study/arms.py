@@ -6,7 +6,6 @@ from functools import partial
 from statistics import fmean
 from typing import Any, TypeVar
 
-from dist_qft.base_model.skeleton import BaseModel
 from dist_qft.config.data_schema import DatasetConfig
 from dist_qft.config.fault import KeyPath
 from dist_qft.config.load import change_config
@@ -25,7 +24,7 @@ from dist_qft.study.presets import REFERENCE, Variant, preset_variants
 from dist_qft.study.result_file import read_result
 from dist_qft.study.settings import Study
 from dist_qft.study.stages import applies
-from dist_qft.study.study_run import StudyRun
+from dist_qft.study.study_run import StudyRun, label_of
 from dist_qft.study.tuning import Search, as_written, first_values, search, start_of
 from dist_qft.tuned_model.task import head_parameters
 
@@ -38,6 +37,7 @@ class Arms:
     """The reference and all variants of one combination of the axes.
 
     Attributes:
+        label: the name of the combination.
         figures: the names of the figures that its runs will have.
         chosen_by: the figure by which its searches choose.
         searches, waiting: as in `Expansion`, filled while `rows` is walked through.
@@ -50,22 +50,18 @@ class Arms:
         self._reference = placed(study, self._place, lambda: make_spec(config, self._base))
         self._layers = linear_shapes(self._base)
         self._merge = next((stage for stage in study.settings.merge if applies(stage.when, subject)), None)
+        self.label = label_of(subject, config)
         self.figures = FigureNames.of(config, study.settings.tasks, merged=self._merge is not None)
         tune, metric = study.settings.tune, study.settings.metric
         self.chosen_by = metric if tune is None else tune.metric_of(subject, metric)
         self.searches: dict[tuple[str, Variant], Search] = {}
         self.waiting: list[StudyRun] = []
 
-    @property
-    def label(self) -> str:
-        """The name of the combination, as `StudyRun.label`."""
-        return ", ".join(self._subject.values()) or self._config.method.name
-
     def rows(self) -> Iterator[StudyRun]:
         """The runs of the searches, and for every arm whose search has ended a run for each seed."""
         settings = self._study.settings
         for place, variant in self._variants():
-            changed, spec = placed(self._study, place, partial(_with_variant, self._config, variant, self._base))
+            changed, spec = placed(self._study, place, partial(self._varied, variant))
             if self._merge is not None:
                 stage, index = self._merge, settings.merge.index(self._merge)
                 check = partial(require_mergeable, stage, changed, self._base, spec)
@@ -79,7 +75,7 @@ class Arms:
                 if best is None:
                     self.waiting += [self._row(changed, spec, variant, seed) for seed in settings.seeds]
                     continue
-                changed, spec = self._changed(changed, {settings.tune.axis: as_written(best)})
+                changed, spec = self._made(change_config(changed, {settings.tune.axis: as_written(best)}))
             yield from (self._row(changed, spec, variant, seed) for seed in settings.seeds)
 
     def _variants(self) -> Iterator[tuple[KeyPath, Variant]]:
@@ -100,10 +96,6 @@ class Arms:
         tune = self._study.settings.tune
         assert tune is not None
         place: KeyPath = ("tune",)
-        if not self.figures.have(self.chosen_by):
-            raise UserError(
-                f"{self._study.place('tune', 'metric')}: {self.figures.refusal(self.chosen_by, self.label)}"
-            )
         own = placed(self._study, place, partial(change_config, config, tune.set))
         if obstacle := _not_apart(own, config):
             raise UserError(f"{self._study.place('tune', 'set')}: {obstacle}")
@@ -111,8 +103,11 @@ class Arms:
         first = first_values(tune, start)
         found: dict[float, list[StudyRun]] = {}
 
+        def with_value(value: float) -> tuple[RunConfig, TrainableSpec[Any]]:
+            return self._made(change_config(own, {tune.axis: as_written(value)}))
+
         def measured(value: float) -> float | None:
-            tried, spec = placed(self._study, place, partial(self._changed, own, {tune.axis: as_written(value)}))
+            tried, spec = placed(self._study, place, partial(with_value, value))
             further = value not in first
             found[value] = [self._row(tried, spec, key[1], seed, value, further) for seed in tune.seeds]
             results = [read_result(row.folder) for row in found[value]]
@@ -122,7 +117,7 @@ class Arms:
 
         def allowed(value: float) -> bool:
             try:
-                self._changed(own, {tune.axis: as_written(value)})
+                with_value(value)
             except UserError:
                 return False
             return True
@@ -131,10 +126,12 @@ class Arms:
         for rows in found.values():
             yield from rows
 
-    def _changed(self, config: RunConfig, changes: dict[str, Any]) -> tuple[RunConfig, TrainableSpec[Any]]:
-        """A config with other values, and the trainables that they give."""
-        changed = change_config(config, changes)
-        return changed, make_spec(changed, self._skeletons.get(changed))
+    def _varied(self, variant: Variant) -> tuple[RunConfig, TrainableSpec[Any]]:
+        return self._made(with_rules(self._config, variant.rules) if variant.rules else self._config)
+
+    def _made(self, config: RunConfig) -> tuple[RunConfig, TrainableSpec[Any]]:
+        """A config, and the trainables that it gives."""
+        return config, make_spec(config, self._skeletons.get(config))
 
     def _row(
         self,
@@ -193,12 +190,6 @@ def _not_apart(own: RunConfig, compared: RunConfig) -> str | None:
 def _place(dataset: DatasetConfig) -> tuple[str, str | None, str]:
     """Equal for data sets that share rows, whatever number of them each uses."""
     return dataset.path, dataset.name, dataset.split
-
-
-def _with_variant(config: RunConfig, variant: Variant, base: BaseModel) -> tuple[RunConfig, TrainableSpec[Any]]:
-    if variant.rules:
-        config = with_rules(config, variant.rules)
-    return config, make_spec(config, base)
 
 
 def with_rules(config: RunConfig, rules: Sequence[dict[str, Any]]) -> RunConfig:

@@ -21,7 +21,7 @@ from dist_qft.study.rows import Expansion
 from dist_qft.study.run import run_apart, threads_of
 from dist_qft.study.settings import Study
 from dist_qft.study.study_run import StudyRun
-from dist_qft.training.exact_share import ceil_product
+from dist_qft.training.exact_share import run_length
 
 TRIAL_STEPS = 5
 
@@ -100,27 +100,18 @@ def _trials(rows: Sequence[StudyRun], jobs: int) -> list[float | None]:
             results = run_apart(short)
     finally:
         torch.set_num_threads(before)
-    found: list[float | None] = []
-    for row, result in zip(rows, results, strict=True):
-        found.append(None if result.exit_code else _in_full(row.config, result))
-    return found
+    return [None if found.exit_code else _in_full(row.config, found) for row, found in zip(rows, results, strict=True)]
 
 
 def _in_full(config: RunConfig, trial: Result) -> float:
     """Seconds of a run by its trial, whose steps and evaluations it has more of."""
     costs = trial.costs
-    steps = steps_of(config, round(costs["train_rows"]))
+    steps, _ = run_length(config.train, round(costs["train_rows"]))
     # The bare base is evaluated once for many runs: a trial that did so is not typical.
     rest = trial.seconds - TRIAL_STEPS * costs.get("seconds_per_step", 0.0) - costs.get("base_evaluation_seconds", 0.0)
     more = _evaluations(config, steps) - _evaluations(config, TRIAL_STEPS)
     evaluations = more * costs.get("tuned_evaluation_seconds", 0.0)
     return max(rest, 0.0) + steps * costs.get("seconds_per_step", 0.0) + evaluations
-
-
-def steps_of(config: RunConfig, rows: int) -> int:
-    """Optimizer steps of a run that has so many rows of training data."""
-    train = config.train
-    return train.max_steps or -(-ceil_product(train.num_train_epochs, rows) // train.global_batch_size)
 
 
 def _evaluations(config: RunConfig, steps: int) -> int:

@@ -17,7 +17,7 @@ from dist_qft.config.load import change_config
 from dist_qft.config.schema import RunConfig
 from dist_qft.errors import UserError
 from dist_qft.study.arms import Arms, placed
-from dist_qft.study.figure_names import MERGED, TASK, FigureNames
+from dist_qft.study.figure_names import MERGED, TASK
 from dist_qft.study.naming import Skeletons
 from dist_qft.study.presets import Variant
 from dist_qft.study.settings import Study, axis_labels
@@ -58,7 +58,7 @@ def expand_all(study: Study) -> Expansion:
     tried: dict[str, StudyRun] = {}
     searches: dict[tuple[str, Variant], Search] = {}
     waiting: list[StudyRun] = []
-    figures: dict[str, FigureNames] = {}
+    known_arms: dict[str, Arms] = {}  # by label
     skeletons = Skeletons()
     for subject, config in _subjects(study):
         if config.task.prefers:
@@ -66,7 +66,7 @@ def expand_all(study: Study) -> Expansion:
                 f"task.name: got {config.task.name}, must be another in a study, which reports on tokens or labels"
             )
         arms = Arms(study, subject, config, skeletons)
-        figures[arms.label] = arms.figures
+        known_arms[arms.label] = arms
         for row in arms.rows():
             if row.tries is not None:
                 known = tried.setdefault(row.name, row)
@@ -82,31 +82,32 @@ def expand_all(study: Study) -> Expansion:
                 rows[row.name, row.label] = replace(known, variants=variants)
         searches |= arms.searches
         waiting += arms.waiting
-    _require_figures(study, figures)
+    _require_figures(study, known_arms)
     # The further values of a search come behind the first ones of all, whose numbers never change.
     return Expansion([*sorted(tried.values(), key=lambda row: row.further), *rows.values()], searches, waiting)
 
 
-def _require_figures(study: Study, known: Mapping[str, FigureNames]) -> None:
+def _require_figures(study: Study, known: Mapping[str, Arms]) -> None:
     """Refuse figures that no run will have, and a search by questions that are compared; `known` is by label."""
     settings = study.settings
-    if not any(names.have(settings.metric) for names in known.values()):
-        label, names = next(iter(known.items()))
-        raise UserError(f"{study.place('metric')}: {names.refusal(settings.metric, label)}")
+    if not any(arms.figures.have(settings.metric) for arms in known.values()):
+        label, arms = next(iter(known.items()))
+        raise UserError(f"{study.place('metric')}: {arms.figures.refusal(settings.metric, label)}")
     compared = {settings.metric}
     for index, contrast in enumerate(settings.contrasts):
         first, second = contrast.figures(settings.metric)
         for key, label, figure in (("metric", contrast.better, first), ("than_metric", contrast.than, second)):
-            if not known[label].have(figure):
-                raise UserError(f"{study.place('contrasts', index, key)}: {known[label].refusal(figure, label)}")
+            if not (figures := known[label].figures).have(figure):
+                raise UserError(f"{study.place('contrasts', index, key)}: {figures.refusal(figure, label)}")
         if sign_of(first) != sign_of(second):
             raise UserError(
                 f"{study.place('contrasts', index, 'than_metric')}: got '{second}', must be better in the direction "
                 f"in which '{first}' is"
             )
         compared |= {first, second}
-    chosen = [] if settings.tune is None else [each.metric for each in settings.tune.metric] or [settings.metric]
-    for figure in chosen:
+    for label, arms in known.items() if settings.tune is not None else ():
+        if not arms.figures.have(figure := arms.chosen_by):
+            raise UserError(f"{study.place('tune', 'metric')}: {arms.figures.refusal(figure, label)}")
         if figure.removeprefix(MERGED).startswith(TASK) and figure in compared:
             raise UserError(
                 f"{study.place('tune', 'metric')}: got '{figure}', whose questions are compared, must be a figure of "

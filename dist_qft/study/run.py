@@ -34,7 +34,6 @@ from dist_qft.study.runner import LOG_FILE, Runner
 from dist_qft.study.study_run import StudyRun
 
 _POLL_SECONDS = 2.0
-_NEVER = (0, 0)  # no file has this version
 _LOCK = "study.lock"  # in a run's folder: the process that does it; `run.lock` is the run's own
 
 
@@ -99,12 +98,14 @@ class _Work:
 
     def __init__(self, rows: Sequence[StudyRun], retry_failed: bool) -> None:
         self._seen: set[str] = set()
-        failed = [row for row in rows if retry_failed and wanted(row, True) and not wanted(row, False)]
-        self._failed = {row.name: result_version(row.folder) for row in failed}
+        known = [(row, read_result(row.folder)) for row in rows if retry_failed]
+        self._failed = {row.name: result_version(row.folder) for row, result in known if result and result.exit_code}
 
     def wants(self, row: StudyRun) -> bool:
         """True if a run is still to be done; another process may have done it, or have failed once more."""
-        return wanted(row, False) or self._failed.get(row.name, _NEVER) == result_version(row.folder)
+        if row.name in self._failed and self._failed[row.name] == result_version(row.folder):
+            return True
+        return wanted(row, retry_failed=False)
 
     def unseen(self, rows: Sequence[StudyRun], numbers: Sequence[int]) -> list[int]:
         """Those of `numbers` whose runs are still to be done, each run once; from now on they have been seen."""

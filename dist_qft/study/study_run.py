@@ -1,5 +1,6 @@
 """One run of a study: its settings, the variants that it stands for, and its measurements."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -7,6 +8,11 @@ from dist_qft.config.schema import RunConfig
 from dist_qft.harness.tasks import TaskRequest
 from dist_qft.study.presets import Variant
 from dist_qft.study.stages import MergeStage
+
+
+def label_of(subject: Mapping[str, str], config: RunConfig) -> str:
+    """The name of a combination of the axes: its labels, or the method where there is one combination only."""
+    return ", ".join(subject.values()) or config.method.name
 
 
 @dataclass(frozen=True)
@@ -47,7 +53,7 @@ class StudyRun:
     @property
     def label(self) -> str:
         """The name of the combination of the axes."""
-        return ", ".join(self.subject.values()) or self.config.method.name
+        return label_of(self.subject, self.config)
 
     def __str__(self) -> str:
         subject = [f"{axis} {label}" for axis, label in self.subject.items()]

@@ -12,6 +12,7 @@ import psutil
 import torch
 
 from dist_qft.base_model.skeleton import BaseModel
+from dist_qft.config.check import accumulation_steps
 from dist_qft.config.schema import RunConfig
 from dist_qft.ranks.device import planned_device
 from dist_qft.ranks.world import World
@@ -54,9 +55,7 @@ class MemoryPlan:
     def parts(self, config: RunConfig, world_size: int, group: int) -> dict[str, int]:
         """Bytes of each part on the fullest rank."""
         engine, device = engine_of(config), planned_device(config.sharding.device).type
-        train = config.train
-        accumulation = max(1, train.global_batch_size // (train.per_device_train_batch_size * world_size))
-        reduction = PlannedReduction(config, self._trainable, world_size, accumulation)
+        reduction = PlannedReduction(config, self._trainable, world_size, accumulation_steps(config, world_size))
         fullest = self._fullest(config, engine, reduction)
         in_16_bits = device == "cuda" and self._through_base and self.sizes.itemsize == 2
         return {

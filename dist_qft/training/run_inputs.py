@@ -24,7 +24,7 @@ from dist_qft.storage.checkpoint import ADAPTER_MODEL, Checkpoint
 from dist_qft.storage.manifest import sha256_of
 from dist_qft.storage.trainer_state import BaseEvaluation
 from dist_qft.training.best_evaluation import has_waited_enough
-from dist_qft.training.exact_share import ceil_product
+from dist_qft.training.exact_share import run_length
 from dist_qft.training.summary import summarized_steps
 from dist_qft.tuned_model.warm_start import StartingValues
 
@@ -133,13 +133,5 @@ class RunInputs:
         return self.checkpoint is not None and has_waited_enough(self.checkpoint.state, self.config.evaluation)
 
     def length(self) -> tuple[int, int]:
-        """Optimizer steps and data rows of the run.
-
-        `max_steps` uses whole batches; otherwise the run ends with the last epoch's last row, and the places
-        left over in its last batch stay empty.
-        """
-        train = self.config.train
-        if train.max_steps is not None:
-            return train.max_steps, train.max_steps * train.global_batch_size
-        rows = ceil_product(train.num_train_epochs, len(self.data.train))
-        return -(-rows // train.global_batch_size), rows
+        """Optimizer steps and data rows of the run."""
+        return run_length(self.config.train, len(self.data.train))

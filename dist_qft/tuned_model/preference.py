@@ -64,12 +64,10 @@ class _Preference(LanguageTask):
         own, beside = token_losses_at(hidden, reference, positions, targets, self.base.head, with_gradient)
         return -own, None if beside is None else -beside
 
-    def _sums(self, batch: MicroBatch, figures: Sequence[Tensor], trained: Tensor | None = None) -> Tensor:
-        """`TOKENS` and the sums of the figures; `trained` are the tokens that count, if not all targets do."""
-        if trained is None:
-            tokens = torch.full((), float(batch.num_targets), device=batch.target_ids.device)
-        else:
-            tokens = trained.sum().float()
+    def _sums(self, batch: MicroBatch, figures: Sequence[Tensor], trained: int | None = None) -> Tensor:
+        """`TOKENS` and the sums of the figures; so many targets are trained on, or all of them."""
+        count = batch.num_targets if trained is None else trained
+        tokens = torch.full((), float(count), device=batch.target_ids.device)
         return torch.stack([tokens, *(figure.detach().sum().float() for figure in figures)])
 
 
@@ -127,7 +125,7 @@ class Kto(_Preference):
         """See `Task`."""
         answers, config = batch.answers, self.config
         assert answers is not None and answers.desirable is not None, "rows of rated answers"
-        # The KL is a constant of the loss, so its rows need none of the head's gradient.
+        # The KL's rows are measured, not trained on: as a constant of the loss it needs none of the head's gradient.
         own, beside = self._log_probabilities(hidden, batch, answers.first_targets)
         assert beside is not None, "made with a reference"
         sums = per_row(own, hidden, batch)
@@ -144,9 +142,7 @@ class Kto(_Preference):
             *(log_probabilities * wanted, log_probabilities * ~wanted),
             *(wanted, kl * answers.count, torch.full_like(kl, float(answers.count))),
         ]
-        # The KL's rows are measured, not trained on.
-        trained = batch.target_positions < answers.count * hidden.shape[1]
-        return TaskLoss((losses * weights).sum(), sums=self._sums(batch, figures, trained))
+        return TaskLoss((losses * weights).sum(), sums=self._sums(batch, figures, answers.first_targets))
 
     def figures(self, sums: Sequence[float], terms: int) -> dict[str, float]:
         """Means over the answers of each kind; none for a kind that there was none of."""
