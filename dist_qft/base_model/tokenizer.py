@@ -5,7 +5,8 @@ from pathlib import Path
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from dist_qft.base_model.gguf_metadata import quick_metadata
+from dist_qft.base_model.gguf_metadata import MetadataReader, quick_metadata
+from dist_qft.base_model.gguf_splits import use_rules
 from dist_qft.config.schema import ModelConfig, RunConfig
 from dist_qft.data.templates import use_template
 from dist_qft.errors import UserError
@@ -25,6 +26,7 @@ def load_tokenizer(model: ModelConfig) -> PreTrainedTokenizerBase:
         if path.suffix == ".gguf":
             with quick_metadata():
                 found = AutoTokenizer.from_pretrained(str(path.parent), gguf_file=path.name, trust_remote_code=False)
+            _split_as_named(found, path)
         else:
             # Not the default, which is to ask on the terminal.
             found = AutoTokenizer.from_pretrained(model.path, revision=model.revision, trust_remote_code=False)
@@ -37,6 +39,17 @@ def load_tokenizer(model: ModelConfig) -> PreTrainedTokenizerBase:
     if (largest := max(found.get_vocab().values(), default=0)) >= _MOST_IDS:
         raise UserError(f"model.path: '{model.path}': tokenizer: got id {largest}, must be < {_MOST_IDS}")
     return found
+
+
+def _split_as_named(tokenizer: PreTrainedTokenizerBase, path: Path) -> None:
+    """Give a byte-level tokenizer of a GGUF file the rules that the file names."""
+    fields = MetadataReader(path).fields
+    model, name, begins = (
+        fields[key].contents() if (key := f"tokenizer.ggml.{entry}") in fields else None
+        for entry in ("model", "pre", "add_bos_token")
+    )
+    if model == "gpt2":
+        use_rules(tokenizer, "default" if name is None else name, begins)
 
 
 def run_tokenizer(config: RunConfig) -> PreTrainedTokenizerBase:

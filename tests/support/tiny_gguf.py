@@ -190,7 +190,7 @@ def add_metadata(writer: gguf.GGUFWriter, config) -> None:
     special = set(tokenizer.all_special_tokens)
     normal, control = gguf.TokenType.NORMAL, gguf.TokenType.CONTROL
     writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre("default")
+    writer.add_tokenizer_pre("gpt-2")
     writer.add_token_list([token for token, _ in tokens])
     writer.add_token_types([control if token in special else normal for token, _ in tokens])
     writer.add_token_merges(_merges(tokenizer))
