@@ -11,7 +11,8 @@ A program has WIDTH columns of one row, as (chunks, CHUNK). The columns of a chu
 loaded once for them. A chunk is what a thread stores at once, 16 bytes, or less where blocks are narrower.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 import triton
@@ -150,32 +151,32 @@ def _nf4_nested_kernel(
 def dequantize_affine4(packed: Mapping[str, Tensor], block: tuple[int, int], group: int, out: Tensor) -> None:
     """Write the weight into the contiguous `out` (rows, columns) of any float dtype; `group` is the packing's."""
     tensors = [packed[name].contiguous() for name in ("codes", "scale", "zero")]
-    _affine4_kernel[_grid(out)](*tensors, out, out.shape[1], *block, group, **sizes(out.dtype, block[1]))
+    _launch(_affine4_kernel, tensors, out, *block, group, **sizes(out.dtype, block[1]))
 
 
 def dequantize_affine4_gathered(packed: Mapping[str, Tensor], width: int, out: Tensor) -> None:
     """Write the weight into the contiguous `out` (rows, columns) of any float dtype; `width` is the packing's."""
     tensors = [packed[name].contiguous() for name in ("codes", "scale", "zero", "group")]
     groups = tensors[1].shape[1]
-    _affine4_gathered_kernel[_grid(out)](*tensors, out, out.shape[1], groups, width, WIDTH=_width(out.dtype))
+    _launch(_affine4_gathered_kernel, tensors, out, groups, width, WIDTH=_width(out.dtype))
 
 
 def dequantize_q8_0(packed: Mapping[str, Tensor], block: int, out: Tensor) -> None:
     """Write the weight into the contiguous `out` (rows, columns) of any float dtype."""
     tensors = [packed[name].contiguous() for name in ("codes", "scale")]
-    _q8_0_kernel[_grid(out)](*tensors, out, out.shape[1], block, **sizes(out.dtype, block))
+    _launch(_q8_0_kernel, tensors, out, block, **sizes(out.dtype, block))
 
 
 def dequantize_affine8(packed: Mapping[str, Tensor], block: int, out: Tensor) -> None:
     """Write the weight into the contiguous `out` (rows, columns) of any float dtype."""
     tensors = [packed[name].contiguous() for name in ("codes", "scale", "zero")]
-    _affine8_kernel[_grid(out)](*tensors, out, out.shape[1], block, **sizes(out.dtype, block))
+    _launch(_affine8_kernel, tensors, out, block, **sizes(out.dtype, block))
 
 
 def dequantize_codebook4(codes: Tensor, scale: Tensor, block: int, out: Tensor) -> None:
     """Write the weight into the contiguous `out` (rows, columns) of any float dtype; `scale` is float32 per block."""
     tensors = codes.contiguous(), scale.contiguous()
-    _codebook4_kernel[_grid(out)](*tensors, out, out.shape[1], block, **sizes(out.dtype, block))
+    _launch(_codebook4_kernel, tensors, out, block, **sizes(out.dtype, block))
 
 
 def dequantize_nf4_nested(
@@ -189,8 +190,13 @@ def dequantize_nf4_nested(
     """
     names = ("codes", "absmax_codes", "absmax_absmax", "absmax_offset")
     tensors = [*(packed[name].contiguous() for name in names), dynamic, codebook]
-    given = {**sizes(out.dtype, block), "enable_fp_fusion": False}
-    _nf4_nested_kernel[_grid(out)](*tensors, out, out.shape[1], block, shared, **given)
+    _launch(_nf4_nested_kernel, tensors, out, block, shared, **sizes(out.dtype, block), enable_fp_fusion=False)
+
+
+def _launch(kernel: Any, tensors: Sequence[Tensor], out: Tensor, *numbers: int, **constants: int) -> None:
+    """Run a kernel over the rows of `out`, on its device: Triton takes the current one, which may be another."""
+    with torch.cuda.device_of(out):
+        kernel[_grid(out)](*tensors, out, out.shape[1], *numbers, **constants)
 
 
 def sizes(dtype: torch.dtype, block: int) -> dict[str, int]:

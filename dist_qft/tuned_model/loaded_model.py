@@ -172,5 +172,10 @@ def _process_group(device: torch.device) -> Iterator[None]:
         yield
         return
     alone = World(0, 1, 0, 1, "127.0.0.1", 0, "single")
-    with connect(alone, device, _TIMEOUT_SECONDS):
-        yield
+    current = torch.cuda.current_device() if device.type == "cuda" else None
+    try:
+        with connect(alone, device, _TIMEOUT_SECONDS):
+            yield
+    finally:
+        if current is not None:  # what the caller does next is its own business
+            torch.cuda.set_device(current)

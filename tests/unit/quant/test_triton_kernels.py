@@ -26,9 +26,13 @@ from dist_qft.quant.triton_kernels import (
     dequantize_q8_0,
 )
 
+guarded, device_of = [], torch.cuda.device_of
+torch.cuda.device_of = lambda tensor: guarded.append(tensor) or device_of(tensor)
+
 def check(format, packed, shape, dtype, write):
     out = torch.full(shape, float("nan"), dtype=dtype)
     write(out)
+    assert guarded.pop() is out, "a kernel runs on the device of what it writes"
     expected = format.dequantize(packed, shape, dtype)
     if dtype == torch.bfloat16:  # the interpreter cuts off where a GPU rounds
         expected = format.dequantize(packed, shape, torch.float32)
