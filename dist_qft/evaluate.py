@@ -15,6 +15,7 @@ from dist_qft.errors import UserError
 from dist_qft.methods.specs import make_spec
 from dist_qft.ranks.device import compute_dtype
 from dist_qft.ranks.session import place, session
+from dist_qft.sharding.engines import package_versions
 from dist_qft.storage.checkpoint import ADAPTER_MODEL, Checkpoint, list_checkpoints
 from dist_qft.storage.manifest import sha256_of
 from dist_qft.tuned_model.assemble import assemble
@@ -86,6 +87,7 @@ def _must_match(config: RunConfig, data: Prepared, checkpoint: Checkpoint | None
     """Inputs that must be the same on all ranks, by name."""
     return {
         "config": config.model_dump_json(),
+        "package versions": package_versions(config),
         "held-out data": data.held_out_digest,
         "adapter": sha256_of(checkpoint.path / ADAPTER_MODEL) if checkpoint else "",
     }

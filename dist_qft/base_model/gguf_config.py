@@ -36,6 +36,11 @@ _WITHOUT_EFFECT: dict[str, tuple[float, ...]] = {
     "use_parallel_residual": (False,),
     "leading_dense_block_count": (0,),
 }
+# Settings of configurations, and the layers whose biases they stand for.
+_BIASES = {
+    "attention_bias": ("attn_q", "attn_k", "attn_v", "attn_output"),
+    "mlp_bias": ("ffn_gate", "ffn_up", "ffn_down"),
+}
 # YaRN's further settings. Other values than these are refused, because transformers computes with these.
 _FIXED_SCALING = {"yarn_ext_factor": 1.0, "yarn_attn_factor": 1.0, "yarn_log_multiplier": 0.0}
 
@@ -129,6 +134,10 @@ def complete_config(config: PretrainedConfig, header: GgufHeader) -> PretrainedC
     if header.number(f"{prefix}.rope.dimension_count", 1, 1 << 16, default=head_dim) != head_dim:
         raise UserError(f"{header.path}: rotary embedding of a part of each head is not supported")
     config.head_dim = head_dim
+    # llama.cpp adds the biases that it finds; a Llama's configuration has to say that there are any.
+    for setting, biases in _BIASES.items():
+        if hasattr(config, setting):
+            setattr(config, setting, any(f"blk.0.{bias}.bias" in header.tensors for bias in biases))
     scaling = _scaling(header, prefix, head_dim, _theta(config))
     if scaling:
         config.rope_parameters = {"rope_theta": _theta(config), **scaling}

@@ -1,6 +1,7 @@
 """A GGUF file as a source of weights: its tensors renamed and reordered to Hugging Face's, read by rows."""
 
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -141,11 +142,26 @@ class GgufSource:
                 raise CorruptFileError(f"{self.where}: tensor '{tensor.name}' is {tensor.type}, must be of floats")
             if tensor.type.startswith("I") and tensor.type[1:].isdigit():
                 raise CorruptFileError(f"{self.where}: tensor '{tensor.name}' holds integers ({tensor.type})")
+            if not _is_readable(tensor.type):
+                raise UserError(f"{self.where}: tensor '{tensor.name}' is {tensor.type}, which is not supported")
             heads = self._heads.get(name.split(".")[-2])
             if heads and tensor.shape[0] % (2 * heads):
                 raise CorruptFileError(
                     f"{self.where}: tensor '{tensor.name}' has {tensor.shape[0]} rows, {heads} heads cannot share them"
                 )
+
+
+@cache
+def _is_readable(type_name: str) -> bool:
+    """True if tensors of this type can be read as floats."""
+    import gguf
+
+    kind = gguf.GGMLQuantizationType[type_name]
+    try:
+        gguf.quants.dequantize(np.zeros((1, gguf.GGML_QUANT_SIZES[kind][1]), np.uint8), kind)
+    except NotImplementedError:
+        return type_name in FLOATS
+    return True
 
 
 def _by_expert(name: str, tensor: GgufTensor, experts: int) -> dict[str, GgufTensor]:

@@ -19,6 +19,7 @@ from dist_qft.storage.manifest import sha256_of
 IN_FOLDER = "certificate.json"
 CARD = "README.md"  # is there to be edited, so it is not certified
 VERSION = 1
+_PROGRAMS, _COMPUTE_DTYPE = ("dist-qft", "torch", "transformers"), "compute dtype"
 
 # Zeros have 11 bits. A dW below their steps is rounded away or up, not merged: the certificate then says so.
 SMALL_SHARE = 0.1
@@ -42,12 +43,14 @@ class Findings:
             differ alike.
         logits: distance of the logits that the result's reader computes from the live model's, on the tokens `probe`.
         notes: reasons why the result is not quite the model that was measured; empty if it is.
+        compute_dtype: in which both models made their logits, as `train.precision` names it.
     """
 
     weights: Difference
     logits: LogitDifference
     probe: list[int]
     notes: list[str]
+    compute_dtype: str
 
 
 @dataclass(frozen=True)
@@ -93,7 +96,13 @@ class WeightFigures:
 
 @dataclass(frozen=True)
 class Certificate:
-    """The content of the file. `dtype` is that of a dense result, `versions` are of the programs that wrote it."""
+    """The content of the file.
+
+    Attributes:
+        dtype: of a dense result.
+        versions: of the programs that wrote it, and the dtype that they computed in. Programs from before it was
+            recorded read it, too: they know no other keys than these, but take any version.
+    """
 
     version: int
     summary: str
@@ -109,6 +118,11 @@ class Certificate:
     notes: list[str]
     probe: list[int]
     versions: dict[str, str]
+
+    @property
+    def compute_dtype(self) -> str | None:
+        """As in `Findings`; None if it was not recorded."""
+        return self.versions.get(_COMPUTE_DTYPE)
 
 
 def make_certificate(
@@ -138,7 +152,7 @@ def make_certificate(
         logits=findings.logits,
         notes=findings.notes,
         probe=findings.probe,
-        versions={name: version(name) for name in ("dist-qft", "torch", "transformers")},
+        versions={name: version(name) for name in _PROGRAMS} | {_COMPUTE_DTYPE: findings.compute_dtype},
     )
 
 
@@ -151,11 +165,16 @@ def is_lossless(recipe: Recipe, findings: Findings) -> bool:
     """True if the result differs from the live model only by rounding that is small relative to dW."""
     if findings.notes:
         return False
-    if recipe.kind == "exact" and findings.logits.maximum > 0:  # merge-aware training leaves no distance at all
-        return findings.weights.steps <= 0.5 and findings.weights.share_of_update <= SMALL_SHARE
+    weights = findings.weights
+    if recipe.kind == "exact":
+        # Training with the zeros that are written leaves no distance at all, however much of dW they do not show.
+        merge_aware = all(tile.merge_aware for tile in recipe.tiles.values())
+        if merge_aware and findings.logits.maximum == 0:
+            return True
+        return weights.steps <= 0.5 and weights.share_of_update <= SMALL_SHARE
     if recipe.kind == "lora":
-        return findings.weights.share_of_update <= SMALL_SHARE
-    return recipe.kind == "exact" or (recipe.kind == "dense" and recipe.request.dtype == "float32")
+        return weights.share_of_update <= SMALL_SHARE
+    return recipe.kind == "dense" and recipe.request.dtype == "float32"
 
 
 def summary(recipe: Recipe, findings: Findings, lossless: bool) -> str:

@@ -29,10 +29,11 @@ from dist_qft.methods.adapters.adapter_spec import AdapterSpec, require_tiles, s
 from dist_qft.methods.adapters.schedule import TileSettings
 from dist_qft.methods.trainable import TrainableSpec
 from dist_qft.ranks.collectives import SideGroup
-from dist_qft.ranks.device import compute_dtype, device_for
+from dist_qft.ranks.device import compute_dtype, device_for, dtype_name
 from dist_qft.ranks.preemption import StopSignal
 from dist_qft.ranks.session import session
 from dist_qft.ranks.world import World
+from dist_qft.sharding.engines import package_versions
 from dist_qft.storage.checkpoint import ADAPTER_MODEL, Checkpoint
 from dist_qft.storage.manifest import sha256_of
 from dist_qft.tuned_model.assemble import assemble
@@ -65,6 +66,7 @@ class MergeInputs:
         return {
             "merge request": str(self.recipe.request),
             "config": self.config.model_dump_json(),
+            "package versions": package_versions(self.config),
             "compute dtype": str(self.skeleton.dtype),
             "adapter": sha256_of(self.checkpoint.path / ADAPTER_MODEL),
         }
@@ -165,7 +167,8 @@ def export(
             if written is None:
                 return None
             difference = compare_logits(logits, converted.logits, probe.ids)
-            findings = Findings(total, difference, probe.ids, converted.writer.notes())
+            dtype = dtype_name(live.base.dtype)
+            findings = Findings(total, difference, probe.ids, converted.writer.notes(), dtype)
             certificate = make_certificate(recipe, origin, live.base.fingerprint, findings, written)
             named = live.base.model.generation_config.eos_token_id
             folder = written.is_dir()

@@ -21,8 +21,10 @@ from dist_qft.storage.checkpoint import ADAPTER_MODEL, read_checkpoint
 from dist_qft.storage.manifest import sha256_of
 from dist_qft.tuned_model.loaded_model import whole_on_this_rank
 
-_RELATIVE = 0.05  # another machine or thread count sums in another order
-_OF_LARGEST = 1e-4  # of the largest logit
+# Another machine, device or thread count sums in another order.
+_RELATIVE = 0.05
+_OF_LARGEST = 1e-4  # of the largest logit, in float32
+_STEPS = 4  # of the compute dtype at the largest logit: in 16 bits the order of sums moves a logit by a few
 
 
 @dataclass(frozen=True)
@@ -76,18 +78,19 @@ def verify(path: Path, device: torch.device) -> Verified:
     if not weights.finite or not logits.finite:
         raise NumericError(f"{result}: weights or logits are not finite")
     _require_close(f"{result}: weights", weights.maximum, said.weights.max_difference, 1e-9)
-    slack = _OF_LARGEST * said.logits.largest_logit
+    slack = max(_OF_LARGEST, _STEPS * torch.finfo(live.base.dtype).eps) * said.logits.largest_logit
     _require_close(f"{result}: logits", logits.maximum, said.logits.maximum, slack)
     return Verified(result, weights, logits, said)
 
 
 def _open_live(place: Path, said: Certificate, device: torch.device) -> LiveModel:
-    """The base with the adapters that were merged, and nothing else."""
+    """The base with the adapters that were merged, and nothing else. It computes in the dtype of the merge."""
     checkpoint = read_checkpoint(place.parent / said.adapter.path)
     if sha256_of(checkpoint.path / ADAPTER_MODEL) != said.adapter.sha256:
         raise UserError(f"{checkpoint.path}: not the adapter that was merged into '{said.result.path}'")
     local = place.parent / said.base.path
-    parts, _ = whole_on_this_rank(checkpoint, device, str(local) if local.exists() else said.base.path)
+    base = str(local) if local.exists() else said.base.path
+    parts, _ = whole_on_this_rank(checkpoint, device, base, precision=said.compute_dtype)
     if parts.base.fingerprint != said.base.fingerprint:
         raise UserError(f"{place}: the base at '{said.base.path}' is not the one that was merged into")
     return LiveModel.of(parts)

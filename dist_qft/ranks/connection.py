@@ -14,7 +14,7 @@ import torch.distributed as dist
 from dist_qft.errors import DistQFTError, SetupError
 from dist_qft.ranks import mpi
 from dist_qft.ranks.activity import Activity
-from dist_qft.ranks.device import let_segments_grow
+from dist_qft.ranks.device import let_products_repeat, let_segments_grow
 from dist_qft.ranks.groups import leave_group
 from dist_qft.ranks.launchers import LAUNCHER
 from dist_qft.ranks.network import (
@@ -75,6 +75,7 @@ def _join(world: World, device: torch.device, timeout: timedelta) -> None:
     backend, own = "gloo", None
     if device.type == "cuda":
         let_segments_grow()
+        let_products_repeat()
         # cuDNN's attention plans anew for each length of a row, on the host; flash attention does not.
         os.environ.setdefault("TORCH_CUDNN_SDPA_DEPRIORITIZED", "1")
         torch.cuda.set_device(device)

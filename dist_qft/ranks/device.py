@@ -79,16 +79,23 @@ def let_segments_grow() -> None:
         torch._C._accelerator_setAllocatorSettings(_GROWING)
 
 
-def compute_reproducibly(device: torch.device) -> None:
+def let_products_repeat() -> None:
+    """Give cuBLAS the work space with which its products can be repeated bit by bit. Before the process's first one."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+
+
+def compute_reproducibly(device: torch.device, asked: bool = True) -> None:
     """Have a GPU add in one order: attention's backward pass and cuBLAS's products are otherwise free to choose.
 
-    Before the first product. A CPU does so by itself. An operator without such an order raises RuntimeError: see
-    `order_required`.
+    A CPU does so by itself. An operator without such an order raises RuntimeError: see `order_required`.
+
+    Args:
+        asked: False lets a GPU choose again, after a run of this process that had asked.
     """
     if device.type == "cuda":
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        let_products_repeat()
         # Not `warn_only`: with it flash and memory-efficient attention warn, and add in any order as before.
-        torch.use_deterministic_algorithms(True)
+        torch.use_deterministic_algorithms(asked)
         # Else every new tensor is filled first, one more pass over each dequantized weight.
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # set at run time
 

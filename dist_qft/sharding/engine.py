@@ -70,12 +70,14 @@ class Engine(Protocol):
     Attributes:
         name: `sharding.engine` of the config.
         settings: keys of `config.sharding` that this engine reads and not every engine does.
+        packages: those that it needs besides PyTorch.
         traffic: counts the bytes that this rank has received.
         gathers_in_backward: whether the layers are gathered a second time, for the backward pass.
     """
 
     name: str
     settings: ClassVar[frozenset[str]]
+    packages: ClassVar[tuple[str, ...]]
     traffic: Traffic
     gathers_in_backward: bool
 

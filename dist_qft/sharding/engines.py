@@ -1,5 +1,6 @@
 """The door to the engines: from a name, or a config, to an `Engine`. A new engine is one more entry of `ENGINES`."""
 
+from importlib.metadata import PackageNotFoundError, version
 from typing import Any, Protocol
 
 from dist_qft.config.schema import RunConfig
@@ -15,6 +16,7 @@ class EngineClass(Protocol):
     """A class whose objects are engines."""
 
     settings: frozenset[str]
+    packages: tuple[str, ...]
 
     def __call__(self, *args: Any, **options: Any) -> Engine: ...
 
@@ -39,6 +41,19 @@ def engine_warnings(config: RunConfig) -> list[str]:
         for name in type(sharding).model_fields
         if name in others and changed(sharding, name)
     ]
+
+
+def package_versions(config: RunConfig) -> str:
+    """The packages that compute a run and their versions, which must be the same on all its ranks."""
+    names = ("dist-qft", "torch", "transformers", *_class_of(config.sharding.engine).packages)
+    return ", ".join(f"{name} {_version_of(name)}" for name in names)
+
+
+def _version_of(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "missing"
 
 
 def make_engine(name: str, **options: Any) -> Engine:

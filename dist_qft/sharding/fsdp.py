@@ -70,6 +70,7 @@ class FsdpEngine:
 
     name = "fsdp"
     settings: ClassVar[frozenset[str]] = frozenset({"group", "reshard_after_forward"})
+    packages: ClassVar[tuple[str, ...]] = ()
 
     def __init__(
         self, *, reshard_after_forward: bool = True, group: Setting = "world", timeout_seconds: float = 600

@@ -16,6 +16,7 @@ class ReplicatedEngine:
 
     name = "replicated"
     settings: ClassVar[frozenset[str]] = frozenset()
+    packages: ClassVar[tuple[str, ...]] = ()
     gathers_in_backward = False
 
     def __init__(self) -> None:

@@ -71,6 +71,7 @@ class ZeroEngine:
 
     name = "zero"
     settings: ClassVar[frozenset[str]] = frozenset({"group", "prefetch_megabytes", "offload", "deepspeed_config"})
+    packages: ClassVar[tuple[str, ...]] = ("deepspeed",)
     gathers_in_backward = True
 
     def __init__(
@@ -121,6 +122,7 @@ class ZeroEngine:
         from deepspeed.utils import set_z3_leaf_module
         from deepspeed.utils.timer import NoopTimer
 
+        self._device = device
         self._shards = ShardGroup.make(self._group_setting, device, self._timeout_seconds)
         # The batch size means nothing without a training engine, but DeepSpeed wants one.
         zero = {"stage": 3, "memory_efficient_linear": False, **self.options}
@@ -182,7 +184,8 @@ class ZeroEngine:
         return parts
 
     def gather(self, parameter: nn.Parameter) -> Tensor | None:
-        shards, part = self._shards, _zero(parameter).ds_tensor  # sent as bytes
+        # Sent as bytes, and from the GPU: NCCL does not reach a part that is kept in host memory.
+        shards, part = self._shards, _zero(parameter).ds_tensor.to(self._device)
         if not shards.has_rank_0:
             return None
         if shards.rank != 0:

@@ -66,6 +66,11 @@ class Checkpoint:
             state=replace(self.state),
         )
 
+    def drop_tensors(self) -> None:
+        """Let go of the values, once they have been taken: every rank has read gigabytes for a large adapter."""
+        self.trainables.clear()
+        self.optimizer.clear()
+
     def files(self) -> Iterator[tuple[str, bytes]]:
         """Name and content of each file, one at a time: the moments of a large adapter are gigabytes."""
         yield ADAPTER_CONFIG, (json.dumps(self.adapter_config, indent=1) + "\n").encode()

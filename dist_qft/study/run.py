@@ -77,7 +77,7 @@ def run_rows(
                         if world.rank == 0:
                             write_result(row.folder, result)
                             _tell(number, len(rows), row, result)
-                if stop.requested:
+                if stop.any_rank():
                     raise Preempted("stopped by a signal between two runs; start the study again to go on")
             if further is None:
                 return

@@ -89,8 +89,7 @@ class Runner:
         # A summary of the whole run stands for its results; without them the run is begun anew.
         inputs = gather_inputs(config, "auto", self._world, self._device, self._loaded)
         if inputs.finished:
-            for path in list_checkpoints(row.folder):
-                remove_folder(path)
+            on_rank_0(lambda: _remove_checkpoints(row), self._device)
             inputs = gather_inputs(config, "auto", self._world, self._device, self._loaded)
         # The bare base's answers to prompts are not kept: a run that wants them evaluates it again.
         known = None if row.config.evaluation.prompts else self._evaluations.get(_evaluation_key(row))
@@ -129,10 +128,14 @@ def _keep_asked(row: StudyRun, run: "TrainingRun", merged: Merged | None) -> Non
     scores = {"tuned": tuned.rows if tuned else {}, "merged": merged.held_out.rows if merged else {}}
     write_rows(row.folder, scores)
     if "adapter" not in row.keep:
-        for path in list_checkpoints(row.folder):
-            remove_folder(path)
+        _remove_checkpoints(row)
     if "merged" not in row.keep and merged is not None:
         remove_folder(row.folder / MERGED_FOLDER)
+
+
+def _remove_checkpoints(row: StudyRun) -> None:
+    for path in list_checkpoints(row.folder):
+        remove_folder(path)
 
 
 def _evaluation_key(row: StudyRun) -> str:

@@ -3,6 +3,8 @@
 import uuid
 from pathlib import Path
 
+from torch import Tensor
+
 from dist_qft.ranks.collectives import SideGroup
 from dist_qft.storage.checkpoint import Checkpoint, checkpoint_path
 from dist_qft.storage.lock import FolderLock
@@ -63,21 +65,28 @@ class Checkpointing:
         if checkpoint is not None:
             trained.parts.load_tensors(checkpoint.trainables)
             self._optimizer.load(checkpoint.optimizer, str(checkpoint.path))
+            checkpoint.drop_tensors()
         trained.flat.broadcast()
 
     def save(self) -> None:
         """Have rank 0 write a checkpoint of the present step while training goes on.
 
+        The others wait until it has begun. A disk that is slower than the saves come makes rank 0 wait for the save
+        before: this takes `sharding.rank0_timeout_seconds` at most, and not the shorter timeout of a step's reduction.
+
         Raises:
             NumericError: on all ranks, if the optimizer's state is not finite.
         """
-        trained, inputs = self._trained, self._inputs
         self._optimizer.require_finite(self._state.step)
         optimizer = self._optimizer.gather()
-        if self._saver is None:
-            return
+        if self._saver is not None:
+            self._write(self._saver, optimizer)
+        self._side_group.barrier()
+
+    def _write(self, saver: Saver, optimizer: dict[str, Tensor]) -> None:
+        trained, inputs = self._trained, self._inputs
         self._state.metrics_bytes, self._state.metrics_digest = self._monitor.flush()
-        self._saver.start(
+        saver.start(
             Checkpoint(
                 path=checkpoint_path(inputs.output_dir, self._state.step),
                 adapter_config=adapter_config(inputs.config, trained.parts.base, inputs.spec, inputs.settings),

@@ -2,7 +2,6 @@
 
 import platform
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ from dist_qft.merge.recipe import Recipe
 from dist_qft.methods.trainable import TrainableSpec
 from dist_qft.ranks.world import World
 from dist_qft.sharding.engine import Engine
+from dist_qft.sharding.engines import package_versions
 from dist_qft.storage.checkpoint import ADAPTER_MODEL, Checkpoint
 from dist_qft.storage.manifest import sha256_of
 from dist_qft.storage.trainer_state import BaseEvaluation
@@ -99,7 +99,7 @@ class RunInputs:
             "training data": self.data.train.digest,
             "held-out data": self.data.held_out_digest,
             "checkpoint": f"{state.step} {state.data_chain} {self.finished}" if state else "",
-            "package versions": " ".join(f"{name} {version(name)}" for name in ("dist-qft", "torch", "transformers")),
+            "package versions": package_versions(self.config),
             "Python version": platform.python_version(),
         }
 

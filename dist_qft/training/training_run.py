@@ -53,8 +53,7 @@ class TrainingRun:
         self._ahead = BatchesAhead(self.batches, pin=True) if inputs.device.type == "cuda" else self.batches
         # A group of its own: nobody's timeout but this one's, and no queue behind the engine's gathers.
         self._group = new_group(inputs.device, config.sharding.timeout_seconds)
-        if config.sharding.gradient_sum == "invariant":
-            compute_reproducibly(inputs.device)
+        compute_reproducibly(inputs.device, config.sharding.gradient_sum == "invariant")
         self._step_of_run = make_train_step(
             config,
             parts,

@@ -12,6 +12,7 @@ from dist_qft.errors import UserError
 from dist_qft.ranks.device import compute_dtype
 from dist_qft.ranks.session import place, session
 from dist_qft.ranks.world import World
+from dist_qft.sharding.engines import package_versions
 from dist_qft.storage.checkpoint import ADAPTER_MODEL
 from dist_qft.storage.manifest import sha256_of
 from dist_qft.tuned_model.assemble import Assembled
@@ -50,6 +51,7 @@ def opened_to_answer(
         raise UserError(f"{checkpoint.path}: trained for {config.task.name}, it answers no prompts; use `eval`")
     must_match = {
         "config": config.model_dump_json(),
+        "package versions": package_versions(config),
         "compute dtype": str(compute_dtype(config.train.precision, place(config.sharding)[1])),
         "adapter": sha256_of(checkpoint.path / ADAPTER_MODEL),
         **request,

@@ -50,12 +50,14 @@ def save_tiny_gguf(
     writer = gguf.GGUFWriter(path, "llama")
     add_metadata(writer, config)
     for name, tensor in weights.items():
-        module = name.removesuffix(".weight")
+        module, _, suffix = name.rpartition(".")
+        if suffix == "bias":  # the library begins with zeros, which show nothing
+            tensor = torch.randn(tensor.shape)
         kind = "F32" if tensor.dim() == 1 else tables if module in _OUTER else linears
         kind = (others or {}).get(module.split(".")[-1], kind)
         values = file_rows(module, tensor, config).float().numpy()
         kind = gguf.GGMLQuantizationType[kind]
-        writer.add_tensor(stored_name(module), quantize(values, kind), raw_dtype=kind)
+        writer.add_tensor(stored_name(module, suffix), quantize(values, kind), raw_dtype=kind)
     finish(writer)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
@@ -205,20 +207,19 @@ def _merges(tokenizer) -> list[str]:
     return [merge if isinstance(merge, str) else " ".join(merge) for merge in merges]
 
 
-def stored_name(module: str) -> str:
+def stored_name(module: str, suffix: str = "weight") -> str:
     if module in _OUTER:
-        return f"{_OUTER[module]}.weight"
+        return f"{_OUTER[module]}.{suffix}"
     _, _, block, part = module.split(".", 3)
-    return f"blk.{block}.{_MODULES[part]}.weight"
+    return f"blk.{block}.{_MODULES[part]}.{suffix}"
 
 
 def file_rows(module: str, weight: torch.Tensor, config) -> torch.Tensor:
-    """Rows of q and k as llama.cpp's converter stores them: the two rotary halves of a head alternate."""
+    """Rows of q and k as llama.cpp's converter stores them, biases too: the two rotary halves of a head alternate."""
     heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}.get(module.split(".")[-1])
     if heads is None:
         return weight
-    rows, columns = weight.shape
-    return weight.view(heads, 2, rows // heads // 2, columns).transpose(1, 2).reshape(rows, columns)
+    return weight.unflatten(0, (heads, 2, -1)).transpose(1, 2).reshape(weight.shape)
 
 
 def tensors_of(path: Path) -> dict[str, tuple[str, np.ndarray]]:

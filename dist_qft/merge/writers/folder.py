@@ -91,8 +91,7 @@ class FolderWriter:
             others[name] = stored.read(name) if name in stored else base.model.get_buffer(name).cpu()
         entries = {name: entry for path in self._weights for name, entry in self._form.entries(path).items()}
         entries |= {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in others.items()}
-        published = Path(self._config.model.path).suffix != ".gguf"
-        mixture = bool(base.experts) and self._float_rows is not None and published
+        mixture = bool(base.experts) and self._float_rows is not None
         names = stored.names_in_files(base) if base.wrapped or mixture else {}
         experts = stored.tensors_of_experts(base) if mixture else {}
         for path, tensors in experts.items():

@@ -4,8 +4,12 @@ import gguf
 import numpy as np
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 import dist_qft
+from dist_qft.base_model.gguf_file import GgufSource
+from dist_qft.base_model.weight_files import open_source
+from dist_qft.config.schema import ModelConfig
 from dist_qft.errors import CorruptFileError, UserError
 from dist_qft.merge.verify import run_verify
 from tests.support.merges import GGUF_RUN, merge_run
@@ -74,3 +78,15 @@ def test_a_stack_of_another_number_of_experts_is_refused(tmp_path):
         file.write((3).to_bytes(4, "little"))
     with pytest.raises(CorruptFileError, match=r"ffn_gate_exps.weight' is \[4, 64, 64\], must be a stack of 3 experts"):
         dist_qft.load(path)
+
+
+@pytest.mark.parametrize("architecture", ["qwen3moe", "llama", "qwen2moe"])
+@torch.no_grad()
+def test_a_dense_merge_has_the_tensors_that_such_models_publish(pools, make_run, tmp_path, architecture):
+    """One for each expert and product, as vLLM and others read them; not the stacks of one library."""
+    save_mixture_gguf(tmp_path / "tiny.gguf", architecture, "Q8_0")
+    run, path = make_run(tmp_path / "tiny.gguf", **GGUF_RUN), tmp_path / "merged"
+    pools[2].run(merge_run, source=run, target="dense", path=path, dtype="float32")
+    assert set(open_source(ModelConfig(path=str(path))).names()) == set(GgufSource(tmp_path / "tiny.gguf").names())
+    merged = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+    torch.testing.assert_close(merged(IDS).logits, dist_qft.load(run).logits(IDS), rtol=1e-4, atol=1e-4)

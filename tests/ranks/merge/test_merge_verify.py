@@ -12,6 +12,7 @@ import dist_qft
 from dist_qft.errors import CorruptFileError, UserError
 from dist_qft.merge.certificate_file import certificate_path
 from dist_qft.merge.verify import run_verify
+from dist_qft.ranks.device import CPU_PRECISION
 from dist_qft.storage.checkpoint import ADAPTER_MODEL, list_checkpoints
 from tests.support.merges import GGUF_RUN, digests, merge_run
 
@@ -72,6 +73,12 @@ def test_a_run_in_bfloat16_is_verified_in_bfloat16(pools, make_run, tiny_llama, 
     run = make_run(tiny_llama, **{**GGUF_RUN, "method": method}, train={"precision": "bfloat16"})
     pools[1].run(merge_run, source=run, target=target, path=tmp_path / "merged")
     run_verify(tmp_path / "merged")
+
+
+def test_a_result_is_verified_in_the_dtype_of_its_merge(merged, monkeypatch, capsys):
+    monkeypatch.setenv(CPU_PRECISION, "bfloat16")  # as on another machine, where the run's `auto` means another one
+    run_verify(merged)
+    assert "verified: lossless" in capsys.readouterr().out
 
 
 def test_run_and_result_can_move_together(merged, tmp_path, capsys):

@@ -148,6 +148,21 @@ def test_what_has_no_place_is_refused(tmp_path):
         GgufSource(save_tiny_gguf(tmp_path / "extra.gguf", finish=extra))
 
 
+@pytest.mark.parametrize("kind", ["Q8_1", "Q1_0"])
+def test_a_type_that_cannot_be_read_is_refused(tmp_path, kind):
+    def zeros(values: np.ndarray, kind: gguf.GGMLQuantizationType) -> np.ndarray:
+        block, size = gguf.GGML_QUANT_SIZES[kind]
+        return np.zeros((len(values), values.shape[-1] // block * size), np.uint8)
+
+    def quantize(values: np.ndarray, kind: gguf.GGMLQuantizationType) -> np.ndarray:
+        return zeros(values, kind) if kind.name.endswith(("8_1", "1_0")) else gguf.quants.quantize(values, kind)
+
+    config = tiny_llama_config(intermediate_size=256)
+    path = save_tiny_gguf(tmp_path / "odd.gguf", others={"down_proj": kind}, config=config, quantize=quantize)
+    with pytest.raises(UserError, match=rf"tensor 'blk\.0\.ffn_down\.weight' is {kind}, which is not supported$"):
+        GgufSource(path)
+
+
 FLOAT, BOOL, NUMBER = gguf.GGUFValueType.FLOAT32, gguf.GGUFValueType.BOOL, gguf.GGUFValueType.UINT32
 
 
