@@ -1,4 +1,4 @@
-"""Engine `zero`: DeepSpeed ZeRO-3 over packed bytes. The only file of a run that imports DeepSpeed.
+"""Engine `zero`: DeepSpeed ZeRO-3 over packed bytes. No other file but `deepspeed_start` imports DeepSpeed.
 
 Only the frozen base goes through ZeRO-3; trainables, their reduction and the optimizer stay ours, so of DeepSpeed this
 takes the partitioning and its hooks (`DeepSpeedZeRoOffload`) and no training engine. A parameter is cut flat, over all
@@ -20,9 +20,7 @@ therefore limited to `prefetch_bytes`; with 0 there is no prefetch, and DeepSpee
 """
 
 import math
-import os
 import time
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from importlib.util import find_spec
@@ -36,6 +34,7 @@ from dist_qft.config.deepspeed_file import read_zero_options
 from dist_qft.config.schema import RunConfig
 from dist_qft.errors import UserError
 from dist_qft.ranks.collectives import everywhere
+from dist_qft.sharding.deepspeed_start import gpu_as_local_rank, start_deepspeed
 from dist_qft.sharding.engine import TimedHandle, Traffic, Units, called_as_head, parameter_owners
 from dist_qft.sharding.host_memory import return_freed_memory_between
 from dist_qft.sharding.shard_group import Setting, ShardGroup
@@ -111,7 +110,7 @@ class ZeroEngine:
         if find_spec("deepspeed") is None:
             remedy = "pip install 'dist-qft[deepspeed]'"
             raise everywhere(UserError(f"sharding.engine: zero needs DeepSpeed, which is not installed; {remedy}"))
-        _start_deepspeed(device)
+        start_deepspeed(device)
 
     def shard(self, units: Units, device: torch.device) -> None:
         if self.offload and device.type == "cpu":
@@ -127,7 +126,8 @@ class ZeroEngine:
         # The batch size means nothing without a training engine, but DeepSpeed wants one.
         zero = {"stage": 3, "memory_efficient_linear": False, **self.options}
         config = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": zero}
-        partitioner = Init(config_dict_or_path=config, data_parallel_group=self._shards.process_group)
+        with gpu_as_local_rank(device):
+            partitioner = Init(config_dict_or_path=config, data_parallel_group=self._shards.process_group)
         for module, name in parameter_owners(units):
             part = self._partition(partitioner, getattr(module, name), device)
             module.register_parameter(name, part)
@@ -151,7 +151,7 @@ class ZeroEngine:
         if prefetched:
             # The recorded order of modules starts anew with each pass through the decoder, before its own hooks.
             begin = self._zero.get_param_coordinator().reset_step
-            units.root.register_forward_pre_hook(lambda *_: begin(), prepend=True)
+            units.root.register_forward_pre_hook(gpu_as_local_rank(device)(lambda *_: begin()), prepend=True)
         if device.type == "cpu":
             return_freed_memory_between(units.layers)
 
@@ -284,16 +284,3 @@ class ZeroEngine:
 
 def _elements_of(unit: nn.Module) -> int:
     return sum(_zero(parameter).ds_numel for parameter in unit.parameters())
-
-
-def _start_deepspeed(device: torch.device) -> None:
-    """Import DeepSpeed for `device` and put it onto the process group that exists."""
-    os.environ.setdefault("DS_ACCELERATOR", device.type)
-    os.environ.setdefault("LOCAL_RANK", str(device.index or 0))  # not every launcher sets it
-    import deepspeed
-
-    # Serves inference_all_reduce alone, and would be compiled with g++ and ninja at every first start.
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    # torch 2.13 renames the collective that DeepSpeed calls.
-    warnings.filterwarnings("ignore", message=".*all_gather_into_tensor", category=FutureWarning)
-    deepspeed.init_distributed("nccl" if device.type == "cuda" else "gloo", auto_mpi_discovery=False, verbose=False)
