@@ -24,7 +24,7 @@ from dist_qft.data.prepare import prepare
 from dist_qft.errors import DistQFTError, SetupError, UserError
 from dist_qft.merge.certificate import Origin
 from dist_qft.merge.live_model import LiveModel
-from dist_qft.merge.place import require_free, require_place_at_end
+from dist_qft.merge.place import require_free, require_place_at_end, require_room
 from dist_qft.merge.run import export, recipe_at_end
 from dist_qft.methods.reference import require_reference
 from dist_qft.methods.specs import make_spec
@@ -164,6 +164,7 @@ def _checked(inputs: RunInputs) -> RunInputs:
         inputs.notes.extend(continue_evaluations(checkpoint.state, config, inputs.data.held_out_digest))
     if inputs.recipe is not None and not inputs.finished:
         require_free(inputs.recipe.request)
+        require_room(inputs.recipe, inputs.skeleton, config.model.path)
     total_steps, _ = inputs.length()
     check_warmup(config.train, total_steps)
     if config.train.max_steps is None:  # or the config's own check has said it

@@ -4,18 +4,20 @@ A result never takes the place of the run, a checkpoint or the base, nor of a fo
 checkpoint or the base's folder. `--overwrite` replaces results of a merge and nothing else.
 """
 
+import math
 import os
 from collections.abc import Iterator
 from pathlib import Path
 
+from dist_qft.base_model.skeleton import BaseModel
 from dist_qft.config.schema import RunConfig
 from dist_qft.errors import UserError
 from dist_qft.merge.certificate import certificate_place
 from dist_qft.merge.certificate_file import is_certificate, require_own
 from dist_qft.merge.model_card import is_companion, names_beside
-from dist_qft.merge.recipe import MergeRequest
+from dist_qft.merge.recipe import MergeRequest, Recipe
 from dist_qft.merge.targets import TARGETS, request_at_end
-from dist_qft.storage.checkpoint import TRAINER_STATE, is_checkpoint_name, require_writable
+from dist_qft.storage.checkpoint import TRAINER_STATE, is_checkpoint_name, require_space, require_writable
 
 KEY = "-o (merge.path)"
 
@@ -72,6 +74,24 @@ def require_free(request: MergeRequest) -> None:
     if TARGETS[request.target].is_file:
         _require_room_beside(path)
     require_writable(path.parent, KEY)
+
+
+def require_room(recipe: Recipe, base: BaseModel, model: str) -> None:
+    """Refuse a result that its disk cannot hold, before the base is loaded and the merge computed.
+
+    Args:
+        base: its shapes, on any device.
+        model: `model.path`.
+
+    Raises:
+        SetupError: see `require_space`.
+    """
+    needed = 0
+    if recipe.dtype is not None:
+        needed = recipe.dtype.itemsize * sum(math.prod(weight.weight_shape) for weight in base.weights().values())
+    elif recipe.request.target == "gguf":
+        needed = Path(model).stat().st_size  # of the first file, if there are several
+    require_space(recipe.request.path.parent, needed, KEY, "the result")
 
 
 def _losses(place: Path, run: Path, base: str, checkpoint: Path | None) -> Iterator[str]:

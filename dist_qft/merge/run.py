@@ -20,7 +20,7 @@ from dist_qft.merge.collective import Certified, failing_together, total_differe
 from dist_qft.merge.difference import Difference
 from dist_qft.merge.live_model import LiveModel
 from dist_qft.merge.model_card import companions
-from dist_qft.merge.place import require_free, require_place
+from dist_qft.merge.place import require_free, require_place, require_room
 from dist_qft.merge.probe import compare_logits, logits_of, probe_ids
 from dist_qft.merge.recipe import MergeRequest, Recipe
 from dist_qft.merge.target import Probe
@@ -110,6 +110,7 @@ def gather_merge_inputs(request: MergeRequest, checkpoint: Checkpoint, world: Wo
         print(*notes, sep="\n", end="\n" * bool(notes), file=sys.stderr)
     spec = stored_adapters(checkpoint.adapter_config, str(checkpoint.path))
     recipe = make_recipe(request, config, skeleton, spec.tiles)
+    require_room(recipe, skeleton, config.model.path)
     return MergeInputs(recipe, config, world, device, tokenizer, skeleton, spec, checkpoint)
 
 

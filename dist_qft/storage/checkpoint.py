@@ -250,6 +250,20 @@ def require_checkpoint_space(output_dir: Path, needed: int) -> None:
     Raises:
         SetupError: with both numbers.
     """
-    free = shutil.disk_usage(_nearest_existing(output_dir)).free
+    require_space(output_dir, needed, "output_dir", "a checkpoint")
+
+
+def require_space(folder: Path, needed: int, key: str, what: str) -> None:
+    """Refuse to begin what would end on a full disk.
+
+    Args:
+        folder: need not be there yet.
+        needed: bytes that will be written at least.
+        key: the setting that names the folder, and `what` will be written there, for the message.
+
+    Raises:
+        SetupError: with both numbers.
+    """
+    free = shutil.disk_usage(_nearest_existing(folder)).free
     if free < needed:
-        raise SetupError(f"output_dir: '{output_dir}' has {free} bytes free, a checkpoint needs {needed}")
+        raise SetupError(f"{key}: '{folder}' has {free} bytes free, {what} needs {needed}")

@@ -1,14 +1,19 @@
 """Places that a merge refuses, because the run, a checkpoint, the base or somebody's file would be lost there."""
 
 import json
+import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 
-from dist_qft.config.schema import RunConfig
+from dist_qft.base_model.skeleton import build_skeleton
+from dist_qft.config.schema import ModelConfig, QuantizationConfig, RunConfig
 from dist_qft.errors import SetupError, UserError
 from dist_qft.merge.certificate_file import require_own
-from dist_qft.merge.place import require_free, require_place, require_place_at_end
+from dist_qft.merge.place import require_free, require_place, require_place_at_end, require_room
+from dist_qft.merge.recipe import Recipe
 from dist_qft.merge.targets import checked_request
 
 OURS = {"adapter": {}, "result": {"path": ".", "sha256": {"model.safetensors": "0", "more/a.jinja": "0"}}}
@@ -175,3 +180,28 @@ def test_a_new_file_replaces_no_text_of_others_beside_it(world):
     Path("new.gguf.md").write_text(CARD)  # as a merge leaves them that was killed before its certificate was there
     Path("new.gguf.Modelfile").write_text("FROM ./new.gguf\n")
     require_free(request("gguf", "new.gguf", overwrite=False))
+
+
+@pytest.mark.parametrize(("dtype", "size"), [("bfloat16", 2), ("float32", 4)])
+def test_a_dense_result_that_the_disk_cannot_hold_is_refused(tiny_llama, tmp_path, monkeypatch, dtype, size):
+    base = build_skeleton(ModelConfig(path=str(tiny_llama)), QuantizationConfig(), torch.float32)
+    asked = checked_request(
+        "dense", tmp_path / "new" / "merged", tmp_path, overwrite=False, requantize=None, dtype=dtype
+    )
+    recipe = Recipe(asked, "dense", {}, {}, QuantizationConfig())
+    weights = {path: weight.weight_shape for path, weight in base.weights().items()}
+    needed = size * sum(rows * columns for rows, columns in weights.values())
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=needed))
+    require_room(recipe, base, str(tiny_llama))
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=needed - 1))
+    refused = rf"^-o \(merge.path\): '{tmp_path}/new' has {needed - 1} bytes free, the result needs {needed}$"
+    with pytest.raises(SetupError, match=refused):
+        require_room(recipe, base, str(tiny_llama))
+
+
+def test_a_gguf_result_needs_the_room_of_its_base(tiny_gguf, tmp_path, monkeypatch):
+    base = build_skeleton(ModelConfig(path=str(tiny_gguf)), QuantizationConfig(), torch.float32)
+    recipe = Recipe(request("gguf", str(tmp_path / "merged.gguf")), "exact", {}, {}, QuantizationConfig())
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=tiny_gguf.stat().st_size - 1))
+    with pytest.raises(SetupError, match="bytes free, the result needs"):
+        require_room(recipe, base, str(tiny_gguf))
