@@ -74,7 +74,7 @@ def _evaluate(config: RunConfig, checkpoint: Checkpoint | None, run: Path, as_js
         micro = config.train.per_device_train_batch_size
         assert data.eval is not None, "a config without held-out data is refused above"
         batches = eval_batches(data.eval, micro, world.rank, world.world_size)
-        with parts.trainables.disabled():
+        with parts.bare():
             results = {"base": held_out_loss(parts.base, batches, device, parts.task)}
         if checkpoint is not None:
             with parts.evaluating():

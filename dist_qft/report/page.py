@@ -71,7 +71,7 @@ def _status(run: RunRecords) -> str:
 
 def _cards(run: RunRecords) -> Iterator[tuple[str, str]]:
     """The few figures one looks for first: value and words."""
-    held_out, unit = [*run.curve("base/loss")[:1], *run.curve("eval/loss")[-1:]], run.config.task.loss_unit
+    held_out, unit = [*run.curve("base/loss")[-1:], *run.curve("eval/loss")[-1:]], run.config.task.loss_unit
     if held_out:
         yield " → ".join(f"{loss:.4f}" for _, loss in held_out), f"held-out loss, base → tuned ({unit})"
     trained = run.curve("train/loss")
@@ -94,7 +94,8 @@ def _mebibytes(digits: int) -> Callable[[float], str]:
 
 
 def _charts(run: RunRecords) -> Iterator[dict[str, Any]]:
-    held_out = [*run.curve("base/loss")[:1], *run.curve("eval/loss")]
+    base = run.curve("base/loss")[-1:]  # of the data that are held out now
+    held_out = [*base, *(point for point in run.curve("eval/loss") if not base or point[0] >= base[0][0])]
     loss = [Curve("training", run.curve("train/loss")), Curve("held-out", held_out)]
     unit = run.config.task.loss_unit
     yield {"title": "Loss", "svg": line_chart([c for c in loss if c.points], "optimizer step", unit)}

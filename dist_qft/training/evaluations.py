@@ -36,7 +36,7 @@ class Evaluations:
         if (trained or known) and self._data_digest == (known.data_digest if known else None):
             self.base = HeldOut(known.loss, known.tokens, known.metrics) if known else None
             return
-        with self._parts.trainables.disabled():
+        with self._parts.bare():
             self.base = self.measure("base", step, stop)
             self.answer_prompts("base", step)
 

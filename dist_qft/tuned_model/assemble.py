@@ -59,6 +59,12 @@ class Assembled:
             yield
 
     @contextmanager
+    def bare(self) -> Iterator[None]:
+        """Inside, the model is the base, and the task's head is as it begins: nothing trained has a part in it."""
+        with self.trainables.disabled(), self.task.untrained():
+            yield
+
+    @contextmanager
     def answering(self, device: torch.device, *, tuned: bool = True) -> Iterator[None]:
         """`evaluating`, and the base is gathered once where it fits. Collective.
 

@@ -21,8 +21,8 @@ PEFT_CONFIG = "adapter_config.json"
 _PREFIX = "base_model.model."  # of the names in a folder's file; patterns are for names without it
 # Features that our LoRA lacks: a folder that uses one would lose something of it.
 _UNKNOWN_TO_US = (
-    *("use_dora", "modules_to_save", "fan_in_fan_out", "layer_replication", "alora_invocation_tokens", "lora_bias"),
-    *("use_qalora", "use_bdlora", "arrow_config", "kasa_config", "monteclora_config"),
+    *("use_dora", "modules_to_save", "layer_replication", "alora_invocation_tokens", "lora_bias", "use_qalora"),
+    *("use_bdlora", "arrow_config", "kasa_config", "monteclora_config"),
 )
 # Values of init_lora_weights that leave the base as it is. PiSSA, OLoRA, CorDA, LoftQ and LoRA-GA take something off
 # it, and their pairs are changes of what is left.
@@ -69,7 +69,8 @@ def _token_rows(
     indices = config.get("trainable_token_indices")
     if not indices:
         return {}
-    by_table = indices if isinstance(indices, dict) else {"embed_tokens": indices}  # PEFT's default table
+    embedding = next(iter(tokens.tables)) if tokens else ""
+    by_table = indices if isinstance(indices, dict) else {embedding: indices}  # PEFT's default table
     if not all(_are_ids(ids) for ids in by_table.values()):
         raise CorruptFileError(f"{folder}: trainable_token_indices is {indices!r}, must be lists of token ids")
     if tokens is None:

@@ -5,7 +5,8 @@ benchmark's way, the QST paper's main table) needs a head of its own, which trai
 token of each row that is not padding.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -18,6 +19,8 @@ from dist_qft.base_model.skeleton import BaseModel
 from dist_qft.config.data_schema import TaskConfig
 from dist_qft.data.batches import MicroBatch
 from dist_qft.methods.trainable import copy_tensors
+
+HEAD = "score"  # the name of a task's head among the trainables
 
 
 class TaskLoss(NamedTuple):
@@ -61,6 +64,9 @@ class Task(Protocol):
     def figures(self, sums: Sequence[float], terms: int) -> dict[str, float]:
         """Figures by name, from the sums over so many terms."""
 
+    def untrained(self) -> AbstractContextManager[None]:
+        """Context in which the task's own trainables are as they begin."""
+
     def detach(self) -> None:
         """Leave the base as it was."""
 
@@ -100,6 +106,10 @@ class LanguageTask:
         """Nothing."""
         return {}
 
+    def untrained(self) -> AbstractContextManager[None]:
+        """Nothing to change."""
+        return nullcontext()
+
     def detach(self) -> None:
         """Do nothing."""
 
@@ -127,7 +137,7 @@ class Labelling(nn.Module):
         self.regression = regression
 
     def named_tensors(self) -> list[tuple[str, nn.Parameter]]:
-        return [("score", self.score)]
+        return [(HEAD, self.score)]
 
     def load_tensors(self, tensors: Mapping[str, Tensor]) -> None:
         copy_tensors(dict(self.named_tensors()), tensors)
@@ -148,6 +158,17 @@ class Labelling(nn.Module):
 
     def figures(self, sums: Sequence[float], terms: int) -> dict[str, float]:
         return {}
+
+    @contextmanager
+    def untrained(self) -> Iterator[None]:
+        trained = self.score.detach().clone()
+        with torch.no_grad():
+            self.score.zero_()
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                self.score.copy_(trained)
 
     def detach(self) -> None:
         pass

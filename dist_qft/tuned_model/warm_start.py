@@ -24,9 +24,12 @@ from dist_qft.methods.specs import KINDS
 from dist_qft.methods.trainable import TrainableSpec
 from dist_qft.ranks.collectives import everywhere
 from dist_qft.storage.checkpoint import TRAINER_STATE, list_checkpoints
+from dist_qft.storage.manifest import MANIFEST
+from dist_qft.storage.run_folder import read_json_object
 from dist_qft.tuned_model.assemble import Assembled
 from dist_qft.tuned_model.checkpointed import find_checkpoint, settings_in
 from dist_qft.tuned_model.peft_lora import KEY, PEFT_CONFIG, read_peft_lora
+from dist_qft.tuned_model.task import HEAD
 
 PEFT_WEIGHTS = "adapter_model.safetensors"
 OUR_KINDS = tuple(kind.spec.peft_type for kind in KINDS.values())
@@ -60,16 +63,34 @@ def starting_values(source: str, spec: TrainableSpec[Any]) -> StartingValues:
     folder = Path(source)
     if not folder.exists():
         folder = _from_hub(source)
-    if (folder / TRAINER_STATE).is_file() or list_checkpoints(folder):
+    place = _place_of_adapters(folder)
+    if place is None:
+        raise UserError(f"{KEY}: got '{source}', must be a run, a checkpoint, or a PEFT folder with {PEFT_CONFIG}")
+    if _is_ours(place):
         checkpoint = find_checkpoint(folder)
         return _ours(checkpoint.path, checkpoint.adapter_config, checkpoint.trainables, spec)
-    if (folder / PEFT_CONFIG).is_file():
-        config, tensors = _adapter_files(folder)
-        if config.get("peft_type") in OUR_KINDS:  # `dist-qft push` sends such folders
-            return _ours(folder, config, tensors, spec)
-        pairs, rows = read_peft_lora(folder, config, tensors, spec)
-        return StartingValues(str(folder), pairs, rows=rows)
-    raise UserError(f"{KEY}: got '{source}', must be a run, a checkpoint, or a PEFT folder with {PEFT_CONFIG}")
+    config, tensors = _adapter_files(place)
+    if config.get("peft_type") in OUR_KINDS:  # `dist-qft push` sends such folders
+        return _ours(place, config, tensors, spec)
+    pairs, rows = read_peft_lora(place, config, tensors, spec)
+    return StartingValues(str(place), pairs, rows=rows)
+
+
+def _place_of_adapters(folder: Path) -> Path | None:
+    """The folder itself if adapters lie in it, else its newest checkpoint, ours or another trainer's; None without.
+
+    Other trainers leave the last adapters in the folder, and checkpoints of the names that ours have below.
+    """
+    if (folder / PEFT_CONFIG).is_file() or (folder / TRAINER_STATE).is_file():
+        return folder
+    return next(reversed(list_checkpoints(folder)), None)
+
+
+def _is_ours(folder: Path) -> bool:
+    """True for a checkpoint of this program, whole or not; other trainers write a `trainer_state.json`, too."""
+    kind = read_json_object(folder / PEFT_CONFIG).get("peft_type")
+    has_state = any((folder / name).is_file() for name in (TRAINER_STATE, MANIFEST))
+    return has_state and (kind is None or kind in OUR_KINDS)
 
 
 def require_same_model(start: StartingValues, now: BaseSettings) -> None:
@@ -88,9 +109,21 @@ def take_values(parts: Assembled, start: StartingValues) -> None:
                 f"{fingerprint[:16]}... (another model or another quantization)"
             )
         )
-    parts.load_tensors(start.tensors)
+    parts.load_tensors(_with_own_head(parts, start.tensors))
     if isinstance(parts.trainables, AdapterSet) and parts.trainables.token_rows is not None:
         _take_rows(parts, parts.trainables.token_rows, start.rows)
+
+
+def _with_own_head(parts: Assembled, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The values for the trainables beside the base, and for the task's head if they have one of its shape.
+
+    A head of another task is left out, and one that is not there begins as in a run of its own.
+    """
+    values = {name: tensor for name, tensor in tensors.items() if name != HEAD}
+    for name, begun in parts.task.named_tensors():
+        found = tensors.get(name)
+        values[name] = found if found is not None and found.shape == begun.shape else begun.detach()
+    return values
 
 
 @torch.no_grad()

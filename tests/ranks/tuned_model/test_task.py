@@ -173,7 +173,7 @@ def outcome(config):
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_a_small_model_learns_to_label(pools, tiny_llama, tmp_path, method):
+def test_a_small_model_learns_to_label(pools, tiny_llama, tmp_path, shell, method):
     config = labelled_config(tiny_llama, tmp_path, method)
     before, after, trainables = pools[2].run(outcome, config=config)[0]
     assert trainables == make_plan(config, world_size=2).trainable_parameters
@@ -183,6 +183,9 @@ def test_a_small_model_learns_to_label(pools, tiny_llama, tmp_path, method):
     summary = json.loads((Path(config.output_dir) / "summary.json").read_text())
     assert summary["tuned_eval_metrics"] == after.metrics
     assert set(after.metrics) == {"accuracy", "matthews", "f1"}
+    found = json.loads(shell("eval", config.output_dir, "--json")[1])
+    assert found["base"]["loss"] == pytest.approx(math.log(3), rel=1e-5)  # without the head that was trained
+    assert found["tuned"]["loss"] == pytest.approx(after.loss, rel=1e-4)
 
 
 @pytest.mark.parametrize("method", METHODS)

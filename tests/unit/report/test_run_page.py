@@ -141,3 +141,13 @@ def test_the_same_files_give_the_same_page(run):
 def test_another_folder_is_refused(tmp_path):
     with pytest.raises(UserError, match=r"config\.yaml"):
         RunRecords.read(tmp_path)
+
+
+def test_held_out_losses_are_of_the_same_data(run):
+    """After a resume with other data the base is measured again."""
+    lines = [{"step": 1, "eval/loss": 9.0}, {"step": 2, "base/loss": 6.5}, {"step": 3, "eval/loss": 6.25}]
+    file = run / "metrics.jsonl"
+    whole = [line for line in file.read_text().splitlines() if line.endswith("}")]
+    file.write_text("".join(line + "\n" for line in [*whole, *map(json.dumps, lines)]))
+    page = write_report(RunRecords.read(run)).read_text()
+    assert "6.5000 → 6.2500" in page

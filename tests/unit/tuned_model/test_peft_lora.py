@@ -12,6 +12,7 @@ from dist_qft.config.methods.door import make_method
 from dist_qft.errors import CorruptFileError, UserError
 from dist_qft.methods.adapters.adapter_spec import AdapterSpec
 from dist_qft.methods.adapters.schedule import LinearShape, plan_adapters
+from dist_qft.methods.adapters.token_rows import TrainedTokens
 from dist_qft.tuned_model.peft_lora import read_peft_lora
 
 FOLDER, SIZE, RANK = Path("lora"), 16, 4
@@ -94,3 +95,21 @@ def test_features_that_our_lora_lacks(key, value):
     config, tensors, _ = stock()
     with pytest.raises(UserError, match=rf"^method\.init_from: lora: it uses {key}, which qlora has not"):
         read_peft_lora(FOLDER, {**config, key: value}, tensors, spec())
+
+
+def test_weights_that_lie_the_other_way_round_have_the_same_pairs():
+    """PEFT notes of GPT-2's layers that they do."""
+    config, tensors, _ = stock()
+    plain, turned = (
+        read_peft_lora(FOLDER, {**config, "fan_in_fan_out": way}, tensors, spec())[0] for way in (False, True)
+    )
+    assert plain.keys() == turned.keys() and all(torch.equal(plain[name], turned[name]) for name in plain)
+
+
+def test_a_list_of_tokens_is_of_the_embedding_whatever_its_name():
+    config, tensors, _ = stock()
+    table, ids = "transformer.wte", (3, 7)
+    ours = AdapterSpec(spec().tiles, tokens=TrainedTokens(ids, (None, None), {table: SIZE}, tied=True))
+    rows = {f"base_model.model.{table}.token_adapter.trainable_tokens_delta": torch.randn(2, SIZE)}
+    found = read_peft_lora(FOLDER, {**config, "trainable_token_indices": [7, 3]}, {**tensors, **rows}, ours)[1]
+    assert torch.equal(found[table], next(iter(rows.values()))[[1, 0]])
