@@ -222,7 +222,7 @@ def execute_run(inputs: RunInputs, stop: StopSignal, activity: Activity | None =
             # Fold what was learned into the base and write it, if the config says so.
             if inputs.recipe is not None:
                 run.doing = "the merge"
-                step = run.state.step
+                step = run.result_step
                 origin = Origin(inputs.config, checkpoint_path(inputs.output_dir, step), step)
                 export(LiveModel.of(parts), inputs.recipe, origin, inputs.tokenizer, inputs.device, stop)
     return run

@@ -206,6 +206,8 @@ def _best_evaluation_faults(config: RunConfig) -> Iterator[Fault]:
     for key, given in ((("checkpoint", "keep_best"), keep_best), (("evaluation", "early_stopping_patience"), patience)):
         if given and evaluation.eval_steps is None:
             yield value_fault(key, "nothing to compare; set evaluation.eval_steps")
+    if config.checkpoint.load_best_at_end and not keep_best:
+        yield value_fault(("checkpoint", "load_best_at_end"), "no effect without checkpoint.keep_best; set that")
     if patience is None and changed(evaluation, "early_stopping_threshold"):
         yield value_fault(
             ("evaluation", "early_stopping_threshold"),

@@ -144,6 +144,12 @@ class CheckpointConfig(Section):
         json_schema_extra={"transformers": "save_total_limit", "axolotl": "save_total_limit"},
     )
     keep_best: bool = Field(False, description="save at, and never prune, the best evaluation (evaluation.metric)")
+    load_best_at_end: bool = Field(
+        False,
+        description="the run's result, which is measured, answers and is merged at the end, is that of the best "
+        "evaluation and not of the last step",
+        json_schema_extra={"transformers": "load_best_model_at_end", "axolotl": "load_best_model_at_end"},
+    )
 
 
 class EvaluationConfig(Section):

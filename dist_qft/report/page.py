@@ -71,9 +71,12 @@ def _status(run: RunRecords) -> str:
 
 def _cards(run: RunRecords) -> Iterator[tuple[str, str]]:
     """The few figures one looks for first: value and words."""
-    held_out, unit = [*run.curve("base/loss")[-1:], *run.curve("eval/loss")[-1:]], run.config.task.loss_unit
-    if held_out:
-        yield " → ".join(f"{loss:.4f}" for _, loss in held_out), f"held-out loss, base → tuned ({unit})"
+    unit = run.config.task.loss_unit
+    measured = [run.figure("base_eval_loss"), run.figure("tuned_eval_loss")]  # of the run's result
+    if None in measured:
+        measured = [loss for _, loss in [*run.curve("base/loss")[-1:], *run.curve("eval/loss")[-1:]]]
+    if measured:
+        yield " → ".join(f"{loss:.4f}" for loss in measured), f"held-out loss, base → tuned ({unit})"
     trained = run.curve("train/loss")
     if trained and trained[-1][0] == run.steps[-1]["step"]:
         yield f"{trained[-1][1]:.4f}", "training loss of the last step"

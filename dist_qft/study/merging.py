@@ -65,7 +65,7 @@ def merge_and_measure(run: TrainingRun, stage: MergeStage, stop: StopSignal, tas
     request = _request(stage, inputs.output_dir)
     live = LiveModel.of(run.parts)
     recipe = make_recipe(request, config, live.base, require_tiles(inputs.spec))
-    step = run.state.step
+    step = run.result_step
     origin = Origin(config, checkpoint_path(inputs.output_dir, step), step)
     if world.rank == 0:
         request.path.parent.mkdir(parents=True, exist_ok=True)

@@ -5,8 +5,8 @@ from pathlib import Path
 
 from torch import Tensor
 
-from dist_qft.ranks.collectives import SideGroup
-from dist_qft.storage.checkpoint import Checkpoint, checkpoint_path
+from dist_qft.ranks.collectives import SideGroup, maximum, on_rank_0
+from dist_qft.storage.checkpoint import Checkpoint, checkpoint_path, read_checkpoint
 from dist_qft.storage.lock import FolderLock
 from dist_qft.storage.saving import Saver
 from dist_qft.storage.trainer_state import TrainerState
@@ -66,6 +66,21 @@ class Checkpointing:
             trained.parts.load_tensors(checkpoint.trainables)
             self._optimizer.load(checkpoint.optimizer, str(checkpoint.path))
             checkpoint.drop_tensors()
+        trained.flat.broadcast()
+
+    def has(self, step: int) -> bool:
+        """True on all ranks if rank 0 finds the checkpoint of that step."""
+        path, rank = checkpoint_path(self._inputs.output_dir, step), self._inputs.world.rank
+        return maximum(float(rank == 0 and path.exists()), self._inputs.device) > 0
+
+    def take_back(self, step: int) -> None:
+        """Put the trainables of an earlier checkpoint of this run back; rank 0 reads it. For a run that is at its end.
+
+        Raises:
+            CorruptFileError: the checkpoint fails verification; on all ranks.
+        """
+        path, trained = checkpoint_path(self._inputs.output_dir, step), self._trained
+        on_rank_0(lambda: trained.parts.load_tensors(read_checkpoint(path).trainables), self._inputs.device)
         trained.flat.broadcast()
 
     def save(self) -> None:

@@ -46,20 +46,28 @@ class Evaluations:
             return None
         return BaseEvaluation(self._data_digest, self.base.loss, self.base.tokens, self.base.metrics)
 
-    def evaluate_tuned(self, step: int, stop: StopSignal) -> None:
+    def evaluate_tuned(self, step: int, stop: StopSignal, *, best: bool = False) -> None:
         """Measure the tuned model and have it answer the prompts, at the end of the run.
 
-        A run that has stopped early has just been measured, though not row by row.
+        Args:
+            step: the run's last one.
+            best: the trainables are those of an earlier step, whose record is there already.
         """
-        if self._newest is not None and self._newest[0] == step and not self._inputs.keep_rows:
-            self.tuned = self._newest[1]
-            self._tell("tuned", self.tuned)
+        if best or self._inputs.keep_rows:
+            self.tuned = self.measure("best" if best else "tuned", step, stop)
         else:
-            self.tuned = self.measure("tuned", step, stop)
+            self.tuned = self.of_step(step, "tuned", stop)
         self.answer_prompts("tuned", step)
 
+    def of_step(self, step: int, which: str, stop: StopSignal) -> HeldOut | None:
+        """The tuned model's result after that step; one that has just been measured is not measured again."""
+        if self._newest is None or self._newest[0] != step:
+            return self.measure(which, step, stop)
+        self._tell(which, self._newest[1])
+        return self._newest[1]
+
     def measure(self, which: str, step: int, stop: StopSignal) -> HeldOut | None:
-        """Held-out loss of the model as it stands, recorded under `eval/` (`which` "base": under `base/`).
+        """Held-out loss of the model as it stands, recorded under `eval/` (`which` "base": `base/`, "best": nowhere).
 
         None without held-out data.
 
@@ -78,13 +86,14 @@ class Evaluations:
                 self._inputs.device,
                 self._parts.task,
                 stop,
-                keep_rows=self._inputs.keep_rows and which == "tuned",
+                keep_rows=self._inputs.keep_rows and which in ("tuned", "best"),
             )
-        tag = "base" if which == "base" else "eval"
-        values = {"loss": held_out.loss, **held_out.figures}
-        self._monitor.scalars(step, {f"{tag}/{name}": value for name, value in values.items()})
+        if which != "best":
+            tag = "base" if which == "base" else "eval"
+            values = {"loss": held_out.loss, **held_out.figures}
+            self._monitor.scalars(step, {f"{tag}/{name}": value for name, value in values.items()})
         self._tell(which, held_out)
-        if which != "base":
+        if which not in ("base", "best"):
             self._newest = step, held_out
         return held_out
 

@@ -20,8 +20,9 @@ from dist_qft.methods.trainable import TrainableSpec
 from dist_qft.ranks.world import World
 from dist_qft.sharding.engine import Engine
 from dist_qft.sharding.engines import package_versions
-from dist_qft.storage.checkpoint import ADAPTER_MODEL, Checkpoint
+from dist_qft.storage.checkpoint import ADAPTER_MODEL, Checkpoint, checkpoint_path
 from dist_qft.storage.manifest import sha256_of
+from dist_qft.storage.run_folder import result_step
 from dist_qft.storage.trainer_state import BaseEvaluation
 from dist_qft.training.best_evaluation import has_waited_enough
 from dist_qft.training.exact_share import run_length
@@ -115,7 +116,7 @@ class RunInputs:
 
     @property
     def _merged(self) -> bool:
-        """True if the merge that the config asks for, if any, is there with this checkpoint's adapters in it."""
+        """True if the merge that the config asks for, if any, is there with the adapters of the run's result in it."""
         if self.recipe is None:
             return True
         path = self.recipe.request.path
@@ -125,7 +126,9 @@ class RunInputs:
             said = read_certificate(path)[1]
         except DistQFTError:  # something else is there, or a damaged certificate
             return False
-        return said.adapter.sha256 == sha256_of(self.checkpoint.path / ADAPTER_MODEL)
+        result = result_step(self.output_dir, self.checkpoint.state.step)
+        adapter = checkpoint_path(self.output_dir, result) / ADAPTER_MODEL
+        return adapter.exists() and said.adapter.sha256 == sha256_of(adapter)
 
     @property
     def stopped_early(self) -> bool:

@@ -16,6 +16,8 @@ class SummaryFigures:
 
     Attributes:
         run_id: names the run through all its starts, as its checkpoints have it.
+        result_step: the step whose trainables the tuned figures are of, and a merge at the end; not the last one if
+            `checkpoint.load_best_at_end` took an earlier one back.
         base_eval_loss, tuned_eval_loss: mean held-out loss in the task's unit; None without held-out data.
         gather_bytes_per_step, reduce_bytes_per_step, tokens_per_second: of this process's own steps on this rank;
             None if it ran none.
@@ -45,6 +47,7 @@ class SummaryFigures:
     peak_device_bytes: int | None
     seconds: float
     base_fingerprint: str
+    result_step: int | None = None
     versions: dict[str, str] = field(default_factory=lambda: {name: version(name) for name in _PACKAGES})
 
     def results(self) -> dict[str, float | None]:

@@ -14,7 +14,7 @@ from dist_qft.ranks.preemption import StopSignal
 from dist_qft.storage.lock import FolderLock
 from dist_qft.storage.trainer_state import chain_step
 from dist_qft.training.activations import choose_activations
-from dist_qft.training.best_evaluation import compare, compares, why_stopped
+from dist_qft.training.best_evaluation import compare, compares, is_better, why_stopped
 from dist_qft.training.checkpointing import Checkpointing, first_state
 from dist_qft.training.evaluations import Evaluations
 from dist_qft.training.monitor import Monitor
@@ -75,6 +75,7 @@ class TrainingRun:
         )
         self.evaluations = Evaluations(inputs, parts, self.monitor)
         kept = OptimizerState(self.optimizer, self.flat.parts, self.flat.slices, self._group)
+        self.result_step = self.state.step  # whose trainables are the run's; see `finish`
         self.checkpoints = Checkpointing(inputs, self._step_of_run, kept, self.state, self.monitor, lock)
 
     def prepare(self) -> None:
@@ -168,7 +169,9 @@ class TrainingRun:
         """Evaluate and sample the tuned model, write `summary.json`, say where things are."""
         self.doing = "evaluation"
         try:
-            self.evaluations.evaluate_tuned(self.state.step, self._stop)
+            self.result_step = self._take_best_back()
+            best = self.result_step != self.state.step
+            self.evaluations.evaluate_tuned(self.state.step, self._stop, best=best)
         except Preempted:
             self._leave()
         self.doing = "the summary"
@@ -181,6 +184,22 @@ class TrainingRun:
             self.monitor.say(f"checkpoint  {self.checkpoints.newest}")
             self.monitor.say(f"summary     {path}")
         self.monitor.flush()
+
+    def _take_best_back(self) -> int:
+        """Make the best evaluation's trainables the run's, if the config asks for it; returns the step they are of."""
+        state, best, metric = self.state, self.state.best_step, self.config.evaluation.metric
+        if not self.config.checkpoint.keep_best or best in (0, state.step) or not self.checkpoints.has(best):
+            return state.step
+        named = f"checkpoint-{best}, {metric} {state.best_loss:.4f}"
+        if not self.config.checkpoint.load_best_at_end:
+            self.monitor.say(f"the best evaluation was that of {named}; eval, chat and merge take its folder, too")
+            return state.step
+        last = self.evaluations.of_step(state.step, "eval", self._stop)
+        if last is None or is_better(last, state.best_loss, self.config.evaluation):
+            return state.step
+        self.checkpoints.take_back(best)
+        self.monitor.say(f"the run's result is {named}, and not the last step's")
+        return best
 
     def close(self) -> None:
         """Finish the save that is going on, close the records and the groups; also after a failure."""
@@ -246,6 +265,7 @@ class TrainingRun:
             engine=engine.name,
             world_size=self.world.world_size,
             steps=self.state.step,
+            result_step=self.result_step,
             base_eval_loss=base.loss if base else None,
             tuned_eval_loss=tuned.loss if tuned else None,
             base_eval_metrics=base.metrics if base else {},

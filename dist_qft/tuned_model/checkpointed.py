@@ -26,9 +26,11 @@ from dist_qft.storage.checkpoint import (
     ADAPTER_MODEL,
     TRAINER_STATE,
     Checkpoint,
+    checkpoint_path,
     newest_valid,
     read_checkpoint,
 )
+from dist_qft.storage.run_folder import result_step
 from dist_qft.storage.stored_faults import first_fault
 from dist_qft.tuned_model.assemble import Assembled, assemble
 
@@ -38,7 +40,7 @@ _SETTINGS = "base_settings"  # in adapter_config.json
 
 
 def find_checkpoint(path: str | Path) -> Checkpoint:
-    """The checkpoint at `path`, or the newest one if `path` is a run's folder.
+    """The checkpoint at `path`; of a run's folder the newest one, or the best if the run has taken that for its result.
 
     Raises:
         UserError: there is none.
@@ -56,7 +58,9 @@ def find_checkpoint(path: str | Path) -> Checkpoint:
         raise CorruptFileError(f"{refused[0]}{remedy}")
     if newest is None:
         raise UserError(f"'{folder}' holds no checkpoint")
-    return read_checkpoint(newest)
+    checkpoint = read_checkpoint(newest)
+    result = result_step(folder, checkpoint.state.step)
+    return checkpoint if result == checkpoint.state.step else read_checkpoint(checkpoint_path(folder, result))
 
 
 def run_folder(path: str | Path) -> Path:

@@ -95,6 +95,8 @@ def fake_cuda() -> Iterator[Launches]:
         stack.enter_context(patch("torch.cuda.is_bf16_supported", lambda *_: True))
         stack.enter_context(patch("torch.cuda.Event", _Event))
         stack.enter_context(patch("torch.cuda.current_stream", lambda *_: None))
+        stack.enter_context(patch("torch.cuda._exchange_device", lambda _: DEVICE.index))
+        stack.enter_context(patch("torch.cuda._maybe_exchange_device", lambda _: DEVICE.index))
         stack.enter_context(patch("torch.autograd.grad", _grad))
         stack.enter_context(patch.object(Tensor, "backward", backward))
         stack.enter_context(patch.object(nn.Module, "to", _moved))

@@ -3,6 +3,8 @@
 import json
 from pathlib import Path
 
+import pytest
+
 from dist_qft.config.schema import EvaluationConfig, RunConfig
 from dist_qft.storage.checkpoint import list_checkpoints, read_checkpoint
 from dist_qft.training.metrics_file import METRICS_FILE
@@ -35,6 +37,52 @@ def test_keep_best_keeps_the_checkpoint_of_the_lowest_held_out_loss_beside_the_n
     assert state.best_step < 7, "or the newest would be the best as well"
     names = {path.name for path in list_checkpoints(tmp_path / "run")}
     assert names == {f"checkpoint-{state.best_step}", "checkpoint-7", "checkpoint-8"}
+
+
+def overfitted(model: Path, folder: Path, **checkpoint: object) -> RunConfig:
+    """Two rows that are learned by heart: the held-out loss rises soon."""
+    few, held_out = write_data(folder / "few.jsonl", 2), write_data(folder / "held_out.jsonl", 12)
+    return tiny_config(
+        model,
+        folder / "run",
+        method={"name": "qlora", "rank": 4, "pool": None, "repeat": None},
+        quantization={"linear": "nf4", "block": [64]},
+        train={"max_steps": 8, "learning_rate": 0.03, "max_grad_norm": None, "lr_scheduler_type": "constant"},
+        checkpoint={"keep_best": True, **checkpoint},
+        evaluation={"eval_steps": 1},
+        data={"train": {"path": str(few)}, "eval": {"path": str(held_out)}},
+        merge={"at_end": "peft"},
+    )
+
+
+def test_the_best_evaluation_may_be_the_runs_result(pools, tiny_llama, tmp_path, shell):
+    """Its checkpoint is measured, summed up and merged at the end; started again, there is nothing to do."""
+    config = overfitted(tiny_llama, tmp_path, load_best_at_end=True)
+    run = Path(config.output_dir)
+    outcomes = pools[2].run(attempt, config=config)
+    assert [outcome.error for outcome in outcomes] == ["", ""]
+    summary, state = json.loads((run / SUMMARY_FILE).read_text()), read_checkpoint(run / "checkpoint-8").state
+    assert 0 < state.best_step < 7
+    assert (summary["steps"], summary["result_step"]) == (8, state.best_step)
+    assert summary["tuned_eval_loss"] == pytest.approx(state.best_loss, rel=1e-6)
+    assert f"the run's result is checkpoint-{state.best_step}, loss {state.best_loss:.4f}" in outcomes[0].told
+    (certificate,) = run.glob("merged*/certificate.json")
+    said = json.loads(certificate.read_text())["adapter"]
+    assert said["step"] == state.best_step and said["path"].endswith(f"checkpoint-{state.best_step}")
+    figures = json.loads(shell("eval", run, "--json")[1])
+    assert figures["tuned"]["loss"] == pytest.approx(summary["tuned_eval_loss"], rel=1e-5)
+    later = json.loads(shell("eval", run / "checkpoint-8", "--json")[1])
+    assert later["tuned"]["loss"] > figures["tuned"]["loss"] + 1e-3
+    assert "nothing to do" in pools[2].run(attempt, config=config, resume="auto")[0].told
+
+
+def test_a_better_one_than_the_last_is_named_at_the_end(pools, tiny_llama, tmp_path):
+    config = overfitted(tiny_llama, tmp_path)
+    told = pools[1].run(attempt, config=config)[0].told
+    state = read_checkpoint(Path(config.output_dir) / "checkpoint-8").state
+    named = f"the best evaluation was that of checkpoint-{state.best_step}, loss {state.best_loss:.4f}"
+    assert named in told and "the run's result" not in told
+    assert json.loads((Path(config.output_dir) / SUMMARY_FILE).read_text())["result_step"] == 8
 
 
 def test_a_run_that_gets_no_better_ends_early_and_stays_ended(pools, tiny_llama, tmp_path):

@@ -62,6 +62,7 @@ CONFIGS: list[tuple[dict[str, Any], str, str]] = [
     ({"evaluation.metric": "f1"}, "evaluation.metric", "f1"),
     ({"evaluation.early_stopping_threshold": 0.1}, "evaluation.early_stopping_threshold", ""),
     ({"checkpoint.keep_best": True}, "checkpoint.keep_best", ""),
+    ({"checkpoint.load_best_at_end": True}, "checkpoint.load_best_at_end", ""),
     ({"merge.overwrite": True}, "merge.overwrite", ""),
     ({"merge.at_end": "gguf", "merge.dtype": "float32"}, "merge.dtype", "gguf"),
     ({"method": {"name": "qst"}, "train.gradient_checkpointing": True}, "train.gradient_checkpointing", "qst"),
