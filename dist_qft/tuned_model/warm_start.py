@@ -6,7 +6,7 @@ is loaded, but for its fingerprint, which only a loaded base has.
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from dist_qft.base_model.base_settings import CONFIG, BaseSettings
+from dist_qft.config.data_schema import TaskConfig
 from dist_qft.errors import CorruptFileError, UserError
 from dist_qft.methods.adapters.attach import AdapterSet
 from dist_qft.methods.adapters.token_rows import TokenRows
@@ -27,7 +28,7 @@ from dist_qft.storage.checkpoint import TRAINER_STATE, list_checkpoints
 from dist_qft.storage.manifest import MANIFEST
 from dist_qft.storage.run_folder import read_json_object
 from dist_qft.tuned_model.assemble import Assembled
-from dist_qft.tuned_model.checkpointed import find_checkpoint, settings_in
+from dist_qft.tuned_model.checkpointed import config_of, find_checkpoint, settings_in
 from dist_qft.tuned_model.peft_lora import KEY, PEFT_CONFIG, read_peft_lora
 from dist_qft.tuned_model.task import HEAD
 
@@ -44,6 +45,7 @@ class StartingValues:
         fingerprint: of the base that they were trained on; None if it is not known.
         settings: of that base, likewise.
         rows: of trained tokens, (n, width) float32 by their table's path: whole rows, not differences from the base's.
+        compared: they come from a run that preferred answers to others, compared with the base as such runs are.
     """
 
     where: str
@@ -51,6 +53,7 @@ class StartingValues:
     fingerprint: str | None = None
     settings: BaseSettings | None = None
     rows: Mapping[str, Tensor] = field(default_factory=dict)
+    compared: bool = False
 
 
 def starting_values(source: str, spec: TrainableSpec[Any]) -> StartingValues:
@@ -68,7 +71,8 @@ def starting_values(source: str, spec: TrainableSpec[Any]) -> StartingValues:
         raise UserError(f"{KEY}: got '{source}', must be a run, a checkpoint, or a PEFT folder with {PEFT_CONFIG}")
     if _is_ours(place):
         checkpoint = find_checkpoint(folder)
-        return _ours(checkpoint.path, checkpoint.adapter_config, checkpoint.trainables, spec)
+        found = _ours(checkpoint.path, checkpoint.adapter_config, checkpoint.trainables, spec)
+        return replace(found, compared=_compares(config_of(checkpoint).task))
     config, tensors = _adapter_files(place)
     if config.get("peft_type") in OUR_KINDS:  # `dist-qft push` sends such folders
         return _ours(place, config, tensors, spec)
@@ -91,6 +95,23 @@ def _is_ours(folder: Path) -> bool:
     kind = read_json_object(folder / PEFT_CONFIG).get("peft_type")
     has_state = any((folder / name).is_file() for name in (TRAINER_STATE, MANIFEST))
     return has_state and (kind is None or kind in OUR_KINDS)
+
+
+def require_reference_of_start(start: StartingValues, task: TaskConfig) -> None:
+    """Refuse to compare a model that begins with another one's values with the base, which is not what it begins as.
+
+    Raises:
+        UserError: with a remedy. A run that was compared with the base itself may go on so.
+    """
+    if _compares(task) and not start.compared:
+        raise UserError(
+            f"{KEY}: got {start.where}, must be empty for task {task.name}: its reference is the base without "
+            "adapters, and not what training begins with; merge them (`dist-qft merge`), and make the result model.path"
+        )
+
+
+def _compares(task: TaskConfig) -> bool:
+    return task.prefers and task.name != "orpo"
 
 
 def require_same_model(start: StartingValues, now: BaseSettings) -> None:

@@ -8,6 +8,7 @@ import torch
 import dist_qft
 from dist_qft.storage.checkpoint import list_checkpoints
 from dist_qft.training.metrics_file import read_history
+from tests.support.outcomes import attempt
 from tests.support.preferences import DENSE, expected_step, first_step, relative_error, write_pairs, write_rated
 from tests.support.tiny_model import tiny_config
 from tests.support.whole_runs import adapter_digest, train_losses, train_only
@@ -150,3 +151,21 @@ def test_the_reference_moves_no_bytes_and_a_run_learns_resumes_and_answers(pools
     assert [record.step for record in read_history(tmp_path / "resumed")] == list(range(1, 9))
     model = dist_qft.load(tmp_path / "run")
     assert len(list_checkpoints(tmp_path / "run")) == 2 and model.adapters.by_path
+
+
+def test_a_model_that_begins_elsewhere_than_the_reference_is_refused(pools, tiny_llama, tmp_path):
+    """The reference is the base: values of another kind of run make every reward wrong from the first step on."""
+    texts = tiny_config(tiny_llama, tmp_path / "texts", method=QLORA, quantization={"block": None, **DENSE})
+    pairs = config_of(tiny_llama, tmp_path / "pairs", "dpo")
+    for config in (texts, pairs):
+        pools[1].run(train_only, config=config)
+
+    def begun(source, task):
+        config = config_of(tiny_llama, tmp_path / f"{task} of {source.name}", task, {**QLORA, "init_from": str(source)})
+        return pools[1].run(attempt, config=config)[0].error
+
+    for task in ("dpo", "kto"):
+        refused = begun(tmp_path / "texts", task)
+        assert refused.startswith("method.init_from: got ") and f"must be empty for task {task}" in refused
+    assert begun(tmp_path / "texts", "orpo") == ""  # has no reference
+    assert begun(tmp_path / "pairs", "dpo") == ""  # goes on against the same one
