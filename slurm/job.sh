@@ -26,7 +26,7 @@ run_step() { # [srun's options] COMMAND...: runs it to its end, passes on the wa
   echo "attempt $attempt of job $job on $SLURM_JOB_NODELIST: logs in $logs"
   # Slurm's own TERM (requeue, scancel, time limit) reaches the ranks by itself; this script has to outlive it.
   local pid reasons final
-  trap 'scancel --signal=USR1 "$SLURM_JOB_ID"' USR1
+  trap 'scancel --signal=USR1 "$job"' USR1
   trap : TERM CONT
   # Every task sees all GPUs of its node, however they were asked for: a rank takes that of its local number.
   unset SLURM_GPUS_PER_TASK SLURM_TRES_PER_TASK SLURM_TRES_BIND SLURM_GPU_BIND
@@ -51,9 +51,9 @@ run_step() { # [srun's options] COMMAND...: runs it to its end, passes on the wa
 
 requeue() { # unless the job is cancelled, or requeued by Slurm itself
   local state
-  state=$(scontrol -o show job "$SLURM_JOB_ID" | grep -o "JobState=[A-Z_]*")
+  state=$(scontrol -o show job "$job" | grep -o "JobState=[A-Z_]*")
   if [[ $state == JobState=RUNNING ]]; then
-    scontrol requeue "$SLURM_JOB_ID" || stop "$code" "exit code $code, and the job cannot be requeued"
+    scontrol requeue "$job" || stop "$code" "exit code $code, and the job cannot be requeued"
   else
     echo "$script: $state: Slurm cancels or requeues this job by itself"
   fi

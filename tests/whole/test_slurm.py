@@ -2,6 +2,7 @@
 
 import json
 import re
+import shlex
 import shutil
 import signal
 import sys
@@ -159,6 +160,32 @@ def test_every_warning_reaches_the_ranks(cluster, tmp_path):
         await_line(warning + 2)
     cluster.run("scancel", job.number)
     job.finish()
+
+
+def test_a_warned_row_of_an_array_is_requeued_alone(cluster, tmp_path):
+    """Slurm gives the last row the array's own number: by it, all rows would be warned, and none requeued."""
+    rank = "trap 'exit 75' USR1; [[ $attempt == 0 ]] || exit 0; echo ready; while :; do sleep 0.05; done"
+    script = tmp_path / "job.sbatch"
+    lines = [
+        "#!/usr/bin/env bash",
+        "source slurm/job.sh",
+        "export attempt",
+        f"run_step --ntasks=1 bash -c {shlex.quote(rank)}",
+    ]
+    script.write_text("\n".join([*lines, "[[ $code != 75 ]] || requeue", "exit $code"]) + "\n")
+    options = ("--array=0-1", "--nodes=1", "--ntasks=1", "--requeue", "--open-mode=append", "--job-name=row")
+    array = Job(cluster, tmp_path, *options, script=str(script))
+    logs = [tmp_path / "logs" / f"{array.number}_{row}" / "attempt-0" / "task-0.log" for row in range(2)]
+    deadline = time.monotonic() + 30
+    while not all(log.exists() and log.read_text() for log in logs):
+        assert time.monotonic() < deadline, array.output()
+        time.sleep(0.05)
+    assert cluster.job(f"{array.number}_1")["JobId"] == array.number
+    cluster.run("scancel", "--batch", "--signal=USR1", f"{array.number}_1")
+    state = cluster.wait(f"{array.number}_1")
+    assert (state["JobState"], state["Restarts"]) == ("COMPLETED", "1"), array.output()
+    assert cluster.job(f"{array.number}_0")["JobState"] == "RUNNING", array.output()
+    cluster.run("scancel", array.number)
 
 
 def test_scancel_saves_and_is_the_end(cluster, config, tmp_path):
