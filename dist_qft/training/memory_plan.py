@@ -25,6 +25,7 @@ from dist_qft.training.planned_activations import (
     asked_for,
     head_workspace,
     kept_activations,
+    score_workspace,
     tokens_per_micro_batch,
 )
 from dist_qft.training.planned_reduction import PlannedReduction
@@ -95,6 +96,7 @@ class MemoryPlan:
         # A matrix's weights or a sum, beside the gradients of its inputs, from base and adapter, and of its result.
         gradients = tokens * (2 * sizes.inner + sizes.hidden)
         product = (gradients + max(sizes.largest, tokens * sizes.inner)) * sizes.itemsize
+        product = max(product, score_workspace(config, sizes))
         table, layers, whole = sizes.table_bytes, 2 * sizes.layer_bytes, 0
         if engine.name == "replicated":
             table = layers = 0

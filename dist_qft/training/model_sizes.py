@@ -36,6 +36,8 @@ class ModelSizes:
             activations are not checkpointed: behind RMS norms, and behind the activation function of an MLP.
         inner: the widest input of a layer's matrices, per token.
         gated: its MLP is.
+        heads: of attention; `attending`: the layers that have it.
+        score_bytes: bytes that `model.attention: eager` keeps of the score of a query and a key.
         itemsize: bytes of an element in the compute dtype.
     """
 
@@ -57,6 +59,9 @@ class ModelSizes:
     inner_inputs: int
     inner: int
     gated: bool
+    heads: int
+    attending: int
+    score_bytes: int
     itemsize: int
 
     @classmethod
@@ -90,6 +95,9 @@ class ModelSizes:
             inner_inputs=inner if inner > among_experts else 0,
             inner=max(inner, hidden),
             gated=any(_is_gated(layer, each) for layer in of_depth for each in layer if each.is_last(hidden)),
+            heads=getattr(base.config.get_text_config(), "num_attention_heads", 0),
+            attending=_attending(base),
+            score_bytes=_score_bytes(base),
             itemsize=base.dtype.itemsize,
         )
 
@@ -157,6 +165,24 @@ def _is_gated(layer: list[_Matrix], last: _Matrix) -> bool:
     widths = (last.columns, 2 * last.columns)
     made = [each.rows for each in layer if each.rows in widths and not each.attention and each.experts == last.experts]
     return sum(made) >= 2 * last.columns
+
+
+def _attending(base: BaseModel) -> int:
+    """The layers whose attention has scores: not those that carry a state instead."""
+    kinds = getattr(base.config.get_text_config(), "layer_types", None) or ["attention"] * len(base.layers)
+    return sum(kind.endswith("attention") and "linear" not in kind for kind in kinds)
+
+
+def _score_bytes(base: BaseModel) -> int:
+    """Bytes kept of a score: its softmax in float32, and in the compute dtype for the product with the values.
+
+    Beside sinks the library's softmax is in the compute dtype. A cap keeps its tanh.
+    """
+    itemsize = base.dtype.itemsize
+    sinks = any(name.endswith("sinks") for name, _ in base.layers[0].named_parameters())
+    softmax = itemsize if sinks or itemsize == 4 else 4 + itemsize
+    capped = getattr(base.config.get_text_config(), "attn_logit_softcapping", None) is not None
+    return softmax + itemsize * capped
 
 
 class _Norms:

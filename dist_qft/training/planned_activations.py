@@ -38,13 +38,14 @@ class Kept:
 def kept_activations(config: RunConfig, sizes: ModelSizes) -> Kept:
     """Bytes that a micro-batch of `config` keeps on a rank."""
     tokens, state = tokens_per_micro_batch(config), sizes.hidden * sizes.itemsize
+    scores = _scores(config, sizes) * sizes.score_bytes
     if isinstance(config.method, QstConfig):  # the side network reads a hidden state of every layer
         states = (sizes.layers + 1) * state
         side = sizes.layers * _side_layer(sizes) // config.method.reduction
         mixed = sizes.hidden * 2 * 4 + 2 * state  # the base's and the side network's last state, in float32
         # Autocast keeps the side network's weights in the compute dtype.
         cast = sizes.active // config.method.reduction**2 * sizes.itemsize if sizes.itemsize < 4 else 0
-        return Kept(tokens * (states + side + mixed) + cast, tokens * states)
+        return Kept(tokens * (states + side + mixed) + cast + scores * sizes.attending, tokens * states)
     norm, read = _bytes_behind_norm(config, sizes), _inputs_kept(config, config.method, sizes)
     layer = _layer(config, sizes, read)
     last = sizes.hidden * norm + 2 * state  # the last norm's input, its result, and the rows that the loss reads
@@ -52,12 +53,19 @@ def kept_activations(config: RunConfig, sizes: ModelSizes) -> Kept:
     freed = sizes.inner_inputs * sizes.itemsize if read == sizes.inputs else 0
     train = config.train
     if not train.gradient_checkpointing:
-        kept = sizes.layers * layer
-        return Kept(tokens * (kept + last), tokens * (kept - freed))
+        kept, scores = sizes.layers * layer, scores * sizes.attending
+        return Kept(tokens * (kept + last) + scores, tokens * (kept - freed) + scores)
     computed_again = -(-sizes.layers // train.checkpoint_every_n_layers)
     kept = (0 if train.offload_activations else state * computed_again) + layer * (sizes.layers - computed_again)
     freed += state if norm == sizes.itemsize else 0  # the first norm keeps the state itself
-    return Kept(tokens * (kept + last), tokens * (kept + layer - freed))
+    whole = scores * (sizes.attending * (sizes.layers - computed_again) // sizes.layers)
+    return Kept(tokens * (kept + last) + whole, tokens * (kept + layer - freed) + whole + scores)
+
+
+def score_workspace(config: RunConfig, sizes: ModelSizes) -> int:
+    """Bytes that a layer's whole scores need beside those kept: gradients, or the scores where none are computed."""
+    forward = isinstance(config.method, QstConfig)
+    return _scores(config, sizes) * (sizes.score_bytes + sizes.itemsize if forward else 2 * sizes.itemsize)
 
 
 def head_workspace(config: RunConfig, sizes: ModelSizes) -> int:
@@ -89,6 +97,13 @@ def tokens_per_micro_batch(config: RunConfig) -> int:
     """The most tokens of one micro-batch, with two rows to a sample where answers are compared; 0 without data."""
     rows = 2 if config.task.rows in ("pairs", "pairs-with-prompts", "rated-with-kl") else 1
     return rows * config.train.per_device_train_batch_size * config.data.max_length if config.data else 0
+
+
+def _scores(config: RunConfig, sizes: ModelSizes) -> int:
+    """Scores of queries and keys that a layer's attention makes of a micro-batch; 0 where they are never whole."""
+    if config.model.attention != "eager" or config.data is None:
+        return 0
+    return tokens_per_micro_batch(config) * config.data.max_length * sizes.heads
 
 
 def _layer(config: RunConfig, sizes: ModelSizes, read: int) -> int:

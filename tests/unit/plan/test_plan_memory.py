@@ -1,8 +1,11 @@
 """The plan's memory by part, what would fit, the choice of `sharding.group: auto`, and the seconds of a step."""
 
 import json
+from dataclasses import replace
 
 import pytest
+import torch
+from transformers import AutoModelForCausalLM
 
 from dist_qft.config.load import load_config
 from dist_qft.errors import UserError
@@ -12,6 +15,7 @@ from dist_qft.training.model_sizes import ModelSizes
 from dist_qft.training.planned_activations import kept_activations
 from dist_qft.training.run_plan import RunPlan
 from dist_qft.training.step_time import StepWork, step_seconds
+from tests.support.families import FAMILIES
 
 LLAMA = {
     "model_type": "llama",
@@ -93,6 +97,42 @@ def test_what_a_micro_batch_keeps(tmp_path):
     assert side < pooling / 3 < pooling < 0.8 * at_head(drop)
 
 
+@pytest.mark.parametrize("family", ["llama", "gemma2", "gpt_oss"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_eager_attention_keeps_its_scores(tmp_path, family, dtype):
+    """As many bytes as autograd saves: also where scores have sinks or a cap."""
+    tokens, heads = 256, 4
+    config = FAMILIES[family]
+    config.save_pretrained(tmp_path)
+    path = tmp_path / "run.yaml"
+    path.write_text(
+        f"output_dir: {tmp_path}/out\nmodel: {{path: {tmp_path}, attention: eager}}\nquantization: {{block: [32]}}\n"
+        f"data: {{train: {{path: stdlib-docs}}, max_length: {tokens}}}\n"
+        f"train: {{precision: {str(dtype).removeprefix('torch.')}}}\n"
+    )
+
+    def planned(*overrides: str) -> tuple[int, int]:
+        run = load_config(path, ["sharding.device=cuda", *overrides])
+        sizes = ModelSizes.of(planned_base(run))
+        whole = kept_activations(run, sizes)
+        without = kept_activations(run, replace(sizes, heads=0))
+        return whole.at_head - without.at_head, whole.in_layer - without.in_layer
+
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager", dtype=dtype).train()
+    saved: dict[int, int] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        saved[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        kept = model(torch.randint(0, 99, (1, tokens)), use_cache=False)  # noqa: F841  # holds what autograd saves
+    scores = sum(size for size in saved.values() if size >= heads * tokens**2 * dtype.itemsize)
+    assert planned() == pytest.approx((scores, scores), rel=0.01)
+    again, in_layer = planned("train.gradient_checkpointing=true")
+    assert (again, in_layer) == (0, pytest.approx(scores / config.num_hidden_layers, rel=0.01))
+
+
 def test_seconds_of_a_step_follow_from_the_machines_figures(tmp_path, shell):
     file = tmp_path / "slow.yaml"
     figures = "memory: 24GiB, memory_gb_per_s: 1000, inside_gb_per_s: 32"
@@ -103,7 +143,7 @@ def test_seconds_of_a_step_follow_from_the_machines_figures(tmp_path, shell):
     sizes = ModelSizes(
         layers=1, hidden=0, active=10**9, weights=0, head=0, packed=0, layer_bytes=0, table_bytes=0, largest=0, saved=0,
         norms=0, norms_in_float32=True, norms_fusible=True, inputs=0, norm_inputs=0, inner_inputs=0,
-        inner=0, gated=True, itemsize=2,
+        inner=0, gated=True, heads=0, attending=1, score_bytes=6, itemsize=2,
     )  # fmt: skip
     work = StepWork(
         tokens=1000, row=10, accumulation=2, trainable=0, backward=True, again=1.0, gathered=64 * 10**9,
