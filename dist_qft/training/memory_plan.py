@@ -6,14 +6,16 @@ buffers. `docs/scaling.md` has them beside the live bytes of the real step and b
 """
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import psutil
 import torch
 
 from dist_qft.base_model.skeleton import BaseModel
-from dist_qft.config.check import accumulation_steps
+from dist_qft.config.check import accumulation_steps, cross_field_faults
 from dist_qft.config.schema import RunConfig
+from dist_qft.divisors import divisors
 from dist_qft.ranks.device import planned_device
 from dist_qft.ranks.world import World
 from dist_qft.sharding.engine import Engine, parameter_owners
@@ -39,6 +41,8 @@ _LOADING = 16 << 20  # the rows in hand of a weight that is read and quantized
 # compute them again, which ask for the same blocks one after the other.
 _HOLES = 0.6
 
+Change = dict[str, Any]  # `section.key` -> value
+
 
 class MemoryPlan:
     """The memory of a run's ranks, for its config or a changed one.
@@ -58,9 +62,10 @@ class MemoryPlan:
         engine, device = engine_of(config), planned_device(config.sharding.device).type
         reduction = PlannedReduction(config, self._trainable, world_size, accumulation_steps(config, world_size))
         fullest = self._fullest(config, engine, reduction)
+        in_host_memory = device == "cuda" and engine.name == "zero" and config.sharding.offload
         in_16_bits = device == "cuda" and self._through_base and self.sizes.itemsize == 2
         return {
-            "base": sum(engine.part_bytes(tensor, group) for tensor in self._tensors),
+            "base": 0 if in_host_memory else sum(engine.part_bytes(tensor, group) for tensor in self._tensors),
             "gathered": fullest["gathered"],
             "trainables": reduction.buffer_bytes,
             "gradients": reduction.buffer_bytes + reduction.header_bytes,
@@ -125,45 +130,68 @@ class MemoryPlan:
 
     def remedy(self, config: RunConfig, place: Placement, limit: int) -> str | None:
         """The cheapest change of settings with which the plan is within `limit` bytes; None if no one is known."""
-        for words, changed, group in self._changes(config, place):
-            if self.peak(changed, place.world_size, group) <= limit:
-                return words
-        return None
 
-    def _changes(self, config: RunConfig, place: Placement) -> Iterator[tuple[str, RunConfig, int]]:
-        """Changes in the order of their cost: traffic and time first little, then more, then all at once."""
-        world, group, train = place.world_size, place.group_size, config.train
-        spread = _with(config, "train", shard_optimizer=True)
-        if world > 1 and train.shard_optimizer is not True:
-            yield "train.shard_optimizer=true", spread, group
-        if config.sharding.engine == "replicated" and world > 1:
-            for size in _group_sizes(place):
-                yield (
-                    f"sharding.engine=fsdp sharding.group={size}",
-                    _with(config, "sharding", engine="fsdp", group=size),
-                    size,
-                )
+        def helps(change: Change) -> bool:
+            changed, group = _with(config, change), change.get("sharding.group", place.group_size)
+            return not cross_field_faults(changed) and self.peak(changed, place.world_size, group) <= limit
+
+        for change in _exchanges(config, place):
+            if helps(change):
+                return _words(change)
+        savings: list[Change] = []
+        for saving in self._savings(config, place):
+            if cross_field_faults(_with(config, _together([*savings, saving]))):
+                continue
+            savings.append(saving)
+            if helps(_together(savings)):
+                break
         else:
-            for size in _group_sizes(place):
-                if size > group:
-                    yield f"sharding.group={size}", config, size
-        least = config
-        words: list[str] = []
+            return None
+        for costly in savings[-2::-1]:  # without those that turn out not to be needed
+            rest = [each for each in savings if each is not costly]
+            savings = rest if helps(_together(rest)) else savings
+        return _words(_together(savings))
+
+    def _savings(self, config: RunConfig, place: Placement) -> Iterator[Change]:
+        """Changes to be made one after the other, in the order of their cost in time."""
+        world, train, sharding = place.world_size, config.train, config.sharding
+        on_gpu = planned_device(sharding.device).type == "cuda"
+        if sharding.engine == "fsdp" and not sharding.reshard_after_forward:
+            yield {"sharding.reshard_after_forward": True}
+        if sharding.engine == "zero" and sharding.prefetch_megabytes:
+            yield {"sharding.prefetch_megabytes": 0}
         if self._through_base and not train.gradient_checkpointing:
-            least = _with(least, "train", gradient_checkpointing=True)
-            words.append("train.gradient_checkpointing=true")
-            yield words[0], least, group
-        if train.per_device_train_batch_size > 1:
-            least = _with(least, "train", per_device_train_batch_size=1)
-            words.append("train.per_device_train_batch_size=1")
-            yield " ".join(words), least, group
-        if world > 1:
-            least = _with(_with(least, "train", shard_optimizer=True), "sharding", engine="fsdp", group=world)
-            words += ["train.shard_optimizer=true", "sharding.engine=fsdp", f"sharding.group={world}"]
-            yield " ".join(words), least, world
-        if train.optim != "paged_adamw_8bit" and planned_device(config.sharding.device).type == "cuda":
-            least = _with(least, "train", optim="paged_adamw_8bit")
-            yield " ".join([*words, "train.optim=paged_adamw_8bit"]), least, world
+            yield {"train.gradient_checkpointing": True}
+        if self._through_base and train.checkpoint_every_n_layers > 1:
+            yield {"train.checkpoint_every_n_layers": 1}
+        for size in divisors(train.per_device_train_batch_size)[:-1]:
+            if not cross_field_faults(_with(config, {"train.per_device_train_batch_size": size})):
+                yield {"train.per_device_train_batch_size": size}  # tasks of pairs have a smallest one
+                break
+        spread: Change = {"train.shard_optimizer": True} if world > 1 and train.shard_optimizer is not True else {}
+        if world > 1 and sharding.engine == "replicated":
+            spread |= {"sharding.engine": "fsdp", "sharding.group": world}
+        elif place.group_size < world:
+            spread |= {"sharding.group": world}
+        if spread:
+            yield spread
+        if on_gpu and sharding.engine == "zero" and not sharding.offload:
+            yield {"sharding.offload": True}
+        if on_gpu and self._through_base and not train.offload_activations:
+            yield {"train.offload_activations": True}
+        if on_gpu and train.optim != "paged_adamw_8bit":
+            yield {"train.optim": "paged_adamw_8bit"}
+
+
+def _exchanges(config: RunConfig, place: Placement) -> Iterator[Change]:
+    """Single changes that cost traffic between ranks alone, which grows from one to the next."""
+    if place.world_size > 1 and config.train.shard_optimizer is not True:
+        yield {"train.shard_optimizer": True}
+    for size in _group_sizes(place):
+        if config.sharding.engine == "replicated" and place.world_size > 1:
+            yield {"sharding.engine": "fsdp", "sharding.group": size}
+        elif size > place.group_size:
+            yield {"sharding.group": size}
 
 
 def chosen_group(config: RunConfig, memory: MemoryPlan, place: Placement, limit: int | None) -> int:
@@ -215,5 +243,17 @@ def _group_sizes(place: Placement) -> list[int]:
     return inside + [size for size in range(2 * per_node, world + 1, per_node) if world % size == 0]
 
 
-def _with(config: RunConfig, section: str, **settings: object) -> RunConfig:
-    return config.model_copy(update={section: getattr(config, section).model_copy(update=settings)})
+def _with(config: RunConfig, change: Change) -> RunConfig:
+    for key, value in change.items():
+        section, name = key.split(".")
+        config = config.model_copy(update={section: getattr(config, section).model_copy(update={name: value})})
+    return config
+
+
+def _together(changes: Sequence[Change]) -> Change:
+    return {key: value for change in changes for key, value in change.items()}
+
+
+def _words(change: Change) -> str:
+    """A change as overrides on the command line."""
+    return " ".join(f"{key}={str(value).lower()}" for key, value in change.items())

@@ -74,6 +74,39 @@ def test_memory_by_part_and_what_would_fit(tmp_path):
     assert [plan.fits for plan in auto] == [True, True, False] and auto[1].peak_bytes < 2.1 * 2**30
 
 
+def test_a_remedy_is_a_config_that_is_accepted_and_fits(tmp_path):
+    """Each setting that costs memory can be taken back, alone or with others; none that a rule refuses is proposed."""
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA))
+    path = tmp_path / "run.yaml"
+    path.write_text(
+        f"output_dir: {tmp_path}/out\nmodel: {{path: {tmp_path}}}\ndata: {{train: {{path: stdlib-docs}}}}\n"
+    )
+
+    def of(limit: float, words: str, world_size: int) -> RunPlan:
+        given = ["sharding.device=cuda", "data.max_length=2048", "train.global_batch_size=64", *words.split()]
+        return make_plan(load_config(path, given), world_size, memory=int(limit * 2**30))
+
+    again = "train.gradient_checkpointing=true"
+    spread = "train.shard_optimizer=true"
+    for words, world_size, limit, remedy in [
+        (f"sharding.reshard_after_forward=false {spread} {again}", 8, 2.05, "sharding.reshard_after_forward=true"),
+        ("sharding.reshard_after_forward=false", 1, 3.2, again),  # the other one is not needed
+        (f"train.checkpoint_every_n_layers=4 {again}", 8, 2.5, "train.checkpoint_every_n_layers=1"),
+        (f"sharding.engine=zero {again}", 1, 2.2, "sharding.offload=true"),
+        (f"sharding.engine=zero sharding.prefetch_megabytes=900 {again}", 8, 2.4, "sharding.prefetch_megabytes=0"),
+        (f"task.name=kto train.per_device_train_batch_size=8 {again}", 8, 6, "train.per_device_train_batch_size=2"),
+        (f"sharding.engine=zero sharding.offload=true {again}", 1, 1.87, "train.offload_activations=true"),
+        (f"sharding.engine=replicated {spread}", 8, 2.2, f"{again} sharding.engine=fsdp sharding.group=8"),
+    ]:
+        plan = of(limit, words, world_size)
+        assert (plan.fits, plan.remedy) == (False, remedy), (words, plan.peak_bytes / 2**30)
+        assert of(limit, f"{words} {remedy}", world_size).fits
+    # Sharded over host memory, the base is not on the GPU, also while it is loaded.
+    plan = of(80, "sharding.engine=zero sharding.offload=true", 1)
+    assert (plan.memory["base"], plan.load_peak_bytes) == (0, plan.memory["runtime"])
+    assert plan.base_bytes_per_rank == plan.base_bytes
+
+
 def test_what_a_micro_batch_keeps(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(LLAMA))
     path = tmp_path / "run.yaml"
