@@ -57,6 +57,21 @@ def ranks_planned(world_size: int | None, nodes: int, per_node: int | None) -> i
     return nodes * per_node
 
 
+def for_planned_device(config: RunConfig, *, on_gpus: bool, elsewhere: bool) -> RunConfig:
+    """`config` as it is planned on this machine, which need not have the GPUs of the run.
+
+    Args:
+        on_gpus: `sharding.device: auto` means GPUs there.
+        elsewhere: the plan may be one for another machine: a note says so if it is one for CPUs.
+    """
+    if config.sharding.device != "auto" or planned_device("auto").type == "cuda":
+        return config
+    if on_gpus:
+        return config.model_copy(update={"sharding": config.sharding.model_copy(update={"device": "cuda"})})
+    note = "sharding.device: auto is a CPU here, so this plan is for CPUs; sharding.device=cuda plans for GPUs"
+    return config.with_notes([*config.notes, note]) if elsewhere else config
+
+
 def planned_base(config: RunConfig) -> BaseModel:
     """The base on the meta device, with notes on its files."""
     dtype = compute_dtype(config.train.precision, planned_device(config.sharding.device))

@@ -93,7 +93,7 @@ def validate(
     settings = read_config(config, overrides)
     from dist_qft.data.first_rows import check_first_rows
     from dist_qft.merge.place import require_place_at_end
-    from dist_qft.plan import make_plan, ranks_on_each, ranks_planned, require_fit
+    from dist_qft.plan import for_planned_device, make_plan, ranks_on_each, ranks_planned, require_fit
     from dist_qft.training.machine import find_machine, parse_size
     from dist_qft.training.plan_tables import print_plan
 
@@ -104,6 +104,8 @@ def validate(
     limit = parse_size(memory, "--memory") if memory is not None else limit
     ranks = ranks_planned(world_size, nodes, gpus_per_node)
     require_place_at_end(settings)
+    on_gpus = machine is not None or gpus_per_node is not None
+    settings = for_planned_device(settings, on_gpus=on_gpus, elsewhere=memory is not None or nodes > 1)
     plan = make_plan(settings, ranks, ranks_on_each(nodes, ranks), memory=limit, machine=machine)
     print_plan(plan, as_json=as_json)
     require_fit(plan)

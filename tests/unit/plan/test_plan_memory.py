@@ -166,6 +166,27 @@ def test_eager_attention_keeps_its_scores(tmp_path, family, dtype):
     assert (again, in_layer) == (0, pytest.approx(scores / config.num_hidden_layers, rel=0.01))
 
 
+def test_options_about_gpus_plan_for_gpus_where_there_is_none(tmp_path, shell, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA))
+    path = tmp_path / "run.yaml"
+    path.write_text(f"output_dir: {tmp_path}/out\nmodel: {{path: {tmp_path}}}\n")
+    words = ("train.global_batch_size=8", "train.optim=paged_adamw_8bit", "--json")
+
+    def told(*options: str) -> tuple[int, bool]:
+        """The bytes of what is not the run's own, and a line that the plan is for CPUs."""
+        plan = json.loads(shell("validate", path, *words, *options)[1])
+        return plan["memory"]["runtime"], any("sharding.device=cuda plans for GPUs" in w for w in plan["warnings"])
+
+    on_cpus, on_gpus = told(), (2**30, False)
+    assert on_cpus[0] < on_gpus[0] and not on_cpus[1]
+    for options in [("--gpus-per-node", "4"), ("--hardware", "H100"), ("--memory", "9GiB", "sharding.device=cuda")]:
+        assert told(*options) == on_gpus
+    for options in [("--memory", "80GiB"), ("--nodes", "2", "--world-size", "4")]:
+        assert told(*options) == (on_cpus[0], True)
+    assert told("--memory", "80GiB", "sharding.device=cpu", "train.optim=adamw") == on_cpus
+
+
 def test_seconds_of_a_step_follow_from_the_machines_figures(tmp_path, shell):
     file = tmp_path / "slow.yaml"
     figures = "memory: 24GiB, memory_gb_per_s: 1000, inside_gb_per_s: 32"
