@@ -108,6 +108,41 @@ def test_the_launch_scripts_pass_on_the_verbs_that_several_ranks_may_run():
         assert parsed == (f"{verb} RUN\n" if verb in MODULES else f"train {verb} RUN\n")
 
 
+def started(
+    tmp_path: Path, script: str, program: str, body: str, **variables: str
+) -> "subprocess.CompletedProcess[str]":
+    """A launch script over two nodes, with a stub for the launcher and paths of the config in variables."""
+    for name, text in {
+        "c.yaml": "output_dir: $SCRATCH_OF_RUNS/x\nmodel: {path: '${MODELS}/m'}\n",
+        "hosts": "node1 slots=1\nnode2 slots=1\n",
+        program: f"#!/bin/bash\n{body}\n",
+    }.items():
+        (tmp_path / name).write_text(text)
+    (tmp_path / program).chmod(0o755)
+    ours = {"VIRTUAL_ENV": sys.prefix, "PATH": f"{tmp_path}:{os.environ['PATH']}", "HOSTFILE": str(tmp_path / "hosts")}
+    paths = {
+        "SCRATCH_OF_RUNS": "/scratch",
+        "MODELS": "/models",
+        "DATA": "/data",
+        "NOT_USED": "1",
+        "NPROC_PER_NODE": "1",
+    }
+    command = ["bash", f"launch/{script}", str(tmp_path / "c.yaml"), "data.train.path=$DATA/x"]
+    environment = os.environ | ours | paths | {"HF_HUB_OFFLINE": "1"} | variables
+    return subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=30)
+
+
+def test_open_mpis_other_nodes_get_the_variables_of_paths_and_no_address(tmp_path):
+    body = (
+        '[[ $1 != --version ]] || { echo "mpirun (Open MPI) 5"; exit; }; echo "$@"; echo "address ${MASTER_ADDR-none}"'
+    )
+    done = started(tmp_path, "mpirun.sh", "mpirun", body, MASTER_ADDR="node0", MASTER_PORT="1")
+    assert done.returncode == 0 and done.stdout.endswith("address none\n"), done.stderr
+    for name in ("SCRATCH_OF_RUNS", "MODELS", "DATA", "HF_HUB_OFFLINE"):
+        assert f"-x {name} " in done.stdout
+    assert not [name for name in ("NOT_USED", "MASTER_ADDR", "MASTER_PORT") if name in done.stdout]
+
+
 def test_the_quickstart_may_be_called_again(tmp_path):
     """Stubs stand for the installation and the programs; training refuses a folder with checkpoints as the real one."""
     train = 'if [[ -e runs/c && "$*" != *"--resume auto" ]]; then exit 2; fi; mkdir -p runs/c'
