@@ -1,5 +1,6 @@
 """`dist-qft VERB ...` and `python -m dist_qft VERB ...`, the command that every launcher runs on each rank."""
 
+import os
 import sys
 import traceback
 from typing import NoReturn
@@ -13,6 +14,8 @@ _RESUMABLE = ("train", "merge", "study")
 
 def run() -> NoReturn:
     """Run the command line as this process's only work, and exit with its code."""
+    if sys.argv[1:2] == [f"--local_rank={os.environ.get('LOCAL_RANK')}"]:
+        del sys.argv[1]  # of DeepSpeed's launcher, which says it in the environment as well
     process.begin(stops_early=len(sys.argv) > 1 and sys.argv[1] in _RESUMABLE)
     code = 0
     try:

@@ -143,6 +143,28 @@ def test_open_mpis_other_nodes_get_the_variables_of_paths_and_no_address(tmp_pat
     assert not [name for name in ("NOT_USED", "MASTER_ADDR", "MASTER_PORT") if name in done.stdout]
 
 
+def test_deepspeeds_other_nodes_get_the_variables_but_no_secrets(tmp_path):
+    """DeepSpeed puts what it hands on into command lines, and reads it as lines NAME=VALUE of a file."""
+    (tmp_path / ".deepspeed_env").write_text("MINE=1\n")
+    body = 'echo "$@"; cat "$DS_ENV_FILE"'
+    secret = {
+        "HF_TOKEN": "hf_0123",
+        "HF_HOME": "/h f",
+        "GLOO_SOCKET_IFNAME": "eth$9",
+        "https_proxy": "http://a:b@c",
+        "HOME": str(tmp_path),
+    }
+    done = started(tmp_path, "deepspeed.sh", "deepspeed", body, **secret)
+    assert done.returncode == 0, done.stderr
+    command, *lines = done.stdout.splitlines()
+    assert "--hostfile" in command and lines[-1] == "MINE=1"
+    paths = {"SCRATCH_OF_RUNS=/scratch", "MODELS=/models", "DATA=/data"}
+    assert paths | {"HF_HUB_OFFLINE=1", "HF_HOME=/h f"} <= {*lines}
+    assert "hf_0123" not in done.stdout and "eth$9" not in done.stdout and "NOT_USED" not in done.stdout
+    assert done.stderr.startswith("deepspeed.sh: the other nodes do not get GLOO_SOCKET_IFNAME HF_TOKEN https_proxy: ")
+    assert done.stderr.count("\n") == 1
+
+
 def test_the_quickstart_may_be_called_again(tmp_path):
     """Stubs stand for the installation and the programs; training refuses a folder with checkpoints as the real one."""
     train = 'if [[ -e runs/c && "$*" != *"--resume auto" ]]; then exit 2; fi; mkdir -p runs/c'

@@ -134,6 +134,13 @@ def catches(process: "subprocess.Popen[str]", number: signal.Signals) -> bool:
     return bool(int(mask, 16) >> (number - 1) & 1)
 
 
+def test_the_local_rank_that_deepspeed_adds_is_no_option_of_a_verb(monkeypatch):
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    done = shell("--local_rank=0", "version")
+    assert (done.returncode, done.stdout) == (0, f"{__version__}\n")
+    assert shell("--local_rank=1", "version").returncode == 2
+
+
 @pytest.mark.parametrize("variable", [names.local_rank for names in LAUNCHERS])
 def test_the_first_rank_of_a_node_speaks_and_the_launcher_ends_the_others(variable, tmp_path):
     def start(rank: str) -> "subprocess.Popen[str]":
