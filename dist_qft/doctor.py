@@ -182,7 +182,7 @@ def _machine(config: RunConfig | None) -> Iterator[Finding]:
     yield Finding("CPU", "ok", f"{cores} cores, bf16: {', '.join(bf16) or 'not in hardware'}")
     yield Finding("memory", "ok", f"{memory.available / _GIB:.1f} of {memory.total / _GIB:.1f} GiB free")
     folder = Path(config.output_dir if config else ".").absolute()
-    while not folder.exists():
+    while not os.path.exists(folder):  # Path's own raises below a folder that this user may not enter
         folder = folder.parent
     free = shutil.disk_usage(folder).free
     if not os.access(folder, os.W_OK):

@@ -12,6 +12,7 @@ from dist_qft.config.load import load_config
 from dist_qft.config.schema import RunConfig
 from dist_qft.errors import UserError
 from dist_qft.storage.atomic import publishing
+from dist_qft.storage.reach import require_reachable
 
 _TEMPLATE = "starter.yaml.jinja"
 _BATCH = 16
@@ -89,7 +90,9 @@ def write_config(path: Path, answers: Answers) -> RunConfig:
 
     Raises:
         UserError: an answer is refused, or the file is there already; nothing is written then.
+        SetupError: it is in a folder that this user may not enter.
     """
+    require_reachable(path, "CONFIG")
     if path.exists():
         raise UserError(f"'{path}' exists already; choose another name for the config")
     if answers.goal not in GOALS:

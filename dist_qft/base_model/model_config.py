@@ -19,6 +19,7 @@ from dist_qft.base_model.gguf_metadata import quick_metadata
 from dist_qft.base_model.weight_files import require_readable
 from dist_qft.config.schema import ModelConfig
 from dist_qft.errors import DistQFTError, UserError
+from dist_qft.storage.reach import require_reachable
 
 # Sizes of the text decoder under the names that the families give them: smallest and largest value.
 _DEPTHS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "decoder_layers")
@@ -42,8 +43,10 @@ def read_model_config(model: ModelConfig) -> tuple[PretrainedConfig, bool]:
     Raises:
         UserError: no such path, no config.json, a model type that transformers does not know or that needs code of its
             own, sizes that no model has, or weights that are quantized in a way that cannot be read.
+        SetupError: it is in a folder that this user may not enter.
     """
     path = Path(model.path)
+    require_reachable(path, "model.path")
     if path.suffix == ".gguf":
         return _gguf_config(path), True
     if path.exists() and not (path / "config.json").is_file():

@@ -6,7 +6,7 @@ import sys
 import time
 
 from dist_qft.cli.app import app
-from dist_qft.errors import DistQFTError
+from dist_qft.errors import DistQFTError, SetupError
 from dist_qft.ranks.launchers import local_rank_text
 
 # How long the other ranks of a node wait for local rank 0 to print an error.
@@ -21,6 +21,11 @@ def main() -> None:
     except DistQFTError as error:
         print_error(error)
         code = error.exit_code
+    except PermissionError as error:  # of a file or folder that no key names
+        if error.filename is None:
+            raise
+        print_error(SetupError(f"'{error.filename}': {error.strerror}"))
+        code = SetupError.exit_code
     # Outside, where the error is gone: its frames hold process groups, which must not outlive the interpreter.
     sys.exit(code)
 

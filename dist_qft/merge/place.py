@@ -18,6 +18,7 @@ from dist_qft.merge.model_card import is_companion, names_beside
 from dist_qft.merge.recipe import MergeRequest, Recipe
 from dist_qft.merge.targets import TARGETS, request_at_end
 from dist_qft.storage.checkpoint import TRAINER_STATE, is_checkpoint_name, require_space, require_writable
+from dist_qft.storage.reach import require_reachable
 
 KEY = "-o (merge.path)"
 
@@ -43,8 +44,11 @@ def require_place(request: MergeRequest, run: Path, base: str, checkpoint: Path 
     Raises:
         UserError: the place is, holds or lies in what must be kept, or is a file where a folder is written or the
             other way round.
+        SetupError: one of them is below a folder that this user may not enter.
     """
     path, target = request.path, TARGETS[request.target]
+    for folder, key in ((run, "output_dir"), (base, "model.path"), (path, KEY)):
+        require_reachable(folder, key)
     target.require_name(path)
     if path.name in ("", ".."):
         raise UserError(f"{KEY}: got '{path}', must end with the name of a file or folder")

@@ -87,7 +87,7 @@ def _finite(value: Any) -> Any:
 
 def refused_write(final: Path, error: OSError) -> SetupError:
     """The error for a write that the system refused: place, reason, free space."""
-    free = shutil.disk_usage(next(folder for folder in final.absolute().parents if folder.exists())).free
+    free = shutil.disk_usage(next(folder for folder in final.absolute().parents if os.path.exists(folder))).free
     return SetupError(f"{final}: cannot write: {error.strerror or error} ({free} bytes are free)")
 
 

@@ -16,6 +16,7 @@ Not here: which checkpoint a run continues from and whether it may (`training/re
 """
 
 import json
+import os
 import re
 import shutil
 from collections.abc import Callable, Iterator
@@ -241,7 +242,7 @@ def require_writable(folder: Path, key: str = "output_dir") -> None:
 
 
 def _nearest_existing(path: Path) -> Path:
-    return next(folder for folder in [path, *path.absolute().parents] if folder.exists())
+    return next(folder for folder in [path, *path.absolute().parents] if os.path.exists(folder))
 
 
 def require_checkpoint_space(output_dir: Path, needed: int) -> None:

@@ -26,6 +26,7 @@ from dist_qft.methods.trainable import TrainableSpec
 from dist_qft.ranks.collectives import everywhere
 from dist_qft.storage.checkpoint import TRAINER_STATE, list_checkpoints
 from dist_qft.storage.manifest import MANIFEST
+from dist_qft.storage.reach import require_reachable
 from dist_qft.storage.run_folder import read_json_object
 from dist_qft.tuned_model.assemble import Assembled
 from dist_qft.tuned_model.checkpointed import config_of, find_checkpoint, settings_in
@@ -62,8 +63,10 @@ def starting_values(source: str, spec: TrainableSpec[Any]) -> StartingValues:
     Raises:
         UserError: there is nothing of that kind, or it does not fit the trainables that the config describes.
         CorruptFileError: a file of it is damaged.
+        SetupError: it is in a folder that this user may not enter.
     """
     folder = Path(source)
+    require_reachable(folder, KEY)
     if not folder.exists():
         folder = _from_hub(source)
     place = _place_of_adapters(folder)
