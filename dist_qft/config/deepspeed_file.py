@@ -8,7 +8,6 @@ keys; a key that would have no effect is a fault too. Nothing here imports DeepS
 
 import json
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 from dist_qft.config.paths import read_bounded
@@ -43,7 +42,7 @@ def _decided(config: RunConfig) -> dict[str, tuple[Any, str]]:
         "train_batch_size": (train.global_batch_size, "train.global_batch_size"),
         "train_micro_batch_size_per_gpu": (train.per_device_train_batch_size, "train.per_device_train_batch_size"),
         "gradient_clipping": (train.max_grad_norm, "train.max_grad_norm"),
-        "bf16.enabled": (train.precision == "bfloat16", "train.precision"),
+        "bf16.enabled": (_in_bfloat16(config), "train.precision"),
         "fp16.enabled": (False, "train.precision"),
         "zero_optimization.stage": (3, "sharding.engine"),
         "zero_optimization.offload_param.device": ("cpu" if sharding.offload else "none", "sharding.offload"),
@@ -51,6 +50,12 @@ def _decided(config: RunConfig) -> dict[str, tuple[Any, str]]:
         "zero_optimization.stage3_max_reuse_distance": (0, "sharding.engine"),
         "zero_optimization.stage3_param_persistence_threshold": (0, "sharding.engine"),
     }
+
+
+def _in_bfloat16(config: RunConfig) -> bool:
+    from dist_qft.ranks.device import compute_dtype, dtype_name, planned_device  # imports torch
+
+    return dtype_name(compute_dtype(config.train.precision, planned_device(config.sharding.device))) == "bfloat16"
 
 
 def zero_file_faults(config: RunConfig) -> Iterator[str]:
@@ -95,7 +100,7 @@ def read_zero_options(config: RunConfig) -> dict[str, Any]:
     for fault in zero_file_faults(config):
         raise UserError(f"sharding.deepspeed_config: {fault}")
     options: dict[str, Any] = {}
-    for key, value in _entries(json.loads(Path(path).read_text())):
+    for key, value in _entries(json.loads(read_bounded(path))):
         if key in _FREE and value != "auto":
             *sections, name = key.split(".")[1:]
             inner = options

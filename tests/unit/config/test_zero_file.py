@@ -7,6 +7,7 @@ import pytest
 from dist_qft.config.deepspeed_file import read_zero_options
 from dist_qft.config.load import load_config
 from dist_qft.errors import UserError
+from dist_qft.ranks.device import CPU_PRECISION
 from dist_qft.sharding.engines import engine_warnings
 
 
@@ -18,7 +19,9 @@ def load(tmp_path):
         path = tmp_path / "ds.json"
         path.write_text(content if isinstance(content, str) else json.dumps(content))
         run = tmp_path / "run.yaml"
-        run.write_text(f"output_dir: out\nmodel: {{path: m}}\nsharding: {{engine: zero, deepspeed_config: {path}}}\n")
+        run.write_text(
+            f"output_dir: out\nmodel: {{path: m}}\nsharding: {{engine: zero, device: cpu, deepspeed_config: {path}}}\n"
+        )
         return load_config(run, overrides)
 
     return load_with
@@ -41,6 +44,25 @@ def test_a_file_as_the_trainer_wants_it_is_accepted(load):
     }
     config = load(content, "train.per_device_train_batch_size=2")
     assert read_zero_options(config) == {"overlap_comm": True, "offload_param": {"pin_memory": False}}
+
+
+@pytest.mark.parametrize(
+    ("device", "precision", "enabled"),
+    [("cuda", "auto", True), ("cuda", "float32", False), ("cpu", "auto", False), ("cpu", "bfloat16", True)],
+)
+def test_auto_is_the_dtype_that_the_device_computes_in(load, monkeypatch, device, precision, enabled):
+    monkeypatch.setenv(CPU_PRECISION, "float32")
+    words = (f"sharding.device={device}", f"train.precision={precision}")
+    load({"bf16": {"enabled": enabled}}, *words)
+    with pytest.raises(UserError, match=f"train.precision means {str(enabled).lower()}; they must agree"):
+        load({"bf16": {"enabled": not enabled}}, *words)
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
+def test_a_file_of_another_editor_is_read_as_it_is_checked(load, tmp_path, encoding):
+    config = load({})
+    (tmp_path / "ds.json").write_text(json.dumps({"zero_optimization": {"overlap_comm": True}}), encoding=encoding)
+    assert read_zero_options(config) == {"overlap_comm": True}
 
 
 def test_without_a_file_there_are_no_options(load):
