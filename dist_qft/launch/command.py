@@ -13,6 +13,7 @@ Options, restarts and log files are torchrun's own, with these differences:
   a corrupt file, numbers that are not finite and a signal end the run instead.
 * Several nodes meet at --master-addr and --master-port, each as its --node-rank; a single one listens on loopback only.
   See `rendezvous`; another --rdzv-backend or --standalone is torchrun's own.
+* Without --log-dir nothing is written; with --tee, --redirects or --local-ranks-filter a line names a new folder.
 * OMP_NUM_THREADS defaults to the cores divided by the ranks, not to 1.
 * Ranks on CPUs are forked from the launcher once it has imported what they need; see `forked`. `top` calls them
   "rank 0", "rank 1", ...; `ps` shows the launcher's command.
@@ -30,6 +31,7 @@ import shlex
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from argparse import ArgumentParser, Namespace
 from collections.abc import Mapping, Sequence
@@ -55,7 +57,6 @@ _DEFAULTS = {
     "nproc_per_node": "auto",
     "signals_to_handle": "SIGTERM,SIGINT,SIGHUP,SIGUSR1",
     "shutdown_timeout": 120,
-    "log_dir": os.devnull,  # torchrun would leave an empty folder in /tmp behind
 }
 _CLEARING_SECONDS = 30
 _DEFAULT_PORT = 29500
@@ -119,6 +120,7 @@ def _launch(args: Namespace) -> int:
     threads = len(os.sched_getaffinity(0)) // int(args.nproc_per_node)
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, threads)))
     _require_signals(args.signals_to_handle)
+    _choose_log_dir(args)
     forked = _fork_ranks(args)
     if "LOGLEVEL" not in os.environ:  # torchrun's own switch for how much it says
         logging.disable(logging.ERROR)
@@ -144,6 +146,17 @@ def _launch(args: Namespace) -> int:
         reason = str(error).partition("\n")[0]
         raise SetupError(f"the nodes could not meet at {args.rdzv_endpoint}: {reason}") from error
     return 0
+
+
+def _choose_log_dir(args: Namespace) -> None:
+    """The place of the ranks' output, where none was given: a new folder if an option needs one, else nowhere."""
+    if args.log_dir is not None:
+        return
+    if (args.tee, args.redirects, args.local_ranks_filter) == ("0", "0", ""):
+        args.log_dir = os.devnull  # torchrun would leave an empty folder behind
+        return
+    args.log_dir = tempfile.mkdtemp(prefix="dist_qft_")
+    print(f"dist_qft.launch: the ranks' logs are in {args.log_dir}; --log-dir chooses another folder", file=sys.stderr)
 
 
 def _fork_ranks(args: Namespace) -> ForkedRanks | None:
