@@ -4,8 +4,8 @@
 # or runs another verb of `dist-qft` there, with the verb's own arguments, as torchrun.sh does.
 # Environment: ranks.sh lists it; besides
 #   MPIRUN   the MPI's starter (default mpirun; mpiexec.hydra is MPICH's, also beside another MPI)
-# The ranks meet through MPI itself (mpi4py): no address, no port (MASTER_ADDR and MASTER_PORT do not count). --dry-run starts no rank: it prints the command and,
-# for train, the plan. The exit code is that of the first failing rank
+# The ranks meet through MPI itself (mpi4py): no address, no port (MASTER_ADDR and MASTER_PORT do not count). --dry-run
+# starts no rank: it prints the command and, for train, the plan. The exit code is that of the first failing rank
 # (MPICH: of a rank that a signal ended, the signal's number).
 set -euo pipefail
 # shellcheck source=launch/ranks.sh

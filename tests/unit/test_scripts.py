@@ -97,6 +97,31 @@ def test_a_batch_scripts_refusals_are_one_line_and_exit_code_2(tmp_path, script,
     assert done.stderr.startswith("dist-qft: ") and done.stderr.count("\n") == 1 and message in done.stderr
 
 
+@pytest.mark.parametrize("kind", ["launcher", "batch script"])
+def test_an_activated_environment_of_conda_wins_over_the_repositorys(tmp_path, kind):
+    for name in ("conda/bin", ".venv/bin"):
+        (tmp_path / name).mkdir(parents=True)
+        (tmp_path / name / "python").symlink_to(sys.executable)
+    for name in ("launch/common.sh", "launch/torchrun.sh", "slurm/job.sh"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        shutil.copy(ROOT / name, tmp_path / name)
+    script = {"launcher": 'set -- c.yaml; source launch/common.sh; echo "$python"'}.get(
+        kind, "source slurm/job.sh; command -v python"
+    )
+    shell = {key: value for key, value in (os.environ | JOB).items() if not key.startswith(("VIRTUAL_ENV", "CONDA"))}
+
+    def python(**variables: str) -> str:
+        command = ["bash", "-uc", script, str(tmp_path / "launch/torchrun.sh")]
+        done = subprocess.run(command, env=shell | variables, cwd=tmp_path, capture_output=True, text=True, timeout=30)
+        assert done.returncode == 0, done.stderr
+        return done.stdout.strip().removeprefix(f"{tmp_path}/")
+
+    conda = {"CONDA_PREFIX": str(tmp_path / "conda"), "PATH": f"{tmp_path}/conda/bin:{shell['PATH']}"}
+    assert python(**conda, CONDA_DEFAULT_ENV="tuning") == "conda/bin/python"
+    assert python(**conda, CONDA_DEFAULT_ENV="base") == python() == ".venv/bin/python"
+    assert python(**conda | {"CONDA_PREFIX": "/none"}, CONDA_DEFAULT_ENV="tuning") == ".venv/bin/python"
+
+
 def test_the_launch_scripts_pass_on_the_verbs_that_several_ranks_may_run():
     """Any other first word is a config for `train`."""
     verbs = list(get_command(app).commands)
