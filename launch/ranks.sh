@@ -3,8 +3,7 @@
 # optional:
 #   NPROC_PER_NODE   ranks on each node (default: one per visible CUDA device, or one)
 #   HOSTFILE         several nodes: a file with one name a line, in the launcher's own format
-# Sets nodes, per_node and ranks; `names_for_other_nodes` lists variables; `start COMMAND...` runs the command, or shows it
-# and the plan.
+# Sets nodes, per_node and ranks; `start COMMAND...` runs the command, or shows it and the plan.
 
 # shellcheck source=launch/common.sh
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
@@ -29,22 +28,6 @@ per_node=${NPROC_PER_NODE:-$((gpus > 0 ? gpus : 1))}
 ranks=$((nodes * per_node))
 threads=$(($(nproc) / per_node))
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((threads > 0 ? threads : 1))}
-
-names_for_other_nodes() { # of variables that libraries and paths in the config, or in arguments, need on every node
-  local name config=${arguments[0]:-} used
-  [[ ! -d $config ]] || config=$config/config.yaml
-  used=$({ printf '%s\n' "${arguments[@]}" && cat "$config"; } 2>/dev/null | grep -oE '\$(\w+|\{\w+\})' | tr -d '${}') || true
-  for name in $(compgen -e); do
-    case $name in
-      CUDA_VISIBLE_DEVICES) ;; # each node's own
-      PATH | VIRTUAL_ENV | LD_LIBRARY_PATH | MPI4PY_LIBMPI | TOKENIZERS_PARALLELISM | OMP_* | MKL_* | PYTHON* | HF_* | \
-        TORCH_* | PYTORCH_* | TRITON_* | CUDA_* | BNB_* | DS_* | NCCL_* | GLOO_* | UCX_* | FI_* | WANDB_* | MLFLOW_* | \
-        TRACKIO_* | *_proxy | *_PROXY | SSL_CERT_* | *_CA_BUNDLE | XDG_CACHE_HOME | \
-        DIST_QFT_CACHE | DIST_QFT_CPU_PRECISION) echo "$name" ;;
-      *) if grep -qx "$name" <<<"$used"; then echo "$name"; fi ;;
-    esac
-  done
-}
 
 start() {
   # The ranks end with this process, however it ends. exec: a scheduler's signals must reach the launcher, not this shell.

@@ -13,7 +13,10 @@ from dist_qft.cli import app
 from dist_qft.cli.preload import MODULES
 
 ROOT = Path(__file__).resolve().parents[2]
-PARTS = [ROOT / "slurm/job.sh", *(ROOT / f"launch/{name}.sh" for name in ("common", "ranks", "environment"))]  # sourced
+PARTS = [  # sourced
+    ROOT / "slurm/job.sh",
+    *(ROOT / f"launch/{name}.sh" for name in ("common", "ranks", "other_nodes", "environment")),
+]
 SCRIPTS = sorted(
     file
     for folder in ("launch", "slurm", "tests", ".ci", "studies")
