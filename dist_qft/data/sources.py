@@ -16,11 +16,12 @@ from dist_qft.config.data_schema import DataConfig, DatasetConfig
 from dist_qft.data import stdlib_docs
 from dist_qft.data.files import find_files, names_local_data, read_file
 from dist_qft.data.records import LocatedRecord
-from dist_qft.data.tables import without_nulls
+from dist_qft.data.tables import table_records
 from dist_qft.errors import UserError
 from dist_qft.storage.manifest import sha256_of
 
 STDLIB_DOCS = "stdlib-docs"
+_BATCH = 64  # rows of Hub data read at a time
 
 
 @dataclass(frozen=True)
@@ -143,8 +144,9 @@ def _open_hub(dataset: DatasetConfig, key: str) -> Source:
         if dataset.split not in splits:
             allowed = ", ".join(splits)
             raise UserError(f"{key}.split: got {dataset.split!r}, must be {allowed} for {dataset.path}")
-        for number, record in enumerate(builder.as_dataset(split=dataset.split), start=1):
-            yield without_nulls(record), f"{dataset.path} ({dataset.split}): record {number}"
+        # As tables, which are read as those of files are: `datasets` itself would decode each image.
+        rows = builder.as_dataset(split=dataset.split).with_format("arrow")
+        yield from table_records(rows.iter(_BATCH), f"{dataset.path} ({dataset.split})")
 
     # The builder's hash covers the revision on the Hub and the builder's own settings.
     return Source(f"hub {builder.hash}", read)

@@ -1,19 +1,23 @@
-"""Readers of files that hold tables: parquet, and the Arrow files that `datasets` writes with `save_to_disk`."""
+"""Readers of tables: parquet, the Arrow files that `datasets` writes with `save_to_disk`, and data of the Hub."""
 
 import base64
 import datetime
 import decimal
+import functools
+import itertools
+import json
 import reprlib
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from dist_qft.data.records import LocatedRecord, Record
+from dist_qft.data.records import LocatedRecord, Record, RowError
 from dist_qft.errors import UserError
 
 _BATCH = 64  # rows read at a time
 _BATCH_BYTES = 2**22  # of rows read at a time, on average
+_JSON_TYPE = "arrow.json"  # of values of any kind, kept as JSON text
 
 
 def read_parquet(path: Path, counts: Counter[str]) -> Iterator[LocatedRecord]:
@@ -58,27 +62,75 @@ def read_arrow(path: Path, counts: Counter[str]) -> Iterator[LocatedRecord]:
 def _records(path: Path, kind: str, batches: Iterator[Any]) -> Iterator[LocatedRecord]:
     import pyarrow
 
-    number = 0
-    try:
+    def checked() -> Iterator[Any]:
         for batch in batches:
             names = batch.schema.names
             if len(set(names)) < len(names):
                 twice = next(name for name, count in Counter(names).items() if count > 1)
                 raise UserError(f"{path}: column {reprlib.repr(twice)} occurs twice")
-            for row in range(batch.num_rows):
-                number += 1
-                yield without_nulls(batch.slice(row, 1).to_pylist()[0]), f"{path}: record {number}"
+            yield batch
+
+    number = 0
+    try:
+        for located in table_records(checked(), str(path)):
+            yield located
+            number += 1
     except (pyarrow.ArrowException, OSError, ValueError, OverflowError) as error:
         reason = str(error).partition("\n")[0]
         raise UserError(f"{path}: not a readable {kind} file (after record {number}): {reason}") from None
 
 
-def without_nulls(record: Record) -> Record:
-    """A table's record without the keys that it fills with nulls inside objects, because other rows have them.
+def table_records(batches: Iterator[Any], source: str) -> Iterator[LocatedRecord]:
+    """The rows of pyarrow tables or batches of `source`.
 
-    Times, decimals and bytes inside objects become what JSON has for them: templates are given JSON.
+    They lack the keys that a table fills with nulls inside objects, because other rows have them.
+    Times, decimals and bytes inside objects become what JSON has for them: templates are given JSON. Values of the
+    type JSON are read, and keep their own nulls. A row whose JSON cannot be read is a RowError in its place.
     """
-    return {name: _pruned(value) for name, value in record.items()}
+    numbers = itertools.count(1)
+    for batch in batches:
+        readers = {field.name: reader for field in batch.schema if (reader := _json_reader(field)) is not None}
+        for row in range(batch.num_rows):
+            where = f"{source}: record {next(numbers)}"
+            record = {name: _pruned(value) for name, value in batch.slice(row, 1).to_pylist()[0].items()}
+            yield _with_json(record, readers, where), where
+
+
+_Reader = Callable[[Any], Any]
+
+
+def _json_reader(field: Any) -> _Reader | None:
+    """The function that reads the JSON text in a column's values; None for a column that has none."""
+    # A pyarrow that does not know the type leaves its name in the field's metadata.
+    named = (field.metadata or {}).get(b"ARROW:extension:name", b"").decode()
+    if _JSON_TYPE in (named, getattr(field.type, "extension_name", "")):
+        return lambda value: value if value is None else json.loads(value)
+    kind = getattr(field.type, "storage_type", field.type)
+    if hasattr(kind, "value_field"):
+        inner = _json_reader(kind.value_field)
+        return functools.partial(_each, inner) if inner else None
+    fields = [kind.field(number) for number in range(kind.num_fields)]
+    inside = {each.name: reader for each in fields if (reader := _json_reader(each)) is not None}
+    return functools.partial(_by_key, inside) if inside else None
+
+
+def _each(reader: _Reader, values: Any) -> Any:
+    return [reader(value) for value in values] if isinstance(values, list) else values
+
+
+def _by_key(readers: dict[str, _Reader], value: Any) -> Any:
+    if not isinstance(value, dict):
+        return value
+    return {key: readers[key](entry) if key in readers else entry for key, entry in value.items()}
+
+
+def _with_json(record: Record, readers: dict[str, _Reader], where: str) -> Record | RowError:
+    for name, reader in readers.items():
+        try:
+            record[name] = reader(record[name])
+        except (ValueError, RecursionError) as error:
+            return RowError(f"{where}: column {reprlib.repr(name)} is of the type JSON, but holds other text: {error}")
+    return record
 
 
 def _pruned(value: Any) -> Any:
