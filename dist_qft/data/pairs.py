@@ -14,11 +14,13 @@ from dist_qft.data.samples import Conversation, Message, Preference, PromptCompl
 _QUESTIONS = ("instruction", "question", "query", "user", "problem", "input", "conversations", "conversation")
 
 
-def read_prompt(fields: Fields, answer: str = "completion") -> PromptCompletion | Conversation:
+def read_prompt(
+    fields: Fields, answer: str = "completion", *, last_turn: bool = False
+) -> PromptCompletion | Conversation:
     """A prompt and the answer in the field `answer`: two texts, or two lists of messages.
 
     A text beside a list is a message of its own. An answer may begin with its prompt once more, or
-    with the end of it.
+    with the end of it. last_turn: of messages that hold a text prompt the answer is what follows the last question.
 
     Raises:
         RowError: the answer begins with another prompt than the field `prompt`, which is a text.
@@ -29,17 +31,16 @@ def read_prompt(fields: Fields, answer: str = "completion") -> PromptCompletion 
         return PromptCompletion(fields.text("prompt"), fields.text(answer))
     asked, answered = _messages(fields, "prompt", "user"), _messages(fields, answer, "assistant")
     start = next((i for i, message in enumerate(answered) if message["role"] == "assistant"), len(answered))
+    if start and is_text and (last_turn or answered[:1] != asked):
+        # As in UltraFeedback: the text is the question, which the messages hold as well.
+        if not _asks(answered, fields.text("prompt")):
+            raise fields.fault(answer, "begins with another question than the prompt")
+        last = len(answered) - next(i for i, each in enumerate(reversed(answered)) if each["role"] == "user")
+        return _conversation(fields, answered, last)
     if answered[: len(asked)] == asked:
         return _conversation(fields, answered, len(asked))
     if repeated := _same_turns(asked, answered):
         return _conversation(fields, [*asked, *answered[repeated:]], len(asked))
-    if start and is_text:
-        # As in UltraFeedback: the text is the question, which the messages hold as well.
-        said = [message["content"].strip() for message in answered if message["role"] == "user"]
-        if asked[0]["content"].strip() not in said:
-            raise fields.fault(answer, "begins with another question than the prompt")
-        last = len(answered) - next(i for i, each in enumerate(reversed(answered)) if each["role"] == "user")
-        return _conversation(fields, answered, last)
     return _conversation(fields, [*asked, *answered], len(asked))
 
 
@@ -53,7 +54,7 @@ def read_pair(fields: Fields) -> Preference:
     if chosen == rejected:
         raise fields.fault("rejected", "is the same as the chosen answer, which prefers nothing")
     if fields.get("prompt") is not None:
-        return Preference(read_prompt(fields, "chosen"), read_prompt(fields, "rejected"))
+        return _pair_with_prompt(fields)
     are_messages = fields.holds_messages("chosen")
     if are_messages != fields.holds_messages("rejected"):
         raise fields.fault("rejected", "must be a text or a list of messages, as the chosen answer is")
@@ -80,7 +81,20 @@ def read_rated(fields: Fields) -> Rated:
     desirable = verdict(fields.require("label"))
     if desirable is None:
         raise fields.fault("label", "must be true or false")
-    return Rated(read_prompt(fields), desirable)
+    return Rated(read_prompt(fields, last_turn=True), desirable)
+
+
+def _pair_with_prompt(fields: Fields) -> Preference:
+    if not fields.holds_messages("prompt") and all(fields.holds_messages(field) for field in ("chosen", "rejected")):
+        better, worse = read_messages(fields, "chosen"), read_messages(fields, "rejected")
+        start = _common_messages(better, worse)
+        if _asks(better[:start], fields.text("prompt")):  # the turns behind it that both have are prompt, too
+            return Preference(_conversation(fields, better, start), _conversation(fields, worse, start))
+    return Preference(read_prompt(fields, "chosen"), read_prompt(fields, "rejected"))
+
+
+def _asks(messages: list[Message], question: str) -> bool:
+    return question.strip() in [message["content"].strip() for message in messages if message["role"] == "user"]
 
 
 def _messages(fields: Fields, field: str, role: str) -> list[Message]:

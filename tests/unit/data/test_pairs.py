@@ -88,6 +88,32 @@ def test_a_system_field_stands_before_both_answers(tmp_path, form):
     assert [text.split("<")[0].strip() for text in answers(dataset, 0)] == ["sat on a mat", "ran"]
 
 
+@pytest.mark.parametrize("task", ["dpo", "orpo", "kto"])
+@pytest.mark.parametrize("prompt", ["the cat", " the cat\n", "seven dogs"])
+def test_turns_that_both_answers_have_are_not_compared_beside_a_text_prompt(tmp_path, task, prompt):
+    earlier = USER + answer("fox") + [{"role": "user", "content": "seven dogs"}]
+    sides = [earlier + answer("sat"), earlier + answer("ran")]
+    pair = {"prompt": prompt, "chosen": sides[0], "rejected": sides[1]}
+    rated = [{"prompt": prompt, "completion": side, "label": i == 0} for i, side in enumerate(sides)]
+    for number, rows in enumerate([[pair], rated] if task == "kto" else [[pair]]):
+        (folder := tmp_path / str(number)).mkdir()
+        dataset = prepared(folder, rows, task)
+        said = tiny_tokenizer().decode(dataset.tokens[dataset.targets])
+        assert said.split("<|im_end|>") == ["sat", "ran", ""]
+        assert tiny_tokenizer().decode(dataset.tokens).count("fox") == 2
+
+
+def test_answers_part_where_they_differ_beside_a_text_prompt(tmp_path):
+    again = [{"role": "user", "content": "seven dogs"}]
+    sides = [USER + answer(first) + again + answer(second) for first, second in (("fox", "sat"), ("mat", "ran"))]
+    dataset = prepared(tmp_path, [{"prompt": "the cat", "chosen": sides[0], "rejected": sides[1]}])
+    assert [text.split("<")[0] for text in answers(dataset, 0)] == ["fox", "mat"]
+    assert (
+        tiny_tokenizer().decode(dataset.tokens[dataset.targets])
+        == "fox<|im_end|>sat<|im_end|>mat<|im_end|>ran<|im_end|>"
+    )
+
+
 def test_rows_of_pairs_lie_in_halves_and_fill_up(tmp_path):
     dataset = prepared(tmp_path, [FORMS["texts"], FORMS["messages"], FORMS["texts"]], task="orpo")
     batch = collate(dataset, [1, 0], 3, 0, share=0.5)
