@@ -7,6 +7,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from dist_qft.base_model.gguf_metadata import MetadataReader, quick_metadata
 from dist_qft.base_model.gguf_splits import use_rules
+from dist_qft.base_model.mistral_splits import no_advice_on_splits, split_as_trained
 from dist_qft.config.schema import ModelConfig, RunConfig
 from dist_qft.data.templates import use_template
 from dist_qft.errors import UserError
@@ -29,7 +30,9 @@ def load_tokenizer(model: ModelConfig) -> PreTrainedTokenizerBase:
             _split_as_named(found, path)
         else:
             # Not the default, which is to ask on the terminal.
-            found = AutoTokenizer.from_pretrained(model.path, revision=model.revision, trust_remote_code=False)
+            with no_advice_on_splits():
+                found = AutoTokenizer.from_pretrained(model.path, revision=model.revision, trust_remote_code=False)
+            split_as_trained(found)
         # Some settings, such as a model_max_length that is no number, are only met when it is used.
         found.decode(found("a text")["input_ids"])
     except Exception as error:  # the Rust library behind it raises nothing more precise

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, PreTrainedTokenizerBase
 
+from dist_qft.base_model.mistral_splits import correct_file
 from dist_qft.base_model.model_config import read_model_config
 from dist_qft.base_model.skeleton import BaseModel
 from dist_qft.base_model.stop_tokens import GENERATION_CONFIG, eos_ids
@@ -47,6 +48,7 @@ def write_model_files(
         _write_from_gguf(folder, model)
     else:
         _copy_files(_own_files(model), folder)
+        correct_file(folder / "tokenizer.json", tokenizer)
     edit_json(folder / CONFIG, lambda content: _merged_config(content, base, dtype, folder))
     if isinstance(template := tokenizer.chat_template, str) and template != load_tokenizer(model).chat_template:
         (folder / CHAT_TEMPLATE).write_text(template, encoding="utf-8")  # `data.template`; it wins over other places
