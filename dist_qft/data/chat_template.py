@@ -19,8 +19,8 @@ from dist_qft.errors import UserError
 
 Message = dict[str, Any]
 Tool = dict[str, Any]
-CPU_SECONDS = 10  # for one request
-WALL_SECONDS = 120.0  # for one request, on a machine under heavy load
+CPU_SECONDS = 10  # for one rendering
+WALL_SECONDS = 120.0  # for one rendering, on a machine under heavy load
 
 
 class Request(NamedTuple):
@@ -39,16 +39,22 @@ class Rendered(NamedTuple):
     error: str | None = None
 
 
+class TemplateStopped(UserError):
+    """One rendering, or the template's start, took more time or memory than any template needs."""
+
+
 class ChatTemplate:
     """One chat template of a tokenizer. Starts its process when it first renders, and again after a limit was hit.
 
-    `today` is the date that the template is told if it asks for one.
+    `today` is the date that the template is told if it asks for one. `stops` counts the renderings in a row, up to the
+    last one, that hit a limit.
     """
 
     def __init__(self, source: str, variables: dict[str, str], today: datetime.date) -> None:
         self.source = source
         self._setup: dict[str, Any] = {"template": source, "variables": variables, "date": today.isoformat()}
         self._setup["cpu_seconds"] = CPU_SECONDS
+        self.stops = 0
         self._process: subprocess.Popen[bytes] | None = None
         self._finalizer: weakref.finalize | None = None
 
@@ -56,17 +62,23 @@ class ChatTemplate:
         """The texts of some conversations; a refusal by the template is in `Rendered.error`.
 
         Raises:
-            UserError: the template is not valid, or one request took more time or memory than any template needs.
+            UserError: the template is not valid.
+            TemplateStopped: a rendering took more time or memory than any template needs.
         """
+        return [self._render(request) for request in requests]
+
+    def _render(self, request: Request) -> Rendered:
         if self._process is None:
             self._start()
-        answers = self._ask([request._asdict() for request in requests])
-        return [
-            Rendered(error=answer["error"])
-            if "error" in answer
-            else Rendered(answer["text"], tuple((start, end) for start, end in answer["marked"]))
-            for answer in answers
-        ]
+        try:
+            answer = self._ask(request._asdict())
+        except TemplateStopped:
+            self.stops += 1
+            raise
+        self.stops = 0
+        if "error" in answer:
+            return Rendered(error=answer["error"])
+        return Rendered(answer["text"], tuple((start, end) for start, end in answer["marked"]))
 
     def _start(self) -> None:
         command = [sys.executable, "-P", str(Path(template_process.__file__))]
@@ -102,7 +114,7 @@ class ChatTemplate:
         except BrokenPipeError:
             pass
         self.close()
-        raise UserError(
+        raise TemplateStopped(
             f"model.path: the chat template was stopped: one rendering may use {CPU_SECONDS} seconds "
             f"of CPU and {template_process.MEMORY_BYTES >> 20:,} MiB of memory"
         )

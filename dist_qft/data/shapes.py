@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import NamedTuple
@@ -25,25 +25,25 @@ class Shape:
     """The rendering of conversations that differ in their texts only.
 
     parts: the rendering with stand-ins, split. before: by message, the tail of a rendering that ends with the prompt
-    for this message. after: by message, the tail of a rendering that ends with this message. conversation: the messages
-    with their stand-ins, and the tools. word: the pattern of stand-ins.
+    for this message; None if it is refused. after: by message, the tail of a rendering that ends with this message. The
+    tails are of the messages that were asked for. conversation: the messages with their stand-ins, and the tools.
+    word: the pattern of stand-ins.
     """
 
     parts: list[str]
     conversation: tuple[list[Message], list[Tool] | None]
     word: re.Pattern[str]
-    before: dict[int, Tail] = field(default_factory=dict)
-    after: dict[int, Tail] = field(default_factory=dict)
+    before: dict[int, Tail | None] = field(default_factory=dict)
+    after: dict[int, Tail | None] = field(default_factory=dict)
     unasked: dict[int, Tail | None] = field(default_factory=dict)
     headers: dict[int, str] = field(default_factory=dict)
 
 
 class Shapes:
-    """The shapes of one template's conversations. tails: shapes have `before` and `after`."""
+    """The shapes of one template's conversations."""
 
-    def __init__(self, template: ChatTemplate, tails: bool) -> None:
+    def __init__(self, template: ChatTemplate) -> None:
         self._template = template
-        self._tails = tails
         self._shape = lru_cache(CACHED_SHAPES)(self._render)
 
     def find(self, messages: Sequence[Message], tools: Sequence[Tool] | None, word: re.Pattern[str]) -> Shape | None:
@@ -52,32 +52,27 @@ class Shapes:
 
     def _render(self, key: str, word: re.Pattern[str]) -> Shape | None:
         messages, tools = json.loads(key)
-        answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
-        requests = [Request(messages, tools)]
-        if self._tails:
-            requests += [Request(messages[:i], tools, prompt=True) for i in answers if i > 0]
-            requests += [Request(messages[: i + 1], tools) for i in answers]
-        whole, *others = self._template.render(requests)
-        if whole.error is not None:
-            return None
-        shape = Shape(word.split(whole.text), (messages, tools), word)
-        if self._tails:
-            befores = [i for i in answers if i > 0]
-            for tails, indices, renderings in (
-                (shape.before, befores, others[: len(befores)]),
-                (shape.after, answers, others[len(befores) :]),
-            ):
-                for index, rendering in zip(indices, renderings, strict=True):
-                    if rendering.error is None:
-                        tails[index] = _tail(word.split(rendering.text))
-        return shape
+        (whole,) = self._template.render([Request(messages, tools)])
+        return None if whole.error is not None else Shape(word.split(whole.text), (messages, tools), word)
+
+    def add_tails(self, shape: Shape, wanted: Iterable[int]) -> None:
+        """Fill `before` and `after` for these messages alone: each tail costs a rendering of all that stands before."""
+        messages, tools = shape.conversation
+        for message in wanted:
+            if message > 0 and message not in shape.before:
+                shape.before[message] = self._rendered_tail(shape, Request(messages[:message], tools, prompt=True))
+            if message not in shape.after:
+                shape.after[message] = self._rendered_tail(shape, Request(messages[: message + 1], tools))
+
+    def _rendered_tail(self, shape: Shape, request: Request) -> Tail | None:
+        (rendered,) = self._template.render([request])
+        return None if rendered.error is not None else _tail(shape.word.split(rendered.text))
 
     def unasked(self, shape: Shape, message: int) -> Tail | None:
         """The tail of a rendering of the messages before this one, without a prompt; None if they are refused."""
         if message not in shape.unasked:
             messages, tools = shape.conversation
-            (rendered,) = self._template.render([Request(messages[:message], tools)])
-            shape.unasked[message] = None if rendered.error else _tail(shape.word.split(rendered.text))
+            shape.unasked[message] = self._rendered_tail(shape, Request(messages[:message], tools))
         return shape.unasked[message]
 
     def header(self, shape: Shape, message: int, messages: Sequence[Message], tools: Sequence[Tool] | None) -> str:
@@ -97,9 +92,10 @@ class Shapes:
         if shape is None:
             return self._template.render([Request(messages[: message + 1], tools)])[0].text
         if message not in shape.after:
-            (rendered,) = self._template.render([Request(shape.conversation[0][: message + 1], shape.conversation[1])])
-            shape.after[message] = _tail(shape.word.split(rendered.text))
-        return shape.after[message].text
+            told, offered = shape.conversation
+            shape.after[message] = self._rendered_tail(shape, Request(told[: message + 1], offered))
+        tail = shape.after[message]
+        return tail.text if tail is not None else ""
 
 
 def _tail(parts: list[str]) -> Tail:

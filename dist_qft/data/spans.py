@@ -54,7 +54,7 @@ class SpanFinder:
         self.end_markers = end_markers
         self._tags = tags_in(template.source)
         self._ends = TurnEnds(end_markers)
-        self._shapes = Shapes(template, tails=not self.marked)
+        self._shapes = Shapes(template)
 
     def locate(self, messages: Sequence[Message], tools: Sequence[Tool] | None, wanted: set[int]) -> Located:
         """The text, and where the assistant messages `wanted` are in it.
@@ -91,6 +91,7 @@ class SpanFinder:
                 self._end_marked(located, message, (messages, tools), occurrences, shape)
         elif wanted:
             assert shape is not None
+            self._shapes.add_tails(shape, sorted(wanted))
             for message in sorted(wanted):
                 span = self._span(located, message, (messages, tools), pieces, occurrences, shape)
                 located.spans[message] = [span]

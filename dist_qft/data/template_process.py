@@ -5,7 +5,7 @@ loops that never end or strings of gigabytes. `chat_template` starts this progra
 of JSON for each request and each answer. It imports jinja2 and the standard library only, so that it starts at once.
 
     first request  {"template", "variables", "date": "YYYY-MM-DD", "cpu_seconds"}      answer {} or {"error": reason}
-    later ones     [{"messages": [...], "tools": [...] | null, "prompt": bool}, ...]    answer [{"text", "marked"}, ...]
+    later ones     {"messages": [...], "tools": [...] | null, "prompt": bool}           answer {"text", "marked"}
 
 `marked` lists the (start, end) characters inside `{% generation %}` blocks. A rendering that fails answers {"error"}.
 """
@@ -126,13 +126,11 @@ def main() -> None:
     while line := sys.stdin.readline():
         _limit_cpu(setup["cpu_seconds"])
         limit = CHARACTERS + 16 * len(line)
-        answers = []
-        for request in json.loads(line):
-            try:
-                answers.append(render(template, request, setup["variables"], limit))
-            except Exception as error:
-                answers.append({"error": _reason(error)})
-        _answer(answers)
+        try:
+            answer = render(template, json.loads(line), setup["variables"], limit)
+        except Exception as error:
+            answer = {"error": _reason(error)}
+        _answer(answer)
 
 
 def _limit_cpu(seconds: int) -> None:

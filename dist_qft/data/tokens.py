@@ -16,7 +16,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from dist_qft.config.data_schema import TaskConfig
-from dist_qft.data.chat_template import ChatTemplate, template_source
+from dist_qft.data.chat_template import ChatTemplate, TemplateStopped, template_source
 from dist_qft.data.forms import locate
 from dist_qft.data.labels import label_value
 from dist_qft.data.long_texts import most_characters, ordinary_characters, tokens_of_beginning
@@ -38,6 +38,7 @@ from dist_qft.data.templates import with_inputs
 from dist_qft.data.text_ends import begins_with_bos
 from dist_qft.errors import UserError
 
+_MOST_STOPS = 3  # rows in a row that a template cannot render within its limits: it has no end, whatever the row
 _EMPTY = "an answer is empty, so that the model learns to end its turn at once"
 _ENDLESS = "the tokenizer has no end token, so that texts have no end and the model learns no place to stop"
 
@@ -189,6 +190,10 @@ class SampleEncoder:
             located = locate(sample, finder, wanted, checked)
         except TemplateRefusal as refusal:
             raise RowError(f"{where}: {refusal}") from None
+        except TemplateStopped as stopped:
+            if finder.template.stops == _MOST_STOPS:
+                raise
+            raise RowError(f"{where}: {stopped}") from None
         if any(not _says_anything(sample.messages[i]) for i in trained):
             self.remarks.add(_EMPTY, where)
         if located.missing:

@@ -6,10 +6,13 @@ import time
 
 import pytest
 
-from dist_qft.data import chat_template
-from dist_qft.data.chat_template import ChatTemplate, Request, has_clock, template_source
+from dist_qft.data import chat_template, tokens
+from dist_qft.data.chat_template import ChatTemplate, Request, TemplateStopped, has_clock, template_source
 from dist_qft.data.forms import prompt_text
+from dist_qft.data.records import RowError
 from dist_qft.data.samples import Conversation
+from dist_qft.data.spans import SpanFinder
+from dist_qft.data.tokens import SampleEncoder
 from dist_qft.errors import UserError
 from dist_qft.tuned_model.prompts import turn_end_id
 from tests.support import chat_templates
@@ -92,6 +95,55 @@ def test_a_stopped_template_renders_again(monkeypatch):
         template.render([Request([{"role": "user", "content": "bomb"}])])
     (rendered,) = template.render([Request([{"role": "user", "content": "a"}])])
     assert rendered.text == "fine"
+    template.close()
+
+
+def test_the_limit_is_of_each_rendering_and_not_of_all(monkeypatch):
+    monkeypatch.setattr(chat_template, "CPU_SECONDS", 1)
+    slow = "{% for i in range(99999) %}{% for j in range(9) %}{% endfor %}{% endfor %}fine"  # part of a second each
+    renderings = render(slow, *[Request([{"role": "user", "content": "a"}])] * 12)
+    assert {rendering.text for rendering in renderings} == {"fine"}
+
+
+def test_a_row_that_hits_the_limit_is_at_fault_but_not_if_all_do(monkeypatch, make_tokenizer):
+    monkeypatch.setattr(chat_template, "CPU_SECONDS", 1)
+    bomb = "{% if messages[0].content == 'bomb' %}{{ 10 ** (messages | length * 10**8) }}{% endif %}"
+    monkeypatch.setattr(tokens, "_MOST_STOPS", 2)
+    tokenizer = make_tokenizer(bomb + chat_templates.CHATML)
+    encoder = SampleEncoder(tokenizer, len(tokenizer))
+
+    def encode(content):
+        encoder.encode(
+            Conversation([{"role": "user", "content": content}, {"role": "assistant", "content": "b"}]), "row"
+        )
+
+    refusal = r"^row: model\.path: the chat template was stopped: one rendering may use"
+    with pytest.raises(RowError, match=refusal):
+        encode("bomb")
+    encode("a")
+    with pytest.raises(RowError, match=refusal):
+        encode("bomb")
+    with pytest.raises(TemplateStopped):
+        encode("bomb")
+
+
+def test_only_trained_turns_are_rendered_for_their_ends():
+    class Counting(ChatTemplate):
+        rendered = 0
+
+        def render(self, requests):
+            self.rendered += len(requests)
+            return super().render(requests)
+
+    template = Counting(chat_templates.CHATML, {}, TODAY)
+    finder = SpanFinder(template, ("<|im_start|>", "<|im_end|>"))
+    turns = [{"role": role, "content": f"{role} {i}"} for i in range(20) for role in ("user", "assistant")]
+    spans = {}
+    for wanted in ({39}, {39}, {37, 39}):
+        before = template.rendered
+        spans[len(wanted)] = finder.locate(turns, None, wanted).spans
+        assert template.rendered - before <= 1 + 3 * len(wanted)
+    assert spans[1][39] == spans[2][39] and set(spans[2]) == {37, 39}
     template.close()
 
 
