@@ -35,6 +35,7 @@ STALE_SECONDS = 120.0
 _POLL_SECONDS = 0.25
 _RETURN_SECONDS = 2.0
 _TELL_SECONDS = 5.0  # a wait that is over sooner is not worth a line
+_TELL_AGAIN_SECONDS = 600.0  # of a wait that goes on
 
 
 @dataclass(frozen=True)
@@ -85,14 +86,14 @@ class FolderLock:
 
         Args:
             what: the thing that is locked, at the start of messages, such as "output_dir: 'runs/a'".
-            wait_seconds: how long to wait for a living owner.
+            wait_seconds: how long to wait for a living owner; infinite: for as long as it lives.
             tell: say on standard error for whom it waits.
 
         Raises:
             UserError: a living process has it (`wait_seconds` 0).
             SetupError: it was not free in time, or the system refuses the file.
         """
-        entry, started, told, watch = _Entry.new(), time.monotonic(), False, _Watch(path)
+        entry, started, tell_at, watch = _Entry.new(), time.monotonic(), _TELL_SECONDS, _Watch(path)
         while True:
             try:
                 if _create(path, entry):
@@ -105,10 +106,10 @@ class FolderLock:
                 continue
             if alive and waited >= wait_seconds:
                 raise _held(path, what, watch.holder, wait_seconds)
-            if tell and not told and waited > _TELL_SECONDS:
+            if tell and waited > tell_at:
                 holder = watch.holder or f"the owner of '{path}'"
                 print(f"{what}: waiting for {holder}; if that is gone, remove '{path}'", file=sys.stderr, flush=True)
-                told = True
+                tell_at = waited + _TELL_AGAIN_SECONDS
             time.sleep(_POLL_SECONDS)
 
     def __enter__(self) -> "FolderLock":
@@ -192,12 +193,13 @@ class _Watch:
         self._path = path
         self.holder: _Entry | None = None
         self._touched: float | None = None
+        self._seen: float | None = None  # when it was touched while we watched, by our clock
 
     def holder_is_alive(self) -> bool | None:
         """True if the lock's owner runs; None as long as that is not known. A lock without an owner is removed."""
         holder = _Entry.read(self._path)
         if holder != self.holder:
-            self.holder, self._touched = holder, None
+            self.holder, self._touched, self._seen = holder, None, None
         owner = Owner.parse(holder.owner) if holder else None
         alive = owner.is_alive() if owner else None
         if alive is None:
@@ -215,6 +217,8 @@ class _Watch:
         if self._touched is None:
             self._touched = touched
         if touched != self._touched:
+            self._touched, self._seen = touched, time.monotonic()
+        if self._seen is not None and time.monotonic() - self._seen < STALE_SECONDS:
             return True
         return False if _age(self._path) > STALE_SECONDS else None
 

@@ -1,5 +1,7 @@
 """The cache of tokenized data: one process builds an entry, the others wait for it aloud or need no lock."""
 
+from concurrent.futures import ThreadPoolExecutor, wait
+
 import pytest
 
 from dist_qft.config.data_schema import DataConfig, DatasetConfig
@@ -18,26 +20,28 @@ def test_failed_build_lets_the_next_one_in(run, corpus, tmp_path):
     assert caught.value.exit_code == 2
 
 
-def test_a_start_that_waits_says_for_whom_and_not_for_ever(run, corpus, tmp_path, monkeypatch, capsys):
+def test_a_start_waits_for_as_long_as_another_builds_and_says_so_again(run, corpus, tmp_path, monkeypatch, capsys):
     path = corpus([{"text": "Hello there"}])
     run(path)
     cache = tmp_path / "cache" / "tokens"
     (entry,) = cache.iterdir()
     (cache / "nobody's.building").touch()  # it is not in the way
     assert run(path).train.counts["kept"] == 1
-    entry.unlink()
     monkeypatch.setattr(lock, "_TELL_SECONDS", 0.0)
-    monkeypatch.setattr(prepare_module, "_LOCK_SECONDS", 0.6)
-    with FolderLock.acquire(cache / f"{entry.name.partition('-')[0]}.building", "a test"):
-        with pytest.raises(SetupError, match=r"^data\.cache_dir: '.*': it is in use by process \d+ on "):
-            run(path)
-        assert capsys.readouterr().err.count("data.cache_dir: ") == 1
-        monkeypatch.setenv("RANK", "1")
-        monkeypatch.setenv("LOCAL_RANK", "1")
-        with pytest.raises(SetupError):
-            run(path)
-        assert capsys.readouterr().err == ""
-    assert run(path).train.counts["kept"] == 1
+    monkeypatch.setattr(lock, "_TELL_AGAIN_SECONDS", 1.0)
+    for rank in "01":
+        entry.unlink()
+        monkeypatch.setenv("RANK", rank)
+        monkeypatch.setenv("LOCAL_RANK", rank)
+        with ThreadPoolExecutor(1) as pool:
+            with FolderLock.acquire(cache / f"{entry.name.partition('-')[0]}.building", "a test"):
+                start = pool.submit(run, path)
+                assert not wait([start], timeout=4).done
+                told = capsys.readouterr().err
+            assert start.result(timeout=60).train.counts["kept"] == 1
+        lines = told.count("\n")
+        assert told.count("data.cache_dir: ") == told.count(": waiting for process ") == lines
+        assert lines > 1 if rank == "0" else lines == 0
 
 
 def test_what_is_cached_needs_no_folder_that_can_be_written(run, corpus, tmp_path, monkeypatch):

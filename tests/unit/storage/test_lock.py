@@ -1,6 +1,7 @@
 """A lock says who holds it, outlives kills, and is taken over from the dead alone."""
 
 import json
+import math
 import os
 import signal
 import subprocess
@@ -138,6 +139,19 @@ def test_a_holder_elsewhere_that_gives_signs_of_life_keeps_its_lock(tmp_path):
     finally:
         stop.set()
         thread.join()
+
+
+def test_a_holder_elsewhere_that_falls_silent_while_one_waits_counts_as_gone(tmp_path, monkeypatch):
+    monkeypatch.setattr(lock_module, "STALE_SECONDS", 3.0)
+    path = tmp_path / "key.lock"
+    FolderLock.acquire(path, WHAT)
+    move_to_another_machine(path, age=2)
+    beats = threading.Timer(1.0, os.utime, (path,))
+    beats.start()
+    started = time.monotonic()
+    with locked(path, WHAT, wait_seconds=math.inf):
+        assert 3.5 < time.monotonic() - started < 20
+    beats.join()
 
 
 def test_a_wait_for_a_lock_says_for_whom_and_ends(tmp_path, monkeypatch, capsys):
