@@ -87,8 +87,10 @@ class SpanFinder:
         if self.marked:
             answers = {i for i, message in enumerate(messages) if message["role"] == "assistant"}
             _assign_marks(located, rendered.marked, pieces, occurrences, wanted, answers)
+            others = (found for found in occurrences if messages[pieces[found.piece].message]["role"] != "assistant")
+            closers = self._ends.closers(text, [found.end for found in others])
             for message in sorted(wanted & located.spans.keys()):
-                self._end_marked(located, message, (messages, tools), occurrences, shape)
+                self._end_marked(located, message, (messages, tools), occurrences, shape, closers)
         elif wanted:
             assert shape is not None
             self._shapes.add_tails(shape, sorted(wanted))
@@ -168,23 +170,35 @@ class SpanFinder:
         conversation: tuple[Sequence[Message], Sequence[Tool] | None],
         occurrences: Sequence[Occurrence],
         shape: Shape | None,
+        closers: Collection[str],
     ) -> None:
-        """Take in the token that ends an answer's turn where the author's blocks end in front of it."""
+        """Take in the token that ends an answer's turn where the author's blocks end in front of it.
+
+        closers: the tokens that end what others than the assistant say.
+        """
         text, (messages, tools) = located.text, conversation
         (first, _), (start, end) = located.spans[message][0], located.spans[message][-1]
-        if text[start:end].rstrip().endswith(self.end_markers):
+        block = text[start:end].rstrip()
+        # A block may end in a token that ends no turn, such as the one behind a call.
+        ended = block.endswith(self.end_markers)
+        if ended and block.endswith(tuple(closers)):
             return
         behind = min((found.start for found in occurrences if found.start >= end), default=len(text))
         token = self._ends.first(text[end:behind])
         gap = text[_end_before(text, first, messages[:message], occurrences) : first].lstrip()
+        if ended and (token.strip() not in closers or text[:first].rstrip().endswith(token.strip())):
+            return
         if token and message < len(messages) - 1:
             # It may begin the next turn: a conversation that ends with this answer does not have it then.
             closing = self._shapes.closing(shape, message, messages, tools)
             token = token if token.strip() in closing else ""
         # A token in front of answers begins turns, unless it ends the message before.
-        if token and (token.strip() not in gap or self._ends.common_end(token, gap, text)):
+        known = token.strip() in closers or self._ends.common_end(token, gap, text)
+        if token and (token.strip() not in gap or known):
             located.spans[message][-1] = (start, end + len(token))
             located.notes.add(_OUTSIDE)
+            return
+        if ended:
             return
         said = max((found.end for found in occurrences if start <= found.start and found.end <= end), default=start)
         followed = message + 1 < len(messages) and messages[message + 1]["role"] == "assistant"

@@ -1,7 +1,7 @@
 """The end of a turn: how much of the text behind an answer belongs to it, such as the token that ends it."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 
 class TurnEnds:
@@ -90,9 +90,22 @@ class TurnEnds:
         """
         length = self._first_marker(rest)
         token = rest[:length].strip()
+        return length if token and token not in self._openers(text) and gap.lstrip().startswith(token) else 0
+
+    def closers(self, text: str, places: Iterable[int]) -> set[str]:
+        """The tokens that come right behind these places in the text, ends of what others than the assistant say.
+
+        A token that the text begins with begins messages, and is none of them.
+        """
+        found = {text[place : place + self._first_marker(text[place:])].strip() for place in places}
+        return found - {"", *self._openers(text)}
+
+    def _openers(self, text: str) -> tuple[str, ...]:
+        """The token that a text begins with, and the next one if nothing stands between, as behind BOS."""
         blank, first, between, second = (*self._split_at_markers.split(text, maxsplit=2), "", "", "")[:4]
-        begins = blank.strip() == "" and token in ((first,) if between.strip() else (first, second))  # after BOS
-        return length if token and not begins and gap.lstrip().startswith(token) else 0
+        if blank.strip():
+            return ()
+        return (first,) if between.strip() else (first, second)
 
     def length_before_another(self, rest: str, header: str) -> int:
         """The length of the start of `rest` up to the token that ends a turn, where a turn ends if another one follows.
