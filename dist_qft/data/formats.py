@@ -21,7 +21,7 @@ from typing import NamedTuple
 from dist_qft.config.data_schema import OF_TASKS, TASK_FORMATS, DatasetConfig
 from dist_qft.data import tokenized
 from dist_qft.data.fields import Fields, field_names
-from dist_qft.data.messages import MEDIA, read_messages, read_tools, with_system
+from dist_qft.data.messages import MEDIA, read_conversation, read_messages, with_system
 from dist_qft.data.pairs import read_pair, read_prompt, read_rated
 from dist_qft.data.records import Record
 from dist_qft.data.samples import AnySample, Conversation, Labelled, Message, Text
@@ -147,9 +147,9 @@ def to_sample(record: Record, format_name: str, columns: Mapping[str, str], wher
         case "alpaca":
             return _from_alpaca(fields)
         case "sharegpt":
-            return Conversation(with_system(fields, read_messages(fields, "conversations")), read_tools(fields))
+            return read_conversation(fields, read_messages(fields, "conversations"))
         case "messages":
-            return Conversation(with_system(fields, read_messages(fields, "messages")), read_tools(fields))
+            return read_conversation(fields, read_messages(fields, "messages"))
         case "prompt-completion":
             return read_prompt(fields)
         case "text":

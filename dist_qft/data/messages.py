@@ -9,7 +9,8 @@ import reprlib
 from typing import Any
 
 from dist_qft.data.fields import Fields
-from dist_qft.data.samples import REASONING, WEIGHT, Message, Tool
+from dist_qft.data.filled_nulls import as_schema, with_known_arguments
+from dist_qft.data.samples import REASONING, WEIGHT, Conversation, Message, Tool
 from dist_qft.data.standins import REASONING_KEYS
 
 CALL_TURN = "function_call"
@@ -57,6 +58,13 @@ def read_messages(fields: Fields, field: str) -> list[Message]:
             messages.append(_call_turn(fields, field, entry, i))
         previous = role
     return messages
+
+
+def read_conversation(fields: Fields, messages: list[Message], prompt_length: int = 0) -> Conversation:
+    """A record's messages behind its field `system`, with its tools. So many of the messages are the prompt."""
+    whole, tools = with_system(fields, messages), read_tools(fields)
+    length = prompt_length + len(whole) - len(messages) if prompt_length else 0
+    return Conversation(with_known_arguments(whole, tools), tools, prompt_length=length)
 
 
 def with_system(fields: Fields, messages: list[Message]) -> list[Message]:
@@ -188,6 +196,8 @@ def _calls(fields: Fields, field: str, value: Any, index: int) -> list[dict[str,
 def read_tools(fields: Fields) -> list[Tool] | None:
     """The tools that a conversation offers, whole or bare; None if there are none.
 
+    Nulls that a table filled in are left out.
+
     Raises:
         RowError: `tools` holds something else.
     """
@@ -201,5 +211,5 @@ def read_tools(fields: Fields) -> list[Tool] | None:
         function = tool.get("function", tool) if isinstance(tool, dict) else None
         if not isinstance(function, dict) or not isinstance(function.get("name"), str):
             raise fields.fault("tools", "must be a list of {type, function: {name, ...}} or of {name, ...}")
-        wrapped.append(tool if function is not tool else {"type": "function", "function": tool})
+        wrapped.append(as_schema(tool if function is not tool else {"type": "function", "function": tool}))
     return wrapped

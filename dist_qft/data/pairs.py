@@ -6,7 +6,7 @@ prompt of its own: then the answers begin with it, and it is what both have in c
 
 from dist_qft.data.fields import Fields
 from dist_qft.data.labels import verdict
-from dist_qft.data.messages import read_messages, read_tools, with_system
+from dist_qft.data.messages import read_conversation, read_messages
 from dist_qft.data.records import RowError
 from dist_qft.data.samples import Conversation, Message, Preference, PromptCompletion, Rated
 
@@ -36,12 +36,12 @@ def read_prompt(
         if not _asks(answered, fields.text("prompt")):
             raise fields.fault(answer, "begins with another question than the prompt")
         last = len(answered) - next(i for i, each in enumerate(reversed(answered)) if each["role"] == "user")
-        return _conversation(fields, answered, last)
+        return read_conversation(fields, answered, last)
     if answered[: len(asked)] == asked:
-        return _conversation(fields, answered, len(asked))
+        return read_conversation(fields, answered, len(asked))
     if repeated := _same_turns(asked, answered):
-        return _conversation(fields, [*asked, *answered[repeated:]], len(asked))
-    return _conversation(fields, [*asked, *answered], len(asked))
+        return read_conversation(fields, [*asked, *answered[repeated:]], len(asked))
+    return read_conversation(fields, [*asked, *answered], len(asked))
 
 
 def read_pair(fields: Fields) -> Preference:
@@ -63,7 +63,7 @@ def read_pair(fields: Fields) -> Preference:
         start = _common_messages(better, worse)
         if not start:
             raise _no_prompt(fields)
-        return Preference(_conversation(fields, better, start), _conversation(fields, worse, start))
+        return Preference(read_conversation(fields, better, start), read_conversation(fields, worse, start))
     better_text, worse_text = fields.text("chosen"), fields.text("rejected")
     start = _common_text(better_text, worse_text)
     if not start or _question(fields, better_text[:start]):
@@ -89,7 +89,7 @@ def _pair_with_prompt(fields: Fields) -> Preference:
         better, worse = read_messages(fields, "chosen"), read_messages(fields, "rejected")
         start = _common_messages(better, worse)
         if _asks(better[:start], fields.text("prompt")):  # the turns behind it that both have are prompt, too
-            return Preference(_conversation(fields, better, start), _conversation(fields, worse, start))
+            return Preference(read_conversation(fields, better, start), read_conversation(fields, worse, start))
     return Preference(read_prompt(fields, "chosen"), read_prompt(fields, "rejected"))
 
 
@@ -125,12 +125,6 @@ def _no_prompt(fields: Fields) -> RowError:
         reason = "does not hold the prompt, which seems to be the field"
         return fields.fault("chosen", f"{reason} {question!r}; set columns: {{prompt: {question}}}")
     return fields.fault("chosen", "has no prompt in common with the rejected answer; must begin with it")
-
-
-def _conversation(fields: Fields, messages: list[Message], prompt_length: int) -> Conversation:
-    """The messages behind the field `system`, of which so many are the prompt."""
-    whole = with_system(fields, messages)
-    return Conversation(whole, read_tools(fields), prompt_length=prompt_length + len(whole) - len(messages))
 
 
 def _refuse_system(fields: Fields) -> None:
