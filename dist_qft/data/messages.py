@@ -35,6 +35,7 @@ _WEIGHTS = (WEIGHT, "train", "training", "loss")
 # Media and marks within a message: to leave them out would train something else without a word.
 MEDIA = ("images", "image", "videos", "video", "audios", "audio")
 _UNSUPPORTED = (*MEDIA, "train_detail")
+_MEDIA_PARTS = {"image", "image_url", "input_image", "audio", "audio_url", "input_audio", "video", "video_url"}
 _TEXT_PARTS = ("text", "input_text", "output_text")
 
 
@@ -68,11 +69,20 @@ def read_conversation(fields: Fields, messages: list[Message], prompt_length: in
 
 
 def with_system(fields: Fields, messages: list[Message]) -> list[Message]:
-    """The messages behind the field `system`, unless they begin with it already."""
+    """The messages behind the field `system`, unless they begin with it already.
+
+    Raises:
+        RowError: they begin with another system message.
+    """
     if not fields.get("system"):
         return messages
-    system = {"role": "system", "content": fields.text("system")}
-    return messages if messages[:1] == [system] else [system, *messages]
+    system = fields.text("system")
+    if not messages or messages[0]["role"] not in ("system", "developer"):
+        return [{"role": "system", "content": system}, *messages]
+    if (own := messages[0]["content"]).strip() != system.strip():
+        reason = f"is {reprlib.repr(system)} beside a conversation whose system message is {reprlib.repr(own)}"
+        raise fields.fault("system", f"{reason}; must be one of them")
+    return messages
 
 
 def _role(fields: Fields, field: str, entry: dict[str, Any], index: int) -> str:
@@ -129,7 +139,7 @@ def _reasoning(fields: Fields, field: str, entry: dict[str, Any], index: int) ->
 def _content(fields: Fields, field: str, entry: dict[str, Any], role: str, index: int) -> tuple[Any, str]:
     """The content as one text, and the reasoning among its parts. A tool's result may be any value: JSON text of it."""
     content = _first(entry, "content", "value")
-    if role == "tool" and not _is_text(content):
+    if role == "tool" and content is not None and not isinstance(content, str) and not _is_parts(content):
         return json.dumps(content, ensure_ascii=False), ""
     if not isinstance(content, list):
         return content, ""
@@ -153,11 +163,13 @@ def _first(entry: dict[str, Any], *keys: str) -> Any:
     return next((entry[key] for key in keys if entry.get(key) is not None), None)
 
 
-def _is_text(content: Any) -> bool:
-    """True for a text, parts, or nothing; false for an object, a number or a list of them."""
-    if isinstance(content, list):
-        return all(isinstance(part, str) or (isinstance(part, dict) and "type" in part) for part in content)
-    return content is None or isinstance(content, str)
+def _is_parts(content: Any) -> bool:
+    """True for a list of text parts, or one with media, which are refused; a tool's result may be any other list."""
+    if not isinstance(content, list) or not content or not all(isinstance(entry, dict) for entry in content):
+        return False
+    if any(entry.get("type") in _MEDIA_PARTS and (len(entry) == 1 or _MEDIA_PARTS & entry.keys()) for entry in content):
+        return True
+    return all(entry.get("type") in _TEXT_PARTS and isinstance(entry.get("text"), str) for entry in content)
 
 
 def _weight(fields: Fields, field: str, entry: dict[str, Any], index: int, role: str = "assistant") -> dict[str, int]:

@@ -41,6 +41,33 @@ ACCEPTED = {
         {"messages": [user([{"type": "text", "text": "a", "train": False}]), assistant("b")]},
         Conversation([user("a"), assistant("b")]),
     ),
+    "results that are lists": (
+        "messages",
+        {
+            "messages": [
+                user("a"),
+                *({"role": "tool", "content": result} for result in (["x", "y"], [], [{"type": "restaurant", "n": 1}])),
+                {"role": "tool", "content": [{"type": "text", "text": "x"}, {"type": "text", "text": "y"}]},
+                {"role": "tool", "content": [{"type": "text", "text": "x"}, {"type": "video", "title": "y"}]},
+            ]
+        },
+        Conversation(
+            [
+                user("a"),
+                *(
+                    {"role": "tool", "content": text}
+                    for text in ('["x", "y"]', "[]", '[{"type": "restaurant", "n": 1}]')
+                ),
+                {"role": "tool", "content": "xy"},
+                {"role": "tool", "content": '[{"type": "text", "text": "x"}, {"type": "video", "title": "y"}]'},
+            ]
+        ),
+    ),
+    "a system message beside a column that says the same": (
+        "messages",
+        {"system": " s\n", "messages": [SYSTEM, user("a"), assistant("b")]},
+        Conversation([SYSTEM, user("a"), assistant("b")]),
+    ),
     "an answer that begins with the end of its prompt": (
         "prompt-completion",
         {"prompt": [SYSTEM, user("a")], "completion": [user("a"), assistant("b")]},
@@ -102,6 +129,16 @@ REFUSED = {
             ]
         },
         "field 'conversations' entry 1 has reasoning of its own beside a parallel call",
+    ),
+    "pictures in a result": (
+        "messages",
+        {"messages": [user("a"), {"role": "tool", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]},
+        "field 'messages' entry 1 has a part of type 'image_url', must be text",
+    ),
+    "a system message beside another in a column": (
+        "messages",
+        {"system": "t", "messages": [SYSTEM, user("a"), assistant("b")]},
+        "field 'system' is 't' beside a conversation whose system message is 's'; must be one of them",
     ),
     "no content but a user's": (
         "messages",
