@@ -6,6 +6,7 @@
 import hashlib
 import os
 import sys
+import textwrap
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -122,10 +123,13 @@ def _open_stdlib_docs(dataset: DatasetConfig, key: str) -> Source:
 def _open_hub(dataset: DatasetConfig, key: str) -> Source:
     import datasets  # imported here: it costs a second, and only Hub data needs it
 
-    refusals = (OSError, ValueError, datasets.exceptions.DatasetsError)
+    # A RuntimeError refuses data that need their own code, an ImportError those that need another library.
+    refusals = (OSError, ValueError, RuntimeError, ImportError, datasets.exceptions.DatasetsError)
 
     def refuse(error: Exception) -> UserError:
-        reason = str(error).partition("\n")[0]
+        reason = (
+            textwrap.shorten(str(error), 400) or type(error).__name__
+        )  # some name the choices on a line of their own
         return UserError(
             f"{key}.path: {dataset.path!r} is not a local file, and loading it from the Hub failed: {reason}"
         )

@@ -126,3 +126,37 @@ def test_hub_splits(offline_datasets, repository):
 def test_hub_name_that_does_not_exist(offline_datasets, repository):
     with pytest.raises(UserError, match=r"loading it from the Hub failed: BuilderConfig 'french' not found"):
         _open_hub(DatasetConfig(path=str(repository), name="french"), "data.train")
+
+
+CONFIGS = """---
+configs:
+- {config_name: main, data_files: train.jsonl}
+- {config_name: socratic, data_files: test.jsonl}
+---
+"""
+
+
+@pytest.mark.parametrize(
+    "name, content, reason",
+    [
+        ("README.md", CONFIGS, "['main', 'socratic']"),
+        ("repository.py", "", "Dataset scripts are no longer supported, but found repository.py"),
+    ],
+)
+def test_a_refusal_of_the_hub_keeps_its_reason(offline_datasets, repository, name, content, reason):
+    (repository / name).write_text(content)
+    with pytest.raises(UserError) as caught:
+        _open_hub(DatasetConfig(path=str(repository)), "data.train")
+    assert reason in str(caught.value) and "\n" not in str(caught.value) and len(str(caught.value)) < 600
+
+
+def test_columns_of_pictures_that_nobody_reads_are_not_decoded(offline_datasets, tmp_path):
+    datasets = pytest.importorskip("datasets")
+    features = datasets.Features({"text": datasets.Value("string"), "page": datasets.Image()})
+    rows = {"text": ["a"], "page": [{"bytes": b"no picture", "path": None}]}
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    datasets.Dataset.from_dict(rows, features=features).to_parquet(folder / "train.parquet")
+    dataset = DatasetConfig(path=str(folder))
+    ((record, _),) = load_records(dataset, _open_hub(dataset, "data.train"), "data.train", Counter())
+    assert record == {"text": "a", "page": {"bytes": "bm8gcGljdHVyZQ=="}}
