@@ -7,7 +7,6 @@ Meant to run before the process group starts, so that no rank waits in a collect
 import datetime
 import hashlib
 import json
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -26,6 +25,8 @@ from dist_qft.data.tokens import SampleEncoder, TokenSequence
 from dist_qft.errors import CorruptFileError, SetupError, UserError
 from dist_qft.ranks.launchers import local_rank_text
 from dist_qft.storage.lock import locked
+
+_SILENT_SECONDS = 3600  # that a start waits for another process that builds the same data and shows no sign of life
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,7 @@ def prepare(
 
     Raises:
         UserError: something is wrong with the data, naming the place.
-        SetupError: the cache cannot be written.
+        SetupError: the cache cannot be written, or another process that builds the same data seems to hang.
     """
     assert data.eval is None or not data.eval_samples, "the config's check refuses both"
     sets, longest = data.all_sets(), most_characters(data.max_length)
@@ -94,9 +95,9 @@ def prepare(
     except OSError as error:
         raise SetupError(f"data.cache_dir: cannot write to '{cache_dir}': {error.strerror}") from None
     # One rank of a node says for whom it waits: the others wait for the same process, or for that rank. However long
-    # the data take: a second process would need as long.
+    # the data take, as long as they are at work: a second process would need as long.
     tell = local_rank_text() == "0"
-    with locked(cache_dir / f"{key}.building", f"data.cache_dir: '{cache_dir}'", math.inf, tell=tell):
+    with locked(cache_dir / f"{key}.building", f"data.cache_dir: '{cache_dir}'", _SILENT_SECONDS, tell=tell):
         if cached := _load(train_path, eval_path if has_eval else None):
             return cached
         prepared = _build(data, encoder, sources)

@@ -86,7 +86,8 @@ class FolderLock:
 
         Args:
             what: the thing that is locked, at the start of messages, such as "output_dir: 'runs/a'".
-            wait_seconds: how long to wait for a living owner; infinite: for as long as it lives.
+            wait_seconds: how long to wait for a living owner, counted from its last sign of life: a process that is
+                stopped, or hangs, gives none.
             tell: say on standard error for whom it waits.
 
         Raises:
@@ -104,7 +105,7 @@ class FolderLock:
             waited = time.monotonic() - started
             if alive is False:
                 continue
-            if alive and waited >= wait_seconds:
+            if alive and time.monotonic() - watch.silent_since >= wait_seconds:
                 raise _held(path, what, watch.holder, wait_seconds)
             if tell and waited > tell_at:
                 holder = watch.holder or f"the owner of '{path}'"
@@ -192,6 +193,7 @@ class _Watch:
     def __init__(self, path: Path) -> None:
         self._path = path
         self.holder: _Entry | None = None
+        self.silent_since = time.monotonic()  # the owner's last touch, or the beginning of the watch
         self._touched: float | None = None
         self._seen: float | None = None  # when it was touched while we watched, by our clock
 
@@ -200,6 +202,8 @@ class _Watch:
         holder = _Entry.read(self._path)
         if holder != self.holder:
             self.holder, self._touched, self._seen = holder, None, None
+        if not self._look():
+            return False
         owner = Owner.parse(holder.owner) if holder else None
         alive = owner.is_alive() if owner else None
         if alive is None:
@@ -208,16 +212,21 @@ class _Watch:
             _take_away(self._path, holder)
         return alive
 
-    def _shows_life(self) -> bool | None:
-        """True once an owner on another machine touches its lock while we watch, False once the lock is stale."""
+    def _look(self) -> bool:
+        """Note whether the lock was touched; False if it is gone."""
         try:
             touched = self._path.stat().st_mtime
         except FileNotFoundError:
             return False
-        if self._touched is None:
-            self._touched = touched
         if touched != self._touched:
-            self._touched, self._seen = touched, time.monotonic()
+            now = time.monotonic()
+            if self._touched is not None:
+                self._seen = self.silent_since = now
+            self._touched = touched
+        return True
+
+    def _shows_life(self) -> bool | None:
+        """True once an owner on another machine touches its lock while we watch, False once the lock is stale."""
         if self._seen is not None and time.monotonic() - self._seen < STALE_SECONDS:
             return True
         return False if _age(self._path) > STALE_SECONDS else None
@@ -251,5 +260,6 @@ def _take_away(path: Path, holder: _Entry | None) -> None:
 def _held(path: Path, what: str, holder: _Entry | None, wait_seconds: float) -> UserError | SetupError:
     by = f"it is in use by {holder}" if holder else f"it is locked by '{path}'"
     if wait_seconds:
-        return SetupError(f"{what}: {by}, still after {wait_seconds:g} s; if that is gone, remove '{path}'")
+        silent = f"still after {wait_seconds:g} s without a sign of life"
+        return SetupError(f"{what}: {by}, {silent}; if that is gone, remove '{path}'")
     return UserError(f"{what}: {by}; stop that process or choose another folder, and if it is gone, remove '{path}'")

@@ -62,3 +62,18 @@ def test_cache_folder_that_cannot_be_made(corpus, tmp_path, chatml):
     with pytest.raises(SetupError) as caught:
         prepare(data, chatml, 330, blocker / "cache")
     assert str(caught.value) == f"data.cache_dir: cannot write to '{blocker / 'cache'}': Not a directory"
+
+
+def test_a_process_that_hangs_while_it_builds_is_not_waited_for_for_ever(run, corpus, tmp_path, monkeypatch):
+    path = corpus([{"text": "Hello there"}])
+    run(path)
+    (entry,) = (tmp_path / "cache" / "tokens").iterdir()
+    entry.unlink()
+    monkeypatch.setattr(prepare_module, "_SILENT_SECONDS", 1.0)
+    with (
+        FolderLock.acquire(entry.with_name(f"{entry.name.partition('-')[0]}.building"), "a test"),  # beats every 10 s
+        pytest.raises(
+            SetupError, match=r"^data\.cache_dir: '.*': it is in use by process \d+ on .*without a sign of life"
+        ),
+    ):
+        run(path)
