@@ -14,6 +14,7 @@ from torch import Tensor
 from dist_qft.base_model import packed_views, tensor_views
 from dist_qft.base_model.skeleton import BaseModel
 from dist_qft.base_model.sources import SafetensorsSource, TensorSource
+from dist_qft.base_model.stored_head import require_no_other_head
 from dist_qft.base_model.tensor_views import Stored, Swapped, View
 from dist_qft.errors import UserError
 from dist_qft.quant.contract import Format
@@ -87,8 +88,8 @@ class ModelTensors:
         A second copy of a tensor that the base takes is not among them, such as that of a tied LM head.
         """
         renamed = base.conversions.apply(self.source)[1]
-        head = next(f"{path}.weight" for path, module in base.model.named_modules() if module is base.head)
-        return sorted(name for name in self.untouched() if renamed[name] not in self.views and renamed[name] != head)
+        taken = {*self.views, base.head_name}
+        return sorted(name for name in self.untouched() if renamed[name] not in taken)
 
     def read(self, name: str, rows: tuple[int, int] | None = None) -> Tensor:
         """Entries of dimension 0 of a tensor (all for None); to be read, not written to nor kept."""
@@ -122,7 +123,8 @@ def check_names(base: BaseModel, source: TensorSource) -> ModelTensors:
 
     Raises:
         UserError: missing tensors, a vocabulary, a layer or a number of layers or experts other than the configuration
-            says, tensors that are no floats; before anything is read.
+            says, tensors that are no floats; before anything is read. Also another LM head than the
+            embedding in files that came after a tied model was built; the two are read for that.
     """
     found, renamed = base.conversions.apply(source)
     shapes = base.shapes | base.buffers
@@ -142,6 +144,10 @@ def check_names(base: BaseModel, source: TensorSource) -> ModelTensors:
         odd = next((leaf.name for leaf in view.leaves() if not integers and not source.is_float(leaf.name)), None)
         if odd is not None:
             raise UserError(f"{source.where}: tensor '{odd}' {_words_of(source, odd)}, must be floats")
+    if base.tied and not base.head_compared:
+        table = next(name for name, module in base.tables().items() if module is base.embedding)
+        require_no_other_head((f"{table}.weight", base.head_name), found, source.where)
+        base.head_compared = True
     absent = [name for name in base.buffers if name not in views]
     if absent:
         tensors.notes.append(

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
-from dist_qft.base_model import segment_attention
+from dist_qft.base_model import segment_attention, separate_samples
 from dist_qft.base_model.chosen_formats import ChosenFormats
 from dist_qft.base_model.conversions import Conversions
 from dist_qft.base_model.dry_run import choose_attention
@@ -38,7 +38,6 @@ from dist_qft.data.segments import Segments
 from dist_qft.errors import UserError
 from dist_qft.quant.experts import FrozenExperts
 from dist_qft.quant.frozen import FrozenEmbedding, FrozenLinear, FrozenWeight
-from dist_qft.ranks.collectives import everywhere
 from dist_qft.sharding.engine import Units
 
 
@@ -60,6 +59,7 @@ class BaseModel:
         wrapped: whether the model is a multimodal one, of which this is the text decoder with its head.
         fingerprint: hex digest of the base's content, set by loading.
         load_peak_bytes: largest resident size of this process until the base was loaded.
+        head_compared: the files were looked at for an LM head of their own when this was built.
         matrices: linear layers and experts, the packed weights that adapters may change, likewise.
         shapes: of all tensors that its files must hold, by name. Once sharded, parameters need not have these.
         buffers: shapes of the buffers that a checkpoint holds beside the parameters, by name; older files lack some.
@@ -80,6 +80,7 @@ class BaseModel:
     wrapped: bool = False
     fingerprint: str = ""
     load_peak_bytes: int = 0
+    head_compared: bool = False
     notes: list[str] = field(default_factory=list)
     matrices: dict[str, FrozenLinear | FrozenExperts] = field(init=False)
     shapes: dict[str, tuple[int, ...]] = field(init=False)
@@ -100,6 +101,11 @@ class BaseModel:
     @property
     def tied(self) -> bool:
         return self.head.tied
+
+    @property
+    def head_name(self) -> str:
+        """The name of the LM head's table in the library's model."""
+        return next(f"{path}.weight" for path, module in self.model.named_modules() if module is self.head)
 
     @property
     def units(self) -> Units:
@@ -177,29 +183,9 @@ class BaseModel:
             more["attention_mask"] = packed_mask(self.config, position_ids, self.dtype)
         return self.decoder(input_ids=input_ids, use_cache=False, **more).last_hidden_state
 
-    @torch.no_grad()
     def require_separate_samples(self, device: torch.device, rows_at_once: int = 2) -> None:
-        """Refuse packing for a family that lets a packed sample change the next one. Collective; needs weights.
-
-        Args:
-            rows_at_once: of a micro-batch. Flash attention of transformers keeps samples apart in a lone row only.
-
-        Raises:
-            UserError: as layers that carry a state along the row (convolutions, state spaces) do.
-        """
-        token = torch.arange(4, device=device) % self.vocab_size
-        rows = torch.stack([token, token.roll(1)])
-        rows[:, 2:] = token[:2]
-        positions = torch.tensor([[0, 1, 0, 1]], device=device)
-        parts = rows.split(min(rows_at_once, 2))
-        states = torch.cat([self.hidden_states(part, positions.expand(len(part), -1)) for part in parts])
-        tolerance = 1e-4 if self.dtype == torch.float32 else 1e-2
-        if (states[0, 2:] - states[1, 2:]).abs().max() > tolerance * states.abs().max():
-            name, attention = self.config.model_type, segment_attention.library_name(self.config)
-            remedy = "set it to false"
-            if attention.startswith("flash"):
-                remedy += f", or train.per_device_train_batch_size to 1 for model.attention: {attention}"
-            raise everywhere(UserError(f"data.packing: model type '{name}' cannot keep packed samples apart; {remedy}"))
+        """Refuse packing for a family that lets a packed sample change the next one; see `separate_samples`."""
+        separate_samples.require(self, device, rows_at_once)
 
 
 def build_skeleton(model: ModelConfig, quantization: QuantizationConfig, dtype: torch.dtype) -> BaseModel:
@@ -223,6 +209,7 @@ def build_skeleton(model: ModelConfig, quantization: QuantizationConfig, dtype: 
         base = _take_apart(causal, config, conversions, formats, quantization.exempt, dtype)
     if own_head:
         base.notes.append(f"'{model.path}': config.json ties the LM head, the files hold another one, which counts")
+    base.head_compared = source is not None
     causal.generation_config.eos_token_id = eos_ids(model, config) or None
     return base
 

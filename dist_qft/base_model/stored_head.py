@@ -9,6 +9,7 @@ import torch
 from transformers import PretrainedConfig, PreTrainedModel
 
 from dist_qft.base_model.tensor_views import View, read_rows
+from dist_qft.errors import UserError
 
 _ROWS = 4096  # compared at a time
 
@@ -27,6 +28,18 @@ def untie_if_stored(causal: PreTrainedModel, config: PretrainedConfig, views: Ma
         for each in (config, text, causal.config, causal.config.get_text_config()):
             each.tie_word_embeddings = False
     return different
+
+
+def require_no_other_head(names: tuple[str, str], views: Mapping[str, View], where: str) -> None:
+    """UserError if the files hold an LM head that differs from the table to which the model's head is tied.
+
+    names: of the embedding's and of the head's table. For files that were fetched after the model was built.
+    """
+    if _differ(names, views):
+        raise UserError(
+            f"{where}: config.json ties the LM head, but '{names[1]}' differs from '{names[0]}'; the files are fetched "
+            "now: start again, and their head counts"
+        )
 
 
 def ties_head(causal: PreTrainedModel) -> bool:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from dist_qft.base_model.bitsandbytes_folder import BitsAndBytesSource, is_nf4
-from dist_qft.base_model.downloads import fetch_json, fetch_weights
+from dist_qft.base_model.downloads import fetch_json, fetch_weights, snapshot_here
 from dist_qft.base_model.gguf_file import GgufSource
 from dist_qft.base_model.model_files import INDEX
 from dist_qft.base_model.quantized_folder import METHOD, QUANTIZATION_FILE, QuantizedSource, is_quantized_folder
@@ -53,7 +53,11 @@ def has_weights(model: ModelConfig) -> bool:
 
 def local_source(model: ModelConfig) -> TensorSource | None:
     """The weights of `model.path`, unless they are floats that would have to be downloaded."""
-    return open_source(model) if has_weights(model) else quantized_source(model)
+    if has_weights(model):
+        return open_source(model)
+    source = quantized_source(model)
+    folder = snapshot_here(model) if source is None and not Path(model.path).exists() else None
+    return source if folder is None else open_source(model.model_copy(update={"path": str(folder), "revision": None}))
 
 
 def require_readable(settings: Mapping[str, Any], where: str) -> None:

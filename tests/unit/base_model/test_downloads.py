@@ -25,6 +25,22 @@ except DistQFTError as error:
     sys.exit(f"{type(error).__name__}: {error}")
 """
 
+BUILT = """
+import sys, torch
+from dist_qft.base_model.model_tensors import check_names
+from dist_qft.base_model.skeleton import build_skeleton
+from dist_qft.base_model.weight_files import open_source
+from dist_qft.config.schema import ModelConfig, QuantizationConfig
+from dist_qft.errors import DistQFTError
+model = ModelConfig(path="owner/model")
+base = build_skeleton(model, QuantizationConfig(linear="dense"), torch.float32)
+try:
+    tensors = check_names(base, open_source(model))
+    print(base.tied, base.head_name in tensors)
+except DistQFTError as error:
+    sys.exit(f"{type(error).__name__}: {error}")
+"""
+
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
@@ -39,10 +55,10 @@ def folder(tmp_path: Path) -> Path:
     return model
 
 
-def opened(server: HubServer, home: Path, **environment: str) -> subprocess.CompletedProcess[str]:
-    """A program that opens the model; it prints how many tensors there are."""
+def opened(server: HubServer, home: Path, script: str = SCRIPT, **environment: str) -> subprocess.CompletedProcess[str]:
+    """A program that opens the model; by default it prints how many tensors there are."""
     own = {"HF_ENDPOINT": server.url, "HF_HOME": str(home), "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1"}
-    command = [sys.executable, "-c", SCRIPT]
+    command = [sys.executable, "-c", script]
     return subprocess.run(
         command, env={**os.environ, **own, **environment}, capture_output=True, text=True, timeout=300
     )
@@ -95,3 +111,17 @@ def test_what_cannot_be_read_is_refused_before_its_weights_are_fetched(folder, t
         result = opened(server, tmp_path / "home")
     assert result.returncode == 1 and "UserError: model.path" in result.stderr
     assert "only hf_quant_config.json says so" in result.stderr and weights(server) == []
+
+
+def test_a_head_that_differs_though_the_configuration_ties_it(folder, tmp_path):
+    """Seen when the files are there for the first time; from then on it counts, as in a local folder."""
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": True}))
+    with serving(folder, "owner/model") as server:
+        first = opened(server, tmp_path / "home", BUILT)
+        again = opened(server, tmp_path / "home", BUILT)
+    assert first.returncode == 1 and "UserError: " in first.stderr
+    line = "config.json ties the LM head, but 'lm_head.weight' differs from 'model.embed_tokens.weight'"
+    assert line in first.stderr and "start again" in first.stderr
+    assert (again.returncode, again.stdout.split()) == (0, ["False", "True"]), again.stderr
+    assert weights(server) == ["model.safetensors"]
