@@ -19,9 +19,14 @@ def fuse_norms(model: nn.Module) -> None:
 
 
 def is_fusible(module: nn.Module) -> bool:
-    """True for a module that computes w x / sqrt(mean(x^2) + eps)."""
+    """True for a module that computes w x / sqrt(mean(x^2) + eps), or the same without w, as Gemma 4 does to values."""
     kind: Callable[..., nn.Module] = type(module)
-    return kind.__name__.endswith("RMSNorm") and _epsilon(module) is not None and _is_plain(kind)
+    eps = _epsilon(module)
+    if not kind.__name__.endswith("RMSNorm") or eps is None:
+        return False
+    if not module.state_dict():
+        return _is_plain_without_weight(module, eps)
+    return isinstance(getattr(module, "weight", None), Tensor) and _is_plain(kind)
 
 
 def _epsilon(module: nn.Module) -> float | None:
@@ -31,9 +36,8 @@ def _epsilon(module: nn.Module) -> float | None:
 
 
 def _normalized(module: nn.Module, eps: float | None, x: Tensor) -> Tensor:
-    weight = module.weight
-    assert isinstance(weight, Tensor), "the class is one whose norm of a small width has been tried"
-    return F.rms_norm(x, weight.shape, weight, eps)
+    weight = getattr(module, "weight", None)
+    return F.rms_norm(x, x.shape[-1:], weight, eps)
 
 
 @cache
@@ -49,3 +53,13 @@ def _is_plain(kind: Callable[..., nn.Module]) -> bool:
         except (TypeError, RuntimeError):  # other arguments than a width, other values than a weight, more than x
             return False
         return torch.allclose(found, _normalized(norm, eps, x), rtol=1e-5, atol=1e-6)
+
+
+def _is_plain_without_weight(norm: nn.Module, eps: float) -> bool:
+    """True if a norm that has no weight, and so takes any width, gives what PyTorch's gives."""
+    x = torch.linspace(-1, 2, 24, device="cpu").view(3, 8)
+    with torch.no_grad():
+        try:
+            return torch.allclose(norm(x), F.rms_norm(x, x.shape[-1:], None, eps), rtol=1e-5, atol=1e-6)
+        except (TypeError, RuntimeError, AttributeError):  # more arguments than x, or it is a norm of another kind
+            return False

@@ -2,15 +2,17 @@
 
 import pytest
 import torch
+from transformers import Gemma3nTextConfig
 from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
-from dist_qft.base_model.fused_norms import fuse_norms
+from dist_qft.base_model.fused_norms import fuse_norms, is_fusible
 from dist_qft.methods.adapters.fused_update import Update, add_update
 from dist_qft.methods.adapters.schedule import TileSettings
 from dist_qft.methods.adapters.tile_adapter import TileAdapter
 from dist_qft.quant.affine4 import Affine4
 from dist_qft.quant.frozen import FrozenLinear
+from tests.support.families import FAMILIES, GROUPED, open_base, save_random, tokens_of
 
 ROWS, COLUMNS = 16, 32
 
@@ -55,3 +57,30 @@ def test_norms_by_one_kernel():
     assert "forward" in vars(plain) and "forward" not in vars(other)
     torch.testing.assert_close(plain(x), expected[0])
     assert torch.equal(other(x), expected[1])
+
+
+NORMED = FAMILIES | {
+    "gemma3n_text": Gemma3nTextConfig(
+        **GROUPED, layer_types=["sliding_attention", "full_attention"], sliding_window=4, num_kv_shared_layers=0
+    )
+}
+
+
+@pytest.mark.parametrize("family", NORMED)
+@torch.no_grad()
+def test_families_with_their_norms_fused(tmp_path_factory, family):
+    """As a run on CUDA has them; some of a family's norms have no weight."""
+    base = open_base(save_random(NORMED[family], tmp_path_factory.mktemp(family)))
+    tokens, positions = tokens_of(2, 12)
+    expected = base.hidden_states(tokens, positions)
+    fuse_norms(base.decoder)
+    torch.testing.assert_close(base.hidden_states(tokens, positions), expected, rtol=1e-4, atol=2e-5)
+
+
+@pytest.mark.parametrize("family", ["gemma3n_text", "gemma4_text"])
+def test_norms_without_a_weight_are_fused_too(tmp_path_factory, family):
+    base = open_base(save_random(NORMED[family], tmp_path_factory.mktemp(family)))
+    bare = [
+        module for module in base.decoder.modules() if "RMSNorm" in type(module).__name__ and not module.state_dict()
+    ]
+    assert bare and all(map(is_fusible, bare))
