@@ -176,8 +176,9 @@ def page(rows: list[Row]) -> str:
         "that run (dense where the tiny sizes allow no other). *dense*: logits of transformers on `merge --to dense` "
         "against the tuned model's. *PEFT*: the same of stock PEFT on `merge --to peft`. A word stands for a "
         "refusal; its line is below. *in 4 bits*: share of the decoder layers' matrices that nf4 holds, smaller here "
-        "than in real models. *packing*: `data.packing` keeps samples apart. *ranks*: losses of both methods "
-        "on 2 ranks under zero and on 3 under fsdp against those of one rank, relative.",
+        "than in real models. *packing*: `data.packing` keeps samples apart; of layers that attend to compressed "
+        "or chosen blocks of a row (DeepSeek-V4, MiniMax-M3's sparse ones) it does not. *ranks*: losses of both "
+        "methods on 2 ranks under zero and on 3 under fsdp against those of one rank, relative.",
         "",
         "| model type | attention | logits | in 4 bits | packing | qlora | dense | PEFT | qst | ranks |",
         "|---|---|---|---|---|---|---|---|---|---|",

@@ -107,6 +107,7 @@ FAMILIES: dict[str, PretrainedConfig] = {
 }
 # Families whose attention transformers has not in SDPA: capped logits, sinks.
 WITHOUT_SDPA = ("gemma2", "gpt_oss")
+ONE_SAMPLE_A_ROW = ("falcon", "gpt_oss")  # their attention masks do not look at positions
 QUANTIZED = {
     "dense": {"linear": "dense", "embedding": "dense"},
     "nf4": {"linear": "nf4", "block": [32], "embedding": "dense"},

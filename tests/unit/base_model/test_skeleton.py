@@ -19,11 +19,11 @@ from dist_qft.base_model.loss import token_loss
 from dist_qft.base_model.skeleton import build_skeleton
 from dist_qft.base_model.wrapper import text_decoder
 from dist_qft.config.schema import ModelConfig, QuantizationConfig
-from dist_qft.errors import UserError
 from tests.support.families import (
     COMMON,
     FAMILIES,
     GROUPED,
+    ONE_SAMPLE_A_ROW,
     QUANTIZED,
     VOCABULARY,
     WINDOW,
@@ -34,7 +34,6 @@ from tests.support.families import (
     tokens_of,
 )
 
-ONE_SAMPLE_A_ROW = ("falcon", "gpt_oss")  # their attention masks do not look at positions
 each_family = pytest.mark.parametrize("family", FAMILIES)
 
 
@@ -113,21 +112,6 @@ def test_packed_samples_do_not_see_each_other(folder_of, family):
     lone_row = base.hidden_states(rows[0][1:], rows[1][1:])
     torch.testing.assert_close(together[1:], lone_row, rtol=1e-4, atol=2e-5)
     base.require_separate_samples(torch.device("cpu"))
-
-
-@pytest.mark.parametrize("family", ONE_SAMPLE_A_ROW)
-def test_packing_is_refused_where_masks_know_no_samples(folder_of, family):
-    with pytest.raises(UserError, match="cannot keep packed samples apart"):
-        open_base(folder_of(family)).require_separate_samples(torch.device("cpu"))
-
-
-def test_packing_is_refused_where_layers_carry_a_state_along_the_row(tmp_path):
-    layers = {"layer_types": ["conv", "full_attention"], "block_auto_adjust_ff_dim": False}
-    base = open_base(save_random(Lfm2Config(**GROUPED, **layers), tmp_path))
-    with pytest.raises(UserError) as raised:
-        base.require_separate_samples(torch.device("cpu"))
-    text = "data.packing: model type 'lfm2' cannot keep packed samples apart; set it to false"
-    assert (str(raised.value), raised.value.exit_code) == (text, 2)
 
 
 @torch.no_grad()
