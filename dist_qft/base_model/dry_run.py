@@ -36,9 +36,9 @@ def choose_attention(causal: PreTrainedModel, decoder: nn.Module, layers: int) -
         segment_attention.choose(causal, segment_attention.NAME)
         two = Segments(torch.zeros(3, dtype=torch.int32), (0, 1, _TOKENS), 1)
         try:
-            with segment_attention.modules_reached() as reached:
+            with segment_attention.windows_given() as windows:
                 called = called_linears(causal, decoder, **segment_attention.arguments(two))
-            if len(reached) >= layers:
+            if len(windows) >= layers and segment_attention.gives_windows(causal.config, windows.values()):
                 return True, called
         except UserError:
             pass  # with its masks it may work

@@ -27,7 +27,7 @@ _NOT_HERE = ("softcap", "s_aux", "position_bias")  # what changes scores in ways
 _FLASH_DTYPES = (torch.bfloat16, torch.float16)
 _FLASH_HEAD_DIM = 256
 _FLASH_MULTIPLE = 8
-_watching: list[set[nn.Module]] = []
+_watching: list[dict[nn.Module, int | None]] = []
 
 
 def segment_attention(
@@ -59,7 +59,7 @@ def segment_attention(
     if any(more.get(name) is not None for name in _NOT_HERE) or not getattr(module, "is_causal", True):
         raise ValueError("attention with changed scores, or that is not causal, needs a mask")
     for reached in _watching:
-        reached.add(module)
+        reached[module] = sliding_window
     query, key, value = _as_autocast((query, key, value))
     window = sliding_window if sliding_window is not None and sliding_window < segments.longest else None
     if _has_flash(query, value) and not (segments.whole_rows and window is None):
@@ -163,10 +163,18 @@ def may_take_segments(causal: PreTrainedModel) -> bool:
     )
 
 
+def gives_windows(config: PretrainedConfig, windows: Iterable[int | None]) -> bool:
+    """False if a configuration has a sliding window that no attention module is given, so that only its mask has it."""
+    text = config.get_text_config()
+    types = getattr(text, "layer_types", None)
+    sliding = getattr(text, "sliding_window", None) is not None and (types is None or "sliding_attention" in types)
+    return not sliding or any(window is not None for window in windows)
+
+
 @contextmanager
-def modules_reached() -> Iterator[set[nn.Module]]:
-    """Collects the attention modules that are called with segments inside."""
-    reached: set[nn.Module] = set()
+def windows_given() -> Iterator[dict[nn.Module, int | None]]:
+    """Collects the attention modules that are called with segments inside, and the window that each is given."""
+    reached: dict[nn.Module, int | None] = {}
     _watching.append(reached)
     try:
         yield reached

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import LlamaConfig, MistralConfig
+from transformers import LlamaConfig, MistralConfig, PhimoeConfig
 
 from dist_qft.base_model import segment_attention
 from dist_qft.base_model.segment_attention import segment_attention as attention
@@ -16,7 +16,7 @@ from dist_qft.base_model.skeleton import BaseModel, build_skeleton
 from dist_qft.config.schema import ModelConfig, QuantizationConfig
 from dist_qft.data.segments import Segments
 from dist_qft.errors import UserError
-from tests.support.families import GROUPED, WITHOUT_SDPA, open_base, save_random, tokens_of
+from tests.support.families import GROUPED, WITHOUT_SDPA, open_base, reference_model, save_random, tokens_of
 
 LENGTHS = [5, 1, 9, 6]
 
@@ -34,6 +34,20 @@ def test_packed_rows_give_what_masks_give(tmp_path, window):
     base.segmented = False
     segment_attention.choose(base.model, segment_attention.SDPA)
     torch.testing.assert_close(found, states_and_gradient(base, tokens, positions), rtol=1e-4, atol=2e-5)
+
+
+@torch.no_grad()
+def test_a_window_that_only_the_mask_has_needs_the_mask(tmp_path):
+    sizes = {"num_local_experts": 4, "num_experts_per_tok": 2}
+    for window, segmented in ((4, False), (None, True)):
+        config = PhimoeConfig(**GROUPED, **sizes, sliding_window=window)
+        folder = save_random(config, tmp_path / str(window))
+        base = open_base(folder)
+        assert base.segmented == segmented
+        tokens, positions = tokens_of(1, 12)
+        expected = reference_model(base, folder)(tokens).logits
+        found = base.head(base.hidden_states(tokens, positions))
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=5e-5)
 
 
 def states_and_gradient(base: BaseModel, tokens: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
