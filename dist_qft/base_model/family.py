@@ -106,8 +106,8 @@ def check_logits(causal: PreTrainedModel, decoder: nn.Module, head: nn.Module, e
     Runs the causal LM's forward pass, on meta, with known numbers in place of decoder and head.
 
     Returns:
-        `expected`, with the factor by which the family scales the states that it gives the head (MiniCPM3) in its
-        scale: the head is linear.
+        `expected`, or the inverse of its scale if that is what the family does, with the factor by which the family
+        scales the states that it gives the head (MiniCPM3) in its scale: the head is linear.
 
     Raises:
         UserError: the head was given anything but a multiple of the decoder's states, or the logits are not `expected`
@@ -132,7 +132,9 @@ def check_logits(causal: PreTrainedModel, decoder: nn.Module, head: nn.Module, e
         del decoder.forward, head.forward, embedding.forward
     factor = float(given[0].flatten()[-1]) if len(given) == 1 and given[0].shape == hidden.shape else 0.0  # of 1.0
     if factor != 0.0 and torch.allclose(given[0], hidden * factor, atol=1e-6) and logits.shape == raw.shape:
-        for behind in (expected, replace(expected, scale=1.0)):  # the second where the scale is before the head
+        # Granite divides by what HyperCLOVA X multiplies with; 1 where the scale is before the head.
+        for scale in (expected.scale, 1 / expected.scale if expected.scale else 1.0, 1.0):
+            behind = replace(expected, scale=scale)
             if torch.allclose(logits.float(), behind(raw), atol=1e-4):
                 return replace(behind, scale=behind.scale * factor)
     raise UserError(
