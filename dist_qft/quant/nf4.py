@@ -216,8 +216,26 @@ def codebook_on(device: torch.device) -> Tensor:
 @cache
 @torch.inference_mode(False)
 def dynamic_map(device: torch.device) -> Tensor:
-    """The 256 values of the 8-bit dynamic type (arXiv 2110.02861) that store the double-quantized constants."""
-    return _bitsandbytes().create_dynamic_map().to(device)
+    """The 256 values of the 8-bit dynamic type (arXiv 2110.02861) that store the double-quantized constants.
+
+    bitsandbytes' `create_dynamic_map` as CPUs with fused multiply-add compute it. It calls `torch.linspace`, whose last
+    bits differ between kinds of CPUs; these are the same everywhere.
+    """
+    positive = []
+    for exponent in range(-6, 1):
+        steps = _evenly_spaced(0.1, 1.0, 2 ** (exponent + 6))
+        positive.append((steps[:-1] + steps[1:]) / 2 * 10**exponent)
+    values = torch.cat(positive)
+    return torch.cat([values, -values, torch.tensor([0.0, 1.0])]).sort().values.to(device)
+
+
+def _evenly_spaced(first: float, last: float, intervals: int) -> Tensor:
+    """The ends of so many equal intervals, float32 (intervals + 1,), counted from the nearer end and rounded once."""
+    low, high = torch.tensor([first, last], dtype=torch.float32)
+    width = ((high - low) / intervals).double()
+    index, middle = torch.arange(intervals + 1, dtype=torch.float64), (intervals + 1) // 2
+    from_low, from_high = low.double() + width * index, high.double() - width * index.flip(0)
+    return torch.cat([from_low[:middle], from_high[middle:]]).float()
 
 
 @contextmanager

@@ -202,6 +202,18 @@ def without_states(tensors: dict[str, torch.Tensor]) -> None:
         del tensors[name]
 
 
+def test_a_map_with_the_last_bits_of_another_cpu_is_the_same(folders, tmp_path):
+    folder = tmp_path / "elsewhere"
+    shutil.copytree(folders["twice"], folder)
+    tensors = load_file(folder / "model.safetensors")
+    for name, values in tensors.items():
+        if name.endswith(".nested_quant_map"):
+            tensors[name] = torch.nextafter(values, torch.zeros(()))
+    save_file(tensors, folder / "model.safetensors")
+    here, elsewhere = (open_source(ModelConfig(path=str(path))).read(DOWN) for path in (folders["twice"], folder))
+    assert torch.equal(here, elsewhere)
+
+
 def spoiled(tensors: dict[str, torch.Tensor], name: str, value: float) -> None:
     tensors[f"{WEIGHT}.{name}"][3] = value
 

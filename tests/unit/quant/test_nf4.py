@@ -1,5 +1,6 @@
 """nf4 against bitsandbytes bit for bit, and against the codebook of the QLoRA paper in float64."""
 
+import hashlib
 import subprocess
 import sys
 from statistics import NormalDist
@@ -10,7 +11,7 @@ import pytest
 import torch
 
 from dist_qft.errors import UserError
-from dist_qft.quant.nf4 import BLOCKS, NF4
+from dist_qft.quant.nf4 import BLOCKS, NF4, dynamic_map
 
 
 def codebook() -> np.ndarray:
@@ -52,6 +53,14 @@ def test_double_quantization_is_bitsandbytes_bit_for_bit(shape):
     for _ in range(2):  # twice: nothing may accumulate in the constants
         assert torch.equal(format.dequantize(packed, shape, torch.float32), bnb.dequantize_4bit(codes, state))
     assert all(torch.equal(packed[name], before[name]) for name in packed)
+
+
+def test_the_map_of_the_constants_is_that_of_bitsandbytes_with_the_same_bits_on_every_cpu():
+    """`torch.linspace` has other last bits on CPUs without fused multiply-add."""
+    found = dynamic_map(torch.device("cpu"))
+    torch.testing.assert_close(found, bnb.create_dynamic_map(), rtol=2e-7, atol=0.0)
+    digest = "e732639a65f497b4ad684bb166a4467708255edd5207757de8b8f0c7e1fda89c"
+    assert hashlib.sha256(found.numpy().tobytes()).hexdigest() == digest
 
 
 @pytest.mark.parametrize("shape", [(1, 64), (9, 192)])
