@@ -14,6 +14,7 @@ from typing import Any
 
 from torch import Tensor
 
+from dist_qft.base_model.family import rope_warnings
 from dist_qft.base_model.model_tensors import check_names
 from dist_qft.base_model.requantization import requantization_notes
 from dist_qft.base_model.skeleton import BaseModel, build_skeleton
@@ -232,8 +233,10 @@ def _batch(config: RunConfig, accumulation: int) -> PlannedBatch:
 
 
 def _warnings(config: RunConfig, spec: TrainableSpec[Any], base: BaseModel) -> list[str]:
-    missing = [] if config.data is None else missing_data(config.data)
-    return config_warnings(config) + engine_warnings(config) + spec.warnings(base) + base.notes + missing
+    about_data: list[str] = []
+    if config.data is not None:
+        about_data = rope_warnings(base.config, config.data.max_length) + missing_data(config.data)
+    return config_warnings(config) + engine_warnings(config) + spec.warnings(base) + base.notes + about_data
 
 
 def _notes_on_files(config: RunConfig, base: BaseModel) -> list[str]:

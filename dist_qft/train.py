@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 
+from dist_qft.base_model.family import rope_warnings
 from dist_qft.base_model.model_tensors import check_names
 from dist_qft.base_model.requantization import requantization_notes
 from dist_qft.base_model.skeleton import build_skeleton
@@ -117,7 +118,8 @@ def gather_inputs(
     spec = make_spec(config, skeleton)
     require_reference(config, skeleton, spec)
     require_lr_groups(config.train, spec.names)
-    notes += [f"warning: {warning}" for warning in spec.warnings(skeleton)]
+    doubts = rope_warnings(skeleton.config, config.data.max_length) + spec.warnings(skeleton)
+    notes += [f"warning: {warning}" for warning in doubts]
     trainable = spec.parameters + head_parameters(config.task, skeleton)
     require_checkpoint_space(output_dir, checkpoint_bytes(config.train, trainable))
     start = None

@@ -6,6 +6,7 @@ the library's own code to see that nothing else is done. Not here: the decoder, 
 
 import inspect
 import re
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 
 _SCALE_KEYS = {"logit_scale": 1, "logits_scaling": -1, "lm_head_multiplier": 1}  # config key -> exponent
 _CAP_KEY = "final_logit_softcapping"
+_ROPES_BY_LENGTH = ("longrope", "dynamic")  # types whose frequencies depend on how long the longest sample is
 _BLIND_TO_POSITIONS = ("opt",)  # families whose attention mask ignores restarting position ids
 _DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
 # In the names of rates. Noise is drawn by modules that look at their own training flag, which `silence` keeps unset on
@@ -78,6 +80,27 @@ def learned_positions(decoder: nn.Module) -> int | None:
         if isinstance(module, nn.Embedding) and re.search("pos|wpe", path.rpartition(".")[2]):
             return module.num_embeddings - int(getattr(module, "offset", 0))
     return None
+
+
+def rope_warnings(config: PretrainedConfig, length: int) -> list[str]:
+    """A line if samples of so many tokens change the rotary frequencies of shorter ones in the same micro-batch.
+
+    transformers chooses the frequencies of these types once for all rows, by the largest position among them.
+    """
+    text = config.get_text_config()
+    found = getattr(text, "rope_parameters", None)
+    sets = [found] if isinstance(found, Mapping) and "rope_type" in found else list((found or {}).values())
+    for each in sets:
+        kind = each.get("rope_type") if isinstance(each, Mapping) else None
+        if kind not in _ROPES_BY_LENGTH:
+            continue
+        limit = each.get("original_max_position_embeddings") or getattr(text, "max_position_embeddings", None)
+        if isinstance(limit, int) and length > limit:
+            return [
+                f"data.max_length: {length} is more than the {limit} original positions of the base's {kind} rope; a "
+                "longer sample gives its frequencies to shorter ones in its micro-batch, which otherwise have their own"
+            ]
+    return []
 
 
 def packed_mask(config: PretrainedConfig, position_ids: Tensor, dtype: torch.dtype) -> "Tensor | BlockMask | None":
