@@ -7,8 +7,12 @@ any float weight is: a second quantization, which the run's notes report as one.
 
     fp8 (Hugging Face, DeepSeek)     <module>.weight, <module>.weight_scale_inv
     compressed-tensors, ModelOpt     <module>.weight, <module>.weight_scale
+    stacked experts                  as those, or <stack>, <stack>_scale_inv
+
+A stack (experts, out_features, in_features) has the scales of its matrices one behind the other.
 """
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -31,21 +35,36 @@ _OTHERS = ("input_scale", "weight_zero_point", "activation_scale", "input_scale_
 
 @dataclass(frozen=True)
 class Fp8Weight(StoredWeight):
-    """An FP8 weight and its scale's name and grid: the scale of row i, column j is at [i // rows, j // columns]."""
+    """An FP8 weight, or stack of them, and its scale's name and grid.
 
+    The scale of row i, column j of a matrix is at [i // rows, j // columns].
+    """
+
+    tensor: str
     scale: str
     block: tuple[int, int]
 
     @property
+    def name(self) -> str:
+        return self.tensor
+
+    @property
     def parts(self) -> tuple[str, ...]:
-        return (self.scale, *(f"{self.module}.{other}" for other in _OTHERS))
+        joint = "." if self.tensor.endswith(".weight") else "_"
+        return (self.scale, *(f"{self.module}{joint}{other}" for other in _OTHERS))
 
     def read_floats(self, files: SafetensorsSource, first: int, stop: int) -> Tensor:
-        weight = files.read(f"{self.module}.weight", (first, stop)).float()
-        scale = files.read(self.scale)
+        weight = files.read(self.tensor, (first, stop)).float()
+        stacked = len(self.shape) == 3
+        scale = files.read(self.scale, (first, stop) if stacked else None)
         exponents = files.dtype(self.scale) in _EXPONENTS
         scale = powers_of_two(scale.view(torch.uint8)) if exponents else scale.float()
         rows, columns = self.block
+        if stacked:
+            _, height, width = self.shape
+            grid = scale.reshape(stop - first, -(-height // rows), -(-width // columns))
+            by_row = grid[:, torch.arange(height) // rows]
+            return weight.mul_(by_row[:, :, torch.arange(width) // columns])
         scale = scale.reshape(-(-self.shape[0] // rows), -(-self.shape[1] // columns))
         by_row = scale[torch.arange(first, stop) // rows]
         if columns == self.shape[1]:
@@ -62,20 +81,21 @@ def fp8_weights(files: SafetensorsSource, settings: Mapping[str, Any]) -> Iterat
     """
     names, blocks = files.names(), _stated_blocks(settings)
     for name in sorted(names):
-        module = name.removesuffix(".weight")
-        if module == name or files.dtype(name) not in _TYPES or len(files.shape(name)) != 2:
+        module, shape = name.removesuffix(".weight"), files.shape(name)
+        beside = [f"{module}.{suffix}" for suffix in _SUFFIXES] if module != name else [f"{name}_scale_inv"]
+        scale = next((each for each in beside if each in names), None)
+        if files.dtype(name) not in _TYPES or len(shape) not in (2, 3) or (module == name and scale is None):
             continue
-        scale = next((f"{module}.{suffix}" for suffix in _SUFFIXES if f"{module}.{suffix}" in names), None)
         if scale is None:
             raise CorruptFileError(f"{files.where}: '{name}' is {files.dtype(name)} and has no scale beside it")
         if files.dtype(scale) not in _SCALES:
             known = ", ".join(_SCALES)
             raise CorruptFileError(f"{files.where}: scale '{scale}' is {files.dtype(scale)}, must be one of {known}")
-        rows, columns = files.shape(name)
-        block = _block(files, scale, (rows, columns), blocks)
+        rows, columns = shape[-2:]
+        block = _block(files, scale, shape, blocks)
         words = {(rows, columns): "one scale", (1, columns): "a scale per output"}
         how = words.get(block, f"blocks of {block[0]} x {block[1]}")
-        yield Fp8Weight(module, (rows, columns), f"FP8 {files.dtype(name).removeprefix('F8_')}, {how}", scale, block)
+        yield Fp8Weight(module, shape, f"FP8 {files.dtype(name).removeprefix('F8_')}, {how}", name, scale, block)
 
 
 def _stated_blocks(settings: Mapping[str, Any]) -> list[tuple[int, int]]:
@@ -95,16 +115,19 @@ def _stated_blocks(settings: Mapping[str, Any]) -> list[tuple[int, int]]:
 
 
 def _block(
-    files: SafetensorsSource, scale: str, shape: tuple[int, int], stated: list[tuple[int, int]]
+    files: SafetensorsSource, scale: str, shape: tuple[int, ...], stated: list[tuple[int, int]]
 ) -> tuple[int, int]:
-    rows, columns = shape
+    *experts, rows, columns = shape
     found = files.shape(scale)
+    if experts and found[:1] != tuple(experts):
+        raise CorruptFileError(f"{files.where}: scale '{scale}' is {list(found)}, must have {experts[0]} entries")
+    found = found[len(experts) :]
     if len(found) == 4 and found[1] == found[3] == 1:  # ModelOpt's blocks, one dimension for each side of a block
         found = (found[0], found[2])
     if files.dtype(scale) in _EXPONENTS:
         stated = list(dict.fromkeys([*stated, _MX_BLOCK]))
-    if found in ((), (1,), (1, 1)):
-        return shape
+    if math.prod(found) == 1 and len(found) < 3:
+        return rows, columns
     if found in ((rows,), (rows, 1)):
         return (1, columns)
     fitting = [block for block in stated if found == (-(-rows // block[0]), -(-columns // block[1]))]

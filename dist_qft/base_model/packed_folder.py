@@ -23,7 +23,7 @@ class StoredWeight(ABC):
     """One quantized weight of a folder.
 
     Attributes:
-        module: the module's path; the weight is called `<module>.weight`.
+        module: the module's path; the weight is called `<module>.weight`, or otherwise if `name` says so.
         shape: (out_features, in_features), or (experts, out_features, in_features) of a stack.
         kind: how it is stored, in words.
     """
@@ -31,6 +31,11 @@ class StoredWeight(ABC):
     module: str
     shape: tuple[int, ...]
     kind: str
+
+    @property
+    def name(self) -> str:
+        """The name by which the folder's source has the weight."""
+        return f"{self.module}.weight"
 
     @property
     @abstractmethod
@@ -47,7 +52,7 @@ class StoredWeight(ABC):
         raise NotImplementedError
 
     def read_floats(self, files: SafetensorsSource, first: int, stop: int) -> Tensor:
-        """The rows first..stop as float32, for a weight without a format."""
+        """The rows first..stop as float32, for a weight without a format; the entries first..stop of a stack."""
         raise NotImplementedError
 
 
@@ -57,7 +62,7 @@ class PackedFolder:
     def __init__(self, folder: Path, files: SafetensorsSource, stored: Iterable[StoredWeight]) -> None:
         self.where = str(folder)
         self._files = files
-        self._stored = {f"{weight.module}.weight": weight for weight in stored}
+        self._stored = {weight.name: weight for weight in stored}
         hidden = {part for weight in self._stored.values() for part in weight.parts}
         self._names = (files.names() - hidden) | self._stored.keys()
 

@@ -38,6 +38,7 @@ from transformers import (
 from dist_qft.base_model.load import load_base
 from dist_qft.base_model.skeleton import BaseModel, build_skeleton
 from dist_qft.base_model.sources import SafetensorsSource
+from dist_qft.base_model.weight_files import open_source
 from dist_qft.config.schema import ModelConfig, QuantizationConfig
 from dist_qft.errors import UserError
 from dist_qft.sharding.replicated import ReplicatedEngine
@@ -140,6 +141,16 @@ def open_base(folder: Path, quantization: dict | None = None, dtype: torch.dtype
     engine = ReplicatedEngine()
     engine.shard(base.units, torch.device("cpu"))
     load_base(base, SafetensorsSource(folder), engine, torch.device("cpu"))
+    return base
+
+
+def open_packed(folder: Path) -> BaseModel:
+    """A folder with weights in other programs' formats, every one held as the floats that it stands for."""
+    model = ModelConfig(path=str(folder))
+    base = build_skeleton(model, QuantizationConfig(**QUANTIZED["dense"]), torch.float32)
+    engine = ReplicatedEngine()
+    engine.shard(base.units, torch.device("cpu"))
+    load_base(base, open_source(model), engine, torch.device("cpu"))
     return base
 
 
