@@ -9,6 +9,7 @@ import peft
 import torch
 from transformers import AutoConfig, PreTrainedModel
 
+from dist_qft.base_model.fused_norms import fuse_norms
 from dist_qft.base_model.load import load_base
 from dist_qft.base_model.skeleton import BaseModel, build_skeleton
 from dist_qft.base_model.weight_files import open_source
@@ -24,6 +25,7 @@ from tests.support.whole_runs import train_losses
 
 CPU = torch.device("cpu")
 WORLDS = {1: "replicated", 2: "zero", 3: "fsdp"}  # engine by the number of ranks
+LENGTH = 24  # tokens of a sample
 NEAR = 1e-4  # of the largest logit
 NO_TEXT_ALONE = "read, but transformers' own model computes nothing from text alone"
 METHODS = {"qlora": {"name": "qlora", "rank": 2}, "qst": {"name": "qst", "reduction": 4, "downsample_rank": 4}}
@@ -46,7 +48,8 @@ def stock(folder: Path, attention: str) -> PreTrainedModel:
 
 
 def ids() -> torch.Tensor:
-    return torch.randint(3, VOCABULARY - 3, (2, 12), generator=torch.Generator().manual_seed(1))
+    """Longer than the windows of `family_sizes`."""
+    return torch.randint(3, VOCABULARY - 3, (2, LENGTH), generator=torch.Generator().manual_seed(1))
 
 
 def difference(logits: torch.Tensor, expected: torch.Tensor) -> float:
@@ -56,14 +59,27 @@ def difference(logits: torch.Tensor, expected: torch.Tensor) -> float:
 
 @torch.no_grad()
 def base_difference(base: BaseModel, folder: Path, attention: str) -> float | str:
-    """The difference of the logits from transformers' own; a line if transformers computes none from text alone."""
+    """The difference of the logits from transformers' own; a line if transformers computes none from text alone.
+
+    The largest of three: by the library's own code, as a run computes them, and so with the norms fused as on CUDA.
+    The base keeps these.
+    """
     try:
         expected = stock(folder, attention)(input_ids=ids()).logits
     except TypeError as error:
         if "required positional argument" not in str(error):
             raise
         return NO_TEXT_ALONE
-    return difference(base.model(input_ids=ids()).logits, expected)
+    found = [difference(base.model(input_ids=ids()).logits, expected)]
+    positions = torch.arange(LENGTH).expand_as(ids())
+    found.append(difference(logits_of_a_run(base, ids(), positions), expected))
+    fuse_norms(base.decoder)
+    found.append(difference(logits_of_a_run(base, ids(), positions), expected))
+    return max(found)
+
+
+def logits_of_a_run(base: BaseModel, tokens: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+    return base.head.loss_map(base.head(base.hidden_states(tokens, positions)).float())
 
 
 def share_in_4_bits(base: BaseModel) -> str:
@@ -76,8 +92,16 @@ def share_in_4_bits(base: BaseModel) -> str:
     return f"{share:.0%}" + (" with experts" if base.experts else "")
 
 
+@torch.no_grad()
 def packs(base: BaseModel) -> str:
+    """ "yes", if packing is not refused; an error if it is not, and two packed samples are not what they are alone."""
     base.require_separate_samples(CPU)
+    parts = ids()[:1].split([LENGTH - 11, 11], dim=1)
+    places = [torch.arange(part.shape[1])[None] for part in parts]
+    packed = logits_of_a_run(base, torch.cat(parts, dim=1), torch.cat(places, dim=1))
+    alone = torch.cat([logits_of_a_run(base, *each) for each in zip(parts, places, strict=True)], dim=1)
+    if difference(packed, alone) > NEAR:
+        raise RuntimeError("samples are not kept apart, and packing was not refused")
     return "yes"
 
 
