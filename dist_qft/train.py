@@ -58,12 +58,7 @@ from dist_qft.tuned_model.assemble import assemble, attach_trainables, start_fre
 from dist_qft.tuned_model.checkpointed import check_adapter, check_fingerprint, check_settings, settings_of, with_date
 from dist_qft.tuned_model.prompts import date_of
 from dist_qft.tuned_model.task import head_parameters
-from dist_qft.tuned_model.warm_start import (
-    require_reference_of_start,
-    require_same_model,
-    starting_values,
-    take_values,
-)
+from dist_qft.tuned_model.warm_start import require_same_model, starting_values, take_values
 
 
 def run_training(
@@ -126,8 +121,7 @@ def gather_inputs(
     if checkpoint is not None:
         check_adapter(checkpoint, spec)
     elif config.method.init_from is not None:
-        start = starting_values(config.method.init_from, spec)
-        require_reference_of_start(start, config.task)
+        start = starting_values(config.method.init_from, spec, config.task)
         notes.append(f"trainables begin with the values of {start.where}")
 
     # The tokens.

@@ -93,9 +93,10 @@ def validate(
     settings = read_config(config, overrides)
     from dist_qft.data.first_rows import check_first_rows
     from dist_qft.merge.place import require_place_at_end
-    from dist_qft.plan import for_planned_device, make_plan, ranks_on_each, ranks_planned, require_fit
+    from dist_qft.plan import make_plan, require_fit
     from dist_qft.training.machine import find_machine, parse_size
     from dist_qft.training.plan_tables import print_plan
+    from dist_qft.training.planned_place import for_planned_device, ranks_on_each, ranks_planned
 
     if settings.data is not None:
         check_first_rows(settings.data, settings.task.name)

@@ -57,14 +57,21 @@ class StartingValues:
     compared: bool = False
 
 
-def starting_values(source: str, spec: TrainableSpec[Any]) -> StartingValues:
+def starting_values(source: str, spec: TrainableSpec[Any], task: TaskConfig) -> StartingValues:
     """The values at `source`: a run (its newest checkpoint), a checkpoint, a PEFT LoRA folder or its Hub id.
 
     Raises:
-        UserError: there is nothing of that kind, or it does not fit the trainables that the config describes.
+        UserError: there is nothing of that kind, or it does not fit the trainables that the config describes, or
+            the task's reference.
         CorruptFileError: a file of it is damaged.
         SetupError: it is in a folder that this user may not enter.
     """
+    found = _found(source, spec)
+    _require_reference(found, task)
+    return found
+
+
+def _found(source: str, spec: TrainableSpec[Any]) -> StartingValues:
     folder = Path(source)
     require_reachable(folder, KEY)
     if not folder.exists():
@@ -100,7 +107,7 @@ def _is_ours(folder: Path) -> bool:
     return has_state and (kind is None or kind in OUR_KINDS)
 
 
-def require_reference_of_start(start: StartingValues, task: TaskConfig) -> None:
+def _require_reference(start: StartingValues, task: TaskConfig) -> None:
     """Refuse to compare a model that begins with another one's values with the base, which is not what it begins as.
 
     Raises:
