@@ -166,7 +166,7 @@ def _checked(inputs: RunInputs) -> RunInputs:
         inputs.notes.extend(continue_evaluations(checkpoint.state, config, inputs.data.held_out_digest))
     if inputs.recipe is not None and not inputs.finished:
         require_free(inputs.recipe.request)
-        require_room(inputs.recipe, inputs.skeleton, config.model.path)
+        require_room(inputs.recipe, inputs.skeleton)
     total_steps, _ = inputs.length()
     check_warmup(config.train, total_steps)
     if config.train.max_steps is None:  # or the config's own check has said it

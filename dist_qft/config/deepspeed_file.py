@@ -42,7 +42,7 @@ def _decided(config: RunConfig) -> dict[str, tuple[Any, str]]:
         "train_batch_size": (train.global_batch_size, "train.global_batch_size"),
         "train_micro_batch_size_per_gpu": (train.per_device_train_batch_size, "train.per_device_train_batch_size"),
         "gradient_clipping": (train.max_grad_norm, "train.max_grad_norm"),
-        "bf16.enabled": (_in_bfloat16(config), "train.precision"),
+        **_decided_dtype(config),
         "fp16.enabled": (False, "train.precision"),
         "zero_optimization.stage": (3, "sharding.engine"),
         "zero_optimization.offload_param.device": ("cpu" if sharding.offload else "none", "sharding.offload"),
@@ -52,10 +52,14 @@ def _decided(config: RunConfig) -> dict[str, tuple[Any, str]]:
     }
 
 
-def _in_bfloat16(config: RunConfig) -> bool:
+def _decided_dtype(config: RunConfig) -> dict[str, tuple[Any, str]]:
+    """bf16's entry; none where the machines of the run decide, which this one, without a GPU, may not be one of."""
     from dist_qft.ranks.device import compute_dtype, dtype_name, planned_device  # imports torch
 
-    return dtype_name(compute_dtype(config.train.precision, planned_device(config.sharding.device))) == "bfloat16"
+    precision, device = config.train.precision, planned_device(config.sharding.device)
+    if precision == "auto" and config.sharding.device == "auto" and device.type == "cpu":
+        return {}
+    return {"bf16.enabled": (dtype_name(compute_dtype(precision, device)) == "bfloat16", "train.precision")}
 
 
 def zero_file_faults(config: RunConfig) -> Iterator[str]:

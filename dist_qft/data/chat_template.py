@@ -46,15 +46,13 @@ class TemplateStopped(UserError):
 class ChatTemplate:
     """One chat template of a tokenizer. Starts its process when it first renders, and again after a limit was hit.
 
-    `today` is the date that the template is told if it asks for one. `stops` counts the renderings in a row, up to the
-    last one, that hit a limit.
+    `today` is the date that the template is told if it asks for one.
     """
 
     def __init__(self, source: str, variables: dict[str, str], today: datetime.date) -> None:
         self.source = source
         self._setup: dict[str, Any] = {"template": source, "variables": variables, "date": today.isoformat()}
         self._setup["cpu_seconds"] = CPU_SECONDS
-        self.stops = 0
         self._process: subprocess.Popen[bytes] | None = None
         self._finalizer: weakref.finalize | None = None
 
@@ -70,12 +68,7 @@ class ChatTemplate:
     def _render(self, request: Request) -> Rendered:
         if self._process is None:
             self._start()
-        try:
-            answer = self._ask(request._asdict())
-        except TemplateStopped:
-            self.stops += 1
-            raise
-        self.stops = 0
+        answer = self._ask(request._asdict())
         if "error" in answer:
             return Rendered(error=answer["error"])
         return Rendered(answer["text"], tuple((start, end) for start, end in answer["marked"]))
@@ -85,7 +78,11 @@ class ChatTemplate:
         process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
         self._process = process
         self._finalizer = weakref.finalize(self, _end, process)
-        if "error" in (answer := self._ask(self._setup)):
+        try:
+            answer = self._ask(self._setup)
+        except TemplateStopped as stopped:  # no row has a part in it
+            raise UserError(str(stopped)) from None
+        if "error" in answer:
             self.close()
             raise UserError(f"model.path: the chat template is not valid: {answer['error']}")
 

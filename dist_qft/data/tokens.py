@@ -114,6 +114,7 @@ class SampleEncoder:
         self._max_length = max_length
         self._end_markers = tuple(str(token) for token in tokenizer.added_tokens_decoder.values())
         self._finders: dict[str, SpanFinder] = {}
+        self._stops = 0  # rows in a row that hit a limit of their template
 
     def encode(self, sample: Sample, where: str) -> TokenSequence:
         """Token ids and targets of `sample`.
@@ -191,9 +192,11 @@ class SampleEncoder:
         except TemplateRefusal as refusal:
             raise RowError(f"{where}: {refusal}") from None
         except TemplateStopped as stopped:
-            if finder.template.stops == _MOST_STOPS:
+            self._stops += 1
+            if self._stops >= _MOST_STOPS:
                 raise
             raise RowError(f"{where}: {stopped}") from None
+        self._stops = 0
         if any(not _says_anything(sample.messages[i]) for i in trained):
             self.remarks.add(_EMPTY, where)
         if located.missing:
@@ -228,10 +231,8 @@ class SampleEncoder:
         return self._finders[source]
 
     def _tell_missing(self, missing: Sequence[Piece], sample: Conversation, where: str) -> None:
-        piece = missing[0]
-        if piece.message < 0:
-            key = "tools"
-        else:
+        piece, key = missing[0], "tools"
+        if piece.message >= 0:
             key = f"message {piece.message} ({sample.messages[piece.message]['role']}), {piece.kind}"
         if self.on_missing == "error":
             raise RowError(

@@ -23,7 +23,7 @@ from dist_qft.merge.names import portable_name
 from dist_qft.merge.writers.model_files import CONFIG, MORE_TEMPLATES, TOKENIZERS
 from dist_qft.storage.atomic import json_text
 from dist_qft.storage.checkpoint import ADAPTER_CONFIG, ADAPTER_MODEL, TRAINER_STATE, list_checkpoints
-from dist_qft.tuned_model.checkpointed import find_checkpoint, require_finite_trainables
+from dist_qft.tuned_model.checkpointed import TASK, find_checkpoint, require_finite_trainables, task_name
 
 # Files by which transformers and PEFT load a folder: one that an earlier push left would be taken for the new one's.
 # GGUF files are loaded by their names, and several may lie in one repository.
@@ -95,6 +95,7 @@ def _of_adapters(path: Path, name: str) -> Contents:
     checkpoint = find_checkpoint(path)
     require_finite_trainables(checkpoint)
     config = {key: value for key, value in checkpoint.adapter_config.items() if key != "run_config"}
+    config[TASK] = task_name(checkpoint.adapter_config)
     config["base_model_name_or_path"] = portable_name(str(config.get("base_model_name_or_path")), short=True)
     texts = {ADAPTER_CONFIG: json_text(config), CARD: adapter_card(name, checkpoint)}
     return Contents({ADAPTER_MODEL: checkpoint.path / ADAPTER_MODEL}, texts)

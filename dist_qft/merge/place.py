@@ -17,6 +17,7 @@ from dist_qft.merge.certificate_file import is_certificate, require_own
 from dist_qft.merge.model_card import is_companion, names_beside
 from dist_qft.merge.recipe import MergeRequest, Recipe
 from dist_qft.merge.targets import TARGETS, request_at_end
+from dist_qft.merge.writers.gguf_files import BLOCK_BYTES
 from dist_qft.storage.checkpoint import TRAINER_STATE, is_checkpoint_name, require_space, require_writable
 from dist_qft.storage.reach import require_reachable
 
@@ -80,12 +81,11 @@ def require_free(request: MergeRequest) -> None:
     require_writable(path.parent, KEY)
 
 
-def require_room(recipe: Recipe, base: BaseModel, model: str) -> None:
-    """Refuse a result that its disk cannot hold, before the base is loaded and the merge computed.
+def require_room(recipe: Recipe, base: BaseModel) -> None:
+    """Refuse a result that its disk cannot hold for sure, before the base is loaded and the merge computed.
 
     Args:
         base: its shapes, on any device.
-        model: `model.path`.
 
     Raises:
         SetupError: see `require_space`.
@@ -94,7 +94,9 @@ def require_room(recipe: Recipe, base: BaseModel, model: str) -> None:
     if recipe.dtype is not None:
         needed = recipe.dtype.itemsize * sum(math.prod(weight.weight_shape) for weight in base.weights().values())
     elif recipe.request.target == "gguf":
-        needed = Path(model).stat().st_size  # of the first file, if there are several
+        # The adapted tensors as Q4_1; the others may be in fewer bits.
+        sizes = [tile.in_features * tile.out_features * (tile.experts or 1) for tile in recipe.tiles.values()]
+        needed = sum(sizes) // 32 * BLOCK_BYTES
     require_space(recipe.request.path.parent, needed, KEY, "the result")
 
 

@@ -110,7 +110,7 @@ def gather_merge_inputs(request: MergeRequest, checkpoint: Checkpoint, world: Wo
         print(*notes, sep="\n", end="\n" * bool(notes), file=sys.stderr)
     spec = stored_adapters(checkpoint.adapter_config, str(checkpoint.path))
     recipe = make_recipe(request, config, skeleton, spec.tiles)
-    require_room(recipe, skeleton, config.model.path)
+    require_room(recipe, skeleton)
     return MergeInputs(recipe, config, world, device, tokenizer, skeleton, spec, checkpoint)
 
 

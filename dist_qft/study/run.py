@@ -26,6 +26,7 @@ from dist_qft.ranks.device import device_for
 from dist_qft.ranks.launchers import LAUNCHER
 from dist_qft.ranks.preemption import StopSignal
 from dist_qft.ranks.process import launcher_mark
+from dist_qft.ranks.session import errors_reported
 from dist_qft.ranks.world import World
 from dist_qft.storage.lock import FolderLock
 from dist_qft.study.result_file import Result, read_result, result_version, write_result
@@ -77,7 +78,9 @@ def run_rows(
                         if world.rank == 0:
                             write_result(row.folder, result)
                             _tell(number, len(rows), row, result)
-                if stop.any_rank():
+                with errors_reported(peers, row.folder):
+                    stopped = stop.any_rank()
+                if stopped:
                     raise Preempted("stopped by a signal between two runs; start the study again to go on")
             if further is None:
                 return

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from dist_qft.errors import DistQFTError, PeerLostError, Preempted, SetupError
+from dist_qft.errors import DistQFTError, PeerLostError, Preempted, SetupError, UserError
 from dist_qft.ranks.activity import Activity
-from dist_qft.ranks.collectives import on_rank_0, require_same_inputs
+from dist_qft.ranks.collectives import maximum, on_rank_0, require_same_inputs
 from dist_qft.ranks.peers import Peers
 from dist_qft.ranks.preemption import StopSignal
 from dist_qft.ranks.session import errors_reported
@@ -25,7 +25,7 @@ from dist_qft.study.merging import MERGED_FOLDER, Merged, merge_and_measure, tas
 from dist_qft.study.result_file import Result, write_rows
 from dist_qft.study.study_run import StudyRun
 from dist_qft.train import execute_run, gather_inputs
-from dist_qft.training.run_inputs import LoadedBase
+from dist_qft.training.run_inputs import LoadedBase, RunInputs
 
 if TYPE_CHECKING:
     from dist_qft.training.training_run import TrainingRun
@@ -85,22 +85,39 @@ class Runner:
         return Result.of_run(row, run, time.perf_counter() - started, figures, costs)
 
     def _train(self, row: StudyRun) -> "TrainingRun":
-        config = row.config
-        # A summary of the whole run stands for its results; without them the run is begun anew.
-        inputs = gather_inputs(config, "auto", self._world, self._device, self._loaded)
-        if inputs.finished:
+        inputs = self._gathered(row)
+        if inputs.finished:  # a summary of the whole run stands for its results; without them the run is begun anew
             on_rank_0(lambda: _remove_checkpoints(row), self._device)
-            inputs = gather_inputs(config, "auto", self._world, self._device, self._loaded)
-        # The bare base's answers to prompts are not kept: a run that wants them evaluates it again.
-        known = None if row.config.evaluation.prompts else self._evaluations.get(_evaluation_key(row))
-        inputs = dataclasses.replace(inputs, base_evaluation=known, keep_rows=True)
+            inputs = self._gathered(row)
         with errors_reported(self._peers, row.folder):
-            require_same_inputs(inputs.must_match(), self._device)
             run = execute_run(inputs, self._stop, self._activity)
         assert run is not None, "the checkpoints of a finished run are gone, so there was work to do"
         if run.flat.count != row.trainables:
             raise AssertionError(f"{row.name} trains {run.flat.count} values, the formula says {row.trainables}")
         return run
+
+    def _gathered(self, row: StudyRun) -> RunInputs:
+        """The inputs of a run, the same on all ranks. If a rank has none, no rank goes on with it. Collective."""
+        inputs, failure = None, None
+        try:
+            inputs = self._inputs(row)
+        except Exception as error:
+            failure = error
+        with errors_reported(self._peers, row.folder):
+            failed = maximum(float(inputs is None), torch.device("cpu")) > 0
+        if failure is not None:
+            raise failure
+        if inputs is None or failed:
+            raise UserError("another rank could not begin this run, and has said why")
+        with errors_reported(self._peers, row.folder):
+            require_same_inputs(inputs.must_match(), self._device)
+        return inputs
+
+    def _inputs(self, row: StudyRun) -> RunInputs:
+        inputs = gather_inputs(row.config, "auto", self._world, self._device, self._loaded)
+        # The bare base's answers to prompts are not kept: a run that wants them evaluates it again.
+        known = None if row.config.evaluation.prompts else self._evaluations.get(_evaluation_key(row))
+        return dataclasses.replace(inputs, base_evaluation=known, keep_rows=True)
 
     def _task_figures(self, run: "TrainingRun", row: StudyRun) -> dict[str, float]:
         """The trained model's figures on the study's tasks. Training has left the trainables in train mode."""

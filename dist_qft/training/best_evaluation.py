@@ -36,12 +36,15 @@ def figure(held_out: HeldOut, metric: str) -> float:
     return held_out.loss if metric == "loss" else held_out.metrics[metric]
 
 
+def gain(held_out: HeldOut, best: float, metric: str) -> float:
+    """The amount by which an evaluation is better than the figure `best`, negative if worse. Of loss less is better."""
+    gained = figure(held_out, metric) - best
+    return -gained if metric == "loss" else gained
+
+
 def is_better(held_out: HeldOut, best: float | None, settings: EvaluationConfig) -> bool:
-    """True if an evaluation beats the best figure so far by more than the threshold. Of loss less is better."""
-    if best is None:
-        return True
-    gained = figure(held_out, settings.metric) - best
-    return (-gained if settings.metric == "loss" else gained) > settings.early_stopping_threshold
+    """True if an evaluation beats the best figure so far by more than the threshold."""
+    return best is None or gain(held_out, best, settings.metric) > settings.early_stopping_threshold
 
 
 def compares(config: RunConfig) -> bool:

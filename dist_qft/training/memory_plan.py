@@ -133,14 +133,14 @@ class MemoryPlan:
 
         def helps(change: Change) -> bool:
             changed, group = _with(config, change), change.get("sharding.group", place.group_size)
-            return not cross_field_faults(changed) and self.peak(changed, place.world_size, group) <= limit
+            return _is_accepted(config, change) and self.peak(changed, place.world_size, group) <= limit
 
         for change in _exchanges(config, place):
             if helps(change):
                 return _words(change)
         savings: list[Change] = []
         for saving in self._savings(config, place):
-            if cross_field_faults(_with(config, _together([*savings, saving]))):
+            if not _is_accepted(config, _together([*savings, saving])):
                 continue
             savings.append(saving)
             if helps(_together(savings)):
@@ -165,7 +165,7 @@ class MemoryPlan:
         if self._through_base and train.checkpoint_every_n_layers > 1:
             yield {"train.checkpoint_every_n_layers": 1}
         for size in divisors(train.per_device_train_batch_size)[:-1]:
-            if not cross_field_faults(_with(config, {"train.per_device_train_batch_size": size})):
+            if _is_accepted(config, {"train.per_device_train_batch_size": size}):
                 yield {"train.per_device_train_batch_size": size}  # tasks of pairs have a smallest one
                 break
         spread: Change = {"train.shard_optimizer": True} if world > 1 and train.shard_optimizer is not True else {}
@@ -248,6 +248,12 @@ def _with(config: RunConfig, change: Change) -> RunConfig:
         section, name = key.split(".")
         config = config.model_copy(update={section: getattr(config, section).model_copy(update={name: value})})
     return config
+
+
+def _is_accepted(config: RunConfig, change: Change) -> bool:
+    """True if a change makes no setting contradict another."""
+    before = [str(fault) for fault in cross_field_faults(config)]
+    return all(str(fault) in before for fault in cross_field_faults(_with(config, change)))
 
 
 def _together(changes: Sequence[Change]) -> Change:

@@ -14,7 +14,7 @@ from dist_qft.ranks.preemption import StopSignal
 from dist_qft.storage.lock import FolderLock
 from dist_qft.storage.trainer_state import chain_step
 from dist_qft.training.activations import choose_activations
-from dist_qft.training.best_evaluation import compare, compares, is_better, why_stopped
+from dist_qft.training.best_evaluation import compare, compares, gain, why_stopped
 from dist_qft.training.checkpointing import Checkpointing, first_state
 from dist_qft.training.evaluations import Evaluations
 from dist_qft.training.monitor import Monitor
@@ -190,12 +190,13 @@ class TrainingRun:
         state, best, metric = self.state, self.state.best_step, self.config.evaluation.metric
         if not self.config.checkpoint.keep_best or best in (0, state.step) or not self.checkpoints.has(best):
             return state.step
+        last = self.evaluations.of_step(state.step, "eval", self._stop)
+        assert state.best_loss is not None, "there is a best step"
+        if last is None or gain(last, state.best_loss, metric) >= 0:
+            return state.step
         named = f"checkpoint-{best}, {metric} {state.best_loss:.4f}"
         if not self.config.checkpoint.load_best_at_end:
             self.monitor.say(f"the best evaluation was that of {named}; eval, chat and merge take its folder, too")
-            return state.step
-        last = self.evaluations.of_step(state.step, "eval", self._stop)
-        if last is None or is_better(last, state.best_loss, self.config.evaluation):
             return state.step
         self.checkpoints.take_back(best)
         self.monitor.say(f"the run's result is {named}, and not the last step's")

@@ -18,7 +18,7 @@ from dist_qft.config.schema import RunConfig
 from dist_qft.data.chat_template import has_clock
 from dist_qft.errors import CorruptFileError, DistQFTError, NumericError, UserError
 from dist_qft.methods.specs import stored_spec
-from dist_qft.methods.trainable import TrainableSpec
+from dist_qft.methods.trainable import TrainableSpec, section
 from dist_qft.ranks.collectives import everywhere
 from dist_qft.ranks.device import compute_dtype
 from dist_qft.storage.checkpoint import (
@@ -37,6 +37,7 @@ from dist_qft.tuned_model.assemble import Assembled, assemble
 Requirement = Callable[[BaseModel, PreTrainedTokenizerBase], None]
 
 _SETTINGS = "base_settings"  # in adapter_config.json
+TASK = "task"  # in one that was pushed
 
 
 def find_checkpoint(path: str | Path) -> Checkpoint:
@@ -59,8 +60,12 @@ def find_checkpoint(path: str | Path) -> Checkpoint:
     if newest is None:
         raise UserError(f"'{folder}' holds no checkpoint")
     checkpoint = read_checkpoint(newest)
-    result = result_step(folder, checkpoint.state.step)
-    return checkpoint if result == checkpoint.state.step else read_checkpoint(checkpoint_path(folder, result))
+    path = checkpoint_path(folder, result_step(folder, checkpoint.state.step))
+    if path == newest:
+        return checkpoint
+    if not path.is_dir():
+        raise UserError(f"'{folder}': {path.name}, the run's result, is gone; the newest checkpoint is {newest}")
+    return read_checkpoint(path)
 
 
 def run_folder(path: str | Path) -> Path:
@@ -145,6 +150,12 @@ def adapter_config(
         **spec.describe(),
         "run_config": config.model_dump(),
     }
+
+
+def task_name(adapter_config: Mapping[str, Any]) -> str | None:
+    """The task of the run that an adapter's description is of; None if it does not say. Pushed ones say no more."""
+    found = adapter_config.get(TASK, section(section(adapter_config, "run_config"), "task").get("name"))
+    return found if isinstance(found, str) else None
 
 
 def settings_of(config: RunConfig, base: BaseModel, tokenizer: PreTrainedTokenizerBase) -> BaseSettings:

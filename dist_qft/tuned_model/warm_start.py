@@ -6,7 +6,7 @@ is loaded, but for its fingerprint, which only a loaded base has.
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -29,11 +29,12 @@ from dist_qft.storage.manifest import MANIFEST
 from dist_qft.storage.reach import require_reachable
 from dist_qft.storage.run_folder import read_json_object
 from dist_qft.tuned_model.assemble import Assembled
-from dist_qft.tuned_model.checkpointed import config_of, find_checkpoint, settings_in
+from dist_qft.tuned_model.checkpointed import find_checkpoint, settings_in, task_name
 from dist_qft.tuned_model.peft_lora import KEY, PEFT_CONFIG, read_peft_lora
 from dist_qft.tuned_model.task import HEAD
 
 PEFT_WEIGHTS = "adapter_model.safetensors"
+_COMPARED = ("dpo", "kto")  # tasks whose reference is the base
 OUR_KINDS = tuple(kind.spec.peft_type for kind in KINDS.values())
 
 
@@ -81,8 +82,7 @@ def _found(source: str, spec: TrainableSpec[Any]) -> StartingValues:
         raise UserError(f"{KEY}: got '{source}', must be a run, a checkpoint, or a PEFT folder with {PEFT_CONFIG}")
     if _is_ours(place):
         checkpoint = find_checkpoint(folder)
-        found = _ours(checkpoint.path, checkpoint.adapter_config, checkpoint.trainables, spec)
-        return replace(found, compared=_compares(config_of(checkpoint).task))
+        return _ours(checkpoint.path, checkpoint.adapter_config, checkpoint.trainables, spec)
     config, tensors = _adapter_files(place)
     if config.get("peft_type") in OUR_KINDS:  # `dist-qft push` sends such folders
         return _ours(place, config, tensors, spec)
@@ -113,15 +113,11 @@ def _require_reference(start: StartingValues, task: TaskConfig) -> None:
     Raises:
         UserError: with a remedy. A run that was compared with the base itself may go on so.
     """
-    if _compares(task) and not start.compared:
+    if task.name in _COMPARED and not start.compared:
         raise UserError(
             f"{KEY}: got {start.where}, must be empty for task {task.name}: its reference is the base without "
             "adapters, and not what training begins with; merge them (`dist-qft merge`), and make the result model.path"
         )
-
-
-def _compares(task: TaskConfig) -> bool:
-    return task.prefers and task.name != "orpo"
 
 
 def require_same_model(start: StartingValues, now: BaseSettings) -> None:
@@ -205,4 +201,5 @@ def _ours(
     if config.get("peft_type") != spec.peft_type:
         raise UserError(f"{KEY}: {where} holds {config.get('peft_type')!r}, must be {spec.peft_type!r}")
     values = spec.starting_values(config, tensors, f"{KEY}: {where}")
-    return StartingValues(str(where), values, str(config.get("base_fingerprint")), settings_in(config, str(where)))
+    fingerprint, settings = str(config.get("base_fingerprint")), settings_in(config, str(where))
+    return StartingValues(str(where), values, fingerprint, settings, compared=task_name(config) in _COMPARED)

@@ -9,7 +9,8 @@ import pytest
 
 from tests.support.commands import launcher_of
 
-RANK = "import os; print('rank', os.environ['RANK'], flush=True)\n"
+# In one write: the ranks share a pipe.
+RANK = "import os; os.write(1, f'rank {os.environ[\"RANK\"]}\\n'.encode())\n"
 
 
 @pytest.mark.parametrize(

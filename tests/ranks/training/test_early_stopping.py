@@ -76,6 +76,18 @@ def test_the_best_evaluation_may_be_the_runs_result(pools, tiny_llama, tmp_path,
     assert "nothing to do" in pools[2].run(attempt, config=config, resume="auto")[0].told
 
 
+def test_a_last_step_that_is_the_best_is_the_result(pools, tiny_llama, tmp_path):
+    """Also where it is better by less than the threshold by which early stopping counts."""
+    sections = {"evaluation": {"eval_steps": 2, "early_stopping_patience": 9, "early_stopping_threshold": 100.0}}
+    checkpoint = {"keep_best": True, "load_best_at_end": True}
+    sections["data"] = {"eval_samples": 10}
+    config = tiny_config(tiny_llama, tmp_path / "run", train={"max_steps": 6}, checkpoint=checkpoint, **sections)
+    told = pools[2].run(attempt, config=config)[0].told
+    summary = json.loads((tmp_path / "run" / SUMMARY_FILE).read_text())
+    assert read_checkpoint(tmp_path / "run" / "checkpoint-6").state.best_step == 2
+    assert summary["result_step"] == 6 and "best evaluation" not in told and "the run's result" not in told
+
+
 def test_a_better_one_than_the_last_is_named_at_the_end(pools, tiny_llama, tmp_path):
     config = overfitted(tiny_llama, tmp_path)
     told = pools[1].run(attempt, config=config)[0].told

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import dist_qft
+from dist_qft.hub.command import run_push
 from dist_qft.storage.checkpoint import list_checkpoints
 from dist_qft.training.metrics_file import read_history
 from tests.support.outcomes import attempt
@@ -169,3 +170,5 @@ def test_a_model_that_begins_elsewhere_than_the_reference_is_refused(pools, tiny
         assert refused.startswith("method.init_from: got ") and f"must be empty for task {task}" in refused
     assert begun(tmp_path / "texts", "orpo") == ""  # has no reference
     assert begun(tmp_path / "pairs", "dpo") == ""  # goes on against the same one
+    run_push(str(tmp_path / "pairs"), "owner/adapters", private=True, dry_run=tmp_path / "pushed")
+    assert begun(tmp_path / "pushed", "kto") == ""

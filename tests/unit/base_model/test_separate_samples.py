@@ -72,3 +72,10 @@ def test_noise_is_no_leak(tmp_path, monkeypatch):
     monkeypatch.setattr(base, "hidden_states", lambda ids, positions: rounded_by_others(ids, positions, 0.1))
     with pytest.raises(UserError, match="cannot keep packed samples apart"):
         base.require_separate_samples(CPU)
+
+
+def test_states_that_are_not_finite_are_no_leak(tmp_path, monkeypatch):
+    base = open_base(save_random(LlamaConfig(**GROUPED), tmp_path))
+    inner = base.hidden_states
+    monkeypatch.setattr(base, "hidden_states", lambda ids, positions: inner(ids, positions) * float("inf"))
+    base.require_separate_samples(CPU)

@@ -182,3 +182,21 @@ def test_a_refused_prompt_is_not_written_as_a_list_of_parts():
         prompt_text(Conversation([{"role": "user", "content": "say no"}]), template)
     assert prompt_text(Conversation([{"role": "user", "content": "yes"}]), template) == "yes"
     template.close()
+
+
+def test_a_template_that_cannot_end_a_prompt_ends_the_run(monkeypatch, make_tokenizer):
+    """The whole conversation is rendered well, for each row; what stands in front of its answer never is."""
+    monkeypatch.setattr(chat_template, "CPU_SECONDS", 1)
+    monkeypatch.setattr(tokens, "_MOST_STOPS", 2)
+    bomb = "{% if add_generation_prompt %}{{ 10 ** (messages | length * 10**8) }}{% endif %}"
+    tokenizer = make_tokenizer(bomb + chat_templates.CHATML)
+    encoder = SampleEncoder(tokenizer, len(tokenizer))
+
+    def encode(content):
+        messages = [{"role": "user", "content": content}, {"role": "assistant", "content": "b"}]
+        encoder.encode(Conversation(messages), "row")
+
+    with pytest.raises(RowError):
+        encode("a")
+    with pytest.raises(TemplateStopped):
+        encode("c")

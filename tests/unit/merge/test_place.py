@@ -15,6 +15,7 @@ from dist_qft.merge.certificate_file import require_own
 from dist_qft.merge.place import require_free, require_place, require_place_at_end, require_room
 from dist_qft.merge.recipe import Recipe
 from dist_qft.merge.targets import checked_request
+from dist_qft.methods.adapters.schedule import TileSettings
 
 OURS = {"adapter": {}, "result": {"path": ".", "sha256": {"model.safetensors": "0", "more/a.jinja": "0"}}}
 CARD = "# merged.gguf\n\nFine-tuned with dist_qft from base.\n"
@@ -192,16 +193,21 @@ def test_a_dense_result_that_the_disk_cannot_hold_is_refused(tiny_llama, tmp_pat
     weights = {path: weight.weight_shape for path, weight in base.weights().items()}
     needed = size * sum(rows * columns for rows, columns in weights.values())
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=needed))
-    require_room(recipe, base, str(tiny_llama))
+    require_room(recipe, base)
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=needed - 1))
     refused = rf"^-o \(merge.path\): '{tmp_path}/new' has {needed - 1} bytes free, the result needs {needed}$"
     with pytest.raises(SetupError, match=refused):
-        require_room(recipe, base, str(tiny_llama))
+        require_room(recipe, base)
 
 
-def test_a_gguf_result_needs_the_room_of_its_base(tiny_gguf, tmp_path, monkeypatch):
+def test_a_gguf_result_needs_the_room_of_its_adapted_tensors(tiny_gguf, tmp_path, monkeypatch):
+    """As Q4_1, 20 bytes for 32 weights. The base may be of more bits, so its file's size says nothing."""
     base = build_skeleton(ModelConfig(path=str(tiny_gguf)), QuantizationConfig(), torch.float32)
-    recipe = Recipe(request("gguf", str(tmp_path / "merged.gguf")), "exact", {}, {}, QuantizationConfig())
-    monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=tiny_gguf.stat().st_size - 1))
-    with pytest.raises(SetupError, match="bytes free, the result needs"):
-        require_room(recipe, base, str(tiny_gguf))
+    settings = {"in_features": 64, "out_features": 96, "pool": 32, "repeat": 1, "rank": 1, "alpha": 1.0, "inner": None}
+    tiles = {path: TileSettings(**settings) for path in ("q_proj", "k_proj")}
+    recipe = Recipe(request("gguf", str(tmp_path / "merged.gguf")), "exact", tiles, {}, QuantizationConfig())
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=7680))
+    require_room(recipe, base)
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=7679))
+    with pytest.raises(SetupError, match=r"has 7679 bytes free, the result needs 7680$"):
+        require_room(recipe, base)
