@@ -31,7 +31,7 @@ def test_a_file_of_another_type_says_what_to_do(tmp_path, name, hint):
 @pytest.mark.parametrize(
     ("content", "fault"),
     [
-        (gzip.compress(b"{}"), "compressed by gzip; must be named .gz, or unpacked"),
+        (gzip.compress(b"{}", mtime=0), "compressed by gzip; must be named .gz, or unpacked"),
         (b"PK\x03\x04\x14", "a zip archive or a spreadsheet; must be unpacked, or saved as CSV"),
         ("a;b".encode("utf-16"), "UTF-16 text; must be UTF-8, as `iconv -f UTF-16 -t UTF-8` makes it"),
         (b"\xfe\xff\0a", "UTF-16 text; must be UTF-8, as `iconv -f UTF-16 -t UTF-8` makes it"),
