@@ -86,9 +86,6 @@ class Checkpointing:
     def save(self) -> None:
         """Have rank 0 write a checkpoint of the present step while training goes on.
 
-        The others wait until it has begun. A disk that is slower than the saves come makes rank 0 wait for the save
-        before: this takes `sharding.rank0_timeout_seconds` at most, and not the shorter timeout of a step's reduction.
-
         Raises:
             NumericError: on all ranks, if the optimizer's state is not finite.
         """
@@ -96,7 +93,6 @@ class Checkpointing:
         optimizer = self._optimizer.gather()
         if self._saver is not None:
             self._write(self._saver, optimizer)
-        self._side_group.barrier()
 
     def _write(self, saver: Saver, optimizer: dict[str, Tensor]) -> None:
         trained, inputs = self._trained, self._inputs
