@@ -22,6 +22,7 @@ from rich.text import Text
 
 from dist_qft.config.schema import RunConfig
 from dist_qft.errors import SetupError
+from dist_qft.storage.atomic import nearest_existing
 
 Status = Literal["ok", "note", "missing"]
 
@@ -181,9 +182,7 @@ def _machine(config: RunConfig | None) -> Iterator[Finding]:
     cores = psutil.cpu_count(logical=False) or os.cpu_count()
     yield Finding("CPU", "ok", f"{cores} cores, bf16: {', '.join(bf16) or 'not in hardware'}")
     yield Finding("memory", "ok", f"{memory.available / _GIB:.1f} of {memory.total / _GIB:.1f} GiB free")
-    folder = Path(config.output_dir if config else ".").absolute()
-    while not os.path.exists(folder):  # Path's own raises below a folder that this user may not enter
-        folder = folder.parent
+    folder = nearest_existing(Path(config.output_dir if config else ".").absolute())
     free = shutil.disk_usage(folder).free
     if not os.access(folder, os.W_OK):
         yield Finding("disk", "missing", f"'{folder}' cannot be written", "set output_dir to another folder")

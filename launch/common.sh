@@ -23,9 +23,9 @@ for argument in "$@"; do
   if [[ $argument == --dry-run ]]; then dry_run=true; else arguments+=("$argument"); fi
 done
 
+# shellcheck source=launch/active.sh
+source "$(dirname "${BASH_SOURCE[0]}")/active.sh"
 venv=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)/.venv
-# An environment that the user activated wins over the one that quickstart.sh made; conda's own is active by itself.
-conda=""
-if [[ ${CONDA_DEFAULT_ENV:-base} != base ]]; then conda=${CONDA_PREFIX:-}; fi
-if [[ -z ${VIRTUAL_ENV:-} && ! (-n $conda && -x $conda/bin/python) && -x $venv/bin/python ]]; then export PATH=$venv/bin:$PATH; fi
+# An environment that the user activated wins over the one that quickstart.sh made.
+if [[ -z $active && -x $venv/bin/python ]]; then export PATH=$venv/bin:$PATH; fi
 python=$(command -v python) || stop "there is no python"

@@ -10,10 +10,8 @@ stop() { # CODE REASON: ends the job
 }
 
 [[ -f launch/torchrun.sh ]] || stop 2 "submit from the repository, not from $PWD"
-active=${VIRTUAL_ENV:-}
-conda=""
-if [[ ${CONDA_DEFAULT_ENV:-base} != base ]]; then conda=${CONDA_PREFIX:-}; fi
-if [[ -z $active && -n $conda && -x $conda/bin/python ]]; then active=$conda; fi
+# shellcheck source=launch/active.sh
+source launch/active.sh
 if [[ -z $active || -n ${VENV:-} ]]; then export VIRTUAL_ENV=${VENV:-$PWD/.venv} && active=$VIRTUAL_ENV; fi
 export PATH=$active/bin:$PATH PYTHONUNBUFFERED=1
 command -v python >/dev/null || stop 3 "there is no python: activate a virtual environment before sbatch, or set VENV"

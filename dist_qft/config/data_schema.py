@@ -15,6 +15,7 @@ def _as_text(date: Any) -> Any:
 
 
 PREFERENCE_TASKS = ("dpo", "orpo", "kto")
+REFERENCE_TASKS = ("dpo", "kto")  # those that compare with a reference, which is the base
 # The formats of tasks that have their own; other data, too, may have such fields, so these are never guessed.
 TASK_FORMATS: dict[str, tuple[str, ...]] = {
     "classification": ("classification",),
@@ -90,6 +91,11 @@ class TaskConfig(Section):
     def prefers(self) -> bool:
         """True if answers are compared with others or with a verdict."""
         return self.name in PREFERENCE_TASKS
+
+    @property
+    def has_reference(self) -> bool:
+        """True if the tuned model's answers are compared with the base's."""
+        return self.name in REFERENCE_TASKS
 
     @property
     def loss_unit(self) -> str:

@@ -56,16 +56,13 @@ class ChatTemplate:
         self._process: subprocess.Popen[bytes] | None = None
         self._finalizer: weakref.finalize | None = None
 
-    def render(self, requests: Sequence[Request]) -> list[Rendered]:
-        """The texts of some conversations; a refusal by the template is in `Rendered.error`.
+    def render(self, request: Request) -> Rendered:
+        """The text of a conversation; a refusal by the template is in `Rendered.error`.
 
         Raises:
             UserError: the template is not valid.
-            TemplateStopped: a rendering took more time or memory than any template needs.
+            TemplateStopped: the rendering took more time or memory than any template needs.
         """
-        return [self._render(request) for request in requests]
-
-    def _render(self, request: Request) -> Rendered:
         if self._process is None:
             self._start()
         answer = self._ask(request._asdict())

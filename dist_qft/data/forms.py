@@ -137,7 +137,7 @@ def prompt_text(conversation: Conversation, template: ChatTemplate, *, prompt: b
     reason, forms = "", [Form()]
     for form in forms:
         messages, _ = form.apply(conversation.messages, "developer" in template.source)
-        (rendered,) = template.render([Request(messages, conversation.tools, prompt)])
+        rendered = template.render(Request(messages, conversation.tools, prompt))
         missing = [text for text in said if text.strip() not in rendered.text]
         if form.spelled_out(messages, rendered.text):
             continue

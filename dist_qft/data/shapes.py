@@ -52,7 +52,7 @@ class Shapes:
 
     def _render(self, key: str, word: re.Pattern[str]) -> Shape | None:
         messages, tools = json.loads(key)
-        (whole,) = self._template.render([Request(messages, tools)])
+        whole = self._template.render(Request(messages, tools))
         return None if whole.error is not None else Shape(word.split(whole.text), (messages, tools), word)
 
     def add_tails(self, shape: Shape, wanted: Iterable[int]) -> None:
@@ -65,7 +65,7 @@ class Shapes:
                 shape.after[message] = self._rendered_tail(shape, Request(messages[: message + 1], tools))
 
     def _rendered_tail(self, shape: Shape, request: Request) -> Tail | None:
-        (rendered,) = self._template.render([request])
+        rendered = self._template.render(request)
         return None if rendered.error is not None else _tail(shape.word.split(rendered.text))
 
     def unasked(self, shape: Shape, message: int) -> Tail | None:
@@ -78,8 +78,8 @@ class Shapes:
     def header(self, shape: Shape, message: int, messages: Sequence[Message], tools: Sequence[Tool] | None) -> str:
         """The generation prompt alone: the text that it adds to a rendering of the messages before."""
         if message not in shape.headers:
-            without, with_prompt = self._template.render(
-                [Request(messages[:message], tools, prompt) for prompt in (False, True)]
+            without, with_prompt = (
+                self._template.render(Request(messages[:message], tools, prompt)) for prompt in (False, True)
             )
             gained = with_prompt.text.startswith(without.text) and not (without.error or with_prompt.error)
             shape.headers[message] = with_prompt.text[len(without.text) :] if gained else ""
@@ -90,7 +90,7 @@ class Shapes:
     ) -> str:
         """The end of a rendering that ends with this message: of stand-ins, or where there are none of the texts."""
         if shape is None:
-            return self._template.render([Request(messages[: message + 1], tools)])[0].text
+            return self._template.render(Request(messages[: message + 1], tools)).text
         if message not in shape.after:
             told, offered = shape.conversation
             shape.after[message] = self._rendered_tail(shape, Request(told[: message + 1], offered))

@@ -63,7 +63,7 @@ class SpanFinder:
             TemplateRefusal: the template refuses the conversation, or the places cannot be told.
             UserError: the template took too long.
         """
-        rendered = self.template.render([Request(messages, tools)])[0]
+        rendered = self.template.render(Request(messages, tools))
         if rendered.error is not None:
             raise TemplateRefusal(f"the chat template refuses the conversation: {rendered.error}")
         text = rendered.text

@@ -95,8 +95,7 @@ def require_room(recipe: Recipe, base: BaseModel) -> None:
         needed = recipe.dtype.itemsize * sum(math.prod(weight.weight_shape) for weight in base.weights().values())
     elif recipe.request.target == "gguf":
         # The adapted tensors as Q4_1; the others may be in fewer bits.
-        sizes = [tile.in_features * tile.out_features * (tile.experts or 1) for tile in recipe.tiles.values()]
-        needed = sum(sizes) // 32 * BLOCK_BYTES
+        needed = recipe.adapted_weights // 32 * BLOCK_BYTES
     require_space(recipe.request.path.parent, needed, KEY, "the result")
 
 

@@ -56,6 +56,11 @@ class Recipe:
         """Dtype of a dense result's weights; None for any other kind."""
         return DTYPES[self.request.dtype] if self.kind == "dense" else None
 
+    @property
+    def adapted_weights(self) -> int:
+        """Number of weights of the layers that have adapters."""
+        return sum(tile.in_features * tile.out_features * (tile.experts or 1) for tile in self.tiles.values())
+
     def folds(self, path: str) -> bool:
         """True if dW of this layer goes exactly into its packed tensors."""
         return self.kind in ("exact", "rounded", "requantized") and path in self.tiles and path not in self.formats

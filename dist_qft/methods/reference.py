@@ -47,7 +47,7 @@ def require_reference(config: RunConfig, base: BaseModel, spec: TrainableSpec[An
     Raises:
         UserError: the decoder changes its states between layers.
     """
-    if not config.task.prefers or config.task.name == "orpo" or not spec.backward_through_base:
+    if not config.task.has_reference or not spec.backward_through_base:
         return
     # Of a copy: building chooses the attention in the configuration that it is given.
     causal = build_on_meta(deepcopy(base.config), config.model, base.dtype)

@@ -87,8 +87,14 @@ def _finite(value: Any) -> Any:
 
 def refused_write(final: Path, error: OSError) -> SetupError:
     """The error for a write that the system refused: place, reason, free space."""
-    free = shutil.disk_usage(next(folder for folder in final.absolute().parents if os.path.exists(folder))).free
+    free = shutil.disk_usage(nearest_existing(final.absolute().parent)).free
     return SetupError(f"{final}: cannot write: {error.strerror or error} ({free} bytes are free)")
+
+
+def nearest_existing(path: Path) -> Path:
+    """The path itself if it is there, else the nearest folder above it that this user can see."""
+    # os.path's: Path's own raises below a folder that the user may not enter.
+    return next(folder for folder in [path, *path.absolute().parents] if os.path.exists(folder))
 
 
 def temporary_name(final: Path) -> Path:

@@ -16,7 +16,6 @@ Not here: which checkpoint a run continues from and whether it may (`training/re
 """
 
 import json
-import os
 import re
 import shutil
 from collections.abc import Callable, Iterator
@@ -32,7 +31,13 @@ from torch import Tensor
 
 from dist_qft.errors import CorruptFileError, SetupError, UserError
 from dist_qft.storage import manifest
-from dist_qft.storage.atomic import remove_folder, remove_leftovers, remove_unfinished, temporary_name
+from dist_qft.storage.atomic import (
+    nearest_existing,
+    remove_folder,
+    remove_leftovers,
+    remove_unfinished,
+    temporary_name,
+)
 from dist_qft.storage.manifest import publish_folder
 from dist_qft.storage.stored_faults import first_fault
 from dist_qft.storage.trainer_state import TrainerState
@@ -234,15 +239,11 @@ def require_writable(folder: Path, key: str = "output_dir") -> None:
     if "\0" in str(folder):
         raise UserError(f"{key}: got {str(folder)!r}, must be a path without NUL characters")
     try:
-        probe = temporary_name(_nearest_existing(folder) / "probe")
+        probe = temporary_name(nearest_existing(folder) / "probe")
         probe.mkdir()
         probe.rmdir()
     except OSError as error:
         raise SetupError(f"{key}: cannot write to '{folder}': {error.strerror}") from error
-
-
-def _nearest_existing(path: Path) -> Path:
-    return next(folder for folder in [path, *path.absolute().parents] if os.path.exists(folder))
 
 
 def require_checkpoint_space(output_dir: Path, needed: int) -> None:
@@ -265,6 +266,6 @@ def require_space(folder: Path, needed: int, key: str, what: str) -> None:
     Raises:
         SetupError: with both numbers.
     """
-    free = shutil.disk_usage(_nearest_existing(folder)).free
+    free = shutil.disk_usage(nearest_existing(folder)).free
     if free < needed:
         raise SetupError(f"{key}: '{folder}' has {free} bytes free, {what} needs {needed}")

@@ -150,7 +150,7 @@ def make_task(config: TaskConfig, base: BaseModel, trainables: TrainableSet, dev
         width, regression = base.embedding.embedding_dim, config.name == "regression"
         return Labelling(head_outputs(config), width, regression=regression).to(device)
     if config.prefers:
-        reference = None if config.name == "orpo" else reference_beside(base, trainables)
+        reference = reference_beside(base, trainables) if config.has_reference else None
         return PREFERENCES[config.name](config, base, reference)
     return CausalLM(base)
 

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from dist_qft.base_model.base_settings import CONFIG, BaseSettings
-from dist_qft.config.data_schema import TaskConfig
+from dist_qft.config.data_schema import REFERENCE_TASKS, TaskConfig
 from dist_qft.errors import CorruptFileError, UserError
 from dist_qft.methods.adapters.attach import AdapterSet
 from dist_qft.methods.adapters.token_rows import TokenRows
@@ -34,7 +34,6 @@ from dist_qft.tuned_model.peft_lora import KEY, PEFT_CONFIG, read_peft_lora
 from dist_qft.tuned_model.task import HEAD
 
 PEFT_WEIGHTS = "adapter_model.safetensors"
-_COMPARED = ("dpo", "kto")  # tasks whose reference is the base
 OUR_KINDS = tuple(kind.spec.peft_type for kind in KINDS.values())
 
 
@@ -113,7 +112,7 @@ def _require_reference(start: StartingValues, task: TaskConfig) -> None:
     Raises:
         UserError: with a remedy. A run that was compared with the base itself may go on so.
     """
-    if task.name in _COMPARED and not start.compared:
+    if task.has_reference and not start.compared:
         raise UserError(
             f"{KEY}: got {start.where}, must be empty for task {task.name}: its reference is the base without "
             "adapters, and not what training begins with; merge them (`dist-qft merge`), and make the result model.path"
@@ -202,4 +201,4 @@ def _ours(
         raise UserError(f"{KEY}: {where} holds {config.get('peft_type')!r}, must be {spec.peft_type!r}")
     values = spec.starting_values(config, tensors, f"{KEY}: {where}")
     fingerprint, settings = str(config.get("base_fingerprint")), settings_in(config, str(where))
-    return StartingValues(str(where), values, fingerprint, settings, compared=task_name(config) in _COMPARED)
+    return StartingValues(str(where), values, fingerprint, settings, compared=task_name(config) in REFERENCE_TASKS)

@@ -105,7 +105,7 @@ def test_an_activated_environment_of_conda_wins_over_the_repositorys(tmp_path, k
     for name in ("conda/bin", ".venv/bin"):
         (tmp_path / name).mkdir(parents=True)
         (tmp_path / name / "python").symlink_to(sys.executable)
-    for name in ("launch/common.sh", "launch/torchrun.sh", "slurm/job.sh"):
+    for name in ("launch/active.sh", "launch/common.sh", "launch/torchrun.sh", "slurm/job.sh"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         shutil.copy(ROOT / name, tmp_path / name)
     script = {"launcher": 'set -- c.yaml; source launch/common.sh; echo "$python"'}.get(

@@ -162,10 +162,9 @@ class GgufWriter:
         names = [f"{path}.weight" for path in self.recipe.tiles]
         types = Counter(self._source.gguf_type(name) for name in names)
         before = sum(file.stat().st_size for file in self._source.files)
-        elements = sum(
-            self._weights[path].weight_shape[0] * self._weights[path].weight_shape[1] for path in self.recipe.tiles
+        change = self.recipe.adapted_weights // 32 * BLOCK_BYTES - sum(
+            self._source.stored_bytes(name) for name in names
         )
-        change = elements // 32 * BLOCK_BYTES - sum(self._source.stored_bytes(name) for name in names)
         were = ", ".join(f"{count} {type}" for type, count in sorted(types.items()))
         return (
             f"adapted tensors become Q4_1 (they are {were}): "

@@ -29,7 +29,7 @@ TEMPLATES = {name: source for name, source in vars(chat_templates).items() if na
 def render(source, *requests, variables=None):
     template = ChatTemplate(source, variables or {}, TODAY)
     try:
-        return template.render(requests or [Request([{"role": "user", "content": "a"}])])
+        return [template.render(request) for request in requests or [Request([{"role": "user", "content": "a"}])]]
     finally:
         template.close()
 
@@ -92,8 +92,8 @@ def test_a_stopped_template_renders_again(monkeypatch):
         "{% if messages[0].content == 'bomb' %}{{ 10 ** (messages | length * 10**8) }}{% endif %}fine", {}, TODAY
     )
     with pytest.raises(UserError, match=r"^model.path: the chat template was stopped"):
-        template.render([Request([{"role": "user", "content": "bomb"}])])
-    (rendered,) = template.render([Request([{"role": "user", "content": "a"}])])
+        template.render(Request([{"role": "user", "content": "bomb"}]))
+    rendered = template.render(Request([{"role": "user", "content": "a"}]))
     assert rendered.text == "fine"
     template.close()
 
@@ -131,9 +131,9 @@ def test_only_trained_turns_are_rendered_for_their_ends():
     class Counting(ChatTemplate):
         rendered = 0
 
-        def render(self, requests):
-            self.rendered += len(requests)
-            return super().render(requests)
+        def render(self, request):
+            self.rendered += 1
+            return super().render(request)
 
     template = Counting(chat_templates.CHATML, {}, TODAY)
     finder = SpanFinder(template, ("<|im_start|>", "<|im_end|>"))
