@@ -2,13 +2,15 @@
 
 import atexit
 import math
+import os
 import shutil
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from parts import Figures, Options
 
@@ -24,8 +26,10 @@ STEPS, SAVED = 5, 3  # steps of a run, and the one that it is saved after beside
 # PyTorch's deterministic algorithms and one order of sums: the same bits each time. The rate is one that moves the
 # zeros of 4-bit blocks within STEPS.
 EXACT = ("sharding.gradient_sum=invariant", "train.gradient_checkpointing=false", "train.learning_rate=1.0e-2")
+_CORES = 4  # of a run, where several go at once
 PATIENCE = 300.0  # seconds; a command that hangs must not stop the other parts
 
+_T = TypeVar("_T")
 _CONFIGS = Path(__file__).parents[2] / "configs/smollm2"
 
 
@@ -49,6 +53,7 @@ class Place:
         """A command on so many ranks, or as one process without the launcher; on the CPU it sees no GPU."""
         given = dict(environment or {})
         if (device or self.asked.device.type) == "cpu":
+            given = {"OMP_NUM_THREADS": str(min(_CORES, os.cpu_count() or 1)), **given}
             given |= {"CUDA_VISIBLE_DEVICES": "", "DIST_QFT_CPU_PRECISION": "float32"}
         setting = ("env", *(f"{name}={value}" for name, value in given.items())) if given else ()
         return Command(*words, ranks=ranks, wrapper=(*setting, *wrapper), program=program)
@@ -60,6 +65,12 @@ class Place:
         if ended.code:
             raise RuntimeError(f"{' '.join(map(str, words[:2]))}: exit code {ended.code}: {last_line(ended)}")
         return ended
+
+    def at_once(self, works: Iterable[Callable[[], _T]]) -> list[_T]:
+        """What these return; so many run at a time that each has cores of its own."""
+        count = max(1, len(os.sched_getaffinity(0)) // _CORES)
+        with ThreadPoolExecutor(count) as pool:
+            return [each.result() for each in [pool.submit(work) for work in works]]
 
     def settings(self, method: str, name: str, *changes: str) -> list[object]:
         """The words that train a method of configs/smollm2 for STEPS steps into the folder `name`."""

@@ -3,6 +3,7 @@
 import argparse
 import gc
 import json
+import re
 import time
 import traceback
 from collections.abc import Callable, Iterable, Mapping
@@ -23,6 +24,7 @@ class Options:
     Attributes:
         quick: tiny shapes, for trying the script out; its figures mean nothing.
         again: measure what is there already, too.
+        parts: only the parts in whose names this is found.
     """
 
     device: torch.device
@@ -30,6 +32,7 @@ class Options:
     ranks: int
     again: bool
     json: Path
+    parts: re.Pattern[str] = re.compile("")
 
     @property
     def measured_on(self) -> Figures:
@@ -46,6 +49,7 @@ def options(local_rank: int = 0) -> Options:
     parser.add_argument("--quick", action="store_true", help="tiny shapes: tries the script out")
     parser.add_argument("--again", action="store_true", help="do not skip what the file has already")
     parser.add_argument("--json", type=Path, help="file of the figures; default runs/gpu-<ranks>.json")
+    parser.add_argument("--parts", type=re.compile, default=re.compile(""), help="only parts whose names match this")
     given = parser.parse_args()
     if given.ranks < 1:
         parser.error(f"--ranks: got {given.ranks}, must be at least 1")
@@ -54,7 +58,7 @@ def options(local_rank: int = 0) -> Options:
     tried = f"{'-cpu' if given.device == 'cpu' else ''}{'-quick' if given.quick else ''}"
     path = given.json or Path("runs") / f"gpu-{given.ranks}{tried}.json"
     device = torch.device("cuda", local_rank) if given.device == "cuda" else torch.device("cpu")
-    asked = Options(device, given.quick, given.ranks, given.again, path)
+    asked = Options(device, given.quick, given.ranks, given.again, path, given.parts)
     if path.is_file() and not given.again:
         before = json.loads(path.read_text()).get(MEASURED_ON)
         if before != asked.measured_on:
@@ -68,9 +72,14 @@ def recorded_parts(asked: Options) -> dict[str, Figures]:
 
 
 def left_over(asked: Options, parts: Iterable[str]) -> list[str]:
-    """The parts that the file lacks, or that failed."""
+    """The parts asked for that the file lacks, or that failed."""
     recorded = recorded_parts(asked)
-    return [name for name in parts if "failed" in recorded.get(name, {"failed": "never begun"})]
+    return [name for name in wanted(asked, parts) if "failed" in recorded.get(name, {"failed": "never begun"})]
+
+
+def wanted(asked: Options, parts: Iterable[str]) -> list[str]:
+    """The parts whose names match what was asked for."""
+    return [name for name in parts if asked.parts.search(name)]
 
 
 def run_parts(
@@ -86,7 +95,7 @@ def run_parts(
     """
     known = {**({} if asked.again else recorded_parts(asked)), MEASURED_ON: asked.measured_on}
     failed = False
-    for name in parts if asked.again else left_over(asked, parts):
+    for name in wanted(asked, parts) if asked.again else left_over(asked, parts):
         _give_memory_back(asked.device)
         started = time.perf_counter()
         try:

@@ -32,15 +32,20 @@ def methods(asked: Options) -> tuple[str, ...]:
 
 def every_method(here: Place) -> Figures:
     """Losses and gradients of every method beside the CPU's, the base whole and in the engine that shards it."""
+    engines = ("fsdp",) if here.asked.quick else ("replicated", "fsdp")
+    cpu = [partial(here.trained, method, f"{method}-cpu", device="cpu") for method in methods(here.asked)]
+    own = [
+        partial(here.trained, method, f"{method}-{engine}", f"sharding.engine={engine}")
+        for method in methods(here.asked)
+        for engine in engines
+    ]
+    runs = here.at_once([*cpu, *own])
     found: Figures = {}
-    for method in methods(here.asked):
-        cpu = here.trained(method, f"{method}-cpu", device="cpu")
-        for engine in ("fsdp",) if here.asked.quick else ("replicated", "fsdp"):
-            run = here.trained(method, f"{method}-{engine}", f"sharding.engine={engine}")
-            found |= require_like(run, cpu)
-            values = load_file(list_checkpoints(run)[-1] / ADAPTER_MODEL).values()
-            if not all(bool(value.isfinite().all()) for value in values):
-                raise AssertionError(f"{run.name}: adapter values that are not finite")
+    for number, run in enumerate(runs[len(cpu) :]):
+        found |= require_like(run, runs[number // len(engines)])
+        values = load_file(list_checkpoints(run)[-1] / ADAPTER_MODEL).values()
+        if not all(bool(value.isfinite().all()) for value in values):
+            raise AssertionError(f"{run.name}: adapter values that are not finite")
     return found
 
 
@@ -56,11 +61,13 @@ def packed_and_checkpointed(here: Place) -> Figures:
     if here.asked.quick:
         return found
     packed = ("data.packing=true", "train.per_device_train_batch_size=1")
-    for method in (name for name in ("qahira", "qlora") if name in methods(here.asked)):
-        rows, cpu = (
-            here.trained(method, f"{method}-packed{ending}", *packed, device=device)
-            for ending, device in (("", ""), ("-cpu", "cpu"))
-        )
+    runs = here.at_once(
+        partial(here.trained, method, f"{method}-packed{ending}", *packed, device=device)
+        for method in ("qahira", "qlora")
+        if method in methods(here.asked)
+        for ending, device in (("", ""), ("-cpu", "cpu"))
+    )
+    for rows, cpu in zip(runs[::2], runs[1::2], strict=True):
         found |= require_like(rows, cpu)
     return found
 
