@@ -42,7 +42,8 @@ def random_packed(format: Format, shape: tuple[int, int]) -> dict[str, Tensor]:
     generator, packed = torch.Generator().manual_seed(0), {}
     for name, (size, dtype) in format.packed_shapes(shape).items():
         if dtype is None or dtype.is_floating_point:
-            packed[name] = (torch.rand(size, generator=generator) + 0.5).to(dtype or torch.float32)
+            # As files have them, in float16: a scale of 24 bits times a code is not exact in float32.
+            packed[name] = (torch.rand(size, generator=generator) + 0.5).half().to(dtype or torch.float32)
         else:
             # No byte of a block's scale may be E4M3's NaN (127) or make E8M0's powers too large.
             low, high = (110, 127) if name == "scale" else (0, 32)
@@ -86,6 +87,11 @@ def bits(asked: Options) -> Figures:
             here = format.dequantize(packed, (96, 1088), dtype)
             other = format.dequantize(there, (96, 1088), dtype).cpu()
             found[f"{name}, {str(dtype)[6:]}: values that differ"] = int((here != other).sum())
+            if (here != other).any():
+                index = (here != other).nonzero()[0].tolist()
+                exact = format.dequantize(packed, (96, 1088), torch.float32)[tuple(index)].item()
+                values = here[tuple(index)].item(), other[tuple(index)].item(), exact
+                print(f"{name}, {dtype}, {index}: CPU, GPU, float32 of the CPU: {values}")
     if any(found.values()):
         raise AssertionError(f"other bits than on the CPU: {found}")
     return found

@@ -3,6 +3,7 @@
 import sys
 from collections.abc import Callable
 
+import beside_peft
 import kernels
 import shapes
 import single_runs
@@ -61,7 +62,7 @@ PARTS: dict[str, Callable[[Options], Figures]] = {
     "qbara, 4096 tokens": steps.step_of("qbara"),
     "qahira, 4096 tokens": steps.step_of("qahira"),
     "qst, 4096 tokens": steps.step_of("qst"),
-    "PEFT with bitsandbytes, 4096 tokens": steps.peft,
+    "PEFT with bitsandbytes, 4096 tokens": beside_peft.step,
     "qahira, 32768 tokens": steps.long_row,
     **single_runs.PARTS,
 }

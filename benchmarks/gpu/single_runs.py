@@ -99,7 +99,9 @@ def results(here: Place) -> Figures:
     """A run merged on the device and on the CPU: the same bytes; loading it, and time per token of an answer."""
     run, found = here.trained("qahira", "exact", *EXACT), Figures()
     for kind in ("gguf",) if here.asked.quick else ("gguf", "quantized"):
-        digests = [here.merged(run, kind, device or "device", device=device) for device in ("", "cpu")]
+        digests = here.at_once(
+            partial(here.merged, run, kind, device or "device", device=device) for device in ("", "cpu")
+        )
         if len(set(digests)) > 1:
             raise AssertionError(f"{kind}: other bytes than from the CPU")
         if digests[0] == sha256_of(here.model):

@@ -9,9 +9,8 @@ from typing import Any
 
 import torch
 from parts import Figures, Options
-from torch import nn
 from torch.autograd import DeviceType
-from transformers import AutoModelForCausalLM, LlamaConfig
+from transformers import LlamaConfig
 
 from dist_qft.base_model.loss import IGNORED
 from dist_qft.base_model.skeleton import BaseModel, build_skeleton
@@ -258,35 +257,3 @@ def long_row(asked: Options) -> Figures:
         _wait(asked.device)
     seconds = time.perf_counter() - started
     return {"tokens/s": length / seconds, "memory, GiB": held_bytes(asked.device) / 2**30}
-
-
-def peft(asked: Options) -> Figures:
-    """PEFT's LoRA on bitsandbytes' 4-bit layers, the same shape and tokens, without checkpointing."""
-    missing = [name for name in ("peft", "bitsandbytes") if importlib.util.find_spec(name) is None]
-    if missing:
-        return {"skipped": f"{missing[0]} is not installed"}
-    import bitsandbytes
-    from peft import LoraConfig, get_peft_model
-
-    with torch.device(asked.device):
-        model = AutoModelForCausalLM.from_config(model_config(asked.quick), dtype=torch.bfloat16)
-    for path, module in list(model.model.named_modules()):
-        if isinstance(module, nn.Linear):
-            packed = bitsandbytes.nn.Linear4bit(
-                module.in_features, module.out_features, bias=False, compute_dtype=torch.bfloat16, quant_type="nf4"
-            )
-            packed.weight = bitsandbytes.nn.Params4bit(module.weight.data, requires_grad=False, quant_type="nf4")
-            model.model.set_submodule(path, packed.to(asked.device))
-    tuned = get_peft_model(model, LoraConfig(r=16, target_modules="all-linear", task_type="CAUSAL_LM"))
-    trained = [parameter for parameter in tuned.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=2e-4, fused=True)
-    length = 128 if asked.quick else 4096
-    batch = packed_batch(length, model.config.vocab_size).to(asked.device)
-
-    def step(number: int) -> None:
-        tuned(input_ids=batch.input_ids, position_ids=batch.position_ids, labels=batch.input_ids).loss.backward()
-        nn.utils.clip_grad_norm_(trained, 0.3)
-        optimizer.step()
-        optimizer.zero_grad()
-
-    return measured(step, length, asked)

@@ -7,13 +7,16 @@ Registered with transformers under a name of its own, so that a decoder calls it
 in generation, it is transformers' "sdpa" with its masks.
 """
 
-from collections.abc import Iterable, Iterator
+import inspect
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention import varlen
 from transformers import AttentionInterface, AttentionMaskInterface, PretrainedConfig, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
@@ -27,6 +30,8 @@ _NOT_HERE = ("softcap", "s_aux", "position_bias")  # what changes scores in ways
 _FLASH_DTYPES = (torch.bfloat16, torch.float16)
 _FLASH_HEAD_DIM = 256
 _FLASH_MULTIPLE = 8
+_NEEDED = {"scale", "window_size"}  # of the arguments of PyTorch's flash attention
+_GROUPED = "enable_gqa"
 _watching: list[dict[nn.Module, int | None]] = []
 
 
@@ -80,23 +85,32 @@ def _as_autocast(tensors: tuple[Tensor, ...]) -> Iterable[Tensor]:
 
 
 def _has_flash(query: Tensor, value: Tensor) -> bool:
-    if query.device.type != "cuda" or query.dtype not in _FLASH_DTYPES:
+    if query.device.type != "cuda" or query.dtype not in _FLASH_DTYPES or _NEEDED - _arguments(varlen.varlen_attn):
         return False
     same = query.shape[-1] == value.shape[-1] <= _FLASH_HEAD_DIM
     return same and torch.cuda.get_device_capability(query.device)[0] >= 8
 
 
+@cache
+def _arguments(function: Callable[..., Any]) -> frozenset[str]:
+    """The names of what a function may be given. Of PyTorch's attention for different lengths they are other ones in
+    each version: 2.10 has neither a scale nor windows, and 2.11 takes fewer heads of keys without being told.
+    """
+    return frozenset(inspect.signature(function).parameters)
+
+
 def _flash(
     query: Tensor, key: Tensor, value: Tensor, segments: Segments, scaling: float | None, window: int | None
 ) -> Tensor:
-    from torch.nn.attention.varlen import varlen_attn
-
     width = query.shape[-1]
     # Zeros change neither scores nor sums. A side network's heads may be as narrow as 4.
     lacking = -width % _FLASH_MULTIPLE
     q, k, v = (F.pad(t, (0, lacking)) if lacking else t for t in (query, key, value))
     q, k, v = (tensor.transpose(1, 2).flatten(0, 1) for tensor in (q, k, v))
-    found = varlen_attn(
+    grouped: dict[str, Any] = (
+        {_GROUPED: query.shape[1] != key.shape[1]} if _GROUPED in _arguments(varlen.varlen_attn) else {}
+    )
+    found = varlen.varlen_attn(
         q,
         k,
         v,
@@ -106,7 +120,7 @@ def _flash(
         segments.longest,
         scale=width**-0.5 if scaling is None else scaling,
         window_size=(-1 if window is None else window - 1, 0),
-        enable_gqa=query.shape[1] != key.shape[1],
+        **grouped,
     )
     assert isinstance(found, Tensor), "no auxiliary outputs were asked for"
     return found[..., :width].unflatten(0, (query.shape[0], query.shape[2]))

@@ -136,23 +136,44 @@ def test_packing_is_tried_with_the_rows_of_a_micro_batch(tmp_path, monkeypatch):
         base.require_separate_samples(torch.device("cpu"), rows_at_once=4)
 
 
+def by_sample(q, k, v, starts, _, longest, __, *, scale, window_size, enable_gqa):
+    """PyTorch's flash attention for different lengths, slowly: with the arguments that it has since 2.12."""
+    assert q.shape[-1] % 8 == 0 and window_size == (-1, 0)
+    pieces = []
+    for start, stop in zip(starts[:-1].tolist(), starts[1:].tolist(), strict=True):
+        part = (tensor[start:stop].transpose(0, 1)[None] for tensor in (q, k, v))
+        found = F.scaled_dot_product_attention(*part, is_causal=True, scale=scale, enable_gqa=enable_gqa)
+        pieces.append(found[0].transpose(0, 1))
+    return torch.cat(pieces)
+
+
+def of_2_11(q, k, v, starts, _, longest, __, *, return_aux=None, scale=None, window_size=(-1, -1)):
+    """Fewer heads of keys than of queries need not be told of."""
+    grouped = q.shape[1] != k.shape[1]
+    return by_sample(q, k, v, starts, _, longest, __, scale=scale, window_size=window_size, enable_gqa=grouped)
+
+
+def of_2_10(q, k, v, starts, _, longest, __, is_causal=False, return_aux=None):
+    raise AssertionError("it has no scale")
+
+
+@pytest.mark.parametrize("function", [by_sample, of_2_11])
 @pytest.mark.parametrize("width", [4, 8, 12])
-def test_flash_attention_is_given_heads_of_any_width(monkeypatch, width):
+def test_flash_attention_is_given_heads_of_any_width(monkeypatch, width, function):
     """Its kernels take multiples of 8; heads of a side network may be as narrow as 4. The rest of a head is zeros."""
 
-    def by_sample(q, k, v, starts, _, longest, __, *, scale, window_size, enable_gqa):
-        assert q.shape[-1] % 8 == 0 and window_size == (-1, 0)
-        pieces = []
-        for start, stop in zip(starts[:-1].tolist(), starts[1:].tolist(), strict=True):
-            part = (tensor[start:stop].transpose(0, 1)[None] for tensor in (q, k, v))
-            found = F.scaled_dot_product_attention(*part, is_causal=True, scale=scale, enable_gqa=enable_gqa)
-            pieces.append(found[0].transpose(0, 1))
-        return torch.cat(pieces)
-
-    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", by_sample)
+    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", function)
     query, key, value = (torch.randn(2, heads, 9, width, dtype=torch.float64) for heads in (4, 2, 2))
     segments = Segments.of(torch.tensor([[0, 1, 2, 0, 1, 2, 3, 0, 1], [0, 1, 2, 3, 4, 5, 0, 1, 2]]))
     module = SimpleNamespace(is_causal=True, num_key_value_groups=2, training=True)
     expected = segment_attention._by_sample(module, query, key, value, segments, None, None)
     found = segment_attention._flash(query, key, value, segments, None, None)
     assert torch.allclose(found, expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize(("function", "there"), [(by_sample, True), (of_2_11, True), (of_2_10, False)])
+def test_flash_attention_of_a_pytorch_that_has_no_scale_is_not_taken(monkeypatch, function, there):
+    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", function)
+    monkeypatch.setattr("torch.cuda.get_device_capability", lambda device: (9, 0))
+    query = SimpleNamespace(device=torch.device("cuda"), dtype=torch.bfloat16, shape=(1, 4, 9, 8))
+    assert segment_attention._has_flash(query, query) is there
