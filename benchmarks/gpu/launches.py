@@ -72,7 +72,7 @@ class Place:
         return ended
 
     def at_once(self, works: Iterable[Callable[[], _T]]) -> list[_T]:
-        """What these return; so many run at a time that each has cores of its own."""
+        """The results of these; so many run at a time that each has cores of its own."""
         count = max(1, len(os.sched_getaffinity(0)) // _CORES)
         with ThreadPoolExecutor(count) as pool:
             return [each.result() for each in [pool.submit(work) for work in works]]

@@ -143,10 +143,12 @@ class NF4(Format):
             dequantize_nf4_nested(packed, self.block, CONSTANT_BLOCK, dynamic_map(device), codebook_on(device), out)
             return out
         bnb = _bitsandbytes()
+        # On CPUs with AVX-512 it rounds a float16 half-way between two upwards, and not to the even one.
+        kernel_dtypes = _KERNEL_DTYPES if device.type == "cuda" else _KERNEL_DTYPES[:2]
         state = bnb.QuantState(
             absmax=self._absmax(packed),
             shape=shape,
-            dtype=dtype if dtype in _KERNEL_DTYPES else torch.float32,
+            dtype=dtype if dtype in kernel_dtypes else torch.float32,
             blocksize=self.block,
             quant_type="nf4",
         )

@@ -22,7 +22,9 @@ import math
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from itertools import pairwise
+from types import SimpleNamespace
 from typing import Any, ClassVar, Self, cast
 
 import torch
@@ -30,6 +32,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp._fully_shard import _fsdp_param
 from torch.distributed.tensor import DTensor
 from torch.utils.hooks import RemovableHandle
 
@@ -38,6 +41,8 @@ from dist_qft.ranks.collectives import all_gather_flat
 from dist_qft.sharding.engine import Traffic, Units, called_as_head, parameter_owners
 from dist_qft.sharding.host_memory import return_freed_memory_between
 from dist_qft.sharding.shard_group import Setting, ShardGroup
+
+_SHARDS_INTEGERS = "2.12"  # the first PyTorch whose FSDP2 takes integer parameters as they are
 
 
 class CountedAllGather:
@@ -63,6 +68,23 @@ class CountedAllGather:
             work.wait()
         self.traffic.add(output_tensor.nbytes - input_tensor.nbytes, time.perf_counter() - started)
         return work
+
+
+@contextmanager
+def _integers_are_sharded() -> Iterator[None]:
+    """Context in which FSDP2 makes its parameters without a gradient of their own.
+
+    Before 2.12 PyTorch makes each with one, which integers refuse, and takes it back in the next line.
+    """
+    if torch.__version__ >= _SHARDS_INTEGERS:
+        yield
+        return
+    frozen = partial(nn.Parameter, requires_grad=False)
+    setattr(_fsdp_param, "nn", SimpleNamespace(**{**vars(nn), "Parameter": frozen}))  # noqa: B010
+    try:
+        yield
+    finally:
+        setattr(_fsdp_param, "nn", nn)  # noqa: B010
 
 
 class FsdpEngine:
@@ -110,7 +132,8 @@ class FsdpEngine:
         counter = CountedAllGather(self.traffic)
         for unit in [*units.tables, *units.layers, units.root]:  # the root last: it takes what is left
             reshard = self.gathers_in_backward or unit in units.tables
-            sharded = fully_shard(unit, mesh=mesh, reshard_after_forward=reshard)
+            with _integers_are_sharded():
+                sharded = fully_shard(unit, mesh=mesh, reshard_after_forward=reshard)
             sharded.set_custom_all_gather(cast(Any, counter))  # `AllGather`, its interface, is private
             self._units[sharded] = reshard
         order_backward_gathers(units)

@@ -129,3 +129,12 @@ def test_many_weights_are_bitsandbytes_bit_for_bit(seed):
     weight = weight_of(1024, 1536, seed)
     codes, _ = bnb.quantize_4bit(weight, blocksize=64, quant_type="nf4")
     assert torch.equal(NF4(64).quantize(weight)["codes"].flatten(), codes.flatten())
+
+
+@pytest.mark.parametrize("double_quant", [False, True])
+def test_float16_on_a_cpu_is_float32_rounded_once(double_quant):
+    """A kernel of bitsandbytes rounds what lies half-way between two of them upwards on some CPUs."""
+    format, weight = NF4(64, double_quant=double_quant), weight_of(96, 1088, 0)
+    packed = format.quantize(weight)
+    exact = format.dequantize(packed, weight.shape, torch.float32)
+    assert torch.equal(format.dequantize(packed, weight.shape, torch.float16), exact.half())
