@@ -180,8 +180,12 @@ class BaseModel:
         if self.segmented:
             more |= segment_attention.arguments(segments or Segments.of(position_ids))
         else:
-            more["attention_mask"] = packed_mask(self.config, position_ids, self.dtype)
+            more["attention_mask"] = self.mask_of_samples(position_ids)
         return self.decoder(input_ids=input_ids, use_cache=False, **more).last_hidden_state
+
+    def mask_of_samples(self, position_ids: Tensor) -> Any:
+        """The mask that keeps packed samples apart where segments and position ids (b, L) do not; None elsewhere."""
+        return None if self.segmented else packed_mask(self.config, position_ids, self.dtype)
 
     def require_separate_samples(self, device: torch.device, rows_at_once: int = 2) -> None:
         """Refuse packing for a family that lets a packed sample change the next one; see `separate_samples`."""

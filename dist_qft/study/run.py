@@ -35,6 +35,7 @@ from dist_qft.study.runner import LOG_FILE, Runner
 from dist_qft.study.study_run import StudyRun
 
 _POLL_SECONDS = 2.0
+_GPUS = "CUDA_VISIBLE_DEVICES"
 _LOCK = "study.lock"  # in a run's folder: the process that does it; `run.lock` is the run's own
 
 
@@ -154,9 +155,8 @@ def run_in_processes(study_file: Path, jobs: int, *, retry_failed: bool) -> None
     command = [sys.executable, "-m", "dist_qft", "study", str(study_file), "--no-report"]
     command += ["--retry-failed"] if retry_failed else []
     with StopSignal(end_at_once=False) as stop:
-        # They end with this process, however it ends, and share its cores.
-        env = {"OMP_NUM_THREADS": str(threads_of(jobs)), **os.environ, LAUNCHER: launcher_mark()}
-        processes = [subprocess.Popen(command, env=env) for _ in range(jobs)]
+        # They end with this process, however it ends.
+        processes = [subprocess.Popen(command, env=env | {LAUNCHER: launcher_mark()}) for env in environments(jobs)]
         stop.hold()
         asked = False
         while running := [process for process in processes if process.poll() is None]:
@@ -175,6 +175,14 @@ def run_in_processes(study_file: Path, jobs: int, *, retry_failed: bool) -> None
         error = DistQFTError(f"{len(codes)} of {jobs} processes ended early; start the study again to go on")
         error.exit_code = codes[0] if codes[0] > 0 else 128 - codes[0]
         raise error
+
+
+def environments(jobs: int) -> list[dict[str, str]]:
+    """The variables of each of so many processes: they share this one's cores, and have its GPUs in turn."""
+    shown = os.environ.get(_GPUS)
+    gpus = list(map(str, range(torch.cuda.device_count()))) if shown is None else shown.split(",")
+    threads = {"OMP_NUM_THREADS": str(threads_of(jobs))}
+    return [{**threads, **os.environ, **({_GPUS: gpus[i % len(gpus)]} if gpus else {})} for i in range(jobs)]
 
 
 def threads_of(jobs: int) -> int:

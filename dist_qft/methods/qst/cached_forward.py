@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -19,6 +20,7 @@ class CachedForward:
     Args:
         through_base: the forward pass through the base, with the side network attached.
         before_cached: called once, before the first step from the cache.
+        mask: the attention mask that the base's layers are given at these position ids (b, L).
     """
 
     def __init__(
@@ -28,8 +30,10 @@ class CachedForward:
         cache: HiddenCache,
         device: torch.device,
         before_cached: Callable[[], None],
+        mask: Callable[[Tensor], Any],
     ) -> None:
         self._through_base, self._side, self._cache, self._device = through_base, side, cache, device
+        self._mask = mask
         self._before_cached: Callable[[], None] | None = before_cached
         self._cached = False
 
@@ -48,7 +52,7 @@ class CachedForward:
             rows, length = batch.input_ids.shape
             states = self._cache.read(batch.row_ids, (rows, length), self._device)
             batch = batch.to(self._device)
-            return self._side(states, batch.position_ids, segments=batch.segments)
+            return self._side(states, batch.position_ids, self._mask(batch.position_ids), segments=batch.segments)
         self._side.observer = partial(self._cache.write, batch.row_ids)
         try:
             return self._through_base(batch)

@@ -145,7 +145,8 @@ class SideSpec(TrainableSpec[SideNetwork]):
         layout = self.cache_layout(base.dtype)
         cache = HiddenCache(folder, layout, data.lengths, base=base.fingerprint, data=data.digest)
         base.notes.append(f"hidden-state cache {folder}: {cache.filled:,} of {len(data):,} rows are there")
-        return CachedForward(through_base, parts.trainables, cache, parts.device, parts.keep_head)
+        side = parts.trainables
+        return CachedForward(through_base, side, cache, parts.device, parts.keep_head, base.mask_of_samples)
 
 
 def side_network_spec(method: QstConfig, base: BaseModel) -> SideSpec:
