@@ -52,13 +52,15 @@ class OptimizerState:
     def _gathered(self, key: str) -> Tensor | None:
         """The tensor of all values, on rank 0, from those of the ranks' slices."""
         slices, each, parts = self._slices, _values_each(key), [state[key] for state in self._states()]
+        device = self._parts[0].device
         receives = slices.rank == 0
         whole = torch.empty(-(-slices.count // each), dtype=parts[0].dtype) if receives else None
         limit = max(1, _MESSAGE // slices.world)
         for bucket, (start, stop), part in zip(slices.buckets, slices.own, parts, strict=True):
             part = torch.nn.functional.pad(part, (0, (stop - start) // each - part.numel()))
             for offset in range(0, part.numel(), limit):
-                sent = part[offset : offset + limit].clone()  # paged memory is not what a network reads well
+                # To the device of the values: paged moments are CPU tensors, which NCCL takes none of.
+                sent = part[offset : offset + limit].to(device, copy=True)
                 received = [torch.empty_like(sent) for _ in range(slices.world)] if receives else None
                 dist.gather(sent, received, dst=0, group=self._group)
                 for rank, piece in enumerate(received or []):

@@ -217,6 +217,25 @@ def test_moments_that_have_overflowed_are_not_saved():
     assert raised.value.exit_code == 6 and raised.value.everywhere
 
 
+@pytest.mark.parametrize("make", [adamw, bitsandbytes_8bit])
+@pytest.mark.parametrize("rank", [0, 1])
+def test_moments_outside_the_device_of_the_values_are_sent_from_it(monkeypatch, make, rank):
+    """Paged moments are CPU tensors beside values on a GPU, whose process group takes the GPU's tensors alone."""
+    slices = Slices.divide([SIZE], world=2, rank=rank)
+    values = nn.Parameter(torch.ones(slices.own[0][1] - slices.own[0][0]))
+    optimizer, elsewhere = make(values), nn.Parameter(torch.empty_like(values, device="meta"))
+    values.grad = torch.ones_like(values)
+    optimizer.step()
+    optimizer.state[elsewhere] = optimizer.state.pop(values)
+    moved: list[torch.Tensor] = []
+    monkeypatch.setattr("torch.distributed.gather", lambda sent, received, **_: moved.extend([sent, *(received or [])]))
+    # What has arrived has no values here: only that it is put into CPU memory can be seen.
+    monkeypatch.setattr(torch.Tensor, "copy_", lambda self, other: self)
+    state = OptimizerState(optimizer, [elsewhere], slices).gather()
+    assert moved and {tensor.device.type for tensor in moved} == {"meta"}
+    assert rank or {state[key].device.type for key in state} == {"cpu"}
+
+
 @pytest.mark.parametrize("kind", ["adamw", "paged_adamw_32bit", "paged_adamw_8bit"])
 def test_bytes_of_a_checkpoint(kind):
     """Against the tensors that an optimizer of that kind really has."""
