@@ -39,7 +39,7 @@ from dist_qft.training.planned_activations import tokens_per_micro_batch
 from dist_qft.training.planned_reduction import PlannedReduction
 from dist_qft.training.run_plan import PlannedBatch, PlannedModel, PlannedOptimization, RunPlan
 from dist_qft.training.step_time import StepWork, step_seconds
-from dist_qft.tuned_model.task import head_outputs, head_parameters
+from dist_qft.tuned_model.task import head_outputs, head_parameters, trainable_names
 
 
 def planned_base(config: RunConfig) -> BaseModel:
@@ -175,7 +175,7 @@ def _spec(config: RunConfig, base: BaseModel) -> TrainableSpec[Any]:
     """The trainables, if the settings that concern them fit. UserError otherwise."""
     spec = make_spec(config, base)
     require_reference(config, base, spec)
-    require_lr_groups(config.train, spec.names)
+    require_lr_groups(config.train, lambda: trainable_names(config.task, spec))
     return spec
 
 

@@ -57,7 +57,7 @@ from dist_qft.tuned_model.answer import require_room_for_answers
 from dist_qft.tuned_model.assemble import assemble, attach_trainables, start_fresh
 from dist_qft.tuned_model.checkpointed import check_adapter, check_fingerprint, check_settings, settings_of, with_date
 from dist_qft.tuned_model.prompts import date_of
-from dist_qft.tuned_model.task import head_parameters
+from dist_qft.tuned_model.task import head_parameters, trainable_names
 from dist_qft.tuned_model.warm_start import require_same_model, starting_values, take_values
 
 
@@ -112,7 +112,7 @@ def gather_inputs(
     skeleton.require_positions(config.data.max_length)
     spec = make_spec(config, skeleton)
     require_reference(config, skeleton, spec)
-    require_lr_groups(config.train, spec.names)
+    require_lr_groups(config.train, lambda: trainable_names(config.task, spec))
     doubts = rope_warnings(skeleton.config, config.data.max_length) + spec.warnings(skeleton)
     notes += [f"warning: {warning}" for warning in doubts]
     trainable = spec.parameters + head_parameters(config.task, skeleton)

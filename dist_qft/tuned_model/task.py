@@ -7,7 +7,7 @@ token of each row that is not padding.
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -18,7 +18,7 @@ from dist_qft.base_model.loss import loss_at
 from dist_qft.base_model.skeleton import BaseModel
 from dist_qft.config.data_schema import TaskConfig
 from dist_qft.data.batches import MicroBatch
-from dist_qft.methods.trainable import copy_tensors
+from dist_qft.methods.trainable import TrainableSpec, copy_tensors
 
 HEAD = "score"  # the name of a task's head among the trainables
 
@@ -79,6 +79,11 @@ def head_outputs(config: TaskConfig) -> int:
 def head_parameters(config: TaskConfig, base: BaseModel) -> int:
     """Parameters of the head that the task trains; 0 if it has none."""
     return head_outputs(config) * base.embedding.embedding_dim
+
+
+def trainable_names(config: TaskConfig, spec: TrainableSpec[Any]) -> list[str]:
+    """The names of all trainables of a run, in the order of its flat buffer: the method's, and the task's head."""
+    return [*spec.names(), *([HEAD] if head_outputs(config) else [])]
 
 
 class LanguageTask:

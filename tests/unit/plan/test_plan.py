@@ -150,6 +150,14 @@ def test_trainables_optimizer_and_checkpoint(plan):
     assert eight_bit["model"]["compute_dtype"] == "bfloat16"
 
 
+def test_the_head_of_a_task_has_a_learning_rate_of_its_own(plan):
+    group = "train.lr_groups=[{modules: [score], lr: 0.01}]"
+    labelled = plan(group, "task={name: classification, labels: ['no', 'yes']}")
+    assert labelled["trainable_parameters"] == plan()["trainable_parameters"] + 2 * 64
+    with pytest.raises(UserError, match=r"^train.lr_groups.0.modules: got score, but no trainable is called so"):
+        plan(group)
+
+
 def test_schedule_shows_in_counts_and_rows(plan):
     result = plan("method={rank: 4, schedule: [{layers: mlp, depth: [1, 1], rank: 2}, {layers: k_proj, skip: true}]}")
     attention = 4 * (128 + 96 + 128)

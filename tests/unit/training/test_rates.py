@@ -2,15 +2,19 @@
 
 import math
 from itertools import accumulate, pairwise
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
+from dist_qft.config.data_schema import TaskConfig
 from dist_qft.config.schema import TrainConfig
 from dist_qft.config.train_schema import LrGroup
 from dist_qft.errors import UserError
 from dist_qft.training.optimizer import Rates, make_optimizer, require_lr_groups, scaled_ranges, step_with_ranges
+from dist_qft.tuned_model.task import trainable_names
 
 
 def flat(tensors: list[torch.Tensor]) -> torch.Tensor:
@@ -106,3 +110,16 @@ def test_learning_rates_by_group_are_ranges_and_the_first_group_counts():
         wrong = config.model_copy(update={"lr_groups": [*config.lr_groups, LrGroup(modules=modules, lr=1.0)]})
         with pytest.raises(UserError, match=r"^train.lr_groups.2.modules: got "):
             require_lr_groups(wrong, lambda: names)
+
+
+@pytest.mark.parametrize("task", [{"name": "classification", "labels": ["no", "yes"]}, {"name": "regression"}, {}])
+def test_the_head_of_a_task_is_a_group(task):
+    config = TrainConfig(lr_groups=[{"modules": ["score"], "lr": 0.01}])
+    spec: Any = SimpleNamespace(names=lambda: ["q.B", "q.A"])
+    names = trainable_names(TaskConfig(**task), spec)
+    assert names == ["q.B", "q.A", *(["score"] if task else [])]
+    if task:
+        require_lr_groups(config, lambda: names)
+    else:
+        with pytest.raises(UserError, match=r"^train.lr_groups.0.modules: got score, but no trainable is called so"):
+            require_lr_groups(config, lambda: names)
