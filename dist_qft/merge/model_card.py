@@ -130,9 +130,10 @@ def trained_facts(origin: Origin, fingerprint: str, where: str, adapter: str) ->
 
 
 def held_out_rows(origin: Origin) -> list[str]:
-    """A row for each held-out figure of the base and the tuned model; none if the run has not ended at this step."""
+    """A row for each held-out figure of the base and the tuned model; none if this step is not the run's result."""
     summary = read_json_object(origin.checkpoint.parent / SUMMARY_FILE)
-    if summary.get("steps") != origin.step:
+    result = summary.get("result_step")  # the figures are of it, which may be before the last step
+    if (summary.get("steps") if result is None else result) != origin.step:
         return []
     pairs = {f"loss ({origin.config.task.loss_unit})": (summary.get("base_eval_loss"), summary.get("tuned_eval_loss"))}
     base, tuned = (summary.get(f"{which}_eval_metrics") or {} for which in ("base", "tuned"))

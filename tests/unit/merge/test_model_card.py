@@ -1,5 +1,7 @@
 """Cards and Modelfiles: frames that are read off templates write what the templates write."""
 
+import json
+
 import pytest
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
@@ -15,7 +17,7 @@ from dist_qft.merge.certificate import (
     ResultFiles,
     WeightFigures,
 )
-from dist_qft.merge.model_card import model_card
+from dist_qft.merge.model_card import held_out_rows, model_card
 from dist_qft.merge.modelfile import frames_of, modelfile
 from dist_qft.merge.probe import LogitDifference
 from dist_qft.merge.targets import TARGETS
@@ -103,3 +105,18 @@ def test_a_card_names_base_data_and_difference_and_no_path_of_this_machine(tmp_p
     assert card.startswith("---\nbase_model: owner/base\n") and "Lossless: all is well." in card
     assert "12 steps" in card and "\n# my-result\n" in card and tmp_path.name in card and "owner/set" in card
     assert str(tmp_path) not in card
+
+
+@pytest.mark.parametrize(
+    ("result", "measured"),
+    [({"result_step": 4}, 4), ({"result_step": 8}, 8), ({"result_step": None}, 8), ({}, 8)],
+    ids=str,
+)
+def test_held_out_figures_are_those_of_the_step_that_is_the_result(tmp_path, result, measured):
+    """A run that takes its best checkpoint back at its end measures that one, and not its last."""
+    summary = {"steps": 8, "base_eval_loss": 3.25, "tuned_eval_loss": 1.5, **result}
+    (tmp_path / "summary.json").write_text(json.dumps(summary))
+    config = RunConfig.model_validate({"output_dir": str(tmp_path), "model": {"path": "owner/base"}})
+    for step in (4, 8):
+        rows = held_out_rows(Origin(config, tmp_path / f"checkpoint-{step}", step))
+        assert rows == (["| loss (nats per target) | 3.2500 | 1.5000 |"] if step == measured else [])
