@@ -166,7 +166,8 @@ class NF4(Format):
         from bitsandbytes import matmul_4bit
 
         bnb = _bitsandbytes()
-        state = bnb.QuantState(packed.get("absmax"), shape, None, self.block, "nf4", x.dtype)
+        # bitsandbytes 0.49 reads the code of a single row's product here, later versions know it.
+        state = bnb.QuantState(packed.get("absmax"), shape, codebook_on(x.device), self.block, "nf4", x.dtype)
         if self.double_quant:
             state.absmax, state.offset, state.nested = packed["absmax_codes"], packed["absmax_offset"].view(()), True
             state.state2 = bnb.QuantState(

@@ -13,7 +13,7 @@ pytest.importorskip("triton")
 from dist_qft.quant.experts import FrozenExperts
 from dist_qft.quant.formats import NF4, Affine4, Dense, Format
 from dist_qft.quant.frozen import FrozenLinear
-from dist_qft.quant.nf4 import codebook_on, dynamic_map
+from dist_qft.quant.nf4 import codebook, codebook_on, dynamic_map
 from tests.support.fake_cuda import DEVICE, fake_cuda
 
 FORMATS = [NF4(), NF4(32, double_quant=True)]
@@ -67,6 +67,16 @@ def test_the_kernel_loads_16_bytes_at_once(monkeypatch):
     assert torch.equal(x, wide[:, 3:]) and torch.equal(codes.flatten(), packed["codes"].flatten())
 
 
+@each_format
+def test_the_kernel_is_told_the_values_of_the_codes(format, monkeypatch):
+    """bitsandbytes 0.49 takes them from the state."""
+    states = []
+    monkeypatch.setattr("bitsandbytes.matmul_4bit", lambda x, codes, state, bias: states.append(state))
+    format.product(format.quantize(random(8, 64)), (8, 64), random(1, 64), None)
+    (state,) = states
+    assert state.code.shape == (16,) and torch.equal(state.code, codebook())
+
+
 @pytest.mark.parametrize("double_quant", [False, True])
 def test_experts(double_quant):
     experts, sizes = FrozenExperts(3, 64, 24, NF4(32, double_quant), torch.float32, device="cpu"), [2, 0, 1]
@@ -81,7 +91,7 @@ def kernels(module: FrozenLinear | FrozenExperts, *given, gradient: bool = False
     with fake_cuda() as counts, torch.set_grad_enabled(gradient):
         module.to(DEVICE)
         x = torch.empty(given[0], dtype=module.dtype, device=DEVICE)
-        dynamic_map(DEVICE)  # copied to the device once
+        dynamic_map(DEVICE), codebook_on(DEVICE)  # copied to the device once
         counts.take()
         module(x, *given[1:])
         return dict(counts.take().kernels)
