@@ -15,11 +15,12 @@ from dist_qft.errors import UserError
 from dist_qft.methods.specs import make_spec
 from dist_qft.ranks.device import compute_dtype
 from dist_qft.ranks.session import place, session
+from dist_qft.ranks.world import World
 from dist_qft.sharding.engines import package_versions
 from dist_qft.storage.checkpoint import ADAPTER_MODEL, Checkpoint, list_checkpoints
 from dist_qft.storage.manifest import sha256_of
 from dist_qft.tuned_model.assemble import assemble
-from dist_qft.tuned_model.checkpointed import config_of, find_checkpoint, open_checkpointed, run_folder, with_date
+from dist_qft.tuned_model.checkpointed import config_here, find_checkpoint, open_checkpointed, run_folder, with_date
 from dist_qft.tuned_model.held_out import HeldOut, held_out_loss
 
 
@@ -36,7 +37,7 @@ def evaluate_run(folder: Path, overrides: Sequence[str], checkpoint_path: str | 
         CorruptFileError: the checkpoint fails verification.
     """
     checkpoint = find_checkpoint(checkpoint_path or folder)
-    config = override_config(config_of(checkpoint), overrides)
+    config = override_config(config_here(checkpoint, World.from_environment()), overrides)
     _evaluate(config, checkpoint, run_folder(folder), as_json)
 
 

@@ -40,7 +40,7 @@ from dist_qft.tuned_model.assemble import assemble
 from dist_qft.tuned_model.checkpointed import (
     check_fingerprint,
     check_settings,
-    config_of,
+    config_here,
     find_checkpoint,
     require_finite_trainables,
     run_folder,
@@ -96,7 +96,7 @@ def run_merge(
 
 def gather_merge_inputs(request: MergeRequest, checkpoint: Checkpoint, world: World) -> MergeInputs:
     """Do everything that needs no other rank and no weight, and refuse a merge that cannot work."""
-    config = config_of(checkpoint)
+    config = config_here(checkpoint, world)
     if obstacle := merge_obstacle(config):
         raise UserError(f"{checkpoint.path}: {obstacle}")
     require_place(request, run_folder(checkpoint.path), config.model.path, checkpoint.path)

@@ -21,6 +21,7 @@ from dist_qft.methods.specs import stored_spec
 from dist_qft.methods.trainable import TrainableSpec, section
 from dist_qft.ranks.collectives import everywhere
 from dist_qft.ranks.device import compute_dtype
+from dist_qft.ranks.world import World
 from dist_qft.storage.checkpoint import (
     ADAPTER_CONFIG,
     ADAPTER_MODEL,
@@ -83,6 +84,18 @@ def config_of(checkpoint: Checkpoint) -> RunConfig:
     except ValidationError as error:
         where = f"{checkpoint.path / TRAINER_STATE}: not a config of this version"
         raise CorruptFileError(f"{where}: {first_fault(error)}") from error
+
+
+def config_here(checkpoint: Checkpoint, world: World) -> RunConfig:
+    """The config the checkpoint was trained with, for ranks that may be fewer or more than those that trained it.
+
+    A number of ranks in `sharding.group` was chosen for those; where it does not divide these, they share one base.
+    """
+    config = config_of(checkpoint)
+    group = config.sharding.group
+    if isinstance(group, str) or world.world_size % group == 0:
+        return config
+    return config.model_copy(update={"sharding": config.sharding.model_copy(update={"group": "world"})})
 
 
 def with_date(config: RunConfig, tokenizer: PreTrainedTokenizerBase, checkpoint: Checkpoint | None) -> RunConfig:

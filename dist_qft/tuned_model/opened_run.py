@@ -16,7 +16,7 @@ from dist_qft.sharding.engines import package_versions
 from dist_qft.storage.checkpoint import ADAPTER_MODEL
 from dist_qft.storage.manifest import sha256_of
 from dist_qft.tuned_model.assemble import Assembled
-from dist_qft.tuned_model.checkpointed import Requirement, config_of, find_checkpoint, open_checkpointed, run_folder
+from dist_qft.tuned_model.checkpointed import Requirement, config_here, find_checkpoint, open_checkpointed, run_folder
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ def opened_to_answer(
         CorruptFileError: the checkpoint fails verification.
     """
     checkpoint = find_checkpoint(path)
-    config = config_of(checkpoint)
+    config = config_here(checkpoint, World.from_environment())
     if config.task.predicts_labels:
         raise UserError(f"{checkpoint.path}: trained for {config.task.name}, it answers no prompts; use `eval`")
     must_match = {

@@ -20,6 +20,7 @@ from dist_qft.storage.manifest import sha256_of
 from dist_qft.train import gather_inputs
 from dist_qft.training.metrics_file import read_history
 from dist_qft.tuned_model.assemble import materialize
+from tests.support.merges import GGUF_RUN, merge_run, write_random_adapters
 from tests.support.tiny_model import save_tiny_model, tiny_config, tiny_llama_config
 from tests.support.whole_runs import adapter_digest, train
 
@@ -79,6 +80,21 @@ def test_two_bases_of_two_ranks_each_give_the_same_bits(pools, tiny_gguf, tmp_pa
     assert plan.between_nodes["gather_bytes_per_step"] == 0
     across = make_plan(of_flat, world_size=4, ranks_per_node=2)
     assert across.between_nodes["gather_bytes_per_step"] == whole[0].gathered_bytes
+
+
+def test_a_run_of_groups_that_do_not_divide_this_world_is_opened_all_the_same(pools, shell, tiny_gguf, tmp_path):
+    """The bytes of a merge are those on the ranks that trained; a number that is given now is refused as ever."""
+    config = tiny_config(tiny_gguf, tmp_path / "run", **GGUF_RUN, sharding={"device": "cpu", "group": 4})
+    checkpoint, merged = pools[4].run(write_random_adapters, config=config)[0], tmp_path / "merged.gguf"
+    pools[4].run(merge_run, source=checkpoint, target="gguf", path=merged)
+    code, _, err = shell("merge", config.output_dir, "--to", "gguf")
+    assert (code, err) == (0, "")
+    assert (Path(config.output_dir) / "merged.gguf").read_bytes() == merged.read_bytes()
+    words = ("eval", config.output_dir, "data.eval_samples=4")
+    for found in (shell("generate", config.output_dir, "--prompt", "Say cat", "--max-new-tokens", 2), shell(*words)):
+        assert found[0] == 0, found[2]
+    code, _, err = shell(*words, "sharding.group=4")
+    assert (code, err.splitlines()[-1]) == (2, "error: sharding.group: got 4, must divide the 1 ranks of the run")
 
 
 def refusals(mine: Path, others: Path) -> list[str]:
