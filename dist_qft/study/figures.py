@@ -161,7 +161,8 @@ def _curves_figure(subjects: Sequence[Subject], unit: str) -> Picture:
     for axes, subject in zip(grid[0], subjects, strict=True):
         presets = [p for p in dict.fromkeys(v.preset for v in subject.curves) if p != REFERENCE]
         for variant, curves in subject.curves.items():
-            mean = [fmean(losses) for losses in zip(*curves.values(), strict=True)]
+            longest = max(map(len, curves.values()))  # patience may end the seeds at different steps
+            mean = [fmean(losses[step] for losses in curves.values() if step < len(losses)) for step in range(longest)]
             steps = [subject.logged_every[variant] * number for number in range(1, len(mean) + 1)]
             if variant.preset == REFERENCE:
                 axes.plot(steps, mean, color="black", linewidth=1.8, label=REFERENCE, zorder=3)

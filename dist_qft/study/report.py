@@ -158,7 +158,7 @@ def _write_hparams(folder: Path, done: Sequence[tuple[StudyRun, Result]], metric
         }
         if row.tries is not None:
             continue
-        results = {"result/last_training_loss": result.history[-1]}
+        results = {"result/last_training_loss": result.history[-1]} if result.history else {}
         if metric in result.tuned:
             results[f"result/held_out_{metric}"] = result.tuned[metric]
         with SummaryWriter(str(folder / row.name)) as writer:

@@ -94,7 +94,7 @@ def as_csv(outcomes: Sequence[Outcome]) -> str:
         measured: list[Any] = [""] * (2 * len(figures) + 1)
         if result:
             measured = [_digits(getattr(result, which).get(name)) for name in figures for which in ("base", "tuned")]
-            measured.append(f"{result.history[-1]:.6f}")
+            measured.append(_digits(result.history[-1] if result.history else None))
         kept = [f"{row.kept[name]:.6f}" if name in row.kept else "" for name in groups]
         for variant in row.variants:
             about: list[Any] = [

@@ -232,7 +232,8 @@ def _tell(number: int, count: int, row: StudyRun, result: Result) -> None:
         losses = f"{result.base['loss']:.4f} -> {result.tuned['loss']:.4f}{merged}"
         outcome = f"held-out loss {losses}, {result.seconds:.0f} s"
     else:
-        outcome = f"training loss {result.history[-1]:.4f}, {result.seconds:.0f} s"
+        loss = f"training loss {result.history[-1]:.4f}, " if result.history else ""
+        outcome = f"{loss}{result.seconds:.0f} s"
     print(f"[{number}] of {count}  {row.name}  {row}: {outcome}", file=sys.stderr, flush=True)
 
 

@@ -1,15 +1,18 @@
 """Reports, suggestions and the choice of runs to do, from results that are put in place of runs."""
 
+import csv
 import json
 
 import pytest
+from matplotlib.axes import Axes
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from dist_qft.errors import UserError
 from dist_qft.study.command import run_study
 from dist_qft.study.report import write_report
 from dist_qft.study.result_file import Result, write_result
 from dist_qft.study.rows import expand
-from dist_qft.study.run import _Work
+from dist_qft.study.run import _tell, _Work
 from dist_qft.study.settings import load_study
 from dist_qft.study.suggest import write_suggestions
 from tests.support.study_files import SEARCHED_ON, write_study
@@ -36,6 +39,32 @@ def test_variants_without_a_seed_of_the_reference_are_left_out(tiny_llama, tmp_p
     assert "rank_by_type attention 1" in page
     entries = json.loads((tmp_path / "out" / "report" / "results.json").read_text())
     assert sum(entry["status"] == "done" for entry in entries) == 3
+
+
+def test_seeds_that_ended_at_different_steps_share_a_curve(tiny_llama, tmp_path, monkeypatch):
+    """As `evaluation.early_stopping_patience` ends them. Each step is the mean of the seeds that have it."""
+    histories = {0: [3.0, 2.0, 1.0], 1: [5.0, 4.0], 2: []}
+    drawn, plot = [], Axes.plot
+    monkeypatch.setattr(Axes, "plot", lambda axes, *data, **style: (drawn.append(data), plot(axes, *data, **style))[1])
+    study = load_study(write_study(tmp_path, tiny_llama, presets=None, seeds=[0, 1, 2], axes={"arm": {"a": {}}}))
+    for row in expand(study):
+        figures = {"base": {"loss": 4.0}, "tuned": {"loss": 2.0}}
+        write_result(row.folder, Result(row.name, history=histories[row.config.train.seed], **figures))
+    write_report(study)
+    assert ([1, 2, 3], [4.0, 3.0, 1.0]) in drawn
+    lines = list(csv.DictReader((tmp_path / "out" / "report" / "results.csv").read_text().splitlines()))
+    assert [line["last_training_loss"] for line in lines] == ["1.000000", "4.000000", ""]
+
+
+def test_a_run_without_a_history_is_told_and_in_the_hparams_without_its_loss(tiny_llama, tmp_path, capsys):
+    study = load_study(write_study(tmp_path, tiny_llama, presets=None, seeds=[0], axes={"arm": {"a": {}}}))
+    (row,) = expand(study)
+    _tell(0, 1, row, Result(row.name, seconds=2.0))
+    assert capsys.readouterr().err.endswith(": 2 s\n")
+    write_result(row.folder, Result(row.name, base={"loss": 4.0}, tuned={"loss": 2.0}))
+    write_report(study)
+    events = EventAccumulator(str(tmp_path / "out" / "hparams" / row.name)).Reload()
+    assert events.Tags()["scalars"] == ["result/held_out_loss"]
 
 
 def test_labels_are_shown_as_they_are_written(tiny_llama, tmp_path):
