@@ -26,6 +26,7 @@ from dist_qft.study.result_file import Result, write_rows
 from dist_qft.study.study_run import StudyRun
 from dist_qft.train import execute_run, gather_inputs
 from dist_qft.training.run_inputs import LoadedBase, RunInputs
+from dist_qft.training.summary import remove_other_summary
 
 if TYPE_CHECKING:
     from dist_qft.training.training_run import TrainingRun
@@ -86,12 +87,12 @@ class Runner:
 
     def _train(self, row: StudyRun) -> "TrainingRun":
         inputs = self._gathered(row)
-        if inputs.finished:  # a summary of the whole run stands for its results; without them the run is begun anew
-            on_rank_0(lambda: _remove_checkpoints(row), self._device)
+        if inputs.finished:  # but was stopped before its result was written: no step is left, its end is measured again
+            on_rank_0(lambda: remove_other_summary(row.folder, None, 0), self._device)
             inputs = self._gathered(row)
         with errors_reported(self._peers, row.folder):
             run = execute_run(inputs, self._stop, self._activity)
-        assert run is not None, "the checkpoints of a finished run are gone, so there was work to do"
+        assert run is not None, "the summary of a finished run is gone, so there was work to do"
         if run.flat.count != row.trainables:
             raise AssertionError(f"{row.name} trains {run.flat.count} values, the formula says {row.trainables}")
         return run

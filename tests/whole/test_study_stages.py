@@ -7,11 +7,13 @@ from pathlib import Path
 import pytest
 import torch
 
+from dist_qft.errors import Preempted
 from dist_qft.storage.lock import FolderLock
-from dist_qft.study import run
+from dist_qft.study import run, runner
 from dist_qft.study.result_file import Result, read_result, read_rows, write_result
 from dist_qft.study.rows import expand, expand_all
 from dist_qft.study.settings import load_study
+from dist_qft.training.training_run import TrainingRun
 from tests.support.study_files import SEARCHED_ON, write_study
 from tests.support.tiny_model import write_data
 
@@ -111,6 +113,49 @@ def test_a_process_waits_for_a_search_that_another_one_ends(tiny_llama, tmp_path
     known = expand_all(study)
     assert len(asked) > 4 and not known.waiting
     assert all(read_result(row.folder).exit_code == 0 for row in known.rows) and len(known.rows) == 3
+
+
+@pytest.mark.parametrize("patience", [None, 1])
+def test_a_study_that_is_stopped_in_a_merge_trains_no_step_twice(tiny_llama, tmp_path, monkeypatch, patience):
+    """Two rows that are learned by heart, so that an earlier checkpoint is the result, and patience ends the run."""
+    few, held_out = write_data(tmp_path / "few.jsonl", 2), write_data(tmp_path / "held_out.jsonl", 12)
+    settings = {
+        "data": {"train": {"path": str(few)}, "eval": {"path": str(held_out)}, "eval_samples": 0},
+        "evaluation": {"eval_steps": 1, "early_stopping_patience": patience},
+        "checkpoint": {"save_total_limit": 2, "keep_best": True, "load_best_at_end": True},
+    }
+    train = {"max_steps": 8, "learning_rate": 0.3, "max_grad_norm": None, "lr_scheduler_type": "constant"}
+    keys = {"presets": None, "seeds": [0], "axes": {"arm": {"a": {}}}, "set": settings}
+    keys |= {"merge": {"to": "dense"}, "keep": ["adapter"]}
+    results, steps, trained, merged = [], [], TrainingRun.run_step, runner.merge_and_measure
+
+    def counted(run_of_steps):
+        steps.append(run_of_steps.state.step)
+        return trained(run_of_steps)
+
+    def stopped(*arguments):
+        monkeypatch.setattr(runner, "merge_and_measure", merged)
+        raise Preempted("stopped by a signal")
+
+    monkeypatch.setattr(TrainingRun, "run_step", counted)
+    for name in ("whole", "stopped"):
+        (tmp_path / name).mkdir()
+        rows = expand(load_study(write_study(tmp_path / name, tiny_llama, train=train, **keys)))
+        steps.clear()
+        if name == "stopped":
+            monkeypatch.setattr(runner, "merge_and_measure", stopped)
+            with pytest.raises(Preempted):
+                run.run_rows(rows, [0], retry_failed=False)
+        run.run_rows(rows, [0], retry_failed=False)
+        summary = json.loads((rows[0].folder / "summary.json").read_text())
+        kept = sorted(path.name for path in rows[0].folder.glob("checkpoint-*"))
+        results.append((read_result(rows[0].folder), list(steps), summary["result_step"], kept))
+    (whole, *others), (again, *same) = results
+    assert same == others and steps == list(range(len(whole.history)))
+    assert 0 < others[1] < len(steps) and (len(steps) < 8) == (patience is not None)
+    for figure in ("exit_code", "error", "base", "tuned", "history", "train_tokens"):
+        assert getattr(again, figure) == getattr(whole, figure)
+    assert dict(again.held_out) == dict(whole.held_out)
 
 
 def test_nothing_of_a_run_is_held_while_the_next_ones_are_done(tiny_llama, tmp_path, monkeypatch):
