@@ -1,21 +1,22 @@
 """The base's hidden states of every training row, on disk. Nothing flows back through a frozen base: they never change.
 
-Two files that all ranks map into memory and share, so their folder must be on a disk that all of them see:
+Two files for each rank, to which it alone appends; every rank reads all of them, so their folder must be on a disk that
+all ranks see:
 
-    states.bin   for each row its layer states (N + 1, tokens, d) and last states (tokens, D), in the compute dtype;
-                 with a pooling downsample d / r instead of d
-    index.bin    for each row 0, or 1 + the CRC-32 of its bytes, written after them
+    states-R.bin   rows behind one another: layer states (N + 1, tokens, d) and last states (tokens, D) of each, in the
+                   compute dtype; with a pooling downsample d / r instead of d
+    rows-R.bin     for each of them the row, where it begins in bytes, and 1 + the CRC-32 of its bytes, written after it
+
+No file has two writers, and each is closed after a write and opened for a read. That is when NFS promises that a machine
+sees what another one wrote; pages that are mapped into memory it leaves as they were.
 
 A row is checked before each use: by its CRC-32 before the first use in this process, later by a sum of its words, which
 is several times faster and sees every single flipped bit. A row that is damaged counts as absent: it is computed again.
 
-A row's place follows from the lengths of the rows before it. `cache.json` names the base, data and layout of the
-states; a cache of anything else is discarded. Space is reserved at the start, for a full disk would otherwise end a run
-that writes through a memory map without a word.
+`cache.json` names the base, data and layout of the states; a cache of anything else is discarded.
 """
 
 import json
-import os
 import shutil
 import zlib
 from collections.abc import Sequence
@@ -31,10 +32,12 @@ from dist_qft.errors import SetupError
 from dist_qft.methods.qst.network import BaseStates
 from dist_qft.storage.lock import locked
 
-_VERSION = 1
-_KEY, _STATES, _INDEX = "cache.json", "states.bin", "index.bin"
+_VERSION = 2
+_KEY, _STATES, _ROWS = "cache.json", "states-*.bin", "rows-*.bin"
+_OLDER = ("states.bin", "index.bin")  # of version 1
 _FOLDER = "hidden_cache"
-_LOCK_SECONDS = 600  # that a rank waits for another one to make the empty files
+_LOCK_SECONDS = 600  # that a rank waits for another one to begin the cache
+_RECORD = np.dtype([("row", "<i8"), ("start", "<i8"), ("checksum", "<i8")])
 
 
 @dataclass(frozen=True)
@@ -61,60 +64,85 @@ class CacheLayout:
         return int(lengths.sum()) * self.per_token * self.dtype.itemsize
 
 
+@dataclass(frozen=True)
+class _Place:
+    """The file that has a row, its first byte there, and its checksum."""
+
+    states: Path
+    start: int
+    checksum: int
+
+
 class HiddenCache:
     """The states of rows 0, 1, ... of a data set. A rank writes the rows it computes and reads any.
 
     Args:
         lengths: (rows,) tokens of each row.
+        rank: of this process: the files that it writes.
         base, data: fingerprint of the base and digest of the data that the states come from.
 
     Raises:
-        SetupError: there is no room for it, or another process holds its lock for too long.
+        SetupError: the folder cannot be written, or another process holds its lock for too long.
     """
 
-    def __init__(self, folder: Path, layout: CacheLayout, lengths: np.ndarray, *, base: str, data: str) -> None:
+    def __init__(
+        self, folder: Path, layout: CacheLayout, lengths: np.ndarray, *, rank: int, base: str, data: str
+    ) -> None:
         self.layout = layout
-        self._offsets = np.concatenate([[0], np.cumsum(lengths)]) * layout.per_token
+        self._folder, self._lengths = folder, lengths
+        self._own = folder / _STATES.replace("*", str(rank))
         key = {"version": _VERSION, "base": base, "data": data, **asdict(layout), "dtype": str(layout.dtype)}
-        sizes = {_STATES: layout.bytes_of(lengths), _INDEX: 8 * len(lengths)}
         folder.mkdir(parents=True, exist_ok=True)
         with locked(folder / "cache.owner", f"method.cache: '{folder}'", _LOCK_SECONDS):
             if _read_key(folder) != key:
-                _create(folder, key, sizes)
-        self._states = _mapped(folder / _STATES, sizes[_STATES], layout.dtype)
-        self._index = _mapped(folder / _INDEX, sizes[_INDEX], torch.int64)
+                _begin(folder, key)
+        self._places: dict[int, _Place] = {}
+        self._records_read: dict[Path, int] = {}
         self._sums: dict[int, int] = {}  # of the rows whose checksum was right in this process
+        self._look()
 
     @property
     def filled(self) -> int:
-        """Rows that are there, torn ones included."""
-        return int((self._index != 0).sum())
+        """Rows that were there when this process last looked, torn ones included."""
+        return len(self._places)
 
     def has(self, row: int) -> bool:
-        """True if a row is there and whole at this moment."""
-        entry = int(self._index[row])
-        if entry == 0:
-            return False
-        values = self._row(row)
-        words = _word_sum(values)
-        # With another sum it may still be right: another rank may have written it anew.
-        if self._sums.get(row) != words and entry != _checksum(values):
-            return False
-        self._sums[row] = words
-        return True
+        """True if a row is there and whole at this moment, whichever rank wrote it."""
+        if self._whole(row):
+            return True
+        self._look()
+        return self._whole(row)
 
     def write(self, row_ids: Sequence[int], states: BaseStates) -> None:
-        """Store the rows of a micro-batch (its first ones; the rest only fill it up). Rows that are whole stay."""
-        for place, row in enumerate(row_ids):
-            if self.has(row):
-                continue
-            layers, last = self._views(row)
-            tokens = last.shape[0]
-            for own, given in zip(layers, states.layers, strict=True):
-                own.copy_(given[place, :tokens])
-            last.copy_(states.last[place, :tokens])
-            values = self._row(row)
-            self._index[row], self._sums[row] = _checksum(values), _word_sum(values)
+        """Store the rows of a micro-batch (its first ones; the rest only fill it up). Rows that are whole stay.
+
+        Raises:
+            SetupError: the disk is full.
+        """
+        places = [(place, row) for place, row in enumerate(row_ids) if not self._whole(row)]
+        if not places:
+            return
+        rows = [self._joined(states, place, row) for place, row in places]
+        try:
+            with open(self._own, "ab") as file:
+                start = file.seek(0, 2)
+                for values in rows:
+                    file.write(_octets(values).data)
+            records = np.zeros(len(rows), _RECORD)
+            for record, (_, row), values in zip(records, places, rows, strict=True):
+                record["row"], record["start"], record["checksum"] = row, start, _checksum(values)
+                start += values.nbytes
+                self._places[row] = _Place(self._own, int(record["start"]), int(record["checksum"]))
+                self._sums[row] = _word_sum(values)
+            with open(_rows_beside(self._own), "ab") as file:
+                file.write(bytes(-file.seek(0, 2) % _RECORD.itemsize))  # a record that an end cut off stays apart
+                file.write(records.tobytes())
+        except OSError as error:
+            needed = f"needs {self.layout.bytes_of(self._lengths) / 2**30:,.1f} GiB for {len(self._lengths):,} rows"
+            raise SetupError(
+                f"method.cache: cannot write '{self._own}': {error.strerror}; the cache {needed}, "
+                "method.cache: none needs no space"
+            ) from error
 
     def read(self, row_ids: Sequence[int], shape: tuple[int, int], device: torch.device) -> BaseStates:
         """The states of rows that are there, as a micro-batch (b, L) of them has them; zero where it is padding."""
@@ -122,21 +150,59 @@ class HiddenCache:
         layers = torch.zeros(layout.depth, *shape, layout.width, dtype=layout.dtype)
         last = torch.zeros(*shape, layout.out_width, dtype=layout.dtype)
         for place, row in enumerate(row_ids):
-            own_layers, own_last = self._views(row)
-            tokens = own_last.shape[0]
-            layers[:, place, :tokens] = own_layers
-            last[place, :tokens] = own_last
+            values, tokens = self._stored(row), int(self._lengths[row])
+            if values is None:
+                raise SetupError(f"method.cache: row {row} is gone from '{self._folder}' since this step began")
+            own_layers, own_last = values.split([tokens * layout.depth * layout.width, tokens * layout.out_width])
+            layers[:, place, :tokens] = own_layers.view(layout.depth, tokens, layout.width)
+            last[place, :tokens] = own_last.view(tokens, layout.out_width)
         return BaseStates(list(layers.to(device).unbind()), last.to(device))
 
-    def _row(self, row: int) -> Tensor:
-        return self._states[self._offsets[row] : self._offsets[row + 1]]
+    def _joined(self, states: BaseStates, place: int, row: int) -> Tensor:
+        """The values of a row, which stands at `place` in a micro-batch, as they are stored; on the CPU."""
+        tokens = int(self._lengths[row])
+        parts = [values[place, :tokens].flatten() for values in (*states.layers, states.last)]
+        return torch.cat(parts).to("cpu", self.layout.dtype)
 
-    def _views(self, row: int) -> tuple[Tensor, Tensor]:
-        """(N + 1, tokens, width) and (tokens, out_width), views of the file."""
-        layout, values = self.layout, self._row(row)
-        tokens = values.numel() // layout.per_token
-        layers, last = values.split([tokens * layout.depth * layout.width, tokens * layout.out_width])
-        return layers.view(layout.depth, tokens, layout.width), last.view(tokens, layout.out_width)
+    def _look(self) -> None:
+        """Read the records that ranks have written since the last look, this one's of an earlier start included."""
+        for path in sorted(self._folder.glob(_ROWS)):
+            known = self._records_read.get(path, 0)
+            with open(path, "rb") as file:
+                file.seek(known * _RECORD.itemsize)
+                octets = file.read()
+            records = np.frombuffer(octets[: len(octets) // _RECORD.itemsize * _RECORD.itemsize], _RECORD)
+            self._records_read[path] = known + len(records)
+            states = path.with_name(path.name.replace("rows", "states", 1))
+            for row, start, checksum in records.tolist():
+                if checksum and 0 <= row < len(self._lengths):
+                    self._places[row] = _Place(states, start, checksum)
+
+    def _whole(self, row: int) -> bool:
+        """True if a row that this process knows of is undamaged."""
+        values = self._stored(row)
+        if values is None:
+            return False
+        words = _word_sum(values)
+        # With another sum it may still be right: another rank may have written it anew.
+        if self._sums.get(row) != words and self._places[row].checksum != _checksum(values):
+            return False
+        self._sums[row] = words
+        return True
+
+    def _stored(self, row: int) -> Tensor | None:
+        """The values of a row as they are on the disk; None if they are not."""
+        place = self._places.get(row)
+        if place is None:
+            return None
+        octets = np.empty(int(self._lengths[row]) * self.layout.per_token * self.layout.dtype.itemsize, np.uint8)
+        try:
+            with open(place.states, "rb") as file:
+                file.seek(place.start)
+                count = file.readinto(octets.data)
+        except OSError:
+            return None
+        return torch.from_numpy(octets).view(self.layout.dtype) if count == len(octets) else None
 
 
 def cache_folder(output_dir: Path) -> Path:
@@ -151,17 +217,21 @@ def require_cache_space(folder: Path, needed: int) -> None:
         SetupError: with the space that it needs and that there is.
     """
     parent = next(path for path in [folder, *folder.parents] if path.exists())
-    old = sum((folder / name).stat().st_blocks * 512 for name in (_STATES, _INDEX) if (folder / name).exists())
-    free = shutil.disk_usage(parent).free + old
+    free = shutil.disk_usage(parent).free + sum(path.stat().st_blocks * 512 for path in _files(folder))
     if needed > free:
-        raise _no_room(folder, needed, free)
+        raise SetupError(
+            f"method.cache: needs {needed / 2**30:,.1f} GiB in '{folder}', {free / 2**30:,.1f} GiB are free; "
+            "method.downsample avgpool or maxpool need about 1/reduction of that; method.cache: none needs no space"
+        )
 
 
-def _no_room(folder: Path, needed: int, free: int) -> SetupError:
-    return SetupError(
-        f"method.cache: needs {needed / 2**30:,.1f} GiB in '{folder}', {free / 2**30:,.1f} GiB are free; "
-        "method.downsample avgpool or maxpool need about 1/reduction of that; method.cache: none needs no space"
-    )
+def _files(folder: Path) -> list[Path]:
+    """All files of a cache but its key."""
+    return [path for pattern in (_ROWS, _STATES, *_OLDER) for path in folder.glob(pattern)]
+
+
+def _rows_beside(states: Path) -> Path:
+    return states.with_name(states.name.replace("states", "rows", 1))
 
 
 def _read_key(folder: Path) -> dict[str, Any] | None:
@@ -171,32 +241,27 @@ def _read_key(folder: Path) -> dict[str, Any] | None:
         return None
 
 
-def _create(folder: Path, key: dict[str, Any], sizes: dict[str, int]) -> None:
-    """Empty files of their full size; the key last, which makes them a cache."""
-    for name in (_KEY, *sizes):
-        (folder / name).unlink(missing_ok=True)
+def _begin(folder: Path, key: dict[str, Any]) -> None:
+    """Remove what is there; the key last, which makes the folder a cache."""
     try:
-        for name, size in sizes.items():
-            with open(folder / name, "wb") as file:
-                os.posix_fallocate(file.fileno(), 0, size)
+        for path in [folder / _KEY, *_files(folder)]:
+            path.unlink(missing_ok=True)
         (folder / _KEY).write_text(json.dumps(key, indent=1) + "\n")
-    except OSError:
-        for name in sizes:
-            (folder / name).unlink(missing_ok=True)
-        raise _no_room(folder, sum(sizes.values()), shutil.disk_usage(folder).free) from None
+    except OSError as error:
+        raise SetupError(f"method.cache: cannot write to '{folder}': {error.strerror}") from error
 
 
-def _mapped(path: Path, size: int, dtype: torch.dtype) -> Tensor:
-    return torch.from_file(str(path), shared=True, size=size // dtype.itemsize, dtype=dtype)
+def _octets(values: Tensor) -> np.ndarray:
+    return values.view(torch.uint8).numpy()
 
 
 def _word_sum(values: Tensor) -> int:
     """Sum of the 64-bit words modulo 2^64; the last bytes that fill no word count one by one."""
-    octets = values.view(torch.uint8).numpy()
+    octets = _octets(values)
     whole = len(octets) // 8 * 8
     words = np.frombuffer(octets[:whole].data, dtype=np.uint64)
     return (int(words.sum(dtype=np.uint64)) + sum(octets[whole:].tolist()) * 0x9E3779B97F4A7C15) % 2**64
 
 
 def _checksum(values: Tensor) -> int:
-    return 1 + zlib.crc32(values.view(torch.uint8).numpy().data)
+    return 1 + zlib.crc32(_octets(values).data)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from transformers import PretrainedConfig
 
@@ -143,7 +144,7 @@ class SideSpec(TrainableSpec[SideNetwork]):
         if self.cache == "none":
             return through_base
         layout = self.cache_layout(base.dtype)
-        cache = HiddenCache(folder, layout, data.lengths, base=base.fingerprint, data=data.digest)
+        cache = HiddenCache(folder, layout, data.lengths, rank=dist.get_rank(), base=base.fingerprint, data=data.digest)
         base.notes.append(f"hidden-state cache {folder}: {cache.filled:,} of {len(data):,} rows are there")
         side = parts.trainables
         return CachedForward(through_base, side, cache, parts.device, parts.keep_head, base.mask_of_samples)

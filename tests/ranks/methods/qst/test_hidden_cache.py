@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import resource
 from pathlib import Path
 
 import numpy as np
@@ -21,8 +22,8 @@ LENGTHS = np.array([5, 9, 2])
 CPU = torch.device("cpu")
 
 
-def open_cache(folder: Path, **changes: str) -> HiddenCache:
-    return HiddenCache(folder, LAYOUT, LENGTHS, **{"base": "b", "data": "d", **changes})
+def open_cache(folder: Path, rank: int = 0, **changes: str) -> HiddenCache:
+    return HiddenCache(folder, LAYOUT, LENGTHS, rank=rank, **{"base": "b", "data": "d", **changes})
 
 
 def random_states(rows: int, length: int) -> BaseStates:
@@ -60,10 +61,11 @@ def test_what_is_there_is_not_written_again(tmp_path):
 def test_a_torn_row_is_not_there_and_can_be_written_anew(tmp_path, position):
     states = random_states(1, 16)
     open_cache(tmp_path).write([1], states)
-    path = tmp_path / "states.bin"
-    start, size = 5 * LAYOUT.per_token * 2, 9 * LAYOUT.per_token * 2
+    path = tmp_path / "states-0.bin"
+    size = 9 * LAYOUT.per_token * 2
+    assert path.stat().st_size == size
     with open(path, "r+b") as file:
-        file.seek(start + position % size)
+        file.seek(position % size)
         byte = file.read(1)
         file.seek(-1, os.SEEK_CUR)
         file.write(bytes([byte[0] ^ 4]))
@@ -74,15 +76,15 @@ def test_a_torn_row_is_not_there_and_can_be_written_anew(tmp_path, position):
 
 
 def test_every_bit_that_flips_under_a_running_process_is_seen(tmp_path):
-    """The file is mapped: what changes on the disk changes in memory, long after the row's first use."""
+    """The row is read from the disk at each use, long after the first one."""
     states = random_states(1, 16)
     cache = open_cache(tmp_path)
     cache.write([1], states)
-    start, size = 5 * LAYOUT.per_token * 2, 9 * LAYOUT.per_token * 2
+    size = 9 * LAYOUT.per_token * 2
     for bit in random.Random(0).sample(range(8 * size), 200):
         assert cache.has(1)
-        with open(tmp_path / "states.bin", "r+b") as file:
-            file.seek(start + bit // 8)
+        with open(tmp_path / "states-0.bin", "r+b") as file:
+            file.seek(bit // 8 - size, os.SEEK_END)  # what is written anew stands behind what was there
             byte = file.read(1)
             file.seek(-1, os.SEEK_CUR)
             file.write(bytes([byte[0] ^ 1 << bit % 8]))
@@ -107,9 +109,76 @@ def test_no_room(tmp_path):
     assert text.startswith(f"method.cache: needs 1,073,741,824.0 GiB in '{tmp_path}/run/hidden_cache', ")
     assert "\n" not in text
     assert not (tmp_path / "run").exists()
-    with pytest.raises(SetupError, match=r"method\.cache: needs"):  # the disk filled up in between
-        HiddenCache(tmp_path / "late", LAYOUT, np.array([2**50]), base="b", data="d")
-    assert not (tmp_path / "late" / "states.bin").exists()
+
+
+def test_a_disk_that_is_full_ends_the_write_in_one_line_and_leaves_no_half_row(tmp_path):
+    """The limit on a file's size stands for the disk's: the system refuses a write in the same way."""
+    cache, states = open_cache(tmp_path), random_states(1, 16)
+    cache.write([2], states)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, ((tmp_path / "states-0.bin").stat().st_size + 100, limits[1]))
+    try:
+        with pytest.raises(SetupError) as refusal:
+            cache.write([1], states)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    text = str(refusal.value)
+    assert text.startswith(
+        f"method.cache: cannot write '{tmp_path}/states-0.bin': File too large; the cache needs 0.0 GiB "
+    )
+    assert "\n" not in text
+    for again in (cache, open_cache(tmp_path)):
+        assert [again.has(row) for row in range(3)] == [False, False, True]
+        assert_row(again, 2, states, 0)
+    cache.write([1], states)  # there is room again
+    assert_row(open_cache(tmp_path), 1, states, 0)
+
+
+def test_ranks_write_files_of_their_own_and_see_at_once_what_the_others_wrote(tmp_path):
+    first, second, states = open_cache(tmp_path, 0), open_cache(tmp_path, 1), random_states(3, 16)
+    assert not second.has(0)
+    first.write([0], states)
+    assert second.has(0)
+    assert_row(second, 0, states, 0)
+    second.write([0, 1], states)  # row 0 is there already
+    assert first.has(1)
+    assert_row(first, 1, states, 1)
+    sizes = {path.name: path.stat().st_size for path in tmp_path.glob("states-*.bin")}
+    assert sizes == {f"states-{rank}.bin": 2 * int(LENGTHS[rank]) * LAYOUT.per_token for rank in (0, 1)}
+
+
+def test_a_row_that_is_damaged_in_one_rank_s_file_is_found_in_that_of_another(tmp_path):
+    first, second, states = open_cache(tmp_path, 0), open_cache(tmp_path, 1), random_states(1, 16)
+    first.write([1], states)
+    assert second.has(1)
+    (tmp_path / "states-0.bin").write_bytes(bytes(9 * LAYOUT.per_token * 2))
+    assert not second.has(1)
+    second.write([1], states)
+    assert first.has(1)
+    assert_row(first, 1, states, 0)
+
+
+@pytest.mark.parametrize("cut", [1, 8, 23])
+def test_a_record_that_is_cut_off_stays_without_effect(tmp_path, cut):
+    cache, states = open_cache(tmp_path), random_states(2, 16)
+    cache.write([0, 1], states)
+    rows = tmp_path / "rows-0.bin"
+    rows.write_bytes(rows.read_bytes()[:-cut])
+    again = open_cache(tmp_path)
+    assert [again.has(row) for row in range(3)] == [True, False, False]
+    again.write([2, 1], states)
+    for cache in (again, open_cache(tmp_path, 3)):
+        assert [cache.has(row) for row in range(3)] == [True, True, True]
+        assert_row(cache, 2, states, 0)
+        assert_row(cache, 1, states, 1)
+
+
+def test_files_of_an_older_version_are_removed(tmp_path):
+    for name in ("states.bin", "index.bin"):
+        (tmp_path / name).write_bytes(bytes(100))
+    (tmp_path / "cache.json").write_text(json.dumps({"version": 1, "base": "b", "data": "d"}))
+    assert open_cache(tmp_path).filled == 0
+    assert sorted(path.name for path in tmp_path.glob("*.bin")) == []
 
 
 def epochs_config(model: Path, folder: Path, cache: str, **sections: dict) -> RunConfig:
@@ -143,7 +212,7 @@ def test_training_from_the_cache_is_training(pools, tiny_llama, tmp_path, downsa
 def test_another_world_reads_what_this_one_wrote_and_a_torn_row_runs_the_base_again(pools, tiny_llama, tmp_path):
     config = epochs_config(tiny_llama, tmp_path / "run", "disk")
     expected, _ = pools[2].run(losses_and_gathers, config=config)[0]
-    states = tmp_path / "run" / "hidden_cache" / "states.bin"
+    states = tmp_path / "run" / "hidden_cache" / "states-1.bin"
     with open(states, "r+b") as file:
         file.seek(states.stat().st_size // 2)
         file.write(b"torn")
