@@ -49,7 +49,7 @@ def options(local_rank: int = 0) -> Options:
     parser.add_argument("--quick", action="store_true", help="tiny shapes: tries the script out")
     parser.add_argument("--again", action="store_true", help="do not skip what the file has already")
     parser.add_argument("--json", type=Path, help="file of the figures; default runs/gpu-<ranks>.json")
-    parser.add_argument("--parts", type=re.compile, default=Options.parts, help="only parts whose names match this")
+    parser.add_argument("--parts", type=_pattern, default=Options.parts, help="only parts whose names match this")
     given = parser.parse_args()
     if given.ranks < 1:
         parser.error(f"--ranks: got {given.ranks}, must be at least 1")
@@ -64,6 +64,13 @@ def options(local_rank: int = 0) -> Options:
         if before != asked.measured_on:
             parser.error(f"--json: got {path}, measured on {before}, must be of {asked.measured_on}; or --again")
     return asked
+
+
+def _pattern(text: str) -> re.Pattern[str]:
+    try:
+        return re.compile(text)
+    except re.error as error:
+        raise argparse.ArgumentTypeError(f"got '{text}', must be a regular expression: {error}") from None
 
 
 def recorded_parts(asked: Options) -> dict[str, Figures]:

@@ -14,6 +14,8 @@ from dist_qft.base_model.row_gradient import RowGradient
 from dist_qft.quant.frozen import FrozenEmbedding
 from dist_qft.quant.row_update import RowUpdate
 
+_TOKENS_SCORED = 256  # of a vocabulary of 128k their logits take 128 MiB in float32
+
 
 class OutputHead(nn.Module):
     """Head over `own`, or over the input embedding when `own` is None (tied).
@@ -41,6 +43,23 @@ class OutputHead(nn.Module):
     def forward(self, hidden: Tensor) -> Tensor:
         """Raw logits (..., vocabulary) of hidden states (..., dim)."""
         return self._weights[0](hidden, use=project)
+
+    def likelihoods(self, hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """Log-probability of each of (tokens,) after (tokens, dim), and whether it is the likeliest token.
+
+        The logits are those of generation, of a few tokens at a time, though the table is asked for once.
+        """
+
+        def use(table: FrozenEmbedding, states: Tensor) -> Tensor:
+            found = []
+            for part, ids in zip(states.split(_TOKENS_SCORED), targets.split(_TOKENS_SCORED), strict=True):
+                logits = self.loss_map(project(table, part).float())
+                values = logits.log_softmax(-1).gather(1, ids[:, None])[:, 0]
+                found.append(torch.stack([values, (logits.argmax(-1) == ids).float()]))
+            return torch.cat(found, dim=1)
+
+        values, greedy = self._weights[0](hidden, use=use)
+        return values.detach(), greedy.bool()
 
     def loss(self, hidden: Tensor, targets: Tensor, with_gradient: bool) -> HeadLosses:
         """Summed cross entropy of (tokens, dim) against (tokens,), and its gradients; no autograd inside."""

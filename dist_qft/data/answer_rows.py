@@ -55,8 +55,7 @@ def compared_rows(dataset: TokenDataset, row_ids: Sequence[int]) -> ComparedRows
     if dataset.kind == "rated":
         return ComparedRows(rows, [], False, 0)
     if dataset.kind == "rated-with-kl":
-        # An answer behind its own prompt would measure its own reward.
-        cycled = [_behind(row, rows[i - 1]) for i, row in enumerate(rows)] if len(rows) > 1 else []
+        cycled = [_behind(row, other) for row, other in zip(rows, _answers_to_others(rows), strict=False)]
         return ComparedRows(rows, cycled, False, len(cycled))
     halves = [_halves(row) for row in rows]
     with_prompts = dataset.kind == "pairs-with-prompts"
@@ -82,6 +81,18 @@ def _halves(row: Row) -> tuple[Row, Row]:
         Row(row.tokens[:second], row.targets[:second], begin),
         Row(row.tokens[second:], row.targets[second:], begin),
     )
+
+
+def _answers_to_others(rows: Sequence[Row]) -> list[Row]:
+    """For each row the nearest one before it, in a circle, that answers another prompt; empty if none does.
+
+    An answer behind its own prompt would measure its own reward, and so would another one behind the same prompt.
+    """
+    prompts = [row.tokens[: int(np.argmax(row.targets))].tobytes() for row in rows]
+    if len(set(prompts)) < 2:
+        return []
+    nearest = [next(k for k in range(1, len(rows)) if prompts[i - k] != prompts[i]) for i in range(len(rows))]
+    return [rows[i - k] for i, k in enumerate(nearest)]
 
 
 def _behind(row: Row, other: Row) -> Row:

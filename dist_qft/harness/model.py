@@ -13,7 +13,6 @@ import torch.distributed as dist
 from lm_eval.api.model import TemplateLM
 from lm_eval.api.registry import register_model
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
-from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from dist_qft.base_model.eval_mode import eval_mode
@@ -175,13 +174,6 @@ class TunedLM(TemplateLM):
         batch = MicroBatch.of(ids, targets, positions, 0).to(self._device)
         hidden = self.base.hidden_states(batch.input_ids, batch.position_ids, batch.segments)
         chosen = hidden.flatten(0, 1)[batch.target_positions]
-        likelihoods, greedy = self._of_targets(chosen, batch.target_ids)
+        likelihoods, greedy = self.base.head.likelihoods(chosen, batch.target_ids)
         parts = zip(likelihoods.split(sizes), greedy.split(sizes), strict=True)
         return [(float(values.sum()), bool(right.all())) for values, right in parts]
-
-    def _of_targets(self, hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        """Log-probability (n,) of each target after hidden states (n, dim), and whether it is the likeliest token."""
-        head = self.base.head
-        logits = head.loss_map(head(hidden).float())
-        values = logits.log_softmax(-1).gather(1, targets[:, None])[:, 0]
-        return values, logits.argmax(-1) == targets

@@ -81,6 +81,24 @@ class Heartbeat:
         with contextlib.suppress(NoAnswerError, RuntimeError):
             answer_within(_TELLING_SECONDS, lambda: self.connection().set(_LOST, text))
 
+    def all_failed(self, what: str, seconds: float) -> bool:
+        """Tell the others that this rank failed at `what`; True once all have said so, False if one has not in time."""
+        deadline = time.monotonic() + seconds
+
+        def told() -> bool:
+            store = self.connection()
+            store.set(_failed_key(what, self._rank), "1")
+            while not store.check([_failed_key(what, other) for other in self._others]):
+                if time.monotonic() > deadline:
+                    return False
+                time.sleep(_BEAT_SECONDS / 5)
+            return True
+
+        try:
+            return not self._others or answer_within(seconds + _TELLING_SECONDS, told)
+        except (NoAnswerError, RuntimeError):
+            return False
+
     def lost_rank(self, ended: set[int]) -> str | None:
         """Name the lost rank that makes this one exit, such as "rank 1 is gone"; None if unknown.
 
@@ -159,6 +177,10 @@ def _exit_key(rank: int) -> str:
 
 def _left_key(rank: int) -> str:
     return f"dist_qft/left/{rank}"
+
+
+def _failed_key(what: str, rank: int) -> str:
+    return f"dist_qft/failed/{what}/{rank}"
 
 
 def rank_names(ranks: list[int]) -> str:

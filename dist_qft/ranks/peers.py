@@ -15,6 +15,7 @@ from dist_qft.ranks.peer_watch import PeerWatch
 # How long after a loss the main thread may take to leave by itself. gloo tells it at its next collective, NCCL never.
 GRACE_SECONDS = {"cpu": 20.0, "cuda": 1.0}
 _BEFORE_TIMEOUT_SECONDS = 5.0
+_ALL_FAIL_SECONDS = 10.0  # in which ranks that make the same error have all made it
 
 
 class Peers:
@@ -38,6 +39,13 @@ class Peers:
         if lost is not None:
             self._heartbeat.tell_lost(lost)  # to ranks that cannot notice
         return lost
+
+    def all_failed(self, what: str) -> bool:
+        """True if every rank fails at `what`, each in this call; False if one goes on. Takes up to 10 s.
+
+        For an error that a rank cannot tell others of by a collective, since it does not know where they are.
+        """
+        return self._heartbeat.all_failed(what, _ALL_FAIL_SECONDS)
 
     def watch(self, end: Callable[[str], None]) -> AbstractContextManager[object]:
         """Context in which `end` is called if a peer is lost and the main thread does not notice; see `PeerWatch`."""

@@ -22,7 +22,7 @@ from dist_qft.storage.checkpoint import list_checkpoints
 from dist_qft.storage.trainer_state import BaseEvaluation
 from dist_qft.study.costs import costs_of
 from dist_qft.study.merging import MERGED_FOLDER, Merged, merge_and_measure, task_figures
-from dist_qft.study.result_file import Result, write_rows
+from dist_qft.study.result_file import Result, write_result, write_rows
 from dist_qft.study.study_run import StudyRun
 from dist_qft.train import execute_run, gather_inputs
 from dist_qft.training.run_inputs import LoadedBase, RunInputs
@@ -65,7 +65,12 @@ class Runner:
                 traceback.print_exc()
                 code = error.exit_code if isinstance(error, DistQFTError) else 1
                 text = str(error).splitlines()[0] if str(error) else type(error).__name__
-                return Result.failed(row, code, text)
+                result = Result.failed(row, code, text)
+                if not getattr(error, "everywhere", False) and not self._peers.all_failed(row.name):
+                    # The others are at this run still and will wait for this rank: it goes, and they notice.
+                    write_result(row.folder, result)
+                    raise
+                return result
 
     def _measured(self, row: StudyRun, started: float) -> Result:
         """A run trained, merged if the study asks for it, and measured; what nobody keeps is removed."""

@@ -83,6 +83,8 @@ def _follow(tracker: Tracker, note: Callable[[str], None]) -> tuple[bool, float]
     """
     failed = False
     for line in sys.stdin:
+        if not line.endswith("\n"):  # half a record: the trainer was killed while it wrote
+            break
         record = json.loads(line)
         if "end" in record:
             return record["end"], record["seconds"]

@@ -93,9 +93,13 @@ def read_history(output_dir: Path) -> list[StepRecord]:
 
 
 def read_held_out(output_dir: Path) -> list[tuple[int, float]]:
-    """Step and held-out loss of every evaluation of the tuned model, in order; empty without a metrics file."""
+    """Step and held-out loss of every evaluation of the tuned model, in order; empty without a metrics file.
+
+    A step that was evaluated again, as the last one of a run that was stopped behind it, is there once.
+    """
     found = (record for _, record in _records(output_dir / METRICS_FILE))
-    return [(record["step"], record["eval/loss"]) for record in found if isinstance(record.get("eval/loss"), float)]
+    losses = {record["step"]: record["eval/loss"] for record in found if isinstance(record.get("eval/loss"), float)}
+    return list(losses.items())
 
 
 def _records(path: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:

@@ -7,8 +7,8 @@ all ranks see:
                    compute dtype; with a pooling downsample d / r instead of d
     rows-R.bin     for each of them the row, where it begins in bytes, and 1 + the CRC-32 of its bytes, written after it
 
-No file has two writers, and each is closed after a write and opened for a read. That is when NFS promises that a machine
-sees what another one wrote; pages that are mapped into memory it leaves as they were.
+No file has two writers, and each is closed after a write and opened for a read. NFS promises then that a machine sees
+what another one wrote; pages that are mapped into memory it leaves as they were.
 
 A row is checked before each use: by its CRC-32 before the first use in this process, later by a sum of its words, which
 is several times faster and sees every single flipped bit. A row that is damaged counts as absent: it is computed again.

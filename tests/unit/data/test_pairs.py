@@ -148,6 +148,26 @@ def test_rated_answers_are_put_behind_each_others_prompts(tmp_path):
     assert len(split) == 2 and split.labels.tolist() == [1.0, 0.0]
 
 
+def test_no_answer_is_measured_behind_the_prompt_that_it_answers(tmp_path):
+    """Two answers to a prompt that stand side by side, as those of one length do in held-out rows."""
+    said = [
+        ("the cat", " sat"),
+        ("the cat", " ran"),
+        ("seven dogs", " sat on a mat"),
+        ("seven dogs", " ran over hills"),
+    ]
+    rows = [{"prompt": prompt, "completion": text, "label": True} for prompt, text in said]
+    dataset = prepared(tmp_path, rows, task="kto")
+    batch = collate(dataset, [0, 1, 2, 3], 5, 0)
+    assert batch.answers.cycled == 4
+    texts = [tiny_tokenizer().decode(row, skip_special_tokens=True) for row in batch.input_ids]
+    assert texts[:4] == [prompt + text for prompt, text in said]
+    behind = ["the cat ran over hills", "the cat ran over hills", "seven dogs ran", "seven dogs ran"]
+    assert texts[5:9] == behind
+    same = collate(dataset, [0, 1], 2, 0)
+    assert same.answers.cycled == 0 and same.answers.count == 2
+
+
 @pytest.mark.parametrize(
     "row, task, reason",
     [

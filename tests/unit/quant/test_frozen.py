@@ -249,6 +249,18 @@ def test_hooks_of_other_libraries_meet_a_tensor():
     assert head.loss(hidden, targets, with_gradient=False)[1] is None
 
 
+@pytest.mark.parametrize("tokens", [0, 3, 256, 600])
+def test_likelihoods_are_those_of_all_logits_at_once(tokens):
+    head = OutputHead(embedding_of(Q8_0()), None, loss_map=LogitMap(scale=0.5, cap=3.0))
+    hidden, targets = random(tokens, 96, seed=4), torch.arange(tokens) % 50
+    logits = head.loss_map(head(hidden))
+    targets[::2] = logits.argmax(-1)[::2]
+    values, greedy = head.likelihoods(hidden, targets)
+    expected = logits.log_softmax(-1).gather(1, targets[:, None])[:, 0]
+    torch.testing.assert_close(values, expected, rtol=1e-5, atol=1e-5)
+    assert torch.equal(greedy, logits.argmax(-1) == targets) and greedy.dtype == torch.bool
+
+
 def test_embedding_refuses_ids_and_formats_it_cannot_serve():
     with pytest.raises(IndexError):
         embedding_of(Q8_0())(torch.tensor([50]))

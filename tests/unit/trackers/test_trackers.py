@@ -5,6 +5,7 @@ import math
 import os
 import signal
 import sqlite3
+import subprocess
 import sys
 import time
 from contextlib import closing
@@ -115,6 +116,18 @@ def test_a_tracker_that_dies_is_told_once(tmp_path):
     trackers.scalars(2, {"train/loss": 1.0})
     trackers.close()
     assert len(notes) == 1 and "has ended by itself (exit code -9)" in notes[0]
+
+
+@pytest.mark.parametrize("name", TRACKERS)
+def test_a_trainer_that_was_killed_within_a_record_leaves_a_run_that_ended(name, tmp_path):
+    pytest.importorskip(name)
+    opening = {"folder": str(tmp_path), "name": "run", "config": {}, "resumed": False}
+    record = json.dumps({"step": 1, "figures": {"train/loss": 0.5}})
+    command = [sys.executable, "-m", "dist_qft.trackers.process", name]
+    lines = f"{json.dumps(opening)}\n{record}\n{record[:-4]}"
+    found = subprocess.run(command, input=lines, capture_output=True, text=True, timeout=120, check=False)
+    assert found.returncode == 0 and "Traceback" not in found.stderr, found.stderr
+    assert READERS[name](tmp_path).by_tag("train/loss") == [(1, 0.5)]
 
 
 def test_a_library_that_cannot_begin_is_told_once(tmp_path):

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from dist_qft.training.metrics_file import METRICS_FILE, MetricsFile, StepRecord, read_history
+from dist_qft.training.metrics_file import METRICS_FILE, MetricsFile, StepRecord, read_held_out, read_history
 
 
 def record(step: int, loss: float = 1.0) -> dict[str, float]:
@@ -131,3 +131,11 @@ def test_a_history_that_is_not_the_saved_one_is_told(saved, damage):
     kept = [] if damage == "deleted" else [1, 2] if damage == "truncated" else [1, 2, 2, 2]
     assert [step for step, _ in written(path)] == kept
     assert MetricsFile(path, 2, 0).fault is None  # a checkpoint of an earlier version knows nothing of the file
+
+
+def test_a_step_that_is_evaluated_again_is_there_once(tmp_path):
+    file = MetricsFile(tmp_path / METRICS_FILE, 0, 0)
+    for step, loss in ((2, 1.5), (4, 1.25), (4, 1.25), (6, math.nan)):
+        file.write({"step": step, "eval/loss": loss})
+    file.close()
+    assert read_held_out(tmp_path) == [(2, 1.5), (4, 1.25)]
