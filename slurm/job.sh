@@ -41,9 +41,10 @@ run_step() { # [srun's options] COMMAND...: runs it to its end, passes on the wa
   wait "$pid"
   code=$?
 
-  # srun's code is the largest one. The failure of a task counts for more than that its peers lost it.
+  # srun's code is the largest one. The failure of a task counts for more than that its peers lost it (4), or were
+  # stopped while they waited for it (75).
   cat "$logs/srun.log" >&2
-  for final in 6 5 2; do
+  for final in 1 3 6 5 2; do
     if grep -q "exit code $final\$" "$logs/srun.log"; then code=$final; fi
   done
   reasons=$(grep -h "error: \|^dist_qft.launch: " "$logs"/task-*.log | sort -u)

@@ -101,6 +101,12 @@ def base_settings(
     )
 
 
+def digest_of_config(config: PretrainedConfig) -> str:
+    """A digest of the settings that change a hidden state, as this version of the library reads them."""
+    settings = dict(_flat(json.loads(config.to_json_string(use_diff=False))))
+    return _digest([settings, {name: version(name) for name in _PACKAGES}])
+
+
 def _flat(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     """Every setting of a nested configuration that has an effect, with its dotted key."""
     for key, value in tree.items():

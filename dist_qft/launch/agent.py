@@ -27,6 +27,7 @@ from dist_qft.launch.rendezvous import NodeRendezvous
 
 _FINAL = tuple(error.exit_code for error in (UserError, CorruptFileError, NumericError, Preempted))
 _PEER_LOSS_SECONDS = 10.0
+CLEARING_SECONDS = 30  # for ranks that lost a peer: they have nothing to save, but a checkpoint may be being written
 
 
 @dataclass
@@ -35,10 +36,12 @@ class LaunchState:
 
     Attributes:
         stopping: a signal asked the run to stop, so that no rank starts again.
+        deserted: another node ended the run while this one's ranks were waiting for it.
         failures: those of the latest ranks that failed, by rank.
     """
 
     stopping: bool = False
+    deserted: bool = False
     failures: Mapping[int, ProcessFailure] = field(default_factory=dict)
 
 
@@ -80,11 +83,17 @@ class Agent(LocalElasticAgent):
             rendezvous.set_closed()
 
     def _leave_with_other_nodes(self) -> None:
-        """Stop ranks that still run some time after another node has ended the run: they may wait for its ranks."""
-        if self._closed_at is None:
-            self._closed_at = time.monotonic()
-        elif time.monotonic() - self._closed_at > _PEER_LOSS_SECONDS and not self._state.stopping:
-            self._state.stopping = True
+        """Stop ranks that still run some time after another node has ended the run: they may wait for its ranks.
+
+        Those that wait in C, as for a GPU, do not hear of it and are killed.
+        """
+        now = time.monotonic()
+        self._closed_at = self._closed_at or now
+        if self._state.deserted and now - self._closed_at > _PEER_LOSS_SECONDS + CLEARING_SECONDS:
+            for process in psutil.Process().children():
+                process.kill()
+        elif now - self._closed_at > _PEER_LOSS_SECONDS and not self._state.stopping:
+            self._state.stopping = self._state.deserted = True
             print("dist_qft.launch: another node has ended the run", file=sys.stderr, flush=True)
             for process in psutil.Process().children():
                 process.terminate()

@@ -4,7 +4,7 @@ Options, restarts and log files are torchrun's own, with these differences:
 
 * The exit code of the first failing rank reaches the shell (128 + n if signal n killed it), and the rank's own
   message is the last word: no traceback, no table of failures.
-* A signal goes to the ranks, which have `--shutdown-timeout` seconds (default 120) to save and leave. torchrun
+* A signal goes to the ranks, which have `--shutdown-timeout` seconds (default 3600) to save and leave. torchrun
   would end the run by itself and lose their exit codes, among them 75, "preempted and saved". A second Ctrl-C within
   3 s kills the ranks. A signal that is ignored, as SIGHUP is under nohup, stays ignored.
 * The ranks end with the launcher, even if that is killed.
@@ -45,20 +45,19 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, P
 from torch.distributed.elastic.rendezvous import RendezvousClosedError, RendezvousError
 from torch.distributed.run import determine_local_world_size, get_args_parser, parse_min_max_nnodes, run
 
-from dist_qft.errors import DistQFTError, PeerLostError, SetupError, UserError
-from dist_qft.launch.agent import LaunchState, ending, first_failure, use_our_agent
+from dist_qft.errors import DistQFTError, PeerLostError, Preempted, SetupError, UserError
+from dist_qft.launch.agent import CLEARING_SECONDS, LaunchState, ending, first_failure, use_our_agent
 from dist_qft.launch.forked import ForkedRanks, can_fork
 from dist_qft.launch.rendezvous import BACKEND, use_our_rendezvous
 from dist_qft.ranks.launchers import LAUNCHER
-from dist_qft.ranks.preemption import INTERRUPTED, SECOND_INTERRUPT_SECONDS, heeded, leave_before_the_run
+from dist_qft.ranks.preemption import INTERRUPTED, SAVE_SECONDS, SECOND_INTERRUPT_SECONDS, heeded, leave_before_the_run
 from dist_qft.ranks.process import launcher_mark
 
 _DEFAULTS = {
     "nproc_per_node": "auto",
     "signals_to_handle": "SIGTERM,SIGINT,SIGHUP,SIGUSR1",
-    "shutdown_timeout": 120,
+    "shutdown_timeout": int(SAVE_SECONDS),
 }
-_CLEARING_SECONDS = 30
 _DEFAULT_PORT = 29500
 _USAGE = "python -m dist_qft.launch [torchrun options] -- train CONFIG [key.sub=value ...]"
 
@@ -127,8 +126,7 @@ def _launch(args: Namespace) -> int:
     state = LaunchState()
     signals = _Signals(args.signals_to_handle.split(","), args.shutdown_timeout, state, forked)
     os.environ[LAUNCHER] = launcher_mark()  # for the ranks
-    # Ranks that lost a peer have nothing to save: one that stays long hangs. A checkpoint may be being written.
-    args.shutdown_timeout = min(args.shutdown_timeout, _CLEARING_SECONDS)
+    args.shutdown_timeout = min(args.shutdown_timeout, CLEARING_SECONDS)
     # All that torchrun itself still answers: stop at once. A signal that nobody uses where even that is ignored.
     args.signals_to_handle = "SIGQUIT" if heeded(signal.SIGQUIT) else "SIGRTMAX"
     use_our_agent(state, args.max_restarts)
@@ -137,7 +135,13 @@ def _launch(args: Namespace) -> int:
     try:
         run(args)
     except ChildFailedError as error:
-        return INTERRUPTED if signals.hurried else _exit_code(error.failures)
+        if signals.hurried:
+            return INTERRUPTED
+        code = _exit_code(error.failures)
+        # Ranks that were stopped while they waited for another node's say that they were, or that they were killed. A
+        # job must not take it for its own end and start again for ever.
+        stopped = state.deserted and (code == Preempted.exit_code or code > 128)
+        return PeerLostError.exit_code if stopped else code
     except SignalException as error:
         return 128 + error.sigval
     except RendezvousClosedError:  # our ranks failed, and before they could start again another node gave up

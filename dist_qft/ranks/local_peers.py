@@ -4,11 +4,13 @@ For the message about a lost peer: not every launcher says which rank was killed
 which rank was at its other end. That each of them has a GPU of its own is checked here, too.
 """
 
+import contextlib
 import hashlib
 import os
 import socket
 import time
 import zlib
+from pathlib import Path
 
 import psutil
 import torch
@@ -17,6 +19,7 @@ import torch.distributed as dist
 from dist_qft.errors import SetupError
 from dist_qft.ranks.collectives import everywhere
 
+_BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 _GRACE_SECONDS = 0.5  # a killed process closes its connections a little before it counts as ended
 
 
@@ -28,7 +31,7 @@ class LocalPeers:
     """
 
     def __init__(self, device: torch.device) -> None:
-        own = torch.tensor([zlib.crc32(socket.gethostname().encode()), os.getpid(), _gpu_number(device)])
+        own = torch.tensor([machine_number(), os.getpid(), _gpu_number(device)])
         everyone = [torch.empty_like(own) for _ in range(dist.get_world_size())]
         dist.all_gather(everyone, own)
         places = torch.stack(everyone).tolist()
@@ -46,6 +49,18 @@ class LocalPeers:
             if ended or time.monotonic() > deadline:
                 return ended
             time.sleep(0.01)
+
+
+def machine_number() -> int:
+    """A number that processes have in common if their process ids name the same processes.
+
+    Host names repeat: beside them count the boot of the kernel and the container's process namespace.
+    """
+    boot, namespace = "", 0
+    with contextlib.suppress(OSError):  # not Linux
+        boot = _BOOT_ID.read_text()
+        namespace = os.stat("/proc/self/ns/pid").st_ino
+    return zlib.crc32(f"{socket.gethostname()} {boot} {namespace}".encode())
 
 
 def _gpu_number(device: torch.device) -> int:

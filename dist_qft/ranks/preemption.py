@@ -21,6 +21,9 @@ from dist_qft.ranks.launchers import in_charge_of_terminal, local_rank_text
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
 INTERRUPTED = 128 + signal.SIGINT
 SECOND_INTERRUPT_SECONDS = 3.0
+# For ranks that were asked to stop, until they have left: a step of a large model takes minutes, and so does a save.
+# Those that wait for a lost rank leave earlier, by the timeout of their collectives.
+SAVE_SECONDS = 3600.0
 
 _EARLY = "stopped by a signal before the run began; start it again"
 _CLEAN_UP_SECONDS = 3.0  # for the main thread to leave by itself, before the process is ended

@@ -22,10 +22,9 @@ import psutil
 
 from dist_qft.errors import SetupError
 from dist_qft.ranks.launchers import LAUNCHER, MPI_LAUNCHERS, local_rank_text
-from dist_qft.ranks.preemption import leave_on_stop_signals
+from dist_qft.ranks.preemption import SAVE_SECONDS, leave_on_stop_signals
 
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
-_SAVE_SECONDS = 120.0  # as long as the launcher itself would give the ranks
 _POLL_SECONDS = 1.0
 _GONE = (errno.EPIPE, errno.EIO, errno.EBADF)
 # Modules stay: looking for garbage among them as often as usual would take a tenth of the time of importing them.
@@ -115,7 +114,7 @@ def launcher_mark() -> str:
 
 
 def end_with_launcher(env: Mapping[str, str] = os.environ) -> None:
-    """End this process when its launcher ends, for whatever reason: by SIGTERM, and after 120 s at once.
+    """End this process when its launcher ends, for whatever reason: by SIGTERM, and after an hour at once.
 
     The launcher is the process that `LAUNCHER` names (all between it and this process count, too), and the parent of a
     rank that torchrun or MPI started. Exits with SetupError's code if the launcher has ended already.
@@ -160,5 +159,5 @@ def _end_after(processes: Sequence[int]) -> None:
         sys.stderr.write("the launcher has ended: stopping\n")
         sys.stderr.flush()
     os.kill(os.getpid(), signal.SIGTERM)
-    time.sleep(_SAVE_SECONDS)
+    time.sleep(SAVE_SECONDS)
     os._exit(128 + signal.SIGTERM)

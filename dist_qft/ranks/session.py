@@ -7,6 +7,8 @@ one clear error, and an unexpected error into a crash report.
 
 import os
 import sys
+import threading
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
@@ -23,6 +25,8 @@ from dist_qft.ranks.memory import memory_reported
 from dist_qft.ranks.peers import Peers, peer_loss_reported
 from dist_qft.ranks.preemption import StopSignal
 from dist_qft.ranks.world import World
+
+_WRITING_SECONDS = 20.0  # less than the launcher gives ranks that lost a peer
 
 
 class Settings(Protocol):
@@ -79,6 +83,14 @@ def session(
         yield world, device
 
 
+def _finish_writing() -> None:
+    """Wait for threads that Python itself would wait for, as for one that writes a checkpoint; not for the main one."""
+    deadline = time.monotonic() + _WRITING_SECONDS
+    for thread in threading.enumerate():
+        if not thread.daemon and thread not in (threading.main_thread(), threading.current_thread()):
+            thread.join(max(0.0, deadline - time.monotonic()))
+
+
 @contextmanager
 def errors_reported(peers: Peers, crash_dir: Path | None) -> Iterator[None]:
     """Context in which a lost peer or a lack of memory becomes one clear error, which leaves a crash report.
@@ -96,6 +108,7 @@ def errors_reported(peers: Peers, crash_dir: Path | None) -> Iterator[None]:
             write_report(crash_dir, error, peers.rank, peers.world_size, peers.doing())
         sys.stderr.write(f"error: rank {peers.rank}: {error}\n")
         sys.stderr.flush()
+        _finish_writing()
         os._exit(PeerLostError.exit_code)
 
     with report, peer_loss_reported(peers), peers.watch(end), memory_reported(peers.doing):

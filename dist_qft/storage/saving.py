@@ -27,7 +27,7 @@ class Saver:
         self._failure: BaseException | None = None
 
     def start(self, checkpoint: Checkpoint) -> None:
-        """Copy the checkpoint and return; a thread writes it. Waits for the checkpoint before.
+        """Copy the checkpoint and return; a thread writes it, behind the checkpoint before.
 
         Raises:
             UserError, SetupError, CorruptFileError: the checkpoint before could not be written.

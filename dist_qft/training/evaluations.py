@@ -38,7 +38,7 @@ class Evaluations:
             return
         with self._parts.bare():
             self.base = self.measure("base", step, stop)
-            self.answer_prompts("base", step)
+            self.answer_prompts("base", step, stop)
 
     def base_record(self) -> BaseEvaluation | None:
         """The base's result as checkpoints keep it; None without held-out data."""
@@ -57,7 +57,7 @@ class Evaluations:
             self.tuned = self.measure("best" if best else "tuned", step, stop)
         else:
             self.tuned = self.of_step(step, "tuned", stop)
-        self.answer_prompts("tuned", step)
+        self.answer_prompts("tuned", step, stop)
 
     def of_step(self, step: int, which: str, stop: StopSignal) -> HeldOut | None:
         """The tuned model's result after that step; one that has just been measured is not measured again."""
@@ -101,12 +101,16 @@ class Evaluations:
         figures = "".join(f", {name} {value:.3f}" for name, value in held_out.figures.items())
         self._monitor.say(f"{which}: held-out loss {held_out.loss:.4f}{figures}")
 
-    def answer_prompts(self, which: str, step: int) -> None:
-        """Have the model as it stands answer the config's prompts; `which` heads the answers."""
+    def answer_prompts(self, which: str, step: int, stop: StopSignal) -> None:
+        """Have the model as it stands answer the config's prompts; `which` heads the answers.
+
+        Raises:
+            Preempted: some rank was asked to `stop`.
+        """
         config, tokenizer, device = self._inputs.config, self._inputs.tokenizer, self._inputs.device
         prompts, sampling = config.evaluation.prompts, Sampling(config.evaluation.max_new_tokens)
         with self._parts.answering(device):
-            texts = answers(self._parts.base, tokenizer, prompts, sampling, device, date_of(config))
+            texts = answers(self._parts.base, tokenizer, prompts, sampling, device, date_of(config), stop=stop)
         for prompt, text in zip(prompts, texts, strict=True):
             self._monitor.text(step, f"answer/{which}", f"{prompt}\n\n{text}")
             self._monitor.say(f"{which}: {prompt}\n    {text}")

@@ -236,9 +236,9 @@ class TrainingRun:
         self.doing = "evaluation"
         try:
             held_out = self.evaluations.measure("eval", state.step, self._stop)
+            self.evaluations.answer_prompts("eval", state.step, self._stop)
         except Preempted:
             self._leave()
-        self.evaluations.answer_prompts("eval", state.step)
         state.evaluated_step = state.step
         if held_out is not None and compares(self.config):
             better = compare(state, held_out, self.config, self.inputs.data.held_out_digest)

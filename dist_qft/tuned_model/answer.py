@@ -9,12 +9,13 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase, StoppingCriteria, StoppingCriteriaList
 
 from dist_qft.base_model.eval_mode import eval_mode
 from dist_qft.base_model.skeleton import BaseModel
 from dist_qft.config.schema import EvaluationConfig
-from dist_qft.errors import UserError
+from dist_qft.errors import Preempted, UserError
+from dist_qft.ranks.preemption import StopSignal
 from dist_qft.tuned_model.prompts import Messages, prompt_ids, stop_ids
 
 _BATCH = 16  # prompts that are answered together
@@ -111,6 +112,7 @@ def answers(
     device: torch.device,
     today: datetime.date | None = None,
     streamer: Any = None,
+    stop: StopSignal | None = None,
 ) -> list[str]:
     """One answer for each prompt: text (a user's turn if the tokenizer has a chat template), or a conversation.
 
@@ -121,16 +123,18 @@ def answers(
     Args:
         today: the date for chat templates that print it (`data.date`); None takes the day of this call.
         streamer: of transformers, for a single prompt; gets tokens as they come.
+        stop: asked after each token.
 
     Raises:
         UserError: see `require_room`.
+        Preempted: some rank was asked to `stop`.
     """
     ids = [prompt_ids(tokenizer, prompt, today) for prompt in prompts]
     require_room(base, [len(row) for row in ids], sampling.max_new_tokens)
     found: list[str] = []
     with eval_mode(base.model):
         for start in range(0, len(prompts), _BATCH):
-            found += _answer_batch(base, tokenizer, ids[start : start + _BATCH], sampling, device, streamer)
+            found += _answer_batch(base, tokenizer, ids[start : start + _BATCH], sampling, device, streamer, stop)
     return found
 
 
@@ -141,6 +145,7 @@ def _answer_batch(
     sampling: Sampling,
     device: torch.device,
     streamer: Any,
+    stop: StopSignal | None,
 ) -> list[str]:
     stops = stop_ids(base.model.generation_config.eos_token_id, tokenizer)
     padding = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (stops or [0])[0]
@@ -155,9 +160,22 @@ def _answer_batch(
             pad_token_id=padding,
             synced_gpus=several,
             streamer=streamer,
+            stopping_criteria=StoppingCriteriaList([] if stop is None else [_Asked(stop)]),
             **sampling.arguments(),
         )
     return [str(tokenizer.decode(row, skip_special_tokens=True)).strip() for row in output[:, ids.shape[1] :]]
+
+
+class _Asked(StoppingCriteria):
+    """The end of all answers as soon as some rank was asked to stop."""
+
+    def __init__(self, stop: StopSignal) -> None:
+        self._stop = stop
+
+    def __call__(self, input_ids: Tensor, scores: Any, **_: Any) -> Any:
+        if self._stop.any_rank():
+            raise Preempted("stopped by a signal during an answer")
+        return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
 
 
 def _left_padded(rows: list[list[int]], padding: int) -> tuple[Tensor, Tensor]:

@@ -88,7 +88,7 @@ WRITTEN = {
     },
     "formats": set(FORMATS),
     "data cache": {*dataset._DTYPES, dataset._LABELS},
-    "hidden cache": {"base", "data", *names_of(hidden_cache.CacheLayout)},
+    "hidden cache": {"base", "settings", "data", *names_of(hidden_cache.CacheLayout)},
     "hidden cache records": set(hidden_cache._RECORD.names or ()),
     "lock": {lock.RUN_LOCK, *names_of(lock._Entry)},
     "study result": names_of(Result),

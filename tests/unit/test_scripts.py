@@ -65,6 +65,21 @@ def test_a_step_sees_all_gpus_of_its_node_however_they_were_asked_for(tmp_path):
     assert not [name for name in binding if f"{name}=" in seen]
 
 
+@pytest.mark.parametrize(
+    ("codes", "code"), [((75, 75), 75), ((75, 3), 3), ((1, 75), 1), ((4, 3), 3), ((3, 6, 75), 6), ((4, 137), 137)]
+)
+def test_the_task_that_failed_decides_and_not_those_that_were_stopped_for_it(tmp_path, codes, code):
+    """A stub stands for srun, whose own code is the largest one."""
+    srun = tmp_path / "srun"
+    lines = "".join(f"echo 'srun: error: n{i}: task {i}: Exited with exit code {c}' >&2\n" for i, c in enumerate(codes))
+    srun.write_text(f"#!/bin/bash\n{lines}exit {max(codes)}\n")
+    srun.chmod(0o755)
+    command = f'source slurm/job.sh; PATH={tmp_path}:$PATH; run_step true; exit "$code"'
+    environment = os.environ | JOB | {"LOGS": str(tmp_path)}
+    done = subprocess.run(["bash", "-c", command], env=environment, cwd=ROOT, capture_output=True, timeout=30)
+    assert done.returncode == code
+
+
 @pytest.mark.parametrize("script", ["pyxis", "apptainer"])
 def test_a_job_of_many_nodes_meets_at_the_first(tmp_path, script):
     """Stubs stand for Slurm; the list of the nodes is longer than a pipe holds."""

@@ -14,7 +14,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from dist_qft.launch.command import main
+from dist_qft.launch.command import _parse, main
+from dist_qft.ranks.preemption import SAVE_SECONDS
 from tests.support.commands import launcher_of
 
 RANKS = """
@@ -103,7 +104,11 @@ elif what == "listen":
     import torch
     with connect(World.from_environment(), torch.device("cpu"), timeout_seconds=60):
         wait()
+elif what == "refuse late":
+    time.sleep(1.0)
+    leave(3)
 elif what == "deaf":
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     wait()
@@ -250,6 +255,25 @@ def test_a_killed_rank_restarts_the_ranks_of_all_nodes(start, tmp_path) -> None:
         done = sorted(line for line in lines if line.startswith("done"))
         assert done == [f"done {2 * number}", f"done {2 * number + 1}"]
     assert "rank 1 was killed by SIGKILL; starting again" in outputs[0][1]
+
+
+@pytest.mark.parametrize("waits", ["save", "deaf"])
+def test_a_node_whose_ranks_wait_for_one_that_failed_did_not_end_by_a_signal(start, waits) -> None:
+    """Exit code 75 would have a job start again for ever. Ranks that wait in C do not hear of it, and are killed."""
+    port = free_port()
+    arguments = (["save"] if waits == "save" else ["deaf"], ["refuse late"])
+    nodes = [
+        start("--nnodes", "2", "--master-port", port, "--node-rank", str(rank), "--", *words)
+        for rank, words in enumerate(arguments)
+    ]
+    outputs = [node.communicate(timeout=120) for node in nodes]
+    assert [node.returncode for node in nodes] == [4, 3], outputs
+    assert outputs[0][1].startswith("dist_qft.launch: another node has ended the run\n")
+
+
+def test_ranks_have_the_time_of_a_long_step_and_save_to_leave(monkeypatch) -> None:
+    monkeypatch.delenv("PET_SHUTDOWN_TIMEOUT", raising=False)
+    assert _parse(["--", "train"], "dist_qft").shutdown_timeout == SAVE_SECONDS == 3600
 
 
 def test_ranks_that_do_not_leave_are_killed(start) -> None:

@@ -13,13 +13,13 @@ what another one wrote; pages that are mapped into memory it leaves as they were
 A row is checked before each use: by its CRC-32 before the first use in this process, later by a sum of its words, which
 is several times faster and sees every single flipped bit. A row that is damaged counts as absent: it is computed again.
 
-`cache.json` names the base, data and layout of the states; a cache of anything else is discarded.
+`cache.json` names base, settings, data and layout of the states; a cache of anything else is discarded.
 """
 
 import json
 import shutil
 import zlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -79,19 +79,19 @@ class HiddenCache:
     Args:
         lengths: (rows,) tokens of each row.
         rank: of this process: the files that it writes.
-        base, data: fingerprint of the base and digest of the data that the states come from.
+        states_of: name -> digest of what the states come from: base, its settings, data.
 
     Raises:
         SetupError: the folder cannot be written, or another process holds its lock for too long.
     """
 
     def __init__(
-        self, folder: Path, layout: CacheLayout, lengths: np.ndarray, *, rank: int, base: str, data: str
+        self, folder: Path, layout: CacheLayout, lengths: np.ndarray, *, rank: int, states_of: Mapping[str, str]
     ) -> None:
         self.layout = layout
         self._folder, self._lengths = folder, lengths
         self._own = folder / _STATES.replace("*", str(rank))
-        key = {"version": _VERSION, "base": base, "data": data, **asdict(layout), "dtype": str(layout.dtype)}
+        key = {"version": _VERSION, **states_of, **asdict(layout), "dtype": str(layout.dtype)}
         folder.mkdir(parents=True, exist_ok=True)
         with locked(folder / "cache.owner", f"method.cache: '{folder}'", _LOCK_SECONDS):
             if _read_key(folder) != key:

@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch import nn
 from transformers import PretrainedConfig
 
+from dist_qft.base_model.base_settings import digest_of_config
 from dist_qft.base_model.dry_run import masks_without_data, needs_data
 from dist_qft.base_model.model_config import library_refusal
 from dist_qft.base_model.skeleton import BaseModel
@@ -144,7 +145,8 @@ class SideSpec(TrainableSpec[SideNetwork]):
         if self.cache == "none":
             return through_base
         layout = self.cache_layout(base.dtype)
-        cache = HiddenCache(folder, layout, data.lengths, rank=dist.get_rank(), base=base.fingerprint, data=data.digest)
+        states_of = {"base": base.fingerprint, "settings": digest_of_config(base.config), "data": data.digest}
+        cache = HiddenCache(folder, layout, data.lengths, rank=dist.get_rank(), states_of=states_of)
         base.notes.append(f"hidden-state cache {folder}: {cache.filled:,} of {len(data):,} rows are there")
         side = parts.trainables
         return CachedForward(through_base, side, cache, parts.device, parts.keep_head, base.mask_of_samples)

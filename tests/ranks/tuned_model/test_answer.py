@@ -12,8 +12,8 @@ import dist_qft
 from dist_qft import chat
 from dist_qft.chat import Chat, shared_lines
 from dist_qft.config.schema import EvaluationConfig
-from dist_qft.errors import SetupError, UserError
-from dist_qft.tuned_model.answer import Sampling, _left_padded, require_room_for_answers
+from dist_qft.errors import Preempted, SetupError, UserError
+from dist_qft.tuned_model.answer import Sampling, _left_padded, answers, require_room_for_answers
 from dist_qft.tuned_model.checkpointed import config_of, find_checkpoint, open_checkpointed
 from dist_qft.tuned_model.prompts import prompt_ids
 
@@ -35,6 +35,26 @@ def test_a_batch_gives_the_answers_of_its_prompts_alone(model):
     together = model.generate(PROMPTS, max_new_tokens=12)
     assert together == [model.generate(prompt, max_new_tokens=12) for prompt in PROMPTS]
     assert len(set(together)) == len(PROMPTS)
+
+
+class AskedAtTheThird:
+    """A stop signal that comes behind the second token."""
+
+    def __init__(self):
+        self.asked = 0
+
+    def any_rank(self):
+        self.asked += 1
+        return self.asked == 3
+
+
+def test_a_signal_ends_the_answers_at_the_next_token(model):
+    stop, sampling = AskedAtTheThird(), Sampling(max_new_tokens=12)
+    with pytest.raises(Preempted, match=r"^stopped by a signal during an answer$"):
+        answers(model.base, model.tokenizer, PROMPTS, sampling, CPU, stop=stop)
+    assert stop.asked == 3
+    unasked = answers(model.base, model.tokenizer, PROMPTS, sampling, CPU)
+    assert answers(model.base, model.tokenizer, PROMPTS, sampling, CPU, stop=stop) == unasked
 
 
 def test_sampling_is_a_function_of_its_seed(model):

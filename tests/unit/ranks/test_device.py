@@ -1,13 +1,14 @@
 """The device of a rank, and the groups that it leaves; GPUs are imagined."""
 
 import os
+from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
 
 from dist_qft.errors import NumericError, SetupError, UserError
-from dist_qft.ranks import device
+from dist_qft.ranks import device, local_peers
 from dist_qft.ranks.device import (
     CPU_PRECISION,
     bfloat16_units,
@@ -18,7 +19,7 @@ from dist_qft.ranks.device import (
     order_required,
 )
 from dist_qft.ranks.groups import leave_group
-from dist_qft.ranks.local_peers import require_own_gpus
+from dist_qft.ranks.local_peers import machine_number, require_own_gpus
 from dist_qft.ranks.world import World
 from dist_qft.training.step_meter import held_bytes
 
@@ -26,6 +27,14 @@ from dist_qft.training.step_meter import held_bytes
 def world_of(local_rank: int) -> World:
     """A rank of the second of two nodes with four ranks each."""
     return World(4 + local_rank, 8, local_rank, 4, "10.0.0.7", 29400, "torchrun")
+
+
+def test_machines_of_one_host_name_are_two(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    own = machine_number()
+    assert own == machine_number()
+    (tmp_path / "boot_id").write_text("another boot")
+    monkeypatch.setattr(local_peers, "_BOOT_ID", tmp_path / "boot_id")
+    assert machine_number() != own
 
 
 def test_device_without_gpu(monkeypatch: pytest.MonkeyPatch) -> None:

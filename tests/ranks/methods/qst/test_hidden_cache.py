@@ -4,6 +4,7 @@ import json
 import os
 import random
 import resource
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +24,8 @@ CPU = torch.device("cpu")
 
 
 def open_cache(folder: Path, rank: int = 0, **changes: str) -> HiddenCache:
-    return HiddenCache(folder, LAYOUT, LENGTHS, rank=rank, **{"base": "b", "data": "d", **changes})
+    states_of = {"base": "b", "settings": "s", "data": "d", **changes}
+    return HiddenCache(folder, LAYOUT, LENGTHS, rank=rank, states_of=states_of)
 
 
 def random_states(rows: int, length: int) -> BaseStates:
@@ -93,7 +95,7 @@ def test_every_bit_that_flips_under_a_running_process_is_seen(tmp_path):
     assert_row(cache, 1, states, 0)
 
 
-@pytest.mark.parametrize("change", [{"base": "other"}, {"data": "other"}])
+@pytest.mark.parametrize("change", [{"base": "other"}, {"settings": "other"}, {"data": "other"}])
 def test_a_cache_of_something_else_is_discarded(tmp_path, change):
     open_cache(tmp_path).write([0], random_states(1, 16))
     assert open_cache(tmp_path).filled == 1
@@ -222,6 +224,20 @@ def test_another_world_reads_what_this_one_wrote_and_a_torn_row_runs_the_base_ag
     losses, gathered = pools[4].run(losses_and_gathers, config=epochs_config(tiny_llama, tmp_path / "run", "disk"))[0]
     assert losses == pytest.approx(expected, rel=1e-5)
     assert sum(amount > gathered[-1] for amount in gathered) <= 2  # the head's gather, and the torn row's step
+
+
+def test_states_of_a_base_with_other_settings_are_not_used(pools, tiny_llama, tmp_path):
+    """Its weights are the same, and so is their fingerprint."""
+    model = Path(shutil.copytree(tiny_llama, tmp_path / "model"))
+    config = epochs_config(model, tmp_path / "run", "disk", train={"max_steps": 9})
+    _, gathered = pools[2].run(losses_and_gathers, config=config)[0]
+    shutil.rmtree(tmp_path / "run" / "checkpoint-9")
+    _, again = pools[2].run(losses_and_gathers, config=config)[0]
+    assert again[-1] < gathered[0] and max(again[1:]) < gathered[0], "all rows are there"
+    shutil.rmtree(tmp_path / "run" / "checkpoint-9")
+    settings = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(settings | {"rms_norm_eps": 0.5}))
+    assert pools[2].run(losses_and_gathers, config=config)[0][1] == gathered
 
 
 def test_resume_in_the_middle_of_an_epoch_is_exact(pools, tiny_llama, tmp_path):

@@ -31,7 +31,7 @@ def test_a_sample_does_not_see_the_one_before_it(tmp_path):
     side = SideNetwork.build(settings, shrunken_config(config, 4), width=WIDTH, out_width=WIDTH, seed=0).eval()
     torch.nn.init.constant_(side.alpha, 0.0)  # all of the side network, none of the base
     layout = CacheLayout(DEPTH, WIDTH, WIDTH, "none", torch.float32)
-    cache = HiddenCache(tmp_path, layout, np.array([LENGTH, LENGTH]), rank=0, base="b", data="d")
+    cache = HiddenCache(tmp_path, layout, np.array([LENGTH, LENGTH]), rank=0, states_of={"base": "b"})
     generator = torch.Generator().manual_seed(0)
     layers = [torch.randn(1, LENGTH, WIDTH, generator=generator).repeat(2, 1, 1) for _ in range(DEPTH)]
     last = torch.randn(1, LENGTH, WIDTH, generator=generator).repeat(2, 1, 1)
