@@ -62,7 +62,7 @@ def test_a_run_that_is_stopped_in_an_answer_saves_and_goes_on(pools, tiny_llama,
 
 
 def ends(config: RunConfig) -> tuple[list[float], list[float]]:
-    """When this rank came out of each save, and when rank 0, which takes `SLOW_SECONDS` for it, had written it."""
+    """Times at which this rank came out of each save, and at which rank 0 had written it, `SLOW_SECONDS` later."""
     left: list[float] = []
     written: list[float] = []
     write, save = saving.write_checkpoint, Checkpointing.save
