@@ -68,6 +68,8 @@ class BaseSettings:
             then = before.files.get(file)
             if then is None or (files is not None and file not in files):
                 continue
+            if file == GENERATION_CONFIG:  # records of earlier versions hold settings of sampling, too
+                settings, then = _ends(settings), _ends(then)
             keys = settings.keys() & then.keys()
             if file == GENERATION_CONFIG or (file == CONFIG and before.versions == self.versions):
                 keys = settings.keys() | then.keys()
@@ -94,11 +96,16 @@ def base_settings(
     return BaseSettings(
         {
             CONFIG: dict(_flat(json.loads(config.to_json_string(use_diff=False)))),
-            GENERATION_CONFIG: dict(_flat(stored_generation_config(model))),
+            GENERATION_CONFIG: _ends(stored_generation_config(model)),
             TOKENIZER: _of_tokenizer(tokenizer),
             TOKENIZER_CONFIG: special,
         }
     )
+
+
+def _ends(generation_config: Mapping[str, Any]) -> dict[str, Any]:
+    """The one setting of a generation_config.json that we use: how tokens are drawn is asked for at each answer."""
+    return {key: value for key, value in generation_config.items() if key == "eos_token_id"}
 
 
 def digest_of_config(config: PretrainedConfig) -> str:

@@ -23,7 +23,15 @@ def encode_answers(
     Raises:
         RowError: the tokenizer, its template or the limits cannot take it.
     """
+    found: Counter[str] = Counter()
+    rows = _rows(sample, encoder, limits, where, found)
+    counts.update(found.keys())  # of records: what happens to both answers of one counts once
+    return rows
 
+
+def _rows(
+    sample: AnySample, encoder: SampleEncoder, limits: Lengths, where: str, counts: Counter[str]
+) -> list[TokenSequence]:
     def within_limits(answer: Sample) -> TokenSequence | None:
         if isinstance(answer, Conversation) and _too_long(answer, limits, where):
             counts["dropped_overlong"] += 1

@@ -22,7 +22,7 @@ from dist_qft.data.tokens import TokenSequence
 from dist_qft.errors import CorruptFileError
 from dist_qft.storage.atomic import publishing
 
-FORMAT_VERSION = 3  # of the file and of the way to its tokens: raise it and every cache is rebuilt
+FORMAT_VERSION = 4  # of the file and of the way to its tokens: raise it and every cache is rebuilt
 _LAYOUT = 1  # of what `digest` covers, in checkpoints too: a run whose rows are still the same goes on
 _DTYPES = {"tokens": np.int32, "targets": np.bool_, "row_offsets": np.int64, "segment_starts": np.int64}
 _KEYS = {"version", "digest", "pad_id", "packed_length", "report", "notes", "mixture", "kind", "told"}

@@ -132,21 +132,37 @@ def prompt_text(conversation: Conversation, template: ChatTemplate, *, prompt: b
     Raises:
         UserError: no form of the conversation can be rendered with all that is asked, or the template took too long.
     """
-    # Templates may cut an earlier answer's reasoning, but nothing of what the model is asked.
-    said = [message["content"] for message in conversation.messages if message["role"] != "assistant"]
     reason, forms = "", [Form()]
     for form in forms:
         messages, _ = form.apply(conversation.messages, "developer" in template.source)
         rendered = template.render(Request(messages, conversation.tools, prompt))
-        missing = [text for text in said if text.strip() not in rendered.text]
+        missing = _left_out(rendered.text, form, conversation, template, prompt)
         if form.spelled_out(messages, rendered.text):
             continue
         if rendered.error is None and not missing:
             return rendered.text
         if not reason:
-            reason = rendered.error or f"it leaves out {reprlib.repr(missing[0])}"
+            reason = rendered.error or f"it leaves out {reprlib.repr(missing)}"
             forms += _repaired(TemplateRefusal(reason), conversation)
     raise UserError(f"model.path: the chat template refuses the conversation: {reason}")
+
+
+def _left_out(text: str, form: Form, conversation: Conversation, template: ChatTemplate, prompt: bool) -> str | None:
+    """What the model is asked and a template does not write, though it may cut an earlier answer's reasoning; or None.
+
+    A template may also take a part of a text for a switch, such as /no_think, and write the rest.
+    """
+    for number, message in enumerate(conversation.messages):
+        asked = str(message["content"] or "")
+        if message["role"] == "assistant" or asked.strip() in text:
+            continue
+        others = [*conversation.messages]
+        others[number] = {**message, "content": ""}
+        messages, _ = form.apply(others, "developer" in template.source)
+        without = template.render(Request(messages, conversation.tools, prompt))
+        if without.error is not None or without.text == text:
+            return asked
+    return None
 
 
 def _repaired(failure: Located | TemplateRefusal, conversation: Conversation) -> Iterator[Form]:

@@ -79,9 +79,14 @@ class TurnEnds:
         header: as for `length_before_another`. gap: the text in front of the answer, behind another message.
         """
         token = rest[:length].strip()
-        if token not in self._markers or not header or gap.lstrip().startswith(token):  # it ends other messages, too
+        if token not in self._markers or not header or self._begins_with(gap, token):  # it ends other messages, too
             return False
         return not self.length_before_another(rest, header)
+
+    def _begins_with(self, gap: str, token: str) -> bool:
+        """True if a token is the first thing in a text but for blanks and marks, such as the quote that ends JSON."""
+        before, *found = self._split_at_markers.split(gap, maxsplit=1)
+        return found[:1] == [token] and not re.search(r"\w", before)
 
     def common_end(self, rest: str, gap: str, text: str) -> int:
         """The length of the start of `rest` up to a token that ends this message and the one before it; 0 if none does.

@@ -20,6 +20,7 @@ from dist_qft.training.summary import SUMMARY_FILE
 from dist_qft.tuned_model.checkpointed import find_checkpoint, run_folder
 from dist_qft.tuned_model.loaded_model import holds_model, open_base
 from dist_qft.tuned_model.opened_run import opened_to_answer
+from dist_qft.tuned_model.prompts import date_of
 
 _NO_EFFECT = ("tasks", "batch_size")  # of a request, on a task's figures
 
@@ -49,9 +50,9 @@ def run_tasks(path: str, request: TaskRequest, *, base: bool, as_json: bool) -> 
         found: dict[str, Figures] = {}
         if base:
             with run.parts.trainables.disabled(), run.parts.answering(run.device, tuned=False):
-                found["base"] = measure(run.parts.base, run.tokenizer, run.device, request)
+                found["base"] = measure(run.parts.base, run.tokenizer, run.device, request, date_of(run.config))
         with run.parts.answering(run.device):
-            found["tuned"] = measure(run.parts.base, run.tokenizer, run.device, request)
+            found["tuned"] = measure(run.parts.base, run.tokenizer, run.device, request, date_of(run.config))
         if run.world.rank == 0:
             _record(run_folder(path), run.config, found, request, step)
             _print(found, as_json)

@@ -5,6 +5,7 @@ models and sharded bases all work. The harness sees one rank. Inside, the ranks 
 each as many as the others, because a sharded base is gathered for every batch.
 """
 
+import datetime
 from collections.abc import Sequence
 from typing import Any
 
@@ -24,6 +25,7 @@ from dist_qft.harness.generation import Continuing, continuation
 from dist_qft.ranks.collectives import gather_table
 from dist_qft.tuned_model.answer import longest_sequence
 from dist_qft.tuned_model.loaded_model import load
+from dist_qft.tuned_model.prompts import conversation_text
 
 Scored = tuple[float, bool]
 # A request of the harness: its text, the ids of its context and those of its continuation.
@@ -41,6 +43,7 @@ class TunedLM(TemplateLM):
         tokenizer: that of a loaded base.
         batch_size: rows of a forward pass.
         max_length: tokens of a row at most; default is the model's own limit.
+        today: the date for chat templates that print it; None takes the day of each call.
 
     Attributes:
         asked: True once the harness has come with requests, before which it makes all of them.
@@ -53,6 +56,7 @@ class TunedLM(TemplateLM):
         batch_size: int | str = 8,
         max_length: int | None = None,
         device: str | torch.device | None = None,
+        today: datetime.date | None = None,
         **_: Any,
     ) -> None:
         super().__init__()
@@ -67,6 +71,7 @@ class TunedLM(TemplateLM):
         self.batch_size = int(batch_size) if str(batch_size).isdecimal() else 8
         limit = longest_sequence(self.base) or _LONGEST
         self.max_length = min(max_length or limit, limit)
+        self.today = today
         self.asked = False
 
     @property
@@ -89,13 +94,13 @@ class TunedLM(TemplateLM):
         return str(self.tokenizer.name_or_path).replace("/", "__")
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
-        text = self.tokenizer.apply_chat_template(
-            chat_history,
-            tokenize=False,
-            add_generation_prompt=add_generation_prompt,
-            continue_final_message=not add_generation_prompt,
-        )
-        return str(text)
+        """A conversation as it was trained, up to an answer to come, or up to where the last message ends so far."""
+        text = conversation_text(self.tokenizer, [*chat_history], self.today, prompt=add_generation_prompt)
+        if add_generation_prompt:
+            return text
+        begun = chat_history[-1]["content"]
+        said = begun if begun in text else begun.strip()  # templates may trim
+        return text[: text.rindex(said) + len(said)]
 
     def loglikelihood(self, requests: list[Any], disable_tqdm: bool = False) -> list[Scored]:
         """(log-likelihood, whether greedy decoding gives it) of every continuation. Collective."""

@@ -1,5 +1,6 @@
 """Tasks of lm-evaluation-harness: found by name, loaded, and asked of a model, on every rank alike."""
 
+import datetime
 import logging
 import math
 import random
@@ -50,11 +51,20 @@ def require_tasks(request: TaskRequest) -> None:
         raise UserError(f"--tasks: got '{unknown[0]}', must be a task of lm-evaluation-harness{where}")
 
 
-def measure(base: BaseModel, tokenizer: PreTrainedTokenizerBase, device: torch.device, request: TaskRequest) -> Figures:
+def measure(
+    base: BaseModel,
+    tokenizer: PreTrainedTokenizerBase,
+    device: torch.device,
+    request: TaskRequest,
+    today: datetime.date | None = None,
+) -> Figures:
     """Every task's figures of the model as it stands, which is best in eval mode. Collective; the same on all ranks.
 
     The harness's own `simple_evaluate` returns figures on a node's first rank alone. So its two halves are called here:
     the tasks are loaded and given the seeds that it gives them, then each rank evaluates as if it were the only one.
+
+    Args:
+        today: the date for chat templates that print it (`data.date`); None takes the day of this call.
 
     Raises:
         UserError: a task is unknown, or its data cannot be had.
@@ -64,7 +74,7 @@ def measure(base: BaseModel, tokenizer: PreTrainedTokenizerBase, device: torch.d
 
     from dist_qft.harness.model import TunedLM
 
-    model = TunedLM(base, tokenizer, request.batch_size, device=device)
+    model = TunedLM(base, tokenizer, request.batch_size, device=device, today=today)
     with _quiet(), _told(request, at_work=lambda: model.asked):
         results = evaluate(
             lm=model,

@@ -26,6 +26,7 @@ from dist_qft.study.stages import MergeStage
 from dist_qft.training.training_run import TrainingRun
 from dist_qft.tuned_model.held_out import HeldOut, held_out_loss
 from dist_qft.tuned_model.loaded_model import open_base
+from dist_qft.tuned_model.prompts import date_of
 
 MERGED_FOLDER = "merged"  # in the run's folder
 
@@ -53,7 +54,7 @@ def task_figures(base: BaseModel, run: TrainingRun, tasks: TaskRequest | None) -
     """The figures of a model on tasks of lm-evaluation-harness, as `task/<task>/<metric>`. Collective."""
     if tasks is None:
         return {}
-    found = measure(base, run.inputs.tokenizer, run.inputs.device, tasks)
+    found = measure(base, run.inputs.tokenizer, run.inputs.device, tasks, date_of(run.config))
     return {f"task/{task}/{name}": value for task, metrics in found.items() for name, value in metrics.items()}
 
 

@@ -19,6 +19,8 @@ from dist_qft.ranks.preemption import StopSignal
 from dist_qft.tuned_model.prompts import Messages, prompt_ids, stop_ids
 
 _BATCH = 16  # prompts that are answered together
+_PADDING_COUNTS = ("minimax", "rwkv")  # model types whose states padding on the left changes
+_CHANNEL, _SAID = "<|channel|>", "<|message|>"  # of gpt-oss: the header of each part of an answer, up to its text
 
 
 @dataclass(frozen=True)
@@ -116,7 +118,8 @@ def answers(
 ) -> list[str]:
     """One answer for each prompt: text (a user's turn if the tokenizer has a chat template), or a conversation.
 
-    Prompts are answered in left-padded batches, whose greedy answers in float32 are those of the prompts alone.
+    Prompts are answered in left-padded batches, whose greedy answers in float32 are those of the prompts alone. Of an
+    answer in channels (gpt-oss) the text is that of the last one, which is the user's.
     Adapters should be in eval mode. Collective: every rank must call it with the same arguments, since a sharded base
     is gathered for each token.
 
@@ -132,9 +135,10 @@ def answers(
     ids = [prompt_ids(tokenizer, prompt, today) for prompt in prompts]
     require_room(base, [len(row) for row in ids], sampling.max_new_tokens)
     found: list[str] = []
+    size = 1 if base.config.get_text_config().model_type in _PADDING_COUNTS else _BATCH
     with eval_mode(base.model):
-        for start in range(0, len(prompts), _BATCH):
-            found += _answer_batch(base, tokenizer, ids[start : start + _BATCH], sampling, device, streamer, stop)
+        for start in range(0, len(prompts), size):
+            found += _answer_batch(base, tokenizer, ids[start : start + size], sampling, device, streamer, stop)
     return found
 
 
@@ -163,7 +167,14 @@ def _answer_batch(
             stopping_criteria=StoppingCriteriaList([] if stop is None else [_Asked(stop)]),
             **sampling.arguments(),
         )
-    return [str(tokenizer.decode(row, skip_special_tokens=True)).strip() for row in output[:, ids.shape[1] :]]
+    return [_text(tokenizer, row) for row in output[:, ids.shape[1] :].tolist()]
+
+
+def _text(tokenizer: PreTrainedTokenizerBase, answer: list[int]) -> str:
+    known = tokenizer.get_added_vocab()
+    if _CHANNEL in known and known.get(_SAID) in answer:
+        answer = answer[len(answer) - answer[::-1].index(known[_SAID]) :]
+    return str(tokenizer.decode(answer, skip_special_tokens=True)).strip()
 
 
 class _Asked(StoppingCriteria):

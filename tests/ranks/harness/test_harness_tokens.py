@@ -1,5 +1,6 @@
 """Tokens of a task's texts: one token that begins them, whether the chat template or the tokenizer writes it."""
 
+import datetime
 from types import SimpleNamespace
 
 import pytest
@@ -48,6 +49,18 @@ def test_a_templated_text_begins_once(begun):
     targets = plain(model, " sea")
     ((value, _),) = model.loglikelihood(asked(templated + "The", " sea"))
     assert value == pytest.approx(scored(logits, ids + plain(model, "The") + targets, len(targets)), abs=1e-4)
+
+
+def test_a_template_prints_the_date_of_the_run_and_writes_an_answer_as_far_as_it_goes(begun):
+    model, _ = begun
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = "{{ strftime_now('%Y-%m-%d') }}\n" + tokenizer.chat_template
+    dated = TunedLM(model.base, tokenizer, 2, today=datetime.date(2025, 3, 9))
+    asked = [{"role": "user", "content": "Say the 1:"}]
+    text = dated.apply_chat_template(asked)
+    assert text.startswith("2025-03-09\n") and text.endswith("assistant\n")
+    begun_answer = [*asked, {"role": "assistant", "content": "The sea"}]
+    assert dated.apply_chat_template(begun_answer, add_generation_prompt=False) == text + "The sea"
 
 
 @pytest.mark.parametrize("begins", ["", BEGIN])

@@ -13,9 +13,11 @@ from dist_qft import chat
 from dist_qft.chat import Chat, shared_lines
 from dist_qft.config.schema import EvaluationConfig
 from dist_qft.errors import Preempted, SetupError, UserError
-from dist_qft.tuned_model.answer import Sampling, _left_padded, answers, require_room_for_answers
+from dist_qft.tuned_model import answer
+from dist_qft.tuned_model.answer import Sampling, _left_padded, _text, answers, require_room_for_answers
 from dist_qft.tuned_model.checkpointed import config_of, find_checkpoint, open_checkpointed
 from dist_qft.tuned_model.prompts import prompt_ids
+from tests.support.tiny_model import tiny_tokenizer
 
 PROMPTS = ["Say cat 3:", "the quiet sea had left what the dogs ran over", "a"]
 CPU = torch.device("cpu")
@@ -55,6 +57,29 @@ def test_a_signal_ends_the_answers_at_the_next_token(model):
     assert stop.asked == 3
     unasked = answers(model.base, model.tokenizer, PROMPTS, sampling, CPU)
     assert answers(model.base, model.tokenizer, PROMPTS, sampling, CPU, stop=stop) == unasked
+
+
+def test_the_text_of_an_answer_in_channels_is_that_of_the_last():
+    tokenizer = tiny_tokenizer()
+    said = "<|channel|>analysis<|message|>The dogs.<|end|><|start|>assistant<|channel|>final<|message|>Hello."
+    plain = tokenizer(said, add_special_tokens=False)["input_ids"]
+    assert _text(tokenizer, plain) == said  # words, where they are no tokens of their own
+    tokenizer.add_tokens([f"<|{name}|>" for name in ("channel", "message", "end", "start")], special_tokens=True)
+    ids = tokenizer(said, add_special_tokens=False)["input_ids"]
+    assert _text(tokenizer, ids) == "Hello."
+    assert _text(tokenizer, ids[: ids.index(tokenizer.convert_tokens_to_ids("<|end|>"))]) == "The dogs."
+    assert _text(tokenizer, tokenizer("Hello.")["input_ids"]) == "Hello."
+
+
+@pytest.mark.parametrize(("kind", "sizes"), [("llama", [3]), ("rwkv", [1, 1, 1])])
+def test_prompts_are_answered_one_by_one_where_padding_counts(model, monkeypatch, kind, sizes):
+    seen = []
+    monkeypatch.setattr(model.base.config, "model_type", kind, raising=False)
+    monkeypatch.setattr(
+        answer, "_answer_batch", lambda base, tokenizer, ids, *_: seen.append(len(ids)) or [""] * len(ids)
+    )
+    assert answers(model.base, model.tokenizer, PROMPTS, Sampling(), CPU) == [""] * 3
+    assert seen == sizes
 
 
 def test_sampling_is_a_function_of_its_seed(model):

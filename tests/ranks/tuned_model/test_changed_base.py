@@ -4,11 +4,13 @@ import json
 import re
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from dist_qft.base_model.base_settings import BaseSettings
 from dist_qft.config.load import save_config
 from dist_qft.errors import CorruptFileError, UserError
 from dist_qft.storage import manifest
@@ -45,6 +47,21 @@ CHANGES: dict[str, tuple[str, Callable[[dict[str, Any]], object]]] = {
     "tokenizer.json: model.merges": ("tokenizer.json", lambda tree: tree["model"]["merges"].pop()),
     "tokenizer_config.json: eos_token": ("tokenizer_config.json", lambda tree: tree.update(eos_token="<|im_start|>")),
 }
+
+
+def test_settings_by_which_tokens_are_drawn_may_change(trained, shell):
+    """Of generation_config.json only the ends are used; records of earlier versions hold all of it."""
+    file = trained / "base" / "generation_config.json"
+    before = file.read_bytes()
+    (checkpoint,) = list_checkpoints(trained / "run")
+    stored = BaseSettings.read(json.loads((checkpoint / ADAPTER_CONFIG).read_text())["base_settings"], "here")
+    older = replace(stored, files=stored.files | {"generation_config.json": {"eos_token_id": 2, "temperature": 0.7}})
+    assert stored.differences(older) == older.differences(stored) == []
+    edit(file, lambda tree: tree.update(temperature=0.6, top_k=20))
+    try:
+        assert shell("eval", trained / "run")[0] == 0
+    finally:
+        file.write_bytes(before)
 
 
 @pytest.mark.parametrize("key", CHANGES)

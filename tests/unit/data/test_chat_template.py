@@ -184,6 +184,28 @@ def test_a_refused_prompt_is_not_written_as_a_list_of_parts():
     template.close()
 
 
+SWITCHED = (
+    "{% for m in messages %}{% if m.role == 'system' and '/no_think' in m.content %}<off>{% endif %}"
+    "<|im_start|>{{ m.role }}: {{ m.content.replace('/no_think', '').rstrip() }}<|im_end|>{% endfor %}"
+)
+
+
+def test_a_switch_that_a_template_takes_out_of_a_text_leaves_the_text_where_it_is():
+    """As the templates of SmolLM3 and Nemotron do."""
+    template = ChatTemplate(SWITCHED, {}, TODAY)
+    asked = [{"role": "system", "content": "Be nice. /no_think"}, {"role": "user", "content": "Hi /no_think"}]
+    expected = "<off><|im_start|>system: Be nice.<|im_end|><|im_start|>user: Hi<|im_end|>"
+    assert prompt_text(Conversation(asked), template) == expected
+    template.close()
+
+
+def test_what_a_template_leaves_out_is_refused_still():
+    template = ChatTemplate("{% for m in messages if m.role == 'user' %}{{ m.content }}{% endfor %}", {}, TODAY)
+    with pytest.raises(UserError, match=r"it leaves out 'x y'$"):
+        prompt_text(Conversation([{"role": "user", "content": "Hi"}, {"role": "tool", "content": "x y"}]), template)
+    template.close()
+
+
 def test_a_template_that_cannot_end_a_prompt_ends_the_run(monkeypatch, make_tokenizer):
     """The whole conversation is rendered well, for each row; what stands in front of its answer never is."""
     monkeypatch.setattr(chat_template, "CPU_SECONDS", 1)

@@ -232,6 +232,15 @@ def test_answers_that_are_the_same_once_cut_are_dropped(tmp_path, task):
     assert len(prepared(tmp_path, [FORMS["texts"], long], task)) == (4 if task == "kto" else 2)
 
 
+@pytest.mark.parametrize("task", ["dpo", "kto"])
+def test_what_happens_to_both_answers_counts_once(tmp_path, task):
+    long = {side: f" {side} ran over green hills" * 20 for side in ("chosen", "rejected")}
+    rows = [FORMS["texts"], {"prompt": "the cat", **long}]
+    cut = prepared(tmp_path, rows, task, max_length=16)
+    assert cut.counts["truncated"] == 1 and any("of 2 rows 1 cut to" in note for note in cut.notes)
+    assert prepared(tmp_path, rows, task, overlong="drop", max_length=16).counts["dropped_overlong"] == 1
+
+
 def test_an_answer_too_long_takes_its_pair_along(tmp_path):
     long = {**FORMS["texts"], "rejected": " ran over green hills" * 20}
     dataset = prepared(tmp_path, [FORMS["texts"], long], overlong="drop", max_length=16)

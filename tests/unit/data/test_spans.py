@@ -63,6 +63,13 @@ TARGETS = {
     "parts only": (kinds.PARTS_ONLY, TURNS, " Hello.<|im_end|> Fine.<|im_end|>"),
     "end at the very end": (kinds.END_AT_THE_END, TURNS, "Hello.<|im_end|>Fine.<|im_end|>\n<|endoftext|>"),
     "last end differs": (kinds.LAST_END_DIFFERS, TURNS, "<|channel|>Hello.<|im_end|><|channel|>Fine.<|endoftext|>"),
+    "last end differs, behind a result in quotes": (
+        kinds.LAST_END_DIFFERS.replace(
+            "{{ m.content }}", "{{ m.content | tojson if m.role == 'tool' else m.content }}"
+        ),
+        [user("Hi"), assistant("I ask."), {"role": "tool", "content": "Dry."}, assistant("Sun."), *TURNS[2:]],
+        "<|channel|>I ask.<|im_end|><|channel|>Sun.<|im_end|><|channel|>Fine.<|endoftext|>",
+    ),
     "end with the next question": (kinds.END_WITH_THE_NEXT, TURNS, "Hello.<|im_end|>Fine."),
     "the last has no end": (kinds.LAST_HAS_NO_END, TURNS, "Hello.<|im_end|>Fine."),
     "the text has an end": (kinds.TEXT_ENDS, TURNS, "Hello.Fine.<|im_end|>"),
