@@ -148,7 +148,7 @@ def prompt_text(conversation: Conversation, template: ChatTemplate, *, prompt: b
 
 
 def _left_out(text: str, form: Form, conversation: Conversation, template: ChatTemplate, prompt: bool) -> str | None:
-    """What the model is asked and a template does not write, though it may cut an earlier answer's reasoning; or None.
+    """A text that the model is asked and the template does not write, or None; answers may lose their reasoning.
 
     A template may also take a part of a text for a switch, such as /no_think, and write the rest.
     """

@@ -65,6 +65,11 @@ LAST_END_DIFFERS = (
     "{% if add_generation_prompt %}<|im_start|>assistant{% endif %}"
 )
 
+# So it is here, behind the template's own words. Results are JSON text, whose quote stands before their end.
+LAST_END_DIFFERS_AND_QUOTES = "<|im_start|>system<|channel|>You are kind.<|im_end|>" + LAST_END_DIFFERS.replace(
+    "{{ m.content }}", "{{ m.content | tojson if m.role == 'tool' else m.content }}"
+)
+
 # An answer's end is written with the next question, so the last answer has none.
 END_WITH_THE_NEXT = (
     "{% for m in messages %}{% if m.role == 'user' %}{% if not loop.first and messages[loop.index0 - 1].role == "

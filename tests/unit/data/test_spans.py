@@ -64,9 +64,7 @@ TARGETS = {
     "end at the very end": (kinds.END_AT_THE_END, TURNS, "Hello.<|im_end|>Fine.<|im_end|>\n<|endoftext|>"),
     "last end differs": (kinds.LAST_END_DIFFERS, TURNS, "<|channel|>Hello.<|im_end|><|channel|>Fine.<|endoftext|>"),
     "last end differs, behind a result in quotes": (
-        kinds.LAST_END_DIFFERS.replace(
-            "{{ m.content }}", "{{ m.content | tojson if m.role == 'tool' else m.content }}"
-        ),
+        kinds.LAST_END_DIFFERS_AND_QUOTES,
         [user("Hi"), assistant("I ask."), {"role": "tool", "content": "Dry."}, assistant("Sun."), *TURNS[2:]],
         "<|channel|>I ask.<|im_end|><|channel|>Sun.<|im_end|><|channel|>Fine.<|endoftext|>",
     ),

@@ -13,7 +13,7 @@ from tests.support.conversations import assistant, call, trained, user
 TEMPLATES = (
     kinds.CHATML,
     kinds.LAST_TURN_DIFFERS,
-    kinds.LAST_END_DIFFERS.replace("{{ m.content }}", "{{ m.content | tojson if m.role == 'tool' else m.content }}"),
+    kinds.LAST_END_DIFFERS_AND_QUOTES,
     kinds.MARKED,
     kinds.MARKED.replace("<|im_end|>{% endgeneration %}", "{% endgeneration %}<|im_end|>"),
     kinds.ALTERNATING,
