@@ -43,7 +43,7 @@ class BaseSettings:
     """
 
     files: dict[str, dict[str, Any]]
-    versions: dict[str, str] = field(default_factory=lambda: {name: version(name) for name in _PACKAGES})
+    versions: dict[str, str] = field(default_factory=lambda: _versions())
 
     def described(self) -> dict[str, Any]:
         """JSON-able data for `adapter_config.json`."""
@@ -95,7 +95,7 @@ def base_settings(
         special["chat_template"] = _digest(tokenizer.chat_template)
     return BaseSettings(
         {
-            CONFIG: dict(_flat(json.loads(config.to_json_string(use_diff=False)))),
+            CONFIG: _of_config(config),
             GENERATION_CONFIG: _ends(stored_generation_config(model)),
             TOKENIZER: _of_tokenizer(tokenizer),
             TOKENIZER_CONFIG: special,
@@ -110,8 +110,16 @@ def _ends(generation_config: Mapping[str, Any]) -> dict[str, Any]:
 
 def digest_of_config(config: PretrainedConfig) -> str:
     """A digest of the settings that change a hidden state, as this version of the library reads them."""
-    settings = dict(_flat(json.loads(config.to_json_string(use_diff=False))))
-    return _digest([settings, {name: version(name) for name in _PACKAGES}])
+    return _digest([_of_config(config), _versions()])
+
+
+def _of_config(config: PretrainedConfig) -> dict[str, Any]:
+    """Every setting that has an effect, by its dotted key."""
+    return dict(_flat(json.loads(config.to_json_string(use_diff=False))))
+
+
+def _versions() -> dict[str, str]:
+    return {name: version(name) for name in _PACKAGES}
 
 
 def _flat(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -136,10 +136,10 @@ def prompt_text(conversation: Conversation, template: ChatTemplate, *, prompt: b
     for form in forms:
         messages, _ = form.apply(conversation.messages, "developer" in template.source)
         rendered = template.render(Request(messages, conversation.tools, prompt))
-        missing = _left_out(rendered.text, form, conversation, template, prompt)
         if form.spelled_out(messages, rendered.text):
             continue
-        if rendered.error is None and not missing:
+        missing = None if rendered.error else _left_out(rendered.text, form, conversation, template, prompt)
+        if rendered.error is None and missing is None:
             return rendered.text
         if not reason:
             reason = rendered.error or f"it leaves out {reprlib.repr(missing)}"

@@ -52,7 +52,6 @@ class Checkpointing:
         newest = inputs.checkpoint.path if inputs.checkpoint else None
         keep = inputs.config.checkpoint.save_total_limit
         self._saver = Saver(inputs.output_dir, keep, newest, lock) if inputs.world.rank == 0 else None
-        self._saves = False  # one has been started, which may be going on
         self._side_group = SideGroup(inputs.config.sharding.rank0_timeout_seconds)
 
     @property
@@ -91,9 +90,8 @@ class Checkpointing:
             NumericError: on all ranks, if the optimizer's state is not finite.
         """
         self._optimizer.require_finite(self._state.step)
-        if self._saves:
-            self.wait()  # all ranks: those that rank 0 kept waiting in a step would end by the timeout of collectives
-        self._saves = True
+        # All ranks wait for the save before: those that rank 0 kept waiting in a step would end by its timeout.
+        self.wait()
         optimizer = self._optimizer.gather()
         if self._saver is not None:
             self._write(self._saver, optimizer)

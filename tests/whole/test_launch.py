@@ -166,10 +166,9 @@ def test_a_killed_rank_restarts_the_ranks_of_all_nodes(start, tmp_path) -> None:
 def test_a_node_whose_ranks_wait_for_one_that_failed_did_not_end_by_a_signal(start, waits) -> None:
     """Exit code 75 would have a job start again for ever. Ranks that wait in C do not hear of it, and are killed."""
     port = free_port()
-    arguments = (["save"] if waits == "save" else ["deaf"], ["refuse late"])
     nodes = [
-        start("--nnodes", "2", "--master-port", port, "--node-rank", str(rank), "--", *words)
-        for rank, words in enumerate(arguments)
+        start("--nnodes", "2", "--master-port", port, "--node-rank", str(rank), "--", what)
+        for rank, what in enumerate((waits, "refuse late"))
     ]
     outputs = [node.communicate(timeout=120) for node in nodes]
     assert [node.returncode for node in nodes] == [4, 3], outputs

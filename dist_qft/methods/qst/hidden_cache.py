@@ -90,7 +90,7 @@ class HiddenCache:
     ) -> None:
         self.layout = layout
         self._folder, self._lengths = folder, lengths
-        self._own = folder / _STATES.replace("*", str(rank))
+        self._own, self._own_rows = _of_rank(folder, _STATES, rank), _of_rank(folder, _ROWS, rank)
         key = {"version": _VERSION, **states_of, **asdict(layout), "dtype": str(layout.dtype)}
         folder.mkdir(parents=True, exist_ok=True)
         with locked(folder / "cache.owner", f"method.cache: '{folder}'", _LOCK_SECONDS):
@@ -128,15 +128,15 @@ class HiddenCache:
                 start = file.seek(0, 2)
                 for values in rows:
                     file.write(_octets(values).data)
-            records = np.zeros(len(rows), _RECORD)
-            for record, (_, row), values in zip(records, places, rows, strict=True):
-                record["row"], record["start"], record["checksum"] = row, start, _checksum(values)
-                start += values.nbytes
-                self._places[row] = _Place(self._own, int(record["start"]), int(record["checksum"]))
+            records = []
+            for (_, row), values in zip(places, rows, strict=True):
+                self._places[row] = known = _Place(self._own, start, _checksum(values))
                 self._sums[row] = _word_sum(values)
-            with open(_rows_beside(self._own), "ab") as file:
+                records.append((row, known.start, known.checksum))
+                start += values.nbytes
+            with open(self._own_rows, "ab") as file:
                 file.write(bytes(-file.seek(0, 2) % _RECORD.itemsize))  # a record that an end cut off stays apart
-                file.write(records.tobytes())
+                file.write(np.array(records, _RECORD).tobytes())
         except OSError as error:
             needed = f"needs {self.layout.bytes_of(self._lengths) / 2**30:,.1f} GiB for {len(self._lengths):,} rows"
             raise SetupError(
@@ -173,7 +173,7 @@ class HiddenCache:
                 octets = file.read()
             records = np.frombuffer(octets[: len(octets) // _RECORD.itemsize * _RECORD.itemsize], _RECORD)
             self._records_read[path] = known + len(records)
-            states = path.with_name(path.name.replace("rows", "states", 1))
+            states = _of_rank(self._folder, _STATES, path.stem.rpartition("-")[2])
             for row, start, checksum in records.tolist():
                 if checksum and 0 <= row < len(self._lengths):
                     self._places[row] = _Place(states, start, checksum)
@@ -195,7 +195,7 @@ class HiddenCache:
         place = self._places.get(row)
         if place is None:
             return None
-        octets = np.empty(int(self._lengths[row]) * self.layout.per_token * self.layout.dtype.itemsize, np.uint8)
+        octets = np.empty(self.layout.bytes_of(self._lengths[row : row + 1]), np.uint8)
         try:
             with open(place.states, "rb") as file:
                 file.seek(place.start)
@@ -230,8 +230,8 @@ def _files(folder: Path) -> list[Path]:
     return [path for pattern in (_ROWS, _STATES, *_OLDER) for path in folder.glob(pattern)]
 
 
-def _rows_beside(states: Path) -> Path:
-    return states.with_name(states.name.replace("states", "rows", 1))
+def _of_rank(folder: Path, pattern: str, rank: int | str) -> Path:
+    return folder / pattern.replace("*", str(rank))
 
 
 def _read_key(folder: Path) -> dict[str, Any] | None:

@@ -3,6 +3,7 @@
 import subprocess
 import sys
 import time
+from threading import Event, Thread
 
 import pytest
 
@@ -46,8 +47,6 @@ def test_what_a_thread_writes_is_there_when_the_process_has_ended(tmp_path):
 
 def test_a_thread_that_does_not_end_is_not_waited_for(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(session, "_WRITING_SECONDS", 0.5)
-    from threading import Event, Thread
-
     over = Event()
     thread = Thread(target=over.wait)
     thread.start()
